@@ -1,0 +1,1 @@
+"""After training: what an adapter is worth."""

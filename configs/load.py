@@ -1,0 +1,321 @@
+"""From a YAML file and `key=value` overrides to one validated Config.
+
+`load_config("configs/tiny.yaml", {"lora.r": 32})`. Every refusal is a ValueError whose lines each name the place,
+the key, the value and what was expected. What the keys mean is schema.py's.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from qwenlora.configs.schema import Config, Section
+
+COMMAND_LINE = "command line"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's scalars: 1e-4 is a number, `on` and 2026-01-01 are text."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own shape)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Config:
+    """Return the resolved config: defaults < the YAML file < overrides.
+
+    overrides: `key=value` texts as typed on a command line (the value is YAML), or a mapping of dotted key to value.
+    Raises: ValueError, one line a problem.
+    """
+    path = Path(path)
+    values, places = _read(path)
+    problems = _apply(overrides, values, places)
+    if values.get("run_dir") is None:
+        values["run_dir"] = f"runs/{path.stem}"
+    try:
+        # JSON mode is what makes strict types work for YAML: lists become tuples, but true is no integer
+        config = Config.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        problems += _explain(error, places, path)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """Return the config as YAML text that load_config reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Return {dotted key: (old value, new value)} for every key in which the two differ."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    return {key: (flat_old[key], flat_new[key]) for key in flat_old if flat_old[key] != flat_new[key]}
+
+
+def _flatten(section: Section, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
+    return flat
+
+
+def _fields(section: type[Section] = Config, prefix: str = "") -> dict[str, FieldInfo]:
+    """Return {dotted key: field} of the whole schema, sections themselves left out."""
+    fields: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            fields |= _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = field
+    return fields
+
+
+FIELDS = _fields()
+SECTIONS = list(dict.fromkeys(key.split(".")[0] for key in FIELDS if "." in key))
+
+# what people bring from other tools, where no nearness of spelling helps
+ELSEWHERE = {
+    "batch_size": "train.per_device_train_batch_size",
+    "cutoff_len": "data.max_length",
+    "dataset": "data.train",
+    "dropout": "lora.lora_dropout",
+    "epochs": "train.num_train_epochs",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "load_in_4bit": "strategy.quantization",
+    "load_in_8bit": "strategy.quantization",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lr": "train.learning_rate",
+    "max_seq_length": "data.max_length",
+    "model_name_or_path": "model.name_or_path",
+    "output_dir": "run_dir",
+    "rank": "lora.r",
+    "report_to": "log.wandb",
+    "sequence_len": "data.max_length",
+}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the file's plain values and the place (`file:line`) of every dotted key in it."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"no config file {path} (looked in {Path.cwd()})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}; save the file as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"cannot read config {path}: {error.strerror}") from None
+    places: dict[str, str] = {}
+    value = _parse(text, str(path), places)
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{path}: expected `key: value` lines, found {_show(value)}")
+    return value or {}, places
+
+
+def _parse(text: str, name: str, places: dict[str, str] | None = None) -> Any:
+    """Return YAML text as plain values. name: what messages call it; places is filled with `name:line`."""
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # its constructor reads ahead
+        raise ValueError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+    try:
+        node = loader.get_single_node()
+        return None if node is None else _plain(loader, node, "", name, {} if places is None else places, ())
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{name}:{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ValueError(f"{name}: not a config: nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _plain(
+    loader: _Loader, node: yaml.Node, key: str, name: str, places: dict[str, str], above: tuple[yaml.Node, ...]
+) -> Any:
+    line = node.start_mark.line + 1
+    if node in above:
+        raise ValueError(f"{name}:{line}: {key} contains itself; write the value out")
+    above = (*above, node)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(loader, child, key, name, places, above) for child in node.value]
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, Any] = {}
+        for key_node, child in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ValueError(f"{name}:{key_node.start_mark.line + 1}: a key must be a word")
+            child_key = f"{key}.{key_node.value}" if key else key_node.value
+            place = f"{name}:{key_node.start_mark.line + 1}"
+            if key_node.value in mapping:
+                raise ValueError(f"{place}: {child_key} stands twice (first at {places[child_key]}); keep one")
+            places[child_key] = place
+            mapping[key_node.value] = _plain(loader, child, child_key, name, places, above)
+        return mapping
+    return loader.construct_object(node)  # type: ignore[no-untyped-call]
+
+
+def _apply(
+    overrides: Mapping[str, Any] | Iterable[str], values: dict[str, Any], places: dict[str, str]
+) -> list[str]:
+    """Lay overrides over values; return the problems found."""
+    problems = []
+    if isinstance(overrides, Mapping):
+        pairs = list(overrides.items())
+    else:
+        pairs = []
+        for text in overrides:
+            key, equals, raw = text.partition("=")
+            if not equals:
+                problems.append(f"{COMMAND_LINE}: {text!r} is no key=value; write it like lora.r=32")
+            elif key in FIELDS:
+                pairs.append((key, _typed(FIELDS[key], raw)))
+            else:
+                pairs.append((key, raw))
+    for key, value in pairs:
+        if key in SECTIONS:
+            keys = ", ".join(k for k in FIELDS if k.startswith(f"{key}."))
+            problems.append(f"{COMMAND_LINE}: {key} is a section; set one of its keys: {keys}")
+        elif key not in FIELDS:
+            problems.append(f"{COMMAND_LINE}: {_unknown(key, value)}")
+        else:
+            *sections, last = key.split(".")
+            target = values
+            for section in sections:
+                if not isinstance(target.get(section), dict):
+                    target[section] = {}
+                target = target[section]
+            target[last] = value
+            places[key] = COMMAND_LINE
+    return problems
+
+
+def _typed(field: FieldInfo, raw: str) -> Any:
+    """Return the override's value as YAML reads it, or as the text it is where the key wants text."""
+    try:
+        value = _parse(raw, COMMAND_LINE)
+    except ValueError:
+        return raw
+    adapter: TypeAdapter[Any] = TypeAdapter(field.annotation)
+    for candidate in (value, raw):
+        try:
+            adapter.validate_json(json.dumps(candidate), strict=True)
+        except (ValidationError, TypeError):
+            continue
+        return candidate
+    return value
+
+
+def _explain(error: ValidationError, places: dict[str, str], path: Path) -> list[str]:
+    """Return one line a problem, in the order of the file."""
+    found: dict[tuple[str, str], list[str]] = {}
+    inputs: dict[tuple[str, str], Any] = {}
+    for item in error.errors():
+        key = _key_of(item["loc"], item["type"])
+        place = next((places[k] for k in _upwards(key) if k in places), str(path))
+        found.setdefault((place, key), []).append(_problem(key, item["type"], item["msg"]))
+        inputs[place, key] = item["input"]
+    lines = []
+    for (place, key), problems in found.items():
+        value = inputs[place, key]
+        if problems == ["unknown"]:
+            lines.append(f"{place}: {_unknown(key, value)}")
+        elif problems == ["missing"]:
+            lines.append(f"{place}: {key} is missing; {_how_to_set(key)}")
+        elif isinstance(value, dict) and key in SECTIONS:  # a rule between the keys of one section
+            lines.append(f"{place}: {key}: {problems[0]}")
+        else:
+            lines.append(f"{place}: {key}={json.dumps(value, ensure_ascii=False)}: expected {' or '.join(dict.fromkeys(problems))}")
+    return lines
+
+
+def _key_of(loc: tuple[int | str, ...], kind: str) -> str:
+    """Return the dotted key of a pydantic location, without the tags of unions and list indices in it."""
+    if kind in ("extra_forbidden", "missing"):
+        return ".".join(str(part) for part in loc)
+    key = ""
+    for part in loc:
+        longer = f"{key}.{part}" if key else str(part)
+        if longer not in FIELDS and longer not in SECTIONS:
+            break
+        key = longer
+    return key
+
+
+def _upwards(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def _problem(key: str, kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        return "unknown"
+    if kind == "missing":
+        return "missing"
+    if kind == "model_type":
+        return "a section with " + ", ".join(k for k in FIELDS if k.startswith(f"{key}."))
+    message = message.removeprefix("Value error, ").removeprefix("Input should be ")
+    return message.replace("a valid ", "a ").replace("a integer", "an integer").replace("array", "list")
+
+
+def _how_to_set(key: str) -> str:
+    field = FIELDS.get(key)
+    if field is None:
+        needed = [k for k in FIELDS if k.startswith(f"{key}.") and FIELDS[k].is_required()]
+        return f"add a section `{key}:` with {', '.join(k.split('.')[-1] for k in needed)}"
+    return f"{(field.description or '').split('. ')[0].rstrip('.')}"
+
+
+def _unknown(key: str, value: Any) -> str:
+    """Return the message for a key that is not in the schema, with the nearest one that is."""
+    section, _, leaf = key.rpartition(".")
+    leaves = [k.rpartition(".")[2] for k in FIELDS]
+    siblings = [k.rpartition(".")[2] for k in FIELDS if k.rpartition(".")[0] == section]
+    moved = [k for k in FIELDS if k.rpartition(".")[2] == leaf]
+    near = [f"{section}.{k}".lstrip(".") for k in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7)]
+    by_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
+    far = [k for k in FIELDS if by_leaf and k.rpartition(".")[2] == by_leaf[0]]
+    sections = [] if section else difflib.get_close_matches(leaf, SECTIONS, n=1, cutoff=0.6)
+    elsewhere = [ELSEWHERE[leaf]] if leaf in ELSEWHERE else []
+    if nearest := (moved or elsewhere or near or far or sections)[:1]:
+        hint = f"did you mean {nearest[0]}?"
+    elif section in SECTIONS:
+        hint = f"{section} has: {', '.join(siblings)}"
+    else:
+        hint = f"the sections are: {', '.join(SECTIONS)}"
+    return f"{key}={_show(value)}: no such key; {hint}"
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= 60 else text[:57] + "..."

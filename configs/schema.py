@@ -1,0 +1,186 @@
+"""Every key a config may have, with its type, default and meaning.
+
+This file is the one owner of defaults. Keys are spelled as transformers, peft and Slurm spell them.
+`configs/schema.json` is generated from here: `qwenlora config schema > configs/schema.json`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The base model."""
+
+    name_or_path: Text = Field(
+        description="A folder, a hub name (Qwen/Qwen2.5-7B-Instruct), or `tiny`: a small Qwen3 made on the spot."
+    )
+    revision: Text | None = Field(None, description="Branch, tag or commit of a hub model.")
+    tokenizer: Text | None = Field(
+        None, description="Folder or hub name of another tokenizer. Default: the model's own."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="auto: bfloat16 where the GPU has it, else float16; float32 on CPU."
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
+        "sdpa", description="The attention kernel, by its transformers name."
+    )
+
+
+class Data(Section):
+    """The rows to train and to evaluate on. Paths are relative to the working directory."""
+
+    train: Text | list[Text] = Field(
+        description="A .json or .jsonl file, or a list of them. `example`: the rows that come with qwenlora."
+    )
+    eval: Text | list[Text] | None = Field(
+        None, description="Rows to evaluate on. `example`: 20 rephrased questions."
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(2048, description="Longest row, in tokens.")
+    overlength: Literal["error", "truncate", "drop"] = Field(
+        "error", description="What to do with rows longer than max_length; what was done is counted and shown."
+    )
+
+
+class Lora(Section):
+    """The adapter, in peft's words."""
+
+    r: PositiveInt = Field(16, description="Rank.")
+    lora_alpha: PositiveInt = Field(32, description="Updates are scaled by lora_alpha / r (rslora: / sqrt(r)).")
+    lora_dropout: Share = Field(0.0, description="Dropout before each LoRA layer.")
+    target_modules: Text | list[Text] = Field(
+        "all-linear", description="Module names, a regular expression, or all-linear (all but the head)."
+    )
+    target_parameters: list[Text] | None = Field(
+        None, description="nn.Parameter names, for MoE experts that are no nn.Linear: [mlp.experts.gate_up_proj]."
+    )
+    modules_to_save: list[Text] | None = Field(
+        None, description="Modules trained in full and saved whole, as [embed_tokens]."
+    )
+    use_rslora: bool = Field(False, description="Rank-stabilised scaling.")
+    use_dora: bool = Field(False, description="Weight-decomposed LoRA.")
+    init_from: Text | None = Field(
+        None, description="An adapter folder to go on from. Its own r, alpha and modules are used and must match."
+    )
+
+
+SchedulerName = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
+
+
+class Train(Section):
+    """The training, in transformers' words."""
+
+    global_batch_size: PositiveInt = Field(
+        16, description="Rows an optimizer step, over all GPUs and accumulation steps."
+    )
+    per_device_train_batch_size: PositiveInt = Field(
+        1, description="Rows a GPU holds at once. The accumulation steps follow from it."
+    )
+    per_device_eval_batch_size: PositiveInt = Field(4, description="Rows a GPU evaluates at once.")
+    num_train_epochs: Annotated[float, Field(gt=0.0)] = Field(3.0, description="Passes over the rows.")
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; overrides num_train_epochs.")
+    learning_rate: Annotated[float, Field(gt=0.0)] = Field(2e-4, description="Peak learning rate.")
+    lr_scheduler_type: SchedulerName = Field("cosine", description="Schedule, by its transformers name.")
+    lr_scheduler_kwargs: dict[str, float | int | str | bool] = Field(
+        default_factory=dict, description="Further arguments of the schedule, as {min_lr_rate: 0.1}."
+    )
+    warmup_steps: NonNegative = Field(0.03, description="Warm-up: a share of all steps below 1, else steps.")
+    optim: Text = Field("adamw_torch_fused", description="Optimizer, by its transformers name.")
+    weight_decay: NonNegative = Field(0.0, description="Weight decay (AdamW's).")
+    adam_beta1: Share = Field(0.9, description="AdamW's decay of the first moment.")
+    adam_beta2: Share = Field(0.999, description="AdamW's decay of the second moment.")
+    adam_epsilon: NonNegative = Field(1e-8, description="AdamW's epsilon.")
+    max_grad_norm: NonNegative = Field(1.0, description="Gradients are clipped to this norm; 0: not at all.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations: less memory, up to 50% slower."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Adapter's start, row order, dropout.")
+    eval_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="When to evaluate data.eval.")
+    eval_steps: PositiveInt | None = Field(None, description="With eval_strategy: steps.")
+    save_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="When to save a checkpoint.")
+    save_steps: PositiveInt | None = Field(None, description="With save_strategy: steps.")
+    save_total_limit: PositiveInt | None = Field(3, description="Checkpoints to keep; null: all.")
+
+    @model_validator(mode="after")
+    def _steps_go_with_their_strategy(self) -> "Train":
+        for what in ("eval", "save"):
+            strategy, steps = getattr(self, f"{what}_strategy"), getattr(self, f"{what}_steps")
+            if strategy == "steps" and steps is None:
+                raise ValueError(f"{what}_strategy=steps needs {what}_steps; add {what}_steps: 100")
+            if strategy != "steps" and steps is not None:
+                raise ValueError(
+                    f"{what}_steps={steps} has no effect with {what}_strategy={strategy};"
+                    f" set {what}_strategy: steps, or remove {what}_steps"
+                )
+        return self
+
+
+class Strategy(Section):
+    """How the model is spread over GPUs and stored."""
+
+    name: Literal["ddp"] = Field("ddp", description="ddp: the whole model on every GPU.")
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none", description="Storage of the frozen base (bitsandbytes): nf4 is QLoRA's, with double quantisation."
+    )
+
+
+class Log(Section):
+    """What is written down while training."""
+
+    logging_steps: PositiveInt = Field(10, description="Steps between two lines of metrics.jsonl.")
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="auto: on where a W&B key or WANDB_MODE is set, off otherwise."
+    )
+    wandb_project: Text = Field("qwenlora", description="W&B project.")
+    wandb_entity: Text | None = Field(None, description="W&B team or user.")
+    wandb_name: Text | None = Field(None, description="Name of the W&B run. Default: the run folder's name.")
+
+
+class Launch(Section):
+    """How processes start."""
+
+    nproc_per_node: PositiveInt | None = Field(
+        None, description="Processes on a node. Default: one a GPU, or 1 without GPUs."
+    )
+    ddp_timeout_s: PositiveInt = Field(1800, description="Seconds after which a hanging collective fails.")
+
+
+def _run_dir_has_a_default(schema: dict[str, Any]) -> None:
+    schema["required"].remove("run_dir")  # load_config fills it in from the file's name
+
+
+class Config(Section):
+    """A whole run."""
+
+    model_config = ConfigDict(json_schema_extra=_run_dir_has_a_default, title="qwenlora config")
+
+    run_dir: Text = Field(description="Run folder. Default: runs/ and the config file's name.")
+    model: Model
+    data: Data
+    lora: Lora = Lora()
+    train: Train = Train()
+    strategy: Strategy = Strategy()
+    log: Log = Log()
+    launch: Launch = Launch()

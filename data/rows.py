@@ -1,0 +1,202 @@
+"""Files of chat rows, read into one shape: `list[Message]`.
+
+`read_rows(["my.jsonl"])` knows the shapes people have (SHAPES below) in .json (an array, or lines) and .jsonl files.
+A row that cannot be trained is refused with its file and line. Tokens are chat.py's.
+"""
+
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+SHAPES = """known shapes of a row:
+  {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+  {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+  {"instruction": "...", "output": "..."}
+  {"instruction": "...", "input": "...", "output": "..."}"""
+
+UNKNOWN_SHAPE = "unknown shape"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+MARKUP = ("<|im_start|>", "<|im_end|>")  # ChatML's own: text that holds it would forge turns
+EXAMPLES = {"train": "train.jsonl", "eval": "rephrased.jsonl"}
+SHOWN_BAD_ROWS = 20
+
+
+class Message(TypedDict):
+    """One turn. role: system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class Row(NamedTuple):
+    """One conversation and where it stands, as `file:line`."""
+
+    place: str
+    messages: list[Message]
+
+
+def source_files(source: str | list[str], side: str) -> list[Path]:
+    """Return the files that `data.train` or `data.eval` names. side: train or eval.
+
+    Raises: ValueError naming the first that is not a readable file.
+    """
+    files = []
+    for name in [source] if isinstance(source, str) else source:
+        if name == "example":
+            files.append(Path(str(resources.files("qwenlora.data") / "examples" / EXAMPLES[side])))
+            continue
+        path = Path(name).expanduser()
+        if path.is_dir():
+            raise ValueError(f"data.{side}={name} is a folder; name the files in it")
+        if not path.is_file():
+            raise ValueError(f"data.{side}={name}: no such file (looked for {path.absolute()})")
+        files.append(path)
+    return files
+
+
+def read_rows(files: list[Path]) -> list[Row]:
+    """Return every row of the files, in order.
+
+    Raises: ValueError when a file is not JSON, is empty, or a row cannot be trained; it lists the first 20 bad rows.
+    """
+    rows: list[Row] = []
+    bad: list[str] = []
+    for path in files:
+        before = len(rows) + len(bad)
+        for line, value in _values(path):
+            place = f"{path}:{line}"
+            try:
+                rows.append(Row(place, to_messages(value)))
+            except ValueError as error:
+                bad.append(f"{place}: {error}")
+        if len(rows) + len(bad) == before:
+            raise ValueError(f"{path} is empty: it has no rows")
+    if bad:
+        raise ValueError(_report(bad, len(rows) + len(bad)))
+    return rows
+
+
+def _report(bad: list[str], total: int) -> str:
+    help_ = f"\n{SHAPES}" if any(UNKNOWN_SHAPE in line for line in bad) else ""
+    reasons = {line.split(": ", 1)[1] for line in bad}
+    if len(bad) == total > 1 and len(reasons) == 1:  # one sentence says it all
+        return f"{bad[0]}; the same for all {total} rows{help_}"
+    shown = "\n  ".join(bad[:SHOWN_BAD_ROWS])
+    more = f"\n  and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
+    return f"{len(bad)} of {total} rows cannot be trained:\n  {shown}{more}{help_}"
+
+
+def to_messages(value: Any) -> list[Message]:
+    """Return a row's turns. Raises: ValueError saying what is wrong with the row."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{UNKNOWN_SHAPE}: a row must be a JSON object, found {_show(value)}")
+    turns = value.get("conversations", value.get("messages"))
+    if turns is not None:
+        messages = _from_turns(turns)
+    elif "instruction" in value and "output" in value:
+        messages = _from_instruction(value)
+    else:
+        raise ValueError(f"{UNKNOWN_SHAPE} with keys {', '.join(value) or '(none)'}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no assistant turn: there is nothing to learn from")
+    for number, message in enumerate(messages, 1):
+        if not message["content"].strip():
+            raise ValueError(f"turn {number} ({message['role']}) is empty")
+        if message["role"] == "system" and number > 1:
+            raise ValueError(f"turn {number} is a system turn; only the first may be one")
+        for markup in MARKUP:
+            if markup in message["content"]:
+                raise ValueError(f"turn {number} contains {markup}, which would forge a turn; remove it")
+    return messages
+
+
+def _from_turns(turns: Any) -> list[Message]:
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"expected a list of turns, found {_show(turns)}")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise ValueError(f"turn {number} must be an object, found {_show(turn)}")
+        role = turn.get("from", turn.get("role"))
+        content = turn.get("value", turn.get("content"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"turn {number} has role {_show(role)}; known: {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ValueError(f"turn {number} ({role}) must be text, found {_show(content)}")
+        messages.append(Message(role=ROLES[role], content=content))
+    return messages
+
+
+def _from_instruction(row: dict[str, Any]) -> list[Message]:
+    for key in ("instruction", "input", "output"):
+        if not isinstance(row.get(key, "") or "", str):
+            raise ValueError(f"{key} must be text, found {_show(row[key])}")
+    question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    return [Message(role="user", content=question), Message(role="assistant", content=row["output"] or "")]
+
+
+def _values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line, value) for each row of a JSON array or JSON Lines file; which it is, its first character tells."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}; save the file as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    yield from _array(path, text) if text.lstrip()[:1] == "[" else _lines(path, text)
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, _decode(path, number, line)[0]
+
+
+def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    line, position = 1, 0
+
+    def skip_space() -> str:
+        nonlocal line, position
+        while position < len(text) and text[position] in " \t\r\n":
+            line += text[position] == "\n"
+            position += 1
+        return text[position : position + 1]
+
+    skip_space()
+    position += 1  # the opening bracket
+    while skip_space() != "]" or position == len(text):
+        start = line
+        value, end = _decode(path, line, text, position)
+        line += text.count("\n", position, end)
+        position = end
+        yield start, value
+        separator = skip_space()
+        if separator == ",":
+            position += 1
+        elif separator != "]":
+            raise ValueError(f"{path}:{line}: expected , or ] after a row, found {_show(separator or 'the end')}")
+    position += 1  # the closing bracket
+    if rest := skip_space():
+        raise ValueError(f"{path}:{line}: expected the end of the file after ], found {_show(rest)}")
+
+
+def _decode(path: Path, line: int, text: str, position: int = 0) -> tuple[Any, int]:
+    try:
+        if position:
+            return _DECODER.raw_decode(text, position)
+        return json.loads(text), len(text)
+    except json.JSONDecodeError as error:
+        extra = text.count("\n", position, error.pos)
+        raise ValueError(f"{path}:{line + extra}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{path}:{line}: JSON nested too deeply") from None
+
+
+_DECODER = json.JSONDecoder()
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

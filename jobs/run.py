@@ -1,0 +1,210 @@
+"""The run folder: where everything of a run lies, whose it is, and what happened to it.
+
+RunFolder is the one owner of these paths. Its history is attempts.jsonl, one line an attempt:
+{"attempt", "start", "end", "host", "job_id", "processes", "first_step", "last_step", "reason", "message"}
+with reason done, stopped, failed or refused; a line without an end is an attempt that was killed.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from qwenlora.configs.load import differences, load_config, to_yaml
+from qwenlora.configs.schema import Config
+
+Reason = Literal["done", "stopped", "failed", "refused"]
+EXIT_CODES: dict[Reason, int] = {"done": 0, "stopped": 75, "failed": 1, "refused": 2}
+
+# what may change between two attempts without making it another run
+FREE_TO_CHANGE = ("run_dir", "log.", "launch.", "train.per_device_eval_batch_size", "train.save_total_limit")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "numpy", "qwenlora")
+
+
+class RunFolder:
+    """One run's folder, whether it exists yet or not."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self.config = self.path / "config.yaml"
+        self.code = self.path / "code.json"
+        self.attempts = self.path / "attempts.jsonl"
+        self.metrics = self.path / "metrics.jsonl"
+        self.adapter = self.path / "adapter"
+        self.base_model = self.path / "base_model"  # of model.name_or_path: tiny
+        self.prepared = self.path / "prepared"
+        self.facts = self.prepared / "facts.json"
+        self.wandb_id = self.path / "wandb" / "run_id"
+        self._lock = self.path / ".lock"
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of a checkpoint."""
+        return self.path / f"checkpoint-{step}"
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoint folders, newest first, whole or not."""
+        found = [path for path in self.path.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+    def logs(self, attempt: int) -> Path:
+        """Return the folder of an attempt's logs."""
+        return self.path / "logs" / f"attempt-{attempt}"
+
+    def rank_log(self, attempt: int, rank: int) -> Path:
+        """Return the file that one rank writes everything to."""
+        return self.logs(attempt) / f"rank-{rank}.log"
+
+    def rank_error(self, attempt: int, rank: int | str) -> Path:
+        """Return the file in which a failing rank says why: {"time", "message", "code"}."""
+        return self.logs(attempt) / f"rank-{rank}.error.json"
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is anything here that training made."""
+        return self.metrics.exists() or self.adapter.exists() or bool(self.checkpoints())
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has ended and its adapter is there."""
+        history = self.history()
+        return bool(history) and history[-1].get("reason") == "done" and self.adapter.is_dir()
+
+    def open(self, config: Config, *, fresh: bool = False) -> None:
+        """Make the folder, or reopen it for another attempt at the same run.
+
+        fresh: set what is there aside and start anew.
+        Raises: ValueError when the folder holds a run with another config, or is something else's.
+        """
+        if fresh and self.path.exists() and any(self.path.iterdir()):
+            self._set_aside()
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run_dir={self.path} is a file; choose another run_dir")
+        if self.trained:
+            self._refuse_another_config(config)
+        elif self.path.is_dir() and not self.config.exists() and any(self.path.iterdir()):
+            raise ValueError(f"run_dir={self.path} is not empty and holds no run; choose another run_dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config, to_yaml(config))
+            write_atomically(self.code, json.dumps(_code(), indent=1))
+        except OSError as error:
+            raise ValueError(f"cannot write to run_dir={self.path}: {error.strerror}; choose another") from None
+
+    def _set_aside(self) -> None:
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+
+    def _refuse_another_config(self, config: Config) -> None:
+        try:
+            held = load_config(self.config)
+        except ValueError as error:
+            raise ValueError(
+                f"run_dir={self.path} holds a run whose config cannot be read ({error}); choose another run_dir, or"
+                " --fresh to set the old run aside"
+            ) from None
+        changed = {
+            key: values for key, values in differences(held, config).items() if not key.startswith(FREE_TO_CHANGE)
+        }
+        if changed:
+            what = ", ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items())
+            raise ValueError(
+                f"run_dir={self.path} holds a run with another config: {what};"
+                " choose another run_dir, or --fresh to set the old run aside"
+            )
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep other processes of this machine out of the folder while the block runs.
+
+        Raises: ValueError naming the process that has it.
+        """
+        with self._lock.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise ValueError(f"run_dir={self.path} is in use by {file.read().strip()}") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the attempts so far, oldest first."""
+        if not self.attempts.exists():
+            return []
+        return [json.loads(line) for line in self.attempts.read_text().splitlines() if line.strip()]
+
+    def begin_attempt(self, processes: int) -> int:
+        """Note the start of an attempt; return its number, from 1."""
+        history = self.history()
+        number = len(history) + 1
+        history.append(
+            {
+                "attempt": number,
+                "start": _now(),
+                "host": socket.gethostname(),
+                "job_id": os.environ.get("SLURM_JOB_ID"),
+                "processes": processes,
+            }
+        )
+        self._write_history(history)
+        self.logs(number).mkdir(parents=True, exist_ok=True)
+        return number
+
+    def end_attempt(self, reason: Reason, message: str = "", **steps: int) -> None:
+        """Note why the last attempt ended, unless that is known already. steps: first_step, last_step."""
+        history = self.history()
+        if "end" not in history[-1]:
+            history[-1] |= {"end": _now(), "reason": reason, "message": message, **steps}
+            self._write_history(history)
+
+    def _write_history(self, history: list[dict[str, Any]]) -> None:
+        lines = [json.dumps(attempt, ensure_ascii=False) + "\n" for attempt in history]
+        write_atomically(self.attempts, "".join(lines))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is seen whole or not at all."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    with staging.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staging.replace(path)
+
+
+def _code() -> dict[str, Any]:
+    """Return what ran: the git commit (of the working directory, if any), versions and the command."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"git": _git(), "versions": versions, "python": platform.python_version(), "command": sys.argv}
+
+
+def _git() -> str | None:
+    if not shutil.which("git"):
+        return None
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""How processes start: the command line, and the agent that runs once a node."""

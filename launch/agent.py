@@ -1,0 +1,189 @@
+"""One run on this machine, from a config to an exit code: 0 done, 75 stopped and resumable, 2 refused, 1 failed.
+
+`python -m qwenlora.launch.agent configs/tiny.yaml lora.r=32` (what `qwenlora train` calls). The agent makes or reopens
+the run folder, has the data prepared once, then runs torchrun on `qwenlora.trainer.main`. It imports no torch.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from qwenlora.configs import Config, load_config
+from qwenlora.configs.load import to_yaml
+from qwenlora.data.order import accumulation_steps, total_steps
+from qwenlora.data.rows import read_rows, source_files
+from qwenlora.jobs.run import EXIT_CODES, RunFolder
+from qwenlora.launch.hardware import gpu_count
+
+STOPPED = EXIT_CODES["stopped"]
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+TAIL_LINES = 15
+
+
+def processes_of(config: Config) -> int:
+    """Return how many ranks this node runs."""
+    return config.launch.nproc_per_node or gpu_count() or 1
+
+
+def torchrun_argv(config_file: Path, processes: int) -> list[str]:
+    """Return the command that starts the ranks. --standalone: a free port on this machine."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "qwenlora.trainer.main",
+        str(config_file),
+    ]
+
+
+def check(config: Config) -> int:
+    """Return the accumulation steps. Raises: ValueError for what can be refused before anything is started."""
+    for side, source in (("train", config.data.train), ("eval", config.data.eval)):
+        if source:
+            source_files(source, side)
+    return accumulation_steps(
+        config.train.global_batch_size, config.train.per_device_train_batch_size, processes_of(config)
+    )
+
+
+def dry_run(config: Config) -> str:
+    """Return the resolved config, what follows from it, and the command that would run. Reads the data files."""
+    accumulation = check(config)
+    train, processes = config.train, processes_of(config)
+    rows = len(read_rows(source_files(config.data.train, "train")))
+    steps = total_steps(rows, train.global_batch_size, train.num_train_epochs, train.max_steps)
+    command = " ".join(torchrun_argv(RunFolder(config.run_dir).config, processes))
+    return (
+        f"{to_yaml(config)}\n"
+        f"# rows                {rows}\n"
+        f"# processes           {processes}\n"
+        f"# global batch        {train.global_batch_size} rows = {processes} processes x"
+        f" {train.per_device_train_batch_size} x {accumulation} accumulated\n"
+        f"# steps               {steps}, {-(-rows // train.global_batch_size)} an epoch\n"
+        f"# run folder          {RunFolder(config.run_dir).path}\n"
+        f"# command             {command}\n"
+    )
+
+
+def run(config: Config, *, fresh: bool = False, resume: str = "auto") -> int:
+    """Run a config to its end on this machine; return the exit code. Raises: ValueError when it cannot start."""
+    check(config)
+    console, folder = Console(), RunFolder(config.run_dir)
+    folder.open(config, fresh=fresh)
+    with folder.in_use():
+        if folder.done and resume == "auto":
+            last = folder.history()[-1].get("last_step")
+            console.print(
+                f"{config.run_dir} is done ({last} steps): the adapter is in {config.run_dir}/adapter;"
+                " --fresh trains anew",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return 0
+        processes = processes_of(config)
+        attempt = folder.begin_attempt(processes)
+        children = _Children()
+        environment = os.environ | {"QWENLORA_ATTEMPT": str(attempt), "QWENLORA_RESUME": resume}
+        steps = (
+            [sys.executable, "-m", "qwenlora.trainer.prepare", str(folder.config)],
+            torchrun_argv(folder.config, processes),
+        )
+        code = 0
+        for argv in steps:
+            with (folder.logs(attempt) / "launch.log").open("ab") as log:
+                code = children.run(argv, environment, log)
+            if code or children.asked:
+                break
+        return _verdict(folder, attempt, code, children.asked, console)
+
+
+def _verdict(folder: RunFolder, attempt: int, code: int, asked: bool, console: Console) -> int:
+    """Note how the attempt ended, tell the user what they need to know, return the exit code."""
+    if "reason" not in folder.history()[-1]:  # rank 0 did not live to say
+        error = _first_error(folder, attempt)
+        if asked:
+            folder.end_attempt("stopped")
+            console.print("stopped; the same command goes on", highlight=False)
+        elif error and error["code"] == 2:
+            folder.end_attempt("refused", error["message"])
+            console.print(f"error: {error['message']}", style="red", highlight=False, soft_wrap=True)
+        else:
+            message = error["message"] if error else f"a process ended without a word (exit code {code})"
+            folder.end_attempt("failed", message)
+            _explain(folder, attempt, message, error, console)
+    return EXIT_CODES[folder.history()[-1]["reason"]]
+
+
+def _first_error(folder: RunFolder, attempt: int) -> dict[str, Any] | None:
+    """Return the error of the rank that failed first: the others mostly fail because it did."""
+    found = []
+    for file in folder.logs(attempt).glob("rank-*.error.json"):
+        found.append(json.loads(file.read_text(encoding="utf-8")) | {"rank": file.name.split(".")[0]})
+    return min(found, key=lambda error: error["time"], default=None)
+
+
+def _explain(
+    folder: RunFolder, attempt: int, message: str, error: dict[str, Any] | None, console: Console
+) -> None:
+    log = folder.logs(attempt) / (f"{error['rank']}.log" if error else "launch.log")
+    console.print(f"failed: {message}", style="red", highlight=False, soft_wrap=True)
+    console.print(f"the last lines of {log}:", highlight=False, soft_wrap=True)
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+class _Children:
+    """Runs one command after another, and passes stop requests on to the processes that can act on them."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._process: subprocess.Popen[bytes] | None = None
+        for number in FORWARDED:
+            signal.signal(number, self._forward)
+
+    def run(self, argv: list[str], environment: dict[str, str], log: Any) -> int:
+        # a session of its own: Ctrl-C in the terminal reaches the agent alone, which passes it on once.
+        # Standard error, where torchrun and libraries talk, goes to the log; rank 0 has the screen.
+        self._process = subprocess.Popen(argv, env=environment, stderr=log, start_new_session=True)
+        return self._process.wait()
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        if self._process is None or self._process.poll() is not None:
+            raise SystemExit(STOPPED)
+        descendants = psutil.Process(self._process.pid).children(recursive=True)
+        if self.asked:  # a second request: at once
+            for process in [*descendants, self._process]:
+                process.kill()
+            return
+        self.asked = True
+        ranks = [process for process in descendants if _is_rank(process)]
+        if ranks:
+            print("\nstopping after this step; once more to stop at once", flush=True)
+            for rank in ranks:
+                rank.send_signal(signal.SIGTERM)
+        else:
+            self._process.terminate()
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        return "qwenlora.trainer.main" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+if __name__ == "__main__":
+    from qwenlora.launch.cli import guarded
+
+    guarded(lambda: run(load_config(sys.argv[1], sys.argv[2:])))

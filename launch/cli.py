@@ -1,0 +1,131 @@
+"""The `qwenlora` command. Each command imports what it needs when it runs: --help answers at once, without torch."""
+
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="LoRA fine-tuning of a Qwen, from one YAML file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/tiny.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as lora.r=32.")
+]
+
+
+def guarded(command: Callable[[], int]) -> None:
+    """Run a command and leave with its exit code; a ValueError is the user's to mend: its lines, and code 2."""
+    try:
+        if platform.system() != "Linux":
+            raise ValueError(
+                f"qwenlora runs on Linux, this is {platform.system()}: its checkpoints rely on Linux's file semantics"
+                " (rename over an existing name, fsync of folders); on Windows, WSL2 works"
+            )
+        code = command()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    raise SystemExit(code)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine. Default: one a GPU, or 1.")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto (the newest whole checkpoint), none, checkpoint-200, or a path.")
+    ] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier run in run_dir aside; start anew.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the resolved config, what follows from it, and the command.")
+    ] = False,
+) -> None:
+    """Train, or go on training, the run of CONFIG on this machine."""
+
+    def command() -> int:
+        from qwenlora.configs import load_config
+        from qwenlora.launch import agent
+
+        chosen = [*(overrides or []), *([f"launch.nproc_per_node={nproc}"] if nproc else [])]
+        loaded = load_config(config, chosen)
+        if dry_run:
+            print(agent.dry_run(loaded), end="")
+            return 0
+        return agent.run(loaded, fresh=fresh, resume=resume)
+
+    guarded(command)
+
+
+@app.command()
+def compare(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/tiny.")],
+    show: Annotated[int, typer.Option(min=0, help="How many questions to show.")] = 5,
+    limit: Annotated[int, typer.Option(min=1, help="How many training questions to ask.")] = 500,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+) -> None:
+    """Ask the base model and the tuned one the training questions; count the exact answers."""
+
+    def command() -> int:
+        from qwenlora.adapter.compare import compare as compare_answers
+
+        compare_answers(run, show=show, limit=limit, max_new_tokens=max_new_tokens)
+        return 0
+
+    guarded(command)
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the resolved config: defaults < CONFIG < overrides."""
+
+    def command() -> int:
+        from qwenlora.configs import load_config
+        from qwenlora.configs.load import to_yaml
+
+        print(to_yaml(load_config(config, overrides or [])), end="")
+        return 0
+
+    guarded(command)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a config, for editors."""
+
+    def command() -> int:
+        import json
+
+        from qwenlora.configs import Config
+
+        print(json.dumps(Config.model_json_schema(), indent=1, ensure_ascii=False))
+        return 0
+
+    guarded(command)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(metadata.version("qwenlora"))
+        raise SystemExit(0)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,16 @@
+"""What this machine has, asked without torch."""
+
+import os
+import shutil
+import subprocess
+
+
+def gpu_count() -> int:
+    """Return how many NVIDIA GPUs a process started here may use; CUDA_VISIBLE_DEVICES is heeded."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
+    if not shutil.which("nvidia-smi"):
+        return 0
+    answer = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in answer.stdout.splitlines()) if answer.returncode == 0 else 0

@@ -1,0 +1,1 @@
+"""What every rank runs: model, strategy, training, metrics."""

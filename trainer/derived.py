@@ -1,0 +1,81 @@
+"""What follows from a config and is shown before the first step: counts, sizes, and what deserves a warning."""
+
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from qwenlora.configs import Config
+from qwenlora.trainer.model import EMBEDDINGS, TINY, pick_dtype
+from qwenlora.trainer.prepare import Facts
+
+
+def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int) -> dict[str, str]:
+    """Return the start-up table's rows."""
+    parameters, train = known.parameters, known.data["train"]
+    share = parameters.trainable / (parameters.total + parameters.trainable)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    dtype = str(pick_dtype(config.model.dtype)).removeprefix("torch.")
+    stored = "" if config.strategy.quantization == "none" else f", stored as {config.strategy.quantization}"
+    epochs = args.max_steps * config.train.global_batch_size / train["rows"]
+    table = {
+        "model": f"{config.model.name_or_path} ({_count(parameters.total)} parameters, {dtype}{stored})",
+        "trainable": f"{parameters.trainable:,} parameters = {share:.2%} (r {config.lora.r}, alpha"
+        f" {config.lora.lora_alpha}, {_names(config.lora.target_modules)}); adapter {parameters.trainable * 4 / 1e6:.0f} MB",
+        "data": _side(train),
+        "processes": f"{world_size} x {device}, {config.strategy.name}",
+        "global batch": f"{config.train.global_batch_size} rows = {world_size} processes x"
+        f" {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated,"
+        f" about {config.train.global_batch_size * train['tokens'] // train['rows']:,} tokens a step",
+        "steps": f"{args.max_steps:,} ({epochs:.2f} epochs), warm-up {args.get_warmup_steps(args.max_steps)},"
+        f" {config.train.lr_scheduler_type} from {config.train.learning_rate:g}",
+    }
+    if "eval" in known.data:
+        table["evaluation"] = f"{_side(known.data['eval'])}, each {_when(args.eval_strategy, args.eval_steps)}"
+    table["checkpoints"] = (
+        "none"
+        if config.train.save_strategy == "no"
+        else f"about {known.checkpoint_bytes / 1e6:.0f} MB each {_when(args.save_strategy, config.train.save_steps)},"
+        f" {config.train.save_total_limit or 'all'} kept"
+    )
+    return table
+
+
+def warnings(config: Config, known: Facts, untrained: list[str], max_steps: int, *, tied: bool) -> list[str]:
+    """Return what a careful colleague would mention. untrained: turn tokens the base model never learnt."""
+    lines = []
+    for side, counts in known.data.items():
+        for what in ("truncated", "dropped"):
+            if counts[what]:
+                lines.append(f"{counts[what]} {side} rows {what} at data.max_length={config.data.max_length} tokens")
+    saved = config.lora.modules_to_save or []
+    if untrained and config.model.name_or_path != TINY and not any(name in EMBEDDINGS for name in saved):
+        modules = "[embed_tokens]" if tied else "[embed_tokens, lm_head]"
+        lines.append(
+            f"this base model never learnt {' and '.join(untrained)}, which LoRA alone can hardly teach it:"
+            f" set lora.modules_to_save: {modules}, or start from the -Instruct model"
+        )
+    return lines
+
+
+def _side(counts: dict[str, Any]) -> str:
+    return (
+        f"{counts['rows']:,} rows, {counts['tokens']:,} tokens, {counts['trained_tokens'] / counts['tokens']:.0%} of"
+        f" them trained, the longest row {counts['longest']:,}"
+    )
+
+
+def _when(strategy: Any, steps: float | None) -> str:
+    name = str(getattr(strategy, "value", strategy))
+    return {"epoch": "epoch", "no": "never", "steps": f"{int(steps or 0)} steps"}[name]
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:,}"
+
+
+def _names(modules: str | list[str]) -> str:
+    return modules if isinstance(modules, str) else "/".join(modules)

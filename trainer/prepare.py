@@ -1,0 +1,95 @@
+"""Everything that is done once before the ranks start: the base model is found, the data tokenised, limits checked.
+
+`python -m qwenlora.trainer.prepare runs/my-run/config.yaml`. A process of its own, so that no rank waits in a
+collective meanwhile. What it counted is left in the run folder's prepared/facts.json for whoever shows it.
+"""
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qwenlora.configs import Config, load_config
+from qwenlora.data import prepared
+from qwenlora.jobs.run import RunFolder, write_atomically
+from qwenlora.trainer import model as models
+from qwenlora.trainer.progress import take_screen
+
+log = logging.getLogger("qwenlora")
+
+# what a checkpoint holds for each trainable number: itself and Adam's two moments, in float32
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+TOKENIZER_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known before the first step. data: the prepared folder's counts, by side."""
+
+    base: str
+    data_folder: str
+    data: dict[str, dict[str, int]]
+    parameters: models.Parameters
+    checkpoint_bytes: int
+
+
+def prepare(config: Config, run: RunFolder, console: Console | None = None) -> Facts:
+    """Make the run folder ready for ranks. Raises: ValueError when the run cannot start. console: for progress bars."""
+    base = models.base_of(config, run)
+    tokenizer = models.load_tokenizer(config, base)
+    parameters = models.count_parameters(config, base)
+    checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + TOKENIZER_BYTES
+    _check_space(run.path, checkpoint_bytes)
+    key = prepared.key_of(config.data, tokenizer)
+    run.prepared.mkdir(exist_ok=True)
+    if run.trained and run.facts.exists() and read_facts(run).data_folder != key:
+        raise ValueError(
+            f"run_dir={run.path} was trained on other data: the files, the tokenizer or qwenlora's data code changed"
+            " since; restore them, choose another run_dir, or --fresh to set the old run aside"
+        )
+    counts = prepared.prepare(config.data, tokenizer, run.prepared / key, console)
+    facts = Facts(base, key, counts, parameters, checkpoint_bytes)
+    write_atomically(run.facts, json.dumps(asdict(facts), indent=1, ensure_ascii=False))
+    return facts
+
+
+def read_facts(run: RunFolder) -> Facts:
+    """Return what prepare left in the run folder."""
+    values: dict[str, Any] = json.loads(run.facts.read_text(encoding="utf-8"))
+    return Facts(**values | {"parameters": models.Parameters(*values["parameters"])})
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"run_dir={folder} has {free / 2**20:.0f} MiB free, one checkpoint needs {needed / 2**20:.0f} MiB;"
+            " free some, or choose a run_dir on another disk"
+        )
+
+
+def main(config_file: Path) -> int:
+    """Prepare the run of a resolved config; return the exit code. The agent's log keeps what libraries print."""
+    config = load_config(config_file)
+    run = RunFolder(config.run_dir)
+    attempt = int(os.environ.get("QWENLORA_ATTEMPT", "0"))
+    console = take_screen(run.logs(attempt) / "prepare.log", speaks=True)
+    try:
+        prepare(config, run, console)
+    except ValueError as error:
+        log.exception("refused")
+        record = json.dumps({"time": time.time(), "message": str(error), "code": 2}, ensure_ascii=False)
+        write_atomically(run.rank_error(attempt, "prepare"), record)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,114 @@
+"""What a person sees: a table of derived facts, a progress bar in a terminal, plain lines everywhere else.
+
+Rank 0's standard output is the screen. Everything that libraries print goes to the ranks' log files instead.
+"""
+
+import faulthandler
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+log = logging.getLogger("qwenlora")
+PLAIN_WIDTH = 120
+
+
+def take_screen(file: Path, *, speaks: bool) -> Console:
+    """Send all that this process prints, crashes included, to file; return the console that still has the screen.
+
+    speaks: false gives a console that is silent, for ranks other than 0.
+    """
+    screen = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+    faulthandler.enable()
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
+    )
+    log.setLevel(logging.INFO)
+    return Console(file=screen, quiet=not speaks, width=None if screen.isatty() else PLAIN_WIDTH)
+
+
+def facts_table(title: str, facts: dict[str, str]) -> Table:
+    """Return a two-column table."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False, title_style="bold")
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+class ProgressCallback(TrainerCallback):
+    """Rank 0's bar or lines."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar: Progress | None = None
+        self._task = TaskID(0)
+        self._shown = ""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Show the bar, in a terminal."""
+        self._first, self._start = state.global_step, time.monotonic()
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[shown]}"),
+                console=self.console,
+                expand=True,
+            )
+            self._task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, shown="")
+            self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move the bar."""
+        if self.bar:
+            self.bar.update(
+                self._task, completed=state.global_step, shown=f"{self._shown}  {self._left(state)} left"
+            )
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Show the newest numbers."""
+        if "loss" in logs:
+            self._shown = (
+                f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {logs['tokens_per_s']:,.0f} tokens/s"
+            )
+            line = f"step {state.global_step}/{state.max_steps}  {self._shown}  {self._left(state)} left"
+        elif "eval_loss" in logs:
+            line = (
+                f"step {state.global_step}/{state.max_steps}  eval_loss {logs['eval_loss']:.4f}"
+                f"  perplexity {logs['eval_perplexity']:.2f}"
+            )
+        else:
+            return
+        log.info(line)
+        if "eval_loss" in logs or not self.bar:
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def _left(self, state: TrainerState) -> str:
+        trained = state.global_step - self._first
+        if not trained:
+            return "?"
+        seconds = (time.monotonic() - self._start) / trained * (state.max_steps - state.global_step)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
