@@ -32,7 +32,10 @@ class Question(NamedTuple):
 
 
 def compare(folder: Path, *, show: int, limit: int, max_new_tokens: int) -> tuple[int, int]:
-    """Print the comparison of a run; return (exact before, exact after). Raises: ValueError for a run without adapter."""
+    """Print the comparison of a run; return (exact before, exact after).
+
+    Raises: ValueError for a run without adapter.
+    """
     run = RunFolder(folder)
     if not (run.adapter / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds no finished run: {run.adapter} is not there; train it first")
@@ -89,9 +92,9 @@ def answers(model: Any, tokenizer: Any, asked: list[Question], max_new_tokens: i
             )
             for question in asked[start : start + BATCH]
         ]
-        batch = tokenizer(
-            texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left"
-        ).to(model.device)
+        batch = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left").to(
+            model.device
+        )
         with torch.inference_mode():
             generated = model.generate(
                 **batch,

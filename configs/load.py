@@ -181,12 +181,10 @@ def _plain(
             places[child_key] = place
             mapping[key_node.value] = _plain(loader, child, child_key, name, places, above)
         return mapping
-    return loader.construct_object(node)  # type: ignore[no-untyped-call]
+    return loader.construct_object(node)
 
 
-def _apply(
-    overrides: Mapping[str, Any] | Iterable[str], values: dict[str, Any], places: dict[str, str]
-) -> list[str]:
+def _apply(overrides: Mapping[str, Any] | Iterable[str], values: dict[str, Any], places: dict[str, str]) -> list[str]:
     """Lay overrides over values; return the problems found."""
     problems = []
     if isinstance(overrides, Mapping):
@@ -225,7 +223,7 @@ def _typed(field: FieldInfo, raw: str) -> Any:
         value = _parse(raw, COMMAND_LINE)
     except ValueError:
         return raw
-    adapter: TypeAdapter[Any] = TypeAdapter(field.annotation)
+    adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
     for candidate in (value, raw):
         try:
             adapter.validate_json(json.dumps(candidate), strict=True)
@@ -254,7 +252,10 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> list
         elif isinstance(value, dict) and key in SECTIONS:  # a rule between the keys of one section
             lines.append(f"{place}: {key}: {problems[0]}")
         else:
-            lines.append(f"{place}: {key}={json.dumps(value, ensure_ascii=False)}: expected {' or '.join(dict.fromkeys(problems))}")
+            lines.append(
+                f"{place}: {key}={json.dumps(value, ensure_ascii=False)}:"
+                f" expected {' or '.join(dict.fromkeys(problems))}"
+            )
     return lines
 
 

@@ -44,9 +44,7 @@ class Data(Section):
     train: Text | list[Text] = Field(
         description="A .json or .jsonl file, or a list of them. `example`: the rows that come with qwenlora."
     )
-    eval: Text | list[Text] | None = Field(
-        None, description="Rows to evaluate on. `example`: 20 rephrased questions."
-    )
+    eval: Text | list[Text] | None = Field(None, description="Rows to evaluate on. `example`: 20 rephrased questions.")
     max_length: Annotated[int, Field(ge=8)] = Field(2048, description="Longest row, in tokens.")
     overlength: Literal["error", "truncate", "drop"] = Field(
         "error", description="What to do with rows longer than max_length; what was done is counted and shown."
@@ -113,9 +111,7 @@ class Train(Section):
     adam_beta2: Share = Field(0.999, description="AdamW's decay of the second moment.")
     adam_epsilon: NonNegative = Field(1e-8, description="AdamW's epsilon.")
     max_grad_norm: NonNegative = Field(1.0, description="Gradients are clipped to this norm; 0: not at all.")
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations: less memory, up to 50% slower."
-    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, up to 50% slower.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Adapter's start, row order, dropout.")
     eval_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="When to evaluate data.eval.")
     eval_steps: PositiveInt | None = Field(None, description="With eval_strategy: steps.")
@@ -129,9 +125,9 @@ class Train(Section):
             strategy, steps = getattr(self, f"{what}_strategy"), getattr(self, f"{what}_steps")
             if strategy == "steps" and steps is None:
                 raise ValueError(f"{what}_strategy=steps needs {what}_steps; add {what}_steps: 100")
-            if strategy != "steps" and steps is not None:
+            if strategy == "epoch" and steps is not None:
                 raise ValueError(
-                    f"{what}_steps={steps} has no effect with {what}_strategy={strategy};"
+                    f"{what}_steps={steps} has no effect with {what}_strategy=epoch;"
                     f" set {what}_strategy: steps, or remove {what}_steps"
                 )
         return self

@@ -48,7 +48,7 @@ class Side(NamedTuple):
     def trained_lengths(self) -> npt.NDArray[np.int64]:
         """int64 [rows], trained tokens."""
         counts = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
-        return counts[self.starts[1:]] - counts[self.starts[:-1]]
+        return np.asarray(counts[self.starts[1:]] - counts[self.starts[:-1]], np.int64)
 
     def row(self, number: int) -> Tokens:
         """Return the tokens of one row."""

@@ -164,11 +164,11 @@ class RunFolder:
         self.logs(number).mkdir(parents=True, exist_ok=True)
         return number
 
-    def end_attempt(self, reason: Reason, message: str = "", **steps: int) -> None:
+    def end_attempt(self, reason: Reason, message: str = "", steps: dict[str, int] | None = None) -> None:
         """Note why the last attempt ended, unless that is known already. steps: first_step, last_step."""
         history = self.history()
         if "end" not in history[-1]:
-            history[-1] |= {"end": _now(), "reason": reason, "message": message, **steps}
+            history[-1] |= {"end": _now(), "reason": reason, "message": message, **(steps or {})}
             self._write_history(history)
 
     def _write_history(self, history: list[dict[str, Any]]) -> None:
@@ -188,7 +188,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _code() -> dict[str, Any]:
     """Return what ran: the git commit (of the working directory, if any), versions and the command."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

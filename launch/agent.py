@@ -133,9 +133,7 @@ def _first_error(folder: RunFolder, attempt: int) -> dict[str, Any] | None:
     return min(found, key=lambda error: error["time"], default=None)
 
 
-def _explain(
-    folder: RunFolder, attempt: int, message: str, error: dict[str, Any] | None, console: Console
-) -> None:
+def _explain(folder: RunFolder, attempt: int, message: str, error: dict[str, Any] | None, console: Console) -> None:
     log = folder.logs(attempt) / (f"{error['rank']}.log" if error else "launch.log")
     console.print(f"failed: {message}", style="red", highlight=False, soft_wrap=True)
     console.print(f"the last lines of {log}:", highlight=False, soft_wrap=True)
@@ -163,8 +161,9 @@ class _Children:
             raise SystemExit(STOPPED)
         descendants = psutil.Process(self._process.pid).children(recursive=True)
         if self.asked:  # a second request: at once
-            for process in [*descendants, self._process]:
+            for process in descendants:
                 process.kill()
+            self._process.kill()
             return
         self.asked = True
         ranks = [process for process in descendants if _is_rank(process)]

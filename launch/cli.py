@@ -19,9 +19,7 @@ config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/tiny.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as lora.r=32.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as lora.r=32.")]
 
 
 def guarded(command: Callable[[], int]) -> None:

@@ -52,7 +52,7 @@ def choose(run: RunFolder, resume: str) -> tuple[Path | None, list[str]]:
         if why := flaw(folder):
             raise ValueError(f"--resume {resume}: {folder} {why}")
         return folder, []
-    passed_over = []
+    passed_over: list[str] = []
     for folder in run.checkpoints():
         why = flaw(folder)
         if not why:

@@ -20,8 +20,9 @@ def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int
     epochs = args.max_steps * config.train.global_batch_size / train["rows"]
     table = {
         "model": f"{config.model.name_or_path} ({_count(parameters.total)} parameters, {dtype}{stored})",
-        "trainable": f"{parameters.trainable:,} parameters = {share:.2%} (r {config.lora.r}, alpha"
-        f" {config.lora.lora_alpha}, {_names(config.lora.target_modules)}); adapter {parameters.trainable * 4 / 1e6:.0f} MB",
+        "trainable": f"{parameters.trainable:,} parameters = {share:.2%}"
+        f" (r {config.lora.r}, alpha {config.lora.lora_alpha}, {_names(config.lora.target_modules)}),"
+        f" an adapter of {parameters.trainable * 4 / 1e6:.1f} MB",
         "data": _side(train),
         "processes": f"{world_size} x {device}, {config.strategy.name}",
         "global batch": f"{config.train.global_batch_size} rows = {world_size} processes x"

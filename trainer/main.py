@@ -22,7 +22,7 @@ from qwenlora.jobs.run import EXIT_CODES, Reason, RunFolder, write_atomically
 from qwenlora.trainer import checkpoints, derived
 from qwenlora.trainer import model as models
 from qwenlora.trainer.metrics import Metrics
-from qwenlora.trainer.prepare import Facts, prepare, read_facts
+from qwenlora.trainer.prepare import prepare, read_facts
 from qwenlora.trainer.progress import ProgressCallback, facts_table, take_screen
 from qwenlora.trainer.stop import StopCallback
 from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
@@ -82,7 +82,9 @@ def train(config: Config, run: RunFolder, rank: Rank, console: Console, resume: 
             trainer.add_callback(wandb)
         trainer.add_callback(progress)
         console.print(
-            facts_table(f"\n{run.path.name}", derived.facts(config, facts, trainer.args, rank.world_size) | {"W&B": where})
+            facts_table(
+                f"\n{run.path.name}", derived.facts(config, facts, trainer.args, rank.world_size) | {"W&B": where}
+            )
         )
         for line in passed_over:
             _warn(console, f"passed over: {line}")
@@ -150,7 +152,7 @@ def main(arguments: list[str]) -> int:
     try:
         reason, steps = train(config, run, rank, console, os.environ.get("QWENLORA_RESUME", "auto"))
         if rank.first:
-            run.end_attempt(reason, **steps)
+            run.end_attempt(reason, steps=steps)
         console.print(_last_words(reason, steps, run), highlight=False, soft_wrap=True)
         code = EXIT_CODES[reason]
     except Exception as error:

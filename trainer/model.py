@@ -120,9 +120,7 @@ def load_config_of(config: Config, base: str) -> Any:
                 base, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
             )
         except (ValueError, KeyError) as error:  # an unknown model_type
-            raise ValueError(
-                f"model.name_or_path={config.model.name_or_path}: {str(error).splitlines()[0]}"
-            ) from error
+            raise ValueError(f"model.name_or_path={config.model.name_or_path}: {str(error).splitlines()[0]}") from error
     if found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.model.trust_remote_code:
         qwens = ", ".join(sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name.startswith("qwen")))
         raise ValueError(
@@ -169,7 +167,7 @@ def _keep_4bit_weights_as_they_are(model: torch.nn.Module) -> None:
     # on CPUs with AVX512_BF16, bitsandbytes repacks a 4-bit weight for good in eval(): training after is then wrong
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (a plain attribute, not a Tensor)
 
 
 def lora_config(lora: Lora, tied: bool) -> LoraConfig:
@@ -246,9 +244,7 @@ def count_parameters(config: Config, base: str) -> Parameters:
         lora = config.lora.model_copy(update={"init_from": None})
         trainable = sum(p.numel() for p in add_lora(model, lora).parameters() if p.requires_grad)
     text = model_config.get_text_config()
-    width = text.num_attention_heads * getattr(
-        text, "head_dim", text.hidden_size // text.num_attention_heads
-    )
+    width = text.num_attention_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
     return Parameters(total, trainable, body, head.numel(), text.num_hidden_layers, width)
 
 

@@ -75,9 +75,7 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move the bar."""
         if self.bar:
-            self.bar.update(
-                self._task, completed=state.global_step, shown=f"{self._shown}  {self._left(state)} left"
-            )
+            self.bar.update(self._task, completed=state.global_step, shown=f"{self._shown}  {self._left(state)} left")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerControl
 
 from qwenlora.configs import Config
 from qwenlora.data.order import Order, accumulation_steps, total_steps
@@ -35,7 +35,9 @@ def order_of(config: Config, train: Side) -> Order:
     )
 
 
-def training_arguments(config: Config, run: RunFolder, rows: int, world_size: int, evaluates: bool) -> TrainingArguments:
+def training_arguments(
+    config: Config, run: RunFolder, rows: int, world_size: int, evaluates: bool
+) -> TrainingArguments:
     """Return transformers' arguments for a config. rows: of the training side."""
     train = config.train
     dtype = pick_dtype(config.model.dtype)
@@ -82,6 +84,8 @@ def training_arguments(config: Config, run: RunFolder, rows: int, world_size: in
 class LoraTrainer(Trainer):
     """Trainer over prepared rows in our order."""
 
+    control: TrainerControl
+
     def __init__(
         self,
         model: Any,
@@ -119,9 +123,7 @@ class LoraTrainer(Trainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """Time what Trainer waits for data; the rest is Trainer's own."""
         start = time.perf_counter()
-        samples: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(
-            epoch_iterator, num_batches, device
-        )
+        samples: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.data_wait_s += time.perf_counter() - start
         return samples
 

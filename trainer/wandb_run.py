@@ -72,12 +72,10 @@ class WandbCallback(TrainerCallback):
             "silent": True,
             "console": "off",
         }
-        modes = ["online", "offline"] if self.mode == "online" else [self.mode]
+        modes: list[Any] = ["online", "offline"] if self.mode == "online" else [self.mode]
         for mode in modes:
             try:
-                self.session = wandb.init(
-                    mode=mode, resume="allow", settings=wandb.Settings(**settings), **arguments
-                )
+                self.session = wandb.init(mode=mode, resume="allow", settings=wandb.Settings(**settings), **arguments)
                 break
             except Exception as error:  # whatever W&B raises, training goes on
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -99,7 +97,9 @@ class WandbCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         """Send one log."""
-        values = {f"{'eval' if k.startswith('eval_') else 'train'}/{k.removeprefix('eval_')}": v for k, v in logs.items()}
+        values = {
+            f"{'eval' if k.startswith('eval_') else 'train'}/{k.removeprefix('eval_')}": v for k, v in logs.items()
+        }
         if values:
             self._try(lambda: self.session.log({**values, "trainer/step": state.global_step}))
 

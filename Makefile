@@ -1,0 +1,71 @@
+# make train   from nothing to a fine-tuned tiny Qwen       make test    everything this machine can run
+# make check   lint, format, types                          make clean   remove .venv and build leftovers
+#
+# PYTHON=python3.12 make train   chooses the interpreter (3.11 to 3.13)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find . -path './$(VENV)' -prune -o -path ./build -prune -o -path ./runs -prune \
+	-o -path ./tests -prune -o \( -name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' \
+	-o -name schema.json -o -name py.typed \) -print)
+
+.PHONY: train test check format schema clean system
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.installed
+	@echo '== training the embedded default: configs/tiny.yaml -> runs/tiny'
+	$(BIN)/qwenlora train configs/tiny.yaml
+	@echo '== asking the base model and the tuned one'
+	$(BIN)/qwenlora compare runs/tiny
+
+test: $(VENV)/.installed-test
+	@echo '== running the tests that this machine can run'
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-test
+	@echo '== lint and format (ruff), types (mypy, on the installed package)'
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p qwenlora
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: $(VENV)/.installed
+	$(BIN)/qwenlora config schema > configs/schema.json
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# ---- installing. torch comes first: what follows must find it, not bring another one
+
+system:
+	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON) is missing. Install it: sudo apt-get install python3 python3-venv'; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+		echo "$$($(PYTHON) --version) is not supported, 3.11 to 3.13 are. Choose one: PYTHON=python3.12 make train"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo 'Python has no venv module. Install it: sudo apt-get install python3-venv'; exit 2; }
+	@[ "$$(uname -s)" = Linux ] || { echo 'qwenlora runs on Linux; on Windows, WSL2 works'; exit 2; }
+
+$(VENV)/.dependencies: setup.cfg constraints.txt | system
+	@echo '== installing into $(VENV) (torch and its friends; a few minutes the first time)'
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel torch
+	@rm -rf build
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt .
+	@touch $@
+
+# a real install, not an editable one: the tests and mypy see what users get
+$(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
+	@rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+	@rm -rf build
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo '== installing the test extra'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[test]'
+	@rm -rf build
+	@touch $@
