@@ -248,7 +248,7 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> list
         if problems == ["unknown"]:
             lines.append(f"{place}: {_unknown(key, value)}")
         elif problems == ["missing"]:
-            lines.append(f"{place}: {key} is missing; {_how_to_set(key)}")
+            lines.append(f"{place}: {key} is missing: {_what_it_is(key)}")
         elif isinstance(value, dict) and key in SECTIONS:  # a rule between the keys of one section
             lines.append(f"{place}: {key}: {problems[0]}")
         else:
@@ -288,12 +288,13 @@ def _problem(key: str, kind: str, message: str) -> str:
     return message.replace("a valid ", "a ").replace("a integer", "an integer").replace("array", "list")
 
 
-def _how_to_set(key: str) -> str:
+def _what_it_is(key: str) -> str:
     field = FIELDS.get(key)
     if field is None:
         needed = [k for k in FIELDS if k.startswith(f"{key}.") and FIELDS[k].is_required()]
         return f"add a section `{key}:` with {', '.join(k.split('.')[-1] for k in needed)}"
-    return f"{(field.description or '').split('. ')[0].rstrip('.')}"
+    description = (field.description or "").split(". ")[0].rstrip(".")
+    return description[:1].lower() + description[1:]
 
 
 def _unknown(key: str, value: Any) -> str:
@@ -307,7 +308,7 @@ def _unknown(key: str, value: Any) -> str:
     far = [k for k in FIELDS if by_leaf and k.rpartition(".")[2] == by_leaf[0]]
     sections = [] if section else difflib.get_close_matches(leaf, SECTIONS, n=1, cutoff=0.6)
     elsewhere = [ELSEWHERE[leaf]] if leaf in ELSEWHERE else []
-    if nearest := (moved or elsewhere or near or far or sections)[:1]:
+    if nearest := (moved or elsewhere or sections or near or far)[:1]:
         hint = f"did you mean {nearest[0]}?"
     elif section in SECTIONS:
         hint = f"{section} has: {', '.join(siblings)}"

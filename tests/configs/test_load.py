@@ -1,0 +1,169 @@
+"""A config that is right is resolved; one that is wrong is refused in words that say what to write."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenlora.configs import Config, load_config
+from qwenlora.configs.load import differences, to_yaml
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = "model: {name_or_path: tiny}\ndata: {train: example}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "my.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def refusal(path, overrides=()) -> list[str]:
+    with pytest.raises(ValueError, match=".") as caught:
+        load_config(path, overrides)
+    return str(caught.value).splitlines()
+
+
+def test_defaults_yield_to_the_file_and_the_file_to_overrides(write):
+    path = write(MINIMAL + "lora: {r: 8, lora_alpha: 8}\n")
+    config = load_config(path, ["lora.r=32", "train.learning_rate=1e-4"])
+    assert (config.lora.r, config.lora.lora_alpha, config.train.learning_rate) == (32, 8, 1e-4)
+    assert config.train.seed == 42
+
+
+def test_overrides_may_be_a_mapping(write):
+    assert load_config(write(MINIMAL), {"lora.target_modules": ["q_proj"]}).lora.target_modules == ["q_proj"]
+
+
+def test_run_dir_defaults_to_the_files_name(write):
+    assert load_config(write(MINIMAL, "our run.yaml")).run_dir == "runs/our run"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("lora: {rank: 3}", "{path}:3: lora.rank=3: no such key; did you mean lora.r?"),
+        ("lora:\n  lora_alhpa: 3", "{path}:4: lora.lora_alhpa=3: no such key; did you mean lora.lora_alpha?"),
+        ("lora: {learning_rate: 1}", "{path}:3: lora.learning_rate=1: no such key; did you mean train.learning_rate?"),
+        ("learning_rate: 1", "{path}:3: learning_rate=1: no such key; did you mean train.learning_rate?"),
+        ("cutoff_len: 1", "{path}:3: cutoff_len=1: no such key; did you mean data.max_length?"),
+        ("tarin: {seed: 1}", '{path}:3: tarin={{"seed": 1}}: no such key; did you mean train?'),
+        ("lora: {r: true}", "{path}:3: lora.r=true: expected an integer"),
+        ('lora: {r: "8"}', '{path}:3: lora.r="8": expected an integer'),
+        ("lora: {r: 0}", "{path}:3: lora.r=0: expected greater than 0"),
+        ("lora: 8", "{path}:3: lora=8: expected a section with lora.r, "),
+        ("train: {weight_decay: .inf}", "{path}:3: train.weight_decay=Infinity: expected a finite number"),
+        ("train: {lr_scheduler_type: cosin}", "{path}:3: train.lr_scheduler_type=\"cosin\": expected 'linear', "),
+        ("train: {eval_strategy: steps}", "{path}:3: train: eval_strategy=steps needs eval_steps; add eval_steps: 100"),
+        ("train: {save_steps: 9}", "{path}:3: train: save_steps=9 has no effect with save_strategy=epoch; "),
+        ("seed: 1\nseed: 2", "{path}:4: seed stands twice (first at {path}:3); keep one"),
+        ("lora: &a [*a]", "{path}:3: lora contains itself; write the value out"),
+        ("lora: [", "{path}:3: not valid YAML: "),
+        ("x: \x00", "{path}: not valid YAML: unacceptable character #x0000"),
+        ("? [1]\n: 2", "{path}:3: a key must be a word"),
+    ],
+)
+def test_refusals_name_place_key_value_and_cure(write, text, line):
+    path = write(MINIMAL + text)
+    expected = line.format(path=path)
+    assert refusal(path)[0].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("lora.rnak=3", "command line: lora.rnak=3: no such key; lora has: r, lora_alpha, "),
+        ("lora", "command line: 'lora' is no key=value; write it like lora.r=32"),
+        ("lora=3", "command line: lora is a section; set one of its keys: lora.r, "),
+        ("lora.r=x", 'command line: lora.r="x": expected an integer'),
+        ("data.train=3.5", None),
+    ],
+)
+def test_refused_overrides_name_the_command_line(write, override, line):
+    path = write(MINIMAL)
+    if line is None:  # text is wanted: what looks like a number is a file's name
+        assert load_config(path, [override]).data.train == "3.5"
+    else:
+        assert refusal(path, [override])[0].startswith(line)
+
+
+def test_every_problem_of_a_file_is_named_at_once(write):
+    assert len(refusal(write("lora: {rank: 1, r: x}\ncolour: red\n"))) == 5  # and model and data are missing
+
+
+def test_a_config_that_is_not_there_or_not_a_file_is_refused_in_one_line(tmp_path):
+    assert refusal(tmp_path / "no.yaml")[0].startswith(f"no config file {tmp_path / 'no.yaml'} (looked in ")
+    assert refusal(tmp_path) == [f"cannot read config {tmp_path}: Is a directory"]
+    (tmp_path / "gbk.yaml").write_bytes("run_dir: 运行".encode("gb18030"))
+    assert refusal(tmp_path / "gbk.yaml") == [
+        f"{tmp_path / 'gbk.yaml'}: not UTF-8 text at byte 9; save the file as UTF-8"
+    ]
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert refusal(tmp_path / "list.yaml") == [f"{tmp_path / 'list.yaml'}: expected `key: value` lines, found [1]"]
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4"])
+def test_numbers_are_read_as_people_write_them(write, text):
+    assert load_config(write(MINIMAL + f"train: {{learning_rate: {text}}}")).train.learning_rate == 1e-4
+
+
+def test_text_that_yaml_1_1_would_change_stays_text(write):
+    config = load_config(write("model: {name_or_path: on}\ndata: {train: 2026-01-01}\nrun_dir: no\n"))
+    assert (config.model.name_or_path, config.data.train, config.run_dir) == ("on", "2026-01-01", "no")
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40))
+def test_any_text_survives_an_override(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("c") / "my.yaml"
+    path.write_text(MINIMAL)
+    assert load_config(path, [f"log.wandb_project={text}"]).log.wandb_project == text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads_and_survives_a_round_trip(path, tmp_path):
+    config = load_config(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(config))
+    assert load_config(copy) == config
+    text = path.read_text()
+    assert text.startswith("# ")
+    assert text.count("#") >= 3, "a shipped config explains itself"
+
+
+def test_differences_are_named_by_key(write):
+    path = write(MINIMAL)
+    changed = load_config(path, ["lora.r=8", "data.max_length=512"])
+    assert differences(load_config(path), changed) == {"lora.r": (16, 8), "data.max_length": (2048, 512)}
+
+
+def test_a_config_cannot_be_changed(write):
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(write(MINIMAL)).lora.r = 3
+
+
+def test_the_json_schema_for_editors_is_current():
+    assert json.loads((ROOT / "configs" / "schema.json").read_text()) == Config.model_json_schema(), "run `make schema`"
+
+
+def test_every_key_is_described():
+    for name, section in Config.model_json_schema()["$defs"].items():
+        for key, value in section["properties"].items():
+            assert value.get("description"), f"{name}.{key}"
+
+
+def test_loading_a_config_imports_no_torch(tmp_path):
+    code = (
+        "import sys; from qwenlora.configs import load_config; load_config(sys.argv[1]); print('torch' in sys.modules)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "configs/tiny.yaml")], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout == "False\n"

@@ -1,0 +1,76 @@
+"""Shared ground of the tests: real tokenizers where they are, the tiny model, and whole runs made once a session."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ASSETS = ROOT.parent / "shared" / "assets"
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub; the processes that tests start inherit this
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+    os.environ.pop(name, None)
+os.environ["NETRC"] = os.devnull
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    if not ASSETS.is_dir():
+        pytest.skip(f"the real tokenizers and data are not at {ASSETS}")
+    return ASSETS
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    from qwenlora.trainer.tiny import build_tiny
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tiny, request) -> dict:
+    """Return the tokenizers at hand by name: tiny always, qwen2.5 and qwen3 where the assets are."""
+    from transformers import AutoTokenizer
+
+    folders = {"tiny": tiny}
+    if ASSETS.is_dir():
+        folders |= {name: ASSETS / "tokenizers" / name for name in ("qwen2.5", "qwen3")}
+    return {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
+
+
+class Command:
+    """Runs `qwenlora ...` in a folder, as a user does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, *arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", *map(str, arguments)],
+            cwd=self.folder,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+
+@pytest.fixture
+def qwenlora(tmp_path) -> Command:
+    return Command(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """Return the run folder and the output of `qwenlora train configs/tiny.yaml`, as `make train` runs it."""
+    folder = tmp_path_factory.mktemp("tiny run")
+    answer = Command(folder)("train", ROOT / "configs" / "tiny.yaml", OMP_NUM_THREADS="2", WANDB_MODE="offline")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return folder / "runs" / "tiny", answer

@@ -1,0 +1,64 @@
+"""The order of training is a function of seed, epoch and step; ranks only share it out."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenlora.data.order import Order, accumulation_steps, total_steps
+
+
+@st.composite
+def orders(draw):
+    per_device, at_once = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4, 6]))
+    lengths = draw(st.lists(st.integers(1, 50), min_size=1, max_size=70))
+    return Order(np.array(lengths), per_device * at_once, per_device, draw(st.integers(0, 2**32 - 1)))
+
+
+@given(orders(), st.integers(0, 5))
+def test_an_epoch_holds_every_row_once(order, epoch):
+    steps = [order.step(epoch, step) for step in range(order.steps_per_epoch)]
+    assert sorted(np.concatenate(steps).tolist()) == list(range(len(order.lengths)))
+
+
+@given(orders(), st.integers(0, 3), st.sampled_from([1, 2, 3, 4, 6]))
+def test_any_number_of_ranks_walks_the_same_micro_batches(order, epoch, world_size):
+    if order.global_batch_size % (order.per_device_batch_size * world_size):
+        return
+    alone = list(order.micro_batches(epoch, 1, 0))
+    ranks = [list(order.micro_batches(epoch, world_size, rank)) for rank in range(world_size)]
+    assert len({len(rank) for rank in ranks}) == 1, "every rank joins every collective"
+    assert [batch for together in zip(*ranks, strict=True) for batch in together] == alone
+
+
+@given(orders(), st.integers(0, 3))
+def test_a_step_is_sorted_by_length_and_knows_its_rows(order, epoch):
+    for step in range(order.steps_per_epoch):
+        lengths = order.lengths[order.step(epoch, step)]
+        assert (np.diff(lengths) <= 0).all()
+
+
+def test_the_order_is_the_same_for_ever():
+    order = Order(np.ones(10, np.int64), 5, 1, 42)
+    assert order.epoch(0).tolist() == [5, 0, 6, 4, 2, 7, 3, 1, 8, 9]
+    assert order.epoch(0).tolist() != order.epoch(1).tolist()
+    assert order.epoch(0).tolist() != Order(np.ones(10, np.int64), 5, 1, 43).epoch(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "per_device", "world", "message"),
+    [
+        (96, 4, 16, r"train\.global_batch_size=96 is not divisible by .* = 4 \* 16 = 64; nearest: 64, 128"),
+        (3, 2, 2, r"train\.global_batch_size=3 .* = 2 \* 2 = 4; nearest: 4"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(global_batch, per_device, world, message):
+    with pytest.raises(ValueError, match=message):
+        accumulation_steps(global_batch, per_device, world)
+
+
+def test_steps_follow_from_rows_and_epochs():
+    assert total_steps(120, 20, 3, None) == 18
+    assert total_steps(121, 20, 3, None) == 21
+    assert total_steps(120, 20, 0.5, None) == 3
+    assert total_steps(120, 20, 3, 7) == 7

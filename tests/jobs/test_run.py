@@ -1,0 +1,114 @@
+"""A run folder belongs to one config, knows its attempts, and never loses what training made."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from qwenlora.configs import load_config
+from qwenlora.jobs.run import RunFolder
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(f"model: {{name_or_path: tiny}}\ndata: {{train: example}}\nrun_dir: {tmp_path}/runs/我的 run\n")
+    return lambda *overrides: load_config(file, overrides)
+
+
+@pytest.fixture
+def run(config):
+    run = RunFolder(config().run_dir)
+    run.open(config())
+    return run
+
+
+def test_a_new_folder_holds_the_resolved_config_and_the_code(run, config):
+    assert load_config(run.config) == config()
+    code = json.loads(run.code.read_text())
+    assert set(code) == {"git", "versions", "python", "command"}
+    assert code["versions"]["torch"]
+
+
+def test_a_run_that_never_trained_may_change_its_config(run, config):
+    run.open(config("lora.r=8"))
+    assert load_config(run.config).lora.r == 8
+
+
+def test_a_trained_run_refuses_another_config_by_name(run, config):
+    run.metrics.touch()
+    with pytest.raises(ValueError, match=r"holds a run with another config: lora\.r was 16, now 8; choose another run"):
+        run.open(config("lora.r=8"))
+    assert load_config(run.config).lora.r == 16
+    run.open(config("log.wandb=off", "launch.nproc_per_node=2"))  # how it is watched and started is free
+
+
+def test_fresh_sets_the_old_run_aside_and_keeps_it(run, config):
+    run.metrics.write_text("{}\n")
+    for _ in range(2):
+        run.open(config("lora.r=8"), fresh=True)
+        run.metrics.write_text("new\n")
+    aside = sorted(path.name for path in run.path.parent.iterdir())
+    assert aside == ["我的 run", "我的 run.old-1", "我的 run.old-2"]
+    assert (run.path.parent / "我的 run.old-1" / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_a_folder_of_something_else_is_not_taken(tmp_path, config):
+    run = RunFolder(config().run_dir)
+    run.path.mkdir(parents=True)
+    (run.path / "thesis.docx").touch()
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        run.open(config())
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        RunFolder(tmp_path / "file").open(config())
+    with pytest.raises(ValueError, match=r"cannot write to run_dir=.*: Not a directory"):
+        RunFolder(tmp_path / "file" / "below").open(config())
+
+
+def test_attempts_are_numbered_and_keep_how_they_ended(run):
+    assert run.begin_attempt(2) == 1
+    run.end_attempt("stopped", steps={"first_step": 1, "last_step": 7})
+    run.end_attempt("failed", "too late: the first word stands")
+    assert run.begin_attempt(2) == 2
+    assert run.logs(2).is_dir()
+    first, second = run.history()
+    assert (first["reason"], first["last_step"], first["processes"]) == ("stopped", 7, 2)
+    assert "end" not in second
+    assert not run.done
+
+
+def test_a_run_is_done_when_its_adapter_is_there(run):
+    run.begin_attempt(1)
+    run.end_attempt("done")
+    assert not run.done
+    run.adapter.mkdir()
+    assert run.done
+
+
+def test_checkpoints_are_listed_newest_first(run):
+    for name in ("checkpoint-9", "checkpoint-100", "checkpoint-x", ".checkpoint-200", "checkpoint-30"):
+        (run.path / name).mkdir()
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-100", "checkpoint-30", "checkpoint-9"]
+
+
+HOLD = """
+import sys
+from qwenlora.jobs.run import RunFolder
+with RunFolder(sys.argv[1]).in_use():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_in_use_is_refused_and_free_again_afterwards(run):
+    argv = [sys.executable, "-c", HOLD, str(run.path)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"is in use by process {other.pid} on "), run.in_use():
+            pass
+        other.stdin.close()
+        assert other.wait(60) == 0
+    with run.in_use():
+        pass
