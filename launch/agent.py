@@ -20,6 +20,7 @@ from qwenlora.configs import Config, load_config
 from qwenlora.configs.load import to_yaml
 from qwenlora.data.order import accumulation_steps, total_steps
 from qwenlora.data.rows import read_rows, source_files
+from qwenlora.jobs.orphans import die_with_parent
 from qwenlora.jobs.run import EXIT_CODES, RunFolder
 from qwenlora.launch.hardware import gpu_count
 
@@ -153,7 +154,9 @@ class _Children:
     def run(self, argv: list[str], environment: dict[str, str], log: Any) -> int:
         # a session of its own: Ctrl-C in the terminal reaches the agent alone, which passes it on once.
         # Standard error, where torchrun and libraries talk, goes to the log; rank 0 has the screen.
-        self._process = subprocess.Popen(argv, env=environment, stderr=log, start_new_session=True)
+        self._process = subprocess.Popen(
+            argv, env=environment, stderr=log, start_new_session=True, preexec_fn=die_with_parent
+        )
         return self._process.wait()
 
     def _forward(self, number: int, frame: FrameType | None) -> None:

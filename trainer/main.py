@@ -18,6 +18,7 @@ from rich.console import Console
 
 from qwenlora.configs import Config, load_config
 from qwenlora.data import prepared
+from qwenlora.jobs.orphans import die_with_parent
 from qwenlora.jobs.run import EXIT_CODES, Reason, RunFolder, write_atomically
 from qwenlora.trainer import checkpoints, derived
 from qwenlora.trainer import model as models
@@ -139,6 +140,8 @@ def main(arguments: list[str]) -> int:
     run = RunFolder(config.run_dir)
     world_size, number = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     by_agent = "QWENLORA_ATTEMPT" in os.environ
+    if by_agent:
+        die_with_parent()
     attempt = int(os.environ.get("QWENLORA_ATTEMPT", "0"))
     if not by_agent and number == 0:
         run.open(config)

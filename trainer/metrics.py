@@ -5,6 +5,7 @@ first of the callbacks: those after it (progress, W&B) show the same numbers.
 """
 
 import json
+import re
 import resource
 import time
 from pathlib import Path
@@ -38,11 +39,18 @@ PEAK_FLOPS = {
 }
 
 
+_SAYS_NOTHING = re.compile(r"NVIDIA|Tesla|SXM\d?|PCI[eE]|HBM\w*|\d+GB")
+
+
 def peak_flops(gpu_name: str) -> float | None:
     """Return a GPU's dense bf16 peak in FLOP/s by torch's name for it; None for one that is not known."""
     words = gpu_name.replace("-", " ").split()
     known = [name for name in PEAK_FLOPS if all(part in words for part in name.split())]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    if not known:
+        return None
+    name = max(known, key=len)
+    others = [word for word in words if word not in name.split() and not _SAYS_NOTHING.fullmatch(word)]
+    return None if others else PEAK_FLOPS[name]  # a Laptop, Ti or NVL is another chip
 
 
 def flops_per_token(parameters: Parameters, mean_square_length: float, recomputed: bool) -> float:

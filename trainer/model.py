@@ -96,7 +96,7 @@ class _hub_errors:  # noqa: N801 (used like a function)
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError | json.JSONDecodeError):
+        if isinstance(error, OSError | ImportError | json.JSONDecodeError):
             offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ValueError(f"{self.key}={self.name} cannot be loaded{offline}: {reason}") from error
@@ -200,6 +200,11 @@ def add_lora(model: Any, lora: Lora) -> Any:
         peft_model = get_peft_model(model, lora_config(lora, tied))
     except ValueError as error:  # peft names the modules it did not find
         raise ValueError(f"lora.target_modules={lora.target_modules}: {str(error).splitlines()[0]}") from error
+    for parameter in peft_model.parameters():
+        if (
+            parameter.requires_grad
+        ):  # peft leaves modules_to_save in the base's dtype, too coarse for Adam's small steps
+            parameter.data = parameter.data.float()
     if lora.init_from:
         _load_adapter(peft_model, lora)
     return peft_model
@@ -219,6 +224,11 @@ def _load_adapter(model: PeftModel, lora: Lora) -> None:
     weights = load_peft_weights(str(folder), device="cpu")
     try:
         result = set_peft_model_state_dict(model, weights)
+    except KeyError as error:  # a whole module
+        raise ValueError(
+            f"lora.init_from={lora.init_from} does not fit lora.modules_to_save={lora.modules_to_save}:"
+            f" the adapter lacks {error.args[0]}"
+        ) from error
     except RuntimeError as error:  # shapes
         raise ValueError(f"lora.init_from={lora.init_from} does not fit: {str(error).splitlines()[-1]}") from error
     missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]

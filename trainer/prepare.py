@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from qwenlora.configs import Config, load_config
@@ -42,6 +43,7 @@ class Facts:
 
 def prepare(config: Config, run: RunFolder, console: Console | None = None) -> Facts:
     """Make the run folder ready for ranks. Raises: ValueError when the run cannot start. console: for progress bars."""
+    _check_device(config)
     base = models.base_of(config, run)
     tokenizer = models.load_tokenizer(config, base)
     parameters = models.count_parameters(config, base)
@@ -64,6 +66,18 @@ def read_facts(run: RunFolder) -> Facts:
     """Return what prepare left in the run folder."""
     values: dict[str, Any] = json.loads(run.facts.read_text(encoding="utf-8"))
     return Facts(**values | {"parameters": models.Parameters(*values["parameters"])})
+
+
+def _check_device(config: Config) -> None:
+    if torch.cuda.is_available():
+        return
+    if config.model.dtype == "float16":
+        raise ValueError("model.dtype=float16 needs a GPU, and there is none here; set model.dtype: auto or bfloat16")
+    if config.model.attn_implementation.startswith("flash"):
+        raise ValueError(
+            f"model.attn_implementation={config.model.attn_implementation} needs a GPU, and there is none here;"
+            " set model.attn_implementation: sdpa"
+        )
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -70,7 +70,7 @@ def training_arguments(
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a NaN loss is shown as NaN
         average_tokens_across_devices=True,  # the loss is a mean over the trained tokens of the global batch
-        bf16=on_gpu and dtype == torch.bfloat16,
+        bf16=dtype == torch.bfloat16,
         fp16=on_gpu and dtype == torch.float16,
         use_cpu=not on_gpu,
         ddp_find_unused_parameters=False,

@@ -1,0 +1,147 @@
+"""Asked to stop, a run saves and leaves with 75; the same command goes on as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+CONFIG = """
+model: {name_or_path: tiny}
+data: {train: example}
+lora: {lora_dropout: 0.1}
+train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: 14, learning_rate: 3e-3,
+        save_strategy: steps, save_steps: 4, save_total_limit: null}
+log: {logging_steps: 1}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "my.yaml").write_text(CONFIG)
+    return tmp_path / "my.yaml"
+
+
+def losses(folder) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def adapter(folder) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def wait_for_step(folder, step: int, process) -> None:
+    for _ in range(1200):
+        if (folder / "metrics.jsonl").exists() and len(losses(folder)) >= step:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    pytest.fail("no progress")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, number):
+    whole = qwenlora("train", config, "run_dir=whole", "--nproc", 2)
+    assert whole.returncode == 0, whole.stdout
+    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
+    arguments = ["train", str(config), "run_dir=cut", "--nproc", "2"]
+    with subprocess.Popen(
+        [*command, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        wait_for_step(tmp_path / "cut", 5, process)
+        process.send_signal(number)
+        screen = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, screen
+    assert "which is saved; the same command resumes" in screen
+    again = qwenlora(*arguments)
+    assert again.returncode == 0, again.stdout
+    assert "resuming from checkpoint-" in again.stdout
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+    first, second = (json.loads(line) for line in (tmp_path / "cut" / "attempts.jsonl").read_text().splitlines())
+    assert (first["reason"], second["reason"]) == ("stopped", "done")
+    assert second["first_step"] == first["last_step"] + 1
+
+
+def test_a_broken_checkpoint_is_passed_over_and_named(qwenlora, tmp_path, config):
+    assert qwenlora("train", config, "run_dir=run").returncode == 0
+    expected = losses(tmp_path / "run"), adapter(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-14")
+    (tmp_path / "run" / "checkpoint-12" / "complete").unlink()
+    (tmp_path / "run" / "checkpoint-8" / "optimizer.pt").unlink()
+    answer = qwenlora("train", config, "run_dir=run")
+    assert answer.returncode == 0, answer.stdout
+    assert "passed over: checkpoint-12 is not whole: its saving was cut off" in answer.stdout
+    assert "passed over: checkpoint-8 lacks optimizer.pt" in answer.stdout
+    assert "resuming from checkpoint-4" in answer.stdout
+    assert (losses(tmp_path / "run"), adapter(tmp_path / "run")) == expected
+
+
+def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config):
+    assert qwenlora("train", config, "run_dir=run").returncode == 0
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        (folder / "complete").unlink()
+    for arguments, words in (
+        ([], "can be resumed from: checkpoint-14 is not whole: its saving was cut off; checkpoint-12 "),
+        (["--resume", "checkpoint-8"], "checkpoint-8 is not whole: its saving was cut off"),
+        (["--resume", "checkpoint-9"], "checkpoint-9 is no folder"),
+        (["--resume", "none"], "--resume none would train over what run_dir="),
+    ):
+        answer = qwenlora("train", config, "run_dir=run", *arguments)
+        assert answer.returncode == 2, answer.stdout
+        assert words in answer.stdout
+    assert qwenlora("train", config, "run_dir=run", "--fresh").returncode == 0
+    assert (tmp_path / "run.old-1" / "metrics.jsonl").exists()
+
+
+def test_a_killed_agent_leaves_no_rank_behind(tmp_path, config):
+    import psutil
+
+    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
+    with subprocess.Popen(
+        [*command, "train", str(config), "run_dir=run", "--nproc", "2", "train.max_steps=1000"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+    ) as process:
+        wait_for_step(tmp_path / "run", 2, process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(children) >= 3
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+def test_a_rank_that_crashes_ends_the_run_with_its_reason(qwenlora, tmp_path, config):
+    (tmp_path / "sabotage").mkdir()
+    (tmp_path / "sabotage" / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import qwenlora.trainer.main as main\n"
+        "    def broken(*_): raise RuntimeError('the card fell off the bus')\n"
+        "    main.train = broken\n"
+    )
+    environment = {"PYTHONPATH": str(tmp_path / "sabotage")}
+    code = "import os, sys; sys.path.insert(0, os.environ['PYTHONPATH'])\nfrom qwenlora.launch.cli import main; main()"
+    answer = subprocess.run(
+        [sys.executable, "-c", code, "train", str(config), "run_dir=run", "--nproc", "2"],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert answer.returncode == 1, answer.stdout
+    assert "failed: RuntimeError: the card fell off the bus" in answer.stdout
+    assert "rank-1.log:" in answer.stdout
+    (attempt,) = (json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines())
+    assert (attempt["reason"], attempt["message"]) == ("failed", "RuntimeError: the card fell off the bus")

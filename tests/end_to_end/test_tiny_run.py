@@ -1,0 +1,187 @@
+"""`make train` as a user sees it: one real run of configs/tiny.yaml, and all that is left of it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+from qwenlora.adapter.compare import answers, questions
+from qwenlora.configs import load_config
+from qwenlora.data.rows import source_files
+from qwenlora.jobs.run import RunFolder
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    return RunFolder(tiny_run[0])
+
+
+@pytest.fixture(scope="module")
+def metrics(run):
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def test_the_screen_shows_derived_facts_progress_and_where_the_adapter_is(tiny_run):
+    screen = tiny_run[1].stdout
+    for fact in ("model ", "trainable ", "data ", "processes ", "global batch", "steps ", "evaluation ", "W&B "):
+        assert fact in screen
+    assert re.search(r"step 120/120  loss 0\.\d+  lr 3\.00e-03  [\d,]+ tokens/s  0:00 left", screen)
+    assert screen.endswith("done: the adapter is in runs/tiny/adapter\n")
+    for noise in ("Warning", "WARNING", "deepspeed", "Loading weights", "OMP_NUM_THREADS"):
+        assert noise not in screen + tiny_run[1].stderr
+
+
+def test_what_libraries_say_is_kept_in_the_log(run):
+    log = run.rank_log(1, 0).read_text()
+    assert "step 120/120" in log
+    assert "Traceback" not in log
+
+
+def test_the_run_folder_holds_what_the_design_promises(run):
+    assert load_config(run.config).lora.r == 32
+    assert json.loads(run.code.read_text())["versions"]["torch"] == torch.__version__
+    (attempt,) = run.history()
+    assert (attempt["reason"], attempt["first_step"], attempt["last_step"]) == ("done", 1, 120)
+    assert run.done
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-120", "checkpoint-80", "checkpoint-40"]
+    assert {path.name for path in run.adapter.iterdir()} >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_no_file_of_the_run_is_closed_to_colleagues(run):
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in run.adapter.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path.name
+
+
+def test_metrics_hold_every_number_of_every_logging_step(metrics):
+    training = [line for line in metrics if "loss" in line]
+    evaluation = [line for line in metrics if "eval_loss" in line]
+    assert [line["step"] for line in training] == [1, *range(5, 121, 5)]
+    assert [line["step"] for line in evaluation] == [40, 80, 120]
+    for line in training:
+        assert line.keys() == {
+            "step",
+            "epoch",
+            "loss",
+            "learning_rate",
+            "grad_norm",
+            "tokens_per_s",
+            "trained_tokens_per_s",
+            "peak_memory_gb",
+            "data_wait_s",
+            "time",
+        }
+        assert line["grad_norm"] > 0
+        assert 0 < line["trained_tokens_per_s"] < line["tokens_per_s"]
+    assert training[0]["loss"] > 7
+    assert training[-1]["loss"] < 0.1
+
+
+def test_compare_shows_that_the_answers_were_learnt(tiny_run, qwenlora):
+    answer = qwenlora("compare", tiny_run[0], COLUMNS="160")
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stderr == ""
+    found = re.search(r"before (\d+) of 120 \(.*\), after (\d+) of 120", answer.stdout)
+    assert int(found[1]) <= 6
+    assert int(found[2]) >= 114
+    assert answer.stdout.count("├") == 4, "five questions are shown"
+
+
+def test_plain_peft_loads_the_adapter_and_gives_the_same_answers(run):
+    """No line of qwenlora is between peft and the answers."""
+    model = AutoPeftModelForCausalLM.from_pretrained(run.adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    asked = questions(source_files("example", "train"))[::24]
+    ours = list(answers(model, tokenizer, asked, 64, "asking"))
+    for question, expected in zip(asked, ours, strict=True):
+        prompt = tokenizer.apply_chat_template(
+            question.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            said = model.generate(**prompt, do_sample=False, max_new_tokens=64)
+        text = tokenizer.decode(said[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert text == expected == question.reference
+
+
+def test_the_same_command_again_says_that_it_is_done(tiny_run, qwenlora):
+    before = (tiny_run[0] / "metrics.jsonl").stat()
+    answer = qwenlora("train", tiny_run[0] / "config.yaml", f"run_dir={tiny_run[0]}")
+    assert answer.returncode == 0
+    assert answer.stdout.startswith(f"{tiny_run[0]} is done (120 steps): the adapter is in ")
+    assert (tiny_run[0] / "metrics.jsonl").stat() == before
+
+
+def test_the_offline_wandb_run_holds_the_same_losses(run, metrics):
+    (file,) = (run.path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert run.wandb_id.read_text() in file.name
+    sent = {}
+    for record in read_wandb(file):
+        if record.WhichOneof("record_type") == "history":
+            values = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+            sent.setdefault(values["trainer/step"], {}).update(values)
+    assert {s: v["train/loss"] for s, v in sent.items() if "train/loss" in v} == {
+        line["step"]: line["loss"] for line in metrics if "loss" in line
+    }
+    assert {s: v["eval/loss"] for s, v in sent.items() if "eval/loss" in v} == {
+        line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line
+    }
+
+
+def read_wandb(file):
+    """Yield the records of a .wandb file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts = file.read_bytes(), 7, []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # full, last
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(b"".join(parts))
+            parts = []
+            yield record
+
+
+GUARD = """
+import sys
+def guard(event, arguments):
+    if event == "socket.getaddrinfo" and arguments[0] not in (None, "localhost", "127.0.0.1", "::1", "", {host!r}):
+        open({log!r}, "a").write(f"{{sys.argv}} asked for {{arguments[:2]}}\\n")
+sys.addaudithook(guard)
+"""
+
+
+def test_offline_nothing_tries_the_network(qwenlora, tmp_path, tiny):
+    import socket
+
+    (tmp_path / "guard").mkdir()
+    log = tmp_path / "asked"
+    (tmp_path / "guard" / "sitecustomize.py").write_text(GUARD.format(log=str(log), host=socket.gethostname()))
+    arguments = ["train.max_steps=2", "train.save_strategy=no", "run_dir=run", "--nproc", 2]
+    path = {"PYTHONPATH": str(tmp_path / "guard"), "HF_HUB_OFFLINE": "1"}
+    config = tmp_path / "my.yaml"
+    config.write_text(f"model: {{name_or_path: {tiny}}}\ndata: {{train: example, eval: example}}\n")
+    answer = qwenlora("train", config, *arguments, "train.global_batch_size=4", **path)
+    assert answer.returncode == 0, answer.stdout
+    assert not log.exists(), log.read_text()
+    check = "import socket; socket.getaddrinfo('example.invalid', 80)"
+    subprocess.run([sys.executable, "-c", check], env=os.environ | path, check=False, capture_output=True)
+    assert "example.invalid" in log.read_text(), "the guard is awake"

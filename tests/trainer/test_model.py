@@ -1,0 +1,249 @@
+"""Every text Qwen gets its adapter; what cannot be is refused; untrained turn tokens are noticed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy
+from qwenlora.trainer import model as models
+
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+HYBRID = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+KINDS = {
+    "qwen2": {},
+    "qwen2 tied": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "qwen3 tied": {"tie_word_embeddings": True},
+    "qwen2_moe": MOE,
+    "qwen3_moe": MOE,
+    "qwen3_next": MOE | HYBRID,
+    "qwen3_5_text": HYBRID,
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tiny, tmp_path_factory):
+    """A model folder of each kind of Qwen that transformers knows, with random weights."""
+    folder = tmp_path_factory.mktemp("kind")
+    torch.manual_seed(0)
+    settings = {"tie_word_embeddings": False} | SIZES | KINDS[request.param]
+    config = AutoConfig.for_model(request.param.split()[0], **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return folder
+
+
+def config_for(folder, *, lora=None, strategy=None) -> Config:
+    return Config(
+        run_dir="unused",
+        model=Model(name_or_path=str(folder)),
+        data=Data(train="unused"),
+        lora=lora or Lora(),
+        strategy=strategy or Strategy(),
+    )
+
+
+def adapted(config):
+    return models.add_lora(models.load_base(config, config.model.name_or_path), config.lora)
+
+
+def train_a_little(model, steps=3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.arange(24).reshape(2, 12) + 300
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item(), model.eval()(input_ids=ids).logits.detach(), ids
+
+
+def test_every_kind_of_qwen_is_adapted_trained_saved_and_reloaded_by_plain_peft(kind, tmp_path):
+    config = config_for(kind)
+    model = adapted(config)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    assert models.count_parameters(config, str(kind)).trainable == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+    first, _, _ = train_a_little(model, 1)
+    model.train()
+    last, logits, ids = train_a_little(model, 5)
+    assert last < first
+    model.save_pretrained(tmp_path)
+    reloaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(reloaded(input_ids=ids).logits, logits)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        Lora(use_dora=True),
+        Lora(use_rslora=True),
+        Lora(target_modules=["q_proj", "v_proj"], r=4),
+        Lora(target_modules=r".*self_attn\.(q|k)_proj"),
+        Lora(modules_to_save=["embed_tokens"]),
+        Lora(modules_to_save=["lm_head"]),
+        Lora(modules_to_save=["embed_tokens", "lm_head"]),
+    ],
+    ids=str,
+)
+def test_each_way_of_lora_survives_saving(tiny, tmp_path, lora):
+    model = adapted(config_for(tiny, lora=lora))
+    _, logits, ids = train_a_little(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert torch.equal(AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()(input_ids=ids).logits, logits)
+
+
+@pytest.mark.parametrize("named", ["embed_tokens", "lm_head"])
+def test_tied_embeddings_stay_one_matrix(tiny, named):
+    config = config_for(tiny, lora=Lora(modules_to_save=[named]))
+    model = adapted(config)
+    train_a_little(model)
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert torch.equal(head, embeddings)
+    assert embeddings.requires_grad
+    without = models.count_parameters(config_for(tiny), str(tiny)).trainable
+    assert models.count_parameters(config, str(tiny)).trainable == without + embeddings.numel()
+
+
+def test_modules_that_are_not_there_are_refused(tiny):
+    with pytest.raises(ValueError, match=r"lora\.target_modules=\['c_attn'\]: .*not found"):
+        adapted(config_for(tiny, lora=Lora(target_modules=["c_attn"])))
+
+
+@pytest.fixture
+def adapter(tiny, tmp_path):
+    model = adapted(config_for(tiny, lora=Lora(r=8)))
+    _, logits, ids = train_a_little(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", logits, ids
+
+
+def test_training_goes_on_from_an_adapter(tiny, adapter):
+    folder, logits, ids = adapter
+    model = adapted(config_for(tiny, lora=Lora(r=8, init_from=str(folder))))
+    assert torch.equal(model.eval()(input_ids=ids).logits, logits)
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"r": 16}, r"init_from=.* has r=8, the config says 16; set lora\.r: 8"),
+        ({"r": 8, "lora_alpha": 8}, r"has lora_alpha=32, the config says 8; set lora\.lora_alpha: 32"),
+        ({"r": 8, "target_modules": ["q_proj"]}, r"does not fit lora\.target_modules=\['q_proj'\]: the model lacks "),
+        ({"r": 8, "modules_to_save": ["embed_tokens"]}, r"does not fit .*: the adapter lacks .*embed_tokens"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(tiny, adapter, lora, message):
+    with pytest.raises(ValueError, match=message):
+        adapted(config_for(tiny, lora=Lora(init_from=str(adapter[0]), **lora)))
+
+
+def test_a_folder_that_is_no_adapter_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"init_from=.* is no adapter folder: it has no adapter_config\.json"):
+        adapted(config_for(tiny, lora=Lora(init_from=str(tmp_path))))
+
+
+def test_the_dtype_follows_the_hardware_unless_given():
+    assert models.pick_dtype("auto") == (torch.float32 if not torch.cuda.is_available() else torch.bfloat16)
+    assert models.pick_dtype("float16") == torch.float16
+
+
+@pytest.mark.parametrize("saved", [None, ["embed_tokens"]])
+def test_all_that_is_trained_is_float32_whatever_the_base(tiny, saved):
+    config = config_for(tiny, lora=Lora(modules_to_save=saved))
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    model = adapted(config)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("how", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+def test_a_quantised_base_is_really_stored_so_and_learns_after_an_evaluation(tiny, how, kind):
+    model = adapted(config_for(tiny, strategy=Strategy(quantization=how)))
+    layers = [m for m in model.modules() if type(m).__name__ == kind and type(m).__module__.startswith("bitsandbytes")]
+    assert len(layers) == 4 * 7
+    weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    assert weight.dtype in (torch.uint8, torch.int8)
+    first, before, _ = train_a_little(model, 1)
+    model.train()
+    last, _, _ = train_a_little(model, 6)
+    assert last < first
+    if how == "nf4":
+        assert weight.quant_state.nested
+        assert not any(getattr(layer, "support_avx512bf16_for_cpu", False) for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chat_template": None}, "has no chat template; set model.tokenizer"),
+        ({"pad_token": "<|im_end|>"}, "its pad token is <|im_end|>, expected one that ends no turn"),
+    ],
+)
+def test_a_tokenizer_that_cannot_train_chat_is_refused(tiny, tmp_path, change, message):
+    shutil.copytree(tiny, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    if "chat_template" in change:
+        (tmp_path / "model" / "chat_template.jinja").unlink()
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=r"model\.name_or_path=") as caught:
+        models.load_tokenizer(config_for(tmp_path / "model"), str(tmp_path / "model"))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./model", "/models/qwen", "~/qwen", "qwen", "a/b/c"])
+def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name):
+    with pytest.raises(ValueError, match=r"no such folder .*; a hub name has one slash"):
+        models.resolve(name, "model.name_or_path")
+
+
+class TestUntrainedTurnTokens:
+    """A base model's rows past its tokenizer were never trained and lie together; so do turn tokens it never saw."""
+
+    @pytest.fixture
+    def base(self, tiny):
+        model = AutoModelForCausalLM.from_pretrained(tiny)
+        model.resize_token_embeddings(2048 + 64)
+        tokenizer = AutoTokenizer.from_pretrained(tiny)
+        weight = model.get_input_embeddings().weight.data
+        generator = torch.Generator().manual_seed(0)
+        weight[2048:] = 0.01 + 1e-4 * torch.randn(64, weight.shape[1], generator=generator)
+        return model, tokenizer, weight
+
+    def test_tokens_among_the_unused_rows_are_named(self, base):
+        model, tokenizer, weight = base
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        weight[end] = weight[2048:].mean(0)
+        assert models.untrained_turn_tokens(model, tokenizer) == ["<|im_end|>"]
+
+    def test_tokens_that_were_learnt_are_not(self, base):
+        assert models.untrained_turn_tokens(*base[:2]) == []
+
+    def test_random_weights_prove_nothing(self, base):
+        model, tokenizer, weight = base
+        weight.normal_(0, 0.08)
+        assert models.untrained_turn_tokens(model, tokenizer) == []
