@@ -60,13 +60,13 @@ class RunFolder:
         """Return the folder of an attempt's logs."""
         return self.path / "logs" / f"attempt-{attempt}"
 
-    def rank_log(self, attempt: int, rank: int) -> Path:
-        """Return the file that one rank writes everything to."""
-        return self.logs(attempt) / f"rank-{rank}.log"
+    def log(self, attempt: int, process: str) -> Path:
+        """Return the file that a process (launch, prepare, rank-0 ...) writes everything to."""
+        return self.logs(attempt) / f"{process}.log"
 
-    def rank_error(self, attempt: int, rank: int | str) -> Path:
-        """Return the file in which a failing rank says why: {"time", "message", "code"}."""
-        return self.logs(attempt) / f"rank-{rank}.error.json"
+    def error(self, attempt: int, process: str) -> Path:
+        """Return the file in which a failing process says why: {"time", "message", "code"}."""
+        return self.logs(attempt) / f"{process}.error.json"
 
     @property
     def trained(self) -> bool:

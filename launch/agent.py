@@ -97,12 +97,12 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto") -> int:
         children = _Children()
         environment = os.environ | {"QWENLORA_ATTEMPT": str(attempt), "QWENLORA_RESUME": resume}
         steps = (
-            [sys.executable, "-m", "qwenlora.trainer.prepare", str(folder.config)],
+            [sys.executable, "-m", "qwenlora.trainer.main", str(folder.config), "--prepare-only"],
             torchrun_argv(folder.config, processes),
         )
         code = 0
         for argv in steps:
-            with (folder.logs(attempt) / "launch.log").open("ab") as log:
+            with folder.log(attempt, "launch").open("ab") as log:
                 code = children.run(argv, environment, log)
             if code or children.asked:
                 break
@@ -129,13 +129,13 @@ def _verdict(folder: RunFolder, attempt: int, code: int, asked: bool, console: C
 def _first_error(folder: RunFolder, attempt: int) -> dict[str, Any] | None:
     """Return the error of the rank that failed first: the others mostly fail because it did."""
     found = []
-    for file in folder.logs(attempt).glob("rank-*.error.json"):
-        found.append(json.loads(file.read_text(encoding="utf-8")) | {"rank": file.name.split(".")[0]})
+    for file in folder.logs(attempt).glob("*.error.json"):
+        found.append(json.loads(file.read_text(encoding="utf-8")) | {"process": file.name.split(".")[0]})
     return min(found, key=lambda error: error["time"], default=None)
 
 
 def _explain(folder: RunFolder, attempt: int, message: str, error: dict[str, Any] | None, console: Console) -> None:
-    log = folder.logs(attempt) / (f"{error['rank']}.log" if error else "launch.log")
+    log = folder.log(attempt, error["process"] if error else "launch")
     console.print(f"failed: {message}", style="red", highlight=False, soft_wrap=True)
     console.print(f"the last lines of {log}:", highlight=False, soft_wrap=True)
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]:

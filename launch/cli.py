@@ -78,7 +78,10 @@ def compare(
     """Ask the base model and the tuned one the training questions; count the exact answers."""
 
     def command() -> int:
-        from qwenlora.adapter.compare import compare as compare_answers
+        from qwenlora.adapter import quiet_imports
+
+        with quiet_imports():
+            from qwenlora.adapter.compare import compare as compare_answers
 
         compare_answers(run, show=show, limit=limit, max_new_tokens=max_new_tokens)
         return 0

@@ -1,15 +1,11 @@
 """Everything that is done once before the ranks start: the base model is found, the data tokenised, limits checked.
 
-`python -m qwenlora.trainer.prepare runs/my-run/config.yaml`. A process of its own, so that no rank waits in a
-collective meanwhile. What it counted is left in the run folder's prepared/facts.json for whoever shows it.
+`python -m qwenlora.trainer.main runs/my-run/config.yaml --prepare-only`: a process of its own, so that no rank waits
+in a collective meanwhile. What it counted is left in the run folder's prepared/facts.json for whoever shows it.
 """
 
 import json
-import logging
-import os
 import shutil
-import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qwenlora.configs import Config, load_config
+from qwenlora.configs import Config
 from qwenlora.data import prepared
 from qwenlora.jobs.run import RunFolder, write_atomically
 from qwenlora.trainer import model as models
-from qwenlora.trainer.progress import take_screen
-
-log = logging.getLogger("qwenlora")
 
 # what a checkpoint holds for each trainable number: itself and Adam's two moments, in float32
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -87,23 +80,3 @@ def _check_space(folder: Path, needed: int) -> None:
             f"run_dir={folder} has {free / 2**20:.0f} MiB free, one checkpoint needs {needed / 2**20:.0f} MiB;"
             " free some, or choose a run_dir on another disk"
         )
-
-
-def main(config_file: Path) -> int:
-    """Prepare the run of a resolved config; return the exit code. The agent's log keeps what libraries print."""
-    config = load_config(config_file)
-    run = RunFolder(config.run_dir)
-    attempt = int(os.environ.get("QWENLORA_ATTEMPT", "0"))
-    console = take_screen(run.logs(attempt) / "prepare.log", speaks=True)
-    try:
-        prepare(config, run, console)
-    except ValueError as error:
-        log.exception("refused")
-        record = json.dumps({"time": time.time(), "message": str(error), "code": 2}, ensure_ascii=False)
-        write_atomically(run.rank_error(attempt, "prepare"), record)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

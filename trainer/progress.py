@@ -1,14 +1,10 @@
 """What a person sees: a table of derived facts, a progress bar in a terminal, plain lines everywhere else.
 
-Rank 0's standard output is the screen. Everything that libraries print goes to the ranks' log files instead.
+screen.py decides where that is seen.
 """
 
-import faulthandler
 import logging
-import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,26 +13,6 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 log = logging.getLogger("qwenlora")
-PLAIN_WIDTH = 120
-
-
-def take_screen(file: Path, *, speaks: bool) -> Console:
-    """Send all that this process prints, crashes included, to file; return the console that still has the screen.
-
-    speaks: false gives a console that is silent, for ranks other than 0.
-    """
-    screen = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for standard in (1, 2):
-        os.dup2(descriptor, standard)
-    os.close(descriptor)
-    faulthandler.enable()
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
-    )
-    log.setLevel(logging.INFO)
-    return Console(file=screen, quiet=not speaks, width=None if screen.isatty() else PLAIN_WIDTH)
 
 
 def facts_table(title: str, facts: dict[str, str]) -> Table:

@@ -10,6 +10,7 @@ from netrc import NetrcParseError, netrc
 from typing import Any
 from urllib.parse import urlsplit
 
+import requests
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwenlora.configs import Config
@@ -35,8 +36,23 @@ def mode_of(config: Config) -> tuple[str, str]:
     return "off", "no W&B key: `wandb login`, or log.wandb=offline"
 
 
+def _server() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def _reach() -> None:
+    """Ask W&B's server for any answer: wandb.init would try for much longer. Heeds the usual proxy variables."""
+    requests.head(_server(), timeout=REACH_TIMEOUT_S)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, requests.RequestException):
+        return f"no answer from {_server()}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _netrc_has_a_key() -> bool:
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    host = urlsplit(_server()).hostname
     try:
         return bool(host and netrc(os.environ.get("NETRC")).authenticators(host))
     except (OSError, NetrcParseError):
@@ -75,12 +91,14 @@ class WandbCallback(TrainerCallback):
         modes: list[Any] = ["online", "offline"] if self.mode == "online" else [self.mode]
         for mode in modes:
             try:
+                if mode == "online":
+                    _reach()
                 self.session = wandb.init(mode=mode, resume="allow", settings=wandb.Settings(**settings), **arguments)
                 break
             except Exception as error:  # whatever W&B raises, training goes on
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 then = "kept on disk; `wandb sync` sends it" if mode == "online" else "not logged"
-                self.warn(f"W&B cannot be reached ({reason}): this attempt is {then}")
+                self.warn(f"W&B cannot be used ({_reason(error)}): this attempt is {then}")
+                wandb.teardown()  # else the id counts as in use
         if self.session is None:
             return "off"
         self.session.define_metric("trainer/step")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 def test_the_loss_falls(qwenlora, tmp_path, assets, tokenizer, file):
     (tmp_path / "my.yaml").write_text(
         f"model: {{name_or_path: tiny, tokenizer: '{assets}/tokenizers/{tokenizer}'}}\n"
-        f"data: {{train: '{assets}/data/{file}', max_length: 256, overlength: truncate}}\n"
+        f"data: {{train: '{assets}/data/{file}', max_length: 128, overlength: truncate}}\n"
         "lora: {r: 16}\n"
         "train: {global_batch_size: 4, per_device_train_batch_size: 4, max_steps: 50, learning_rate: 3e-3,\n"
         "        save_strategy: 'no'}\n"
@@ -28,4 +28,4 @@ def test_the_loss_falls(qwenlora, tmp_path, assets, tokenizer, file):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] > 11.5  # about ln(151,680): nothing is known yet
     assert lines[-1]["step"] == 50
-    assert lines[-1]["loss"] < lines[0]["loss"] - 2
+    assert lines[-1]["loss"] < lines[0]["loss"] - 1

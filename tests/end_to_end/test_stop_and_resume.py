@@ -46,10 +46,24 @@ def wait_for_step(folder, step: int, process) -> None:
     pytest.fail("no progress")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "my.yaml").write_text(CONFIG)
+    answer = subprocess.run(
+        [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", "train", "my.yaml", "--nproc", "2"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stdout
+    return folder / "runs" / "my"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, number):
-    whole = qwenlora("train", config, "run_dir=whole", "--nproc", 2)
-    assert whole.returncode == 0, whole.stdout
+def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, whole, number):
     command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
     arguments = ["train", str(config), "run_dir=cut", "--nproc", "2"]
     with subprocess.Popen(
@@ -63,8 +77,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, number):
     again = qwenlora(*arguments)
     assert again.returncode == 0, again.stdout
     assert "resuming from checkpoint-" in again.stdout
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(whole)
+    assert adapter(tmp_path / "cut") == adapter(whole)
     first, second = (json.loads(line) for line in (tmp_path / "cut" / "attempts.jsonl").read_text().splitlines())
     assert (first["reason"], second["reason"]) == ("stopped", "done")
     assert second["first_step"] == first["last_step"] + 1
@@ -125,9 +139,9 @@ def test_a_rank_that_crashes_ends_the_run_with_its_reason(qwenlora, tmp_path, co
     (tmp_path / "sabotage" / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    import qwenlora.trainer.main as main\n"
+        "    import qwenlora.trainer.attempt as attempt\n"
         "    def broken(*_): raise RuntimeError('the card fell off the bus')\n"
-        "    main.train = broken\n"
+        "    attempt.train = broken\n"
     )
     environment = {"PYTHONPATH": str(tmp_path / "sabotage")}
     code = "import os, sys; sys.path.insert(0, os.environ['PYTHONPATH'])\nfrom qwenlora.launch.cli import main; main()"

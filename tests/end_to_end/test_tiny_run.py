@@ -40,7 +40,7 @@ def test_the_screen_shows_derived_facts_progress_and_where_the_adapter_is(tiny_r
 
 
 def test_what_libraries_say_is_kept_in_the_log(run):
-    log = run.rank_log(1, 0).read_text()
+    log = run.log(1, "rank-0").read_text()
     assert "step 120/120" in log
     assert "Traceback" not in log
 

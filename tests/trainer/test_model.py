@@ -188,7 +188,7 @@ def test_a_quantised_base_is_really_stored_so_and_learns_after_an_evaluation(tin
     assert len(layers) == 4 * 7
     weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
     assert weight.dtype in (torch.uint8, torch.int8)
-    first, before, _ = train_a_little(model, 1)
+    first, _, _ = train_a_little(model, 1)
     model.train()
     last, _, _ = train_a_little(model, 6)
     assert last < first

@@ -1,0 +1,118 @@
+"""One attempt at a run, in order: data, model, resume, train, save. Every rank runs this; main.py calls it."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from qwenlora.configs import Config
+from qwenlora.data import prepared
+from qwenlora.jobs.run import Reason, RunFolder
+from qwenlora.trainer import checkpoints, derived
+from qwenlora.trainer import model as models
+from qwenlora.trainer.metrics import Metrics
+from qwenlora.trainer.prepare import read_facts
+from qwenlora.trainer.progress import ProgressCallback, facts_table
+from qwenlora.trainer.screen import Rank
+from qwenlora.trainer.stop import StopCallback
+from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
+from qwenlora.trainer.wandb_run import WandbCallback, mode_of
+
+log = logging.getLogger("qwenlora")
+
+
+def train(config: Config, run: RunFolder, rank: Rank, console: Console, resume: str) -> tuple[Reason, dict[str, int]]:
+    """Train one attempt; return why it ended and {first_step, last_step}."""
+    facts = read_facts(run)
+    folder = run.prepared / facts.data_folder
+    train_side, eval_side = prepared.open_side(folder, "train"), prepared.open_side(folder, "eval")
+    assert train_side is not None, "prepare() wrote no training rows"
+    checkpoint, passed_over = checkpoints.choose(run, resume)
+
+    # the same adapter to begin with on every rank; each rank's own dropout after that
+    torch.manual_seed(config.train.seed)
+    tokenizer = models.load_tokenizer(config, facts.base)
+    base = models.load_base(config, facts.base)
+    untrained = models.untrained_turn_tokens(base, tokenizer)
+    model = models.add_lora(base, config.lora)
+    torch.manual_seed(config.train.seed + rank.rank)
+
+    stop = StopCallback()
+    trainer = LoraTrainer(
+        model,
+        training_arguments(config, run, len(train_side), rank.world_size, evaluates=eval_side is not None),
+        order_of(config, train_side),
+        train_side,
+        eval_side,
+        config.train.save_total_limit,
+        processing_class=tokenizer,
+        callbacks=[stop],
+    )
+    trainer.add_callback(Metrics(run.metrics, trainer, facts.parameters, config.train.gradient_checkpointing))
+    progress, wandb = ProgressCallback(console), None
+    if rank.first:
+        mode, why = mode_of(config)
+        where = f"off ({why})"
+        if mode != "off":
+            wandb = WandbCallback(config, run, mode, warn=lambda line: _warn(console, line))
+            where = wandb.start()
+            trainer.add_callback(wandb)
+        trainer.add_callback(progress)
+        console.print(
+            facts_table(
+                f"\n{run.path.name}", derived.facts(config, facts, trainer.args, rank.world_size) | {"W&B": where}
+            )
+        )
+        for line in passed_over:
+            _warn(console, f"passed over: {line}")
+        for line in derived.warnings(config, facts, untrained, trainer.args.max_steps, tied=_tied(base)):
+            _warn(console, line)
+        if checkpoint:
+            console.print(f"resuming from {checkpoint.name}", highlight=False)
+
+    stop.listen()
+    exit_code = 1
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        exit_code = 0
+    finally:
+        progress.stop()
+        if wandb:
+            wandb.finish(exit_code)
+    first = int(checkpoint.name.split("-")[1]) + 1 if checkpoint else 1
+    steps = {"first_step": first, "last_step": trainer.state.global_step}
+    if stop.stopped:
+        return "stopped", steps
+    if rank.first:
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run)
+    return "done", steps
+
+
+def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
+    """Write the final adapter and its tokenizer, whole or not at all."""
+    staging = run.path / ".adapter.staging"
+    checkpoints.remove(staging)
+    # "auto" would ask the hub whether the base's vocabulary has changed; modules_to_save are saved in any case
+    model.save_pretrained(staging, save_embedding_layers=False)
+    tokenizer.save_pretrained(staging)
+    (staging / "README.md").unlink(missing_ok=True)  # peft's is an empty form
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in staging.iterdir():
+        file.chmod(0o666 & ~mask)  # safetensors closes its files to colleagues
+    old = run.path / ".adapter.old"
+    if run.adapter.exists():
+        run.adapter.rename(old)
+    staging.rename(run.adapter)
+    checkpoints.remove(old)
+
+
+def _tied(base: Any) -> bool:
+    return bool(getattr(base.config, "tie_word_embeddings", False))
+
+
+def _warn(console: Console, line: str) -> None:
+    log.warning(line)
+    console.print(f"[yellow]warning:[/] {line}", highlight=False, soft_wrap=True)

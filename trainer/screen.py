@@ -1,0 +1,44 @@
+"""Who has the screen. Rank 0's console does; everything that libraries print goes to the ranks' log files instead."""
+
+import faulthandler
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+log = logging.getLogger("qwenlora")
+PLAIN_WIDTH = 120
+
+
+class Rank(NamedTuple):
+    """This process among the others, as torchrun says; alone, when it says nothing."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+
+def take_screen(file: Path, *, speaks: bool) -> Console:
+    """Send all that this process prints, crashes included, to file; return the console that still has the screen.
+
+    speaks: false gives a console that is silent, for ranks other than 0.
+    """
+    screen = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+    faulthandler.enable()
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
+    )
+    log.setLevel(logging.INFO)
+    return Console(file=screen, quiet=not speaks, width=None if screen.isatty() else PLAIN_WIDTH)
