@@ -6,26 +6,20 @@ the run folder, has the data prepared once, then runs torchrun on `qwenlora.trai
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import psutil
 from rich.console import Console
 
 from qwenlora.configs import Config, load_config
 from qwenlora.configs.load import to_yaml
 from qwenlora.data.order import accumulation_steps, total_steps
 from qwenlora.data.rows import read_rows, source_files
-from qwenlora.jobs.orphans import die_with_parent
 from qwenlora.jobs.run import EXIT_CODES, RunFolder
+from qwenlora.launch.children import RANK_MODULE, Children
 from qwenlora.launch.hardware import gpu_count
 
-STOPPED = EXIT_CODES["stopped"]
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TAIL_LINES = 15
 
 
@@ -42,8 +36,9 @@ def torchrun_argv(config_file: Path, processes: int) -> list[str]:
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={processes}",
+        "--signals-to-handle=SIGQUIT",  # children.py brings the others to the ranks
         "-m",
-        "qwenlora.trainer.main",
+        RANK_MODULE,
         str(config_file),
     ]
 
@@ -94,10 +89,10 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto") -> int:
             return 0
         processes = processes_of(config)
         attempt = folder.begin_attempt(processes)
-        children = _Children()
+        children = Children()
         environment = os.environ | {"QWENLORA_ATTEMPT": str(attempt), "QWENLORA_RESUME": resume}
         steps = (
-            [sys.executable, "-m", "qwenlora.trainer.main", str(folder.config), "--prepare-only"],
+            [sys.executable, "-m", RANK_MODULE, str(folder.config), "--prepare-only"],
             torchrun_argv(folder.config, processes),
         )
         code = 0
@@ -114,8 +109,8 @@ def _verdict(folder: RunFolder, attempt: int, code: int, asked: bool, console: C
     if "reason" not in folder.history()[-1]:  # rank 0 did not live to say
         error = _first_error(folder, attempt)
         if asked:
-            folder.end_attempt("stopped")
-            console.print("stopped; the same command goes on", highlight=False)
+            folder.end_attempt("stopped", "before anything of this attempt was saved")
+            console.print("stopped before anything was saved; the same command starts from there", highlight=False)
         elif error and error["code"] == 2:
             folder.end_attempt("refused", error["message"])
             console.print(f"error: {error['message']}", style="red", highlight=False, soft_wrap=True)
@@ -140,49 +135,6 @@ def _explain(folder: RunFolder, attempt: int, message: str, error: dict[str, Any
     console.print(f"the last lines of {log}:", highlight=False, soft_wrap=True)
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]:
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-
-
-class _Children:
-    """Runs one command after another, and passes stop requests on to the processes that can act on them."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._process: subprocess.Popen[bytes] | None = None
-        for number in FORWARDED:
-            signal.signal(number, self._forward)
-
-    def run(self, argv: list[str], environment: dict[str, str], log: Any) -> int:
-        # a session of its own: Ctrl-C in the terminal reaches the agent alone, which passes it on once.
-        # Standard error, where torchrun and libraries talk, goes to the log; rank 0 has the screen.
-        self._process = subprocess.Popen(
-            argv, env=environment, stderr=log, start_new_session=True, preexec_fn=die_with_parent
-        )
-        return self._process.wait()
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        if self._process is None or self._process.poll() is not None:
-            raise SystemExit(STOPPED)
-        descendants = psutil.Process(self._process.pid).children(recursive=True)
-        if self.asked:  # a second request: at once
-            for process in descendants:
-                process.kill()
-            self._process.kill()
-            return
-        self.asked = True
-        ranks = [process for process in descendants if _is_rank(process)]
-        if ranks:
-            print("\nstopping after this step; once more to stop at once", flush=True)
-            for rank in ranks:
-                rank.send_signal(signal.SIGTERM)
-        else:
-            self._process.terminate()
-
-
-def _is_rank(process: psutil.Process) -> bool:
-    try:
-        return "qwenlora.trainer.main" in process.cmdline()
-    except psutil.Error:
-        return False
 
 
 if __name__ == "__main__":

@@ -13,10 +13,6 @@ if (($# == 0)); then
     echo "usage: sbatch [--gpus-per-node 8 ...] slurm/train.sh CONFIG [key=value ...]" >&2
     exit 2
 fi
-if ((${SLURM_JOB_NUM_NODES:-1} > 1)); then
-    echo "error: slurm/train.sh runs on one node, this job has ${SLURM_JOB_NUM_NODES}; use --nodes 1" >&2
-    exit 2
-fi
 command=${QWENLORA:-.venv/bin/qwenlora}
 if ! command -v "$command" >/dev/null; then
     echo "error: no $command in $PWD; run 'make train' there first, or set QWENLORA to the qwenlora command" >&2

@@ -15,7 +15,7 @@ from qwenlora.trainer import model as models
 from qwenlora.trainer.metrics import Metrics
 from qwenlora.trainer.prepare import read_facts
 from qwenlora.trainer.progress import ProgressCallback, facts_table
-from qwenlora.trainer.screen import Rank
+from qwenlora.trainer.screen import Rank, StopRequest
 from qwenlora.trainer.stop import StopCallback
 from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
 from qwenlora.trainer.wandb_run import WandbCallback, mode_of
@@ -23,7 +23,9 @@ from qwenlora.trainer.wandb_run import WandbCallback, mode_of
 log = logging.getLogger("qwenlora")
 
 
-def train(config: Config, run: RunFolder, rank: Rank, console: Console, resume: str) -> tuple[Reason, dict[str, int]]:
+def train(
+    config: Config, run: RunFolder, rank: Rank, request: StopRequest, console: Console, resume: str
+) -> tuple[Reason, dict[str, int]]:
     """Train one attempt; return why it ended and {first_step, last_step}."""
     facts = read_facts(run)
     folder = run.prepared / facts.data_folder
@@ -31,15 +33,13 @@ def train(config: Config, run: RunFolder, rank: Rank, console: Console, resume: 
     assert train_side is not None, "prepare() wrote no training rows"
     checkpoint, passed_over = checkpoints.choose(run, resume)
 
-    # the same adapter to begin with on every rank; each rank's own dropout after that
-    torch.manual_seed(config.train.seed)
+    torch.manual_seed(config.train.seed)  # the same adapter to begin with on every rank
     tokenizer = models.load_tokenizer(config, facts.base)
     base = models.load_base(config, facts.base)
     untrained = models.untrained_turn_tokens(base, tokenizer)
     model = models.add_lora(base, config.lora)
-    torch.manual_seed(config.train.seed + rank.rank)
 
-    stop = StopCallback()
+    stop, progress = StopCallback(request), ProgressCallback(console)
     trainer = LoraTrainer(
         model,
         training_arguments(config, run, len(train_side), rank.world_size, evaluates=eval_side is not None),
@@ -50,29 +50,24 @@ def train(config: Config, run: RunFolder, rank: Rank, console: Console, resume: 
         processing_class=tokenizer,
         callbacks=[stop],
     )
+    torch.manual_seed(config.train.seed + rank.rank)  # each rank's own dropout from here; Trainer() has just reset it
     trainer.add_callback(Metrics(run.metrics, trainer, facts.parameters, config.train.gradient_checkpointing))
-    progress, wandb = ProgressCallback(console), None
+    wandb = None
     if rank.first:
-        mode, why = mode_of(config)
-        where = f"off ({why})"
-        if mode != "off":
-            wandb = WandbCallback(config, run, mode, warn=lambda line: _warn(console, line))
-            where = wandb.start()
-            trainer.add_callback(wandb)
-        trainer.add_callback(progress)
-        console.print(
-            facts_table(
-                f"\n{run.path.name}", derived.facts(config, facts, trainer.args, rank.world_size) | {"W&B": where}
-            )
-        )
-        for line in passed_over:
-            _warn(console, f"passed over: {line}")
-        for line in derived.warnings(config, facts, untrained, trainer.args.max_steps, tied=_tied(base)):
+        wandb, where = _start_wandb(config, run, console)
+        for callback in (wandb, progress):
+            if callback:
+                trainer.add_callback(callback)
+        table = derived.facts(config, facts, trainer.args, rank.world_size) | {"W&B": where}
+        console.print(facts_table(f"\n{run.path.name}", table))
+        for line in [
+            *(f"passed over: {line}" for line in passed_over),
+            *derived.warnings(config, facts, untrained, tied=bool(base.config.tie_word_embeddings)),
+        ]:
             _warn(console, line)
         if checkpoint:
             console.print(f"resuming from {checkpoint.name}", highlight=False)
 
-    stop.listen()
     exit_code = 1
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -88,6 +83,15 @@ def train(config: Config, run: RunFolder, rank: Rank, console: Console, resume: 
     if rank.first:
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run)
     return "done", steps
+
+
+def _start_wandb(config: Config, run: RunFolder, console: Console) -> tuple[WandbCallback | None, str]:
+    """Return the callback, if W&B is on, and what the start-up table says of it."""
+    mode, why = mode_of(config)
+    if mode == "off":
+        return None, f"off ({why})"
+    wandb = WandbCallback(config, run, mode, warn=lambda line: _warn(console, line))
+    return wandb, wandb.start()
 
 
 def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
@@ -107,10 +111,6 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
         run.adapter.rename(old)
     staging.rename(run.adapter)
     checkpoints.remove(old)
-
-
-def _tied(base: Any) -> bool:
-    return bool(getattr(base.config, "tie_word_embeddings", False))
 
 
 def _warn(console: Console, line: str) -> None:

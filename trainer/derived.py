@@ -42,7 +42,7 @@ def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int
     return table
 
 
-def warnings(config: Config, known: Facts, untrained: list[str], max_steps: int, *, tied: bool) -> list[str]:
+def warnings(config: Config, known: Facts, untrained: list[str], *, tied: bool) -> list[str]:
     """Return what a careful colleague would mention. untrained: turn tokens the base model never learnt."""
     lines = []
     for side, counts in known.data.items():

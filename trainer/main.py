@@ -17,7 +17,7 @@ from rich.console import Console
 from qwenlora.configs import Config, load_config
 from qwenlora.jobs.orphans import die_with_parent
 from qwenlora.jobs.run import EXIT_CODES, Reason, RunFolder, write_atomically
-from qwenlora.trainer.screen import Rank, take_screen
+from qwenlora.trainer.screen import Rank, StopRequest, take_screen
 
 log = logging.getLogger("qwenlora")
 PREPARE_ONLY = "--prepare-only"
@@ -30,6 +30,9 @@ def main(arguments: list[str]) -> int:
     config = load_config(config_file, overrides)
     run = RunFolder(config.run_dir)
     rank = Rank(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    request = StopRequest()
+    if not prepare_only:
+        request.listen()
     by_agent = "QWENLORA_ATTEMPT" in os.environ
     if by_agent:
         die_with_parent()
@@ -42,7 +45,11 @@ def main(arguments: list[str]) -> int:
     name = "prepare" if prepare_only else f"rank-{rank.rank}"
     console = take_screen(run.log(attempt, name), speaks=rank.first)
     try:
-        return _work(config, run, rank, console, prepare=prepare_only or not by_agent, train=not prepare_only)
+        if rank.first and (prepare_only or not by_agent):
+            from qwenlora.trainer.prepare import prepare
+
+            prepare(config, run, console)
+        return 0 if prepare_only else _train(config, run, rank, request, console)
     except Exception as error:
         log.exception("%s failed", name)
         code = 2 if isinstance(error, ValueError) else 1
@@ -56,17 +63,11 @@ def main(arguments: list[str]) -> int:
         return code
 
 
-def _work(config: Config, run: RunFolder, rank: Rank, console: Console, *, prepare: bool, train: bool) -> int:
-    if prepare and rank.first:
-        from qwenlora.trainer.prepare import prepare as make_ready
-
-        make_ready(config, run, console)
-    if not train:
-        return 0
+def _train(config: Config, run: RunFolder, rank: Rank, request: StopRequest, console: Console) -> int:
     _join(config, rank)
-    from qwenlora.trainer.attempt import train as attempt
+    from qwenlora.trainer.attempt import train
 
-    reason, steps = attempt(config, run, rank, console, os.environ.get("QWENLORA_RESUME", "auto"))
+    reason, steps = train(config, run, rank, request, console, os.environ.get("QWENLORA_RESUME", "auto"))
     if rank.first:
         run.end_attempt(reason, steps=steps)
     console.print(_last_words(reason, steps, run), highlight=False, soft_wrap=True)

@@ -1,10 +1,15 @@
-"""Who has the screen. Rank 0's console does; everything that libraries print goes to the ranks' log files instead."""
+"""A rank among its surroundings: who it is, who has the screen, and who asked it to stop. Light to import.
+
+Rank 0's console has the screen; everything that libraries print goes to the ranks' log files instead.
+"""
 
 import faulthandler
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from rich.console import Console
@@ -23,6 +28,21 @@ class Rank(NamedTuple):
     def first(self) -> bool:
         """Whether this rank speaks for all."""
         return self.rank == 0
+
+
+class StopRequest:
+    """A flag that stop signals set, and nothing else: what is under way is finished first."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def listen(self) -> None:
+        """Hear the signals from now on."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
 
 
 def take_screen(file: Path, *, speaks: bool) -> Console:

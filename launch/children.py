@@ -1,0 +1,89 @@
+"""Child processes of the agent: run one after another, told to stop together, and none left behind.
+
+A scheduler signals every process of a job, a terminal only the agent. Both must end the same way: the ranks finish
+their step and save. So the children start with these signals ignored (torchrun would die of USR1, and would kill the
+ranks on TERM), and the agent passes a request on to the ranks until they have left.
+"""
+
+import signal
+import subprocess
+import time
+from types import FrameType
+from typing import IO
+
+import psutil
+
+from qwenlora.jobs.orphans import die_with_parent
+
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+RANK_MODULE = "qwenlora.trainer.main"
+POLL_S = 0.1
+REPEAT_S = 1.0  # a rank that is still being imported cannot hear yet
+
+
+class Children:
+    """Runs commands and hears stop requests. asked: there was one; at_once: and then Ctrl-C, once more."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.at_once = False
+        for number in REQUESTS:
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.at_once = self.asked and number == signal.SIGINT
+        self.asked = True
+
+    def run(self, argv: list[str], environment: dict[str, str], log: IO[bytes]) -> int:
+        """Run a command to its end; return its exit code. log: takes its standard error, the screen its output."""
+        process = subprocess.Popen(argv, env=environment, stderr=log, start_new_session=True, preexec_fn=_prepare_child)
+        last = float("-inf")
+        while process.poll() is None:
+            if self.at_once:
+                _kill(process)
+            elif self.asked and time.monotonic() - last > REPEAT_S:
+                self._pass_on(process, first=last < 0)
+                last = time.monotonic()
+            time.sleep(POLL_S)
+        return process.returncode
+
+    def _pass_on(self, process: subprocess.Popen[bytes], *, first: bool) -> None:
+        ranks = [child for child in _descendants(process) if _is_rank(child)]
+        if not ranks:  # nothing has been trained that could be saved
+            _kill(process)
+        elif first:
+            print("\nstopping after this step; Ctrl-C again stops at once, without saving", flush=True)
+        for rank in ranks:
+            try:
+                rank.send_signal(signal.SIGTERM)
+            except psutil.NoSuchProcess:
+                continue  # it has left
+
+
+def _prepare_child() -> None:
+    for number in REQUESTS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
+
+
+def _descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        return RANK_MODULE in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    for child in _descendants(process):
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.kill()
