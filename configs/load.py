@@ -224,7 +224,9 @@ def _typed(field: FieldInfo, raw: str) -> Any:
     except ValueError:
         return raw
     adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
-    for candidate in (value, raw):
+    # YAML drops spaces and what follows a #; a name on a command line means what it says, unless it is quoted
+    as_typed = (isinstance(value, str) and raw[:1] not in "\"'") or (value is None and "#" in raw)
+    for candidate in (raw, value) if as_typed else (value, raw):
         try:
             adapter.validate_json(json.dumps(candidate), strict=True)
         except (ValidationError, TypeError):

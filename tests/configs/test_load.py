@@ -120,7 +120,18 @@ def test_text_that_yaml_1_1_would_change_stays_text(write):
     assert (config.model.name_or_path, config.data.train, config.run_dir) == ("on", "2026-01-01", "no")
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40))
+@pytest.mark.parametrize(
+    ("raw", "value"), [("null", None), ("~", None), ("#1", "#1"), ("a #1", "a #1"), ("'a b '", "a b "), ("7", "7")]
+)
+def test_a_name_on_the_command_line_means_what_it_says(write, raw, value):
+    assert load_config(write(MINIMAL), [f"log.wandb_name={raw}"]).log.wandb_name == value
+
+
+@given(
+    st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=40).filter(
+        lambda t: t[0] not in "\"'"
+    )
+)
 def test_any_text_survives_an_override(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("c") / "my.yaml"
     path.write_text(MINIMAL)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -62,15 +63,22 @@ def whole(tmp_path_factory):
     return folder / "runs" / "my"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, whole, number):
+@pytest.mark.parametrize(
+    ("number", "everyone"),
+    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGUSR1, True)],
+    ids=["Ctrl-C", "kill", "scancel", "sbatch --signal"],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, whole, number, everyone):
+    """A terminal and `kill` signal the agent alone; Slurm signals every process of the job at once."""
     command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
     arguments = ["train", str(config), "run_dir=cut", "--nproc", "2"]
     with subprocess.Popen(
         [*command, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         wait_for_step(tmp_path / "cut", 5, process)
-        process.send_signal(number)
+        others = psutil.Process(process.pid).children(recursive=True) if everyone else []
+        for one in [process, *others]:
+            one.send_signal(number)
         screen = process.communicate(timeout=60)[0]
     assert process.returncode == 75, screen
     assert "which is saved; the same command resumes" in screen
@@ -118,8 +126,6 @@ def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config):
 
 
 def test_a_killed_agent_leaves_no_rank_behind(tmp_path, config):
-    import psutil
-
     command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
     with subprocess.Popen(
         [*command, "train", str(config), "run_dir=run", "--nproc", "2", "train.max_steps=1000"],
