@@ -5,6 +5,7 @@ RunFolder is the one owner of these paths. Its history is attempts.jsonl, one li
 with reason done, stopped, failed or refused; a line without an end is an attempt that was killed.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -79,26 +80,42 @@ class RunFolder:
         history = self.history()
         return bool(history) and history[-1].get("reason") == "done" and self.adapter.is_dir()
 
-    def open(self, config: Config, *, fresh: bool = False) -> None:
-        """Make the folder, or reopen it for another attempt at the same run.
+    @contextmanager
+    def claim(self, config: Config, *, fresh: bool = False) -> Iterator[None]:
+        """Hold the folder for one attempt: make it, or reopen it for another attempt at the same run.
 
-        fresh: set what is there aside and start anew.
-        Raises: ValueError when the folder holds a run with another config, or is something else's.
+        fresh: set what is there aside and start anew. Other processes of this machine are kept out while the block
+        runs, and where the file system knows flock, those of other machines too.
+        Raises: ValueError when the folder holds a run with another config, is something else's, or is in use.
         """
-        if fresh and self.path.exists() and any(self.path.iterdir()):
-            self._set_aside()
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir={self.path} is a file; choose another run_dir")
-        if self.trained:
-            self._refuse_another_config(config)
-        elif self.path.is_dir() and not self.config.exists() and any(self.path.iterdir()):
+        if self._is_something_else():
             raise ValueError(f"run_dir={self.path} is not empty and holds no run; choose another run_dir")
-        try:
+        if fresh and self.config.exists():
+            with self._locked():
+                self._set_aside()
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config, to_yaml(config))
-            write_atomically(self.code, json.dumps(_code(), indent=1))
+        with self._locked():
+            if self.trained:
+                self._refuse_another_config(config)
+            with self._writing():
+                write_atomically(self.config, to_yaml(config))
+                write_atomically(self.code, json.dumps(_code(), indent=1))
+            yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise ValueError(f"cannot write to run_dir={self.path}: {error.strerror}; choose another") from None
+            raise ValueError(f"cannot write to run_dir={self.path}: {error.strerror}; choose another run_dir") from None
+
+    def _is_something_else(self) -> bool:
+        if not self.path.is_dir() or self.config.exists():
+            return False
+        return any(path != self._lock for path in self.path.iterdir())
 
     def _set_aside(self) -> None:
         number = 1
@@ -125,17 +142,19 @@ class RunFolder:
             )
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keep other processes of this machine out of the folder while the block runs.
-
-        Raises: ValueError naming the process that has it.
-        """
-        with self._lock.open("a+") as file:
+    def _locked(self) -> Iterator[None]:
+        with self._writing():
+            file = self._lock.open("a+")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 file.seek(0)
                 raise ValueError(f"run_dir={self.path} is in use by {file.read().strip()}") from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+                # a file system without locks (Lustre without -o flock): nobody is kept out
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()

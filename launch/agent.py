@@ -76,8 +76,7 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto") -> int:
     """Run a config to its end on this machine; return the exit code. Raises: ValueError when it cannot start."""
     check(config)
     console, folder = Console(), RunFolder(config.run_dir)
-    folder.open(config, fresh=fresh)
-    with folder.in_use():
+    with folder.claim(config, fresh=fresh):
         if folder.done and resume == "auto":
             last = folder.history()[-1].get("last_step")
             console.print(

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 
 from rich.console import Console
@@ -25,6 +26,11 @@ PREPARE_ONLY = "--prepare-only"
 
 def main(arguments: list[str]) -> int:
     """Run this process: CONFIG [key=value ...] [--prepare-only]. Return its exit code."""
+    with ExitStack() as held:
+        return _main(arguments, held)
+
+
+def _main(arguments: list[str], held: ExitStack) -> int:
     prepare_only = PREPARE_ONLY in arguments
     config_file, *overrides = (argument for argument in arguments if argument != PREPARE_ONLY)
     config = load_config(config_file, overrides)
@@ -37,7 +43,7 @@ def main(arguments: list[str]) -> int:
     if by_agent:
         die_with_parent()
     elif rank.first:
-        run.open(config)
+        held.enter_context(run.claim(config))
         run.begin_attempt(rank.world_size)
     else:
         _join(config, rank)  # the first rank comes when the folder and the data are ready

@@ -20,8 +20,13 @@ def config(tmp_path):
 @pytest.fixture
 def run(config):
     run = RunFolder(config().run_dir)
-    run.open(config())
+    claim(run, config())
     return run
+
+
+def claim(run, config, **how):
+    with run.claim(config, **how):
+        pass
 
 
 def test_a_new_folder_holds_the_resolved_config_and_the_code(run, config):
@@ -32,22 +37,22 @@ def test_a_new_folder_holds_the_resolved_config_and_the_code(run, config):
 
 
 def test_a_run_that_never_trained_may_change_its_config(run, config):
-    run.open(config("lora.r=8"))
+    claim(run, config("lora.r=8"))
     assert load_config(run.config).lora.r == 8
 
 
 def test_a_trained_run_refuses_another_config_by_name(run, config):
     run.metrics.touch()
     with pytest.raises(ValueError, match=r"holds a run with another config: lora\.r was 16, now 8; choose another run"):
-        run.open(config("lora.r=8"))
+        claim(run, config("lora.r=8"))
     assert load_config(run.config).lora.r == 16
-    run.open(config("log.wandb=off", "launch.nproc_per_node=2"))  # how it is watched and started is free
+    claim(run, config("log.wandb=off", "launch.nproc_per_node=2"))  # how it is watched and started is free
 
 
 def test_fresh_sets_the_old_run_aside_and_keeps_it(run, config):
     run.metrics.write_text("{}\n")
     for _ in range(2):
-        run.open(config("lora.r=8"), fresh=True)
+        claim(run, config("lora.r=8"), fresh=True)
         run.metrics.write_text("new\n")
     aside = sorted(path.name for path in run.path.parent.iterdir())
     assert aside == ["我的 run", "我的 run.old-1", "我的 run.old-2"]
@@ -59,12 +64,12 @@ def test_a_folder_of_something_else_is_not_taken(tmp_path, config):
     run.path.mkdir(parents=True)
     (run.path / "thesis.docx").touch()
     with pytest.raises(ValueError, match="is not empty and holds no run"):
-        run.open(config())
+        claim(run, config())
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
-        RunFolder(tmp_path / "file").open(config())
+        claim(RunFolder(tmp_path / "file"), config())
     with pytest.raises(ValueError, match=r"cannot write to run_dir=.*: Not a directory"):
-        RunFolder(tmp_path / "file" / "below").open(config())
+        claim(RunFolder(tmp_path / "file" / "below"), config())
 
 
 def test_attempts_are_numbered_and_keep_how_they_ended(run):
@@ -95,20 +100,23 @@ def test_checkpoints_are_listed_newest_first(run):
 
 HOLD = """
 import sys
+from qwenlora.configs import load_config
 from qwenlora.jobs.run import RunFolder
-with RunFolder(sys.argv[1]).in_use():
+config = load_config(sys.argv[1])
+with RunFolder(config.run_dir).claim(config):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
-def test_a_folder_in_use_is_refused_and_free_again_afterwards(run):
-    argv = [sys.executable, "-c", HOLD, str(run.path)]
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_in_use_is_refused_and_free_again_afterwards(run, config, fresh):
+    argv = [sys.executable, "-c", HOLD, str(run.config)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=rf"is in use by process {other.pid} on "), run.in_use():
-            pass
+        with pytest.raises(ValueError, match=rf"is in use by process {other.pid} on "):
+            claim(run, config("lora.r=8"), fresh=fresh)
+        assert load_config(run.config).lora.r == 16, "what the other process uses is left alone"
         other.stdin.close()
         assert other.wait(60) == 0
-    with run.in_use():
-        pass
+    claim(run, config(), fresh=fresh)
