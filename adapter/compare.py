@@ -19,7 +19,6 @@ from qwenlora.configs import load_config
 from qwenlora.data.rows import Message, read_rows, source_files
 from qwenlora.jobs.run import RunFolder
 from qwenlora.trainer import model as models
-from qwenlora.trainer.prepare import read_facts
 
 BATCH = 40
 
@@ -42,7 +41,7 @@ def compare(folder: Path, *, show: int, limit: int, max_new_tokens: int) -> tupl
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = load_config(run.config)
-    base_name = read_facts(run).base
+    base_name = models.base_of(config, run)  # not as it was then: the folder may have moved
     tokenizer = models.load_tokenizer(config, base_name)
     asked = questions(source_files(config.data.train, "train"))[:limit]
     model = PeftModel.from_pretrained(models.load_base(config, base_name), run.adapter).eval()
@@ -54,22 +53,24 @@ def compare(folder: Path, *, show: int, limit: int, max_new_tokens: int) -> tupl
 
     console = Console()
     table = Table(show_lines=True)
-    for name in ("question", "base model", "expected", "tuned"):
+    for name in ("question", "expected", "base model", "tuned"):
         table.add_column(name, overflow="fold", ratio=1)
     for number in range(0, len(asked), max(1, len(asked) // max(show, 1)))[:show]:
         question = asked[number]
-        tuned = escape(after[number])
+        tuned = escape(_short(after[number], 200))
         style = "green" if after[number] == question.reference else "red"
         table.add_row(
             escape(question.messages[-1]["content"]),
-            escape(_short(before[number])),
             escape(question.reference),
+            escape(_short(before[number], 60)),
             f"[{style}]{tuned}[/]",
         )
     if show:
         console.print(table)
     shares = [f"{count} of {len(asked)} ({count / len(asked):.1%})" for count in exact]
-    console.print(f"exact answers to training questions: before {shares[0]}, after {shares[1]}", highlight=False)
+    console.print(
+        f"exact answers to training questions: before {shares[0]}, after {shares[1]}", highlight=False, soft_wrap=True
+    )
     return exact[0], exact[1]
 
 
@@ -110,5 +111,5 @@ def answers(model: Any, tokenizer: Any, asked: list[Question], max_new_tokens: i
         yield from (text.strip() for text in tokenizer.batch_decode(replies, skip_special_tokens=True))
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+def _short(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qwenlora.data.rows import Message, Row
+from qwenlora.data.rows import Row
 
 TURN_END = "<|im_end|>"
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 # Qwen3 writes this before a reply that was not thought about: it is what the generation prompt holds, not the reply
 _NO_THOUGHT = "<think>\n\n</think>\n\n"
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 class Tokens(NamedTuple):
@@ -63,18 +64,32 @@ def reply_spans(text: str, row: Row) -> list[tuple[int, int]]:
         )
     spans = []
     for turn, reply in zip(turns, replies, strict=True):
-        if not turn[2].endswith(_said(reply)):
-            raise ValueError(f"{row.place}: the chat template changed a reply: {turn[2][:60]!r}")
-        start = turn.start(2)
-        if turn[2].startswith(_NO_THOUGHT):
+        start, body, said = turn.start(2), turn[2], reply["content"]
+        if body.startswith(_NO_THOUGHT) and "<think>" not in said:
             start += len(_NO_THOUGHT)
+            body = body.removeprefix(_NO_THOUGHT)
+        if _plain(body) not in _renderings(row, said):
+            raise ValueError(f"{row.place}: the chat template changed a reply: it wrote {body[:60]!r}")
         spans.append((start, turn.end(2) + len(TURN_END)))
     return spans
 
 
-def _said(reply: Message) -> str:
-    """Return the part of a reply that every Qwen template keeps: what follows the thinking."""
-    return reply["content"].split("</think>")[-1].strip("\n")
+def _renderings(row: Row, said: str) -> tuple[str, ...]:
+    """Return what a template may make of a reply: all of it, or (in earlier turns) the answer without the thought."""
+    if "<think>" not in said and "</think>" not in said:
+        return (_plain(said),)
+    thought = _THOUGHT.fullmatch(said)
+    if not thought or "think>" in thought[1] + thought[2]:
+        raise ValueError(
+            f"{row.place}: a reply has a stray <think> or </think>, from which Qwen's templates cut text away;"
+            " a thought stands once, at the start: <think>...</think>answer"
+        )
+    return _plain(f"<think>{thought[1]}</think>{thought[2]}"), _plain(thought[2])
+
+
+def _plain(text: str) -> str:
+    """Return a reply without the white space that templates move: around it, and around its thought."""
+    return re.sub(r"\s*(</?think>)\s*", r"\1", text.strip())
 
 
 def _inside(offsets: npt.NDArray[np.int64], spans: list[tuple[int, int]]) -> npt.NDArray[np.bool_]:

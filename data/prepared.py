@@ -64,6 +64,13 @@ def key_of(config: Data, tokenizer: Any) -> str:
     digest.update(json.dumps([config.max_length, config.overlength]).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(tokenizer.chat_template).encode())
+    digest.update(files_key(config).encode())
+    return digest.hexdigest()[:16]
+
+
+def files_key(config: Data) -> str:
+    """Return the hash of the files' bytes alone, which needs no tokenizer."""
+    digest = hashlib.sha256()
     for side in SIDES:
         for path in _files(config, side):
             with path.open("rb") as file:

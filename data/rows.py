@@ -5,6 +5,7 @@ A row that cannot be trained is refused with its file and line. Tokens are chat.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -17,8 +18,15 @@ SHAPES = """known shapes of a row:
   {"instruction": "...", "input": "...", "output": "..."}"""
 
 UNKNOWN_SHAPE = "unknown shape"
+TWICE = "\0twice"  # a JSON key that no file has: marks an object in which another key stands twice
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MARKUP = ("<|im_start|>", "<|im_end|>")  # ChatML's own: text that holds it would forge turns
+# keys that change what a row means, and that nothing here would heed
+NOT_READ_IN_ROWS = ("history", "tools", "functions", "chosen", "rejected")
+NOT_READ_IN_TURNS = ("tool_calls", "function_call", "reasoning_content", "weight", "loss")
+# empty lines before a reply would melt into one token with the line break that ends the turn's header, a token that no
+# prompt for an answer ends with
+_LEADING_LINES = re.compile(r"^\s*[\r\n]")
 EXAMPLES = {"train": "train.jsonl", "eval": "rephrased.jsonl"}
 SHOWN_BAD_ROWS = 20
 
@@ -92,13 +100,25 @@ def to_messages(value: Any) -> list[Message]:
     """Return a row's turns. Raises: ValueError saying what is wrong with the row."""
     if not isinstance(value, dict):
         raise ValueError(f"{UNKNOWN_SHAPE}: a row must be a JSON object, found {_show(value)}")
-    turns = value.get("conversations", value.get("messages"))
-    if turns is not None:
-        messages = _from_turns(turns)
+    if TWICE in value:
+        raise ValueError(f"has the key {value[TWICE]} twice; keep one")
+    for key in NOT_READ_IN_ROWS:
+        if value.get(key):
+            raise ValueError(f"{key} is not read here: put it into the turns, or remove it from the row")
+    chats = [value[key] for key in ("conversations", "messages") if value.get(key) is not None]
+    if len(chats) > 1:
+        raise ValueError("has both conversations and messages; remove one of them")
+    if chats:
+        messages = _from_turns(chats[0])
     elif "instruction" in value and "output" in value:
         messages = _from_instruction(value)
     else:
         raise ValueError(f"{UNKNOWN_SHAPE} with keys {', '.join(value) or '(none)'}")
+    system = value.get("system")
+    if isinstance(system, str) and system:
+        messages.insert(0, Message(role="system", content=system))
+    elif system:
+        raise ValueError(f"system must be text, found {_show(system)}")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no assistant turn: there is nothing to learn from")
     for number, message in enumerate(messages, 1):
@@ -106,6 +126,10 @@ def to_messages(value: Any) -> list[Message]:
             raise ValueError(f"turn {number} ({message['role']}) is empty")
         if message["role"] == "system" and number > 1:
             raise ValueError(f"turn {number} is a system turn; only the first may be one")
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"turn {number} contains half a character at {error.start}: {error.reason}") from None
         for markup in MARKUP:
             if markup in message["content"]:
                 raise ValueError(f"turn {number} contains {markup}, which would forge a turn; remove it")
@@ -119,30 +143,42 @@ def _from_turns(turns: Any) -> list[Message]:
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise ValueError(f"turn {number} must be an object, found {_show(turn)}")
+        if TWICE in turn:
+            raise ValueError(f"turn {number} has the key {turn[TWICE]} twice; keep one")
         role = turn.get("from", turn.get("role"))
         content = turn.get("value", turn.get("content"))
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"turn {number} has role {_show(role)}; known: {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"turn {number} ({role}) must be text, found {_show(content)}")
+        for key in NOT_READ_IN_TURNS:
+            if turn.get(key) is not None:
+                raise ValueError(f"turn {number} has {key}, which is not read here: put it into the text, or remove it")
+        if ROLES[role] == "assistant":
+            content = _LEADING_LINES.sub("", content)
         messages.append(Message(role=ROLES[role], content=content))
     return messages
 
 
 def _from_instruction(row: dict[str, Any]) -> list[Message]:
     for key in ("instruction", "input", "output"):
-        if not isinstance(row.get(key, "") or "", str):
+        if not isinstance(row.get(key, ""), str) and not (key == "input" and row[key] is None):
             raise ValueError(f"{key} must be text, found {_show(row[key])}")
     question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return [Message(role="user", content=question), Message(role="assistant", content=row["output"] or "")]
+    answer = _LEADING_LINES.sub("", row["output"])
+    return [Message(role="user", content=question), Message(role="assistant", content=answer)]
 
 
 def _values(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line, value) for each row of a JSON array or JSON Lines file; which it is, its first character tells."""
+    if path.suffix in (".csv", ".tsv", ".parquet", ".gz", ".zst", ".xlsx"):
+        raise ValueError(f"{path}: {path.suffix} files are not read; convert it to .jsonl, one JSON object a line")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}; save the file as UTF-8") from None
+        raise ValueError(
+            f"{path}: not UTF-8 text at byte {error.start}; convert it: iconv -f gb18030 -t utf-8 OLD > NEW"
+        ) from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     yield from _array(path, text) if text.lstrip()[:1] == "[" else _lines(path, text)
@@ -186,7 +222,7 @@ def _decode(path: Path, line: int, text: str, position: int = 0) -> tuple[Any, i
     try:
         if position:
             return _DECODER.raw_decode(text, position)
-        return json.loads(text), len(text)
+        return _DECODER.decode(text), len(text)
     except json.JSONDecodeError as error:
         extra = text.count("\n", position, error.pos)
         raise ValueError(f"{path}:{line + extra}: not valid JSON: {error.msg} at column {error.colno}") from None
@@ -194,7 +230,15 @@ def _decode(path: Path, line: int, text: str, position: int = 0) -> tuple[Any, i
         raise ValueError(f"{path}:{line}: JSON nested too deeply") from None
 
 
-_DECODER = json.JSONDecoder()
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        found[TWICE] = next(key for key in keys if keys.count(key) > 1)
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _show(value: Any) -> str:

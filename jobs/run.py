@@ -131,13 +131,9 @@ class RunFolder:
                 f"run_dir={self.path} holds a run whose config cannot be read ({error}); choose another run_dir, or"
                 " --fresh to set the old run aside"
             ) from None
-        changed = {
-            key: values for key, values in differences(held, config).items() if not key.startswith(FREE_TO_CHANGE)
-        }
-        if changed:
-            what = ", ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items())
+        if changed := changes(held, config):
             raise ValueError(
-                f"run_dir={self.path} holds a run with another config: {what};"
+                f"run_dir={self.path} holds a run with another config: {changed};"
                 " choose another run_dir, or --fresh to set the old run aside"
             )
 
@@ -193,6 +189,12 @@ class RunFolder:
     def _write_history(self, history: list[dict[str, Any]]) -> None:
         lines = [json.dumps(attempt, ensure_ascii=False) + "\n" for attempt in history]
         write_atomically(self.attempts, "".join(lines))
+
+
+def changes(held: Config, config: Config) -> str:
+    """Return in words how config would make another run of a held one; empty when it would not."""
+    found = differences(held, config).items()
+    return ", ".join(f"{key} was {old}, now {new}" for key, (old, new) in found if not key.startswith(FREE_TO_CHANGE))
 
 
 def write_atomically(path: Path, text: str) -> None:

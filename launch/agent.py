@@ -6,8 +6,8 @@ the run folder, has the data prepared once, then runs torchrun on `qwenlora.trai
 
 import json
 import os
+import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.console import Console
 from qwenlora.configs import Config, load_config
 from qwenlora.configs.load import to_yaml
 from qwenlora.data.order import accumulation_steps, total_steps
+from qwenlora.data.prepared import files_key
 from qwenlora.data.rows import read_rows, source_files
 from qwenlora.jobs.run import EXIT_CODES, RunFolder
 from qwenlora.launch.children import RANK_MODULE, Children
@@ -28,8 +29,11 @@ def processes_of(config: Config) -> int:
     return config.launch.nproc_per_node or gpu_count() or 1
 
 
-def torchrun_argv(config_file: Path, processes: int) -> list[str]:
-    """Return the command that starts the ranks. --standalone: a free port on this machine."""
+def torchrun_argv(arguments: list[str], processes: int) -> list[str]:
+    """Return the command that starts the ranks. --standalone: a free port on this machine.
+
+    arguments: a config file and overrides.
+    """
     return [
         sys.executable,
         "-m",
@@ -39,7 +43,7 @@ def torchrun_argv(config_file: Path, processes: int) -> list[str]:
         "--signals-to-handle=SIGQUIT",  # children.py brings the others to the ranks
         "-m",
         RANK_MODULE,
-        str(config_file),
+        *arguments,
     ]
 
 
@@ -53,13 +57,16 @@ def check(config: Config) -> int:
     )
 
 
-def dry_run(config: Config) -> str:
-    """Return the resolved config, what follows from it, and the command that would run. Reads the data files."""
+def dry_run(config: Config, arguments: list[str]) -> str:
+    """Return the resolved config, what follows from it, and the command that does it by hand. Reads the data files.
+
+    arguments: the config file and overrides that config was loaded from.
+    """
     accumulation = check(config)
     train, processes = config.train, processes_of(config)
     rows = len(read_rows(source_files(config.data.train, "train")))
     steps = total_steps(rows, train.global_batch_size, train.num_train_epochs, train.max_steps)
-    command = " ".join(torchrun_argv(RunFolder(config.run_dir).config, processes))
+    command = shlex.join(torchrun_argv(arguments, processes))
     return (
         f"{to_yaml(config)}\n"
         f"# rows                {rows}\n"
@@ -75,14 +82,14 @@ def dry_run(config: Config) -> str:
 def run(config: Config, *, fresh: bool = False, resume: str = "auto") -> int:
     """Run a config to its end on this machine; return the exit code. Raises: ValueError when it cannot start."""
     check(config)
-    console, folder = Console(), RunFolder(config.run_dir)
+    console, folder = Console(markup=False, highlight=False), RunFolder(config.run_dir)
     with folder.claim(config, fresh=fresh):
         if folder.done and resume == "auto":
+            _refuse_other_data(config, folder)
             last = folder.history()[-1].get("last_step")
             console.print(
                 f"{config.run_dir} is done ({last} steps): the adapter is in {config.run_dir}/adapter;"
                 " --fresh trains anew",
-                highlight=False,
                 soft_wrap=True,
             )
             return 0
@@ -92,15 +99,28 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto") -> int:
         environment = os.environ | {"QWENLORA_ATTEMPT": str(attempt), "QWENLORA_RESUME": resume}
         steps = (
             [sys.executable, "-m", RANK_MODULE, str(folder.config), "--prepare-only"],
-            torchrun_argv(folder.config, processes),
+            torchrun_argv([str(folder.config)], processes),
         )
         code = 0
-        for argv in steps:
+        for what, argv in zip(("preparing model and data", f"starting {_processes(processes)}"), steps, strict=True):
+            console.print(f"{what} ...")
             with folder.log(attempt, "launch").open("ab") as log:
                 code = children.run(argv, environment, log)
             if code or children.asked:
                 break
         return _verdict(folder, attempt, code, children.asked, console)
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def _refuse_other_data(config: Config, folder: RunFolder) -> None:
+    if json.loads(folder.facts.read_text(encoding="utf-8"))["files_key"] != files_key(config.data):
+        raise ValueError(
+            f"run_dir={config.run_dir} is done, but was trained on other data: the files changed since;"
+            " choose another run_dir, or --fresh to set the old run aside"
+        )
 
 
 def _verdict(folder: RunFolder, attempt: int, code: int, asked: bool, console: Console) -> int:
@@ -109,10 +129,10 @@ def _verdict(folder: RunFolder, attempt: int, code: int, asked: bool, console: C
         error = _first_error(folder, attempt)
         if asked:
             folder.end_attempt("stopped", "before anything of this attempt was saved")
-            console.print("stopped before anything was saved; the same command starts from there", highlight=False)
+            console.print("stopped before anything was saved; the same command starts from there")
         elif error and error["code"] == 2:
             folder.end_attempt("refused", error["message"])
-            console.print(f"error: {error['message']}", style="red", highlight=False, soft_wrap=True)
+            console.print(f"error: {error['message']}", style="red", soft_wrap=True)
         else:
             message = error["message"] if error else f"a process ended without a word (exit code {code})"
             folder.end_attempt("failed", message)
@@ -130,10 +150,10 @@ def _first_error(folder: RunFolder, attempt: int) -> dict[str, Any] | None:
 
 def _explain(folder: RunFolder, attempt: int, message: str, error: dict[str, Any] | None, console: Console) -> None:
     log = folder.log(attempt, error["process"] if error else "launch")
-    console.print(f"failed: {message}", style="red", highlight=False, soft_wrap=True)
-    console.print(f"the last lines of {log}:", highlight=False, soft_wrap=True)
+    console.print(f"failed: {message}", style="red", soft_wrap=True)
+    console.print(f"the last lines of {log}:", soft_wrap=True)
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]:
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {line}", soft_wrap=True)
 
 
 if __name__ == "__main__":

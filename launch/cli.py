@@ -61,7 +61,7 @@ def train(
         chosen = [*(overrides or []), *([f"launch.nproc_per_node={nproc}"] if nproc else [])]
         loaded = load_config(config, chosen)
         if dry_run:
-            print(agent.dry_run(loaded), end="")
+            print(agent.dry_run(loaded, [str(config), *chosen]), end="")
             return 0
         return agent.run(loaded, fresh=fresh, resume=resume)
 

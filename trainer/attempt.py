@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from qwenlora.configs import Config
 from qwenlora.data import prepared
@@ -31,7 +32,18 @@ def train(
     folder = run.prepared / facts.data_folder
     train_side, eval_side = prepared.open_side(folder, "train"), prepared.open_side(folder, "eval")
     assert train_side is not None, "prepare() wrote no training rows"
-    checkpoint, passed_over = checkpoints.choose(run, resume)
+    identity = checkpoints.identity_of(config, facts.data_folder, facts.base_fingerprint)
+    checkpoint, notes = checkpoints.choose(run, resume, identity)
+    notes = [f"passed over: {line}" for line in notes]
+    first_step = 1
+    if checkpoint:
+        record = checkpoints.read(checkpoint)
+        first_step = record["step"] + 1
+        if record["world_size"] != rank.world_size:
+            notes.append(
+                f"{checkpoint.name} was saved by {record['world_size']} processes, this attempt has {rank.world_size}:"
+                " the same rows in the same steps, but dropout is drawn anew"
+            )
 
     torch.manual_seed(config.train.seed)  # the same adapter to begin with on every rank
     tokenizer = models.load_tokenizer(config, facts.base)
@@ -46,6 +58,7 @@ def train(
         order_of(config, train_side),
         train_side,
         eval_side,
+        identity,
         config.train.save_total_limit,
         processing_class=tokenizer,
         callbacks=[stop],
@@ -59,25 +72,28 @@ def train(
             if callback:
                 trainer.add_callback(callback)
         table = derived.facts(config, facts, trainer.args, rank.world_size) | {"W&B": where}
-        console.print(facts_table(f"\n{run.path.name}", table))
+        console.print(facts_table(run.path.name, table))
         for line in [
-            *(f"passed over: {line}" for line in passed_over),
-            *derived.warnings(config, facts, untrained, tied=bool(base.config.tie_word_embeddings)),
+            *notes,
+            *derived.warnings(config, facts, trainer.args, untrained, tied=bool(base.config.tie_word_embeddings)),
         ]:
             _warn(console, line)
         if checkpoint:
-            console.print(f"resuming from {checkpoint.name}", highlight=False)
+            console.print(f"resuming from {checkpoint.name}")
+
+    trainer.accelerator.wait_for_everyone()  # all have chosen their checkpoint
+    if checkpoint and rank.first:
+        checkpoints.set_aside_newer(run, first_step - 1)
 
     exit_code = 1
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=checkpoint)
         exit_code = 0
     finally:
         progress.stop()
         if wandb:
             wandb.finish(exit_code)
-    first = int(checkpoint.name.split("-")[1]) + 1 if checkpoint else 1
-    steps = {"first_step": first, "last_step": trainer.state.global_step}
+    steps = {"first_step": first_step, "last_step": trainer.state.global_step}
     if stop.stopped:
         return "stopped", steps
     if rank.first:
@@ -107,6 +123,7 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
     for file in staging.iterdir():
         file.chmod(0o666 & ~mask)  # safetensors closes its files to colleagues
     old = run.path / ".adapter.old"
+    checkpoints.remove(old)
     if run.adapter.exists():
         run.adapter.rename(old)
     staging.rename(run.adapter)
@@ -115,4 +132,4 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
 
 def _warn(console: Console, line: str) -> None:
     log.warning(line)
-    console.print(f"[yellow]warning:[/] {line}", highlight=False, soft_wrap=True)
+    console.print(Text("warning: ", style="yellow").append(line, style="default"), soft_wrap=True)

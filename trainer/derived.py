@@ -1,5 +1,6 @@
 """What follows from a config and is shown before the first step: counts, sizes, and what deserves a warning."""
 
+import math
 from typing import Any
 
 import torch
@@ -17,38 +18,46 @@ def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     dtype = str(pick_dtype(config.model.dtype)).removeprefix("torch.")
     stored = "" if config.strategy.quantization == "none" else f", stored as {config.strategy.quantization}"
-    epochs = args.max_steps * config.train.global_batch_size / train["rows"]
+    epochs = args.max_steps / math.ceil(train["rows"] / config.train.global_batch_size)
     table = {
         "model": f"{config.model.name_or_path} ({_count(parameters.total)} parameters, {dtype}{stored})",
         "trainable": f"{parameters.trainable:,} parameters = {share:.2%}"
         f" (r {config.lora.r}, alpha {config.lora.lora_alpha}, {_names(config.lora.target_modules)}),"
         f" an adapter of {parameters.trainable * 4 / 1e6:.1f} MB",
-        "data": _side(train),
+        "data": f"{_names(config.data.train)}: {_side(train)}",
         "processes": f"{world_size} x {device}, {config.strategy.name}",
-        "global batch": f"{config.train.global_batch_size} rows = {world_size} processes x"
+        "global batch": f"{config.train.global_batch_size} rows = {world_size} process{'es' * (world_size > 1)} x"
         f" {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated,"
         f" about {config.train.global_batch_size * train['tokens'] // train['rows']:,} tokens a step",
         "steps": f"{args.max_steps:,} ({epochs:.2f} epochs), warm-up {args.get_warmup_steps(args.max_steps)},"
         f" {config.train.lr_scheduler_type} from {config.train.learning_rate:g}",
     }
     if "eval" in known.data:
-        table["evaluation"] = f"{_side(known.data['eval'])}, each {_when(args.eval_strategy, args.eval_steps)}"
+        rows, when = _side(known.data["eval"]), _when(args.eval_strategy, args.eval_steps)
+        table["evaluation"] = f"{_names(config.data.eval or [])}: {rows}, {when}"
     table["checkpoints"] = (
         "none"
         if config.train.save_strategy == "no"
-        else f"about {known.checkpoint_bytes / 1e6:.0f} MB each {_when(args.save_strategy, config.train.save_steps)},"
+        else f"about {known.checkpoint_bytes / 1e6:.0f} MB {_when(args.save_strategy, config.train.save_steps)},"
         f" {config.train.save_total_limit or 'all'} kept"
     )
     return table
 
 
-def warnings(config: Config, known: Facts, untrained: list[str], *, tied: bool) -> list[str]:
+def warnings(config: Config, known: Facts, args: TrainingArguments, untrained: list[str], *, tied: bool) -> list[str]:
     """Return what a careful colleague would mention. untrained: turn tokens the base model never learnt."""
     lines = []
     for side, counts in known.data.items():
         for what in ("truncated", "dropped"):
             if counts[what]:
                 lines.append(f"{counts[what]} {side} rows {what} at data.max_length={config.data.max_length} tokens")
+    if (warm_up := args.get_warmup_steps(args.max_steps)) >= args.max_steps:
+        lines.append(
+            f"the learning rate is still warming up ({warm_up} steps) when training ends after {args.max_steps};"
+            " lower train.warmup_steps"
+        )
+    if config.data.eval == "example" and config.data.train != "example":
+        lines.append("data.eval is still the example's; set data.eval to rows of yours, or to null")
     saved = config.lora.modules_to_save or []
     if untrained and config.model.name_or_path != TINY and not any(name in EMBEDDINGS for name in saved):
         modules = "[embed_tokens]" if tied else "[embed_tokens, lm_head]"
@@ -68,7 +77,7 @@ def _side(counts: dict[str, Any]) -> str:
 
 def _when(strategy: Any, steps: float | None) -> str:
     name = str(getattr(strategy, "value", strategy))
-    return {"epoch": "epoch", "no": "never", "steps": f"{int(steps or 0)} steps"}[name]
+    return {"epoch": "every epoch", "no": "never", "steps": f"every {int(steps or 0)} steps"}[name]
 
 
 def _count(number: int) -> str:

@@ -65,7 +65,7 @@ def _main(arguments: list[str], held: ExitStack) -> int:
         if not by_agent:  # else the agent, which sees all ranks, says which one failed first
             if rank.first:
                 run.end_attempt("refused" if code == 2 else "failed", message)
-            console.print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
+            console.print(f"error: {message}", style="red", soft_wrap=True)
         return code
 
 
@@ -76,7 +76,7 @@ def _train(config: Config, run: RunFolder, rank: Rank, request: StopRequest, con
     reason, steps = train(config, run, rank, request, console, os.environ.get("QWENLORA_RESUME", "auto"))
     if rank.first:
         run.end_attempt(reason, steps=steps)
-    console.print(_last_words(reason, steps, run), highlight=False, soft_wrap=True)
+    console.print(_last_words(reason, steps, run), soft_wrap=True)
     _leave()
     return EXIT_CODES[reason]
 

@@ -90,7 +90,7 @@ class Metrics(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count the tokens of the global batch just trained; every rank knows them without asking the others."""
-        if state.global_step >= state.max_steps or control.should_training_stop:
+        if state.global_step >= state.max_steps:
             control.should_log = True  # whatever logging_steps is, the last step's numbers are kept
         order = self.trainer.order
         rows = order.step(*divmod(state.global_step - 1, order.steps_per_epoch))

@@ -3,6 +3,7 @@
 `load_base` and `add_lora` are what a rank calls; `count_parameters` needs no weights, only a config.json.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -99,7 +100,10 @@ class _hub_errors:  # noqa: N801 (used like a function)
         if isinstance(error, OSError | ImportError | json.JSONDecodeError):
             offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ValueError(f"{self.key}={self.name} cannot be loaded{offline}: {reason}") from error
+            raise ValueError(
+                f"{self.key}={self.name} cannot be loaded{offline}: {reason.rstrip('.')};"
+                " the path of a folder that holds the files will do, too"
+            ) from error
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -128,6 +132,24 @@ def load_config_of(config: Config, base: str) -> Any:
             f" has no text model for; it has {qwens}"
         )
     return found
+
+
+def fingerprint(config: Config, base: str) -> str:
+    """Return a hash that changes when the base's weights do: a hub commit, or samples of a folder's weight files.
+
+    Of each file its size and sixteen pieces are hashed: a 72B takes a second, and training changes every piece.
+    """
+    if not Path(base).is_dir():
+        return str(getattr(load_config_of(config, base), "_commit_hash", None))
+    digest = hashlib.sha256((Path(base) / "config.json").read_bytes())
+    for path in sorted(Path(base).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for piece in range(16):
+                file.seek(size * piece // 16)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()[:16]
 
 
 def load_base(config: Config, base: str) -> Any:
@@ -221,6 +243,9 @@ def _load_adapter(model: PeftModel, lora: Lora) -> None:
                 f"lora.init_from={lora.init_from} has {key}={theirs[key]}, the config says {getattr(lora, key)};"
                 f" set lora.{key}: {theirs[key]}"
             )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if theirs.get(key):
+            raise ValueError(f"lora.init_from={lora.init_from} has a {key}, which qwenlora has no key for")
     weights = load_peft_weights(str(folder), device="cpu")
     try:
         result = set_peft_model_state_dict(model, weights)

@@ -28,7 +28,9 @@ class Facts:
     """What is known before the first step. data: the prepared folder's counts, by side."""
 
     base: str
+    base_fingerprint: str
     data_folder: str
+    files_key: str
     data: dict[str, dict[str, int]]
     parameters: models.Parameters
     checkpoint_bytes: int
@@ -39,6 +41,7 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None) -> F
     _check_device(config)
     base = models.base_of(config, run)
     tokenizer = models.load_tokenizer(config, base)
+    fingerprint = models.fingerprint(config, base)
     parameters = models.count_parameters(config, base)
     checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + TOKENIZER_BYTES
     _check_space(run.path, checkpoint_bytes)
@@ -49,8 +52,13 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None) -> F
             f"run_dir={run.path} was trained on other data: the files, the tokenizer or qwenlora's data code changed"
             " since; restore them, choose another run_dir, or --fresh to set the old run aside"
         )
+    if run.trained and run.facts.exists() and read_facts(run).base_fingerprint != fingerprint:
+        raise ValueError(
+            f"run_dir={run.path} was trained on other weights than model.name_or_path={config.model.name_or_path} has"
+            " now; restore them, choose another run_dir, or --fresh to set the old run aside"
+        )
     counts = prepared.prepare(config.data, tokenizer, run.prepared / key, console)
-    facts = Facts(base, key, counts, parameters, checkpoint_bytes)
+    facts = Facts(base, fingerprint, key, prepared.files_key(config.data), counts, parameters, checkpoint_bytes)
     write_atomically(run.facts, json.dumps(asdict(facts), indent=1, ensure_ascii=False))
     return facts
 

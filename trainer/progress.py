@@ -70,8 +70,9 @@ class ProgressCallback(TrainerCallback):
         else:
             return
         log.info(line)
-        if "eval_loss" in logs or not self.bar:
-            self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, soft_wrap=True)
+        if self.bar:
+            self.bar.update(self._task, shown=f"{self._shown}  {self._left(state)} left")
 
     def stop(self) -> None:
         """Leave the bar as it stands."""

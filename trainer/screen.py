@@ -61,4 +61,6 @@ def take_screen(file: Path, *, speaks: bool) -> Console:
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
     )
     log.setLevel(logging.INFO)
-    return Console(file=screen, quiet=not speaks, width=None if screen.isatty() else PLAIN_WIDTH)
+    width = None if screen.isatty() else PLAIN_WIDTH
+    # no markup: what is printed holds the user's names and texts
+    return Console(file=screen, quiet=not speaks, width=width, markup=False, highlight=False)

@@ -25,3 +25,8 @@ class StopCallback(TrainerCallback):
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Trainer calls this for a stopped run too, in mid-epoch: nothing is due."""
+        if self.stopped:
+            control.should_log = control.should_evaluate = control.should_save = False

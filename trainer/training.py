@@ -4,6 +4,7 @@ Every Trainer method that is overridden stands in LoraTrainer; tests/trainer/tes
 transformers changes what they rely on.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, TrainerControl
+from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 
 from qwenlora.configs import Config
 from qwenlora.data.order import Order, accumulation_steps, total_steps
@@ -81,6 +82,25 @@ def training_arguments(
     )
 
 
+def loss_file(checkpoint: Path, rank: int) -> Path:
+    """Return the file with a rank's loss since the last logging step: {"sum", "since_step"}."""
+    return checkpoint / f"loss_{rank}.json"
+
+
+class _LossSoFar(TrainerCallback):
+    """Gives a resumed run the loss of the steps since the last logging step, which Trainer forgets."""
+
+    def __init__(self, trainer: "LoraTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
+        checkpoint = self.trainer.resumed_from
+        if checkpoint and loss_file(checkpoint, args.process_index).exists():
+            so_far = json.loads(loss_file(checkpoint, args.process_index).read_text())
+            self.trainer._tr_loss.fill_(so_far["sum"])
+            self.trainer._globalstep_last_logged = so_far["since_step"]
+
+
 class LoraTrainer(Trainer):
     """Trainer over prepared rows in our order."""
 
@@ -93,15 +113,18 @@ class LoraTrainer(Trainer):
         order: Order,
         train: Side,
         eval_: Side | None,
+        identity: dict[str, Any],
         save_total_limit: int | None,
         **kw: Any,
     ):
         self.order, self.train_side, self.eval_side = order, train, eval_
-        self.save_total_limit = save_total_limit
+        self.identity, self.save_total_limit = identity, save_total_limit
+        self.resumed_from: Path | None = None
         self.data_wait_s = 0.0  # seconds spent waiting for batches so far
         self.idle_s = 0.0  # seconds spent evaluating and saving so far
         super().__init__(model=model, args=args, eval_dataset=eval_, **kw)
         self.remove_callback(PrinterCallback)
+        self.add_callback(_LossSoFar(self))
 
     @property
     def _pad_id(self) -> int:
@@ -117,6 +140,13 @@ class LoraTrainer(Trainer):
             self.args.gradient_accumulation_steps,
             self._pad_id,
         )
+
+    def train(self, resume_from_checkpoint: Path | None = None, **kw: Any) -> Any:
+        """Train as Trainer does. resume_from_checkpoint: a whole one, of the same world size for its loss so far."""
+        self.resumed_from = resume_from_checkpoint
+        if resume_from_checkpoint and checkpoints.read(resume_from_checkpoint)["world_size"] != self.args.world_size:
+            self.resumed_from = None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint), **kw)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -160,10 +190,12 @@ class LoraTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save as Trainer does; when all ranks have written, mark the checkpoint as whole."""
+        """Save as Trainer does, and the loss so far; when all ranks have written, mark the checkpoint as whole."""
         start = time.perf_counter()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        checkpoints.begin(folder, self.accelerator)
-        super()._save_checkpoint(model, trial)
-        checkpoints.finish(folder, self.accelerator, self.save_total_limit)
+        if checkpoints.begin(folder, self.accelerator):
+            super()._save_checkpoint(model, trial)
+            so_far = {"sum": self._tr_loss.item(), "since_step": self._globalstep_last_logged}
+            loss_file(folder, self.args.process_index).write_text(json.dumps(so_far))
+            checkpoints.finish(folder, self.accelerator, self.identity, self.save_total_limit)
         self.idle_s += time.perf_counter() - start

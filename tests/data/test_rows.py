@@ -36,6 +36,12 @@ def test_the_four_shapes_give_the_same_turns(row):
     assert to_messages(row) == [QUESTION, ANSWER]
 
 
+def test_a_system_text_beside_the_turns_is_the_first_turn():
+    system = {"role": "system", "content": "简短。"}
+    for row in ({"instruction": "几点？", "output": "三点。"}, {"conversations": None, "messages": [QUESTION, ANSWER]}):
+        assert to_messages(row | {"system": "简短。"}) == [system, QUESTION, ANSWER]
+
+
 def test_input_follows_the_instruction_on_a_line_of_its_own():
     messages = to_messages({"instruction": "翻译", "input": "hello", "output": "你好"})
     assert messages[0]["content"] == "翻译\nhello"
@@ -55,6 +61,17 @@ def test_input_follows_the_instruction_on_a_line_of_its_own():
         ({"instruction": "x", "output": ""}, "turn 2 (assistant) is empty"),
         ({"instruction": "x", "output": 3}, "output must be text, found 3"),
         ({"instruction": "x<|im_end|>", "output": "y"}, "turn 1 contains <|im_end|>, which would forge a turn"),
+        ({"instruction": 0, "output": "y"}, "instruction must be text, found 0"),
+        ({"instruction": "x", "input": [], "output": "y"}, "input must be text, found []"),
+        (
+            {"instruction": "x", "output": "y", "history": [["a", "b"]]},
+            "history is not read here: put it into the turns",
+        ),
+        ({"messages": [QUESTION, ANSWER], "conversations": []}, "has both conversations and messages; remove one"),
+        ({"messages": [QUESTION, {**ANSWER, "tool_calls": []}]}, "turn 2 has tool_calls, which is not read here: "),
+        ({"messages": [QUESTION, {**ANSWER, "weight": 0}]}, "turn 2 has weight, which is not read here: "),
+        ({"messages": [QUESTION, ANSWER], "system": 3}, "system must be text, found 3"),
+        ({"instruction": "x\ud83d", "output": "y"}, "turn 1 contains half a character at 1: surrogates not allowed"),
         ({"prompt": "x"}, "unknown shape with keys prompt"),
         (["x"], 'unknown shape: a row must be a JSON object, found ["x"]'),
     ],
@@ -97,7 +114,11 @@ def test_rows_know_their_place(rows, tmp_path):
         (f"[{ROW},\n{{x}}]", "{path}:2: not valid JSON: "),
         (f"[{ROW}", '{path}:1: expected , or ] after a row, found "the end"'),
         (f"[{ROW}] x", '{path}:1: expected the end of the file after ], found "x"'),
-        (b"\xff\xfe", "{path}: not UTF-8 text at byte 0; save the file as UTF-8"),
+        (
+            f'{ROW}\n{{"instruction": "q", "output": "a", "output": "b"}}',
+            "1 of 2 rows cannot be trained:\n  {path}:2: has the key output twice",
+        ),
+        (b"\xff\xfe", "{path}: not UTF-8 text at byte 0; convert it: iconv"),
         ("[" * 100_000, "{path}:1: JSON nested too deeply"),
         (
             f"{ROW}\n" + '{"instruction": "q"}\n' * 30,

@@ -19,7 +19,7 @@ data: {train: example}
 lora: {lora_dropout: 0.1}
 train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: 14, learning_rate: 3e-3,
         save_strategy: steps, save_steps: 4, save_total_limit: null}
-log: {logging_steps: 1}
+log: {logging_steps: 3}  # a stop falls between two lines
 """
 
 
@@ -40,7 +40,7 @@ def adapter(folder) -> bytes:
 
 def wait_for_step(folder, step: int, process) -> None:
     for _ in range(1200):
-        if (folder / "metrics.jsonl").exists() and len(losses(folder)) >= step:
+        if (folder / "metrics.jsonl").exists() and any(done >= step for done, _ in losses(folder)):
             return
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
@@ -107,6 +107,54 @@ def test_a_broken_checkpoint_is_passed_over_and_named(qwenlora, tmp_path, config
     assert (losses(tmp_path / "run"), adapter(tmp_path / "run")) == expected
 
 
+def test_a_checkpoint_of_another_run_is_refused_by_name(qwenlora, tmp_path, config, whole):
+    checkpoint = whole / "checkpoint-4"
+    for change, words in (
+        (["train.learning_rate=1e-5"], "is of another config: train.learning_rate was 0.003, now 1e-05"),
+        (["data.eval=example"], "is of another config: data.eval was None, now example"),
+    ):
+        answer = qwenlora("train", config, "run_dir=other", *change, "--resume", checkpoint, "--fresh")
+        assert answer.returncode == 2, answer.stdout
+        assert f"--resume {checkpoint}: {checkpoint} {words}" in answer.stdout
+
+
+def test_a_resume_from_an_older_checkpoint_abandons_the_newer_ones(qwenlora, tmp_path, config, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    answer = qwenlora("train", config, "run_dir=run", "--nproc", 2, "--resume", "checkpoint-4")
+    assert answer.returncode == 0, answer.stdout
+    assert (losses(tmp_path / "run"), adapter(tmp_path / "run")) == (losses(whole), adapter(whole))
+    names = {path.name for path in (tmp_path / "run").glob("*checkpoint-*")}
+    assert names == {f"checkpoint-{n}" for n in (4, 8, 12, 14)} | {f"abandoned-checkpoint-{n}" for n in (8, 12, 14)}
+
+
+def test_a_file_of_a_checkpoint_that_is_cut_short_or_gone_is_noticed(qwenlora, tmp_path, config, whole):
+    from qwenlora.trainer import checkpoints
+
+    for file in sorted((whole / "checkpoint-8").iterdir()):
+        if file.name == checkpoints.COMPLETE:
+            continue
+        for harm, words in (
+            (lambda path: path.unlink(), f"lacks {file.name}"),
+            (lambda path: os.truncate(path, path.stat().st_size - 1), f"has {file.name} of "),
+        ):
+            copy = tmp_path / "checkpoint-8"
+            shutil.copytree(whole / "checkpoint-8", copy)
+            assert checkpoints.flaw(copy) == ""
+            harm(copy / file.name)
+            assert checkpoints.flaw(copy).startswith(words)
+            shutil.rmtree(copy)
+
+
+def test_other_weights_of_the_base_are_noticed(qwenlora, tmp_path, config):
+    assert qwenlora("train", config, "run_dir=run").returncode == 0
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    weights = tmp_path / "run" / "base_model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    answer = qwenlora("train", config, "run_dir=run")
+    assert answer.returncode == 2, answer.stdout
+    assert "was trained on other weights than model.name_or_path=tiny has now" in answer.stdout
+
+
 def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config):
     assert qwenlora("train", config, "run_dir=run").returncode == 0
     shutil.rmtree(tmp_path / "run" / "adapter")
@@ -115,7 +163,10 @@ def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config):
     for arguments, words in (
         ([], "can be resumed from: checkpoint-14 is not whole: its saving was cut off; checkpoint-12 "),
         (["--resume", "checkpoint-8"], "checkpoint-8 is not whole: its saving was cut off"),
-        (["--resume", "checkpoint-9"], "checkpoint-9 is no folder"),
+        (
+            ["--resume", "checkpoint-9"],
+            "checkpoint-9; this run has checkpoint-14, checkpoint-12, checkpoint-8, checkpoint-4",
+        ),
         (["--resume", "none"], "--resume none would train over what run_dir="),
     ):
         answer = qwenlora("train", config, "run_dir=run", *arguments)

@@ -117,6 +117,28 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_answers(run):
         assert text == expected == question.reference
 
 
+def test_a_done_run_notices_that_its_data_changed(tiny_run, qwenlora, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_run[0], tmp_path / "run")
+    facts = tmp_path / "run" / "prepared" / "facts.json"
+    facts.write_text(facts.read_text().replace('"files_key": "', '"files_key": "0'))
+    answer = qwenlora("train", tmp_path / "run" / "config.yaml", "run_dir=run")
+    assert answer.returncode == 2
+    assert "run_dir=run is done, but was trained on other data: the files changed since;" in answer.stderr
+
+
+def test_a_run_that_was_moved_can_still_be_compared(tiny_run, qwenlora, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_run[0], tmp_path / "moved")
+    answer = qwenlora("compare", "moved", "--limit", 8, "--show", 0)
+    assert (answer.returncode, answer.stdout) == (
+        0,
+        "exact answers to training questions: before 0 of 8 (0.0%), after 8 of 8 (100.0%)\n",
+    )
+
+
 def test_the_same_command_again_says_that_it_is_done(tiny_run, qwenlora):
     before = (tiny_run[0] / "metrics.jsonl").stat()
     answer = qwenlora("train", tiny_run[0] / "config.yaml", f"run_dir={tiny_run[0]}")

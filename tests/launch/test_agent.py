@@ -1,5 +1,6 @@
 """The agent builds the right command, counts GPUs without torch, and explains a run before it starts."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,16 +13,18 @@ TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 def test_the_torchrun_command_is_a_list_and_asks_for_a_free_port(tmp_path):
-    argv = agent.torchrun_argv(tmp_path / "a b; rm -rf x" / "config.yaml", 2)
+    argv = agent.torchrun_argv([f"{tmp_path}/a b; rm -rf x/config.yaml", "lora.r=3"], 2)
     assert argv == [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node=2",
+        "--signals-to-handle=SIGQUIT",
         "-m",
         "qwenlora.trainer.main",
         f"{tmp_path}/a b; rm -rf x/config.yaml",
+        "lora.r=3",
     ]
 
 
@@ -40,10 +43,12 @@ def test_gpus_are_counted_by_nvidia_smi(monkeypatch, tmp_path):
     assert hardware.gpu_count() == 2
 
 
-def test_a_dry_run_shows_config_numbers_and_command():
-    text = agent.dry_run(load_config(TINY, ["launch.nproc_per_node=2", "train.global_batch_size=40"]))
+def test_a_dry_run_shows_config_numbers_and_a_command_to_paste():
+    arguments = ["my configs/tiny.yaml", "launch.nproc_per_node=2", "train.global_batch_size=40"]
+    text = agent.dry_run(load_config(TINY, arguments[1:]), arguments)
     assert "name_or_path: tiny" in text
     assert "# rows                120\n" in text
     assert "# global batch        40 rows = 2 processes x 10 x 2 accumulated\n" in text
     assert "# steps               120, 3 an epoch\n" in text
-    assert "torch.distributed.run --standalone --nproc-per-node=2 -m qwenlora.trainer.main" in text
+    command = shlex.split(text.rstrip().rpartition("# command")[2])
+    assert command == agent.torchrun_argv(arguments, 2)

@@ -19,7 +19,7 @@ TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 def refused(answer) -> str:
     """Return the one line of a refusal."""
     assert answer.returncode == 2, answer.stdout + answer.stderr
-    text = (answer.stderr + answer.stdout).strip()
+    text = (answer.stderr + answer.stdout.removeprefix("preparing model and data ...\n")).strip()
     assert "Traceback" not in text
     assert text.startswith("error: ")
     return text.removeprefix("error: ")

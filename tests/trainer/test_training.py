@@ -54,6 +54,7 @@ def trainer(tiny, tmp_path):
             order_of(config, side),
             side,
             eval_,
+            {},
             None,
             processing_class=AutoTokenizer.from_pretrained(tiny),
         )
