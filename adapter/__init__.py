@@ -4,13 +4,10 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
 
 
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Keep what libraries say while they are imported, and their warnings ever after, off a person's screen."""
+def quiet() -> contextlib.AbstractContextManager[object]:
+    """Keep libraries' warnings off a person's screen from now on, and in the block also what they print (on import)."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    return contextlib.redirect_stdout(io.StringIO())

@@ -3,6 +3,7 @@
 Greedy answers to the training questions, side by side, and how many are exactly the reference, before and after.
 """
 
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from qwenlora.configs import load_config
-from qwenlora.data.rows import Message, read_rows, source_files
+from qwenlora.data.rows import TURN_END, Message, read_rows, source_files
 from qwenlora.jobs.run import RunFolder
 from qwenlora.trainer import model as models
 
@@ -44,12 +45,14 @@ def compare(folder: Path, *, show: int, limit: int, max_new_tokens: int) -> tupl
     base_name = models.base_of(config, run)  # not as it was then: the folder may have moved
     tokenizer = models.load_tokenizer(config, base_name)
     asked = questions(source_files(config.data.train, "train"))[:limit]
+    if not asked:
+        raise ValueError(f"data.train={config.data.train}: no row begins with a question, so there is nothing to ask")
     model = PeftModel.from_pretrained(models.load_base(config, base_name), run.adapter).eval()
     model.config.use_cache = True
     with model.disable_adapter():
         before = list(answers(model, tokenizer, asked, max_new_tokens, "asking the base model"))
     after = list(answers(model, tokenizer, asked, max_new_tokens, "asking the tuned model"))
-    exact = [sum(a == q.reference for a, q in zip(said, asked, strict=True)) for said in (before, after)]
+    exact = [sum(_same(a, q.reference) for a, q in zip(said, asked, strict=True)) for said in (before, after)]
 
     console = Console()
     table = Table(show_lines=True)
@@ -58,7 +61,7 @@ def compare(folder: Path, *, show: int, limit: int, max_new_tokens: int) -> tupl
     for number in range(0, len(asked), max(1, len(asked) // max(show, 1)))[:show]:
         question = asked[number]
         tuned = escape(_short(after[number], 200))
-        style = "green" if after[number] == question.reference else "red"
+        style = "green" if _same(after[number], question.reference) else "red"
         table.add_row(
             escape(question.messages[-1]["content"]),
             escape(question.reference),
@@ -104,11 +107,16 @@ def answers(model: Any, tokenizer: Any, asked: list[Question], max_new_tokens: i
                 top_p=None,
                 top_k=None,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+                eos_token_id=tokenizer.convert_tokens_to_ids(TURN_END),
                 pad_token_id=tokenizer.pad_token_id,
             )
         replies = generated[:, batch["input_ids"].shape[1] :]
         yield from (text.strip() for text in tokenizer.batch_decode(replies, skip_special_tokens=True))
+
+
+def _same(answer: str, reference: str) -> bool:
+    """Exact, but for white space around and for how an accent is encoded (tokens hold NFC)."""
+    return unicodedata.normalize("NFC", answer).strip() == unicodedata.normalize("NFC", reference).strip()
 
 
 def _short(text: str, limit: int) -> str:

@@ -307,12 +307,13 @@ def _unknown(key: str, value: Any) -> str:
     leaves = [k.rpartition(".")[2] for k in FIELDS]
     siblings = [k.rpartition(".")[2] for k in FIELDS if k.rpartition(".")[0] == section]
     moved = [k for k in FIELDS if k.rpartition(".")[2] == leaf]
-    near = [f"{section}.{k}".lstrip(".") for k in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7)]
+    longer = [k for k in siblings if len(leaf) > 2 and k.startswith(leaf)]
+    near = [f"{section}.{k}".lstrip(".") for k in longer + difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7)]
     by_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
     far = [k for k in FIELDS if by_leaf and k.rpartition(".")[2] == by_leaf[0]]
     sections = [] if section else difflib.get_close_matches(leaf, SECTIONS, n=1, cutoff=0.6)
     elsewhere = [ELSEWHERE[leaf]] if leaf in ELSEWHERE else []
-    if nearest := (moved or elsewhere or sections or near or far)[:1]:
+    if nearest := ((longer and near) or moved or elsewhere or sections or near or far)[:1]:
         hint = f"did you mean {nearest[0]}?"
     elif section in SECTIONS:
         hint = f"{section} has: {', '.join(siblings)}"

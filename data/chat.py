@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qwenlora.data.rows import Row
+from qwenlora.data.rows import TURN_END, Row
 
-TURN_END = "<|im_end|>"
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 # Qwen3 writes this before a reply that was not thought about: it is what the generation prompt holds, not the reply
 _NO_THOUGHT = "<think>\n\n</think>\n\n"

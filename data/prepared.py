@@ -110,7 +110,7 @@ def prepare(config: Data, tokenizer: Any, folder: Path, console: Console | None 
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return {side: {rows, tokens, trained_tokens, longest, truncated, dropped}}."""
+    """Return {side: {sha256, rows, tokens, trained_tokens, longest, truncated, dropped}}."""
     facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
     return facts
 
@@ -134,9 +134,9 @@ def _encode(tokenizer: Any, read: list[rows.Row], side: str, console: Console | 
     return [tokens for start in chunks for tokens in chat.encode(tokenizer, read[start : start + CHUNK_ROWS])]
 
 
-def _fit(tokens: list[Tokens], read: list[rows.Row], config: Data, side: str) -> dict[str, int]:
+def _fit(tokens: list[Tokens], read: list[rows.Row], config: Data, side: str) -> dict[str, Any]:
     """Apply data.overlength in place (a dropped row is left empty) and count what was done."""
-    counts = {"truncated": 0, "dropped": 0}
+    counts: dict[str, Any] = {"truncated": 0, "dropped": 0}
     long = [n for n, row in enumerate(tokens) if len(row.ids) > config.max_length]
     if long and config.overlength == "error":
         worst = max(long, key=lambda n: len(tokens[n].ids))
@@ -163,15 +163,15 @@ def _fit(tokens: list[Tokens], read: list[rows.Row], config: Data, side: str) ->
 def _check(kept: list[Tokens], tokenizer: Any, side: str) -> None:
     if not kept:
         raise ValueError(f"every {side} row was dropped as longer than data.max_length; raise it")
-    end = tokenizer.convert_tokens_to_ids(chat.TURN_END)
+    end = tokenizer.convert_tokens_to_ids(rows.TURN_END)
     if not any((row.ids[row.trained] == end).any() for row in kept):
         raise ValueError(
-            f"no {side} row trains the end of a turn ({chat.TURN_END}), so the model would never stop;"
+            f"no {side} row trains the end of a turn ({rows.TURN_END}), so the model would never stop;"
             " raise data.max_length, or use a tokenizer that has this token"
         )
 
 
-def _write(kept: list[Tokens], folder: Path) -> dict[str, int]:
+def _write(kept: list[Tokens], folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
     lengths = [len(row.ids) for row in kept]
     ids = np.concatenate([row.ids for row in kept])
@@ -179,7 +179,9 @@ def _write(kept: list[Tokens], folder: Path) -> dict[str, int]:
     np.save(folder / "ids.npy", ids)
     np.save(folder / "trained.npy", trained)
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    digest = hashlib.sha256(ids.tobytes() + trained.tobytes() + np.asarray(lengths, np.int64).tobytes())
     return {
+        "sha256": digest.hexdigest(),
         "rows": len(kept),
         "tokens": len(ids),
         "trained_tokens": int(trained.sum()),

@@ -20,7 +20,7 @@ SHAPES = """known shapes of a row:
 UNKNOWN_SHAPE = "unknown shape"
 TWICE = "\0twice"  # a JSON key that no file has: marks an object in which another key stands twice
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-MARKUP = ("<|im_start|>", "<|im_end|>")  # ChatML's own: text that holds it would forge turns
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's own: text that holds one would forge a turn
 # keys that change what a row means, and that nothing here would heed
 NOT_READ_IN_ROWS = ("history", "tools", "functions", "chosen", "rejected")
 NOT_READ_IN_TURNS = ("tool_calls", "function_call", "reasoning_content", "weight", "loss")
@@ -130,7 +130,7 @@ def to_messages(value: Any) -> list[Message]:
             message["content"].encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"turn {number} contains half a character at {error.start}: {error.reason}") from None
-        for markup in MARKUP:
+        for markup in (TURN_START, TURN_END):
             if markup in message["content"]:
                 raise ValueError(f"turn {number} contains {markup}, which would forge a turn; remove it")
     return messages

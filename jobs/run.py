@@ -54,8 +54,8 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoint folders, newest first, whole or not."""
-        found = [path for path in self.path.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
-        return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+        found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+        return sorted(found, key=step_of, reverse=True)
 
     def logs(self, attempt: int) -> Path:
         """Return the folder of an attempt's logs."""
@@ -77,8 +77,7 @@ class RunFolder:
     @property
     def done(self) -> bool:
         """Whether the run has ended and its adapter is there."""
-        history = self.history()
-        return bool(history) and history[-1].get("reason") == "done" and self.adapter.is_dir()
+        return self.adapter.is_dir() and any(attempt.get("reason") == "done" for attempt in self.history())
 
     @contextmanager
     def claim(self, config: Config, *, fresh: bool = False) -> Iterator[None]:
@@ -189,6 +188,11 @@ class RunFolder:
     def _write_history(self, history: list[dict[str, Any]]) -> None:
         lines = [json.dumps(attempt, ensure_ascii=False) + "\n" for attempt in history]
         write_atomically(self.attempts, "".join(lines))
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in the name of a run's checkpoint folder."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def changes(held: Config, config: Config) -> str:

@@ -1,7 +1,7 @@
 """One run on this machine, from a config to an exit code: 0 done, 75 stopped and resumable, 2 refused, 1 failed.
 
-`python -m qwenlora.launch.agent configs/tiny.yaml lora.r=32` (what `qwenlora train` calls). The agent makes or reopens
-the run folder, has the data prepared once, then runs torchrun on `qwenlora.trainer.main`. It imports no torch.
+`qwenlora train configs/tiny.yaml lora.r=32` runs it. The agent makes or reopens the run folder, has the data prepared
+once, then runs torchrun on `qwenlora.trainer.main`. It imports no torch.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qwenlora.configs import Config, load_config
+from qwenlora.configs import Config
 from qwenlora.configs.load import to_yaml
 from qwenlora.data.order import accumulation_steps, total_steps
 from qwenlora.data.prepared import files_key
@@ -69,7 +69,7 @@ def dry_run(config: Config, arguments: list[str]) -> str:
     command = shlex.join(torchrun_argv(arguments, processes))
     return (
         f"{to_yaml(config)}\n"
-        f"# rows                {rows}\n"
+        f"# rows                {rows}{' (before long ones are dropped)' * (config.data.overlength == 'drop')}\n"
         f"# processes           {processes}\n"
         f"# global batch        {train.global_batch_size} rows = {processes} processes x"
         f" {train.per_device_train_batch_size} x {accumulation} accumulated\n"
@@ -86,7 +86,7 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto") -> int:
     with folder.claim(config, fresh=fresh):
         if folder.done and resume == "auto":
             _refuse_other_data(config, folder)
-            last = folder.history()[-1].get("last_step")
+            last = max(attempt.get("last_step", 0) for attempt in folder.history())
             console.print(
                 f"{config.run_dir} is done ({last} steps): the adapter is in {config.run_dir}/adapter;"
                 " --fresh trains anew",
@@ -95,19 +95,19 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto") -> int:
             return 0
         processes = processes_of(config)
         attempt = folder.begin_attempt(processes)
-        children = Children()
         environment = os.environ | {"QWENLORA_ATTEMPT": str(attempt), "QWENLORA_RESUME": resume}
-        steps = (
-            [sys.executable, "-m", RANK_MODULE, str(folder.config), "--prepare-only"],
-            torchrun_argv([str(folder.config)], processes),
-        )
+        steps = {
+            "preparing model and data": [sys.executable, "-m", RANK_MODULE, str(folder.config), "--prepare-only"],
+            f"starting {_processes(processes)}": torchrun_argv([str(folder.config)], processes),
+        }
         code = 0
-        for what, argv in zip(("preparing model and data", f"starting {_processes(processes)}"), steps, strict=True):
-            console.print(f"{what} ...")
-            with folder.log(attempt, "launch").open("ab") as log:
-                code = children.run(argv, environment, log)
-            if code or children.asked:
-                break
+        with Children() as children:
+            for what, argv in steps.items():
+                console.print(f"{what} ...")
+                with folder.log(attempt, "launch").open("ab") as log:
+                    code = children.run(argv, environment, log)
+                if code or children.asked:
+                    break
         return _verdict(folder, attempt, code, children.asked, console)
 
 
@@ -154,9 +154,3 @@ def _explain(folder: RunFolder, attempt: int, message: str, error: dict[str, Any
     console.print(f"the last lines of {log}:", soft_wrap=True)
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]:
         console.print(f"  {line}", soft_wrap=True)
-
-
-if __name__ == "__main__":
-    from qwenlora.launch.cli import guarded
-
-    guarded(lambda: run(load_config(sys.argv[1], sys.argv[2:])))

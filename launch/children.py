@@ -7,6 +7,7 @@ ranks on TERM), and the agent passes a request on to the ranks until they have l
 
 import signal
 import subprocess
+import threading
 import time
 from types import FrameType
 from typing import IO
@@ -27,8 +28,16 @@ class Children:
     def __init__(self) -> None:
         self.asked = False
         self.at_once = False
-        for number in REQUESTS:
-            signal.signal(number, self._hear)
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Children":
+        if threading.current_thread() is threading.main_thread():  # Python hears signals nowhere else
+            self._before = {number: signal.signal(number, self._hear) for number in REQUESTS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.at_once = self.asked and number == signal.SIGINT

@@ -78,9 +78,9 @@ def compare(
     """Ask the base model and the tuned one the training questions; count the exact answers."""
 
     def command() -> int:
-        from qwenlora.adapter import quiet_imports
+        from qwenlora.adapter import quiet
 
-        with quiet_imports():
+        with quiet():
             from qwenlora.adapter.compare import compare as compare_answers
 
         compare_answers(run, show=show, limit=limit, max_new_tokens=max_new_tokens)

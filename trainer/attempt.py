@@ -32,10 +32,12 @@ def train(
     folder = run.prepared / facts.data_folder
     train_side, eval_side = prepared.open_side(folder, "train"), prepared.open_side(folder, "eval")
     assert train_side is not None, "prepare() wrote no training rows"
-    identity = checkpoints.identity_of(config, facts.data_folder, facts.base_fingerprint)
+    identity = checkpoints.identity_of(config, facts.data_identity, facts.base_fingerprint)
     checkpoint, notes = checkpoints.choose(run, resume, identity)
     notes = [f"passed over: {line}" for line in notes]
     first_step = 1
+    if run.trained and not checkpoint:
+        notes.append("no checkpoint was saved before: starting from the first step")
     if checkpoint:
         record = checkpoints.read(checkpoint)
         first_step = record["step"] + 1
@@ -87,18 +89,20 @@ def train(
 
     exit_code = 1
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint and first_step > trainer.args.max_steps:  # all is trained, only the adapter was not written yet
+            trainer.load_adapter(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        progress.stop()
+        if rank.first and not stop.stopped:
+            save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run)
         exit_code = 0
     finally:
         progress.stop()
         if wandb:
             wandb.finish(exit_code)
-    steps = {"first_step": first_step, "last_step": trainer.state.global_step}
-    if stop.stopped:
-        return "stopped", steps
-    if rank.first:
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run)
-    return "done", steps
+    last_step = max(trainer.state.global_step, first_step - 1)
+    return "stopped" if stop.stopped else "done", {"first_step": first_step, "last_step": last_step}
 
 
 def _start_wandb(config: Config, run: RunFolder, console: Console) -> tuple[WandbCallback | None, str]:
@@ -122,11 +126,13 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
     os.umask(mask)
     for file in staging.iterdir():
         file.chmod(0o666 & ~mask)  # safetensors closes its files to colleagues
+        checkpoints.sync(file)
     old = run.path / ".adapter.old"
     checkpoints.remove(old)
     if run.adapter.exists():
         run.adapter.rename(old)
     staging.rename(run.adapter)
+    checkpoints.sync(run.path)
     checkpoints.remove(old)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qwenlora.configs import Config
-from qwenlora.jobs.run import RunFolder, changes, write_atomically
+from qwenlora.jobs.run import RunFolder, changes, step_of, write_atomically
 
 COMPLETE = "complete"
 
@@ -40,18 +40,19 @@ def begin(folder: Path, accelerator: Any) -> bool:
 def finish(folder: Path, accelerator: Any, identity: dict[str, Any], limit: int | None) -> None:
     """Mark a checkpoint as whole once every rank's files are on the disk; only then drop the oldest beyond limit."""
     for file in folder.iterdir():
-        _sync(file)
+        sync(file)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         record = {
-            "step": json.loads((folder / "trainer_state.json").read_text())["global_step"],
+            "step": step_of(folder),
             "world_size": accelerator.num_processes,
             "files": {file.name: file.stat().st_size for file in folder.iterdir()},
             "identity": identity,
         }
         write_atomically(folder / COMPLETE, json.dumps(record, indent=1))
-        _sync(folder)
-        for old in RunFolder(folder.parent).checkpoints()[limit:] if limit else []:
+        sync(folder)
+        whole = [path for path in RunFolder(folder.parent).checkpoints() if not flaw(path)]
+        for old in whole[limit:] if limit else []:
             remove(old)
 
 
@@ -92,7 +93,7 @@ def choose(run: RunFolder, resume: str, identity: dict[str, Any]) -> tuple[Path 
 def set_aside_newer(run: RunFolder, step: int) -> None:
     """Rename the checkpoints past step, which a resume from there abandons, so that none is taken for this run's."""
     for folder in run.checkpoints():
-        if int(folder.name.split("-")[1]) > step:
+        if step_of(folder) > step:
             aside = folder.with_name(f"abandoned-{folder.name}")
             remove(aside)
             folder.rename(aside)
@@ -140,7 +141,8 @@ def _stranger(folder: Path, identity: dict[str, Any]) -> str:
     return ""
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

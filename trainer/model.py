@@ -6,6 +6,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qwenlora.configs.schema import Config, Lora, Model
-from qwenlora.data.chat import TURN_END
+from qwenlora.data.rows import TURN_END, TURN_START
 from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer.tiny import TURN_START, build_tiny
+from qwenlora.trainer.tiny import build_tiny
 
 TINY = "tiny"
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -88,22 +90,18 @@ def _tokenizer(name: str, config: Model, key: str) -> Any:
     return tokenizer
 
 
-class _hub_errors:  # noqa: N801 (used like a function)
+@contextmanager
+def _hub_errors(key: str, name: str) -> Iterator[None]:
     """Turn what transformers raises for a missing or broken model into one line."""
-
-    def __init__(self, key: str, name: str) -> None:
-        self.key, self.name = key, name
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError | ImportError | json.JSONDecodeError):
-            offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ValueError(
-                f"{self.key}={self.name} cannot be loaded{offline}: {reason.rstrip('.')};"
-                " the path of a folder that holds the files will do, too"
-            ) from error
+    try:
+        yield
+    except (OSError, ImportError, json.JSONDecodeError) as error:
+        offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"{key}={name} cannot be loaded{offline}: {reason.rstrip('.')};"
+            " the path of a folder that holds the files will do, too"
+        ) from error
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -147,7 +145,7 @@ def fingerprint(config: Config, base: str) -> str:
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
             for piece in range(16):
-                file.seek(size * piece // 16)
+                file.seek(max(size - 2**16, 0) * piece // 15)
                 digest.update(file.read(2**16))
     return digest.hexdigest()[:16]
 
@@ -218,6 +216,8 @@ def add_lora(model: Any, lora: Lora) -> Any:
     Raises: ValueError when the modules named are not there, or lora.init_from does not fit.
     """
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    _check_names("modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
+    _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])
     try:
         peft_model = get_peft_model(model, lora_config(lora, tied))
     except ValueError as error:  # peft names the modules it did not find
@@ -230,6 +230,14 @@ def add_lora(model: Any, lora: Lora) -> Any:
     if lora.init_from:
         _load_adapter(peft_model, lora)
     return peft_model
+
+
+def _check_names(key: str, wanted: list[str] | None, there: list[str]) -> None:
+    """Refuse a name that peft would pass over without a word."""
+    for name in wanted or ():
+        if not any(full == name or full.endswith(f".{name}") for full in there):
+            last = sorted({full.rpartition(".")[2] for full in there} - {""})
+            raise ValueError(f"lora.{key}: the model has no {name}; names in it end in {', '.join(last[:40])}")
 
 
 def _load_adapter(model: PeftModel, lora: Lora) -> None:

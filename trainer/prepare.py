@@ -6,7 +6,7 @@ in a collective meanwhile. What it counted is left in the run folder's prepared/
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from qwenlora.configs import Config
 from qwenlora.data import prepared
 from qwenlora.jobs.run import RunFolder, write_atomically
 from qwenlora.trainer import model as models
+from qwenlora.trainer.training import check_settings
 
 # what a checkpoint holds for each trainable number: itself and Adam's two moments, in float32
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -31,9 +32,18 @@ class Facts:
     base_fingerprint: str
     data_folder: str
     files_key: str
-    data: dict[str, dict[str, int]]
+    data: dict[str, dict[str, Any]]
     parameters: models.Parameters
     checkpoint_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON has them."""
+        return vars(self) | {"parameters": self.parameters._asdict()}
+
+    @property
+    def data_identity(self) -> str:
+        """What the rows are, whichever version of the code prepared them."""
+        return " ".join(f"{side}:{counts['sha256']}" for side, counts in self.data.items())
 
 
 def prepare(config: Config, run: RunFolder, console: Console | None = None) -> Facts:
@@ -47,26 +57,33 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None) -> F
     _check_space(run.path, checkpoint_bytes)
     key = prepared.key_of(config.data, tokenizer)
     run.prepared.mkdir(exist_ok=True)
-    if run.trained and run.facts.exists() and read_facts(run).data_folder != key:
-        raise ValueError(
-            f"run_dir={run.path} was trained on other data: the files, the tokenizer or qwenlora's data code changed"
-            " since; restore them, choose another run_dir, or --fresh to set the old run aside"
-        )
-    if run.trained and run.facts.exists() and read_facts(run).base_fingerprint != fingerprint:
-        raise ValueError(
-            f"run_dir={run.path} was trained on other weights than model.name_or_path={config.model.name_or_path} has"
-            " now; restore them, choose another run_dir, or --fresh to set the old run aside"
-        )
     counts = prepared.prepare(config.data, tokenizer, run.prepared / key, console)
-    facts = Facts(base, fingerprint, key, prepared.files_key(config.data), counts, parameters, checkpoint_bytes)
-    write_atomically(run.facts, json.dumps(asdict(facts), indent=1, ensure_ascii=False))
+    check_settings(config, run, counts["train"]["rows"])
+    files = prepared.files_key(config.data)
+    facts = Facts(base, fingerprint, key, files, counts, parameters, checkpoint_bytes)
+    if run.trained and run.facts.exists():
+        _refuse_another(run, read_facts(run), facts)
+    write_atomically(run.facts, json.dumps(facts.as_dict(), indent=1, ensure_ascii=False))
     return facts
 
 
 def read_facts(run: RunFolder) -> Facts:
     """Return what prepare left in the run folder."""
     values: dict[str, Any] = json.loads(run.facts.read_text(encoding="utf-8"))
-    return Facts(**values | {"parameters": models.Parameters(*values["parameters"])})
+    return Facts(**values | {"parameters": models.Parameters(**values["parameters"])})
+
+
+def _refuse_another(run: RunFolder, then: Facts, now: Facts) -> None:
+    if then.data_identity != now.data_identity:
+        what = "other data: the files or the tokenizer changed since"
+    elif then.base_fingerprint != now.base_fingerprint:
+        what = "a base model with other weights"
+    else:
+        return
+    raise ValueError(
+        f"run_dir={run.path} was trained on {what};"
+        " restore them, choose another run_dir, or --fresh to set the old run aside"
+    )
 
 
 def _check_device(config: Config) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 
 from qwenlora.configs import Config
@@ -22,7 +22,7 @@ from qwenlora.data.order import Order, accumulation_steps, total_steps
 from qwenlora.data.prepared import Side
 from qwenlora.jobs.run import RunFolder
 from qwenlora.trainer import checkpoints
-from qwenlora.trainer.batches import StepLoader, eval_batches
+from qwenlora.trainer.batches import IGNORED, StepLoader, eval_batches
 from qwenlora.trainer.model import pick_dtype
 
 
@@ -65,7 +65,7 @@ def training_arguments(
         eval_strategy=train.eval_strategy if evaluates else "no",
         eval_steps=train.eval_steps,
         save_strategy=train.save_strategy,
-        save_steps=train.save_steps or 500,
+        **({"save_steps": train.save_steps} if train.save_steps else {}),
         save_total_limit=None,  # checkpoints.py drops old ones, after the new one is whole
         logging_steps=config.log.logging_steps,
         logging_first_step=True,
@@ -80,6 +80,28 @@ def training_arguments(
         disable_tqdm=True,
         report_to=[],
     )
+
+
+def check_settings(config: Config, run: RunFolder, rows: int) -> None:
+    """Refuse what transformers would refuse much later, with the model loaded. Raises: ValueError naming the key."""
+    train = config.train
+    try:
+        arguments = training_arguments(config, run, rows, 1, evaluates=False)
+    except ValueError as error:
+        raise ValueError(f"train.optim={train.optim}: {str(error).splitlines()[0]}") from error
+    try:
+        get_scheduler(
+            train.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)]),
+            num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
+            num_training_steps=arguments.max_steps,
+            scheduler_specific_kwargs=dict(train.lr_scheduler_kwargs),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"train.lr_scheduler_kwargs={train.lr_scheduler_kwargs} with lr_scheduler_type={train.lr_scheduler_type}:"
+            f" {error}"
+        ) from error
 
 
 def loss_file(checkpoint: Path, rank: int) -> Path:
@@ -148,14 +170,26 @@ class LoraTrainer(Trainer):
             self.resumed_from = None
         return super().train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint), **kw)
 
+    def load_adapter(self, checkpoint: Path) -> None:
+        """Put a checkpoint's adapter into the model, without training."""
+        self._load_from_checkpoint(str(checkpoint))
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Time what Trainer waits for data; the rest is Trainer's own."""
-        start = time.perf_counter()
-        samples: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.data_wait_s += time.perf_counter() - start
+        """Time what Trainer waits for data (not for the other ranks' counts); the rest is Trainer's own."""
+        samples: tuple[list[Any], Tensor | int | None]
+        samples = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
         return samples
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.data_wait_s += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: Trainer would walk all modules for each micro-batch; metrics.py knows the FLOPs of a token."""
@@ -177,7 +211,7 @@ class LoraTrainer(Trainer):
                 self._pad_id,
             ):
                 batch = self._prepare_inputs(batch)
-                tokens = (batch["labels"][:, 1:] != -100).sum()
+                tokens = (batch["labels"][:, 1:] != IGNORED).sum()
                 # num_items_in_batch=1 makes the model return the sum over tokens, not their mean
                 sums += torch.stack([self.model(**batch, num_items_in_batch=1).loss.double(), tokens.double()])
         sums = self.accelerator.reduce(sums, "sum")
@@ -192,7 +226,7 @@ class LoraTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save as Trainer does, and the loss so far; when all ranks have written, mark the checkpoint as whole."""
         start = time.perf_counter()
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = RunFolder(self.args.output_dir).checkpoint(self.state.global_step)
         if checkpoints.begin(folder, self.accelerator):
             super()._save_checkpoint(model, trial)
             so_far = {"sum": self._tr_loss.item(), "since_step": self._globalstep_last_logged}

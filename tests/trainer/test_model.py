@@ -8,7 +8,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy
+from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.trainer import model as models
 
 SIZES = {
@@ -131,6 +131,42 @@ def test_tied_embeddings_stay_one_matrix(tiny, named):
 def test_modules_that_are_not_there_are_refused(tiny):
     with pytest.raises(ValueError, match=r"lora\.target_modules=\['c_attn'\]: .*not found"):
         adapted(config_for(tiny, lora=Lora(target_modules=["c_attn"])))
+
+
+@pytest.mark.parametrize("lora", [{"modules_to_save": ["nope"]}, {"target_parameters": ["mlp.nope"]}])
+def test_names_that_match_nothing_are_refused(tiny, lora):
+    with pytest.raises(ValueError, match=rf"lora\.{next(iter(lora))}: the model has no .*nope; names in it"):
+        adapted(config_for(tiny, lora=Lora(**lora)))
+
+
+def test_experts_are_adapted_by_parameter(tiny, tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **SIZES | MOE)).save_pretrained(tmp_path)
+    lora = Lora(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    model = adapted(config_for(tmp_path, lora=lora))
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("experts" in name for name in trainable)
+    first, _, _ = train_a_little(model, 1)
+    model.train()
+    assert train_a_little(model, 5)[0] < first
+
+
+def test_gradient_checkpointing_changes_memory_not_gradients(tiny):
+    gradients = []
+    for checkpointing in (False, True):
+        config = config_for(tiny)
+        config = config.model_copy(update={"train": Train(gradient_checkpointing=checkpointing)})
+        torch.manual_seed(0)
+        model = adapted(config).train()
+        assert model.is_gradient_checkpointing == checkpointing
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.fill_(0.01)
+        ids = torch.arange(24).reshape(2, 12) + 300
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-7), name
 
 
 @pytest.fixture

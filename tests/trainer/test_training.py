@@ -1,7 +1,10 @@
 """What we override in transformers' Trainer, and what its private parts must go on doing for that to hold."""
 
 import inspect
+import json
+import time
 import typing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +17,11 @@ from qwenlora.configs.schema import Config, Data, Launch, Lora, Model, Scheduler
 from qwenlora.data.chat import Tokens
 from qwenlora.data.prepared import Side
 from qwenlora.jobs.run import RunFolder
+from qwenlora.trainer import checkpoints, metrics
 from qwenlora.trainer.batches import collate, eval_batches
-from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
+from qwenlora.trainer.metrics import Metrics, flops_per_token
+from qwenlora.trainer.model import Parameters
+from qwenlora.trainer.training import LoraTrainer, check_settings, order_of, training_arguments
 
 
 def side_of(count: int, seed: int = 0) -> Side:
@@ -114,9 +120,9 @@ def test_evaluation_is_the_same_for_any_batch_size_and_equals_plain_torch(tiny, 
     losses = []
     for size in (1, 3, 13, 50):
         made = trainer(side, config_of(per_device_eval_batch_size=size), eval_)
-        metrics = made.evaluate()
-        losses.append(metrics["eval_loss"])
-        assert metrics["eval_perplexity"] == pytest.approx(np.exp(metrics["eval_loss"]))
+        found = made.evaluate()
+        losses.append(found["eval_loss"])
+        assert found["eval_perplexity"] == pytest.approx(np.exp(found["eval_loss"]))
     expected, _ = plain_loss_and_gradients(tiny, eval_, list(range(13)))
     assert losses == pytest.approx([expected] * 4, abs=5e-6)
 
@@ -207,3 +213,87 @@ def test_trainer_still_asks_evaluate_and_counts_steps_as_we_rely_on(trainer):
     assert made.state.global_step == 5
     assert made.state.epoch == pytest.approx(2.5)
     assert "self.evaluate(" in inspect.getsource(Trainer._evaluate)
+
+
+def test_transformers_gets_every_setting(tmp_path):
+    """A key that is renamed or forgotten on the way would have no effect in silence."""
+    chosen = {
+        "learning_rate": 3e-5,
+        "lr_scheduler_type": "linear",
+        "lr_scheduler_kwargs": {},
+        "warmup_steps": 7.0,
+        "optim": "adamw_torch",
+        "weight_decay": 0.03,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-7,
+        "max_grad_norm": 0.3,
+        "seed": 9,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 5,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "max_steps": 11,
+    }
+    arguments = training_arguments(config_of(**chosen), RunFolder(tmp_path), 100, 2, evaluates=True)
+    for key, value in chosen.items():
+        assert getattr(arguments, key) == (value or getattr(arguments, key)), key
+    assert arguments.gradient_accumulation_steps == 8 // (2 * 2)
+    elsewhere = {"global_batch_size", "num_train_epochs", "gradient_checkpointing", "save_total_limit"}
+    assert set(Train.model_fields) == set(chosen) | elsewhere
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"optim": "adam_w"}, r"train\.optim=adam_w: .*adam_w"),
+        ({"lr_scheduler_kwargs": {"bad": 1}}, r"train\.lr_scheduler_kwargs=.* with lr_scheduler_type=cosine: .*bad"),
+    ],
+)
+def test_settings_that_transformers_does_not_know_are_refused_before_the_model_is_loaded(tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        check_settings(config_of(**setting), RunFolder(tmp_path), 10)
+
+
+def test_old_checkpoints_are_dropped_and_broken_ones_do_not_count(trainer, tmp_path):
+    config = config_of(max_steps=5, save_strategy="steps", save_steps=1)
+    made = trainer(side_of(24), config)
+    made.save_total_limit = 2
+    (tmp_path / "checkpoint-99").mkdir()  # left by an attempt that was killed
+    made.train()
+    whole = [path.name for path in RunFolder(tmp_path).checkpoints() if not checkpoints.flaw(path)]
+    assert whole == ["checkpoint-5", "checkpoint-4"]
+
+
+def test_a_checkpoint_is_not_saved_twice(trainer, tmp_path):
+    made = trainer(side_of(24), config_of(max_steps=3, save_strategy="steps", save_steps=3))
+    made.train()
+    before = (tmp_path / "checkpoint-3" / "adapter_model.safetensors").stat()
+    made._save_checkpoint(made.model, None)
+    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").stat() == before
+
+
+def test_metrics_count_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path, monkeypatch):
+    side = side_of(21)
+    made = trainer(side, config_of(max_steps=6))
+    made.args.logging_steps = 2
+    seen = Metrics(tmp_path / "metrics.jsonl", made, Parameters(100, 10, 80, 20, 4, 16), recomputed=False)
+    seen.peak = 1e12
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock), time=time.time))
+    made.add_callback(seen)
+    made.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 4, 6]
+    order = order_of(config_of(), side)
+    for line, steps in zip(lines, ([0], [1], [2, 3], [4, 5]), strict=True):
+        rows = np.concatenate([order.step(*divmod(step, order.steps_per_epoch)) for step in steps])
+        tokens, squares = side.lengths[rows].sum(), (side.lengths[rows] ** 2).sum()
+        assert line["tokens_per_s"] == pytest.approx(tokens / 10)
+        assert line["trained_tokens_per_s"] / line["tokens_per_s"] == pytest.approx(
+            side.trained_lengths[rows].sum() / tokens
+        )
+        flops = flops_per_token(seen.parameters, squares / tokens, recomputed=False)
+        assert line["mfu"] == pytest.approx(line["tokens_per_s"] * flops / 1e12)

@@ -1,0 +1,69 @@
+"""The start-up table and its warnings say what follows from a config."""
+
+import pytest
+
+from qwenlora.configs.schema import Config, Data, Lora, Model, Train
+from qwenlora.jobs.run import RunFolder
+from qwenlora.trainer import derived
+from qwenlora.trainer.model import Parameters
+from qwenlora.trainer.prepare import Facts
+from qwenlora.trainer.training import training_arguments
+
+COUNTS = {"rows": 20, "tokens": 1000, "trained_tokens": 400, "longest": 90, "truncated": 0, "dropped": 0}
+
+
+@pytest.fixture
+def known(tmp_path):
+    def known(counts=COUNTS, lora=None, data=None, **train):
+        config = Config(
+            run_dir="unused",
+            model=Model(name_or_path="some/base"),
+            data=data or Data(train="my.jsonl"),
+            lora=lora or Lora(),
+            train=Train(**{"global_batch_size": 16, "per_device_train_batch_size": 2} | train),
+        )
+        arguments = training_arguments(config, RunFolder(tmp_path), counts["rows"], 2, evaluates=False)
+        facts = Facts("base", "f", "d", "k", {"train": counts}, Parameters(990, 10, 900, 90, 2, 8), 3_000_000)
+        return config, facts, arguments
+
+    return known
+
+
+def test_the_table_counts_what_the_run_will_do(known):
+    table = derived.facts(*known(num_train_epochs=3.0), world_size=2)
+    assert table["trainable"].startswith("10 parameters = 1.00% (r 16, alpha 32, all-linear)")
+    assert table["data"] == "my.jsonl: 20 rows, 1,000 tokens, 40% of them trained, the longest row 90"
+    assert table["global batch"] == "16 rows = 2 processes x 2 x 4 accumulated, about 800 tokens a step"
+    assert table["steps"].startswith("6 (3.00 epochs), warm-up 1, cosine from 0.0002")
+    assert table["checkpoints"] == "about 3 MB every epoch, 3 kept"
+
+
+def test_nothing_to_warn_of_is_no_warning(known):
+    assert derived.warnings(*known(), [], tied=True) == []
+
+
+@pytest.mark.parametrize(
+    ("how", "untrained", "tied", "line"),
+    [
+        ({"counts": COUNTS | {"truncated": 3}}, [], True, "3 train rows truncated at data.max_length=2048 tokens"),
+        ({"counts": COUNTS | {"dropped": 4}}, [], True, "4 train rows dropped at data.max_length=2048 tokens"),
+        (
+            {"warmup_steps": 50.0},
+            [],
+            True,
+            "still warming up (50 steps) when training ends after 6",
+        ),
+        ({"data": Data(train="my.jsonl", eval="example")}, [], True, "data.eval is still the example's; set data.eval"),
+        ({}, ["<|im_end|>"], True, "this base model never learnt <|im_end|>, which LoRA alone can hardly teach it:"),
+        ({}, ["<|im_end|>"], True, "set lora.modules_to_save: [embed_tokens], or start from the -Instruct model"),
+        ({}, ["<|im_end|>"], False, "set lora.modules_to_save: [embed_tokens, lm_head], or start from"),
+    ],
+)
+def test_what_deserves_a_warning_gets_one(known, how, untrained, tied, line):
+    (warning,) = derived.warnings(*known(**how), untrained, tied=tied)
+    assert line in warning
+
+
+def test_a_base_whose_embeddings_are_trained_needs_no_warning(known):
+    lora = Lora(modules_to_save=["embed_tokens"])
+    assert derived.warnings(*known(lora=lora), ["<|im_end|>"], tied=True) == []
