@@ -61,12 +61,9 @@ class ProgressCallback(TrainerCallback):
             self._shown = (
                 f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {logs['tokens_per_s']:,.0f} tokens/s"
             )
-            line = f"step {state.global_step}/{state.max_steps}  {self._shown}  {self._left(state)} left"
+            line = f"{_step(state)}  {self._shown}  {self._left(state)} left"
         elif "eval_loss" in logs:
-            line = (
-                f"step {state.global_step}/{state.max_steps}  eval_loss {logs['eval_loss']:.4f}"
-                f"  perplexity {logs['eval_perplexity']:.2f}"
-            )
+            line = f"{_step(state)}  eval_loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.2f}"
         else:
             return
         log.info(line)
@@ -87,3 +84,7 @@ class ProgressCallback(TrainerCallback):
         seconds = (time.monotonic() - self._start) / trained * (state.max_steps - state.global_step)
         minutes, seconds = divmod(round(seconds), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def _step(state: TrainerState) -> str:
+    return f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
