@@ -92,6 +92,29 @@ def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, whole, nu
     assert second["first_step"] == first["last_step"] + 1
 
 
+def test_one_signalled_rank_is_enough_and_a_second_command_is_kept_out(qwenlora, tmp_path, config):
+    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
+    arguments = ["train", str(config), "run_dir=cut", "train.max_steps=40", "--nproc", "2"]
+    with subprocess.Popen([*command, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        wait_for_step(tmp_path / "cut", 1, process)
+        for intruder in ([*arguments, "train.learning_rate=0.5"], [*arguments, "lora.r=8", "--fresh"]):
+            refused = qwenlora(*intruder)
+            assert refused.returncode == 2
+            assert f"is in use by process {process.pid} on " in refused.stderr
+        (rank,) = (
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if child.environ().get("RANK") == "1"
+        )
+        rank.send_signal(signal.SIGUSR1)
+        screen = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, screen
+    assert qwenlora(*arguments).returncode == 0
+    assert [step for step, _ in losses(tmp_path / "cut")] == [1, *range(3, 40, 3), 40]
+    first, second = (json.loads(line) for line in (tmp_path / "cut" / "attempts.jsonl").read_text().splitlines())
+    assert (first["reason"], second["first_step"]) == ("stopped", first["last_step"] + 1)
+
+
 def test_a_broken_checkpoint_is_passed_over_and_named(qwenlora, tmp_path, config):
     assert qwenlora("train", config, "run_dir=run").returncode == 0
     expected = losses(tmp_path / "run"), adapter(tmp_path / "run")

@@ -139,6 +139,28 @@ def test_a_run_that_was_moved_can_still_be_compared(tiny_run, qwenlora, tmp_path
     )
 
 
+def test_a_terminal_shows_a_bar_with_the_newest_numbers(tmp_path):
+    ours, theirs = os.openpty()
+    (tmp_path / "my.yaml").write_text(
+        "model: {name_or_path: tiny}\ndata: {train: example}\nlog: {logging_steps: 1}\n"
+        "train: {max_steps: 3, global_batch_size: 4, per_device_train_batch_size: 4, save_strategy: 'no'}\n"
+    )
+    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", "train", "my.yaml"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs, env=os.environ | {"COLUMNS": "120"})
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+    assert process.wait() == 0
+    last = [json.loads(line) for line in (tmp_path / "runs" / "my" / "metrics.jsonl").read_text().splitlines()][-1]
+    bar = [line for line in shown.decode().replace("\r", "\n").splitlines() if "\u2501" in line][-1]
+    assert "step 3/3" in bar
+    assert f"loss {last['loss']:.4f}" in bar
+
+
 def test_the_same_command_again_says_that_it_is_done(tiny_run, qwenlora):
     before = (tiny_run[0] / "metrics.jsonl").stat()
     answer = qwenlora("train", tiny_run[0] / "config.yaml", f"run_dir={tiny_run[0]}")
