@@ -58,7 +58,7 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None) -> F
     key = prepared.key_of(config.data, tokenizer)
     run.prepared.mkdir(exist_ok=True)
     counts = prepared.prepare(config.data, tokenizer, run.prepared / key, console)
-    check_settings(config, run, counts["train"]["rows"])
+    check_settings(config, counts["train"]["rows"])
     files = prepared.files_key(config.data)
     facts = Facts(base, fingerprint, key, files, counts, parameters, checkpoint_bytes)
     if run.trained and run.facts.exists():

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
+from transformers.training_args import OptimizerNames
 
 from qwenlora.configs import Config
 from qwenlora.data.order import Order, accumulation_steps, total_steps
@@ -82,19 +83,23 @@ def training_arguments(
     )
 
 
-def check_settings(config: Config, run: RunFolder, rows: int) -> None:
-    """Refuse what transformers would refuse much later, with the model loaded. Raises: ValueError naming the key."""
+def check_settings(config: Config, rows: int) -> None:
+    """Refuse what transformers would refuse much later, with the model loaded. Raises: ValueError naming the key.
+
+    It makes no TrainingArguments: these join the process group, for which the other ranks are not ready yet.
+    """
     train = config.train
+    steps = total_steps(rows, train.global_batch_size, train.num_train_epochs, train.max_steps)
     try:
-        arguments = training_arguments(config, run, rows, 1, evaluates=False)
+        OptimizerNames(train.optim)
     except ValueError as error:
         raise ValueError(f"train.optim={train.optim}: {str(error).splitlines()[0]}") from error
     try:
         get_scheduler(
             train.lr_scheduler_type,
             torch.optim.SGD([torch.zeros(1, requires_grad=True)]),
-            num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
-            num_training_steps=arguments.max_steps,
+            num_warmup_steps=int(train.warmup_steps),
+            num_training_steps=steps,
             scheduler_specific_kwargs=dict(train.lr_scheduler_kwargs),
         )
     except (TypeError, ValueError) as error:

@@ -252,9 +252,9 @@ def test_transformers_gets_every_setting(tmp_path):
         ({"lr_scheduler_kwargs": {"bad": 1}}, r"train\.lr_scheduler_kwargs=.* with lr_scheduler_type=cosine: .*bad"),
     ],
 )
-def test_settings_that_transformers_does_not_know_are_refused_before_the_model_is_loaded(tmp_path, setting, message):
+def test_settings_that_transformers_does_not_know_are_refused_before_the_model_is_loaded(setting, message):
     with pytest.raises(ValueError, match=message):
-        check_settings(config_of(**setting), RunFolder(tmp_path), 10)
+        check_settings(config_of(**setting), 10)
 
 
 def test_old_checkpoints_are_dropped_and_broken_ones_do_not_count(trainer, tmp_path):
