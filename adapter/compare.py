@@ -3,6 +3,7 @@
 Greedy answers to the training questions, side by side, and how many are exactly the reference, before and after.
 """
 
+import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +90,8 @@ def questions(files: list[Path]) -> list[Question]:
 
 def answers(model: Any, tokenizer: Any, asked: list[Question], max_new_tokens: int, what: str) -> Iterator[str]:
     """Yield the model's greedy answers, in order."""
-    for start in track(range(0, len(asked), BATCH), description=what, transient=True):
+    batches = range(0, len(asked), BATCH)
+    for start in track(batches, description=what, transient=True, disable=not sys.stdout.isatty()):
         texts = [
             tokenizer.apply_chat_template(
                 question.messages, tokenize=False, add_generation_prompt=True, enable_thinking=False

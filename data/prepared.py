@@ -130,7 +130,8 @@ def _files(config: Data, side: str) -> list[Path]:
 def _encode(tokenizer: Any, read: list[rows.Row], side: str, console: Console | None) -> list[Tokens]:
     chunks: Iterable[int] = range(0, len(read), CHUNK_ROWS)
     if console:
-        chunks = track(chunks, description=f"tokenising {side}", console=console, transient=True)
+        hidden = not console.is_terminal
+        chunks = track(chunks, f"tokenising {side}", console=console, transient=True, disable=hidden)
     return [tokens for start in chunks for tokens in chat.encode(tokenizer, read[start : start + CHUNK_ROWS])]
 
 

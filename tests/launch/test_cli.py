@@ -159,6 +159,6 @@ def test_several_problems_are_named_at_once(qwenlora, tmp_path):
     assert lines == [
         "my.yaml:1: model.name_or_path is missing: a folder, a hub name (Qwen/Qwen2.5-7B-Instruct), or `tiny`: a small"
         " Qwen3 made on the spot",
-        'my.yaml:1: model.name="x": no such key; did you mean model.name_or_path?',
-        'my.yaml:2: data.colour="red": no such key; data has: train, eval, max_length, overlength',
+        "my.yaml:1: model.name=x: no such key; did you mean model.name_or_path?",
+        "my.yaml:2: data.colour=red: no such key; data has: train, eval, max_length, overlength",
     ]
