@@ -71,7 +71,7 @@ def dry_run(config: Config, arguments: list[str]) -> str:
         f"{to_yaml(config)}\n"
         f"# rows                {rows}{' (before long ones are dropped)' * (config.data.overlength == 'drop')}\n"
         f"# processes           {processes}\n"
-        f"# global batch        {train.global_batch_size} rows = {processes} processes x"
+        f"# global batch        {train.global_batch_size} rows = {_processes(processes)} x"
         f" {train.per_device_train_batch_size} x {accumulation} accumulated\n"
         f"# steps               {steps}, {-(-rows // train.global_batch_size)} an epoch\n"
         f"# run folder          {RunFolder(config.run_dir).path}\n"
