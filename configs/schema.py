@@ -38,17 +38,75 @@ class Model(Section):
     )
 
 
+Format = Literal["auto", "chat", "alpaca", "query_response", "prompt_completion", "text"]
+Columns = dict[Text, Text | None]
+Role = Literal["system", "user", "assistant", "tool", "function_call"]
+_COLUMNS = "What the file's keys are called here, as {question: instruction, answer: output}; null: ignore the key."
+_ROLES = "What the file's roles are, as {bot: assistant}."
+_ENCODING = "Encoding of text files, as gb18030. Default: UTF-8; in CSV and TSV also GB18030, where it is found."
+
+
+class Source(Section):
+    """One of several places that rows come from. What is left out is as data says."""
+
+    path: Text = Field(description="A file, a folder, a glob, a hub name, or `example`.")
+    weight: Annotated[float, Field(gt=0.0)] = Field(
+        1.0, description="How often an epoch sees its rows: 2 is twice; 0.5 is half of them, chosen by a hash."
+    )
+    format: Format | None = Field(None, description="As data.format, for this source.")
+    columns: Columns | None = Field(None, description="As data.columns, for this source.")
+    roles: dict[Text, Role] | None = Field(None, description="As data.roles, for this source.")
+    encoding: Text | None = Field(None, description="As data.encoding, for this source.")
+    name: Text | None = Field(None, description="Configuration of a hub data set.")
+    split: Text = Field("train", description="Split of a hub data set.")
+    revision: Text | None = Field(None, description="Branch, tag or commit of a hub data set.")
+
+
 class Data(Section):
     """The rows to train and to evaluate on. Paths are relative to the working directory."""
 
-    train: Text | list[Text] = Field(
-        description="A .json or .jsonl file, or a list of them. `example`: the rows that come with qwenlora."
+    train: Text | Source | list[Text | Source] = Field(
+        description="A file, folder, glob or hub name, or a list; {path: my.jsonl, weight: 2} says more of one."
+        " `example`: the rows that come with qwenlora."
     )
-    eval: Text | list[Text] | None = Field(None, description="Rows to evaluate on. `example`: 20 rephrased questions.")
-    max_length: Annotated[int, Field(ge=8)] = Field(2048, description="Longest row, in tokens.")
-    overlength: Literal["error", "truncate", "drop"] = Field(
+    eval: Text | Source | list[Text | Source] | None = Field(
+        None, description="Rows to evaluate on, named like train's. `example`: 20 rephrased questions."
+    )
+    eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="Share of the training rows to evaluate on instead, chosen by a hash of each row."
+    )
+    format: Format = Field("auto", description="Shape of the rows; auto: found by looking at each file's first.")
+    columns: Columns = Field(default_factory=dict, description=_COLUMNS)
+    roles: dict[Text, Role] = Field(default_factory=dict, description=_ROLES)
+    encoding: Text | None = Field(None, description=_ENCODING)
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="What to do when there are rows that cannot be trained; they are listed either way."
+    )
+    train_on: Literal["assistant", "last_assistant", "all"] = Field(
+        "assistant", description="What is learnt: every reply, the last reply of a row, or all that is said."
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(2048, description="Longest row, and length of a pack, in tokens.")
+    overlength: Literal["error", "truncate", "drop", "split"] = Field(
         "error", description="What to do with rows longer than max_length; what was done is counted and shown."
     )
+    split_replies: bool = Field(
+        False, description="With overlength: split. A reply too long for one row goes on in rows without its question."
+    )
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto", description="Several rows in one sequence of max_length, kept apart. auto: on with a GPU."
+    )
+    num_proc: PositiveInt | None = Field(None, description="Processes that prepare the rows. Default: one a core.")
+    cache_dir: Text | None = Field(
+        None, description="Where prepared rows are kept for all runs. Default: .prepared beside the run folders."
+    )
+
+    @model_validator(mode="after")
+    def _keys_go_together(self) -> "Data":
+        if self.eval is not None and self.eval_fraction is not None:
+            raise ValueError("eval and eval_fraction both say what to evaluate on; remove one of them")
+        if self.split_replies and self.overlength != "split":
+            raise ValueError("split_replies=true has no effect without overlength: split")
+        return self
 
 
 class Lora(Section):
@@ -91,10 +149,10 @@ class Train(Section):
     """The training, in transformers' words."""
 
     global_batch_size: PositiveInt = Field(
-        16, description="Rows an optimizer step, over all GPUs and accumulation steps."
+        16, description="Rows (with packing: packs) an optimizer step, over all GPUs and accumulation steps."
     )
     per_device_train_batch_size: PositiveInt = Field(
-        1, description="Rows a GPU holds at once. The accumulation steps follow from it."
+        1, description="Rows (with packing: packs) a GPU holds at once. The accumulation steps follow from it."
     )
     per_device_eval_batch_size: PositiveInt = Field(4, description="Rows a GPU evaluates at once.")
     num_train_epochs: Annotated[float, Field(gt=0.0)] = Field(3.0, description="Passes over the rows.")

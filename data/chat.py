@@ -1,8 +1,10 @@
-"""A conversation as tokens, and which of them are trained: the replies and their end-of-turn token.
+"""A row as tokens, and which of them are trained: the replies and their end-of-turn token.
 
-The ids are those of `tokenizer.apply_chat_template(messages, tokenize=True)`, since the same rendered text is
-tokenised whole. Qwen's templates mark no replies ({% generation %} is missing), so a reply is found in the rendered
-text between `<|im_start|>assistant\\n` and `<|im_end|>`; rows.py refuses text that could forge these.
+`Encoder(tokenizer).encode(rows)`. The ids are those of `tokenizer.apply_chat_template(messages, tokenize=True)`, since
+the same rendered text is tokenised whole. Qwen's templates mark no replies ({% generation %} is missing). So a reply is
+found among the tokens: after `<|im_start|>`, `assistant`, line break, and up to `<|im_end|>`; rows.py refuses text that
+could forge these. Tokens are bytes of the text, one after the other: when the first ones are exactly the header's, what
+follows is exactly the reply. That the template wrote the reply as it was said is checked in the rendered text.
 """
 
 import re
@@ -11,90 +13,173 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qwenlora.data.rows import TURN_END, Row
+from qwenlora.data.files import BadRow, show
+from qwenlora.data.rows import THINK, THOUGHT, TURN_END, TURN_START, Message, Row
+
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
+_HEADER = "assistant\n"
 # Qwen3 writes this before a reply that was not thought about: it is what the generation prompt holds, not the reply
-_NO_THOUGHT = "<think>\n\n</think>\n\n"
+NO_THOUGHT = "<think>\n\n</think>\n\n"
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_ENDS_OF_TEXT = ("<|endoftext|>", "</s>")
 
 
 class Tokens(NamedTuple):
     """One row. ids: int32 [length]; trained: bool [length], true where the token is learnt. trained[0] is false."""
 
-    ids: npt.NDArray[np.int32]
-    trained: npt.NDArray[np.bool_]
+    ids: Ids
+    trained: Mask
 
 
-def encode(tokenizer: Any, rows: list[Row]) -> list[Tokens]:
-    """Return the tokens of each row. tokenizer: a fast tokenizer with a ChatML template.
+class Reply(NamedTuple):
+    """An assistant turn in the rendered text. unthought: it begins with the template's NO_THOUGHT."""
 
-    Raises: ValueError naming the first row that the template refuses or renders otherwise than as ChatML.
-    """
-    texts, spans = [], []
-    for row in rows:
-        text = render(tokenizer, row)
-        texts.append(text)
-        spans.append(reply_spans(text, row))
-    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    return [
-        Tokens(np.asarray(ids, np.int32), _inside(np.asarray(offsets, np.int64).reshape(-1, 2), row_spans))
-        for ids, offsets, row_spans in zip(batch["input_ids"], batch["offset_mapping"], spans, strict=True)
-    ]
+    text: str
+    unthought: bool
 
 
-def render(tokenizer: Any, row: Row) -> str:
-    """Return the conversation as the model's own template writes it."""
-    try:
-        text: str = tokenizer.apply_chat_template(row.messages, tokenize=False)
-    except Exception as error:  # a template raises what it likes (jinja2's raise_exception)
-        raise ValueError(f"{row.place}: the model's chat template refuses this row: {error}") from error
-    return text
+class Encoder:
+    """Makes tokens of rows. tokenizer: a fast one with a ChatML template; train_on: as data.train_on."""
+
+    def __init__(self, tokenizer: Any, train_on: str = "assistant") -> None:
+        self.tokenizer, self.train_on = tokenizer, train_on
+        self._encode = tokenizer.backend_tokenizer.encode_batch_fast
+        self._start, self._end = (tokenizer.convert_tokens_to_ids(mark) for mark in (TURN_START, TURN_END))
+        self._header, self._no_thought = (self._ids([text])[0] for text in (_HEADER, NO_THOUGHT))
+        for ids, text in ((self._header, _HEADER), (self._no_thought, NO_THOUGHT)):
+            if tokenizer.decode(ids) != text:
+                raise ValueError(f"this tokenizer changes {text!r} to {tokenizer.decode(ids)!r}; a Qwen's keeps it")
+        known = tokenizer.get_vocab()
+        self._end_of_text = next((known[token] for token in _ENDS_OF_TEXT if token in known), tokenizer.eos_token_id)
+        self._takes_thoughts = "reasoning_content" in str(tokenizer.chat_template)
+
+    def encode(self, rows: list[Row]) -> list[Tokens | BadRow]:
+        """Return the tokens of each row, or why it cannot be trained."""
+        found: list[Tokens | BadRow] = []
+        texts: list[str] = []
+        replies: list[list[Reply]] = []
+        for row in rows:
+            try:
+                text = self.render(row)
+                replies.append([] if row.text is not None else self._replies(text, row.messages))
+                texts.append(text)
+            except BadRow as error:
+                texts.append("")
+                replies.append([])
+                found.append(error)
+            else:
+                found.append(_PENDING)
+        for number, ids in enumerate(self._ids(texts)):
+            if found[number] is _PENDING:
+                try:
+                    found[number] = self._tokens(rows[number], ids, replies[number])
+                except BadRow as error:
+                    found[number] = error
+        return found
+
+    def render(self, row: Row) -> str:
+        """Return the row as the model's own template writes it. Raises: BadRow when the template refuses it."""
+        if row.text is not None:
+            return row.text
+        if not self._takes_thoughts and any("reasoning_content" in message for message in row.messages):
+            raise BadRow(
+                "has reasoning_content, which this model's template leaves out; write it into the reply:"
+                " <think>...</think>, or ignore it: data.columns: {reasoning_content: null}"
+            )
+        try:
+            text: str = self.tokenizer.apply_chat_template(row.messages, tools=row.tools, tokenize=False)
+        except Exception as error:  # a template raises what it likes (jinja2's raise_exception)
+            raise BadRow(f"the model's chat template refuses this row: {' '.join(str(error).split())}") from error
+        return text
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._encode(texts, add_special_tokens=False)]
+
+    def _tokens(self, row: Row, found: list[int], replies: list[Reply]) -> Tokens:
+        if row.text is not None:
+            ids = np.array([*found, self._end_of_text], np.int32)
+            trained = np.ones(len(ids), np.bool_)
+        else:
+            ids = np.array(found, np.int32)
+            trained = np.zeros(len(ids), np.bool_)
+            spans = self._spans(ids, replies)
+            for start, end in spans[-1:] if self.train_on == "last_assistant" else spans:
+                trained[start:end] = True
+            if self.train_on == "all":
+                trained[:] = True
+        trained[:1] = False  # the first token has nothing before it to be predicted from
+        return Tokens(ids, trained)
+
+    def _spans(self, ids: Ids, replies: list[Reply]) -> list[tuple[int, int]]:
+        """Return [start, end) in tokens of every reply, its end-of-turn token included."""
+        starts, ends = np.flatnonzero(ids == self._start), np.flatnonzero(ids == self._end)
+        if len(starts) != len(ends) or not (starts < ends).all() or not (ends[:-1] < starts[1:]).all():
+            raise BadRow("the chat template's turns do not end as they begin; expected ChatML, as all Qwens have")
+        spans = []
+        for start, end in zip((starts + 1).tolist(), ends.tolist(), strict=True):
+            after = start + len(self._header)
+            if ids[start:after].tolist() == self._header:
+                spans.append((after, end + 1))
+        if len(spans) != len(replies):
+            raise BadRow("a reply's first characters melt with the line break before it; remove white space there")
+        for number, reply in enumerate(replies):
+            if reply.unthought:
+                start, end = spans[number]
+                after = start + len(self._no_thought)
+                if ids[start:after].tolist() != self._no_thought:
+                    raise BadRow("a reply's first characters melt with </think> before it; remove white space there")
+                spans[number] = (after, end)
+        return spans
+
+    def _replies(self, text: str, messages: list[Message]) -> list[Reply]:
+        """Return the replies in a rendered text, once it is sure that they are what was said."""
+        turns = [turn[2] for turn in _TURN.finditer(text) if turn[1] == "assistant"]
+        said = [message for message in messages if message["role"] == "assistant"]
+        if len(turns) != len(said):
+            raise BadRow(
+                f"the chat template wrote {len(turns)} assistant turns for {len(said)};"
+                " expected ChatML (<|im_start|>assistant ... <|im_end|>), as all Qwens have"
+            )
+        return [_reply(body, message) for body, message in zip(turns, said, strict=True)]
 
 
-def reply_spans(text: str, row: Row) -> list[tuple[int, int]]:
-    """Return [start, end) in characters of every reply in the rendered text, its end-of-turn token included."""
-    turns = [match for match in _TURN.finditer(text) if match[1] == "assistant"]
-    replies = [message for message in row.messages if message["role"] == "assistant"]
-    if len(turns) != len(replies):
-        raise ValueError(
-            f"{row.place}: the chat template wrote {len(turns)} assistant turns for {len(replies)};"
-            " expected ChatML (<|im_start|>assistant ... <|im_end|>), as all Qwens have"
-        )
-    spans = []
-    for turn, reply in zip(turns, replies, strict=True):
-        start, body, said = turn.start(2), turn[2], reply["content"]
-        if body.startswith(_NO_THOUGHT) and "<think>" not in said:
-            start += len(_NO_THOUGHT)
-            body = body.removeprefix(_NO_THOUGHT)
-        if _plain(body) not in _renderings(row, said):
-            raise ValueError(f"{row.place}: the chat template changed a reply: it wrote {body[:60]!r}")
-        spans.append((start, turn.end(2) + len(TURN_END)))
-    return spans
+_PENDING: Any = object()
 
 
-def _renderings(row: Row, said: str) -> tuple[str, ...]:
+def _reply(body: str, message: Message) -> Reply:
+    content, thought = message["content"], message.get("reasoning_content")
+    unthought = body.startswith(NO_THOUGHT) and THINK not in content and not thought
+    body = body.removeprefix(NO_THOUGHT) if unthought else body
+    allowed = _renderings(content)
+    if thought:
+        allowed += [_plain(f"{THINK}{thought}{THOUGHT}{content}")]
+    plain = _plain(body)
+    if calls := message.get("tool_calls"):
+        names = re.findall(r'<tool_call>\s*\{"name": "(.*?)", "arguments": ', plain)
+        right = [call["function"]["name"] for call in calls] == names
+        if not right or not any(plain.startswith(said) for said in allowed):
+            raise BadRow(f"the chat template changed a call: it wrote {show(body)}")
+    elif plain not in allowed:
+        raise BadRow(f"the chat template changed a reply: it wrote {show(body)}")
+    return Reply(body, unthought)
+
+
+def _renderings(said: str) -> list[str]:
     """Return what a template may make of a reply: all of it, or (in earlier turns) the answer without the thought."""
-    if "<think>" not in said and "</think>" not in said:
-        return (_plain(said),)
+    if THINK not in said and THOUGHT not in said:
+        return [_plain(said)]
     thought = _THOUGHT.fullmatch(said)
     if not thought or "think>" in thought[1] + thought[2]:
-        raise ValueError(
-            f"{row.place}: a reply has a stray <think> or </think>, from which Qwen's templates cut text away;"
+        raise BadRow(
+            "a reply has a stray <think> or </think>, from which Qwen's templates cut text away;"
             " a thought stands once, at the start: <think>...</think>answer"
         )
-    return _plain(f"<think>{thought[1]}</think>{thought[2]}"), _plain(thought[2])
+    return [_plain(f"{THINK}{thought[1]}{THOUGHT}{thought[2]}"), _plain(thought[2])]
 
 
 def _plain(text: str) -> str:
     """Return a reply without the white space that templates move: around it, and around its thought."""
     return re.sub(r"\s*(</?think>)\s*", r"\1", text.strip())
-
-
-def _inside(offsets: npt.NDArray[np.int64], spans: list[tuple[int, int]]) -> npt.NDArray[np.bool_]:
-    """Return bool [tokens]: true where a token's characters lie wholly inside one of the spans."""
-    trained = np.zeros(len(offsets), np.bool_)
-    for start, end in spans:
-        trained |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
-    trained[:1] = False  # the first token has nothing before it to be predicted from
-    return trained

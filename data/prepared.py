@@ -1,190 +1,225 @@
-"""Tokens on disk: written once before any rank starts, opened as memory-mapped arrays by every rank.
+"""Rows as tokens on disk: prepared once, for every run that has the same data, opened memory-mapped by every rank.
 
-prepared/<key>/{train,eval}/: ids.npy int32 [tokens], trained.npy bool [tokens], starts.npy int64 [rows + 1]
-prepared/<key>/facts.json   : what was counted. It is written last, and the folder is renamed into place when whole.
+<cache>/<key>/{train,eval}/: ids.bin int32 [tokens], trained.bin bool [tokens]; starts, lengths, trained_lengths, row_of
+    .npy [pieces], what an epoch sees; places int32 [rows, 3] (source, file, line), whole int32 [rows], digests .npy
+<cache>/<key>/index.json: what was counted, written last. bad.jsonl: every row that was left out, and why.
 The key is a hash of everything the tokens depend on: the files' bytes, the tokenizer, the options and this code.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import tokenizers
 from rich.console import Console
-from rich.progress import track
 
 from qwenlora.configs.schema import Data
-from qwenlora.data import chat, rows
+from qwenlora.data import build, chat, files, fit, packing, rows, sources
+from qwenlora.data.cache import build_once, digest_of, state_of
 from qwenlora.data.chat import Tokens
+from qwenlora.data.packing import Packs
+from qwenlora.data.rows import TURN_END
+from qwenlora.data.sources import SideName, Source
 
-SIDES = ("train", "eval")
-CHUNK_ROWS = 500
+# options that decide what is prepared; the others (num_proc, packing ...) decide how, or what is made of it
+_OPTIONS = ("max_length", "overlength", "split_replies", "train_on", "eval_fraction")
+_CODE = (build, chat, files, fit, packing, rows, sources)
 
 
 class Side(NamedTuple):
-    """The rows of one side, memory-mapped.
+    """The pieces of one side, memory-mapped. A piece is a row, or a part of a long one.
 
-    ids: int32 [tokens], trained: bool [tokens], starts: int64 [rows + 1], the first token of each row.
+    ids: int32 [tokens], trained: bool [tokens]; starts: int64 [pieces], lengths, trained_lengths: int32 [pieces];
+    row_of: int32 [pieces], the row it is from; places: int32 [rows, 3], source, file and line.
     """
 
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
     starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int32]
+    trained_lengths: npt.NDArray[np.int32]
+    row_of: npt.NDArray[np.int32]
+    places: npt.NDArray[np.int32]
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """int64 [rows], tokens."""
-        return np.diff(self.starts)
-
-    @property
-    def trained_lengths(self) -> npt.NDArray[np.int64]:
-        """int64 [rows], trained tokens."""
-        counts = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
-        return np.asarray(counts[self.starts[1:]] - counts[self.starts[:-1]], np.int64)
+        return len(self.starts)
 
     def row(self, number: int) -> Tokens:
-        """Return the tokens of one row."""
-        part = slice(self.starts[number], self.starts[number + 1])
+        """Return the tokens of one piece."""
+        part = slice(int(self.starts[number]), int(self.starts[number]) + int(self.lengths[number]))
         return Tokens(self.ids[part], self.trained[part])
 
 
-def key_of(config: Data, tokenizer: Any) -> str:
-    """Return the hash that names the prepared data of this config, tokenizer and code."""
-    digest = hashlib.sha256()
-    for module in (rows, chat, None):
+class Prepared(NamedTuple):
+    """A prepared folder. facts: what was counted (build.py); sources: what the config names, in its order."""
+
+    folder: Path
+    facts: dict[str, Any]
+    sources: list[Source]
+
+    @property
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """{side: {rows, tokens, trained_tokens, longest, sha256, truncated, dropped ...}}."""
+        found: dict[str, dict[str, Any]] = self.facts["sides"]
+        return found
+
+    @property
+    def bad_report(self) -> str:
+        """The first bad rows with their places, and the totals."""
+        return build.bad_report(self.facts, self.sources)
+
+    def place(self, side: SideName, row: int) -> str:
+        """Return where a row stands."""
+        source, file, line = np.load(self.folder / side / "places.npy", mmap_mode="r")[row].tolist()
+        return self.sources[source].place(file, line)
+
+    def refuse(self, data: Data, tokenizer: Any) -> None:
+        """Raise ValueError when these rows should not be trained as the config says."""
+        if self.facts["bad"] and data.on_bad_row == "error":
+            raise ValueError(
+                f"{self.bad_report}\nmend or remove them, or leave them out: data.on_bad_row: skip"
+            )
+        for number, source in enumerate(self.sources):
+            counts = self.facts["sources"][number]
+            if not counts.get("read"):
+                raise ValueError(f"data.{source.side}={source.name} is empty: it has no rows")
+            if counts["bad"] == counts["read"]:
+                raise ValueError(f"data.{source.side}={source.name}: none of its rows can be trained\n{self.bad_report}")
+        for side, counts in self.counts.items():
+            self._refuse_side(side, counts, data)
+        if "train" not in self.counts:
+            raise ValueError(f"data.eval_fraction={data.eval_fraction} leaves no row to train on; lower it")
+        if data.eval_fraction and "eval" not in self.counts:
+            raise ValueError(
+                f"data.eval_fraction={data.eval_fraction} leaves no row to evaluate on: there are only"
+                f" {self.counts['train']['rows']}; raise it, or name a file: data.eval"
+            )
+        self._refuse_endless(data, tokenizer)
+
+    def _refuse_side(self, side: str, counts: dict[str, Any], data: Data) -> None:
+        if counts["overlength"] and data.overlength == "error":
+            source, file, line = counts["longest_place"]
+            raise ValueError(
+                f"{counts['overlength']:,} of {counts['read_rows']:,} {side} rows are longer than"
+                f" data.max_length={data.max_length} tokens (the longest, {self.sources[source].place(file, line)}, has"
+                f" {counts['longest_read']:,}); raise data.max_length, or set data.overlength: truncate, drop or split"
+            )
+        if not counts["rows"]:
+            raise ValueError(
+                f"no {side} row is left: {counts['dropped']:,} of {counts['read_rows']:,} were dropped as longer than"
+                f" data.max_length={data.max_length} tokens, the others have weight too low; raise it"
+            )
+        if not counts["trained_tokens"]:
+            raise ValueError(f"no {side} row has a token to train on")
+
+    def _refuse_endless(self, data: Data, tokenizer: Any) -> None:
+        """Refuse conversations that never teach where to stop."""
+        end = tokenizer.convert_tokens_to_ids(TURN_END)
+        side = self.side("train")
+        assert side is not None, "there are training rows"
+        speaks = False
+        for start in range(0, len(side.ids), 2**22):  # a part at a time; the first that trains an end is enough
+            ids, trained = side.ids[start : start + 2**22], side.trained[start : start + 2**22]
+            ends = ids == end
+            speaks = speaks or bool(ends.any())
+            if (ends & trained).any():
+                return
+        if speaks:
+            raise ValueError(
+                f"no train row trains the end of a turn ({TURN_END}), so the model would never stop;"
+                " raise data.max_length, or use a tokenizer that has this token"
+            )
+
+    def side(self, side: SideName) -> Side | None:
+        """Return the pieces of train or eval, memory-mapped; None when there are none."""
+        return open_side(self.folder, side)
+
+    def packs(self) -> Packs:
+        """Return the packs of the training pieces."""
+        return open_packs(self.folder)
+
+
+def prepare(
+    data: Data,
+    tokenizer: Any,
+    cache: Path,
+    console: Console | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Prepared:
+    """Return the rows that a config names as tokens, made now unless they are in the cache. It refuses nothing yet.
+
+    console: where a progress bar may be shown. say: hears what is waited for.
+    Raises: ValueError for files that are not there or cannot be read to their end.
+    """
+    notes: list[str] = []
+    found = sources.find(data, notes.append)
+    folder = cache / key_of(data, found, tokenizer, cache)
+
+    def states() -> list[Any]:
+        return [state_of(path) for source in found for path in source.files]
+
+    def make(staging: Path) -> dict[str, Any]:
+        return build.build(staging, found, tokenizer, data, console, states)
+
+    try:
+        facts = build_once(folder, make, say)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={cache} cannot hold the prepared rows: {error.strerror or error}; free some space there, or"
+            " set data.cache_dir to a folder that can be written"
+        ) from error
+    facts["notes"] = [*notes, *facts["notes"]]
+    return Prepared(folder, facts, found)
+
+
+def key_of(data: Data, found: list[Source], tokenizer: Any, cache: Path) -> str:
+    """Return the hash that names the prepared rows of these sources, tokenizer, options and code."""
+    digest = hashlib.sha256(f"{tokenizers.__version__} {np.__version__}".encode())
+    for module in (*_CODE, None):
         digest.update(Path(module.__file__ or "" if module else __file__).read_bytes())
-    digest.update(json.dumps([config.max_length, config.overlength]).encode())
+    digest.update(json.dumps([getattr(data, option) for option in _OPTIONS]).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(tokenizer.chat_template).encode())
-    digest.update(files_key(config).encode())
+    for source in found:
+        how = [source.side, source.weight, source.encoding, source.options.format]
+        how += [dict(source.options.columns), dict(source.options.roles), [path.suffixes[-2:] for path in source.files]]
+        digest.update(json.dumps(how, sort_keys=True).encode())
+    digest.update(files_key(found, cache).encode())
     return digest.hexdigest()[:16]
 
 
-def files_key(config: Data) -> str:
+def files_key(found: list[Source], cache: Path) -> str:
     """Return the hash of the files' bytes alone, which needs no tokenizer."""
     digest = hashlib.sha256()
-    for side in SIDES:
-        for path in _files(config, side):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        digest.update(b"/")
+    for source in found:
+        digest.update(source.side.encode())
+        for path in source.files:
+            try:
+                digest.update(digest_of(path, cache).encode())
+            except OSError as error:
+                raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     return digest.hexdigest()[:16]
 
 
-def prepare(config: Data, tokenizer: Any, folder: Path, console: Console | None = None) -> dict[str, Any]:
-    """Write the tokens of config's rows into folder, unless they are there; return the facts that were counted.
-
-    console: where a progress bar may be shown.
-
-    Raises: ValueError for rows that cannot be trained.
-    """
-    if (folder / "facts.json").is_file():
-        return read_facts(folder)
-    staging = folder.with_name(f"{folder.name}.staging-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    facts: dict[str, Any] = {}
-    for side in SIDES:
-        if files := _files(config, side):
-            read = rows.read_rows(files)
-            tokens = _encode(tokenizer, read, side, console)
-            facts[side] = _fit(tokens, read, config, side)
-            kept = [row for row in tokens if len(row.ids)]
-            _check(kept, tokenizer, side)
-            facts[side] |= _write(kept, staging / side)
-    (staging / "facts.json").write_text(json.dumps(facts, indent=1))
-    try:
-        staging.rename(folder)
-    except OSError:  # another process was faster; its folder is as good as ours
-        if not (folder / "facts.json").is_file():
-            raise
-        shutil.rmtree(staging)
-    return read_facts(folder)
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """Return {side: {sha256, rows, tokens, trained_tokens, longest, truncated, dropped}}."""
-    facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
-    return facts
-
-
-def open_side(folder: Path, side: str) -> Side | None:
-    """Return the prepared rows of train or eval, memory-mapped; None when there are none."""
-    if not (folder / side).is_dir():
+def open_side(folder: Path, side: SideName) -> Side | None:
+    """Return the pieces of train or eval, memory-mapped; None when there are none."""
+    where = folder / side
+    if not where.is_dir():
         return None
-    return Side(*(np.load(folder / side / f"{name}.npy", mmap_mode="r") for name in Side._fields))
+    arrays = {name: np.load(where / f"{name}.npy", mmap_mode="r") for name in Side._fields[2:]}
+    if not (where / "ids.bin").stat().st_size:
+        return Side(np.empty(0, np.int32), np.empty(0, np.bool_), **arrays)
+    return Side(
+        np.memmap(where / "ids.bin", np.int32, "r"),
+        np.memmap(where / "trained.bin", np.bool_, "r"),
+        **arrays,
+    )
 
 
-def _files(config: Data, side: str) -> list[Path]:
-    source = config.train if side == "train" else config.eval
-    return rows.source_files(source, side) if source else []
-
-
-def _encode(tokenizer: Any, read: list[rows.Row], side: str, console: Console | None) -> list[Tokens]:
-    chunks: Iterable[int] = range(0, len(read), CHUNK_ROWS)
-    if console:
-        hidden = not console.is_terminal
-        chunks = track(chunks, f"tokenising {side}", console=console, transient=True, disable=hidden)
-    return [tokens for start in chunks for tokens in chat.encode(tokenizer, read[start : start + CHUNK_ROWS])]
-
-
-def _fit(tokens: list[Tokens], read: list[rows.Row], config: Data, side: str) -> dict[str, Any]:
-    """Apply data.overlength in place (a dropped row is left empty) and count what was done."""
-    counts: dict[str, Any] = {"truncated": 0, "dropped": 0}
-    long = [n for n, row in enumerate(tokens) if len(row.ids) > config.max_length]
-    if long and config.overlength == "error":
-        worst = max(long, key=lambda n: len(tokens[n].ids))
-        raise ValueError(
-            f"{len(long)} of {len(tokens)} {side} rows are longer than data.max_length={config.max_length} tokens"
-            f" (the longest, {read[worst].place}, has {len(tokens[worst].ids)});"
-            " raise data.max_length, or set data.overlength: truncate or drop"
-        )
-    for n in long:
-        if config.overlength == "drop":
-            tokens[n] = Tokens(tokens[n].ids[:0], tokens[n].trained[:0])
-            counts["dropped"] += 1
-            continue
-        tokens[n] = Tokens(tokens[n].ids[: config.max_length], tokens[n].trained[: config.max_length])
-        counts["truncated"] += 1
-        if not tokens[n].trained.any():
-            raise ValueError(
-                f"{read[n].place}: truncated to data.max_length={config.max_length} tokens, nothing of the reply is"
-                " left to train on; raise data.max_length, or set data.overlength: drop"
-            )
-    return counts
-
-
-def _check(kept: list[Tokens], tokenizer: Any, side: str) -> None:
-    if not kept:
-        raise ValueError(f"every {side} row was dropped as longer than data.max_length; raise it")
-    end = tokenizer.convert_tokens_to_ids(rows.TURN_END)
-    if not any((row.ids[row.trained] == end).any() for row in kept):
-        raise ValueError(
-            f"no {side} row trains the end of a turn ({rows.TURN_END}), so the model would never stop;"
-            " raise data.max_length, or use a tokenizer that has this token"
-        )
-
-
-def _write(kept: list[Tokens], folder: Path) -> dict[str, Any]:
-    folder.mkdir(parents=True)
-    lengths = [len(row.ids) for row in kept]
-    ids = np.concatenate([row.ids for row in kept])
-    trained = np.concatenate([row.trained for row in kept])
-    np.save(folder / "ids.npy", ids)
-    np.save(folder / "trained.npy", trained)
-    np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    digest = hashlib.sha256(ids.tobytes() + trained.tobytes() + np.asarray(lengths, np.int64).tobytes())
-    return {
-        "sha256": digest.hexdigest(),
-        "rows": len(kept),
-        "tokens": len(ids),
-        "trained_tokens": int(trained.sum()),
-        "longest": max(lengths),
-    }
+def open_packs(folder: Path) -> Packs:
+    """Return the packs of the training pieces."""
+    return Packs(*(np.load(folder / "train" / f"pack_{name}.npy", mmap_mode="r") for name in Packs._fields))

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from qwenlora.configs.load import differences, load_config, to_yaml
 from qwenlora.configs.schema import Config
+from qwenlora.jobs.disk import write_atomically
 
 Reason = Literal["done", "stopped", "failed", "refused"]
 EXIT_CODES: dict[Reason, int] = {"done": 0, "stopped": 75, "failed": 1, "refused": 2}
@@ -43,8 +44,8 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
         self.base_model = self.path / "base_model"  # of model.name_or_path: tiny
-        self.prepared = self.path / "prepared"
-        self.facts = self.prepared / "facts.json"
+        self.facts = self.path / "facts.json"  # what was counted before the ranks started
+        self.bad_rows = self.path / "bad_rows.txt"
         self.wandb_id = self.path / "wandb" / "run_id"
         self._lock = self.path / ".lock"
 
@@ -199,16 +200,6 @@ def changes(held: Config, config: Config) -> str:
     """Return in words how config would make another run of a held one; empty when it would not."""
     found = differences(held, config).items()
     return ", ".join(f"{key} was {old}, now {new}" for key, (old, new) in found if not key.startswith(FREE_TO_CHANGE))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is seen whole or not at all."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
 
 
 def _code() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qwenlora.configs import Config
 from qwenlora.data import prepared
+from qwenlora.jobs.disk import sync
 from qwenlora.jobs.run import Reason, RunFolder
 from qwenlora.trainer import checkpoints, derived
 from qwenlora.trainer import model as models
@@ -126,13 +127,13 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
     os.umask(mask)
     for file in staging.iterdir():
         file.chmod(0o666 & ~mask)  # safetensors closes its files to colleagues
-        checkpoints.sync(file)
+        sync(file)
     old = run.path / ".adapter.old"
     checkpoints.remove(old)
     if run.adapter.exists():
         run.adapter.rename(old)
     staging.rename(run.adapter)
-    checkpoints.sync(run.path)
+    sync(run.path)
     checkpoints.remove(old)
 
 

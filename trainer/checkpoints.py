@@ -6,7 +6,6 @@ missing or cut short is not whole, and one of another run is not resumed from.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from qwenlora.configs import Config
-from qwenlora.jobs.run import RunFolder, changes, step_of, write_atomically
+from qwenlora.jobs.disk import sync, write_atomically
+from qwenlora.jobs.run import RunFolder, changes, step_of
 
 COMPLETE = "complete"
 
@@ -139,12 +139,3 @@ def _stranger(folder: Path, identity: dict[str, Any]) -> str:
     if theirs["base"] != identity["base"]:
         return "was trained on a base model with other weights"
     return ""
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

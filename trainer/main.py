@@ -17,7 +17,8 @@ from rich.console import Console
 
 from qwenlora.configs import Config, load_config
 from qwenlora.jobs.orphans import die_with_parent
-from qwenlora.jobs.run import EXIT_CODES, Reason, RunFolder, write_atomically
+from qwenlora.jobs.disk import write_atomically
+from qwenlora.jobs.run import EXIT_CODES, Reason, RunFolder
 from qwenlora.trainer.screen import Rank, StopRequest, take_screen
 
 log = logging.getLogger("qwenlora")

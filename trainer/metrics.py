@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qwenlora.jobs.run import write_atomically
+from qwenlora.jobs.disk import write_atomically
 from qwenlora.trainer.model import Parameters
 
 # dense bf16 matrix peaks in FLOP/s, from NVIDIA's data sheets; the longest name that fits decides

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from qwenlora.configs import Config
 from qwenlora.data import prepared
-from qwenlora.jobs.run import RunFolder, write_atomically
+from qwenlora.jobs.disk import write_atomically
+from qwenlora.jobs.run import RunFolder
 from qwenlora.trainer import model as models
 from qwenlora.trainer.training import check_settings
 

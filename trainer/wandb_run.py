@@ -14,7 +14,8 @@ import requests
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwenlora.configs import Config
-from qwenlora.jobs.run import RunFolder, write_atomically
+from qwenlora.jobs.disk import write_atomically
+from qwenlora.jobs.run import RunFolder
 
 REACH_TIMEOUT_S = 5.0
 FINISH_TIMEOUT_S = 10.0
