@@ -6,6 +6,7 @@ Greedy answers to the training questions, side by side, and how many are exactly
 import sys
 import unicodedata
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,9 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from qwenlora.configs import load_config
-from qwenlora.data.rows import TURN_END, Message, read_rows, source_files
+from qwenlora.configs.schema import Data
+from qwenlora.data.rows import TURN_END, Message
+from qwenlora.data.survey import rows_of_side
 from qwenlora.jobs.run import RunFolder
 from qwenlora.trainer import model as models
 
@@ -30,6 +33,7 @@ class Question(NamedTuple):
 
     messages: list[Message]
     reference: str
+    tools: list[Any] | None = None
 
 
 def compare(folder: Path, *, show: int, limit: int, max_new_tokens: int) -> tuple[int, int]:
@@ -45,7 +49,7 @@ def compare(folder: Path, *, show: int, limit: int, max_new_tokens: int) -> tupl
     config = load_config(run.config)
     base_name = models.base_of(config, run)  # not as it was then: the folder may have moved
     tokenizer = models.load_tokenizer(config, base_name)
-    asked = questions(source_files(config.data.train, "train"))[:limit]
+    asked = list(islice(questions(config.data), limit))
     if not asked:
         raise ValueError(f"data.train={config.data.train}: no row begins with a question, so there is nothing to ask")
     model = PeftModel.from_pretrained(models.load_base(config, base_name), run.adapter).eval()
@@ -78,14 +82,12 @@ def compare(folder: Path, *, show: int, limit: int, max_new_tokens: int) -> tupl
     return exact[0], exact[1]
 
 
-def questions(files: list[Path]) -> list[Question]:
-    """Return each row's turns before its first reply, and that reply."""
-    found = []
-    for row in read_rows(files):
-        first = next(n for n, message in enumerate(row.messages) if message["role"] == "assistant")
-        if first:
-            found.append(Question(row.messages[:first], row.messages[first]["content"]))
-    return found
+def questions(data: Data) -> Iterator[Question]:
+    """Yield each training row's turns before its first reply, and that reply."""
+    for _, row in rows_of_side(data, "train"):
+        first = next((n for n, message in enumerate(row.messages) if message["role"] == "assistant"), 0)
+        if first and row.messages[first]["content"]:
+            yield Question(row.messages[:first], row.messages[first]["content"], row.tools)
 
 
 def answers(model: Any, tokenizer: Any, asked: list[Question], max_new_tokens: int, what: str) -> Iterator[str]:
@@ -94,7 +96,11 @@ def answers(model: Any, tokenizer: Any, asked: list[Question], max_new_tokens: i
     for start in track(batches, description=what, transient=True, disable=not sys.stdout.isatty()):
         texts = [
             tokenizer.apply_chat_template(
-                question.messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                question.messages,
+                tools=question.tools,
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
             )
             for question in asked[start : start + BATCH]
         ]

@@ -77,14 +77,12 @@ def treat(job: Job, source: Source, shape: str | None, chunk: Chunk, *, tokenise
     bad: list[tuple[int, str]] = []
     rows: list[Row] = []
     read = 0
-    for line, value in chunk.values():
+    for line, row in rows_of(chunk, shape, source.options):
         read += 1
-        try:
-            if isinstance(value, BadRow):
-                raise value
-            rows.append(to_row(line, value, shape or shape_of(value, source.options), source.options))
-        except BadRow as error:
-            bad.append((line, str(error)))
+        if isinstance(row, BadRow):
+            bad.append((line, str(row)))
+        else:
+            rows.append(row)
     if not tokenise:
         for row in rows:
             try:
@@ -115,6 +113,35 @@ def treat(job: Job, source: Source, shape: str | None, chunk: Chunk, *, tokenise
         except BadRow as error:
             bad.append((row.line, str(error)))
     return Done(read, sorted(bad), {side: _arrays(found) for side, found in held.items() if found}, counts)
+
+
+def rows_of(chunk: Chunk, shape: str | None, options: Options) -> Iterator[tuple[int, Row | BadRow]]:
+    """Yield (line, row or why it is none) for each row of a chunk."""
+    for line, value in chunk.values():
+        try:
+            if isinstance(value, BadRow):
+                raise value
+            yield line, to_row(line, value, shape or shape_of(value, options), options)
+        except BadRow as error:
+            yield line, error
+
+
+def read(sources: list[Source]) -> Iterator[tuple[int, int, int, Row | BadRow]]:
+    """Yield (number of the source, of its file, line, row) for every row, in order, in this process alone."""
+    for number, source in enumerate(sources):
+        for file, chunk, shape in _shaped(source):
+            for line, row in rows_of(chunk, shape, source.options):
+                yield number, file, line, row
+
+
+def _shaped(source: Source, note: Callable[[str], None] = lambda _: None) -> Iterator[tuple[int, Chunk, str | None]]:
+    """Yield (number of the file, chunk, shape of the file's rows) for all of a source's chunks."""
+    shape, before = None, -1
+    for file, chunk in source.chunks(note):
+        if file != before:
+            shape, before = None, file
+        shape = shape or _first_shape(chunk, source.options)
+        yield file, chunk, shape
 
 
 def side_of(digest: bytes, source: Source, data: Data) -> SideName:
@@ -197,11 +224,7 @@ def build(
             progress(sources[number], file, chunk.read, written.read)
 
         for number, source in enumerate(sources):
-            shape, file_before = None, -1
-            for file, chunk in source.chunks(written.notes.append):
-                if file != file_before:
-                    shape, file_before = None, file
-                shape = shape or _first_shape(chunk, source.options)
+            for file, chunk, shape in _shaped(source, written.notes.append):
                 tokenise = not (written.bad_rows and data.on_bad_row == "error")
                 waiting.append((number, file, chunk, pool.submit(_treat, source, shape, chunk, tokenise)))
                 if len(waiting) > IN_FLIGHT * processes:
@@ -359,7 +382,8 @@ class _Written:
             packs = pack(lengths, self.data.max_length)
             np.save(self.folder / "train" / "pack_rows.npy", packs.rows)
             np.save(self.folder / "train" / "pack_ends.npy", packs.ends)
-            sides["train"]["packs"] = len(packs)
+            packed = hashlib.sha256(packs.rows.tobytes() + packs.ends.tobytes()).hexdigest()
+            sides["train"] |= {"packs": len(packs), "packs_sha256": packed}
         return {
             "sides": sides,
             "sources": [dict(counts) for counts in self._by_source],

@@ -1,7 +1,8 @@
 """Which rows are in which step, and which rank holds which of them.
 
-A step's rows depend on seed, epoch and step alone. They are cut into micro-batches before ranks come in: micro-batch
-j goes to rank j % world_size, so any number of ranks computes the same micro-batches and only the place differs.
+What a step holds depends on seed, epoch and step alone. It is cut into micro-batches before ranks come in: micro-batch
+j goes to rank j % world_size, so any number of ranks computes the same micro-batches and only the place differs. The
+unit that is counted is a row, or with packing a pack of rows.
 """
 
 import math
@@ -12,53 +13,79 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-Rows = npt.NDArray[np.int64]
+from qwenlora.data.packing import Packs, spread
+
+Rows = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True)
 class Order:
     """The order of training.
 
-    lengths: int [rows], tokens. Rows of one step are sorted by it, longest first, which saves padding and lets the
-    largest batch come first; it never moves a row to another step.
+    lengths: int [rows], tokens. The units of one step are sorted by it, longest first, which saves padding, gives the
+    ranks about equal work and lets the largest batch come first; it never moves a row to another step.
+    packs: which rows are together, none longer than max_length; None: every row is by itself.
     """
 
     lengths: Rows
     global_batch_size: int
     per_device_batch_size: int
     seed: int
+    packs: Packs | None = None
+    max_length: int = 0
+
+    @property
+    def units(self) -> int:
+        """Packs or rows of an epoch."""
+        return len(self.lengths) if self.packs is None else len(self.packs)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps an epoch; the last one holds what is left, so no row is dropped or seen twice."""
-        return math.ceil(len(self.lengths) / self.global_batch_size)
+        return math.ceil(self.units / self.global_batch_size)
 
     @cached_property
     def _cache(self) -> dict[int, Rows]:
         return {}
 
+    @cached_property
+    def _unit_lengths(self) -> Rows:
+        return self.lengths if self.packs is None else self.packs.lengths(self.lengths)
+
     def epoch(self, epoch: int) -> Rows:
-        """Return int64 [rows]: all row numbers, shuffled by seed and epoch."""
+        """Return int64 [units]: all units by number, shuffled by seed and epoch."""
         if epoch not in self._cache:
             self._cache.clear()
             # RandomState's stream is frozen for all numpy versions (NEP 19), Generator's is not
             generator = np.random.RandomState(np.array([self.seed, epoch], np.uint32))
-            self._cache[epoch] = generator.permutation(len(self.lengths)).astype(np.int64)
+            self._cache[epoch] = generator.permutation(self.units).astype(np.int64)
         return self._cache[epoch]
 
-    def step(self, epoch: int, step: int) -> Rows:
-        """Return the row numbers of one optimizer step, longest row first. 0 <= step < steps_per_epoch."""
-        rows = self.epoch(epoch)[step * self.global_batch_size : (step + 1) * self.global_batch_size]
-        return rows[np.argsort(-self.lengths[rows], kind="stable")]
+    def step(self, epoch: int, step: int) -> list[list[int]]:
+        """Return the row numbers of each unit of one optimizer step, longest first. 0 <= step < steps_per_epoch."""
+        units = self.epoch(epoch)[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+        units = units[np.argsort(-self._unit_lengths[units].astype(np.int64), kind="stable")]
+        if self.packs is None:
+            return [[unit] for unit in units.tolist()]
+        packs = [self.packs[unit].tolist() for unit in units.tolist()]
+        if len(packs) < self.global_batch_size:  # the last step: else some ranks would have a pack and some none
+            rows = np.concatenate(packs)
+            held = spread(self.lengths[rows], self.global_batch_size, self.max_length)
+            packs = packs if held is None else [rows[some].tolist() for some in held if some]
+            packs.sort(key=lambda pack: -int(self.lengths[pack].sum()))
+        return packs
 
-    def micro_batches(self, epoch: int, world_size: int, rank: int) -> Iterator[list[int]]:
-        """Yield this rank's micro-batches of an epoch, accumulation_steps of them a step; [] where a rank has none."""
+    def micro_batches(self, epoch: int, world_size: int, rank: int) -> Iterator[list[list[int]]]:
+        """Yield this rank's micro-batches of an epoch, accumulation_steps of them a step; [] where a rank has none.
+
+        A micro-batch is a list of units, a unit the numbers of its rows.
+        """
         accumulation = accumulation_steps(self.global_batch_size, self.per_device_batch_size, world_size)
         for step in range(self.steps_per_epoch):
-            rows = self.step(epoch, step)
+            units = self.step(epoch, step)
             for number in range(accumulation):
                 start = (number * world_size + rank) * self.per_device_batch_size
-                yield rows[start : start + self.per_device_batch_size].tolist()
+                yield units[start : start + self.per_device_batch_size]
 
 
 def accumulation_steps(global_batch_size: int, per_device_batch_size: int, world_size: int) -> int:
@@ -78,6 +105,6 @@ def accumulation_steps(global_batch_size: int, per_device_batch_size: int, world
     return global_batch_size // at_once
 
 
-def total_steps(rows: int, global_batch_size: int, num_train_epochs: float, max_steps: int | None) -> int:
+def total_steps(units: int, global_batch_size: int, num_train_epochs: float, max_steps: int | None) -> int:
     """Return the optimizer steps of a whole run."""
-    return max_steps or math.ceil(num_train_epochs * math.ceil(rows / global_batch_size))
+    return max_steps or math.ceil(num_train_epochs * math.ceil(units / global_batch_size))

@@ -8,7 +8,7 @@ The key is a hash of everything the tokens depend on: the files' bytes, the toke
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +71,10 @@ class Prepared(NamedTuple):
     def bad_report(self) -> str:
         """The first bad rows with their places, and the totals."""
         return build.bad_report(self.facts, self.sources)
+
+    def bad_lines(self) -> Iterator[str]:
+        """Yield every bad row as `place: reason`."""
+        yield from build.bad_lines(self.folder, self.sources)
 
     def place(self, side: SideName, row: int) -> str:
         """Return where a row stands."""

@@ -29,7 +29,15 @@ Reason = Literal["done", "stopped", "failed", "refused"]
 EXIT_CODES: dict[Reason, int] = {"done": 0, "stopped": 75, "failed": 1, "refused": 2}
 
 # what may change between two attempts without making it another run
-FREE_TO_CHANGE = ("run_dir", "log.", "launch.", "train.per_device_eval_batch_size", "train.save_total_limit")
+FREE_TO_CHANGE = (
+    "run_dir",
+    "log.",
+    "launch.",
+    "data.num_proc",
+    "data.cache_dir",
+    "train.per_device_eval_batch_size",
+    "train.save_total_limit",
+)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "numpy", "qwenlora")
 
 
@@ -48,6 +56,10 @@ class RunFolder:
         self.bad_rows = self.path / "bad_rows.txt"
         self.wandb_id = self.path / "wandb" / "run_id"
         self._lock = self.path / ".lock"
+
+    def cache(self, config: Config) -> Path:
+        """Return the folder in which prepared rows are kept, for all runs beside this one."""
+        return Path(config.data.cache_dir or self.path.parent / ".prepared").expanduser().absolute()
 
     def checkpoint(self, step: int) -> Path:
         """Return the folder of a checkpoint."""

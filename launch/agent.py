@@ -14,11 +14,12 @@ from rich.console import Console
 
 from qwenlora.configs import Config
 from qwenlora.configs.load import to_yaml
+from qwenlora.data import sources
 from qwenlora.data.order import accumulation_steps, total_steps
 from qwenlora.data.prepared import files_key
-from qwenlora.data.rows import read_rows, source_files
+from qwenlora.data.survey import survey
 from qwenlora.jobs.run import EXIT_CODES, RunFolder
-from qwenlora.launch.children import RANK_MODULE, Children
+from qwenlora.launch.children import PREPARE_ONLY, RANK_MODULE, Children
 from qwenlora.launch.hardware import gpu_count
 
 TAIL_LINES = 15
@@ -49,9 +50,7 @@ def torchrun_argv(arguments: list[str], processes: int) -> list[str]:
 
 def check(config: Config) -> int:
     """Return the accumulation steps. Raises: ValueError for what can be refused before anything is started."""
-    for side, source in (("train", config.data.train), ("eval", config.data.eval)):
-        if source:
-            source_files(source, side)
+    sources.find(config.data)
     return accumulation_steps(
         config.train.global_batch_size, config.train.per_device_train_batch_size, processes_of(config)
     )
@@ -63,17 +62,24 @@ def dry_run(config: Config, arguments: list[str]) -> str:
     arguments: the config file and overrides that config was loaded from.
     """
     accumulation = check(config)
-    train, processes = config.train, processes_of(config)
-    rows = len(read_rows(source_files(config.data.train, "train")))
-    steps = total_steps(rows, train.global_batch_size, train.num_train_epochs, train.max_steps)
+    train, data, processes = config.train, config.data, processes_of(config)
+    rows = survey(data)
+    packs = data.packing == "on" or (data.packing == "auto" and gpu_count() > 0)
+    if packs or data.overlength == "split":
+        steps = f"known when the rows are {'packed' if packs else 'split'}: qwenlora data check {arguments[0]}"
+    else:
+        total = total_steps(rows.train, train.global_batch_size, train.num_train_epochs, train.max_steps)
+        steps = f"{total}, {-(-rows.train // train.global_batch_size)} an epoch"
     command = shlex.join(torchrun_argv(arguments, processes))
+    dropped = " (before long ones are dropped)" * (data.overlength == "drop")
+    bad = f", {rows.bad:,} more cannot be trained and are left out" * (rows.bad > 0)
     return (
         f"{to_yaml(config)}\n"
-        f"# rows                {rows}{' (before long ones are dropped)' * (config.data.overlength == 'drop')}\n"
+        f"# rows                {rows.train:,}{dropped}{bad}\n"
         f"# processes           {processes}\n"
-        f"# global batch        {train.global_batch_size} rows = {_processes(processes)} x"
+        f"# global batch        {train.global_batch_size} {'packs' if packs else 'rows'} = {_processes(processes)} x"
         f" {train.per_device_train_batch_size} x {accumulation} accumulated\n"
-        f"# steps               {steps}, {-(-rows // train.global_batch_size)} an epoch\n"
+        f"# steps               {steps}\n"
         f"# run folder          {RunFolder(config.run_dir).path}\n"
         f"# command             {command}\n"
     )
@@ -97,7 +103,7 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto") -> int:
         attempt = folder.begin_attempt(processes)
         environment = os.environ | {"QWENLORA_ATTEMPT": str(attempt), "QWENLORA_RESUME": resume}
         steps = {
-            "preparing model and data": [sys.executable, "-m", RANK_MODULE, str(folder.config), "--prepare-only"],
+            "preparing model and data": [sys.executable, "-m", RANK_MODULE, str(folder.config), PREPARE_ONLY],
             f"starting {_processes(processes)}": torchrun_argv([str(folder.config)], processes),
         }
         code = 0
@@ -116,7 +122,8 @@ def _processes(count: int) -> str:
 
 
 def _refuse_other_data(config: Config, folder: RunFolder) -> None:
-    if json.loads(folder.facts.read_text(encoding="utf-8"))["files_key"] != files_key(config.data):
+    now = files_key(sources.find(config.data), folder.cache(config))
+    if json.loads(folder.facts.read_text(encoding="utf-8"))["files_key"] != now:
         raise ValueError(
             f"run_dir={config.run_dir} is done, but was trained on other data: the files changed since;"
             " choose another run_dir, or --fresh to set the old run aside"

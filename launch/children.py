@@ -18,6 +18,7 @@ from qwenlora.jobs.orphans import die_with_parent
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 RANK_MODULE = "qwenlora.trainer.main"
+PREPARE_ONLY = "--prepare-only"
 POLL_S = 0.1
 REPEAT_S = 1.0  # a rank that is still being imported cannot hear yet
 
@@ -84,9 +85,10 @@ def _descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 def _is_rank(process: psutil.Process) -> bool:
     try:
-        return RANK_MODULE in process.cmdline()
+        command = process.cmdline()
     except psutil.Error:
         return False
+    return RANK_MODULE in command and PREPARE_ONLY not in command
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ARROWS = {
     "configs": set(),
-    "data": {"configs"},
+    "data": {"configs", "jobs"},
     "jobs": {"configs"},
     "launch": {"configs", "data", "jobs", "adapter"},  # adapter: cli.py, inside the command that needs it
     "slurm": set(),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from qwenlora.jobs.run import Reason, RunFolder
 from qwenlora.trainer import checkpoints, derived
 from qwenlora.trainer import model as models
 from qwenlora.trainer.metrics import Metrics
-from qwenlora.trainer.prepare import read_facts
+from qwenlora.trainer.prepare import Facts, read_facts
 from qwenlora.trainer.progress import ProgressCallback, facts_table
 from qwenlora.trainer.screen import Rank, StopRequest
 from qwenlora.trainer.stop import StopCallback
@@ -30,7 +31,7 @@ def train(
 ) -> tuple[Reason, dict[str, int]]:
     """Train one attempt; return why it ended and {first_step, last_step}."""
     facts = read_facts(run)
-    folder = run.prepared / facts.data_folder
+    folder = Path(facts.data_folder)
     train_side, eval_side = prepared.open_side(folder, "train"), prepared.open_side(folder, "eval")
     assert train_side is not None, "prepare() wrote no training rows"
     identity = checkpoints.identity_of(config, facts.data_identity, facts.base_fingerprint)
@@ -53,12 +54,16 @@ def train(
     base = models.load_base(config, facts.base)
     untrained = models.untrained_turn_tokens(base, tokenizer)
     model = models.add_lora(base, config.lora)
+    packs = None
+    if facts.packing:
+        models.check_isolation(model)
+        packs = prepared.open_packs(folder)
 
     stop, progress = StopCallback(request), ProgressCallback(console)
     trainer = LoraTrainer(
         model,
-        training_arguments(config, run, len(train_side), rank.world_size, evaluates=eval_side is not None),
-        order_of(config, train_side),
+        training_arguments(config, run, facts.units, rank.world_size, evaluates=eval_side is not None),
+        order_of(config, train_side, packs),
         train_side,
         eval_side,
         identity,
@@ -70,7 +75,7 @@ def train(
     trainer.add_callback(Metrics(run.metrics, trainer, facts.parameters, config.train.gradient_checkpointing))
     wandb = None
     if rank.first:
-        wandb, where = _start_wandb(config, run, console)
+        wandb, where = _start_wandb(config, run, facts, console)
         for callback in (wandb, progress):
             if callback:
                 trainer.add_callback(callback)
@@ -106,13 +111,18 @@ def train(
     return "stopped" if stop.stopped else "done", {"first_step": first_step, "last_step": last_step}
 
 
-def _start_wandb(config: Config, run: RunFolder, console: Console) -> tuple[WandbCallback | None, str]:
+def _start_wandb(
+    config: Config, run: RunFolder, facts: Facts, console: Console
+) -> tuple[WandbCallback | None, str]:
     """Return the callback, if W&B is on, and what the start-up table says of it."""
     mode, why = mode_of(config)
     if mode == "off":
         return None, f"off ({why})"
     wandb = WandbCallback(config, run, mode, warn=lambda line: _warn(console, line))
-    return wandb, wandb.start()
+    where = wandb.start()
+    sides = {f"data/{side}_{what}": counts[what] for side, counts in facts.data.items() for what in ("rows", "tokens")}
+    wandb.summarize({"data/bad_rows": facts.bad_rows, **sides})
+    return wandb, where
 
 
 def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:

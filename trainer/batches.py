@@ -13,15 +13,12 @@ from qwenlora.data.prepared import Side
 IGNORED = -100  # torch.nn.CrossEntropyLoss, ignore_index
 
 
-class _Rows(Dataset[Tokens]):
+class _Units(Dataset[list[Tokens]]):
     def __init__(self, side: Side) -> None:
         self.side = side
 
-    def __len__(self) -> int:
-        return len(self.side)
-
-    def __getitem__(self, number: int) -> Tokens:
-        return self.side.row(number)
+    def __getitem__(self, rows: list[int]) -> list[Tokens]:
+        return [self.side.row(number) for number in rows]
 
 
 class _RankOrder(BatchSampler):
@@ -29,7 +26,7 @@ class _RankOrder(BatchSampler):
         self.order, self.world_size, self.rank, self.accumulation = order, world_size, rank, accumulation
         self.epoch = 0
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[list[int]]]:  # type: ignore[override]
         return self.order.micro_batches(self.epoch, self.world_size, self.rank)
 
     def __len__(self) -> int:
@@ -39,12 +36,22 @@ class _RankOrder(BatchSampler):
         self.epoch = epoch
 
 
-class StepLoader(DataLoader[Tokens]):
-    """One rank's micro-batches of an epoch, the same number on every rank, empty ones as blank rows."""
+class StepLoader(DataLoader[list[Tokens]]):
+    """One rank's micro-batches of an epoch, the same number on every rank, empty ones as blank rows.
 
-    def __init__(self, side: Side, order: Order, world_size: int, rank: int, accumulation: int, pad_id: int) -> None:
+    flat: packs go into the model as one long sequence, which flash attention wants; else as rows of a batch.
+    """
+
+    def __init__(
+        self, side: Side, order: Order, world_size: int, rank: int, accumulation: int, pad_id: int, *, flat: bool
+    ) -> None:
+        def batch(units: list[list[Tokens]]) -> dict[str, Tensor]:
+            if order.packs is None:
+                return collate([row for unit in units for row in unit], pad_id)
+            return collate_packs([[row for unit in units for row in unit]] if flat else units, pad_id)
+
         sampler = _RankOrder(order, world_size, rank, accumulation)
-        super().__init__(_Rows(side), batch_sampler=sampler, collate_fn=lambda rows: collate(rows, pad_id))
+        super().__init__(_Units(side), batch_sampler=sampler, collate_fn=batch)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration walks; Trainer calls it."""
@@ -56,7 +63,7 @@ def eval_batches(side: Side, per_device: int, world_size: int, rank: int, pad_id
 
     Which rows share a batch does not depend on world_size, so neither does what is computed for them.
     """
-    rows = (-side.lengths).argsort(kind="stable")
+    rows = (-side.lengths.astype("int64")).argsort(kind="stable")
     at_once = per_device * world_size
     for start in range(0, len(rows), at_once):
         mine = rows[start + rank * per_device : start + (rank + 1) * per_device]
@@ -82,3 +89,26 @@ def collate(rows: list[Tokens], pad_id: int) -> dict[str, Tensor]:
         labels[number, :length] = ids.where(torch.from_numpy(row.trained.copy()), IGNORED)
         attention_mask[number, :length] = 1
     return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+
+def collate_packs(packs: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
+    """Return input_ids, labels and position_ids, int64 [packs, longest], the rows of a pack one after the other.
+
+    Positions start at 0 with every row: transformers' attention keeps rows apart by that, as long as there is no
+    attention_mask and no cache. Padding is rows of one token. model.check_isolation() makes sure.
+    """
+    width = max((sum(len(row.ids) for row in pack) for pack in packs), default=1)
+    shape = (max(len(packs), 1), max(width, 1))
+    input_ids = torch.full(shape, pad_id)
+    labels = torch.full(shape, IGNORED)
+    position_ids = torch.zeros(shape, dtype=torch.int64)
+    for number, pack in enumerate(packs):
+        start = 0
+        for row in pack:
+            end = start + len(row.ids)
+            ids = torch.from_numpy(row.ids.astype("int64"))
+            input_ids[number, start:end] = ids
+            labels[number, start:end] = ids.where(torch.from_numpy(row.trained.copy()), IGNORED)
+            position_ids[number, start:end] = torch.arange(len(ids))
+            start = end
+    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}

@@ -18,23 +18,30 @@ def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     dtype = str(pick_dtype(config.model.dtype)).removeprefix("torch.")
     stored = "" if config.strategy.quantization == "none" else f", stored as {config.strategy.quantization}"
-    epochs = args.max_steps / math.ceil(train["rows"] / config.train.global_batch_size)
+    epochs = args.max_steps / math.ceil(known.units / config.train.global_batch_size)
+    unit = "packs" if known.packing else "rows"
+    batch = config.train.global_batch_size
+    rows_a_step = f" in {batch * train['rows'] // known.units:,} rows" if known.packing else ""
     table = {
         "model": f"{config.model.name_or_path} ({_count(parameters.total)} parameters, {dtype}{stored})",
         "trainable": f"{parameters.trainable:,} parameters = {share:.2%}"
         f" (r {config.lora.r}, alpha {config.lora.lora_alpha}, {_names(config.lora.target_modules)}),"
         f" an adapter of {parameters.trainable * 4 / 1e6:.1f} MB",
-        "data": f"{_names(config.data.train)}: {_side(train)}",
+        "data": f"{_sources(config.data.train)}: {_side(train)}",
         "processes": f"{world_size} x {device}, {config.strategy.name}",
-        "global batch": f"{config.train.global_batch_size} rows = {world_size} process{'es' * (world_size > 1)} x"
+        "global batch": f"{batch} {unit} = {world_size} process{'es' * (world_size > 1)} x"
         f" {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated,"
-        f" about {config.train.global_batch_size * train['tokens'] // train['rows']:,} tokens a step",
+        f" about {batch * train['tokens'] // known.units:,} tokens{rows_a_step} a step",
         "steps": f"{args.max_steps:,} ({epochs:.2f} epochs), warm-up {args.get_warmup_steps(args.max_steps)},"
         f" {config.train.lr_scheduler_type} from {config.train.learning_rate:g}",
     }
     if "eval" in known.data:
         rows, when = _side(known.data["eval"]), _when(args.eval_strategy, args.eval_steps)
-        table["evaluation"] = f"{_names(config.data.eval or [])}: {rows}, {when}"
+        share = f"{config.data.eval_fraction:.0%} of the rows" if config.data.eval_fraction else ""
+        table["evaluation"] = f"{share or _sources(config.data.eval)}: {rows}, {when}"
+    if known.packing:
+        fill = train["tokens"] / (train["packs"] * config.data.max_length)
+        table["packing"] = f"{train['packs']:,} packs of at most {config.data.max_length:,} tokens, {fill:.2%} full"
     table["checkpoints"] = (
         "none"
         if config.train.save_strategy == "no"
@@ -46,11 +53,7 @@ def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int
 
 def warnings(config: Config, known: Facts, args: TrainingArguments, untrained: list[str], *, tied: bool) -> list[str]:
     """Return what a careful colleague would mention. untrained: turn tokens the base model never learnt."""
-    lines = []
-    for side, counts in known.data.items():
-        for what in ("truncated", "dropped"):
-            if counts[what]:
-                lines.append(f"{counts[what]} {side} rows {what} at data.max_length={config.data.max_length} tokens")
+    lines = list(known.notes)
     if (warm_up := args.get_warmup_steps(args.max_steps)) >= args.max_steps:
         lines.append(
             f"the learning rate is still warming up ({warm_up} steps) when training ends after {args.max_steps};"
@@ -85,6 +88,14 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:,}"
+
+
+def _sources(named: Any) -> str:
+    entries = named if isinstance(named, list) else [named]
+    return " + ".join(
+        entry if isinstance(entry, str) else entry.path + (f" x {entry.weight:g}" if entry.weight != 1 else "")
+        for entry in entries
+    )
 
 
 def _names(modules: str | list[str]) -> str:

@@ -22,7 +22,8 @@ from qwenlora.jobs.run import EXIT_CODES, Reason, RunFolder
 from qwenlora.trainer.screen import Rank, StopRequest, take_screen
 
 log = logging.getLogger("qwenlora")
-PREPARE_ONLY = "--prepare-only"
+PREPARE_ONLY = "--prepare-only"  # launch/children.py knows these words, too
+LONGEST_PREPARATION = timedelta(days=7)
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +48,7 @@ def _main(arguments: list[str], held: ExitStack) -> int:
         held.enter_context(run.claim(config))
         run.begin_attempt(rank.world_size)
     else:
-        _join(config, rank)  # the first rank comes when the folder and the data are ready
+        _meet(config, rank)  # the first rank comes when the folder and the data are ready
     attempt = int(os.environ.get("QWENLORA_ATTEMPT", len(run.history())))
     name = "prepare" if prepare_only else f"rank-{rank.rank}"
     console = take_screen(run.log(attempt, name), speaks=rank.first)
@@ -71,7 +72,7 @@ def _main(arguments: list[str], held: ExitStack) -> int:
 
 
 def _train(config: Config, run: RunFolder, rank: Rank, request: StopRequest, console: Console) -> int:
-    _join(config, rank)
+    _meet(config, rank)
     from qwenlora.trainer.attempt import train
 
     reason, steps = train(config, run, rank, request, console, os.environ.get("QWENLORA_RESUME", "auto"))
@@ -82,8 +83,8 @@ def _train(config: Config, run: RunFolder, rank: Rank, request: StopRequest, con
     return EXIT_CODES[reason]
 
 
-def _join(config: Config, rank: Rank) -> None:
-    """Wait for all ranks, once; the first one may be preparing data until then."""
+def _meet(config: Config, rank: Rank) -> None:
+    """Wait for all ranks, once. The first one may be preparing data for hours: only then is there a process group."""
     import torch
     import torch.distributed as dist
 
@@ -92,7 +93,14 @@ def _join(config: Config, rank: Rank) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.launch.ddp_timeout_s))
+    store, *_ = next(dist.rendezvous("env://", rank.rank, rank.world_size, timeout=LONGEST_PREPARATION))
+    ready = f"qwenlora/ready/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    if rank.first:
+        store.set(ready, "1")
+    else:
+        store.wait([ready], LONGEST_PREPARATION)
+    timeout = timedelta(seconds=config.launch.ddp_timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=timeout)
     dist.barrier()
 
 

@@ -72,7 +72,6 @@ class Metrics(TrainerCallback):
         self.file, self.trainer, self.parameters, self.recomputed = file, trainer, parameters, recomputed
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         self.peak = peak_flops(name)
-        self._trained_lengths = trainer.train_side.trained_lengths
         self._start()
 
     def _start(self) -> None:
@@ -93,11 +92,12 @@ class Metrics(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True  # whatever logging_steps is, the last step's numbers are kept
         order = self.trainer.order
-        rows = order.step(*divmod(state.global_step - 1, order.steps_per_epoch))
-        lengths = order.lengths[rows]
+        units = order.step(*divmod(state.global_step - 1, order.steps_per_epoch))
+        rows = [row for unit in units for row in unit]
+        lengths = order.lengths[rows].astype("int64")
         self._tokens += int(lengths.sum())
         self._squares += int((lengths**2).sum())
-        self._trained += int(self._trained_lengths[rows].sum())
+        self._trained += int(self.trainer.train_side.trained_lengths[rows].sum())
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any

@@ -24,6 +24,7 @@ from qwenlora.trainer.tiny import build_tiny
 
 TINY = "tiny"
 EMBEDDINGS = ("embed_tokens", "lm_head")
+LEAK = 0.02  # of the logits' spread: rows kept apart differ by rounding, or by int8's outlier columns; others by 0.4
 
 
 class Parameters(NamedTuple):
@@ -270,6 +271,32 @@ def _load_adapter(model: PeftModel, lora: Lora) -> None:
         raise ValueError(
             f"lora.init_from={lora.init_from} does not fit lora.target_modules={lora.target_modules}:"
             f" {'the adapter lacks' if missing else 'the model lacks'} {name}"
+        )
+
+
+def check_isolation(model: Any) -> None:
+    """Refuse to pack rows where attention lets one see another: some kernels and versions do, without a word.
+
+    Two rows are packed; the first is changed, and the second must not notice. Raises: ValueError when it does.
+    """
+    width, count = 16, int(model.get_input_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(count, 1000), (3, width), generator=generator)
+    positions = torch.arange(width).repeat(2).unsqueeze(0).to(model.device)
+    was_training = model.training
+    model.eval()
+    seen = []
+    with torch.no_grad():
+        for first in (0, 1):
+            pack = torch.cat([ids[first], ids[2]]).unsqueeze(0).to(model.device)
+            seen.append(model(input_ids=pack, position_ids=positions, use_cache=False).logits[0, width:].float())
+    model.train(was_training)
+    noticed, scale = (seen[0] - seen[1]).abs().max().item(), seen[0].std().item()
+    if not noticed <= LEAK * scale:
+        raise ValueError(
+            f"packed rows would see each other: with model.attn_implementation={model.config._attn_implementation} and"
+            f" this model, changing one row moves the next one's logits by {noticed:.2g} (their spread: {scale:.2g});"
+            " set data.packing: off, or model.attn_implementation: sdpa"
         )
 
 

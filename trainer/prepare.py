@@ -1,7 +1,7 @@
 """Everything that is done once before the ranks start: the base model is found, the data tokenised, limits checked.
 
 `python -m qwenlora.trainer.main runs/my-run/config.yaml --prepare-only`: a process of its own, so that no rank waits
-in a collective meanwhile. What it counted is left in the run folder's prepared/facts.json for whoever shows it.
+in a collective meanwhile. What it counted is left in the run folder's facts.json for whoever shows it.
 """
 
 import json
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from qwenlora.configs import Config
 from qwenlora.data import prepared
+from qwenlora.data.sources import SideName
 from qwenlora.jobs.disk import write_atomically
 from qwenlora.jobs.run import RunFolder
 from qwenlora.trainer import model as models
@@ -27,13 +28,20 @@ TOKENIZER_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known before the first step. data: the prepared folder's counts, by side."""
+    """What is known before the first step.
+
+    data_folder: the prepared rows; data: their counts, by side; packing: data.packing, decided; units: rows or packs
+    an epoch; notes: what deserves a warning.
+    """
 
     base: str
     base_fingerprint: str
     data_folder: str
     files_key: str
-    data: dict[str, dict[str, Any]]
+    data: dict[SideName, dict[str, Any]]
+    packing: bool
+    bad_rows: int
+    notes: list[str]
     parameters: models.Parameters
     checkpoint_bytes: int
 
@@ -42,9 +50,15 @@ class Facts:
         return vars(self) | {"parameters": self.parameters._asdict()}
 
     @property
+    def units(self) -> int:
+        """Rows an epoch, or with packing: packs."""
+        return int(self.data["train"]["packs" if self.packing else "rows"])
+
+    @property
     def data_identity(self) -> str:
-        """What the rows are, whichever version of the code prepared them."""
-        return " ".join(f"{side}:{counts['sha256']}" for side, counts in self.data.items())
+        """What is trained on, whichever version of the code prepared it."""
+        sides = [f"{side}:{counts['sha256']}" for side, counts in self.data.items()]
+        return " ".join([*sides, f"packs:{self.data['train']['packs_sha256']}"] if self.packing else sides)
 
 
 def prepare(config: Config, run: RunFolder, console: Console | None = None) -> Facts:
@@ -56,16 +70,68 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None) -> F
     parameters = models.count_parameters(config, base)
     checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + TOKENIZER_BYTES
     _check_space(run.path, checkpoint_bytes)
-    key = prepared.key_of(config.data, tokenizer)
-    run.prepared.mkdir(exist_ok=True)
-    counts = prepared.prepare(config.data, tokenizer, run.prepared / key, console)
-    check_settings(config, counts["train"]["rows"])
-    files = prepared.files_key(config.data)
-    facts = Facts(base, fingerprint, key, files, counts, parameters, checkpoint_bytes)
+    rows = prepare_rows(config, tokenizer, run, console)
+    facts = Facts(
+        base,
+        fingerprint,
+        str(rows.folder),
+        prepared.files_key(rows.sources, run.cache(config)),
+        rows.counts,
+        packs_rows(config),
+        rows.facts["bad"],
+        notes_of(config, rows),
+        parameters,
+        checkpoint_bytes,
+    )
+    check_settings(config, facts.units)
     if run.trained and run.facts.exists():
         _refuse_another(run, read_facts(run), facts)
     write_atomically(run.facts, json.dumps(facts.as_dict(), indent=1, ensure_ascii=False))
     return facts
+
+
+def prepare_rows(config: Config, tokenizer: Any, run: RunFolder, console: Console | None = None) -> prepared.Prepared:
+    """Return the run's rows as tokens. Raises: ValueError when they should not be trained as the config says."""
+
+    def say(line: str) -> None:
+        if console:
+            console.print(line, soft_wrap=True)
+
+    rows = prepared.prepare(config.data, tokenizer, run.cache(config), console, say)
+    if rows.facts["bad"]:
+        write_atomically(run.bad_rows, "".join(f"{line}\n" for line in rows.bad_lines()))
+    else:
+        run.bad_rows.unlink(missing_ok=True)
+    rows.refuse(config.data, tokenizer)
+    if rows.facts["bad"]:
+        say(f"left out: {rows.bad_report}")
+    return rows
+
+
+def packs_rows(config: Config) -> bool:
+    """Return whether rows are packed: auto is on where attention keeps packed rows apart at no cost, on a GPU."""
+    return config.data.packing == "on" or (config.data.packing == "auto" and torch.cuda.is_available())
+
+
+def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
+    """Return what a careful colleague would mention of the rows."""
+    notes = list(rows.facts["notes"])
+    if bad := rows.facts["bad"]:
+        notes.append(f"{bad:,} of {rows.facts['read']:,} rows cannot be trained and are left out; bad_rows.txt lists them")
+    for side, counts in rows.counts.items():
+        limit = f"data.max_length={config.data.max_length} tokens"
+        for what in ("truncated", "dropped", "split"):
+            if counts[what]:
+                notes.append(f"{counts[what]:,} of {counts['read_rows']:,} {side} rows {what} at {limit}")
+        if counts["lost_replies"]:
+            notes.append(
+                f"{counts['lost_replies']:,} replies of {side} rows are not trained: with their question they are longer"
+                f" than {limit}; data.split_replies: true trains them without"
+            )
+    if overlap := rows.facts["overlap"]["rows"]:
+        first = rows.place("eval", rows.facts["overlap"]["first"][0])
+        notes.append(f"{overlap:,} of {rows.counts['eval']['read_rows']:,} eval rows are trained on, too (first: {first})")
+    return notes
 
 
 def read_facts(run: RunFolder) -> Facts:

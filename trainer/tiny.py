@@ -15,7 +15,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from qwenlora.data.rows import TURN_END, TURN_START, read_rows, source_files
+from qwenlora.configs.schema import Data
+from qwenlora.data.rows import TURN_END, TURN_START
+from qwenlora.data.survey import rows_of_side
 
 VOCABULARY = 2048
 SEED = 0
@@ -84,7 +86,7 @@ def train_tokenizer() -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    rows = read_rows(source_files("example", "train"))
+    rows = [row for _, row in rows_of_side(Data(train="example"), "train")]
     bpe.train_from_iterator([message["content"] for row in rows for message in row.messages], trainer)
     trained = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(

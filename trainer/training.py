@@ -20,6 +20,7 @@ from transformers.training_args import OptimizerNames
 
 from qwenlora.configs import Config
 from qwenlora.data.order import Order, accumulation_steps, total_steps
+from qwenlora.data.packing import Packs
 from qwenlora.data.prepared import Side
 from qwenlora.jobs.run import RunFolder
 from qwenlora.trainer import checkpoints
@@ -27,20 +28,22 @@ from qwenlora.trainer.batches import IGNORED, StepLoader, eval_batches
 from qwenlora.trainer.model import pick_dtype
 
 
-def order_of(config: Config, train: Side) -> Order:
+def order_of(config: Config, train: Side, packs: Packs | None = None) -> Order:
     """Return the run's row order."""
     return Order(
         train.lengths,
         config.train.global_batch_size,
         config.train.per_device_train_batch_size,
         config.train.seed,
+        packs,
+        config.data.max_length,
     )
 
 
 def training_arguments(
-    config: Config, run: RunFolder, rows: int, world_size: int, evaluates: bool
+    config: Config, run: RunFolder, units: int, world_size: int, evaluates: bool
 ) -> TrainingArguments:
-    """Return transformers' arguments for a config. rows: of the training side."""
+    """Return transformers' arguments for a config. units: rows an epoch, or packs."""
     train = config.train
     dtype = pick_dtype(config.model.dtype)
     on_gpu = torch.cuda.is_available()
@@ -51,7 +54,7 @@ def training_arguments(
         gradient_accumulation_steps=accumulation_steps(
             train.global_batch_size, train.per_device_train_batch_size, world_size
         ),
-        max_steps=total_steps(rows, train.global_batch_size, train.num_train_epochs, train.max_steps),
+        max_steps=total_steps(units, train.global_batch_size, train.num_train_epochs, train.max_steps),
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.lr_scheduler_type,
         lr_scheduler_kwargs=dict(train.lr_scheduler_kwargs),
@@ -83,13 +86,13 @@ def training_arguments(
     )
 
 
-def check_settings(config: Config, rows: int) -> None:
+def check_settings(config: Config, units: int) -> None:
     """Refuse what transformers would refuse much later, with the model loaded. Raises: ValueError naming the key.
 
     It makes no TrainingArguments: these join the process group, for which the other ranks are not ready yet.
     """
     train = config.train
-    steps = total_steps(rows, train.global_batch_size, train.num_train_epochs, train.max_steps)
+    steps = total_steps(units, train.global_batch_size, train.num_train_epochs, train.max_steps)
     try:
         OptimizerNames(train.optim)
     except ValueError as error:
@@ -166,6 +169,7 @@ class LoraTrainer(Trainer):
             self.args.process_index,
             self.args.gradient_accumulation_steps,
             self._pad_id,
+            flat=self.model.config._attn_implementation.startswith("flash"),
         )
 
     def train(self, resume_from_checkpoint: Path | None = None, **kw: Any) -> Any:

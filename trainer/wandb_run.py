@@ -121,6 +121,10 @@ class WandbCallback(TrainerCallback):
         if values:
             self._try(lambda: self.session.log({**values, "trainer/step": state.global_step}))
 
+    def summarize(self, values: dict[str, Any]) -> None:
+        """Put numbers of the whole run beside it."""
+        self._try(lambda: self.session.summary.update(values))
+
     def finish(self, exit_code: int) -> None:
         """Close the run; uploads still under way get ten seconds."""
         self._try(lambda: self.session.finish(exit_code=exit_code))

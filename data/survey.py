@@ -1,0 +1,48 @@
+"""Rows looked at without a tokenizer, in this process alone: counted for a dry run, asked as questions, shown."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from qwenlora.configs.schema import Data
+from qwenlora.data import sources
+from qwenlora.data.build import SHOWN_BAD_ROWS, bad_report, read, side_of
+from qwenlora.data.files import BadRow
+from qwenlora.data.rows import Row
+from qwenlora.data.sources import SideName
+
+
+class Survey(NamedTuple):
+    """Counts of rows. train: of an epoch, weights applied; eval; bad: those that cannot be trained."""
+
+    train: int
+    eval: int
+    bad: int
+
+
+def survey(data: Data) -> Survey:
+    """Return how many rows there are. Raises: ValueError listing the bad ones, when data.on_bad_row is error."""
+    found = sources.find(data)
+    train, others, seen = 0.0, 0, 0
+    bad: list[tuple[int, int, int, str]] = []
+    for number, file, line, row in read(found):
+        seen += 1
+        if isinstance(row, BadRow):
+            bad.append((number, file, line, str(row)))
+        elif side_of(row.digest, found[number], data) == "train":
+            train += found[number].weight
+        else:
+            others += 1
+    if bad and data.on_bad_row == "error":
+        facts = {"bad": len(bad), "read": seen, "first_bad": bad[:SHOWN_BAD_ROWS]}
+        raise ValueError(bad_report(facts, found))
+    if not seen:
+        raise ValueError(f"data.train={found[0].name} is empty: it has no rows")
+    return Survey(round(train), others, len(bad))
+
+
+def rows_of_side(data: Data, side: SideName) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) for each row of one side that can be trained."""
+    found = sources.find(data)
+    for number, file, line, row in read(found):
+        if not isinstance(row, BadRow) and side_of(row.digest, found[number], data) == side:
+            yield found[number].place(file, line), row
