@@ -105,7 +105,7 @@ def treat(job: Job, source: Source, shape: str | None, chunk: Chunk, *, tokenise
                 counts[side].update(
                     overlength=1,
                     truncated=fitted.cut,
-                    dropped=not pieces,
+                    dropped=not pieces and job.data.overlength != "error",  # then all is refused
                     split=len(pieces) > 1,
                     lost_replies=fitted.lost if pieces else 0,
                 )
@@ -225,7 +225,8 @@ def build(
 
         for number, source in enumerate(sources):
             for file, chunk, shape in _shaped(source, written.notes.append):
-                tokenise = not (written.bad_rows and data.on_bad_row == "error")
+                # bad rows are refused in the end: then those to come are counted, no more (cutting needs their tokens)
+                tokenise = not (written.bad_rows and data.on_bad_row == "error") or data.overlength == "truncate"
                 waiting.append((number, file, chunk, pool.submit(_treat, source, shape, chunk, tokenise)))
                 if len(waiting) > IN_FLIGHT * processes:
                     take()
@@ -234,6 +235,8 @@ def build(
     memory.look(at_once=True)
     if states() != before:
         raise ValueError("a data file was changed while it was read; start again")
+    if written.bad_rows and data.on_bad_row == "error":
+        raise ValueError(refusal(written.counts(), sources))
     facts = written.finish()
     return facts | {
         "seconds": round(time.monotonic() - start, 3),
@@ -373,7 +376,13 @@ class _Written:
             if side in self._sides:
                 self._sides[side].counts.update(counts)
 
+    def counts(self) -> dict[str, Any]:
+        """Return the counts of good and bad rows."""
+        among = sum(counts["read"] for counts in self._by_source if counts["bad"])
+        return {"read": self.read, "bad": self.bad_rows, "bad_among": among, "first_bad": self.first_bad}
+
     def finish(self) -> dict[str, Any]:
+        """Write the rest; return all that was counted."""
         self._bad_file.close()
         weights = np.array([source.weight for source in self.sources])
         sides = {side: self._sides[side].finish(weights) for side in SIDES if side in self._sides}
@@ -384,12 +393,9 @@ class _Written:
             np.save(self.folder / "train" / "pack_ends.npy", packs.ends)
             packed = hashlib.sha256(packs.rows.tobytes() + packs.ends.tobytes()).hexdigest()
             sides["train"] |= {"packs": len(packs), "packs_sha256": packed}
-        return {
+        return self.counts() | {
             "sides": sides,
             "sources": [dict(counts) for counts in self._by_source],
-            "read": self.read,
-            "bad": self.bad_rows,
-            "first_bad": self.first_bad,
             "overlap": self._overlap(),
             "notes": self.notes,
         }
@@ -483,18 +489,26 @@ class _Side:
 
 
 def bad_report(facts: dict[str, Any], sources: list[Source]) -> str:
-    """Return the first bad rows with their places, and the totals; empty when there are none."""
+    """Return the first bad rows with their places, and the totals; empty when there are none.
+
+    facts: {bad, first_bad, bad_among: rows of the sources that have bad ones}.
+    """
     if not facts["bad"]:
         return ""
     lines = [f"{sources[source].place(file, line)}: {reason}" for source, file, line, reason in facts["first_bad"]]
     help_ = f"\n{KNOWN}" if any("unknown shape" in line for line in lines) else ""
-    total, bad = facts["read"], facts["bad"]
+    total, bad = facts["bad_among"], facts["bad"]
     reasons = {reason for *_, reason in facts["first_bad"]}
     if bad == total > 1 and len(reasons) == 1:  # one sentence says it all
         return f"{lines[0]}; the same for {'all ' if bad <= SHOWN_BAD_ROWS else 'the first 20 of '}{total:,} rows{help_}"
     shown = "\n  ".join(lines)
     more = f"\n  and {bad - len(lines):,} more" if bad > len(lines) else ""
     return f"{bad:,} of {total:,} rows cannot be trained:\n  {shown}{more}{help_}"
+
+
+def refusal(facts: dict[str, Any], sources: list[Source]) -> str:
+    """Return the report, and what can be done."""
+    return f"{bad_report(facts, sources)}\nmend or remove them, or leave them out: data.on_bad_row: skip"
 
 
 def bad_lines(folder: Path, sources: list[Source]) -> Iterator[str]:

@@ -52,8 +52,9 @@ class Encoder:
         for ids, text in ((self._header, _HEADER), (self._no_thought, NO_THOUGHT)):
             if tokenizer.decode(ids) != text:
                 raise ValueError(f"this tokenizer changes {text!r} to {tokenizer.decode(ids)!r}; a Qwen's keeps it")
-        known = tokenizer.get_vocab()
-        self._end_of_text = next((known[token] for token in _ENDS_OF_TEXT if token in known), tokenizer.eos_token_id)
+        known = [tokenizer.convert_tokens_to_ids(token) for token in _ENDS_OF_TEXT]
+        unknown = (None, tokenizer.unk_token_id)
+        self._end_of_text = next((token for token in known if token not in unknown), tokenizer.eos_token_id)
         self._takes_thoughts = "reasoning_content" in str(tokenizer.chat_template)
 
     def encode(self, rows: list[Row]) -> list[Tokens | BadRow]:
@@ -162,9 +163,16 @@ def _reply(body: str, message: Message) -> Reply:
         right = [call["function"]["name"] for call in calls] == names
         if not right or not any(plain.startswith(said) for said in allowed):
             raise BadRow(f"the chat template changed a call: it wrote {show(body)}")
-    elif plain not in allowed:
+    elif plain not in allowed or (THINK not in body and not _is_said(body, content)):
         raise BadRow(f"the chat template changed a reply: it wrote {show(body)}")
     return Reply(body, unthought)
+
+
+def _is_said(body: str, content: str) -> bool:
+    """Return whether a template wrote a reply as it stands, or trimmed; white space it adds would be learnt, too."""
+    answer = content.rpartition(THOUGHT)[2]
+    trims = (str, str.strip, str.lstrip, str.rstrip, lambda text: text.lstrip("\n"), lambda text: text.strip("\n"))
+    return any(body == trim(text) for text in (content, answer) for trim in trims)
 
 
 def _renderings(said: str) -> list[str]:

@@ -84,9 +84,7 @@ class Prepared(NamedTuple):
     def refuse(self, data: Data, tokenizer: Any) -> None:
         """Raise ValueError when these rows should not be trained as the config says."""
         if self.facts["bad"] and data.on_bad_row == "error":
-            raise ValueError(
-                f"{self.bad_report}\nmend or remove them, or leave them out: data.on_bad_row: skip"
-            )
+            raise ValueError(build.refusal(self.facts, self.sources))
         for number, source in enumerate(self.sources):
             counts = self.facts["sources"][number]
             if not counts.get("read"):

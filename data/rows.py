@@ -1,6 +1,6 @@
 """What a row means: turns that are said, or plain text, found from its keys.
 
-`Shape.of(value)` looks at a file's first row; `to_row(value, shape, options)` reads one. SHAPES has what people use;
+`shape_of(value, options)` looks at a row; `to_row(line, value, shape, options)` reads one. KNOWN has what people use;
 data.columns and data.roles bring other names to these. A row that cannot be trained is refused in words that show what
 to do. Bytes are files.py's, tokens chat.py's.
 """
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from qwenlora.data.files import TWICE, BadRow, show
+from qwenlora.data.files import BadRow, decode_json, show, show_names
 
 KNOWN = """known shapes of a row:
   chat               {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
@@ -28,6 +28,13 @@ PAIRS = {
     "prompt_completion": ("prompt", "completion"),
 }
 TURN_LISTS = ("conversations", "messages", "conversation", "dialogue", "dialogues", "dialog")
+# what data.columns may make of a file's keys: those of a row, then those of a turn
+KEYS = (
+    *(key for pair in PAIRS.values() for key in pair),
+    *("input", "history", "system", "tools", "functions", "text"),
+    *TURN_LISTS,
+    *("from", "value", "role", "content", "reasoning_content", "tool_calls", "function_call"),
+)
 ROLES = {
     "system": "system",
     "human": "user",
@@ -39,18 +46,27 @@ ROLES = {
     "tool": "tool",
 }
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's own: text that holds one would forge a turn
+_TURN_KEYS = (("from", "value"), ("role", "content"))
 THINK, THOUGHT = "<think>", "</think>"
 WEIGHTS = ("weight", "loss", "train")  # of a turn: nothing here heeds them
 # empty lines before a reply would melt into one token with the line break that ends the turn's header, a token that no
 # prompt for an answer ends with
 _LEADING_LINES = re.compile(r"^\s*[\r\n]")
 _UNKNOWN = "unknown shape"
+_PLAIN, _NOT_TEXT = re.compile(r"[^\W\d][\w-]*"), ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
+MAX_DEPTH = 100  # of tools and arguments: what is deeper is no call, and would end in a RecursionError somewhere
 # what people call the two halves of a pair, and the two fields of a turn
-_ASKED = ("question", "q", "ask", "input", "inputs", "prompt", "problem", "query", "instruction", "user", "human", "context")
-_ANSWERED = ("answer", "a", "reply", "response", "output", "outputs", "completion", "target", "solution", "label", "assistant")
+_ASKED = ("question", "q", "ask", "input", "prompt", "problem", "query", "instruction", "user", "human")
+_ANSWERED = ("answer", "a", "reply", "response", "output", "completion", "target", "solution", "label", "assistant")
 _WHO = ("speaker", "who", "name", "author", "sender", "type")
 _WHAT = ("text", "message", "utterance", "body", "msg", "words", "say")
-_ASSISTANTS = ("bot", "model", "ai", "chatgpt", "agent", "doctor", "assistant", "counselor", "teacher", "医生", "助手", "客服")
+_KNOWN_ROLES = {
+    "assistant": ("bot", "model", "ai", "chatgpt", "agent", "doctor", "counselor", "teacher", "医生", "助手", "客服"),
+    "user": ("patient", "customer", "client", "student", "prompter", "患者", "病人", "用户"),
+    "system": ("developer", "sys", "instruction", "系统"),
+    "tool": ("function", "function_response", "tool_response", "tool_result", "ipython", "environment"),
+    "function_call": ("tool_call", "action"),
+}
 
 
 class Message(TypedDict):
@@ -81,8 +97,8 @@ class Options(NamedTuple):
     """How the rows of a source are read. columns: their keys -> ours, None to ignore one; roles: theirs -> ours."""
 
     format: str = "auto"
-    columns: Mapping[str, str | None] = {}  # noqa: RUF012 (never changed)
-    roles: Mapping[str, str] = {}  # noqa: RUF012
+    columns: Mapping[str, str | None] = {}
+    roles: Mapping[str, str] = {}
 
 
 def shape_of(value: Any, options: Options) -> str:
@@ -91,59 +107,108 @@ def shape_of(value: Any, options: Options) -> str:
 
 
 def _shape(row: dict[str, Any], wanted: str) -> str:
-    found = ["chat"] if any(row.get(key) is not None for key in TURN_LISTS) else []
-    found += [shape for shape, keys in PAIRS.items() if all(key in row for key in keys)]
-    if found and wanted in ("auto", *found):
-        if len(found) > 1 and wanted == "auto":
-            raise BadRow(f"is {' and '.join(found)} at once; choose one: data.format: {found[0]}")
-        return wanted if wanted != "auto" else found[0]
-    if preferred := [key for key in ("chosen", "rejected") if key in row]:
-        columns = "{chosen: completion, rejected: null}" if "prompt" in row else "{chosen: messages, rejected: null}"
+    there = {key for key, value in row.items() if value is not None and value != ""}  # a table's empty cells are not
+    if "chosen" in there and "rejected" in there:
+        raise BadRow(f"is preference data (chosen and rejected), which is for DPO{_preference_hint(row)}")
+    found = ["chat"] if there.intersection(TURN_LISTS) else []
+    found += [shape for shape, keys in PAIRS.items() if all(key in row for key in keys) and there.intersection(keys)]
+    found += ["text"] if "text" in there and (wanted == "text" or not found) else []
+    if not found:  # the keys without the values: their types will be refused
+        found = [shape for shape, keys in PAIRS.items() if all(key in row for key in keys)]
+        found += [
+            shape for shape, keys in (("chat", TURN_LISTS), ("text", ("text",))) if any(key in row for key in keys)
+        ]
+        found = found[:1]
+    if not found:
+        raise BadRow(f"{_UNKNOWN} with keys {show_names(row)}{_columns_hint(row)}")
+    if wanted == "auto" and len(found) > 1:
+        raise BadRow(f"is {' and '.join(found)} at once; choose one: data.format: {found[0]}")
+    if wanted not in ("auto", *found):
+        if found == ["text"]:
+            raise BadRow(
+                f"is pre-training text, data.format={wanted} is asked for; it has no turns to learn replies from:"
+                " name chat rows, or write data.format: text"
+            )
         raise BadRow(
-            f"preference data ({', '.join(preferred)}), which is for DPO; to learn the chosen replies alone, write"
-            f" data.columns: {columns}"
+            f"is {' and '.join(found)}, data.format={wanted} is asked for; leave data.format out, or name other rows"
         )
-    if not found and "text" in row:
-        if wanted in ("auto", "text"):
-            return "text"
-        raise BadRow(f"pre-training text where data.format={wanted} is asked for; it has no turns to learn replies from")
-    if found:
-        raise BadRow(f"is {' and '.join(found)}, data.format={wanted} is asked for")
-    raise BadRow(f"{_UNKNOWN} with keys {', '.join(map(str, row)) or '(none)'}{_columns_hint(row)}")
+    for key in ("label", "kto_tag"):
+        label = row.get(key)
+        is_bool = isinstance(label, bool) or (isinstance(label, str) and label.lower() in ("true", "false"))
+        if is_bool and found != ["text"]:
+            raise BadRow(
+                f"is KTO data ({key}: {show(label)}), in which some replies are bad ones; keep the rows with"
+                f" {key}: true, and write data.columns: {{{key}: null}}"
+            )
+    return wanted if wanted != "auto" else found[0]
+
+
+def _preference_hint(row: dict[str, Any]) -> str:
+    if any(key in row for key in TURN_LISTS):
+        return "; to learn the turns alone, write data.columns: {chosen: null, rejected: null}"
+    role = "messages" if isinstance(row["chosen"], list) else None
+    role = role or next((answered for asked, answered in PAIRS.values() if asked in row and answered not in row), None)
+    if not role:
+        return ", and is not read here"
+    return f"; to learn the chosen replies alone, write data.columns: {{chosen: {role}, rejected: null}}"
 
 
 def _columns_hint(row: dict[str, Any]) -> str:
+    if any(len(key) > 40 or key.endswith(tuple("?？.。!！")) for key in map(str, row)):
+        return "; if these are a row: the first line of a table names its columns, as instruction,output"
+    for key, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            if any(name in value[0] for name in (*TURN_LISTS, *(name for pair in PAIRS.values() for name in pair))):
+                return f"; if {_printed(key)} are the rows, write them alone: jq -c '.{_printed(key)}[]' old > new"
+            return f"; if {_printed(key)} are the turns, write data.columns: {_mapping({key: 'messages'})}"
     texts = [key for key, value in row.items() if isinstance(value, str)]
-    lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if lists:
-        return f"; if {lists[0]} are the turns, write data.columns: {{{lists[0]}: messages}}"
     asked = next((key for key in texts if key.lower() in _ASKED), None)
     answered = next((key for key in texts if key.lower() in _ANSWERED and key != asked), None)
-    if len(texts) >= 2:
-        asked = asked or next(key for key in texts if key != answered)
-        answered = answered or next(key for key in texts if key != asked)
-        return (
-            f"; if {asked} is asked and {answered} answered, write"
-            f" data.columns: {{{asked}: instruction, {answered}: output}}"
-        )
-    return f"; if {texts[0]} is text to learn, write data.columns: {{{texts[0]}: text}}" if texts else ""
+    if len(texts) < 2:
+        for one, other in (*PAIRS.values(), *((b, a) for a, b in PAIRS.values())):
+            if one in row:
+                return f": {one} without {other}"
+        if not texts:
+            return ""
+        return f"; if {_printed(texts[0])} is text to learn, write data.columns: {_mapping({texts[0]: 'text'})}"
+    asked = asked or next(key for key in texts if key != answered)
+    answered = answered or next(key for key in texts if key != asked)
+    ours = next((pair for pair in PAIRS.values() if asked == pair[0] or answered == pair[1]), PAIRS["alpaca"])
+    return (
+        f"; if {_printed(asked)} is asked and {_printed(answered)} answered, write"
+        f" data.columns: {_mapping(dict(zip((asked, answered), ours, strict=True)))}"
+    )
+
+
+def _mapping(names: Mapping[str, str | None]) -> str:
+    """Return names as they are written into a config."""
+    pairs = (f"{_printed(key)}: {name or 'null'}" for key, name in names.items() if key != name)
+    return "{" + ", ".join(pairs) + "}"
+
+
+def _printed(key: Any) -> str:
+    """Return a key as YAML takes it."""
+    plain = isinstance(key, str) and len(key) <= 60 and _PLAIN.fullmatch(key) and key.lower() not in _NOT_TEXT
+    return key if plain else show(key)
 
 
 def to_row(line: int, value: Any, shape: str, options: Options) -> Row:
     """Return a row of a known shape. Raises: BadRow saying what is wrong with it."""
     row = _renamed(value, options)
     if (found := _shape(row, options.format)) != shape:
-        raise BadRow(f"is {found}, the rows before it are {shape}: one file, one shape; or say data.format")
+        raise BadRow(
+            f"is {found}, the rows before it are {shape}; one file, one shape: make two files of it, and name both"
+        )
     if shape == "text":
         text = row["text"]
         if not isinstance(text, str):
             raise BadRow(f"text must be text, found {show(text)}")
         if not text.strip():
-            raise BadRow("text is empty")
+            raise BadRow("text is empty; remove the row")
         _check_text(text, "text", markup=False)
         return Row(line, [], None, text)
     messages = _turns(row, options) if shape == "chat" else _pair(row, *PAIRS[shape])
-    if system := row.get("system"):
+    if (system := row.get("system")) not in (None, ""):
         if not isinstance(system, str):
             raise BadRow(f"system must be text, found {show(system)}")
         if messages[0]["role"] == "system":
@@ -151,8 +216,8 @@ def to_row(line: int, value: Any, shape: str, options: Options) -> Row:
         messages.insert(0, Message(role="system", content=system))
     tools = _tools(row.get("tools") or row.get("functions"))
     _check(messages)
-    if tools and any(mark in json.dumps(tools, ensure_ascii=False) for mark in (TURN_START, TURN_END)):
-        raise BadRow(f"tools contain {TURN_START} or {TURN_END}, which would forge a turn; remove it")
+    if tools:
+        _check_json(tools, "the list of tools")
     return Row(line, messages, tools)
 
 
@@ -160,26 +225,30 @@ def _renamed(value: Any, options: Options) -> dict[str, Any]:
     """Return an object with its keys named as here."""
     if not isinstance(value, dict):
         raise BadRow(f"{_UNKNOWN}: a row must be a JSON object, found {show(value)}")
-    if TWICE in value:
-        raise BadRow(f"has the key {value[TWICE]} twice; keep one")
     if not options.columns:
         return value
     row = {key: item for key, item in value.items() if key not in options.columns}
     for theirs, ours in options.columns.items():
         if theirs in value and ours is not None:
-            if ours in row:
-                raise BadRow(f"has {theirs} and {ours}, and data.columns makes both {ours}; ignore one: {{{ours}: null}}")
-            row[ours] = value[theirs]
+            if row.get(ours) is not None and value[theirs] is not None:
+                other = next((key for key in value if key != theirs and options.columns.get(key, key) == ours), ours)
+                raise BadRow(
+                    f"has {_printed(theirs)} and {_printed(other)}, and data.columns makes {ours} of both; ignore one:"
+                    f" {_mapping({other: None})}"
+                )
+            if row.get(ours) is None:
+                row[ours] = value[theirs]
     return row
 
 
 def _turns(row: dict[str, Any], options: Options) -> list[Message]:
-    lists = [key for key in TURN_LISTS if row.get(key) is not None]
+    lists = [key for key in TURN_LISTS if row.get(key) not in (None, "")]
     if len(lists) > 1:
-        raise BadRow(f"has {' and '.join(lists)}; remove one, or ignore it: data.columns: {{{lists[1]}: null}}")
-    turns = _from_json(row[lists[0]], lists[0])
+        raise BadRow(f"has {' and '.join(lists)}; ignore one: data.columns: {{{lists[1]}: null}}")
+    key = lists[0] if lists else next(key for key in TURN_LISTS if key in row)
+    turns = _from_json(row[key], key)
     if not isinstance(turns, list) or not turns:
-        raise BadRow(f"{lists[0]} must be a list of turns, found {show(turns)}")
+        raise BadRow(f"{key} must be a list of turns, found {show(turns)}")
     return [_turn(number, turn, options) for number, turn in enumerate(turns, 1)]
 
 
@@ -190,65 +259,81 @@ def _turn(number: int, value: Any, options: Options) -> Message:
         turn = _renamed(value, options)
     except BadRow as error:
         raise BadRow(f"turn {number} {error}") from None
-    keys = [key for key in (("from", "value"), ("role", "content")) if all(part in turn for part in key)]
+    pairs = [pair for pair in _TURN_KEYS if pair[0] in turn and pair[1] in turn]
+    if len(pairs) > 1:  # Parquet's turns have all keys that any turn has
+        pairs = [pair for pair in pairs if any(turn[key] is not None for key in pair)] or pairs[:1]
+        if len(pairs) > 1:
+            raise BadRow(
+                f"turn {number} has from, value and role, content; ignore two: data.columns: {{from: null, value: null}}"
+            )
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
-    if not keys and not (calls and "role" in turn):
-        raise BadRow(f"turn {number} has the keys {', '.join(turn)}; expected from and value, or role and content{_turn_hint(turn)}")
-    said_by, said = keys[0] if keys else ("role", "content")
+    if not pairs and not (calls and "role" in turn):
+        raise BadRow(
+            f"turn {number} has the keys {show_names(turn)}; expected from and value, or role and content"
+            f"{_turn_hint(turn)}"
+        )
+    said_by, said = pairs[0] if pairs else ("role", "content")
     role = turn[said_by]
     known = options.roles.get(role) or ROLES.get(role) if isinstance(role, str) else None
     if known is None:
         raise BadRow(f"turn {number} has role {show(role)}; known: {', '.join(ROLES)}{_role_hint(number, role)}")
+    name = f"turn {number} ({role})"
     for key in WEIGHTS:
         if turn.get(key) is not None:
             raise BadRow(f"turn {number} has {key}, which nothing here heeds; ignore it: data.columns: {{{key}: null}}")
     content = turn.get(said)
     if known == "function_call":
-        return Message(role="assistant", content="", tool_calls=_calls(number, _from_json(content, "function_call")))
+        return Message(role="assistant", content="", tool_calls=_calls(name, content))
     if content is None and calls:
         content = ""
     if not isinstance(content, str):
-        raise BadRow(f"turn {number} ({role}) must be text, found {show(content)}")
+        parts = "; write the text itself, parts are not read" if isinstance(content, list) else ""
+        raise BadRow(f"{name} must be text, found {show(content)}{parts}")
     message = Message(role=known, content=_LEADING_LINES.sub("", content) if known == "assistant" else content)
     if thought := turn.get("reasoning_content"):
         if known != "assistant" or not isinstance(thought, str):
-            raise BadRow(f"turn {number} ({role}): reasoning_content must be an assistant's text, found {show(thought)}")
+            raise BadRow(f"{name}: reasoning_content must be an assistant's text, found {show(thought)}")
         message["reasoning_content"] = thought
     if calls:
         if known != "assistant":
-            raise BadRow(f"turn {number} ({role}) has tool_calls, which only an assistant makes")
-        message["tool_calls"] = _calls(number, calls)
+            raise BadRow(f"{name} has tool_calls, which only an assistant makes")
+        message["tool_calls"] = _calls(name, calls)
     return message
 
 
 def _turn_hint(turn: dict[str, Any]) -> str:
     who = next((key for key in ("from", "role", *_WHO) if key in turn), None)
     what = next((key for key in ("value", "content", *_WHAT) if key in turn and key != who), None)
-    renames = [f"{key}: {name}" for key, name in ((who, "role"), (what, "content")) if key and key != name]
-    return f"; if so, write data.columns: {{{', '.join(renames)}}}" if who and what else ""
+    if who and what:
+        return f"; if {who} speaks and {what} is said, write data.columns: {_mapping({who: 'role', what: 'content'})}"
+    if any(key in ROLES for key in turn):
+        return ', one turn each: {"role": "user", "content": "..."}'
+    return ""
 
 
 def _role_hint(number: int, role: Any) -> str:
-    if not isinstance(role, str):
+    if not isinstance(role, str) or not role:
         return ""
-    guess = "assistant" if role.lower() in _ASSISTANTS or number % 2 == 0 else "user"
-    return f"; write data.roles: {{{role}: {guess}}}"
+    said = role.lower()
+    guess = ROLES.get(said) or next((ours for ours, theirs in _KNOWN_ROLES.items() if said in theirs), None)
+    return f"; write data.roles: {_mapping({role: guess or ('user' if number % 2 else 'assistant')})}"
 
 
-def _calls(number: int, calls: Any) -> list[dict[str, Any]]:
+def _calls(name: str, calls: Any) -> list[dict[str, Any]]:
     """Return tool calls as templates take them: [{"type": "function", "function": {"name", "arguments": object}}]."""
     found = []
+    calls = _from_json(calls, f"{name}: a call")
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow(f'turn {number}: a call must be {{"name": ..., "arguments": {{...}}}}, found {show(call)}')
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+            raise BadRow(f'{name}: a call must be {{"name": ..., "arguments": {{...}}}}, found {show(call)}')
         # as text, Qwen2.5's template would write it in quotes
-        arguments = _from_json(function.get("arguments", {}), f"turn {number}: the arguments of a call")
+        arguments = _from_json(function.get("arguments", {}), f"{name}: the arguments of a call")
         if not isinstance(arguments, dict):
-            raise BadRow(f"turn {number}: the arguments of a call must be an object, found {show(arguments)}")
+            raise BadRow(f"{name}: the arguments of a call must be an object, found {show(arguments)}")
         found.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     if not found:
-        raise BadRow(f"turn {number}: a call must name a function, found []")
+        raise BadRow(f"{name}: a call must name a function, found []")
     return found
 
 
@@ -265,9 +350,9 @@ def _from_json(value: Any, what: str) -> Any:
     """Return a value that some files hold as JSON in a text (CSV, and ShareGPT's tools)."""
     if isinstance(value, str):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BadRow(f"{what} must be JSON, found {show(value)} ({error})") from None
+            return decode_json(value)
+        except BadRow as error:
+            raise BadRow(f"{what} must be JSON, found {show(value)}, {error}") from None
     return value
 
 
@@ -296,20 +381,41 @@ def _check(messages: list[Message]) -> None:
         raise BadRow("no assistant turn: there is nothing to learn from")
     for number, message in enumerate(messages, 1):
         if not message["content"].strip() and not message.get("tool_calls"):
-            raise BadRow(f"turn {number} ({message['role']}) is empty")
+            raise BadRow(f"turn {number} ({message['role']}) is empty; write what is said, or remove it")
         if message["role"] == "system" and number > 1:
-            raise BadRow(f"turn {number} is a system turn; only the first may be one")
+            raise BadRow(f"turn {number} is a system turn; only the first may be one: remove it, or make it a user's")
         _check_text(message["content"], f"turn {number}")
         _check_text(message.get("reasoning_content", ""), f"turn {number}")
         if calls := message.get("tool_calls"):
-            _check_text(json.dumps(calls, ensure_ascii=False), f"turn {number}")
+            _check_json(calls, f"turn {number}")
+
+
+def _check_json(value: list[Any], what: str) -> None:
+    """Refuse tools and calls that a template cannot write as JSON."""
+    if _deeper(value, MAX_DEPTH):
+        raise BadRow(f"{what} has JSON nested more than {MAX_DEPTH} deep")
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except TypeError as error:  # Parquet's dates, bytes, maps
+        raise BadRow(f"{what}: {error}; write it as text") from None
+    except ValueError:
+        raise BadRow(f"{what} has NaN or Infinity, which is no JSON; write null, or text") from None
+    _check_text(text, what)
+
+
+def _deeper(value: Any, limit: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return not limit or any(_deeper(part, limit - 1) for part in parts)
 
 
 def _check_text(text: str, what: str, *, markup: bool = True) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(f"{what} contains half a character at {error.start}: {error.reason}") from None
+        raise BadRow(
+            f"{what} contains half a character ({show(text[error.start])}) at {error.start}, the other half is missing;"
+            " mend it, or remove the row"
+        ) from None
     if "\0" in text:
         raise BadRow(f"{what} contains a NUL character at {text.index(chr(0))}; remove it")
     for mark in (TURN_START, TURN_END) if markup else ():

@@ -13,16 +13,18 @@ from typing import Any, Literal, NamedTuple
 from qwenlora.configs.schema import Data
 from qwenlora.configs.schema import Source as Named
 from qwenlora.data import files
-from qwenlora.data.files import COMPRESSED, EXTENSIONS, Chunk
-from qwenlora.data.rows import Options
+from qwenlora.data.files import EXTENSIONS, Chunk, extension, show
+from qwenlora.data.rows import KEYS, Options
 
 SideName = Literal["train", "eval"]
 SIDES: tuple[SideName, ...] = ("train", "eval")
 EXAMPLES = {"train": "train.jsonl", "eval": "rephrased.jsonl"}
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json")  # about data sets: the hub's, LLaMA-Factory's
+_SAVED = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk leaves
 
 
 class Source(NamedTuple):
-    """One entry of data.train or data.eval. files: what it consists of, in order; dataset: of the hub, opened."""
+    """One entry of data.train or data.eval. files: what it consists of, in order; dataset: of the library, opened."""
 
     name: str
     side: SideName
@@ -59,6 +61,12 @@ def find(data: Data, note: Callable[[str], None] = lambda _: None) -> list[Sourc
                 data.columns if entry.columns is None else entry.columns,
                 data.roles if entry.roles is None else entry.roles,
             )
+            for theirs, ours in options.columns.items():
+                if ours is not None and ours not in KEYS:
+                    raise ValueError(
+                        f"data.columns: {{{theirs}: {ours}}}: rows have no {ours} here; known: {', '.join(KEYS)},"
+                        f" and null to ignore {theirs}"
+                    )
             encoding = entry.encoding or data.encoding
             found.append(Source(entry.path, side, paths, options, encoding, entry.weight, dataset))
     return found
@@ -76,27 +84,47 @@ def _files(entry: Named, side: SideName, note: Callable[[str], None]) -> tuple[l
     name = entry.path
     if name == "example":
         return [Path(str(resources.files("qwenlora.data") / "examples" / EXAMPLES[side]))], None
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _in_folder(path, side, note), None
-    if path.exists():
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            if any((path / mark).is_file() for mark in _SAVED):
+                return _opened(_from_disk(path, entry, side))
+            return _in_folder(path, side, note), None
+        there = path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long; ~someone who is not
+        raise ValueError(f"data.{side}={show(name)}: {getattr(error, 'strerror', None) or error}") from None
+    if there:
+        if not path.is_file():
+            raise ValueError(f"data.{side}={name} is a pipe or device, not a file; write its rows to one")
         return [path], None
     if any(character in name for character in "*?["):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 (also absolute)
         matches = [match for match in matches if match.is_file()]
         if not matches:
             raise ValueError(f"data.{side}={name}: no file matches (looked in {Path.cwd()})")
-        return matches, None
+        return [_named(match) for match in matches], None
     if _is_hub_name(name):
-        dataset = _from_hub(entry, side)
-        return [Path(file["filename"]) for file in dataset.cache_files], dataset
+        return _opened(_from_hub(entry, side))
     raise ValueError(f"data.{side}={name}: no such file (looked for {path.absolute()})")
+
+
+def _named(path: Path) -> Path:
+    """Refuse a name that cannot be shown, as files have that come from a zip archive in GBK."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"a file's name is not UTF-8: {show(str(path), 300)}; rename it") from None
+    return path
+
+
+def _opened(dataset: Any) -> tuple[list[Path], Any]:
+    return [Path(file["filename"]) for file in dataset.cache_files], dataset
 
 
 def _in_folder(folder: Path, side: SideName, note: Callable[[str], None]) -> list[Path]:
     there = sorted(path for path in folder.rglob("*") if path.is_file())
     visible = [path for path in there if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    known = [path for path in visible if _extension(path) in EXTENSIONS]
+    known = [_named(path) for path in visible if extension(path) in EXTENSIONS and path.name not in _NO_ROWS]
     if not known:
         raise ValueError(f"data.{side}={folder} has no data files ({', '.join(EXTENSIONS)}, also .gz and .zst)")
     if left := [path.name for path in visible if path not in set(known)]:
@@ -105,13 +133,10 @@ def _in_folder(folder: Path, side: SideName, note: Callable[[str], None]) -> lis
     return known
 
 
-def _extension(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-
-
 def _is_hub_name(name: str) -> bool:
     organisation, slash, rest = name.partition("/")
-    return bool(slash and organisation.strip(".~") and rest and "/" not in rest and _extension(Path(rest)) not in EXTENSIONS)
+    is_name = slash and organisation.strip(".~") and rest and "/" not in rest
+    return bool(is_name and extension(Path(rest)) not in EXTENSIONS)
 
 
 def _from_hub(entry: Named, side: SideName) -> Any:
@@ -126,3 +151,21 @@ def _from_hub(entry: Named, side: SideName) -> Any:
         raise ValueError(
             f"data.{side}={entry.path}: no such file, and no data set of the hub that can be loaded{offline}: {reason}"
         ) from None
+
+
+def _from_disk(folder: Path, entry: Named, side: SideName) -> Any:
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of pyarrow, or of files that are missing
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"data.{side}={folder}: this data set of save_to_disk cannot be loaded: {reason}") from None
+    if not isinstance(dataset, datasets.DatasetDict):
+        return dataset
+    if entry.split not in dataset:
+        raise ValueError(
+            f"data.{side}={folder} has no split {entry.split}, but {', '.join(dataset)}; name one:"
+            f" data.{side}: {{path: {folder}, split: ...}}"
+        )
+    return dataset[entry.split]

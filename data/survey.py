@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from qwenlora.configs.schema import Data
 from qwenlora.data import sources
-from qwenlora.data.build import SHOWN_BAD_ROWS, bad_report, read, side_of
+from qwenlora.data.build import SHOWN_BAD_ROWS, read, refusal, side_of
 from qwenlora.data.files import BadRow
 from qwenlora.data.rows import Row
 from qwenlora.data.sources import SideName
@@ -22,10 +22,11 @@ class Survey(NamedTuple):
 def survey(data: Data) -> Survey:
     """Return how many rows there are. Raises: ValueError listing the bad ones, when data.on_bad_row is error."""
     found = sources.find(data)
-    train, others, seen = 0.0, 0, 0
+    train, others = 0.0, 0
+    seen = [0] * len(found)
     bad: list[tuple[int, int, int, str]] = []
     for number, file, line, row in read(found):
-        seen += 1
+        seen[number] += 1
         if isinstance(row, BadRow):
             bad.append((number, file, line, str(row)))
         elif side_of(row.digest, found[number], data) == "train":
@@ -33,10 +34,12 @@ def survey(data: Data) -> Survey:
         else:
             others += 1
     if bad and data.on_bad_row == "error":
-        facts = {"bad": len(bad), "read": seen, "first_bad": bad[:SHOWN_BAD_ROWS]}
-        raise ValueError(bad_report(facts, found))
-    if not seen:
-        raise ValueError(f"data.train={found[0].name} is empty: it has no rows")
+        among = sum(seen[number] for number in {source for source, *_ in bad})
+        facts = {"bad": len(bad), "bad_among": among, "first_bad": bad[:SHOWN_BAD_ROWS]}
+        raise ValueError(refusal(facts, found))
+    for source, rows in zip(found, seen, strict=True):
+        if not rows:
+            raise ValueError(f"data.{source.side}={source.name} is empty: it has no rows")
     return Survey(round(train), others, len(bad))
 
 

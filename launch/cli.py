@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+data_app = typer.Typer(help="Look at the rows of a config, before training.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/tiny.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as lora.r=32.")]
@@ -84,6 +86,55 @@ def compare(
             from qwenlora.adapter.compare import compare as compare_answers
 
         compare_answers(run, show=show, limit=limit, max_new_tokens=max_new_tokens)
+        return 0
+
+    guarded(command)
+
+
+@data_app.command("check")
+def data_check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    html: Annotated[Path | None, typer.Option(help="Where the page goes. Default: beside the run folder.")] = None,
+) -> None:
+    """Prepare the rows as training would, and show what they are like: on the screen, and as an HTML page."""
+
+    def command() -> int:
+        from rich.console import Console
+
+        from qwenlora.adapter import quiet
+        from qwenlora.configs import load_config
+
+        loaded = load_config(config, overrides or [])
+        with quiet():
+            from qwenlora.trainer import data_check as rows
+        return rows.check(loaded, html, Console(markup=False, highlight=False))
+
+    guarded(command)
+
+
+@data_app.command("preview")
+def data_preview(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="How many rows.")] = 3,
+    first: Annotated[int, typer.Option(min=1, help="Number of the first row.")] = 1,
+    ids: Annotated[bool, typer.Option("--ids", help="As a table of tokens.")] = False,
+    evaluation: Annotated[bool, typer.Option("--eval", help="Rows of data.eval.")] = False,
+) -> None:
+    """Show rows as the model sees them, the trained tokens coloured."""
+
+    def command() -> int:
+        from rich.console import Console
+
+        from qwenlora.adapter import quiet
+        from qwenlora.configs import load_config
+
+        loaded = load_config(config, overrides or [])
+        with quiet():
+            from qwenlora.trainer import data_check
+        console = Console(markup=False, highlight=False)
+        data_check.preview(loaded, "eval" if evaluation else "train", first, rows, ids=ids, console=console)
         return 0
 
     guarded(command)

@@ -13,7 +13,7 @@ ARROWS = {
     "configs": set(),
     "data": {"configs", "jobs"},
     "jobs": {"configs"},
-    "launch": {"configs", "data", "jobs", "adapter"},  # adapter: cli.py, inside the command that needs it
+    "launch": {"configs", "data", "jobs", "adapter", "trainer"},  # these two: cli.py, inside the commands that need them
     "slurm": set(),
     "trainer": {"configs", "data", "jobs"},
     "adapter": {"configs", "data", "jobs", "trainer"},

@@ -1,29 +1,60 @@
 """Trained tokens, decoded, are exactly the replies and their end-of-turn; ids are the template's own."""
 
-from pathlib import Path
+import copy
+import json
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenlora.data.chat import encode, reply_spans
-from qwenlora.data.rows import Row, read_rows, to_messages
+from qwenlora.configs.schema import Data
+from qwenlora.data.build import read
+from qwenlora.data.chat import Encoder
+from qwenlora.data.files import BadRow
+from qwenlora.data.rows import Options, Row, shape_of, to_row
+from qwenlora.data.sources import find
 
 NAMES = ("tiny", "qwen2.5", "qwen3")
-words = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Cn"]), min_size=1, max_size=30)
-said = words.map(str.strip).filter(lambda text: text and "<|im_" not in text and "think>" not in text)
+CHATS = (
+    "medical_qa_sharegpt.jsonl",
+    "medical_multiturn_messages.jsonl",
+    "smilechat_messages_2k.jsonl",
+    "alpaca_zh_demo.json",
+    "identity.json",
+)
+letters = st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Cn"])
+# text of all kinds, and what is near to chat markup, white space and the template's own words
+words = st.text(letters, min_size=1, max_size=30) | st.sampled_from(
+    ["assistant", "<|im_", "im_end|>", "\n\nuser\n", "<tool_call>", "a \n\n b", "  indented", "end \n", "<|endoftext|>", "é"]
+)
+clean = words.filter(lambda text: text.strip() and "<|im_start|>" not in text and "think>" not in text)
+said = st.lists(clean, min_size=1, max_size=3).map("".join).filter(lambda text: "<|im_end|>" not in text)
+calls = st.lists(
+    st.fixed_dictionaries({"name": st.sampled_from(["天气", "get_time", "x"]), "arguments": st.dictionaries(said, said, max_size=2)}),
+    min_size=1,
+    max_size=2,
+)
 
 
 @st.composite
 def conversations(draw):
-    turns = draw(st.integers(1, 4))
-    messages = [{"role": "system", "content": draw(said)}] if draw(st.booleans()) else []
-    for _ in range(turns):
-        messages += [{"role": "user", "content": draw(said)}, {"role": "assistant", "content": draw(said)}]
+    """Rows as people have them: with and without a system turn, a last question, two turns of one role in a row."""
+    turns = [{"role": "system", "content": draw(said)}] if draw(st.booleans()) else []
+    for role in draw(st.lists(st.sampled_from(["user", "assistant", "user assistant", "tools"]), min_size=1, max_size=5)):
+        if role == "tools":
+            turns += [
+                {"role": "user", "content": draw(said)},
+                {"role": "assistant", "content": "", "tool_calls": [{"function": call} for call in draw(calls)]},
+                {"role": "tool", "content": draw(said)},
+            ]
+        else:
+            turns += [{"role": one, "content": draw(said)} for one in role.split()]
+    turns.append({"role": "assistant", "content": draw(said)})
     if draw(st.booleans()):
-        messages.append({"role": "user", "content": draw(said)})
-    return Row("my.jsonl:1", messages)
+        turns.append({"role": "user", "content": draw(said)})
+    row = {"messages": turns}
+    return row | {"tools": [{"name": "天气", "parameters": {}}]} if draw(st.booleans()) else row
 
 
 def pick(tokenizers, name):
@@ -32,102 +63,209 @@ def pick(tokenizers, name):
     return tokenizers[name]
 
 
+def row_of(value, line: int = 1) -> Row:
+    return to_row(line, value, shape_of(value, Options()), Options())
+
+
+def encode(tokenizer, row: Row, train_on: str = "assistant"):
+    (tokens,) = Encoder(tokenizer, train_on).encode([row])
+    if isinstance(tokens, BadRow):
+        raise tokens
+    return tokens
+
+
 def trained_texts(tokenizer, tokens) -> list[str]:
     """Return the text of each run of trained tokens."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], tokens.trained.view(np.int8), [0]])))
     return [tokenizer.decode(tokens.ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
+def normal(tokenizer, text: str) -> str:
+    return tokenizer.backend_tokenizer.normalizer.normalize_str(text)  # tokens hold NFC text
+
+
+def assert_is_the_call(text: str, message) -> None:
+    """Assert that a trained text is what the template writes for calls, read back as JSON."""
+    assert text.endswith("<|im_end|>")
+    blocks = text.removesuffix("<|im_end|>").split("<tool_call>\n")[1:]
+    # the texts in them may hold the markup's own words: each block is read as far as JSON goes
+    found = [json.JSONDecoder().raw_decode(block)[0] for block in blocks if block.startswith('{"name": ')]
+    assert [call["name"] for call in found] == [call["function"]["name"] for call in message["tool_calls"]]
+
+
 @pytest.mark.parametrize("name", NAMES)
-@given(row=conversations())
-@settings(max_examples=150, deadline=None)
-def test_what_is_trained_is_each_reply_and_its_end(tokenizers, name, row):
+@given(value=conversations())
+@settings(max_examples=1000, deadline=None)
+def test_what_is_trained_is_each_reply_and_its_end(tokenizers, name, value):
     tokenizer = pick(tokenizers, name)
-    (tokens,) = encode(tokenizer, [row])
-    replies = [m["content"] + "<|im_end|>" for m in row.messages if m["role"] == "assistant"]
-    normal = tokenizer.backend_tokenizer.normalizer.normalize_str  # tokens hold NFC text
-    assert trained_texts(tokenizer, tokens) == [normal(reply) for reply in replies]
-    assert tokens.ids.tolist() == tokenizer.apply_chat_template(row.messages, return_dict=False)
+    row = row_of(value)
+    try:
+        tokens = encode(tokenizer, row)
+    except BadRow as error:  # a template without tools cannot write a call: said, not lost
+        assert name == "tiny" and any("tool_calls" in message for message in row.messages), error
+        return
+    assert tokens.ids.tolist() == tokenizer.apply_chat_template(row.messages, tools=row.tools, return_dict=False)
+    replies = [message for message in row.messages if message["role"] == "assistant"]
+    texts = trained_texts(tokenizer, tokens)
+    assert len(texts) == len(replies)
+    for text, message in zip(texts, replies, strict=True):
+        if message.get("tool_calls"):
+            assert_is_the_call(text, message)
+        else:
+            assert text == normal(tokenizer, message["content"]) + "<|im_end|>"
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("file", ["medical_multiturn_messages.jsonl", "alpaca_zh_demo.json", "identity.json"])
+@pytest.mark.parametrize("file", CHATS)
 def test_every_reply_of_real_data_is_trained_whole(assets, tokenizers, name, file):
     tokenizer = pick(tokenizers, name)
-    rows = read_rows([Path(assets) / "data" / file])
-    for row, tokens in zip(rows, encode(tokenizer, rows), strict=True):
-        normal = tokenizer.backend_tokenizer.normalizer.normalize_str
-        replies = [normal(m["content"]) + "<|im_end|>" for m in row.messages if m["role"] == "assistant"]
-        texts = trained_texts(tokenizer, tokens)
-        assert len(texts) == len(replies)
-        assert texts == replies, row.place
-
-
-def test_qwen3_trains_a_given_thought_but_not_the_empty_one(tokenizers):
-    tokenizer = pick(tokenizers, "qwen3")
-    thought = "<think>\n想一想。\n</think>\n\n好。"
-    rows = [
-        Row("x", [{"role": "user", "content": "问"}, {"role": "assistant", "content": reply}])
-        for reply in ("好。", thought)
-    ]
-    plain, thinking = encode(tokenizer, rows)
-    assert trained_texts(tokenizer, plain) == ["好。<|im_end|>"]
-    assert trained_texts(tokenizer, thinking) == [f"{thought}<|im_end|>"]
+    source = find(Data(train=str(assets / "data" / file)))
+    rows = [row for *_, row in read(source) if not isinstance(row, BadRow)]
+    assert len(rows) >= {"smilechat_messages_2k.jsonl": 1996, "identity.json": 91}.get(file, 900)
+    for row, tokens in zip(rows, Encoder(tokenizer).encode(rows), strict=True):
+        replies = [normal(tokenizer, m["content"]) + "<|im_end|>" for m in row.messages if m["role"] == "assistant"]
+        assert not isinstance(tokens, BadRow), tokens
+        assert trained_texts(tokenizer, tokens) == replies, row.line
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("reply", ["好。\n", "  indented", "line\n\nline ", "a\tb\r\nc"])
+def test_ids_of_real_data_are_the_templates_own(assets, tokenizers, name):
+    tokenizer = pick(tokenizers, name)
+    for file in CHATS:
+        rows = [row for *_, row in read(find(Data(train=str(assets / "data" / file))))][:200]
+        rows = [row for row in rows if not isinstance(row, BadRow)]
+        for row, tokens in zip(rows, Encoder(tokenizer).encode(rows), strict=True):
+            assert tokens.ids.tolist() == tokenizer.apply_chat_template(row.messages, return_dict=False)
+
+
+@pytest.mark.parametrize("key", ["content", "reasoning_content"])
+def test_qwen3_trains_a_thought_where_the_template_keeps_it(tokenizers, key):
+    tokenizer = pick(tokenizers, "qwen3")
+
+    def reply(answer: str) -> dict:
+        if key == "content":
+            return {"role": "assistant", "content": f"<think>\n想{answer}\n</think>\n\n{answer}"}
+        return {"role": "assistant", "content": answer, "reasoning_content": f"想{answer}"}
+
+    question = {"role": "user", "content": "问"}
+    tokens = encode(tokenizer, row_of({"messages": [question, reply("一"), question, reply("二")]}))
+    # the rendering is not prefix-stable: the thought of an earlier turn is left out
+    assert trained_texts(tokenizer, tokens) == ["一<|im_end|>", "<think>\n想二\n</think>\n\n二<|im_end|>"]
+    plain = encode(tokenizer, row_of({"instruction": "问", "output": "好。"}))
+    assert trained_texts(tokenizer, plain) == ["好。<|im_end|>"]  # without thinking: the empty block is the prompt's
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen2.5"])
+def test_a_thought_that_the_template_would_leave_out_is_refused(tokenizers, name):
+    value = {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "reasoning_content": "想"}]}
+    with pytest.raises(BadRow, match=r"reasoning_content, which this model's template leaves out; write it into"):
+        encode(pick(tokenizers, name), row_of(value))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reply", ["好。\n", "  indented", "line\n\nline ", "a\tb\r\nc", "\u3000全角", "e\u0301"])
 def test_white_space_of_a_reply_is_trained_as_it_is(tokenizers, name, reply):
     tokenizer = pick(tokenizers, name)
-    (tokens,) = encode(tokenizer, [Row("x", to_messages({"instruction": "问", "output": reply}))])
-    assert trained_texts(tokenizer, tokens) == [f"{reply}<|im_end|>"]
+    tokens = encode(tokenizer, row_of({"instruction": "问", "output": reply}))
+    assert trained_texts(tokenizer, tokens) == [normal(tokenizer, f"{reply}<|im_end|>")]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_empty_lines_before_a_reply_are_not_part_of_it(tokenizers, name):
+def test_empty_lines_before_a_reply_are_not_trained(tokenizers, name):
     tokenizer = pick(tokenizers, name)
-    (tokens,) = encode(tokenizer, [Row("x", to_messages({"instruction": "问", "output": " \n\n好。"}))])
+    tokens = encode(tokenizer, row_of({"instruction": "问", "output": " \n\n\r\n好。"}))
     assert trained_texts(tokenizer, tokens) == ["好。<|im_end|>"]
 
 
-def test_an_empty_thought_that_the_data_has_is_trained(tokenizers):
-    said = "<think>\n\n</think>\n\n好。"
-    for name in ("qwen2.5", "qwen3"):
-        tokenizer = pick(tokenizers, name)
-        (tokens,) = encode(tokenizer, [Row("x", to_messages({"instruction": "问", "output": said}))])
-        assert trained_texts(tokenizer, tokens) == [f"{said}<|im_end|>"]
+TWO = {
+    "messages": [
+        {"role": "user", "content": "问一"},
+        {"role": "assistant", "content": "答一"},
+        {"role": "user", "content": "问二"},
+        {"role": "assistant", "content": "答二"},
+    ]
+}
 
 
-def test_qwen3_leaves_out_the_thoughts_of_earlier_turns(tokenizers):
-    tokenizer = pick(tokenizers, "qwen3")
-    turn = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "<think>\n想。\n</think>\n\n好。"}]
-    (tokens,) = encode(tokenizer, [Row("x", turn * 2)])
-    assert trained_texts(tokenizer, tokens) == ["好。<|im_end|>", "<think>\n想。\n</think>\n\n好。<|im_end|>"]
+@pytest.mark.parametrize("name", NAMES)
+def test_train_on_says_what_is_learnt(tokenizers, name):
+    tokenizer = pick(tokenizers, name)
+    assert trained_texts(tokenizer, encode(tokenizer, row_of(TWO), "assistant")) == ["答一<|im_end|>", "答二<|im_end|>"]
+    assert trained_texts(tokenizer, encode(tokenizer, row_of(TWO), "last_assistant")) == ["答二<|im_end|>"]
+    all_ = encode(tokenizer, row_of(TWO), "all")
+    assert all_.trained.sum() == len(all_.ids) - 1
+    assert not all_.trained[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_text_is_trained_whole_and_ends_with_the_end_of_text(tokenizers, name):
+    tokenizer = pick(tokenizers, name)
+    tokens = encode(tokenizer, row_of({"text": "春眠不觉晓，处处闻啼鸟。"}))
+    assert tokenizer.decode(tokens.ids) == "春眠不觉晓，处处闻啼鸟。<|endoftext|>"
+    assert tokens.trained.tolist() == [False] + [True] * (len(tokens.ids) - 1)
+
+
+def with_template(tokenizer, template: str):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + CONTENT + '<|im_end|>\\n' }}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(
-    "said", ["Write </think> at the end.", "a<think>b</think>c", "<think>a</think>b</think>c", "<think>a", "</think>a"]
+    ("template", "reason"),
+    [
+        (CHATML.replace("CONTENT", "m.content | upper"), "the chat template changed a reply: it wrote"),
+        (CHATML.replace("CONTENT", "m.content").replace("m.role", "'user'"), "wrote 0 assistant turns for 1"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses this row: roles must alternate"),
+        (CHATML.replace("CONTENT", "m.content").replace("<|im_end|>\\n", "\\n"), "wrote 0 assistant turns for 1"),
+        (CHATML.replace("CONTENT", "m.content") + "<|im_start|>", "turns do not end as they begin"),
+        (CHATML.replace("CONTENT", "'\\n' + m.content"), "the chat template changed a reply: it wrote"),
+    ],
 )
-def test_a_stray_thought_mark_is_refused_because_templates_cut_text_there(tokenizers, said):
+def test_a_template_that_would_train_something_else_is_refused(tokenizers, template, reason):
+    with pytest.raises(BadRow, match=".") as caught:
+        encode(with_template(tokenizers["tiny"], template), row_of({"instruction": "ask", "output": "say"}))
+    assert reason in str(caught.value)
+
+
+def test_a_reply_that_melts_with_the_line_break_before_it_is_refused(tokenizers):
+    tokenizer = pick(tokenizers, "qwen3")  # its template cuts the thought and leaves " \n one", which begins with a line
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>a</think> \n one"}] * 2
+    with pytest.raises(BadRow, match="first characters melt with the line break before it; remove white space there"):
+        encode(tokenizer, row_of({"messages": turns}))
+
+
+def test_any_chatml_template_is_taken(tokenizers):
+    tokenizer = with_template(tokenizers["tiny"], "Chat: " + CHATML.replace("CONTENT", "m.content | trim") + "End")
+    tokens = encode(tokenizer, row_of(TWO))
+    assert trained_texts(tokenizer, tokens) == ["答一<|im_end|>", "答二<|im_end|>"]
+
+
+def test_a_stray_think_mark_is_refused(tokenizers):
+    for reply in ("so </think> yes", "<think>a</think>b<think>c</think>", "yes <think>"):
+        with pytest.raises(BadRow, match="stray <think> or </think>"):
+            encode(tokenizers["tiny"], row_of({"instruction": "q", "output": reply}))
+
+
+def test_a_call_is_trained_as_the_template_writes_it(tokenizers):
     tokenizer = pick(tokenizers, "qwen3")
-    with pytest.raises(ValueError, match="my.jsonl:7: a reply has a stray <think> or </think>"):
-        encode(tokenizer, [Row("my.jsonl:7", to_messages({"instruction": "问", "output": said}))])
-
-
-def test_a_template_that_is_not_chatml_is_refused():
-    row = Row("my.jsonl:7", [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
-    with pytest.raises(ValueError, match=r"my\.jsonl:7: the chat template wrote 0 assistant turns for 1"):
-        reply_spans("[INST] q [/INST] a</s>", row)
-    with pytest.raises(ValueError, match=r"my\.jsonl:7: the chat template changed a reply: it wrote 'A'"):
-        reply_spans("<|im_start|>assistant\nA<|im_end|>", row)
-
-
-def test_a_row_that_the_template_refuses_is_named(tokenizers):
-    tokenizer = tokenizers["tiny"]
-    template = tokenizer.chat_template
-    tokenizer.chat_template = "{{ raise_exception('no system turns here') }}"
-    try:
-        with pytest.raises(ValueError, match=r"my\.jsonl:7: the model's chat template refuses .*no system turns here"):
-            encode(tokenizer, [Row("my.jsonl:7", [{"role": "user", "content": "q"}])])
-    finally:
-        tokenizer.chat_template = template
+    value = {
+        "messages": [
+            {"role": "user", "content": "天气？"},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "北京"}'}}]},
+            {"role": "tool", "content": "晴"},
+            {"role": "assistant", "content": "晴天。"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}],
+    }
+    tokens = encode(tokenizer, row_of(value))
+    assert trained_texts(tokenizer, tokens) == [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call><|im_end|>',
+        "晴天。<|im_end|>",
+    ]
+    assert '<tools>\n{"type": "function"' in tokenizer.decode(tokens.ids)

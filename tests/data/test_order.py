@@ -6,19 +6,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenlora.data.order import Order, accumulation_steps, total_steps
+from qwenlora.data.packing import pack
 
 
 @st.composite
 def orders(draw):
+    """Orders of rows, and of packs."""
     per_device, at_once = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4, 6]))
-    lengths = draw(st.lists(st.integers(1, 50), min_size=1, max_size=70))
-    return Order(np.array(lengths), per_device * at_once, per_device, draw(st.integers(0, 2**32 - 1)))
+    lengths = np.array(draw(st.lists(st.integers(1, 50), min_size=1, max_size=70)))
+    packs = pack(lengths, 60) if draw(st.booleans()) else None
+    return Order(lengths, per_device * at_once, per_device, draw(st.integers(0, 2**32 - 1)), packs, 60)
 
 
 @given(orders(), st.integers(0, 5))
 def test_an_epoch_holds_every_row_once(order, epoch):
-    steps = [order.step(epoch, step) for step in range(order.steps_per_epoch)]
-    assert sorted(np.concatenate(steps).tolist()) == list(range(len(order.lengths)))
+    rows = [row for step in range(order.steps_per_epoch) for unit in order.step(epoch, step) for row in unit]
+    assert sorted(rows) == list(range(len(order.lengths)))
 
 
 @given(orders(), st.integers(0, 3), st.sampled_from([1, 2, 3, 4, 6]))
@@ -34,8 +37,9 @@ def test_any_number_of_ranks_walks_the_same_micro_batches(order, epoch, world_si
 @given(orders(), st.integers(0, 3))
 def test_a_step_is_sorted_by_length_and_knows_its_rows(order, epoch):
     for step in range(order.steps_per_epoch):
-        lengths = order.lengths[order.step(epoch, step)]
-        assert (np.diff(lengths) <= 0).all()
+        units = order.step(epoch, step)
+        assert 0 < len(units) <= order.global_batch_size
+        assert (np.diff([order.lengths[unit].sum() for unit in units]) <= 0).all()
 
 
 def test_the_order_is_the_same_for_ever():

@@ -1,23 +1,30 @@
-"""Prepared data is what was read, keyed by all it depends on, and never left half-written under its name."""
+"""Rows are tokenised once, the same however many processes do it; what should not be trained is refused."""
 
 import copy
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
-from qwenlora.configs.schema import Data
-from qwenlora.data import chat, prepared
-from qwenlora.data.rows import read_rows
+from qwenlora.configs.schema import Data, Source
+from qwenlora.data import build, cache, prepared
+from qwenlora.data.chat import Encoder
+from qwenlora.data.prepared import key_of, open_side, prepare
+from qwenlora.data.sources import find
 
 
-@pytest.fixture
-def rows_file(tmp_path):
-    file = tmp_path / "my.jsonl"
-    rows = [{"instruction": f"问题{n}", "output": "答" * (n + 1)} for n in range(30)]
-    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    return file
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(count: int, words: int = 1) -> list[dict]:
+    return [{"instruction": f"问题{n}" + "很" * (n * words), "output": f"答案{n}。"} for n in range(count)]
 
 
 @pytest.fixture
@@ -25,106 +32,344 @@ def tokenizer(tokenizers):
     return tokenizers["tiny"]
 
 
-def test_rows_come_back_as_they_were_encoded(tmp_path, rows_file, tokenizer):
-    facts = prepared.prepare(Data(train=str(rows_file)), tokenizer, tmp_path / "out")
-    side = prepared.open_side(tmp_path / "out", "train")
-    expected = chat.encode(tokenizer, read_rows([rows_file]))
-    assert len(side) == facts["train"]["rows"] == 30
-    for number, tokens in enumerate(expected):
-        assert np.array_equal(side.row(number).ids, tokens.ids)
-        assert np.array_equal(side.row(number).trained, tokens.trained)
-    assert side.lengths.tolist() == [len(tokens.ids) for tokens in expected]
-    assert side.trained_lengths.tolist() == [tokens.trained.sum() for tokens in expected]
+@pytest.fixture
+def rows_file(tmp_path):
+    return write(tmp_path / "my.jsonl", rows_of(30))
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    """Return what prepare makes of a config's data."""
+
+    def make(train, cache="cache", **options):
+        return prepare(Data(train=train, **options), tokenizer, tmp_path / cache)
+
+    return make
+
+
+def texts(tokenizer, side) -> list[str]:
+    return [tokenizer.decode(side.row(number).ids) for number in range(len(side))]
+
+
+def test_what_is_read_back_is_what_the_encoder_gives(make, rows_file, tokenizer):
+    made = make(rows_file)
+    side = made.side("train")
+    rows = [row for *_, row in build.read(made.sources)]
+    for number, tokens in enumerate(Encoder(tokenizer).encode(rows)):
+        assert side.row(number).ids.tolist() == tokens.ids.tolist()
+        assert side.row(number).trained.tolist() == tokens.trained.tolist()
+        assert side.trained_lengths[number] == tokens.trained.sum()
+        assert made.place("train", number) == f"{rows_file}:{number + 1}"
+    counts = made.counts["train"]
+    assert (counts["rows"], counts["tokens"]) == (30, len(side.ids))
     assert isinstance(side.ids, np.memmap)
-    assert prepared.open_side(tmp_path / "out", "eval") is None
 
 
-def test_a_second_preparation_reads_no_rows(tmp_path, rows_file, tokenizer, monkeypatch):
-    first = prepared.prepare(Data(train=str(rows_file)), tokenizer, tmp_path / "out")
-    monkeypatch.setattr(prepared.rows, "read_rows", lambda files: pytest.fail("read again"))
-    assert prepared.prepare(Data(train=str(rows_file)), tokenizer, tmp_path / "out") == first
+def test_any_number_of_processes_makes_the_same_files(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(build, "SMALL_BYTES", 0)
+    monkeypatch.setattr("qwenlora.data.files.CHUNK_BYTES", 2000)
+    file = write(tmp_path / "my.jsonl", rows_of(300))
+    made = [make(file, cache=f"cache{n}", num_proc=n) for n in (1, 2, 3)]
+    monkeypatch.setattr(build, "SMALL_BYTES", 2**30)
+    made.append(make(file, cache="alone"))
+    for other in made[1:]:
+        assert other.folder.name == made[0].folder.name
+        for path in (made[0].folder / "train").iterdir():
+            assert (other.folder / "train" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_preparation_that_was_cut_off_is_not_taken_for_whole(tmp_path, rows_file, tokenizer, monkeypatch):
-    def cut_off(kept, folder):
-        folder.mkdir(parents=True)
-        (folder / "ids.npy").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prepared, "_write", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            prepared.prepare(Data(train=str(rows_file)), tokenizer, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert prepared.prepare(Data(train=str(rows_file)), tokenizer, tmp_path / "out")["train"]["rows"] == 30
+def test_a_second_start_reads_nothing_but_the_index(tmp_path, make, rows_file, monkeypatch):
+    os.utime(rows_file)
+    time.sleep(2.1)  # a file that has just changed is not believed
+    first = make(rows_file)
+    monkeypatch.setattr("qwenlora.data.files.read_chunks", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(cache.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
+    assert make(rows_file).facts == first.facts
 
 
-def test_the_loser_of_a_race_takes_the_winners_folder(tmp_path, rows_file, tokenizer, monkeypatch):
-    config, out = Data(train=str(rows_file)), tmp_path / "out"
-    write = prepared._write
-
-    def meanwhile(kept, folder):
-        monkeypatch.setattr(prepared, "_write", write)
-        monkeypatch.setattr(prepared.os, "getpid", lambda: -1)
-        prepared.prepare(config, tokenizer, out)  # another process, faster
-        return write(kept, folder)
-
-    monkeypatch.setattr(prepared, "_write", meanwhile)
-    assert prepared.prepare(config, tokenizer, out)["train"]["rows"] == 30
-    assert [path.name for path in tmp_path.iterdir() if "staging" in path.name] == []
-
-
-def test_the_key_changes_with_all_that_the_tokens_depend_on(tmp_path, rows_file, tokenizer):
-    config = Data(train=str(rows_file))
-    keys = {
-        prepared.key_of(config, tokenizer),
-        prepared.key_of(config.model_copy(update={"max_length": 64}), tokenizer),
-        prepared.key_of(config.model_copy(update={"overlength": "drop"}), tokenizer),
-        prepared.key_of(config.model_copy(update={"eval": str(rows_file)}), tokenizer),
-    }
-    stat = rows_file.stat()
-    rows_file.write_bytes(rows_file.read_bytes().replace("问题3".encode(), "问题4".encode()))
-    os.utime(rows_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # content counts, not the date
-    keys.add(prepared.key_of(config, tokenizer))
-    assert len(keys) == 5
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_length": 64},
+        {"overlength": "drop"},
+        {"overlength": "split", "split_replies": True},
+        {"train_on": "last_assistant"},
+        {"eval_fraction": 0.1},
+        {"format": "alpaca"},
+        {"columns": {"input": None}},
+        {"roles": {"bot": "assistant"}},
+        {"encoding": "utf-8"},
+    ],
+)
+def test_the_key_changes_with_each_option_that_the_tokens_depend_on(tmp_path, rows_file, tokenizer, options):
+    keys = set()
+    for data in (Data(train=rows_file), Data(train=rows_file, **options)):
+        keys.add(key_of(data, find(data), tokenizer, tmp_path))
+    assert len(keys) == 2
 
 
-def test_the_key_changes_with_the_tokenizer_and_its_template(tokenizers, rows_file):
-    keys = {prepared.key_of(Data(train=str(rows_file)), tokenizer) for tokenizer in tokenizers.values()}
-    assert len(keys) == len(tokenizers)
+def test_the_key_does_not_change_with_what_only_says_how(tmp_path, rows_file, tokenizer):
+    keys = set()
+    for options in ({}, {"num_proc": 3}, {"on_bad_row": "skip"}, {"packing": "on"}, {"cache_dir": "x"}):
+        data = Data(train=rows_file, **options)
+        keys.add(key_of(data, find(data), tokenizer, tmp_path))
+    assert len(keys) == 1
+
+
+def test_the_key_changes_with_the_files_bytes_whatever_their_date(tmp_path, rows_file, tokenizer):
+    data, path = Data(train=rows_file), tmp_path / "my.jsonl"
+    before, stat = key_of(data, find(data), tokenizer, tmp_path), path.stat()
+    path.write_bytes(path.read_bytes().replace("问题3".encode(), "问题4".encode()))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert key_of(data, find(data), tokenizer, tmp_path) != before
+
+
+def test_the_key_changes_with_the_tokenizer_and_its_template(tmp_path, tokenizers, rows_file):
+    data = Data(train=rows_file)
+    keys = {key_of(data, find(data), tokenizer, tmp_path) for tokenizer in tokenizers.values()}
     tiny = copy.deepcopy(tokenizers["tiny"])
     tiny.chat_template += " "
-    keys.add(prepared.key_of(Data(train=str(rows_file)), tiny))
+    keys.add(key_of(data, find(data), tiny, tmp_path))
     assert len(keys) == len(tokenizers) + 1
 
 
-def test_rows_that_are_too_long_are_refused_unless_told(tmp_path, rows_file, tokenizer):
-    message = (
-        r"(\d+) of 30 train rows are longer than data\.max_length=30 tokens \(the longest, .*:30, has \d+\); raise"
-    )
-    with pytest.raises(ValueError, match=message):
-        prepared.prepare(Data(train=str(rows_file), max_length=30), tokenizer, tmp_path / "out")
+def test_the_same_rows_under_another_name_are_not_prepared_again(tmp_path, make, rows_file):
+    made = make(rows_file)
+    other = tmp_path / "other.jsonl"
+    other.write_bytes((tmp_path / "my.jsonl").read_bytes())
+    again = make(str(other))
+    assert again.folder == made.folder
+    assert again.place("train", 0) == f"{other}:1", "messages speak of this run's file"
 
 
-def test_rows_that_are_too_long_are_cut_or_dropped_and_counted(tmp_path, rows_file, tokenizer):
-    whole = chat.encode(tokenizer, read_rows([rows_file]))
-    long = sum(len(tokens.ids) > 30 for tokens in whole)
-    cut = prepared.prepare(Data(train=str(rows_file), max_length=30, overlength="truncate"), tokenizer, tmp_path / "c")
-    drop = prepared.prepare(Data(train=str(rows_file), max_length=30, overlength="drop"), tokenizer, tmp_path / "d")
+# ---- what should not be trained
+
+
+def refused(made, tokenizer, **options) -> str:
+    with pytest.raises(ValueError, match=".") as caught:
+        made.refuse(Data(train="x", **options), tokenizer)
+    return str(caught.value)
+
+
+BAD = [*rows_of(2), {"instruction": "q"}, *rows_of(3), {"messages": []}]
+
+
+def test_bad_rows_are_refused_with_their_places_or_left_out_and_listed(tmp_path, make, tokenizer):
+    file = write(tmp_path / "my.jsonl", BAD)
+    with pytest.raises(ValueError, match=r"^2 of 7 rows cannot be trained:\n  .*my\.jsonl:3: ") as caught:
+        make(file)
+    assert str(caught.value).endswith("\nmend or remove them, or leave them out: data.on_bad_row: skip")
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.name != "files"] == [], "nothing half-read is kept"
+    made = make(file, on_bad_row="skip")
+    made.refuse(Data(train=file, on_bad_row="skip"), tokenizer)
+    assert (made.counts["train"]["rows"], made.facts["bad"]) == (5, 2)
+    assert [line.split(": ")[0] for line in made.bad_lines()] == [f"{file}:3", f"{file}:7"]
+    assert "2 of 7 rows cannot be trained" in refused(made, tokenizer), "the same rows, and they are not to be skipped"
+
+
+def test_the_report_shows_the_first_20_and_the_totals(tmp_path, make):
+    file = write(tmp_path / "my.jsonl", [*rows_of(5), *({"instruction": f"q{n}", "output": n} for n in range(30))])
+    with pytest.raises(ValueError, match=r"^30 of 35 rows cannot be trained:") as caught:
+        make(file)
+    assert str(caught.value).count("output must be text, found") == 20
+    assert "\n  and 10 more\n" in str(caught.value)
+
+
+def test_a_source_without_any_good_row_is_refused_though_bad_rows_are_left_out(tmp_path, make, tokenizer, rows_file):
+    bad = write(tmp_path / "bad.jsonl", [{"messages": []}] * 3)
+    made = make([rows_file, bad], on_bad_row="skip")
+    assert refused(made, tokenizer, on_bad_row="skip").startswith(f"data.train={bad}: none of its rows can be trained\n")
+
+
+def test_an_empty_source_is_refused(tmp_path, make, tokenizer, rows_file):
+    made = make([rows_file, write(tmp_path / "none.jsonl", [])])
+    assert refused(made, tokenizer) == f"data.train={tmp_path}/none.jsonl is empty: it has no rows"
+
+
+def test_long_rows_are_refused_unless_told(make, rows_file, tokenizer):
+    made = make(rows_file, max_length=30)
+    message = refused(made, tokenizer, max_length=30)
+    assert " of 30 train rows are longer than data.max_length=30 tokens (the longest, " in message
+    assert f"{rows_file}:30, has " in message
+    assert message.endswith("raise data.max_length, or set data.overlength: truncate, drop or split")
+
+
+def test_long_rows_are_cut_dropped_or_split_and_counted(tmp_path, make, rows_file, tokenizer):
+    whole = make(rows_file).side("train").lengths
+    long = int((whole > 30).sum())
     assert 0 < long < 30
-    assert (cut["train"]["truncated"], cut["train"]["rows"], cut["train"]["longest"]) == (long, 30, 30)
-    assert (drop["train"]["dropped"], drop["train"]["rows"]) == (long, 30 - long)
+    answers = write(tmp_path / "long.jsonl", [{"instruction": "问", "output": "很" * n + "。"} for n in range(1, 31)])
+    cut, uncut = make(answers, max_length=30, overlength="truncate").counts["train"], make(answers).side("train").lengths
+    assert (cut["truncated"], cut["rows"], cut["longest"]) == (int((uncut > 30).sum()), 30, 30)
+    drop = make(rows_file, max_length=30, overlength="drop")
+    counts = drop.counts["train"]
+    assert (counts["dropped"], counts["rows"], counts["overlength"]) == (long, 30 - long, long)
+    assert np.load(drop.folder / "train" / "whole.npy").tolist() == whole.tolist(), "the histogram's lengths"
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(20) for role in ("user", "assistant")]
+    split = make(write(tmp_path / "chat.jsonl", [{"messages": turns}]), max_length=100, overlength="split")
+    counts, side = split.counts["train"], split.side("train")
+    assert (counts["split"], counts["read_rows"], counts["lost_replies"]) == (1, 1, 0)
+    assert counts["rows"] == len(side) > 2
+    assert side.row_of.tolist() == [0] * len(side)
 
 
-def test_truncation_never_leaves_a_row_without_trained_tokens(tmp_path, tokenizer):
-    file = tmp_path / "my.jsonl"
-    file.write_text(json.dumps({"instruction": "很长的问题" * 20, "output": "答"}))
-    with pytest.raises(ValueError, match=r"my\.jsonl:1: truncated to data\.max_length=30 tokens, nothing of the reply"):
-        prepared.prepare(Data(train=str(file), max_length=30, overlength="truncate"), tokenizer, tmp_path / "out")
+def test_a_row_that_truncation_leaves_nothing_of_is_a_bad_row(tmp_path, make):
+    file = write(tmp_path / "my.jsonl", [{"instruction": "很长的问题" * 20, "output": "答"}, *rows_of(3)])
+    with pytest.raises(ValueError, match=r"my\.jsonl:1: truncated to data\.max_length=30 tokens of \d+, nothing of the"):
+        make(file, max_length=30, overlength="truncate")
 
 
-def test_data_that_never_trains_the_end_of_a_turn_is_refused(tmp_path, tokenizer):
-    file = tmp_path / "my.jsonl"
-    file.write_text(json.dumps({"instruction": "问", "output": "很长的答案" * 20}))
-    with pytest.raises(ValueError, match=r"no train row trains the end of a turn \(<\|im_end\|>\)"):
-        prepared.prepare(Data(train=str(file), max_length=30, overlength="truncate"), tokenizer, tmp_path / "out")
+def test_data_that_never_trains_the_end_of_a_turn_is_refused(tmp_path, make, tokenizer):
+    file = write(tmp_path / "my.jsonl", [{"instruction": "问", "output": "很长的答案" * 20}])
+    made = make(file, max_length=30, overlength="truncate")
+    message = refused(made, tokenizer, max_length=30, overlength="truncate")
+    assert message.startswith("no train row trains the end of a turn (<|im_end|>), so the model would never stop;")
+
+
+def test_plain_text_has_no_turns_to_end(tmp_path, make, tokenizer):
+    made = make(write(tmp_path / "my.jsonl", [{"text": "春眠不觉晓。"}, {"text": "处处闻啼鸟。"}]))
+    made.refuse(Data(train="x"), tokenizer)
+    assert made.counts["train"]["trained_tokens"] == made.counts["train"]["tokens"] - 2
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, make, rows_file, monkeypatch):
+    treat = build.treat
+
+    def meanwhile(*arguments, **options):
+        with (tmp_path / "my.jsonl").open("a") as file:
+            file.write("\n")
+        return treat(*arguments, **options)
+
+    monkeypatch.setattr(build, "treat", meanwhile)
+    with pytest.raises(ValueError, match="a data file was changed while it was read; start again"):
+        make(rows_file)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, make, rows_file, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build._Written, "finish", full)
+    with pytest.raises(ValueError, match=r"data\.cache_dir=.*cache cannot hold the prepared rows: No space left"):
+        make(rows_file)
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.name != "files"] == []
+
+
+def test_a_cache_without_room_is_refused_before_anything_is_read(make, rows_file, monkeypatch):
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(ValueError, match=r"data\.cache_dir=.* has 0 MiB free, the prepared rows need about"):
+        make(rows_file)
+
+
+# ---- two sides, several sources
+
+
+def test_eval_fraction_moves_no_row_when_rows_are_appended(tmp_path, make, tokenizer):
+    all_rows = rows_of(400, words=0)
+    before = make(write(tmp_path / "a.jsonl", all_rows[:300]), eval_fraction=0.1)
+    after = make(write(tmp_path / "b.jsonl", [*all_rows[300:], *all_rows[:300]]), eval_fraction=0.1)
+    sides = [{side: set(texts(tokenizer, made.side(side))) for side in ("train", "eval")} for made in (before, after)]
+    assert 15 < len(sides[0]["eval"]) < 50
+    assert sides[0]["train"] <= sides[1]["train"]
+    assert sides[0]["eval"] <= sides[1]["eval"]
+    assert not sides[1]["train"] & sides[1]["eval"]
+
+
+def test_a_row_that_is_written_otherwise_stays_on_its_side(tmp_path, make):
+    rows = rows_of(200, words=0)
+    chats = [
+        {"conversations": [{"from": "human", "value": r["instruction"]}, {"from": "gpt", "value": r["output"]}]} for r in rows
+    ]
+    made = [make(write(tmp_path / f"{n}.jsonl", some), eval_fraction=0.2) for n, some in enumerate((rows, chats))]
+    assert made[0].counts["eval"]["sha256"] == made[1].counts["eval"]["sha256"]
+
+
+def test_rows_on_both_sides_and_duplicates_are_counted(tmp_path, make):
+    train = write(tmp_path / "a.jsonl", [*rows_of(10), *rows_of(3)])
+    eval_ = write(tmp_path / "b.jsonl", [*rows_of(2), {"instruction": "neu", "output": "ja"}])
+    made = make(train, eval=eval_)
+    assert made.facts["overlap"] == {"rows": 2, "first": [0, 1]}
+    assert made.place("eval", 0) == f"{eval_}:1"
+    assert made.counts["train"]["duplicates"] == 3
+
+
+def test_weights_say_how_often_an_epoch_sees_a_source(tmp_path, make, tokenizer):
+    one, two = (write(tmp_path / name, [{"instruction": f"{name}{n}", "output": "a"} for n in range(100)]) for name in "ab")
+    made = make([Source(path=one, weight=2.0), Source(path=two, weight=0.5)])
+    seen = texts(tokenizer, made.side("train"))
+    first = [text for text in seen if "\na" in text and "<|im_start|>user\na" in text]
+    second = [text for text in seen if "<|im_start|>user\nb" in text]
+    assert len(first) == 200 and len(set(first)) == 100
+    assert 30 < len(second) == len(set(second)) < 70
+    assert made.counts["train"]["tokens"] == sum(len(made.side("train").row(n).ids) for n in range(len(seen)))
+
+
+def test_options_of_a_source_are_its_own(tmp_path, make, tokenizer):
+    one = write(tmp_path / "a.jsonl", [{"frage": "几点？", "antwort": "三点。"}])
+    two = write(tmp_path / "b.jsonl", rows_of(1))
+    made = make([Source(path=one, columns={"frage": "instruction", "antwort": "output"}), two])
+    assert "三点。" in texts(tokenizer, made.side("train"))[0]
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from qwenlora.configs.schema import Data
+from qwenlora.data import build
+from qwenlora.data.prepared import prepare
+build.SMALL_BYTES = 0
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+print("ready", flush=True)
+made = prepare(Data(train=sys.argv[2], num_proc=2), tokenizer, Path(sys.argv[3]), say=lambda line: print(line, flush=True))
+print(made.counts["train"]["sha256"], flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_of_two_preparations_one_is_killed_and_the_other_ends_right_and_a_third_too(tmp_path, tiny, tokenizer):
+    file = write(tmp_path / "my.jsonl", [{"instruction": f"问题{n}" * 20, "output": f"答案{n}。" * 20} for n in range(60_000)])
+
+    def start() -> subprocess.Popen:
+        command = [sys.executable, "-c", PREPARE, str(tiny), file, str(tmp_path / "cache")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    def staging() -> list:
+        return [path for path in (tmp_path / "cache").glob("*.staging-*") if (path / "train" / "ids.bin").exists()]
+
+    first = start()
+    while not staging() or not (staging()[0] / "train" / "ids.bin").stat().st_size:
+        assert first.poll() is None
+        time.sleep(0.02)
+    second = start()
+    assert f"waiting for process {first.pid} on " in second.stdout.readline()
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    said = second.communicate(timeout=120)[0].splitlines()
+    assert "has ended without finishing: preparing the data here" in said[0]
+    third = start().communicate(timeout=60)[0]
+    expected = prepare(Data(train=file), tokenizer, tmp_path / "other").counts["train"]
+    assert said[-1] == third.strip() == expected["sha256"]
+    assert expected["rows"] == 60_000
+    assert len(list((tmp_path / "cache").glob("*.staging-*"))) == 0
+
+
+def test_a_killed_preparation_takes_its_processes_with_it(tmp_path, tiny):
+    psutil = pytest.importorskip("psutil")
+    file = write(tmp_path / "my.jsonl", [{"instruction": "问" * 200, "output": "答" * 200} for _ in range(30_000)])
+    command = [sys.executable, "-c", PREPARE, str(tiny), file, str(tmp_path / "cache")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    while not (children := psutil.Process(process.pid).children()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+
+
+def test_no_side_is_opened_that_is_not_there(make, rows_file):
+    assert open_side(make(rows_file).folder, "eval") is None
+    assert prepared.open_packs(make(rows_file).folder).lengths(make(rows_file).side("train").lengths).sum() > 0

@@ -1,23 +1,34 @@
-"""Rows of the four shapes become the same turns; a row that cannot be trained is named with its place."""
+"""Rows of every shape become the turns that are meant; an error for an unknown key or role shows the line to write."""
 
 import json
-from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from qwenlora.data.rows import EXAMPLES, read_rows, source_files, to_messages
+from qwenlora.configs.schema import Data
+from qwenlora.data.rows import KEYS, PAIRS, ROLES, TURN_LISTS, Options, Row, shape_of, to_row
+from qwenlora.data.survey import rows_of_side, survey
 
 QUESTION, ANSWER = {"role": "user", "content": "几点？"}, {"role": "assistant", "content": "三点。"}
+TOOL = {"type": "function", "function": {"name": "clock", "description": "时间", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "Asia/Shanghai"}}}
 
 
-@pytest.fixture
-def rows(tmp_path):
-    def rows(text: str | bytes, name: str = "my.jsonl"):
-        path = tmp_path / name
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_rows([path])
+def read(row: Any, **options: Any) -> Row:
+    return to_row(1, row, shape_of(row, Options(**options)), Options(**options))
 
-    return rows
+
+def reason(row: Any, **options: Any) -> str:
+    with pytest.raises(ValueError, match=".") as caught:
+        read(row, **options)
+    return str(caught.value)
+
+
+def config_of(message: str) -> tuple[str, Any]:
+    """Return the name and value that a message says to write into the config, as YAML reads it."""
+    name, line = message.rpartition("data.")[2].split(": ", 1)
+    return name, yaml.safe_load(line)
 
 
 @pytest.mark.parametrize(
@@ -25,149 +36,282 @@ def rows(tmp_path):
     [
         {"conversations": [{"from": "human", "value": "几点？"}, {"from": "gpt", "value": "三点。"}]},
         {"id": "7", "conversations": [{"from": "user", "value": "几点？"}, {"from": "assistant", "value": "三点。"}]},
-        {"conversations": [QUESTION, ANSWER]},
-        {"messages": [QUESTION, ANSWER], "source": "x"},
+        *({key: [QUESTION, ANSWER]} for key in TURN_LISTS),
+        {"messages": [QUESTION, ANSWER], "source": "x", "conversations": None},
+        {"messages": json.dumps([QUESTION, ANSWER])},
+        {"messages": [{**QUESTION, "from": None, "value": None}, {**ANSWER, "tool_calls": None, "weight": None}]},
+        {"messages": [QUESTION, ANSWER], "instruction": None, "output": None, "system": None, "tools": None},
+        {"messages": [QUESTION, ANSWER], "text": "几点？三点。"},
         {"instruction": "几点？", "output": "三点。"},
-        {"instruction": "几点？", "input": "", "output": "三点。"},
-        {"instruction": "几点？", "input": None, "output": "三点。"},
+        {"instruction": "几点？", "input": "", "output": "三点。", "system": "", "history": []},
+        {"instruction": "几点？", "input": None, "output": "三点。", "history": None},
+        {"instruction": "", "input": "几点？", "output": "\n\n三点。"},
+        {"query": "几点？", "response": "三点。"},
+        {"prompt": "几点？", "completion": "三点。"},
     ],
 )
-def test_the_four_shapes_give_the_same_turns(row):
-    assert to_messages(row) == [QUESTION, ANSWER]
+def test_the_shapes_of_a_question_and_its_answer_give_the_same_turns(row):
+    assert read(row) == (1, [QUESTION, ANSWER], None, None)
+
+
+SHAREGPT = {
+    "system": "简短。",
+    "conversations": [
+        {"from": "human", "value": "几点？"},
+        {"from": "function_call", "value": '{"name": "clock", "arguments": {"zone": "Asia/Shanghai"}}'},
+        {"from": "observation", "value": "15:00"},
+        {"from": "gpt", "value": "三点。"},
+    ],
+    "tools": json.dumps([TOOL]),
+}
+OPENAI = {
+    "messages": [
+        {"role": "system", "content": "简短。"},
+        QUESTION,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "1",
+                    "type": "function",
+                    "function": CALL["function"] | {"arguments": '{"zone": "Asia/Shanghai"}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "15:00"},
+        ANSWER,
+    ],
+    "tools": [TOOL],
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    {
+        "chat, sharegpt": [SHAREGPT, {"conversations": SHAREGPT["conversations"][::3]}, SHAREGPT | {"tools": ""}],
+        "chat, with tools": [
+            OPENAI,
+            {"messages": [QUESTION, ANSWER]},
+            {"messages": [QUESTION, ANSWER], "functions": [TOOL]},
+        ],
+        "alpaca": [
+            {"instruction": "翻译", "input": "hello", "output": "你好"},
+            {"instruction": "几点？", "input": "", "output": "三点。", "system": "简短。"},
+            {"instruction": "几点？", "output": "三点。", "history": [["在？", "在。"]]},
+        ],
+        "query_response": [
+            {"query": "几点？", "response": "三点。"},
+            {"query": "几点？", "response": "三点。", "history": [["在？", "在。"]]},
+            {"query": "几点？", "response": "三点。", "system": "简短。"},
+        ],
+        "prompt_completion": [{"prompt": f"{n}", "completion": "三点。"} for n in range(3)],
+        "text": [{"text": "人之初，"}, {"text": "性本善。"}, {"text": "性相近，", "meta": {"source": "x"}}],
+    }.items(),
+)
+def test_a_file_of_each_shape_is_known_by_its_rows(tmp_path, shape, rows):
+    path = tmp_path / "my.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert survey(Data(train=str(path))) == (3, 0, 0)
+    assert [shape_of(row, Options()) for row in rows] == [shape.partition(",")[0]] * 3
+    assert survey(Data(train=str(path), format=shape.partition(",")[0])) == (3, 0, 0)
+    places = [place for place, _ in rows_of_side(Data(train=str(path)), "train")]
+    assert places == [f"{path}:{line}" for line in (1, 2, 3)]
 
 
 def test_a_system_text_beside_the_turns_is_the_first_turn():
     system = {"role": "system", "content": "简短。"}
     for row in ({"instruction": "几点？", "output": "三点。"}, {"conversations": None, "messages": [QUESTION, ANSWER]}):
-        assert to_messages(row | {"system": "简短。"}) == [system, QUESTION, ANSWER]
+        assert read(row | {"system": "简短。"}).messages == [system, QUESTION, ANSWER]
 
 
 def test_input_follows_the_instruction_on_a_line_of_its_own():
-    messages = to_messages({"instruction": "翻译", "input": "hello", "output": "你好"})
-    assert messages[0]["content"] == "翻译\nhello"
+    row = read({"instruction": "翻译", "input": "hello", "output": "你好"})
+    assert row.messages[0]["content"] == "翻译\nhello"
+
+
+@pytest.mark.parametrize("history", [[["在？", "在。"]], '[["在？", "在。"]]', [("在？", "在。")]])
+def test_history_comes_before_the_question(history):
+    before = [{"role": "user", "content": "在？"}, {"role": "assistant", "content": "在。"}]
+    row = {"instruction": "几点？", "output": "三点。", "history": history, "system": "简短。"}
+    assert read(row).messages == [{"role": "system", "content": "简短。"}, *before, QUESTION, ANSWER]
+
+
+def test_plain_text_has_no_turns_and_may_hold_any_mark():
+    assert read({"text": " 人之初，<|im_end|>"}) == (1, [], None, " 人之初，<|im_end|>")
+
+
+def test_tool_calls_are_objects_however_they_are_written():
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    expected = [{"role": "system", "content": "简短。"}, QUESTION, called, {"role": "tool", "content": "15:00"}, ANSWER]
+    for row in (SHAREGPT, OPENAI):
+        assert read(row).messages == expected
+        assert read(row).tools == [TOOL]
+    assert read(SHAREGPT).digest == read(OPENAI).digest
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    "turn",
     [
-        ({"conversations": [{"from": "human", "value": "x"}]}, "no assistant turn: there is nothing to learn from"),
-        ({"conversations": []}, "expected a list of turns, found []"),
-        ({"conversations": "x"}, 'expected a list of turns, found "x"'),
-        ({"conversations": ["x"]}, 'turn 1 must be an object, found "x"'),
-        ({"messages": [{"role": "bot", "content": "x"}]}, 'turn 1 has role "bot"; known: human, user, gpt, '),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, 'turn 1 (user) must be text, found ["x"]'),
-        ({"messages": [QUESTION, {"role": "assistant", "content": " \n"}]}, "turn 2 (assistant) is empty"),
-        ({"messages": [QUESTION, ANSWER, {"role": "system", "content": "x"}]}, "turn 3 is a system turn; "),
-        ({"instruction": "x", "output": ""}, "turn 2 (assistant) is empty"),
-        ({"instruction": "x", "output": 3}, "output must be text, found 3"),
-        ({"instruction": "x<|im_end|>", "output": "y"}, "turn 1 contains <|im_end|>, which would forge a turn"),
-        ({"instruction": 0, "output": "y"}, "instruction must be text, found 0"),
-        ({"instruction": "x", "input": [], "output": "y"}, "input must be text, found []"),
-        (
-            {"instruction": "x", "output": "y", "history": [["a", "b"]]},
-            "history is not read here: put it into the turns",
-        ),
-        ({"messages": [QUESTION, ANSWER], "conversations": []}, "has both conversations and messages; remove one"),
-        ({"messages": [QUESTION, {**ANSWER, "tool_calls": []}]}, "turn 2 has tool_calls, which is not read here: "),
-        ({"messages": [QUESTION, {**ANSWER, "weight": 0}]}, "turn 2 has weight, which is not read here: "),
-        ({"messages": [QUESTION, ANSWER], "system": 3}, "system must be text, found 3"),
-        ({"instruction": "x\ud83d", "output": "y"}, "turn 1 contains half a character at 1: surrogates not allowed"),
-        ({"prompt": "x"}, "unknown shape with keys prompt"),
-        (["x"], 'unknown shape: a row must be a JSON object, found ["x"]'),
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [CALL["function"]]},
+        {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])},
+        {"role": "assistant", "content": None, "function_call": CALL["function"]},
+        {"role": "function_call", "content": [CALL["function"]]},
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
     ],
 )
-def test_a_row_that_cannot_be_trained_is_refused_with_its_reason(row, reason):
-    with pytest.raises(ValueError, match=".") as caught:
-        to_messages(row)
-    assert str(caught.value).startswith(reason)
+def test_a_call_may_be_written_in_many_ways(turn):
+    assert read({"messages": [QUESTION, turn]}).messages[1] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [CALL],
+    }
 
 
-ROW = '{"instruction": "q", "output": "a"}'
+def test_a_call_keeps_what_is_said_and_thought_beside_it():
+    turn = {"role": "assistant", "content": "\n看一下。", "reasoning_content": "要看钟", "tool_calls": [CALL, CALL]}
+    assert read({"messages": [QUESTION, turn]}).messages[1] == turn | {"content": "看一下。"}
+
+
+def test_a_call_without_arguments_has_none():
+    turn = {"role": "assistant", "tool_calls": [{"name": "clock"}]}
+    (call,) = read({"messages": [QUESTION, turn]}).messages[1]["tool_calls"]
+    assert call["function"] == {"name": "clock", "arguments": {}}
+
+
+def test_rows_that_say_the_same_have_one_digest():
+    digests = {
+        read(row).digest
+        for row in ({"messages": [QUESTION, ANSWER]}, {"output": "三点。", "instruction": "几点？", "id": 3})
+    }
+    assert len(digests) == 1
+    for row in ({"text": "几点？"}, {"messages": [QUESTION, ANSWER], "tools": [TOOL]}, SHAREGPT):
+        digests.add(read(row).digest)
+    assert len(digests) == 4
+
+
+def test_columns_bring_other_names_to_ours():
+    expected = [QUESTION, ANSWER]
+    pair = {"question": "几点？", "answer": "三点。", "input": "not said"}
+    assert read(pair, columns={"question": "instruction", "answer": "output", "input": None}).messages == expected
+    turns = [{"speaker": "user", "text": "几点？"}, {"speaker": "assistant", "text": "三点。"}]
+    columns = {"dialog_list": "messages", "speaker": "role", "text": "content"}
+    assert read({"dialog_list": turns}, columns=columns).messages == expected
+    chosen = {"prompt": "几点？", "chosen": "三点。", "rejected": "四点。"}
+    assert read(chosen, columns={"chosen": "completion", "rejected": None}).messages == expected
+    assert read({"content": "x"}, columns={"content": "text"}).text == "x"
+    assert read({"a": "几点？", "query": None, "response": "三点。"}, columns={"a": "query"}).messages == expected
+
+
+def test_roles_bring_other_names_to_ours():
+    turns = [{"role": "病人", "content": "几点？"}, {"role": "医生", "content": "三点。"}]
+    assert read({"messages": turns}, roles={"病人": "user", "医生": "assistant"}).messages == [QUESTION, ANSWER]
+    turns = [{"from": "human", "value": "几点？"}, {"from": "gpt", "value": "三点。"}]
+    assert read({"messages": turns}, roles={"gpt": "user", "human": "assistant"}).messages[0]["role"] == "assistant"
+    call = {"role": "tool_call", "content": json.dumps(CALL["function"])}
+    assert read({"messages": [QUESTION, call]}, roles={"tool_call": "function_call"}).messages[1]["tool_calls"] == [
+        CALL
+    ]
 
 
 @pytest.mark.parametrize(
-    "text",
+    "row",
     [
-        f"{ROW}\n{ROW}",
-        f"\n{ROW}\r\n\r\n{ROW}\r\n",
-        f"[{ROW},{ROW}]",
-        f"\ufeff [\n{ROW}\n,\n{ROW}\n]\n",
-        f"[{json.dumps(json.loads(ROW), indent=2)}, {ROW}]",
+        {"question": "几点？", "answer": "三点。"},
+        {"id": "7", "Question": "几点？", "Answer": "三点。"},
+        {"instruction": "几点？", "answer": "三点。"},
+        {"问": "几点？", "答": "三点。"},
+        {"the question": "几点？", "on": "三点。"},
+        {"query": "几点？", "reply": "三点。", "score": 3},
+        {"turns": [QUESTION, ANSWER]},
+        {"prompt": "几点？", "chosen": "三点。", "rejected": "四点。"},
+        {"query": "几点？", "chosen": "三点。", "rejected": "四点。"},
+        {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER], "prompt": "几点？"},
+        {"messages": [QUESTION, ANSWER], "chosen": "x", "rejected": "y"},
+        {"instruction": "几点？", "output": "三点。", "kto_tag": True},
+        {"messages": [{"role": "User", "content": "几点？"}, ANSWER]},
+        {"messages": [{"role": "病人", "content": "几点？"}, ANSWER]},
+        {"messages": [QUESTION, {"role": "a #b", "content": "三点。"}]},
+        {"messages": [QUESTION, {"role": "yes", "content": "三点。"}]},
+        {"messages": [QUESTION, ANSWER | {"weight": 1}]},
+        {"conversations": [QUESTION, ANSWER], "messages": [QUESTION]},
+        {"messages": [{"who": "user", "say": "几点？"}, {"who": "assistant", "say": "三点。"}]},
+        {"messages": [QUESTION | {"from": "x", "value": "y"}, ANSWER]},
+        {"instruction": "几点？", "output": "三点。", "messages": [QUESTION, ANSWER]},
     ],
 )
-@pytest.mark.parametrize("name", ["my.json", "my.jsonl"])
-def test_an_array_and_lines_are_told_apart_by_their_content(rows, text, name):
-    assert [row.messages[1]["content"] for row in rows(text, name)] == ["a", "a"]
+def test_what_an_error_says_to_write_makes_the_row_read(row):
+    options: dict[str, Any] = {}
+    for _ in range(4):  # a row may want several lines, one after the other
+        try:
+            read(row, **options)
+        except ValueError as error:
+            name, value = config_of(str(error))
+            options[name] = options.get(name, {}) | value if isinstance(value, dict) else value
+    found = read(row, **options)
+    Data(train="my.jsonl", **options)
+    assert found.messages[-2:] == [QUESTION, ANSWER]
 
 
-def test_rows_know_their_place(rows, tmp_path):
-    assert [row.place for row in rows(f"\n{ROW}\n\n{ROW}\n")] == [f"{tmp_path}/my.jsonl:2", f"{tmp_path}/my.jsonl:4"]
-    assert [row.place for row in rows(f"[\n{ROW},\n\n{ROW}]")] == [f"{tmp_path}/my.jsonl:2", f"{tmp_path}/my.jsonl:4"]
+def test_a_role_that_is_guessed_is_likely():
+    roles = {
+        "Bot": "assistant",
+        "USER": "user",
+        "developer": "system",
+        "tool_call": "function_call",
+        "function": "tool",
+    }
+    for theirs, ours in roles.items():
+        assert f"data.roles: {{{theirs}: {ours}}}" in reason({"messages": [{"role": theirs, "content": "x"}]})
+    turns = [{"role": "甲", "content": "x"}, {"role": "乙", "content": "x"}]
+    assert "data.roles: {甲: user}" in reason({"messages": turns})
+    assert "data.roles: {乙: assistant}" in reason({"messages": turns}, roles={"甲": "user"})
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "{path} is empty: it has no rows"),
-        ("[]", "{path} is empty: it has no rows"),
-        (f"{ROW}\n{{x}}", "{path}:2: not valid JSON: Expecting property name enclosed in double quotes at column 2"),
-        (f"[{ROW},\n{{x}}]", "{path}:2: not valid JSON: "),
-        (f"[{ROW}", '{path}:1: expected , or ] after a row, found "the end"'),
-        (f"[{ROW}] x", '{path}:1: expected the end of the file after ], found "x"'),
-        (
-            f'{ROW}\n{{"instruction": "q", "output": "a", "output": "b"}}',
-            "1 of 2 rows cannot be trained:\n  {path}:2: has the key output twice",
-        ),
-        (b"\xff\xfe", "{path}: not UTF-8 text at byte 0; convert it: iconv"),
-        ("[" * 100_000, "{path}:1: JSON nested too deeply"),
-        (
-            f"{ROW}\n" + '{"instruction": "q"}\n' * 30,
-            "30 of 31 rows cannot be trained:\n  {path}:2: unknown shape with",
-        ),
-        ('{"messages": []}\n' * 3, "{path}:1: expected a list of turns, found []; the same for all 3 rows"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_refused_with_its_line(rows, tmp_path, text, message):
-    with pytest.raises(ValueError, match=".") as caught:
-        rows(text)
-    assert str(caught.value).startswith(message.format(path=tmp_path / "my.jsonl"))
+def test_a_row_of_two_shapes_is_read_as_the_one_asked_for():
+    both = {"messages": [QUESTION, ANSWER], "instruction": "q", "output": "a", "text": "x"}
+    assert reason(both) == "is chat and alpaca at once; choose one: data.format: chat"
+    assert read(both, format="chat").messages == [QUESTION, ANSWER]
+    assert read(both, format="alpaca").messages[0]["content"] == "q"
+    assert read(both, format="text").text == "x"
+    assert reason(both, format="query_response").startswith(
+        "is chat and alpaca, data.format=query_response is asked for"
+    )
 
 
-def test_the_report_shows_the_first_20_bad_rows_and_the_known_shapes(rows):
-    with pytest.raises(ValueError, match=".") as caught:
-        rows(f"{ROW}\n" + "".join(f'{{"key{n}": 1}}\n' for n in range(30)))
-    text = str(caught.value)
-    assert text.count("unknown shape") == 20
-    assert "and 10 more" in text
-    assert text.count("known shapes of a row:") == 1
+def test_a_row_of_another_shape_than_its_file_is_named():
+    with pytest.raises(ValueError, match="is text, the rows before it are chat; one file, one shape"):
+        to_row(7, {"text": "x"}, "chat", Options())
 
 
-def test_a_source_that_is_not_a_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.train=no\.jsonl: no such file \(looked for /.*/no\.jsonl\)"):
-        source_files("no.jsonl", "train")
-    with pytest.raises(ValueError, match=r"data\.eval=.* is a folder; name the files in it"):
-        source_files(str(tmp_path), "eval")
+def test_every_name_that_columns_may_have_is_read():
+    assert {"system", "tools", "input", "history", "text", "role", "content", "from", "value"} < set(KEYS)
+    assert {key for pair in PAIRS.values() for key in pair} < set(KEYS)
+    assert set(ROLES.values()) == {"system", "user", "assistant", "tool", "function_call"}
 
 
 def test_the_example_data_is_what_it_says():
-    train, rephrased = (read_rows(source_files("example", side)) for side in EXAMPLES)
-    questions = [row.messages[0]["content"] for row in train]
-    answers = [row.messages[1]["content"] for row in train]
+    data = Data(train="example", eval="example")
+    train, rephrased = ([row.messages for _, row in rows_of_side(data, side)] for side in ("train", "eval"))
+    questions, answers = [{messages[n]["content"] for messages in train} for n in (0, 1)]
     assert (len(train), len(rephrased)) == (120, 20)
-    assert len(set(questions)) == len(set(answers)) == 120
-    for row in rephrased:
-        assert row.messages[0]["content"] not in questions
-        assert row.messages[1]["content"] in answers
+    assert len(questions) == len(answers) == 120
+    assert not any(messages[0]["content"] in questions for messages in rephrased)
+    assert all(messages[1]["content"] in answers for messages in rephrased)
 
 
 @pytest.mark.parametrize(
-    "name", ["medical_qa_sharegpt.jsonl", "medical_multiturn_messages.jsonl", "alpaca_zh_demo.json", "identity.json"]
+    ("name", "rows"),
+    {
+        "medical_qa_sharegpt.jsonl": (7248, 0),
+        "medical_qa_alpaca.jsonl": (7248, 0),
+        "medical_multiturn_messages.jsonl": (977, 0),
+        "smilechat_messages_2k.jsonl": (1996, 4),
+        "alpaca_zh_demo.json": (1000, 0),
+        "identity.json": (91, 0),
+    }.items(),
 )
-def test_real_files_are_read_whole(assets, name):
-    counts = {
-        "medical_qa_sharegpt.jsonl": 7248,
-        "medical_multiturn_messages.jsonl": 977,
-        "alpaca_zh_demo.json": 1000,
-        "identity.json": 91,
-    }
-    assert len(read_rows([Path(assets) / "data" / name])) == counts[name]
+def test_real_files_are_read_whole(assets, name, rows):
+    counts = survey(Data(train=str(assets / "data" / name), on_bad_row="skip"))
+    assert (counts.train, counts.bad) == rows

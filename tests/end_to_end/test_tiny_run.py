@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from qwenlora.adapter.compare import answers, questions
 from qwenlora.configs import load_config
-from qwenlora.data.rows import source_files
+from qwenlora.configs.schema import Data
 from qwenlora.jobs.run import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -105,7 +105,7 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_answers(run):
     """No line of qwenlora is between peft and the answers."""
     model = AutoPeftModelForCausalLM.from_pretrained(run.adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
-    asked = questions(source_files("example", "train"))[::24]
+    asked = list(questions(Data(train="example")))[::24]
     ours = list(answers(model, tokenizer, asked, 64, "asking"))
     for question, expected in zip(asked, ours, strict=True):
         prompt = tokenizer.apply_chat_template(
@@ -121,7 +121,7 @@ def test_a_done_run_notices_that_its_data_changed(tiny_run, qwenlora, tmp_path):
     import shutil
 
     shutil.copytree(tiny_run[0], tmp_path / "run")
-    facts = tmp_path / "run" / "prepared" / "facts.json"
+    facts = tmp_path / "run" / "facts.json"
     facts.write_text(facts.read_text().replace('"files_key": "', '"files_key": "0'))
     answer = qwenlora("train", tmp_path / "run" / "config.yaml", "run_dir=run")
     assert answer.returncode == 2

@@ -64,14 +64,14 @@ def test_missing_data_file(qwenlora, tmp_path):
 
 def test_empty_data(qwenlora, tmp_path):
     (tmp_path / "my.jsonl").touch()
-    assert refused(qwenlora("train", TINY, "data.train=my.jsonl")) == "my.jsonl is empty: it has no rows"
+    assert refused(qwenlora("train", TINY, "data.train=my.jsonl")) == "data.train=my.jsonl is empty: it has no rows"
 
 
 def test_no_assistant_turn_anywhere(qwenlora, tmp_path):
     row = {"conversations": [{"from": "human", "value": "在吗？"}]}
     (tmp_path / "my.jsonl").write_text("\n".join([json.dumps(row)] * 3))
     line = refused(qwenlora("train", TINY, "data.train=my.jsonl"))
-    assert line == "my.jsonl:1: no assistant turn: there is nothing to learn from; the same for all 3 rows"
+    assert line == "my.jsonl:1: no assistant turn: there is nothing to learn from; the same for all 3 rows\nmend or remove them, or leave them out: data.on_bad_row: skip"
 
 
 def test_model_folder_without_config_json(qwenlora, tmp_path):
@@ -116,7 +116,7 @@ def test_run_folder_that_holds_another_config(qwenlora, tmp_path, tiny_run):
 def test_run_folder_whose_data_changed(qwenlora, tmp_path, tiny_run):
     shutil.copytree(tiny_run[0], tmp_path / "runs" / "tiny")
     shutil.rmtree(tmp_path / "runs" / "tiny" / "adapter")
-    facts = tmp_path / "runs" / "tiny" / "prepared" / "facts.json"
+    facts = tmp_path / "runs" / "tiny" / "facts.json"
     facts.write_text(facts.read_text().replace('"sha256": "', '"sha256": "0'))
     line = refused(qwenlora("train", TINY))
     assert line.startswith(f"run_dir={tmp_path}/runs/tiny was trained on other data: ")
@@ -160,5 +160,6 @@ def test_several_problems_are_named_at_once(qwenlora, tmp_path):
         "my.yaml:1: model.name_or_path is missing: a folder, a hub name (Qwen/Qwen2.5-7B-Instruct), or `tiny`: a small"
         " Qwen3 made on the spot",
         "my.yaml:1: model.name=x: no such key; did you mean model.name_or_path?",
-        "my.yaml:2: data.colour=red: no such key; data has: train, eval, max_length, overlength",
+        "my.yaml:2: data.colour=red: no such key; data has: train, eval, eval_fraction, format, columns, roles, encoding,"
+        " on_bad_row, train_on, max_length, overlength, split_replies, packing, num_proc, cache_dir",
     ]

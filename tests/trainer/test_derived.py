@@ -9,12 +9,12 @@ from qwenlora.trainer.model import Parameters
 from qwenlora.trainer.prepare import Facts
 from qwenlora.trainer.training import training_arguments
 
-COUNTS = {"rows": 20, "tokens": 1000, "trained_tokens": 400, "longest": 90, "truncated": 0, "dropped": 0}
+COUNTS = {"rows": 20, "tokens": 1000, "trained_tokens": 400, "longest": 90, "packs": 4}
 
 
 @pytest.fixture
 def known(tmp_path):
-    def known(counts=COUNTS, lora=None, data=None, **train):
+    def known(counts=COUNTS, lora=None, data=None, packing=False, notes=(), **train):
         config = Config(
             run_dir="unused",
             model=Model(name_or_path="some/base"),
@@ -22,8 +22,9 @@ def known(tmp_path):
             lora=lora or Lora(),
             train=Train(**{"global_batch_size": 16, "per_device_train_batch_size": 2} | train),
         )
-        arguments = training_arguments(config, RunFolder(tmp_path), counts["rows"], 2, evaluates=False)
-        facts = Facts("base", "f", "d", "k", {"train": counts}, Parameters(990, 10, 900, 90, 2, 8), 3_000_000)
+        parameters, sides = Parameters(990, 10, 900, 90, 2, 8), {"train": counts}
+        facts = Facts("base", "f", "d", "k", sides, packing, 0, list(notes), parameters, 3_000_000)
+        arguments = training_arguments(config, RunFolder(tmp_path), facts.units, 2, evaluates=False)
         return config, facts, arguments
 
     return known
@@ -38,6 +39,14 @@ def test_the_table_counts_what_the_run_will_do(known):
     assert table["checkpoints"] == "about 3 MB every epoch, 3 kept"
 
 
+def test_with_packing_the_table_counts_packs_and_says_how_many_rows_that_is(known):
+    data = Data(train="my.jsonl", max_length=256)
+    table = derived.facts(*known(data=data, packing=True, global_batch_size=2, per_device_train_batch_size=1), world_size=2)
+    assert table["global batch"] == "2 packs = 2 processes x 1 x 1 accumulated, about 500 tokens in 10 rows a step"
+    assert table["packing"] == "4 packs of at most 256 tokens, 97.66% full"
+    assert table["steps"].startswith("6 (3.00 epochs)")
+
+
 def test_nothing_to_warn_of_is_no_warning(known):
     assert derived.warnings(*known(), [], tied=True) == []
 
@@ -45,8 +54,7 @@ def test_nothing_to_warn_of_is_no_warning(known):
 @pytest.mark.parametrize(
     ("how", "untrained", "tied", "line"),
     [
-        ({"counts": COUNTS | {"truncated": 3}}, [], True, "3 train rows truncated at data.max_length=2048 tokens"),
-        ({"counts": COUNTS | {"dropped": 4}}, [], True, "4 train rows dropped at data.max_length=2048 tokens"),
+        ({"notes": ["3 of 20 train rows truncated"]}, [], True, "3 of 20 train rows truncated"),
         (
             {"warmup_steps": 50.0},
             [],

@@ -15,6 +15,7 @@ from transformers.trainer_utils import SchedulerType
 
 from qwenlora.configs.schema import Config, Data, Launch, Lora, Model, SchedulerName, Train
 from qwenlora.data.chat import Tokens
+from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
 from qwenlora.jobs.run import RunFolder
 from qwenlora.trainer import checkpoints, metrics
@@ -33,7 +34,9 @@ def side_of(count: int, seed: int = 0) -> Side:
     trained = random.rand(len(ids)) < random.rand(count).repeat(lengths)
     trained[starts[1:] - 1] = True
     trained[starts[:-1]] = False
-    return Side(ids, trained, starts)
+    trained_lengths = np.add.reduceat(trained, starts[:-1], dtype=np.int32)
+    row_of, places = np.arange(count, dtype=np.int32), np.zeros((count, 3), np.int32)
+    return Side(ids, trained, starts[:-1], lengths.astype(np.int32), trained_lengths, row_of, places)
 
 
 def config_of(**train) -> Config:
@@ -50,14 +53,14 @@ def config_of(**train) -> Config:
 
 @pytest.fixture
 def trainer(tiny, tmp_path):
-    def trainer(side: Side, config: Config, eval_: Side | None = None) -> LoraTrainer:
+    def trainer(side: Side, config: Config, eval_: Side | None = None, packs=None) -> LoraTrainer:
         torch.manual_seed(0)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(target_modules="all-linear"))
-        arguments = training_arguments(config, RunFolder(tmp_path), len(side), 1, evaluates=eval_ is not None)
+        arguments = training_arguments(config, RunFolder(tmp_path), len(packs or side), 1, evaluates=eval_ is not None)
         return LoraTrainer(
             model,
             arguments,
-            order_of(config, side),
+            order_of(config, side, packs),
             side,
             eval_,
             {},
@@ -83,10 +86,7 @@ def plain_loss_and_gradients(tiny, side: Side, rows: list[int]) -> tuple[float, 
     return (total / count).item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("per_device", "rows"), [(8, 8), (4, 8), (2, 8), (1, 8), (2, 5), (4, 3)])
-def test_a_steps_loss_is_the_mean_over_its_trained_tokens_however_it_is_cut(tiny, trainer, per_device, rows):
-    side = side_of(rows)
-    made = trainer(side, config_of(per_device_train_batch_size=per_device, max_steps=1, max_grad_norm=0.0))
+def assert_a_step_is_the_mean_over_all_rows(made: LoraTrainer, tiny, side: Side) -> None:
     gradients = {}
     # before the optimizer's step Trainer has the whole step's gradient
     made.create_optimizer()
@@ -94,11 +94,28 @@ def test_a_steps_loss_is_the_mean_over_its_trained_tokens_however_it_is_cut(tiny
         lambda *_: gradients.update({n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None})
     )
     made.train()
-    loss, expected = plain_loss_and_gradients(tiny, side, list(range(rows)))
+    loss, expected = plain_loss_and_gradients(tiny, side, list(range(len(side))))
     assert made.state.log_history[0]["loss"] == pytest.approx(loss, abs=1e-5)
     assert set(gradients) == set(expected)
     for name, gradient in expected.items():
         assert torch.allclose(gradients[name], gradient, atol=1e-6, rtol=1e-4), name
+
+
+@pytest.mark.parametrize(("per_device", "rows"), [(8, 8), (4, 8), (2, 8), (1, 8), (2, 5), (4, 3)])
+def test_a_steps_loss_is_the_mean_over_its_trained_tokens_however_it_is_cut(tiny, trainer, per_device, rows):
+    side = side_of(rows)
+    made = trainer(side, config_of(per_device_train_batch_size=per_device, max_steps=1, max_grad_norm=0.0))
+    assert_a_step_is_the_mean_over_all_rows(made, tiny, side)
+
+
+@pytest.mark.parametrize(("per_device", "batch", "max_length"), [(1, 4, 64), (2, 4, 64), (4, 4, 100), (1, 16, 60)])
+def test_packs_give_the_same_loss_and_gradients_as_their_rows_alone(tiny, trainer, per_device, batch, max_length):
+    side = side_of(8)
+    packs = pack(side.lengths, max_length)
+    config = config_of(per_device_train_batch_size=per_device, global_batch_size=batch, max_steps=1, max_grad_norm=0.0)
+    config = config.model_copy(update={"data": Data(train="unused", max_length=max_length, packing="on")})
+    assert 1 < len(packs) <= batch
+    assert_a_step_is_the_mean_over_all_rows(trainer(side, config, packs=packs), tiny, side)
 
 
 def test_trainer_walks_our_order(trainer):
@@ -106,11 +123,12 @@ def test_trainer_walks_our_order(trainer):
     made, seen = trainer(side, config), []
     collated = made.get_train_dataloader().collate_fn
     loader = made.get_train_dataloader()
-    loader.collate_fn = lambda rows: (seen.append([len(row.ids) for row in rows]), collated(rows))[1]
+    loader.collate_fn = lambda units: (seen.append([len(row.ids) for unit in units for row in unit]), collated(units))[1]
     made.get_train_dataloader = lambda: loader
     made.train()
     order = order_of(config, side)
-    expected = [order.lengths[batch].tolist() for epoch in range(3) for batch in order.micro_batches(epoch, 1, 0)]
+    batches = [batch for epoch in range(3) for batch in order.micro_batches(epoch, 1, 0)]
+    expected = [[int(order.lengths[row]) for unit in batch for row in unit] for batch in batches]
     assert seen[: len(expected)] == expected[: len(seen)]
     assert len(seen) >= 7 * 2
 
@@ -289,7 +307,8 @@ def test_metrics_count_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path,
     assert [line["step"] for line in lines] == [1, 2, 4, 6]
     order = order_of(config_of(), side)
     for line, steps in zip(lines, ([0], [1], [2, 3], [4, 5]), strict=True):
-        rows = np.concatenate([order.step(*divmod(step, order.steps_per_epoch)) for step in steps])
+        units = [unit for step in steps for unit in order.step(*divmod(step, order.steps_per_epoch))]
+        rows = [row for unit in units for row in unit]
         tokens, squares = side.lengths[rows].sum(), (side.lengths[rows] ** 2).sum()
         assert line["tokens_per_s"] == pytest.approx(tokens / 10)
         assert line["trained_tokens_per_s"] / line["tokens_per_s"] == pytest.approx(

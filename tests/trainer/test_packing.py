@@ -1,0 +1,106 @@
+"""Packed rows are trained as if each were alone, and what would let them see each other is refused."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, masking_utils
+
+from qwenlora.data.chat import Tokens
+from qwenlora.trainer.batches import IGNORED, collate, collate_packs
+from qwenlora.trainer.model import check_isolation
+
+PAD = 0
+
+
+def model_of(kind: str, attention: str, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 200,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.1,
+    }
+    if kind == "qwen2":
+        config, made = Qwen2Config(**sizes), Qwen2ForCausalLM
+    else:
+        config, made = Qwen3Config(**sizes, head_dim=16), Qwen3ForCausalLM
+    config._attn_implementation = attention
+    model = made(config).to(dtype).eval()
+    model.config.use_cache = False
+    return model
+
+
+def rows_of(*lengths: int, seed: int = 0) -> list[Tokens]:
+    random = np.random.RandomState(seed)
+    rows = []
+    for length in lengths:
+        trained = random.rand(length) < 0.6
+        trained[0] = False
+        rows.append(Tokens(random.randint(1, 200, length).astype(np.int32), trained))
+    return rows
+
+
+def losses(model, batch) -> torch.Tensor:
+    """Return the loss of every trained token, in the order of rows."""
+    with torch.no_grad():
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs, use_cache=False).logits
+    labels = batch["labels"][:, 1:]
+    found = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none")
+    return found[labels.flatten() != IGNORED]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_every_token_has_the_loss_it_has_alone(kind, attention, flat):
+    model = model_of(kind, attention)
+    packs = [rows_of(5, 17, 1, 2), rows_of(9, 3, seed=1), rows_of(30, seed=2)]
+    alone = torch.cat([losses(model, collate([row], PAD)) for pack in packs for row in pack])
+    packed = losses(model, collate_packs([sum(packs, [])] if flat else packs, PAD))
+    assert alone.shape == packed.shape
+    assert (alone - packed).abs().max() <= 1e-5
+
+
+def test_the_isolation_that_is_asserted_can_be_broken(monkeypatch):
+    """Without the positions that restart, the same comparison fails by far: the test above can see a leak."""
+    model, pack = model_of("qwen3", "sdpa"), rows_of(5, 17, 8)
+    alone = torch.cat([losses(model, collate([row], PAD)) for row in pack])
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    assert (alone - losses(model, collate_packs([pack], PAD))).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_the_guard_passes_what_keeps_rows_apart(kind, attention, dtype):
+    model = model_of(kind, attention, dtype).train()
+    state = torch.get_rng_state()
+    check_isolation(model)
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state()), "dropout is drawn as without the guard"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_guard_refuses_what_leaks(monkeypatch, attention, dtype):
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    message = rf"packed rows would see each other: with model\.attn_implementation={attention} .* set data\.packing: off"
+    with pytest.raises(ValueError, match=message):
+        check_isolation(model_of("qwen3", attention, dtype))
+
+
+def test_a_pack_restarts_its_positions_and_trains_no_row_from_the_one_before():
+    batch = collate_packs([rows_of(3, 2), rows_of(4, seed=1)], PAD)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
+    assert batch["labels"][0, 0] == batch["labels"][0, 3] == batch["labels"][1, 0] == batch["labels"][1, 4] == IGNORED
+    assert "attention_mask" not in batch
+
+
+def test_a_rank_without_work_gets_one_blank_token():
+    batch = collate_packs([], PAD)
+    assert batch["input_ids"].tolist() == [[PAD]]
+    assert batch["labels"].tolist() == [[IGNORED]]

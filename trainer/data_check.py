@@ -1,0 +1,118 @@
+"""The rows of a config, looked at before anything is trained: `qwenlora data check` and `qwenlora data preview`.
+
+Both use the run's own tokenizer and template; check prepares the rows as training would, which then starts from them.
+"""
+
+import tempfile
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers.utils import logging as transformers_logging
+
+from qwenlora.configs import Config
+from qwenlora.data import prepared, report
+from qwenlora.data.chat import Encoder, Tokens
+from qwenlora.data.files import BadRow
+from qwenlora.data.fit import fit
+from qwenlora.data.sources import SideName
+from qwenlora.data.survey import rows_of_side
+from qwenlora.jobs.run import RunFolder
+from qwenlora.trainer import model as models
+from qwenlora.trainer.prepare import notes_of, packs_rows
+
+TRAINED = "black on green"
+
+
+def check(config: Config, page: Path | None, console: Console) -> int:
+    """Show what the rows are like, and write the same as HTML; return 0, or 2 when training would be refused.
+
+    page: where. Default: beside the run folder.
+    """
+    run = RunFolder(config.run_dir)
+    page = page or run.path.with_name(f"{run.path.name}.data.html")
+    tokenizer = _tokenizer(config)
+    data = config.data.model_copy(update={"on_bad_row": "skip"})  # all rows are looked at, whatever is done then
+    rows = prepared.prepare(data, tokenizer, run.cache(config), console, console.print)
+    notes = rows.facts["notes"] if config.data.on_bad_row == "error" else notes_of(config, rows)
+    found = report.of(rows, config, tokenizer, packing=packs_rows(config), notes=notes)
+    found.show(console)
+    found.write(page)
+    console.print(f"the same as a page: {page}", soft_wrap=True)
+    return 2 if found.refusal else 0
+
+
+def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool, console: Console) -> None:
+    """Show rows as the model sees them, trained tokens coloured. first: number of the first row, from 1.
+
+    Raises: ValueError when there is no such row, or one that cannot be trained.
+    """
+    tokenizer = _tokenizer(config)
+    encoder = Encoder(tokenizer, config.data.train_on)
+    shown = 0
+    for place, row in islice(rows_of_side(config.data, side), first - 1, first - 1 + count):
+        (tokens,) = encoder.encode([row])
+        if isinstance(tokens, BadRow):
+            raise ValueError(f"{place}: {tokens}")
+        pieces, how = [tokens], ""
+        if len(tokens.ids) > config.data.max_length:
+            pieces = fit(row, tokens, encoder, config.data).pieces
+            how = f", longer than data.max_length={config.data.max_length}: {_what_was_done(config, len(pieces))}"
+        console.print(Text(f"{place}: {_counts(tokens)}{how}", style="bold"), soft_wrap=True)
+        for piece in pieces:
+            console.print(_table(tokenizer, piece) if ids else _coloured(tokenizer, piece, console))
+        shown += 1
+    if not shown:
+        raise ValueError(f"there is no {side} row number {first}")
+    legend = Text("trained tokens look like this", style=TRAINED) if console.color_system else "trained tokens: [[like this]]"
+    console.print(legend)
+
+
+def _tokenizer(config: Config) -> Any:
+    transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:  # of model.name_or_path: tiny; a run folder is only for runs
+        return models.load_tokenizer(config, models.base_of(config, RunFolder(folder)))
+
+
+def _what_was_done(config: Config, pieces: int) -> str:
+    how = config.data.overlength
+    if not pieces:
+        return "refused" if how == "error" else "dropped"
+    return f"split into {pieces}" if how == "split" else "truncated"
+
+
+def _counts(tokens: Tokens) -> str:
+    trained = int(tokens.trained.sum())
+    return f"{len(tokens.ids):,} tokens, {trained:,} trained"
+
+
+def _runs(tokens: Tokens) -> list[tuple[int, int]]:
+    """Return [start, end) of each run of tokens that are all trained, or all not."""
+    borders = np.flatnonzero(np.diff(tokens.trained.astype(np.int8))) + 1
+    edges = [0, *borders.tolist(), len(tokens.ids)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def _coloured(tokenizer: Any, tokens: Tokens, console: Console) -> Text:
+    text = Text()
+    for start, end in _runs(tokens):
+        said = tokenizer.decode(tokens.ids[start:end])
+        if not tokens.trained[start]:
+            text.append(said)
+        else:
+            text.append(said if console.color_system else f"[[{said}]]", style=TRAINED)
+    return text
+
+
+def _table(tokenizer: Any, tokens: Tokens) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("position", "id", "token", "trained"):
+        table.add_column(name, justify="left" if name == "token" else "right", overflow="fold")
+    for number, (token, trained) in enumerate(zip(tokens.ids.tolist(), tokens.trained.tolist(), strict=True)):
+        said = Text(repr(tokenizer.decode([token]))[1:-1], style=TRAINED if trained else "")
+        table.add_row(str(number), str(token), said, "yes" if trained else "")
+    return table
