@@ -104,8 +104,8 @@ def read_options() -> argparse.Namespace:
         parser.error(f"--cores {' '.join(map(str, options.cores))}: this machine has {there} for us")
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: must be at least 1")
-    for path, name in ((options.data, "--data"), (options.tokenizer, "--tokenizer")):
-        if not path.exists():
+    for path, name in ((options.data, "--data"), (options.tokenizer, "--tokenizer"), (options.folder, "--folder")):
+        if path and not path.exists():
             parser.error(f"{name} {path}: no such file or folder")
     return options
 

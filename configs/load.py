@@ -15,7 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from qwenlora.configs.schema import Config, Section
+from qwenlora.configs.schema import Config, Section, Source
 
 COMMAND_LINE = "command line"
 
@@ -228,13 +228,21 @@ def _typed(field: FieldInfo, raw: str) -> Any:
     adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
     # YAML drops spaces and what follows a #; a name on a command line means what it says, unless it is quoted
     as_typed = (isinstance(value, str) and raw[:1] not in "\"'") or (value is None and "#" in raw)
-    for candidate in (raw, value) if as_typed else (value, raw):
-        try:
-            adapter.validate_json(json.dumps(candidate), strict=True)
-        except (ValidationError, TypeError):
-            continue
-        return candidate
+    candidates = [raw, value] if as_typed else [value, raw]
+    if isinstance(value, dict | list) and _takes(adapter, ["a"]):
+        candidates = [value]  # a list with a mistake in it is no text
+    for candidate in candidates:
+        if _takes(adapter, candidate):
+            return candidate
     return value
+
+
+def _takes(adapter: TypeAdapter[Any], candidate: Any) -> bool:
+    try:
+        adapter.validate_json(json.dumps(candidate), strict=True)
+    except (ValidationError, TypeError):
+        return False
+    return True
 
 
 def _explain(error: ValidationError, places: dict[str, str], path: Path) -> list[str]:
@@ -242,14 +250,21 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> list
     found: dict[tuple[str, str], list[str]] = {}
     inputs: dict[tuple[str, str], Any] = {}
     for item in error.errors():
-        key = _key_of(item["loc"], item["type"])
+        key, inside = _key_of(item["loc"], item["type"])
+        if inside:
+            place = places.get(key, str(path))
+            found[place, f"{key}{inside}"] = [_inside(key, inside, item["type"], item["msg"], item["input"])]
+            inputs[place, f"{key}{inside}"] = _EXPLAINED
+            continue
         place = next((places[k] for k in _upwards(key) if k in places), str(path))
         found.setdefault((place, key), []).append(_problem(key, item["type"], item["msg"]))
         inputs[place, key] = item["input"]
     lines = []
     for (place, key), problems in found.items():
         value = inputs[place, key]
-        if problems == ["unknown"]:
+        if value is _EXPLAINED:
+            lines.append(f"{place}: {problems[0]}")
+        elif problems == ["unknown"]:
             lines.append(f"{place}: {_unknown(key, value)}")
         elif problems == ["missing"]:
             lines.append(f"{place}: {key} is missing: {_what_it_is(key)}")
@@ -263,17 +278,38 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> list
     return lines
 
 
-def _key_of(loc: tuple[int | str, ...], kind: str) -> str:
-    """Return the dotted key of a pydantic location, without the tags of unions and list indices in it."""
-    if kind in ("extra_forbidden", "missing"):
-        return ".".join(str(part) for part in loc)
+def _key_of(loc: tuple[int | str, ...], kind: str) -> tuple[str, str]:
+    """Return the dotted key of a pydantic location, and where inside its value, as `[0].weight`.
+
+    The tags of unions (`<source>`) are left out.
+    """
+    if kind in ("extra_forbidden", "missing") and ".".join(map(str, loc[:2])) not in FIELDS:
+        return ".".join(str(part) for part in loc), ""
     key = ""
-    for part in loc:
+    for number, part in enumerate(loc):
         longer = f"{key}.{part}" if key else str(part)
         if longer not in FIELDS and longer not in SECTIONS:
-            break
+            rest = [part for part in loc[number:] if not str(part).startswith("<")]
+            is_source = any(part == "<source>" for part in loc)
+            return key, "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in rest) if is_source else ""
         key = longer
-    return key
+    return key, ""
+
+
+_EXPLAINED = object()
+
+
+def _inside(key: str, inside: str, kind: str, message: str, value: Any) -> str:
+    """Return the line on a mistake inside a value that is a section of its own, a source of rows."""
+    above, _, name = f"{key}{inside}".rpartition(".")
+    names = list(Source.model_fields)
+    if kind == "missing":
+        return f"{above}: {name} is missing: {_described(Source.model_fields[name])}"
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"a source has: {', '.join(names)}"
+        return f"{above}.{name}={_show(value)}: no such key; {hint}"
+    return f"{key}{inside}={_show(value)}: expected {_problem(key, kind, message)}"
 
 
 def _upwards(key: str) -> list[str]:
@@ -288,7 +324,7 @@ def _problem(key: str, kind: str, message: str) -> str:
         return "missing"
     if kind == "model_type":
         return "a section with " + ", ".join(k for k in FIELDS if k.startswith(f"{key}."))
-    message = message.removeprefix("Value error, ").removeprefix("Input should be ")
+    message = re.sub(r"^(Value error, |Input should be |(String|List) should have )|, not \d+$", "", message)
     return message.replace("a valid ", "a ").replace("a integer", "an integer").replace("array", "list")
 
 
@@ -297,6 +333,10 @@ def _what_it_is(key: str) -> str:
     if field is None:
         needed = [k for k in FIELDS if k.startswith(f"{key}.") and FIELDS[k].is_required()]
         return f"add a section `{key}:` with {', '.join(k.split('.')[-1] for k in needed)}"
+    return _described(field)
+
+
+def _described(field: FieldInfo) -> str:
     description = (field.description or "").split(". ")[0].rstrip(".")
     return description[:1].lower() + description[1:]
 

@@ -6,7 +6,7 @@ This file is the one owner of defaults. Keys are spelled as transformers, peft a
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -62,14 +62,38 @@ class Source(Section):
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub data set.")
 
 
+def _kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<name>"
+    if isinstance(value, list | tuple):
+        return "<list>"
+    return "<source>" if isinstance(value, dict | Source) else None
+
+
+_EXPECTED = {
+    "custom_error_type": "source",
+    "custom_error_message": "a name, {path: ..., weight: ...}, or a list of these",
+}
+# told apart by what stands there, so that a mistake is explained once, for that
+Entry = Annotated[
+    Annotated[Text, Tag("<name>")] | Annotated[Source, Tag("<source>")], Discriminator(_kind, **_EXPECTED)
+]
+Sources = Annotated[
+    Annotated[Text, Tag("<name>")]
+    | Annotated[Source, Tag("<source>")]
+    | Annotated[list[Entry], Field(min_length=1), Tag("<list>")],
+    Discriminator(_kind, **_EXPECTED),
+]
+
+
 class Data(Section):
     """The rows to train and to evaluate on. Paths are relative to the working directory."""
 
-    train: Text | Source | list[Text | Source] = Field(
+    train: Sources = Field(
         description="A file, folder, glob or hub name, or a list; {path: my.jsonl, weight: 2} says more of one."
         " `example`: the rows that come with qwenlora."
     )
-    eval: Text | Source | list[Text | Source] | None = Field(
+    eval: Sources | None = Field(
         None, description="Rows to evaluate on, named like train's. `example`: 20 rephrased questions."
     )
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(

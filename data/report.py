@@ -22,7 +22,7 @@ from qwenlora.data.order import Order
 from qwenlora.data.prepared import Prepared
 from qwenlora.data.sources import SideName
 
-BINS = 24
+BINS = 30
 SIDE_NAMES: dict[SideName, str] = {"train": "training rows", "eval": "evaluation rows"}
 
 

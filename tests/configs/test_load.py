@@ -178,3 +178,37 @@ def test_loading_a_config_imports_no_torch(tmp_path):
         [sys.executable, "-c", code, str(ROOT / "configs/tiny.yaml")], capture_output=True, text=True, check=True
     )
     assert answer.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train: {path: a, wieght: 2}", "my.yaml:3: data.train.wieght=2: no such key; did you mean weight?"),
+        ("train: [x, {path: a, weight: 0}]", "my.yaml:3: data.train[1].weight=0: expected greater than 0"),
+        ("train: [{weight: 2}]", "my.yaml:3: data.train[0]: path is missing: a file, a folder, a glob, a hub name"),
+        ("train: [{path: a, split_of: b}]", "my.yaml:3: data.train[0].split_of=b: no such key; did you mean split?"),
+        ("train: 5", "my.yaml:3: data.train=5: expected a name, {path: ..., weight: ...}, or a list of these"),
+        ("train: []", "my.yaml:3: data.train=[]: expected at least 1 item after validation"),
+        ("train: {path: a, roles: {bot: x}}", "my.yaml:3: data.train.roles.bot=x: expected 'system', 'user', "),
+    ],
+)
+def test_a_mistake_in_a_source_of_rows_is_named_with_its_place(tmp_path, line, message):
+    (tmp_path / "my.yaml").write_text(f"model: {{name_or_path: tiny}}\ndata:\n  {line}\n")
+    with pytest.raises(ValueError, match=".") as caught:
+        load_config(tmp_path / "my.yaml")
+    assert str(caught.value).startswith(f"{tmp_path}/{message}")
+
+
+def test_a_list_with_a_mistake_on_the_command_line_is_no_text(tmp_path):
+    (tmp_path / "my.yaml").write_text("model: {name_or_path: tiny}\ndata: {train: x}\n")
+    with pytest.raises(ValueError, match=r"command line: data\.train\.wieght=2: no such key; did you mean weight\?"):
+        load_config(tmp_path / "my.yaml", ["data.train={path: a, wieght: 2}"])
+    assert load_config(tmp_path / "my.yaml", ["log.wandb_name={x}"]).log.wandb_name == "{x}"
+
+
+def test_sources_of_rows_are_written_out_and_read_back(tmp_path):
+    (tmp_path / "my.yaml").write_text("model: {name_or_path: tiny}\ndata: {train: [a.jsonl, {path: b.csv, weight: 2}]}\n")
+    config = load_config(tmp_path / "my.yaml")
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    assert config.data.train[1].weight == 2.0

@@ -297,7 +297,8 @@ def fuzz(seed: int, seconds: float, keep: Path | None = None) -> Counter[str]:
                 outcome = "failed"
                 where = (keep or Path(tempfile.gettempdir())) / f"fuzz-{seed}-{number}"
                 where.write_bytes(content)
-                print(f"input {number} of seed {seed}, kept as {where}:\n{traceback.format_exc(limit=-3)}")
+                trace = traceback.format_exc(limit=-3).encode("ascii", "backslashreplace").decode()
+                print(f"input {number} of seed {seed}, kept as {where}:\n{trace}")
             outcomes[outcome] += 1
     return outcomes
 

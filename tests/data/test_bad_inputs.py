@@ -556,9 +556,16 @@ def test_a_file_whose_name_is_not_utf8_is_refused_before_it_is_shown(tmp_path, m
 def test_a_bad_file_is_named_among_good_ones(tmp_path, message):
     (tmp_path / "a.jsonl").write_bytes(lines(ROW, ROW))
     (tmp_path / "b.jsonl").write_bytes(lines(ROW, {"instruction": "q", "output": ""}))
-    assert "1 of 4 rows cannot be trained:\n  b.jsonl:2: turn 2 (assistant) is empty" in message(
+    assert "1 of 2 rows cannot be trained:\n  b.jsonl:2: turn 2 (assistant) is empty" in message(
         train=["a.jsonl", "b.jsonl"]
     )
+
+
+def test_an_empty_file_is_named_among_good_ones(tmp_path, message):
+    (tmp_path / "a.jsonl").write_bytes(lines(ROW))
+    (tmp_path / "b.jsonl").write_bytes(b"\n")
+    assert message(train=["a.jsonl", "b.jsonl"]) == "data.train=b.jsonl is empty: it has no rows"
+    assert message(train="a.jsonl", eval="b.jsonl") == "data.eval=b.jsonl is empty: it has no rows"
 
 
 def test_bad_rows_are_left_out_when_that_is_asked_for(tmp_path):
