@@ -7,8 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find . -path './$(VENV)' -prune -o -path ./build -prune -o -path ./runs -prune \
-	-o -path ./tests -prune -o \( -name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' \
-	-o -name schema.json -o -name py.typed \) -print)
+	-o -path ./tests -prune -o -path ./benchmarks -prune -o \( -name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' \
+	-o -name '*.html' -o -name schema.json -o -name py.typed \) -print)
 
 .PHONY: train test check format schema clean system
 .DELETE_ON_ERROR:

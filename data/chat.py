@@ -59,33 +59,49 @@ class Encoder:
 
     def encode(self, rows: list[Row]) -> list[Tokens | BadRow]:
         """Return the tokens of each row, or why it cannot be trained."""
-        found: list[Tokens | BadRow] = []
         texts: list[str] = []
-        replies: list[list[Reply]] = []
-        for row in rows:
+        replies: list[list[Reply] | BadRow] = []
+        for row, text in zip(rows, self._render_all(rows), strict=True):
             try:
-                text = self.render(row)
+                if isinstance(text, BadRow):
+                    raise text
                 replies.append([] if row.text is not None else self._replies(text, row.messages))
                 texts.append(text)
             except BadRow as error:
+                replies.append(error)
                 texts.append("")
-                replies.append([])
+        found: list[Tokens | BadRow] = []
+        for row, ids, said in zip(rows, self._ids(texts), replies, strict=True):
+            try:
+                found.append(said if isinstance(said, BadRow) else self._tokens(row, ids, said))
+            except BadRow as error:
                 found.append(error)
-            else:
-                found.append(_PENDING)
-        for number, ids in enumerate(self._ids(texts)):
-            if found[number] is _PENDING:
-                try:
-                    found[number] = self._tokens(rows[number], ids, replies[number])
-                except BadRow as error:
-                    found[number] = error
         return found
+
+    def _render_all(self, rows: list[Row]) -> list[str | BadRow]:
+        plain = [row.messages for row in rows if row.text is None and not row.tools]
+        if len(plain) == len(rows) and not self._has_thoughts(plain):
+            try:  # together: transformers looks at its arguments for longer than the template takes
+                texts: list[str | BadRow] = self.tokenizer.apply_chat_template(plain, tokenize=False)
+                return texts
+            except Exception:  # noqa: S110 (then one by one: a template raises what it likes, and does not say for which)
+                pass
+        found: list[str | BadRow] = []
+        for row in rows:
+            try:
+                found.append(self.render(row))
+            except BadRow as error:
+                found.append(error)
+        return found
+
+    def _has_thoughts(self, conversations: list[list[Message]]) -> bool:
+        return not self._takes_thoughts and any("reasoning_content" in m for turns in conversations for m in turns)
 
     def render(self, row: Row) -> str:
         """Return the row as the model's own template writes it. Raises: BadRow when the template refuses it."""
         if row.text is not None:
             return row.text
-        if not self._takes_thoughts and any("reasoning_content" in message for message in row.messages):
+        if self._has_thoughts([row.messages]):
             raise BadRow(
                 "has reasoning_content, which this model's template leaves out; write it into the reply:"
                 " <think>...</think>, or ignore it: data.columns: {reasoning_content: null}"
@@ -147,13 +163,12 @@ class Encoder:
         return [_reply(body, message) for body, message in zip(turns, said, strict=True)]
 
 
-_PENDING: Any = object()
-
-
 def _reply(body: str, message: Message) -> Reply:
     content, thought = message["content"], message.get("reasoning_content")
     unthought = body.startswith(NO_THOUGHT) and THINK not in content and not thought
     body = body.removeprefix(NO_THOUGHT) if unthought else body
+    if body == content and not thought and not message.get("tool_calls") and "think>" not in content:
+        return Reply(body, unthought)
     allowed = _renderings(content)
     if thought:
         allowed += [_plain(f"{THINK}{thought}{THOUGHT}{content}")]
@@ -190,4 +205,5 @@ def _renderings(said: str) -> list[str]:
 
 def _plain(text: str) -> str:
     """Return a reply without the white space that templates move: around it, and around its thought."""
-    return re.sub(r"\s*(</?think>)\s*", r"\1", text.strip())
+    text = text.strip()
+    return re.sub(r"\s*(</?think>)\s*", r"\1", text) if "think>" in text else text

@@ -6,7 +6,7 @@ second. No randomness: the same lengths give the same packs, whoever asks.
 """
 
 from collections import Counter
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,8 @@ import numpy.typing as npt
 Numbers = npt.NDArray[np.int64]
 
 
-class Packs(NamedTuple):
+@dataclass(frozen=True)
+class Packs:
     """Which rows are together. Pack p holds rows[ends[p - 1] : ends[p]]; rows: int64 [rows], ends: int64 [packs]."""
 
     rows: Numbers
@@ -29,7 +30,7 @@ class Packs(NamedTuple):
     def lengths(self, row_lengths: npt.NDArray[np.integer]) -> Numbers:
         """Return int64 [packs]: the tokens in each pack."""
         totals = np.concatenate([[0], np.cumsum(row_lengths[self.rows], dtype=np.int64)])
-        return np.diff(totals[np.concatenate([[0], self.ends])])
+        return np.asarray(np.diff(totals[np.concatenate([[0], self.ends])]), np.int64)
 
 
 def pack(lengths: npt.NDArray[np.integer], max_length: int) -> Packs:

@@ -18,7 +18,7 @@ import tokenizers
 from rich.console import Console
 
 from qwenlora.configs.schema import Data
-from qwenlora.data import build, chat, files, fit, packing, rows, sources
+from qwenlora.data import build, chat, files, fit, packing, rows, sources, treat, written
 from qwenlora.data.cache import build_once, digest_of, state_of
 from qwenlora.data.chat import Tokens
 from qwenlora.data.packing import Packs
@@ -27,7 +27,7 @@ from qwenlora.data.sources import SideName, Source
 
 # options that decide what is prepared; the others (num_proc, packing ...) decide how, or what is made of it
 _OPTIONS = ("max_length", "overlength", "split_replies", "train_on", "eval_fraction")
-_CODE = (build, chat, files, fit, packing, rows, sources)
+_CODE = (build, chat, files, fit, packing, rows, sources, treat, written)
 
 
 class Side(NamedTuple):
@@ -55,26 +55,26 @@ class Side(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A prepared folder. facts: what was counted (build.py); sources: what the config names, in its order."""
+    """A prepared folder. facts: what was counted (written.py); sources: what the config names, in its order."""
 
     folder: Path
     facts: dict[str, Any]
     sources: list[Source]
 
     @property
-    def counts(self) -> dict[str, dict[str, Any]]:
+    def counts(self) -> dict[SideName, dict[str, Any]]:
         """{side: {rows, tokens, trained_tokens, longest, sha256, truncated, dropped ...}}."""
-        found: dict[str, dict[str, Any]] = self.facts["sides"]
+        found: dict[SideName, dict[str, Any]] = self.facts["sides"]
         return found
 
     @property
     def bad_report(self) -> str:
         """The first bad rows with their places, and the totals."""
-        return build.bad_report(self.facts, self.sources)
+        return written.bad_report(self.facts, self.sources)
 
     def bad_lines(self) -> Iterator[str]:
         """Yield every bad row as `place: reason`."""
-        yield from build.bad_lines(self.folder, self.sources)
+        yield from written.bad_lines(self.folder, self.sources)
 
     def place(self, side: SideName, row: int) -> str:
         """Return where a row stands."""
@@ -84,13 +84,15 @@ class Prepared(NamedTuple):
     def refuse(self, data: Data, tokenizer: Any) -> None:
         """Raise ValueError when these rows should not be trained as the config says."""
         if self.facts["bad"] and data.on_bad_row == "error":
-            raise ValueError(build.refusal(self.facts, self.sources))
+            raise ValueError(written.refusal(self.facts, self.sources))
         for number, source in enumerate(self.sources):
             counts = self.facts["sources"][number]
             if not counts.get("read"):
                 raise ValueError(f"data.{source.side}={source.name} is empty: it has no rows")
             if counts["bad"] == counts["read"]:
-                raise ValueError(f"data.{source.side}={source.name}: none of its rows can be trained\n{self.bad_report}")
+                raise ValueError(
+                    f"data.{source.side}={source.name}: none of its rows can be trained\n{self.bad_report}"
+                )
         for side, counts in self.counts.items():
             self._refuse_side(side, counts, data)
         if "train" not in self.counts:
@@ -171,8 +173,8 @@ def prepare(
         facts = build_once(folder, make, say)
     except OSError as error:
         raise ValueError(
-            f"data.cache_dir={cache} cannot hold the prepared rows: {error.strerror or error}; free some space there, or"
-            " set data.cache_dir to a folder that can be written"
+            f"data.cache_dir={cache} cannot hold the prepared rows: {error.strerror or error}; free some space there,"
+            " or set data.cache_dir to a folder that can be written"
         ) from error
     facts["notes"] = [*notes, *facts["notes"]]
     return Prepared(folder, facts, found)
@@ -187,7 +189,7 @@ def key_of(data: Data, found: list[Source], tokenizer: Any, cache: Path) -> str:
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(tokenizer.chat_template).encode())
     for source in found:
-        how = [source.side, source.weight, source.encoding, source.options.format]
+        how: list[Any] = [source.side, source.weight, source.encoding, source.options.format]
         how += [dict(source.options.columns), dict(source.options.roles), [path.suffixes[-2:] for path in source.files]]
         digest.update(json.dumps(how, sort_keys=True).encode())
     digest.update(files_key(found, cache).encode())
@@ -224,4 +226,4 @@ def open_side(folder: Path, side: SideName) -> Side | None:
 
 def open_packs(folder: Path) -> Packs:
     """Return the packs of the training pieces."""
-    return Packs(*(np.load(folder / "train" / f"pack_{name}.npy", mmap_mode="r") for name in Packs._fields))
+    return Packs(*(np.load(folder / "train" / f"pack_{name}.npy", mmap_mode="r") for name in ("rows", "ends")))

@@ -155,7 +155,11 @@ def _shortened(bars: list[Length]) -> list[Length]:
     rest = bars[2 * BINS - 1 :]
     over = [bar for bar in rest if bar.over]
     within = [bar for bar in rest if not bar.over]
-    joined = [Length(part[0].start, part[-1].end, sum(bar.rows for bar in part), part[0].over) for part in (within, over) if part]
+    joined = [
+        Length(part[0].start, part[-1].end, sum(bar.rows for bar in part), part[0].over)
+        for part in (within, over)
+        if part
+    ]
     return bars[: 2 * BINS - 1] + joined
 
 
@@ -192,7 +196,10 @@ def _side(name: str, counts: dict[str, Any], config: Config) -> list[tuple[str, 
         lost = [f"{counts['lost_replies']:,} replies not trained"] if counts["lost_replies"] else []
         what = ", ".join([*done, *lost]) if config.data.overlength != "error" else "refused"
         lines.append(
-            ("over-length", f"{counts['overlength']:,} of {counts['read_rows']:,}, the longest {counts['longest_read']:,}: {what}")
+            (
+                "over-length",
+                f"{counts['overlength']:,} of {counts['read_rows']:,}, the longest {counts['longest_read']:,}: {what}",
+            )
         )
     return lines
 
@@ -208,15 +215,18 @@ def _batches(prepared: Prepared, config: Config, *, packing: bool) -> list[tuple
     shuffled = lengths[order.epoch(0)] if not packing else lengths[np.random.RandomState(0).permutation(len(lengths))]
     random = _padding([shuffled[start : start + size] for start in range(0, len(shuffled), size)])
     ours = _padding(
-        np.array([int(lengths[unit].sum()) for unit in micro])
-        for micro in order.micro_batches(0, 1, 0)
-        if micro
+        np.array([int(lengths[unit].sum()) for unit in micro]) for micro in order.micro_batches(0, 1, 0) if micro
     )
     unit = "packs" if packing else "rows"
+    tokens = total // max(order.steps_per_epoch, 1)
     return [
-        ("packs", f"{len(packs):,} of at most {config.data.max_length:,} tokens, {fill:.2%} full{'' if packing else ' (data.packing is off here)'}"),
+        (
+            "packs",
+            f"{len(packs):,} of at most {config.data.max_length:,} tokens, {fill:.2%} full"
+            f"{'' if packing else ' (data.packing is off here)'}",
+        ),
         ("padding", f"{ours:.1%} of what is computed, {random:.1%} with rows in random order ({size} {unit} at once)"),
-        ("steps", f"{order.steps_per_epoch:,} an epoch, of {batch} {unit}, about {total // max(order.steps_per_epoch, 1):,} tokens each"),
+        ("steps", f"{order.steps_per_epoch:,} an epoch, of {batch} {unit}, about {tokens:,} tokens each"),
     ]
 
 

@@ -264,7 +264,8 @@ def _turn(number: int, value: Any, options: Options) -> Message:
         pairs = [pair for pair in pairs if any(turn[key] is not None for key in pair)] or pairs[:1]
         if len(pairs) > 1:
             raise BadRow(
-                f"turn {number} has from, value and role, content; ignore one: data.columns: {{from: null, value: null}}"
+                f"turn {number} has from and value, and role and content; ignore one pair:"
+                " data.columns: {from: null, value: null}"
             )
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
     if not pairs and not (calls and "role" in turn):

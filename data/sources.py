@@ -75,8 +75,6 @@ def find(data: Data, note: Callable[[str], None] = lambda _: None) -> list[Sourc
 def _entries(data: Data, side: SideName) -> list[Named]:
     named = data.train if side == "train" else data.eval
     listed = named if isinstance(named, list) else [named] if named else []
-    if not listed and named is not None:
-        raise ValueError(f"data.{side}=[] names nothing; name a file")
     return [Named(path=entry) if isinstance(entry, str) else entry for entry in listed]
 
 

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 from qwenlora.configs.schema import Data
 from qwenlora.data import sources
-from qwenlora.data.build import SHOWN_BAD_ROWS, read, refusal, side_of
 from qwenlora.data.files import BadRow
 from qwenlora.data.rows import Row
 from qwenlora.data.sources import SideName
+from qwenlora.data.treat import read, side_of
+from qwenlora.data.written import SHOWN_BAD_ROWS, refusal
 
 
 class Survey(NamedTuple):

@@ -13,7 +13,13 @@ ARROWS = {
     "configs": set(),
     "data": {"configs", "jobs"},
     "jobs": {"configs"},
-    "launch": {"configs", "data", "jobs", "adapter", "trainer"},  # these two: cli.py, inside the commands that need them
+    "launch": {
+        "configs",
+        "data",
+        "jobs",
+        "adapter",
+        "trainer",
+    },  # these two: cli.py, inside the commands that need them
     "slurm": set(),
     "trainer": {"configs", "data", "jobs"},
     "adapter": {"configs", "data", "jobs", "trainer"},

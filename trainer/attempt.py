@@ -111,9 +111,7 @@ def train(
     return "stopped" if stop.stopped else "done", {"first_step": first_step, "last_step": last_step}
 
 
-def _start_wandb(
-    config: Config, run: RunFolder, facts: Facts, console: Console
-) -> tuple[WandbCallback | None, str]:
+def _start_wandb(config: Config, run: RunFolder, facts: Facts, console: Console) -> tuple[WandbCallback | None, str]:
     """Return the callback, if W&B is on, and what the start-up table says of it."""
     mode, why = mode_of(config)
     if mode == "off":

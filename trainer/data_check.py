@@ -4,7 +4,7 @@ Both use the run's own tokenizer and template; check prepares the rows as traini
 """
 
 import tempfile
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,11 @@ def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool
         shown += 1
     if not shown:
         raise ValueError(f"there is no {side} row number {first}")
-    legend = Text("trained tokens look like this", style=TRAINED) if console.color_system else "trained tokens: [[like this]]"
+    legend = (
+        Text("trained tokens look like this", style=TRAINED)
+        if console.color_system
+        else "trained tokens: [[like this]]"
+    )
     console.print(legend)
 
 
@@ -94,7 +98,7 @@ def _runs(tokens: Tokens) -> list[tuple[int, int]]:
     """Return [start, end) of each run of tokens that are all trained, or all not."""
     borders = np.flatnonzero(np.diff(tokens.trained.astype(np.int8))) + 1
     edges = [0, *borders.tolist(), len(tokens.ids)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def _coloured(tokenizer: Any, tokens: Tokens, console: Console) -> Text:

@@ -37,8 +37,8 @@ def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int
     }
     if "eval" in known.data:
         rows, when = _side(known.data["eval"]), _when(args.eval_strategy, args.eval_steps)
-        share = f"{config.data.eval_fraction:.0%} of the rows" if config.data.eval_fraction else ""
-        table["evaluation"] = f"{share or _sources(config.data.eval)}: {rows}, {when}"
+        taken = f"{config.data.eval_fraction:.0%} of the rows" if config.data.eval_fraction else ""
+        table["evaluation"] = f"{taken or _sources(config.data.eval)}: {rows}, {when}"
     if known.packing:
         fill = train["tokens"] / (train["packs"] * config.data.max_length)
         table["packing"] = f"{train['packs']:,} packs of at most {config.data.max_length:,} tokens, {fill:.2%} full"

@@ -8,6 +8,7 @@ imported when the screen is taken: what they say goes to the log.
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from contextlib import ExitStack
@@ -16,8 +17,8 @@ from datetime import timedelta
 from rich.console import Console
 
 from qwenlora.configs import Config, load_config
-from qwenlora.jobs.orphans import die_with_parent
 from qwenlora.jobs.disk import write_atomically
+from qwenlora.jobs.orphans import die_with_parent
 from qwenlora.jobs.run import EXIT_CODES, Reason, RunFolder
 from qwenlora.trainer.screen import Rank, StopRequest, take_screen
 
@@ -87,17 +88,20 @@ def _meet(config: Config, rank: Rank) -> None:
     """Wait for all ranks, once. The first one may be preparing data for hours: only then is there a process group."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     if rank.world_size == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    store, *_ = next(dist.rendezvous("env://", rank.rank, rank.world_size, timeout=LONGEST_PREPARATION))
+    store, *_ = next(rendezvous("env://", rank.rank, rank.world_size, timeout=LONGEST_PREPARATION))
     ready = f"qwenlora/ready/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if rank.first:
         store.set(ready, "1")
     else:
+        if os.environ.get("LOCAL_RANK") == "0" and not store.check([ready]):  # one line a node
+            print(f"{socket.gethostname()}: waiting for rank 0, which prepares model and data", flush=True)
         store.wait([ready], LONGEST_PREPARATION)
     timeout = timedelta(seconds=config.launch.ddp_timeout_s)
     dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=timeout)

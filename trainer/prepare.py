@@ -117,7 +117,9 @@ def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
     """Return what a careful colleague would mention of the rows."""
     notes = list(rows.facts["notes"])
     if bad := rows.facts["bad"]:
-        notes.append(f"{bad:,} of {rows.facts['read']:,} rows cannot be trained and are left out; bad_rows.txt lists them")
+        notes.append(
+            f"{bad:,} of {rows.facts['read']:,} rows cannot be trained and are left out; bad_rows.txt lists them"
+        )
     for side, counts in rows.counts.items():
         limit = f"data.max_length={config.data.max_length} tokens"
         for what in ("truncated", "dropped", "split"):
@@ -125,12 +127,14 @@ def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
                 notes.append(f"{counts[what]:,} of {counts['read_rows']:,} {side} rows {what} at {limit}")
         if counts["lost_replies"]:
             notes.append(
-                f"{counts['lost_replies']:,} replies of {side} rows are not trained: with their question they are longer"
-                f" than {limit}; data.split_replies: true trains them without"
+                f"{counts['lost_replies']:,} replies of {side} rows are not trained: with their question they are"
+                f" longer than {limit}; data.split_replies: true trains them without"
             )
     if overlap := rows.facts["overlap"]["rows"]:
         first = rows.place("eval", rows.facts["overlap"]["first"][0])
-        notes.append(f"{overlap:,} of {rows.counts['eval']['read_rows']:,} eval rows are trained on, too (first: {first})")
+        notes.append(
+            f"{overlap:,} of {rows.counts['eval']['read_rows']:,} eval rows are trained on, too (first: {first})"
+        )
     return notes
 
 

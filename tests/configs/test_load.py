@@ -207,7 +207,9 @@ def test_a_list_with_a_mistake_on_the_command_line_is_no_text(tmp_path):
 
 
 def test_sources_of_rows_are_written_out_and_read_back(tmp_path):
-    (tmp_path / "my.yaml").write_text("model: {name_or_path: tiny}\ndata: {train: [a.jsonl, {path: b.csv, weight: 2}]}\n")
+    (tmp_path / "my.yaml").write_text(
+        "model: {name_or_path: tiny}\ndata: {train: [a.jsonl, {path: b.csv, weight: 2}]}\n"
+    )
     config = load_config(tmp_path / "my.yaml")
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config

@@ -23,7 +23,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from qwenlora.configs.schema import Data
-from qwenlora.data import build, files, rows, sources
+from qwenlora.data import files, rows, sources, treat
 from qwenlora.data.rows import Options, Row
 
 TOOL = {
@@ -243,7 +243,7 @@ def try_file(path: Path, encoding: str | None, format_: str) -> str:
     """Return what became of a file: read, or refused."""
     try:
         found = sources.find(Data(train=str(path), encoding=encoding, format=format_))
-        for _, _, line, row in build.read(found):
+        for _, _, line, row in treat.read(found):
             _look(line, row)
     except ValueError as error:
         _check_reason(error)
@@ -295,6 +295,8 @@ def fuzz(seed: int, seconds: float, keep: Path | None = None) -> Counter[str]:
                     outcome = try_file(path, damage.random.choice(ENCODINGS), format_)
             except Exception:  # what this looks for
                 outcome = "failed"
+                if outcomes["failed"] >= 20:
+                    return outcomes + Counter(failed=1)  # enough to look at
                 where = (keep or Path(tempfile.gettempdir())) / f"fuzz-{seed}-{number}"
                 where.write_bytes(content)
                 trace = traceback.format_exc(limit=-3).encode("ascii", "backslashreplace").decode()

@@ -47,7 +47,10 @@ def test_two_that_start_together_build_once(tmp_path):
     first = builder(folder, 1.0, "first")
     assert first.stdout.readline() == "building\n"
     second = builder(folder, 0, "second")
-    assert second.communicate(timeout=30)[0] == f"waiting for process {first.pid} on {os.uname().nodename}, which prepares the same data\nfirst\n"
+    assert (
+        second.communicate(timeout=30)[0]
+        == f"waiting for process {first.pid} on {os.uname().nodename}, which prepares the same data\nfirst\n"
+    )
     assert first.communicate(timeout=30)[0] == "first\n"
     assert others(folder) == []
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenlora.configs.schema import Data
-from qwenlora.data.build import read
 from qwenlora.data.chat import Encoder
 from qwenlora.data.files import BadRow
 from qwenlora.data.rows import Options, Row, shape_of, to_row
 from qwenlora.data.sources import find
+from qwenlora.data.treat import read
 
 NAMES = ("tiny", "qwen2.5", "qwen3")
 CHATS = (
@@ -26,12 +26,25 @@ CHATS = (
 letters = st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Cn"])
 # text of all kinds, and what is near to chat markup, white space and the template's own words
 words = st.text(letters, min_size=1, max_size=30) | st.sampled_from(
-    ["assistant", "<|im_", "im_end|>", "\n\nuser\n", "<tool_call>", "a \n\n b", "  indented", "end \n", "<|endoftext|>", "é"]
+    [
+        "assistant",
+        "<|im_",
+        "im_end|>",
+        "\n\nuser\n",
+        "<tool_call>",
+        "a \n\n b",
+        "  indented",
+        "end \n",
+        "<|endoftext|>",
+        "é",
+    ]
 )
 clean = words.filter(lambda text: text.strip() and "<|im_start|>" not in text and "think>" not in text)
 said = st.lists(clean, min_size=1, max_size=3).map("".join).filter(lambda text: "<|im_end|>" not in text)
 calls = st.lists(
-    st.fixed_dictionaries({"name": st.sampled_from(["天气", "get_time", "x"]), "arguments": st.dictionaries(said, said, max_size=2)}),
+    st.fixed_dictionaries(
+        {"name": st.sampled_from(["天气", "get_time", "x"]), "arguments": st.dictionaries(said, said, max_size=2)}
+    ),
     min_size=1,
     max_size=2,
 )
@@ -41,7 +54,9 @@ calls = st.lists(
 def conversations(draw):
     """Rows as people have them: with and without a system turn, a last question, two turns of one role in a row."""
     turns = [{"role": "system", "content": draw(said)}] if draw(st.booleans()) else []
-    for role in draw(st.lists(st.sampled_from(["user", "assistant", "user assistant", "tools"]), min_size=1, max_size=5)):
+    for role in draw(
+        st.lists(st.sampled_from(["user", "assistant", "user assistant", "tools"]), min_size=1, max_size=5)
+    ):
         if role == "tools":
             turns += [
                 {"role": "user", "content": draw(said)},
@@ -101,8 +116,9 @@ def test_what_is_trained_is_each_reply_and_its_end(tokenizers, name, value):
     row = row_of(value)
     try:
         tokens = encode(tokenizer, row)
-    except BadRow as error:  # a template without tools cannot write a call: said, not lost
-        assert name == "tiny" and any("tool_calls" in message for message in row.messages), error
+    except BadRow:  # a template without tools cannot write a call: said, not lost
+        if not (name == "tiny" and any("tool_calls" in message for message in row.messages)):
+            raise
         return
     assert tokens.ids.tolist() == tokenizer.apply_chat_template(row.messages, tools=row.tools, return_dict=False)
     replies = [message for message in row.messages if message["role"] == "assistant"]
@@ -157,7 +173,12 @@ def test_qwen3_trains_a_thought_where_the_template_keeps_it(tokenizers, key):
 
 @pytest.mark.parametrize("name", ["tiny", "qwen2.5"])
 def test_a_thought_that_the_template_would_leave_out_is_refused(tokenizers, name):
-    value = {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "reasoning_content": "想"}]}
+    value = {
+        "messages": [
+            {"role": "user", "content": "问"},
+            {"role": "assistant", "content": "答", "reasoning_content": "想"},
+        ]
+    }
     with pytest.raises(BadRow, match=r"reasoning_content, which this model's template leaves out; write it into"):
         encode(pick(tokenizers, name), row_of(value))
 
@@ -211,9 +232,7 @@ def with_template(tokenizer, template: str):
     return changed
 
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + CONTENT + '<|im_end|>\\n' }}{% endfor %}"
-)
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + CONTENT + '<|im_end|>\\n' }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +253,9 @@ def test_a_template_that_would_train_something_else_is_refused(tokenizers, templ
 
 
 def test_a_reply_that_melts_with_the_line_break_before_it_is_refused(tokenizers):
-    tokenizer = pick(tokenizers, "qwen3")  # its template cuts the thought and leaves " \n one", which begins with a line
+    tokenizer = pick(
+        tokenizers, "qwen3"
+    )  # its template cuts the thought and leaves " \n one", which begins with a line
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>a</think> \n one"}] * 2
     with pytest.raises(BadRow, match="first characters melt with the line break before it; remove white space there"):
         encode(tokenizer, row_of({"messages": turns}))

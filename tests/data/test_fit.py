@@ -26,7 +26,8 @@ def fitted(tokenizers):
         pieces = []
         for piece in outcome.pieces:
             assert len(piece.ids) <= data.max_length
-            assert piece.trained.any() and not piece.trained[0]
+            assert piece.trained.any()
+            assert not piece.trained[0]
             edges = np.flatnonzero(np.diff(np.concatenate([[0], piece.trained.view(np.int8), [0]])))
             spans = zip(edges[::2], edges[1::2], strict=True)
             pieces.append((tokenizer.decode(piece.ids), [tokenizer.decode(piece.ids[a:b]) for a, b in spans]))
@@ -44,7 +45,8 @@ def chat(*replies: str, system: str = "") -> dict:
 
 def test_truncating_keeps_the_beginning_and_some_of_the_reply(fitted):
     pieces, outcome, tokens = fitted(chat("word " * 50), overlength="truncate", max_length=30)
-    assert outcome.cut and len(pieces) == 1
+    assert outcome.cut
+    assert len(pieces) == 1
     assert outcome.pieces[0].ids.tolist() == tokens.ids[:30].tolist()
 
 
@@ -61,7 +63,8 @@ def test_a_dropped_row_has_no_pieces(fitted, overlength):
 def test_a_split_conversation_keeps_every_reply_once_with_its_question_and_the_system_turn(fitted):
     replies = [f"reply {n} " + "word " * n for n in range(8)]
     pieces, outcome, _ = fitted(chat(*replies, system="be kind"), overlength="split", max_length=120)
-    assert len(pieces) > 1 and outcome.lost == 0
+    assert len(pieces) > 1
+    assert outcome.lost == 0
     assert [reply for _, trained in pieces for reply in trained] == [f"{reply}<|im_end|>" for reply in replies]
     for text, trained in pieces:
         assert text.startswith("<|im_start|>system\nbe kind<|im_end|>\n")
@@ -88,10 +91,14 @@ def test_with_last_assistant_a_split_keeps_the_end_of_the_conversation(fitted):
     replies = [f"reply {n} " + "word " * 5 for n in range(8)]
     pieces, _, _ = fitted(chat(*replies), overlength="split", max_length=90, train_on="last_assistant")
     assert [trained for _, trained in pieces] == [[f"{replies[-1]}<|im_end|>"]]
-    assert "q6" in pieces[0][0] and "q0" not in pieces[0][0]
+    assert "q6" in pieces[0][0]
+    assert "q0" not in pieces[0][0]
 
 
-@given(text=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=30, max_size=200), size=st.integers(8, 40))
+@given(
+    text=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=30, max_size=200),
+    size=st.integers(8, 40),
+)
 @settings(deadline=None, max_examples=50)
 def test_every_token_of_a_split_text_is_trained_once(tokenizers, text, size):
     encoder = Encoder(tokenizers["tiny"])

@@ -44,7 +44,11 @@ def test_the_same_lengths_give_the_same_packs():
 @pytest.mark.parametrize("spread_of", ["lognormal", "uniform"])
 def test_a_million_rows_are_packed_nearly_full(spread_of):
     random = np.random.RandomState(1)
-    rows = np.clip(random.lognormal(5, 0.8, 10**6), 1, 4096) if spread_of == "lognormal" else random.randint(1, 4097, 10**6)
+    rows = (
+        np.clip(random.lognormal(5, 0.8, 10**6), 1, 4096)
+        if spread_of == "lognormal"
+        else random.randint(1, 4097, 10**6)
+    )
     rows = rows.astype(np.int32)
     packs = pack(rows, 4096)
     assert (packs.lengths(rows) <= 4096).all()

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from qwenlora.configs.schema import Data, Source
-from qwenlora.data import build, cache, prepared
+from qwenlora.data import build, cache, prepared, written
 from qwenlora.data.chat import Encoder
 from qwenlora.data.prepared import key_of, open_side, prepare
 from qwenlora.data.sources import find
+from qwenlora.data.treat import read
 
 
 def write(path, rows) -> str:
@@ -54,7 +55,7 @@ def texts(tokenizer, side) -> list[str]:
 def test_what_is_read_back_is_what_the_encoder_gives(make, rows_file, tokenizer):
     made = make(rows_file)
     side = made.side("train")
-    rows = [row for *_, row in build.read(made.sources)]
+    rows = [row for *_, row in read(made.sources)]
     for number, tokens in enumerate(Encoder(tokenizer).encode(rows)):
         assert side.row(number).ids.tolist() == tokens.ids.tolist()
         assert side.row(number).trained.tolist() == tokens.trained.tolist()
@@ -159,7 +160,9 @@ def test_bad_rows_are_refused_with_their_places_or_left_out_and_listed(tmp_path,
     with pytest.raises(ValueError, match=r"^2 of 7 rows cannot be trained:\n  .*my\.jsonl:3: ") as caught:
         make(file)
     assert str(caught.value).endswith("\nmend or remove them, or leave them out: data.on_bad_row: skip")
-    assert [path.name for path in (tmp_path / "cache").iterdir() if path.name != "files"] == [], "nothing half-read is kept"
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.name != "files"] == [], (
+        "nothing half-read is kept"
+    )
     made = make(file, on_bad_row="skip")
     made.refuse(Data(train=file, on_bad_row="skip"), tokenizer)
     assert (made.counts["train"]["rows"], made.facts["bad"]) == (5, 2)
@@ -178,7 +181,9 @@ def test_the_report_shows_the_first_20_and_the_totals(tmp_path, make):
 def test_a_source_without_any_good_row_is_refused_though_bad_rows_are_left_out(tmp_path, make, tokenizer, rows_file):
     bad = write(tmp_path / "bad.jsonl", [{"messages": []}] * 3)
     made = make([rows_file, bad], on_bad_row="skip")
-    assert refused(made, tokenizer, on_bad_row="skip").startswith(f"data.train={bad}: none of its rows can be trained\n")
+    assert refused(made, tokenizer, on_bad_row="skip").startswith(
+        f"data.train={bad}: none of its rows can be trained\n"
+    )
 
 
 def test_an_empty_source_is_refused(tmp_path, make, tokenizer, rows_file):
@@ -199,7 +204,10 @@ def test_long_rows_are_cut_dropped_or_split_and_counted(tmp_path, make, rows_fil
     long = int((whole > 30).sum())
     assert 0 < long < 30
     answers = write(tmp_path / "long.jsonl", [{"instruction": "问", "output": "很" * n + "。"} for n in range(1, 31)])
-    cut, uncut = make(answers, max_length=30, overlength="truncate").counts["train"], make(answers).side("train").lengths
+    cut, uncut = (
+        make(answers, max_length=30, overlength="truncate").counts["train"],
+        make(answers).side("train").lengths,
+    )
     assert (cut["truncated"], cut["rows"], cut["longest"]) == (int((uncut > 30).sum()), 30, 30)
     drop = make(rows_file, max_length=30, overlength="drop")
     counts = drop.counts["train"]
@@ -215,7 +223,9 @@ def test_long_rows_are_cut_dropped_or_split_and_counted(tmp_path, make, rows_fil
 
 def test_a_row_that_truncation_leaves_nothing_of_is_a_bad_row(tmp_path, make):
     file = write(tmp_path / "my.jsonl", [{"instruction": "很长的问题" * 20, "output": "答"}, *rows_of(3)])
-    with pytest.raises(ValueError, match=r"my\.jsonl:1: truncated to data\.max_length=30 tokens of \d+, nothing of the"):
+    with pytest.raises(
+        ValueError, match=r"my\.jsonl:1: truncated to data\.max_length=30 tokens of \d+, nothing of the"
+    ):
         make(file, max_length=30, overlength="truncate")
 
 
@@ -249,7 +259,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, make, rows_file, monke
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(build._Written, "finish", full)
+    monkeypatch.setattr(written.Written, "finish", full)
     with pytest.raises(ValueError, match=r"data\.cache_dir=.*cache cannot hold the prepared rows: No space left"):
         make(rows_file)
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.name != "files"] == []
@@ -278,7 +288,8 @@ def test_eval_fraction_moves_no_row_when_rows_are_appended(tmp_path, make, token
 def test_a_row_that_is_written_otherwise_stays_on_its_side(tmp_path, make):
     rows = rows_of(200, words=0)
     chats = [
-        {"conversations": [{"from": "human", "value": r["instruction"]}, {"from": "gpt", "value": r["output"]}]} for r in rows
+        {"conversations": [{"from": "human", "value": r["instruction"]}, {"from": "gpt", "value": r["output"]}]}
+        for r in rows
     ]
     made = [make(write(tmp_path / f"{n}.jsonl", some), eval_fraction=0.2) for n, some in enumerate((rows, chats))]
     assert made[0].counts["eval"]["sha256"] == made[1].counts["eval"]["sha256"]
@@ -294,12 +305,15 @@ def test_rows_on_both_sides_and_duplicates_are_counted(tmp_path, make):
 
 
 def test_weights_say_how_often_an_epoch_sees_a_source(tmp_path, make, tokenizer):
-    one, two = (write(tmp_path / name, [{"instruction": f"{name}{n}", "output": "a"} for n in range(100)]) for name in "ab")
+    one, two = (
+        write(tmp_path / name, [{"instruction": f"{name}{n}", "output": "a"} for n in range(100)]) for name in "ab"
+    )
     made = make([Source(path=one, weight=2.0), Source(path=two, weight=0.5)])
     seen = texts(tokenizer, made.side("train"))
     first = [text for text in seen if "\na" in text and "<|im_start|>user\na" in text]
     second = [text for text in seen if "<|im_start|>user\nb" in text]
-    assert len(first) == 200 and len(set(first)) == 100
+    assert len(first) == 200
+    assert len(set(first)) == 100
     assert 30 < len(second) == len(set(second)) < 70
     assert made.counts["train"]["tokens"] == sum(len(made.side("train").row(n).ids) for n in range(len(seen)))
 
@@ -321,14 +335,17 @@ from qwenlora.data.prepared import prepare
 build.SMALL_BYTES = 0
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 print("ready", flush=True)
-made = prepare(Data(train=sys.argv[2], num_proc=2), tokenizer, Path(sys.argv[3]), say=lambda line: print(line, flush=True))
+data = Data(train=sys.argv[2], num_proc=2)
+made = prepare(data, tokenizer, Path(sys.argv[3]), say=lambda line: print(line, flush=True))
 print(made.counts["train"]["sha256"], flush=True)
 """
 
 
 @pytest.mark.slow
 def test_of_two_preparations_one_is_killed_and_the_other_ends_right_and_a_third_too(tmp_path, tiny, tokenizer):
-    file = write(tmp_path / "my.jsonl", [{"instruction": f"问题{n}" * 20, "output": f"答案{n}。" * 20} for n in range(60_000)])
+    file = write(
+        tmp_path / "my.jsonl", [{"instruction": f"问题{n}" * 20, "output": f"答案{n}。" * 20} for n in range(60_000)]
+    )
 
     def start() -> subprocess.Popen:
         command = [sys.executable, "-c", PREPARE, str(tiny), file, str(tmp_path / "cache")]

@@ -71,7 +71,10 @@ def test_no_assistant_turn_anywhere(qwenlora, tmp_path):
     row = {"conversations": [{"from": "human", "value": "在吗？"}]}
     (tmp_path / "my.jsonl").write_text("\n".join([json.dumps(row)] * 3))
     line = refused(qwenlora("train", TINY, "data.train=my.jsonl"))
-    assert line == "my.jsonl:1: no assistant turn: there is nothing to learn from; the same for all 3 rows\nmend or remove them, or leave them out: data.on_bad_row: skip"
+    assert line == (
+        "my.jsonl:1: no assistant turn: there is nothing to learn from; the same for all 3 rows\n"
+        "mend or remove them, or leave them out: data.on_bad_row: skip"
+    )
 
 
 def test_model_folder_without_config_json(qwenlora, tmp_path):
@@ -160,6 +163,6 @@ def test_several_problems_are_named_at_once(qwenlora, tmp_path):
         "my.yaml:1: model.name_or_path is missing: a folder, a hub name (Qwen/Qwen2.5-7B-Instruct), or `tiny`: a small"
         " Qwen3 made on the spot",
         "my.yaml:1: model.name=x: no such key; did you mean model.name_or_path?",
-        "my.yaml:2: data.colour=red: no such key; data has: train, eval, eval_fraction, format, columns, roles, encoding,"
-        " on_bad_row, train_on, max_length, overlength, split_replies, packing, num_proc, cache_dir",
+        "my.yaml:2: data.colour=red: no such key; data has: train, eval, eval_fraction, format, columns, roles,"
+        " encoding, on_bad_row, train_on, max_length, overlength, split_replies, packing, num_proc, cache_dir",
     ]

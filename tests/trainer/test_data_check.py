@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -34,11 +35,21 @@ def test_check_shows_counts_and_a_page_with_the_same(config, tmp_path):
     assert check(config(**{"data.eval_fraction": 0.2}), None, console) == 0
     shown = console.file.getvalue()
     page = (tmp_path / "runs" / "my.data.html").read_text()
-    for words in ("40 rows", "training rows", "evaluation rows", "packs", "padding", "steps", "in both", "ready to train"):
+    for words in (
+        "40 rows",
+        "training rows",
+        "evaluation rows",
+        "packs",
+        "padding",
+        "steps",
+        "in both",
+        "ready to train",
+    ):
         assert words in shown, words
         assert words in page, words
     assert str(tmp_path / "runs" / "my.data.html") in shown.replace("\n", "")
-    assert "http" not in page and "<script" not in page, "it opens from disk, without a network"
+    assert "http" not in page, "it opens from disk, without a network"
+    assert "<script" not in page, "it opens from disk, without a network"
     assert not (tmp_path / "runs" / "my").exists(), "looking makes no run"
 
 
@@ -70,7 +81,9 @@ def test_preview_marks_exactly_the_trained_tokens(config):
     console = screen()
     preview(config(), "train", 3, 2, ids=False, console=console)
     shown = console.file.getvalue()
-    assert "my.jsonl:3: " in shown and "my.jsonl:4: " in shown and "my.jsonl:5: " not in shown
+    assert "my.jsonl:3: " in shown
+    assert "my.jsonl:4: " in shown
+    assert "my.jsonl:5: " not in shown
     assert "[[答案2。<|im_end|>]]" in shown
     assert "问题2问题2问题2<|im_end|>\n" in shown
 
@@ -92,7 +105,14 @@ def test_preview_as_a_table_shows_ids_and_what_is_trained(config):
 def test_preview_shows_what_becomes_of_a_long_row(config):
     turns = [{"role": role, "content": f"{role} {n}"} for n in range(20) for role in ("user", "assistant")]
     console = screen()
-    preview(config([{"messages": turns}], **{"data.max_length": 100, "data.overlength": "split"}), "train", 1, 1, ids=False, console=console)
+    preview(
+        config([{"messages": turns}], **{"data.max_length": 100, "data.overlength": "split"}),
+        "train",
+        1,
+        1,
+        ids=False,
+        console=console,
+    )
     shown = console.file.getvalue()
     assert "longer than data.max_length=100: split into " in shown
     assert shown.count("<|im_end|>]]") == 20
@@ -109,5 +129,5 @@ def test_the_histogram_counts_every_row_once_on_the_right_side_of_the_limit(leng
     bars = report.histogram(np.array(lengths), max_length)
     assert sum(bar.rows for bar in bars) == len(lengths)
     assert sum(bar.rows for bar in bars if bar.over) == sum(length > max_length for length in lengths)
-    assert all(a.end == b.start for a, b in zip(bars, bars[1:], strict=False))
+    assert all(a.end == b.start for a, b in pairwise(bars))
     assert len(bars) <= 2 * report.BINS + 1

@@ -41,7 +41,9 @@ def test_the_table_counts_what_the_run_will_do(known):
 
 def test_with_packing_the_table_counts_packs_and_says_how_many_rows_that_is(known):
     data = Data(train="my.jsonl", max_length=256)
-    table = derived.facts(*known(data=data, packing=True, global_batch_size=2, per_device_train_batch_size=1), world_size=2)
+    table = derived.facts(
+        *known(data=data, packing=True, global_batch_size=2, per_device_train_batch_size=1), world_size=2
+    )
     assert table["global batch"] == "2 packs = 2 processes x 1 x 1 accumulated, about 500 tokens in 10 rows a step"
     assert table["packing"] == "4 packs of at most 256 tokens, 97.66% full"
     assert table["steps"].startswith("6 (3.00 epochs)")

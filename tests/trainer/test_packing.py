@@ -1,5 +1,7 @@
 """Packed rows are trained as if each were alone, and what would let them see each other is refused."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,7 @@ def test_every_token_has_the_loss_it_has_alone(kind, attention, flat):
     model = model_of(kind, attention)
     packs = [rows_of(5, 17, 1, 2), rows_of(9, 3, seed=1), rows_of(30, seed=2)]
     alone = torch.cat([losses(model, collate([row], PAD)) for pack in packs for row in pack])
-    packed = losses(model, collate_packs([sum(packs, [])] if flat else packs, PAD))
+    packed = losses(model, collate_packs([list(chain.from_iterable(packs))] if flat else packs, PAD))
     assert alone.shape == packed.shape
     assert (alone - packed).abs().max() <= 1e-5
 
@@ -88,7 +90,9 @@ def test_the_guard_passes_what_keeps_rows_apart(kind, attention, dtype):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_guard_refuses_what_leaks(monkeypatch, attention, dtype):
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-    message = rf"packed rows would see each other: with model\.attn_implementation={attention} .* set data\.packing: off"
+    message = (
+        rf"packed rows would see each other: with model\.attn_implementation={attention} .* set data\.packing: off"
+    )
     with pytest.raises(ValueError, match=message):
         check_isolation(model_of("qwen3", attention, dtype))
 

@@ -123,7 +123,9 @@ def test_trainer_walks_our_order(trainer):
     made, seen = trainer(side, config), []
     collated = made.get_train_dataloader().collate_fn
     loader = made.get_train_dataloader()
-    loader.collate_fn = lambda units: (seen.append([len(row.ids) for unit in units for row in unit]), collated(units))[1]
+    loader.collate_fn = lambda units: (seen.append([len(row.ids) for unit in units for row in unit]), collated(units))[
+        1
+    ]
     made.get_train_dataloader = lambda: loader
     made.train()
     order = order_of(config, side)
