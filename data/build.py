@@ -184,11 +184,11 @@ def _bar(console: Console | None, total: int) -> Any:
         def __enter__(self) -> Callable[[Source, int, int, int], None]:
             bar.start()
             task = bar.add_task("", total=total or None, rows=0)
-            done: dict[Path, int] = {}
+            done: dict[str, int] = {}
 
             def progress(source: Source, file: int, read: int, rows: int) -> None:
-                path = source.files[file]
-                done[path] = max(done.get(path, 0), read)
+                place = source.place(file, 0)
+                done[place] = max(done.get(place, 0), read)
                 bar.update(task, completed=sum(done.values()), rows=rows)
 
             return progress

@@ -109,7 +109,7 @@ class Encoder:
         try:
             text: str = self.tokenizer.apply_chat_template(row.messages, tools=row.tools, tokenize=False)
         except Exception as error:  # a template raises what it likes (jinja2's raise_exception)
-            raise BadRow(f"the model's chat template refuses this row: {' '.join(str(error).split())}") from error
+            raise BadRow(f"the model's chat template refuses this row: {' '.join(str(error).split())[:200]}") from error
         return text
 
     def _ids(self, texts: list[str]) -> list[list[int]]:

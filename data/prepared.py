@@ -78,7 +78,7 @@ class Prepared(NamedTuple):
 
     def place(self, side: SideName, row: int) -> str:
         """Return where a row stands."""
-        source, file, line = np.load(self.folder / side / "places.npy", mmap_mode="r")[row].tolist()
+        source, file, line = map(int, np.load(self.folder / side / "places.npy", mmap_mode="r")[row])
         return self.sources[source].place(file, line)
 
     def refuse(self, data: Data, tokenizer: Any) -> None:
@@ -191,6 +191,8 @@ def key_of(data: Data, found: list[Source], tokenizer: Any, cache: Path) -> str:
     for source in found:
         how: list[Any] = [source.side, source.weight, source.encoding, source.options.format]
         how += [dict(source.options.columns), dict(source.options.roles), [path.suffixes[-2:] for path in source.files]]
+        if source.dataset is not None:  # two splits of it may lie in one file
+            how.append(source.dataset._fingerprint)
         digest.update(json.dumps(how, sort_keys=True).encode())
     digest.update(files_key(found, cache).encode())
     return digest.hexdigest()[:16]

@@ -13,20 +13,22 @@ from qwenlora.data.written import SHOWN_BAD_ROWS, refusal
 
 
 class Survey(NamedTuple):
-    """Counts of rows. train: of an epoch, weights applied; eval; bad: those that cannot be trained."""
+    """Counts of rows. train: of an epoch, weights applied; eval; bad: those that cannot be trained; notes: warnings."""
 
     train: int
     eval: int
     bad: int
+    notes: list[str]
 
 
 def survey(data: Data) -> Survey:
     """Return how many rows there are. Raises: ValueError listing the bad ones, when data.on_bad_row is error."""
-    found = sources.find(data)
+    notes: list[str] = []
+    found = sources.find(data, notes.append)
     train, others = 0.0, 0
     seen = [0] * len(found)
     bad: list[tuple[int, int, int, str]] = []
-    for number, file, line, row in read(found):
+    for number, file, line, row in read(found, notes.append):
         seen[number] += 1
         if isinstance(row, BadRow):
             bad.append((number, file, line, str(row)))
@@ -41,7 +43,7 @@ def survey(data: Data) -> Survey:
     for source, rows in zip(found, seen, strict=True):
         if not rows:
             raise ValueError(f"data.{source.side}={source.name} is empty: it has no rows")
-    return Survey(round(train), others, len(bad))
+    return Survey(round(train), others, len(bad), notes)
 
 
 def rows_of_side(data: Data, side: SideName) -> Iterator[tuple[str, Row]]:

@@ -105,10 +105,12 @@ def rows_of(chunk: Chunk, shape: str | None, options: Options) -> Iterator[tuple
             yield line, error
 
 
-def read(sources: list[Source]) -> Iterator[tuple[int, int, int, Row | BadRow]]:
+def read(
+    sources: list[Source], note: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[int, int, int, Row | BadRow]]:
     """Yield (number of the source, of its file, line, row) for every row, in order, in this process alone."""
     for number, source in enumerate(sources):
-        for file, chunk, shape in shaped(source):
+        for file, chunk, shape in shaped(source, note):
             for line, row in rows_of(chunk, shape, source.options):
                 yield number, file, line, row
 

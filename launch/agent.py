@@ -81,7 +81,7 @@ def dry_run(config: Config, arguments: list[str]) -> str:
         f" {train.per_device_train_batch_size} x {accumulation} accumulated\n"
         f"# steps               {steps}\n"
         f"# run folder          {RunFolder(config.run_dir).path}\n"
-        f"# command             {command}\n"
+        f"# command             {command}\n" + "".join(f"# warning             {note}\n" for note in rows.notes)
     )
 
 

@@ -143,6 +143,18 @@ def test_the_same_rows_under_another_name_are_not_prepared_again(tmp_path, make,
     assert again.place("train", 0) == f"{other}:1", "messages speak of this run's file"
 
 
+def test_two_splits_of_one_data_set_are_not_taken_for_each_other(tmp_path, tokenizer):
+    import datasets
+
+    saved = datasets.Dataset.from_list(rows_of(6))
+    datasets.DatasetDict(a=saved.select(range(3)), b=saved.select(range(3, 6))).save_to_disk(tmp_path / "saved")
+    (whole,) = find(Data(train=Source(path=str(tmp_path / "saved"), split="a")))
+    parts = [whole._replace(dataset=whole.dataset.select(some)) for some in ([0], [1])]
+    assert parts[0].dataset.cache_files == parts[1].dataset.cache_files
+    keys = {key_of(Data(train="x"), [part], tokenizer, tmp_path / "cache") for part in parts}
+    assert len(keys) == 2
+
+
 # ---- what should not be trained
 
 
