@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qwenlora.data.files import BadRow, show
+from qwenlora.data.bad_row import BadRow, show
 from qwenlora.data.rows import THINK, THOUGHT, TURN_END, TURN_START, Message, Row
 
 Ids = npt.NDArray[np.int32]

@@ -7,8 +7,8 @@ never trained without the question before it, unless data.split_replies asks for
 from typing import NamedTuple
 
 from qwenlora.configs.schema import Data
+from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
-from qwenlora.data.files import BadRow
 from qwenlora.data.rows import Message, Row
 
 

@@ -18,7 +18,7 @@ import tokenizers
 from rich.console import Console
 
 from qwenlora.configs.schema import Data
-from qwenlora.data import build, chat, files, fit, packing, rows, sources, treat, written
+from qwenlora.data import build, chat, chunks, files, fit, json_rows, packing, rows, sources, tables, treat, written
 from qwenlora.data.cache import build_once, digest_of, state_of
 from qwenlora.data.chat import Tokens
 from qwenlora.data.packing import Packs
@@ -27,7 +27,7 @@ from qwenlora.data.sources import SideName, Source
 
 # options that decide what is prepared; the others (num_proc, packing ...) decide how, or what is made of it
 _OPTIONS = ("max_length", "overlength", "split_replies", "train_on", "eval_fraction")
-_CODE = (build, chat, files, fit, packing, rows, sources, treat, written)
+_CODE = (build, chat, chunks, files, fit, json_rows, packing, rows, sources, tables, treat, written)
 
 
 class Side(NamedTuple):

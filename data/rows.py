@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from qwenlora.data.files import BadRow, decode_json, show, show_names
+from qwenlora.data.bad_row import BadRow, show, show_names
+from qwenlora.data.json_rows import decode_json
 
 KNOWN = """known shapes of a row:
   chat               {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}

@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 from qwenlora.configs.schema import Data
 from qwenlora.configs.schema import Source as Named
 from qwenlora.data import files
-from qwenlora.data.files import EXTENSIONS, Chunk, extension, show
+from qwenlora.data.bad_row import show
+from qwenlora.data.files import EXTENSIONS, Chunk, extension
 from qwenlora.data.rows import KEYS, Options
+from qwenlora.data.tables import dataset_chunks
 
 SideName = Literal["train", "eval"]
 SIDES: tuple[SideName, ...] = ("train", "eval")
@@ -37,7 +39,7 @@ class Source(NamedTuple):
     def chunks(self, note: Callable[[str], None] = lambda _: None) -> Iterator[tuple[int, Chunk]]:
         """Yield (number of the file, chunk) for all of its rows."""
         if self.dataset is not None:
-            yield from ((0, chunk) for chunk in files.dataset_chunks(self.dataset))
+            yield from ((0, chunk) for chunk in dataset_chunks(self.dataset))
             return
         for number, path in enumerate(self.files):
             for chunk in files.read_chunks(path, self.encoding, note):

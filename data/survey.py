@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from qwenlora.configs.schema import Data
 from qwenlora.data import sources
-from qwenlora.data.files import BadRow
+from qwenlora.data.bad_row import BadRow
 from qwenlora.data.rows import Row
 from qwenlora.data.sources import SideName
 from qwenlora.data.treat import read, side_of

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qwenlora.configs.schema import Data
+from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
-from qwenlora.data.files import BadRow, Chunk
+from qwenlora.data.files import Chunk
 from qwenlora.data.fit import fit
 from qwenlora.data.rows import Options, Row, shape_of, to_row
 from qwenlora.data.sources import SIDES, SideName, Source

@@ -16,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from qwenlora.configs import Config
 from qwenlora.data import prepared, report
+from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
-from qwenlora.data.files import BadRow
 from qwenlora.data.fit import fit
 from qwenlora.data.sources import SideName
 from qwenlora.data.survey import rows_of_side

@@ -23,7 +23,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from qwenlora.configs.schema import Data
-from qwenlora.data import files, rows, sources, treat
+from qwenlora.data import rows, sources, treat
 from qwenlora.data.rows import Options, Row
 
 TOOL = {
@@ -255,16 +255,16 @@ def try_row(value: Any, options: Options) -> str:
     """Return what became of a row: read, or refused."""
     try:
         row = rows.to_row(1, value, rows.shape_of(value, options), options)
-    except files.BadRow as error:
+    except BadRow as error:
         _look(1, error)
         return "refused"
     _look(1, row)
     return "read"
 
 
-def _look(line: int, row: Row | files.BadRow) -> None:
+def _look(line: int, row: Row | BadRow) -> None:
     assert line > 0
-    if isinstance(row, files.BadRow):
+    if isinstance(row, BadRow):
         _check_reason(row)
     else:
         assert len(row.digest) == 16

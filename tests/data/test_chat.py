@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenlora.configs.schema import Data
+from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder
-from qwenlora.data.files import BadRow
 from qwenlora.data.rows import Options, Row, shape_of, to_row
 from qwenlora.data.sources import find
 from qwenlora.data.treat import read

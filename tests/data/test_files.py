@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from qwenlora.data import files
-from qwenlora.data.files import BadRow, Lines, Values, dataset_chunks, read_chunks
+from qwenlora.data.bad_row import BadRow, show, show_names
+from qwenlora.data.chunks import Values
+from qwenlora.data.files import read_chunks
+from qwenlora.data.json_rows import Lines
+from qwenlora.data.tables import dataset_chunks
 
 spaces = st.text(alphabet=" \t\r\n", max_size=4)
 texts = st.text(alphabet=st.sampled_from('三点"\\\n{}[],:é\u2028😀 a'), max_size=12)
@@ -254,6 +258,6 @@ def test_a_line_longer_than_the_limit_is_refused(tmp_path, monkeypatch):
 
 def test_a_reason_is_one_line_that_can_be_shown():
     assert str(BadRow("a\nb\x1b\ud83d三")) == "a\\nb\\x1b\\ud83d三"
-    assert files.show({"a": "x" * 100}) == '{"a": "' + "x" * 50 + "..."
-    assert files.show(["\ud83d", b"", float("nan")]) == '["\\ud83d", "<bytes>", NaN]'
-    assert files.show_names(["a", "\n", *["x" * 50] * 10]) == f"a, \\n, {', '.join(['x' * 37 + '...'] * 8)} ..."
+    assert show({"a": "x" * 100}) == '{"a": "' + "x" * 50 + "..."
+    assert show(["\ud83d", b"", float("nan")]) == '["\\ud83d", "<bytes>", NaN]'
+    assert show_names(["a", "\n", *["x" * 50] * 10]) == f"a, \\n, {', '.join(['x' * 37 + '...'] * 8)} ..."

@@ -1,0 +1,33 @@
+"""A row that cannot be trained, and how values look in the messages about it: on one line, and printable."""
+
+import json
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+
+class BadRow(ValueError):  # noqa: N818 (it is a row, and is passed on as one)
+    """A row that cannot be trained, though the rows after it can be read. Its reason is one line that can be shown."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason))
+
+
+def show(value: Any, width: int = 60) -> str:
+    """Return a value as a message shows it: JSON on one line, cut to width characters."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=lambda other: f"<{type(other).__name__}>")
+    except (RecursionError, ValueError, TypeError):  # TypeError: keys of Parquet's maps
+        text = f"<{type(value).__name__}>"
+    return printable(text if len(text) <= width else text[: width - 3] + "...")
+
+
+def show_names(names: Iterable[Any]) -> str:
+    """Return keys, or columns, as a message lists them: the first ten."""
+    shown = [printable(name if len(name) <= 40 else name[:37] + "...") for name in map(str, islice(names, 11))]
+    return ", ".join(shown[:10]) + (" ..." if len(shown) > 10 else "") or "(none)"
+
+
+def printable(text: str) -> str:
+    """Return text with half characters, line breaks and what moves a terminal's cursor written out."""
+    return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in text)
