@@ -24,6 +24,7 @@ from pyarrow import parquet
 
 from qwenlora.configs.schema import Data
 from qwenlora.data import rows, sources, treat
+from qwenlora.data.bad_row import BadRow
 from qwenlora.data.rows import Options, Row
 
 TOOL = {

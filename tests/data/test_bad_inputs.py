@@ -569,7 +569,7 @@ def test_an_empty_file_is_named_among_good_ones(tmp_path, message):
 
 def test_bad_rows_are_left_out_when_that_is_asked_for(tmp_path):
     (tmp_path / "my.jsonl").write_bytes(lines(ROW, {"a": 1}, ROW) + b"{")
-    assert survey(Data(train=str(tmp_path / "my.jsonl"), on_bad_row="skip")) == (2, 0, 2)
+    assert survey(Data(train=str(tmp_path / "my.jsonl"), on_bad_row="skip")) == (2, 0, 2, [])
 
 
 TAKEN = {**ROW, "score": float("nan")}
@@ -629,7 +629,7 @@ def test_a_file_that_only_looks_wrong_is_read(tmp_path, name):
 
 def test_a_row_of_five_megabytes_is_read(tmp_path):
     (tmp_path / "my.jsonl").write_bytes(lines(ROW | {"output": "三" * 2_000_000}, ROW))
-    assert survey(Data(train=str(tmp_path / "my.jsonl"))) == (2, 0, 0)
+    assert survey(Data(train=str(tmp_path / "my.jsonl"))) == (2, 0, 0, [])
 
 
 def test_random_damage_never_ends_in_a_traceback():

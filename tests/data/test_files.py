@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from qwenlora.data import files
+from qwenlora.data import chunks, files
 from qwenlora.data.bad_row import BadRow, show, show_names
 from qwenlora.data.chunks import Values
 from qwenlora.data.files import read_chunks
@@ -64,7 +64,7 @@ def test_an_array_is_the_same_rows_and_lines_whatever_its_blocks_are(folder, row
     text += f"]{space[1]}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "CHUNK_BYTES", block)
-        patch.setattr(files, "CHUNK_ROWS", 2)
+        patch.setattr(chunks, "CHUNK_ROWS", 2)
         assert read(written(folder / "my.json", text)) == expected
 
 
@@ -218,7 +218,7 @@ def test_the_place_of_an_error_is_right_in_a_long_line(tmp_path, monkeypatch):
 
 
 def test_parquet_keeps_turns_and_their_nulls(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 2)
     turns = [
         {"role": "user", "content": "几点？"},
         {"role": "assistant", "content": None, "tool_calls": [{"name": "x"}]},
@@ -233,7 +233,7 @@ def test_parquet_keeps_turns_and_their_nulls(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_data_set_of_the_library_is_its_rows(tmp_path, monkeypatch, saved):
-    monkeypatch.setattr(files, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 2)
     rows = [{"messages": [{"role": "user", "content": f"问{n}"}], "id": n} for n in range(5)]
     dataset = datasets.Dataset.from_list(rows)
     if saved:
