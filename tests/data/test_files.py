@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from qwenlora.data import chunks, files
+from qwenlora.data import chunks, files, json_rows, tables
 from qwenlora.data.bad_row import BadRow, show, show_names
 from qwenlora.data.chunks import Values
 from qwenlora.data.files import read_chunks
@@ -132,8 +132,8 @@ def test_what_is_inside_decides_not_the_name(tmp_path):
 
 
 def test_json_lines_are_not_decoded_before_they_are_asked_for(tmp_path):
-    chunks = list(read_chunks(written(tmp_path / "my.jsonl", '{"a": 1}\n{"a": \n')))
-    assert all(isinstance(chunk, Lines) for chunk in chunks)
+    found = list(read_chunks(written(tmp_path / "my.jsonl", '{"a": 1}\n{"a": \n')))
+    assert all(isinstance(chunk, Lines) for chunk in found)
     assert all(isinstance(chunk, Values) for chunk in read_chunks(written(tmp_path / "my.json", '[{"a": 1}]')))
 
 
@@ -141,10 +141,10 @@ def test_a_large_file_comes_in_chunks_that_say_how_much_was_read(tmp_path):
     row = json.dumps({"a": "x" * 1000})
     for text in ("\n".join([row] * 5000), f"[{','.join([row] * 5000)}]", "a\n" + "xyz\n" * 5000):
         path = written(tmp_path / ("my.csv" if text[0] == "a" else "my.json"), text)
-        chunks = list(read_chunks(path))
-        assert len(chunks) >= 5
-        assert sum(len(list(chunk.values())) for chunk in chunks) == 5000
-        read_bytes = [chunk.read for chunk in chunks]
+        found = list(read_chunks(path))
+        assert len(found) >= 5
+        assert sum(len(list(chunk.values())) for chunk in found) == 5000
+        read_bytes = [chunk.read for chunk in found]
         assert read_bytes == sorted(read_bytes)
         assert read_bytes[-1] == path.stat().st_size
 
@@ -218,35 +218,35 @@ def test_the_place_of_an_error_is_right_in_a_long_line(tmp_path, monkeypatch):
 
 
 def test_parquet_keeps_turns_and_their_nulls(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(tables, "CHUNK_ROWS", 2)
     turns = [
         {"role": "user", "content": "几点？"},
         {"role": "assistant", "content": None, "tool_calls": [{"name": "x"}]},
     ]
     parquet.write_table(pa.table({"messages": [turns, turns, None]}), tmp_path / "my.parquet")
-    chunks = list(read_chunks(tmp_path / "my.parquet"))
+    found = list(read_chunks(tmp_path / "my.parquet"))
     full = [{"role": "user", "content": "几点？", "tool_calls": None}, turns[1]]
-    assert [len(list(chunk.values())) for chunk in chunks] == [2, 1]
+    assert [len(list(chunk.values())) for chunk in found] == [2, 1]
     assert read(tmp_path / "my.parquet") == [(1, {"messages": full}), (2, {"messages": full}), (3, {"messages": None})]
-    assert chunks[-1].read == (tmp_path / "my.parquet").stat().st_size
+    assert found[-1].read == (tmp_path / "my.parquet").stat().st_size
 
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_data_set_of_the_library_is_its_rows(tmp_path, monkeypatch, saved):
-    monkeypatch.setattr(chunks, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(tables, "CHUNK_ROWS", 2)
     rows = [{"messages": [{"role": "user", "content": f"问{n}"}], "id": n} for n in range(5)]
     dataset = datasets.Dataset.from_list(rows)
     if saved:
         dataset.save_to_disk(tmp_path / "saved")
         dataset = datasets.load_from_disk(str(tmp_path / "saved"))
-    chunks = list(dataset_chunks(dataset.with_format("numpy")))
+    found = list(dataset_chunks(dataset.with_format("numpy")))
     assert [row for chunk in chunks for row in chunk.values()] == list(enumerate(rows, 1))
-    assert [len(list(chunk.values())) for chunk in chunks] == [2, 2, 1]
+    assert [len(list(chunk.values())) for chunk in found] == [2, 2, 1]
 
 
 def test_a_line_longer_than_the_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "CHUNK_BYTES", 2**10)
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(json_rows, "MAX_LINE_BYTES", 2**20)
     for name, text, what in (
         ("my.jsonl", '{"a": 1}\n{"a": "%s"}', "2: this line is longer than 1 MiB; one row a line"),
         ("my.json", '[{"a": 1},\n{"a": "%s"}]', "2: this row is longer than 1 MiB"),

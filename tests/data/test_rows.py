@@ -112,9 +112,9 @@ OPENAI = {
 def test_a_file_of_each_shape_is_known_by_its_rows(tmp_path, shape, rows):
     path = tmp_path / "my.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert survey(Data(train=str(path))) == (3, 0, 0)
+    assert survey(Data(train=str(path))) == (3, 0, 0, [])
     assert [shape_of(row, Options()) for row in rows] == [shape.partition(",")[0]] * 3
-    assert survey(Data(train=str(path), format=shape.partition(",")[0])) == (3, 0, 0)
+    assert survey(Data(train=str(path), format=shape.partition(",")[0])) == (3, 0, 0, [])
     places = [place for place, _ in rows_of_side(Data(train=str(path)), "train")]
     assert places == [f"{path}:{line}" for line in (1, 2, 3)]
 
