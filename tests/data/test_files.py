@@ -240,13 +240,14 @@ def test_a_data_set_of_the_library_is_its_rows(tmp_path, monkeypatch, saved):
         dataset.save_to_disk(tmp_path / "saved")
         dataset = datasets.load_from_disk(str(tmp_path / "saved"))
     found = list(dataset_chunks(dataset.with_format("numpy")))
-    assert [row for chunk in chunks for row in chunk.values()] == list(enumerate(rows, 1))
+    assert [row for chunk in found for row in chunk.values()] == list(enumerate(rows, 1))
     assert [len(list(chunk.values())) for chunk in found] == [2, 2, 1]
 
 
 def test_a_line_longer_than_the_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "CHUNK_BYTES", 2**10)
     monkeypatch.setattr(json_rows, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(tables, "MAX_LINE_BYTES", 2**20)
     for name, text, what in (
         ("my.jsonl", '{"a": 1}\n{"a": "%s"}', "2: this line is longer than 1 MiB; one row a line"),
         ("my.json", '[{"a": 1},\n{"a": "%s"}]', "2: this row is longer than 1 MiB"),
