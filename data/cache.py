@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,9 @@ def digest_of(path: Path, cache: Path) -> str:
     # a change within the clock's tick after it would look the same: then it is not remembered
     settled = time.time_ns() - max(state["mtime_ns"], state["ctime_ns"]) > 2e9
     if state_of(path) == state and settled:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(entry, json.dumps({"path": str(path.absolute()), "state": state, "sha256": found}))
+        with suppress(OSError):  # a cache that cannot be written is refused when rows are, in better words
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(entry, json.dumps({"path": str(path.absolute()), "state": state, "sha256": found}))
     return found
 
 

@@ -74,3 +74,26 @@ def tiny_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     answer = Command(folder)("train", ROOT / "configs" / "tiny.yaml", OMP_NUM_THREADS="2", WANDB_MODE="offline")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return folder / "runs" / "tiny", answer
+
+
+@pytest.fixture
+def read_wandb():
+    """Return what reads the records of a .wandb file: a 7-byte header, then LevelDB's log format in 32 KiB blocks."""
+    from wandb.proto import wandb_internal_pb2
+
+    def read_wandb(file):
+        data, position, parts = file.read_bytes(), 7, []
+        while position + 7 <= len(data):
+            if 32768 - position % 32768 < 7:
+                position += 32768 - position % 32768
+                continue
+            length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+            parts.append(data[position + 7 : position + 7 + length])
+            position += 7 + length
+            if kind in (1, 4):  # full, last
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(b"".join(parts))
+                parts = []
+                yield record
+
+    return read_wandb

@@ -169,7 +169,7 @@ def test_the_same_command_again_says_that_it_is_done(tiny_run, qwenlora):
     assert (tiny_run[0] / "metrics.jsonl").stat() == before
 
 
-def test_the_offline_wandb_run_holds_the_same_losses(run, metrics):
+def test_the_offline_wandb_run_holds_the_same_losses(run, metrics, read_wandb):
     (file,) = (run.path / "wandb").glob("offline-run-*/run-*.wandb")
     assert run.wandb_id.read_text() in file.name
     sent = {}
@@ -183,25 +183,6 @@ def test_the_offline_wandb_run_holds_the_same_losses(run, metrics):
     assert {s: v["eval/loss"] for s, v in sent.items() if "eval/loss" in v} == {
         line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line
     }
-
-
-def read_wandb(file):
-    """Yield the records of a .wandb file: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, parts = file.read_bytes(), 7, []
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        parts.append(data[position + 7 : position + 7 + length])
-        position += 7 + length
-        if kind in (1, 4):  # full, last
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(b"".join(parts))
-            parts = []
-            yield record
 
 
 GUARD = """
