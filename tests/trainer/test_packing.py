@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, masking_utils
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from qwenlora.data.chat import Tokens
 from qwenlora.trainer.batches import IGNORED, collate, collate_packs
@@ -108,3 +109,25 @@ def test_a_rank_without_work_gets_one_blank_token():
     batch = collate_packs([], PAD)
     assert batch["input_ids"].tolist() == [[PAD]]
     assert batch["labels"].tolist() == [[IGNORED]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_on_a_gpu_rows_of_a_pack_are_kept_apart(kind, attention):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed: pip install flash-attn")
+    if attention == "flash_attention_3" and not is_flash_attn_3_available():
+        pytest.skip("FlashAttention 3 is not installed (Hopper GPUs)")
+    model = model_of(kind, attention, torch.bfloat16).cuda()
+    check_isolation(model)
+    rows = rows_of(5, 170, 33, 2)
+    alone = torch.cat([losses(model, on_gpu(collate([row], PAD))) for row in rows])
+    packed = losses(model, on_gpu(collate_packs([rows], PAD)))
+    assert (alone - packed).abs().max() <= 0.05, "bfloat16 rounds differently for other shapes; a leak is 0.4 and more"
+
+
+def on_gpu(batch):
+    return {name: value.cuda() for name, value in batch.items()}
