@@ -64,7 +64,7 @@ class Report:
         for name, value in self.facts:
             facts.add_row(name, Text(value))
         console.print(facts)
-        console.print(Text(f"lengths in tokens (data.max_length={self.max_length})", style="bold"))
+        console.print(Text("lengths in tokens", style="bold"))
         console.print(self._histogram())
         for problem in self.problems:
             console.print(Text("warning: ", style="yellow").append(problem, style="default"), soft_wrap=True)
@@ -86,6 +86,8 @@ class Report:
                 drawn = True
             bar = Bar(most, 0, length.rows, color="red" if length.over else "green")
             table.add_row(f"{length.start:,}-{length.end - 1:,}", f"{length.rows:,}", bar)
+        if not drawn:
+            table.add_row("", "", Text(f"--- data.max_length={self.max_length}: no row is longer ---", style="dim"))
         return table
 
     def write(self, path: Path) -> None:
@@ -225,7 +227,7 @@ def _batches(prepared: Prepared, config: Config, *, packing: bool) -> list[tuple
             f"{len(packs):,} of at most {config.data.max_length:,} tokens, {fill:.2%} full"
             f"{'' if packing else ' (data.packing is off here)'}",
         ),
-        ("padding", f"{ours:.1%} of what is computed, {random:.1%} with rows in random order ({size} {unit} at once)"),
+        ("padding", f"{ours:.1%} of what is computed, {random:.1%} with rows in random order ({size} {unit if size > 1 else unit[:-1]} at once)"),
         ("steps", f"{order.steps_per_epoch:,} an epoch, of {batch} {unit}, about {tokens:,} tokens each"),
     ]
 
