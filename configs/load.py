@@ -103,6 +103,12 @@ SECTIONS = list(dict.fromkeys(key.split(".")[0] for key in FIELDS if "." in key)
 
 # what people bring from other tools, where no nearness of spelling helps
 ELSEWHERE = {
+    "mask_history": "data.train_on",
+    "neat_packing": "data.packing",
+    "preprocessing_num_workers": "data.num_proc",
+    "sample_packing": "data.packing",
+    "train_on_inputs": "data.train_on",
+    "val_size": "data.eval_fraction",
     "batch_size": "train.per_device_train_batch_size",
     "cutoff_len": "data.max_length",
     "dataset": "data.train",

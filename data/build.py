@@ -38,8 +38,8 @@ IN_FLIGHT = 3  # chunks a process, so that none waits and memory stays small
 _job: Job | None = None  # set before they are forked
 
 
-def _begin() -> None:
-    die_with_parent()
+def _begin(parent: int) -> None:
+    die_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the one that started us decides
@@ -56,15 +56,13 @@ def build(
     tokenizer: Any,
     data: Data,
     console: Console | None = None,
-    states: Callable[[], list[Any]] = list,
 ) -> dict[str, Any]:
     """Write the pieces of all sources into folder/train and folder/eval; return what was counted.
 
-    states: what the files are like; asked before and after, since a file that changes meanwhile is refused.
     Raises: ValueError for files that cannot be read to their end.
     """
     global _job
-    start, before = time.monotonic(), states()
+    start = time.monotonic()
     size = sum(path.stat().st_size for source in sources for path in source.files)
     _check_space(folder, size)
     processes = data.num_proc or len(os.sched_getaffinity(0))
@@ -98,8 +96,6 @@ def build(
         while waiting:
             take()
     memory.look(at_once=True)
-    if states() != before:
-        raise ValueError("a data file was changed while it was read; start again")
     if written.bad_rows and data.on_bad_row == "error":
         raise ValueError(refusal(written.counts(), sources))
     facts = written.finish()
@@ -126,7 +122,7 @@ class _Pool:
     def __init__(self, processes: int) -> None:
         self.executor: ProcessPoolExecutor | None = None
         if processes:
-            self.executor = ProcessPoolExecutor(processes, get_context("fork"), _begin)
+            self.executor = ProcessPoolExecutor(processes, get_context("fork"), _begin, (os.getpid(),))
             self.executor.submit(int).result()  # forked now, before a progress bar has its thread
 
     def submit(self, do: Callable[..., Done], *arguments: Any) -> Future[Done]:

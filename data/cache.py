@@ -62,14 +62,19 @@ def state_of(path: Path) -> dict[str, int]:
 def read_index(folder: Path) -> dict[str, Any] | None:
     """Return a whole folder's index.json; None when the folder is not there, or has lost something.
 
-    The index holds {"files": {name: bytes}}, and whatever its builder returned.
+    The index holds {"files": {name: [bytes, second of its last change]}}, and whatever its builder returned.
     """
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in index["files"].items())
+        whole = all(_size_and_second(folder / name) == found for name, found in index["files"].items())
     except (OSError, ValueError, KeyError):
         return None
     return index if whole else None
+
+
+def _size_and_second(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, int(stat.st_mtime)]  # finer times are not kept by every file system
 
 
 def build_once(
@@ -100,7 +105,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
         written = [path for path in staging.rglob("*") if path.is_file()]
         for path in written:
             sync(path)
-        index["files"] = {str(path.relative_to(staging)): path.stat().st_size for path in written}
+        index["files"] = {str(path.relative_to(staging)): _size_and_second(path) for path in written}
         write_atomically(staging / INDEX, json.dumps(index, ensure_ascii=False))
         if folder.exists() and read_index(folder) is None:  # it lost a file
             folder.rename(staging.with_name(f"{staging.name}-broken"))

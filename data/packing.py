@@ -50,6 +50,7 @@ def pack(lengths: npt.NDArray[np.integer], max_length: int) -> Packs:
     while there:
         pattern = _fill(there, left, max_length)
         times = min(int(left[size]) // count for size, count in Counter(pattern).items())
+        assert times > 0, "a pattern uses more rows than are left"
         columns = []
         for size in pattern:
             columns.append(by_length[taken[size] : taken[size] + times])

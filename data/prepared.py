@@ -9,16 +9,16 @@ The key is a hash of everything the tokens depend on: the files' bytes, the toke
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 from rich.console import Console
 
 from qwenlora.configs.schema import Data
-from qwenlora.data import build, chat, chunks, files, fit, json_rows, packing, rows, sources, tables, treat, written
+from qwenlora.data import build, sources, written
 from qwenlora.data.cache import build_once, digest_of, state_of
 from qwenlora.data.chat import Tokens
 from qwenlora.data.packing import Packs
@@ -27,7 +27,9 @@ from qwenlora.data.sources import SideName, Source
 
 # options that decide what is prepared; the others (num_proc, packing ...) decide how, or what is made of it
 _OPTIONS = ("max_length", "overlength", "split_replies", "train_on", "eval_fraction")
-_CODE = (build, chat, chunks, files, fit, json_rows, packing, rows, sources, tables, treat, written)
+# libraries that tokens come from; files of this room that no token depends on
+_LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow", "datasets")
+_NO_MATTER = {"__init__.py", "cache.py", "order.py", "report.py", "survey.py"}
 
 
 class Side(NamedTuple):
@@ -55,11 +57,15 @@ class Side(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A prepared folder. facts: what was counted (written.py); sources: what the config names, in its order."""
+    """A prepared folder.
+
+    facts: what was counted (written.py); sources: what the config names, in its order; files_key: hash of their bytes.
+    """
 
     folder: Path
     facts: dict[str, Any]
     sources: list[Source]
+    files_key: str
 
     @property
     def counts(self) -> dict[SideName, dict[str, Any]]:
@@ -77,7 +83,7 @@ class Prepared(NamedTuple):
         yield from written.bad_lines(self.folder, self.sources)
 
     def place(self, side: SideName, row: int) -> str:
-        """Return where a row stands."""
+        """Return where a row stands. row: its number in the folder's places.npy."""
         source, file, line = map(int, np.load(self.folder / side / "places.npy", mmap_mode="r")[row])
         return self.sources[source].place(file, line)
 
@@ -161,13 +167,23 @@ def prepare(
     """
     notes: list[str] = []
     found = sources.find(data, notes.append)
-    folder = cache / key_of(data, found, tokenizer, cache)
 
     def states() -> list[Any]:
-        return [state_of(path) for source in found for path in source.files]
+        return [_state_of(path) for source in found for path in source.files]
+
+    before = states()  # of what the key is made of: what changes from here on, also while we wait, is refused
+    of_files = files_key(found, cache)
+    folder = cache / key_of(data, found, tokenizer, of_files)
+
+    def refuse_a_change() -> None:
+        if states() != before:
+            raise ValueError("a data file was changed while it was read; start again")
 
     def make(staging: Path) -> dict[str, Any]:
-        return build.build(staging, found, tokenizer, data, console, states)
+        refuse_a_change()
+        counted = build.build(staging, found, tokenizer, data, console)
+        refuse_a_change()
+        return counted
 
     try:
         facts = build_once(folder, make, say)
@@ -177,25 +193,36 @@ def prepare(
             " or set data.cache_dir to a folder that can be written"
         ) from error
     facts["notes"] = [*notes, *facts["notes"]]
-    return Prepared(folder, facts, found)
+    return Prepared(folder, facts, found, of_files)
 
 
-def key_of(data: Data, found: list[Source], tokenizer: Any, cache: Path) -> str:
-    """Return the hash that names the prepared rows of these sources, tokenizer, options and code."""
-    digest = hashlib.sha256(f"{tokenizers.__version__} {np.__version__}".encode())
-    for module in (*_CODE, None):
-        digest.update(Path(module.__file__ or "" if module else __file__).read_bytes())
+def key_of(data: Data, found: list[Source], tokenizer: Any, of_files: str) -> str:
+    """Return the hash that names the prepared rows of these sources, tokenizer, options and code.
+
+    of_files: files_key() of the same sources.
+    """
+    digest = hashlib.sha256(json.dumps([metadata.version(name) for name in _LIBRARIES]).encode())
+    for name in _code():
+        digest.update((resources.files("qwenlora.data") / name).read_bytes())
     digest.update(json.dumps([getattr(data, option) for option in _OPTIONS]).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(tokenizer.chat_template).encode())
+    # templates see them as variables
+    digest.update(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
     for source in found:
         how: list[Any] = [source.side, source.weight, source.encoding, source.options.format]
         how += [dict(source.options.columns), dict(source.options.roles), [path.suffixes[-2:] for path in source.files]]
         if source.dataset is not None:  # two splits of it may lie in one file
             how.append(source.dataset._fingerprint)
         digest.update(json.dumps(how, sort_keys=True).encode())
-    digest.update(files_key(found, cache).encode())
+    digest.update(of_files.encode())
     return digest.hexdigest()[:16]
+
+
+def _code() -> list[str]:
+    """Return the files of this room that what is prepared depends on."""
+    there = [path.name for path in resources.files("qwenlora.data").iterdir() if path.name.endswith(".py")]
+    return sorted(set(there) - _NO_MATTER)
 
 
 def files_key(found: list[Source], cache: Path) -> str:
@@ -209,6 +236,13 @@ def files_key(found: list[Source], cache: Path) -> str:
             except OSError as error:
                 raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     return digest.hexdigest()[:16]
+
+
+def _state_of(path: Path) -> dict[str, int]:
+    try:
+        return state_of(path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def open_side(folder: Path, side: SideName) -> Side | None:

@@ -227,7 +227,10 @@ def _batches(prepared: Prepared, config: Config, *, packing: bool) -> list[tuple
             f"{len(packs):,} of at most {config.data.max_length:,} tokens, {fill:.2%} full"
             f"{'' if packing else ' (data.packing is off here)'}",
         ),
-        ("padding", f"{ours:.1%} of what is computed, {random:.1%} with rows in random order ({size} {unit if size > 1 else unit[:-1]} at once)"),
+        (
+            "padding",
+            f"{ours:.1%} of what is computed; with rows in random order, {size} at once: {random:.1%}",
+        ),
         ("steps", f"{order.steps_per_epoch:,} an epoch, of {batch} {unit}, about {tokens:,} tokens each"),
     ]
 

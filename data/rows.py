@@ -49,7 +49,16 @@ ROLES = {
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's own: text that holds one would forge a turn
 _TURN_KEYS = (("from", "value"), ("role", "content"))
 THINK, THOUGHT = "<think>", "</think>"
-WEIGHTS = ("weight", "loss", "train")  # of a turn: nothing here heeds them
+# keys that would change what a turn or a row means, and that nothing here heeds: what to do instead
+_UNHEEDED_IN_TURNS = {
+    **dict.fromkeys(("weight", "loss", "loss_weight", "train", "training", "mask"), None),
+    **dict.fromkeys(("thinking", "reasoning"), "reasoning_content"),
+}
+_UNHEEDED_IN_ROWS = {
+    **dict.fromkeys(("weight", "loss_weight", "images", "videos", "audios", "reasoning_content"), None),
+    "system_prompt": "system",
+}
+_REJECTED = ("rejected", "rejected_response", "rejected_messages")
 # empty lines before a reply would melt into one token with the line break that ends the turn's header, a token that no
 # prompt for an answer ends with
 _LEADING_LINES = re.compile(r"^\s*[\r\n]")
@@ -111,6 +120,11 @@ def _shape(row: dict[str, Any], wanted: str) -> str:
     there = {key for key, value in row.items() if value is not None and value != ""}  # a table's empty cells are not
     if "chosen" in there and "rejected" in there:
         raise BadRow(f"is preference data (chosen and rejected), which is for DPO{_preference_hint(row)}")
+    if rejected := next((key for key in _REJECTED if key in there), None):
+        raise BadRow(
+            f"is preference data ({rejected}), which is for DPO; to learn the other replies, write"
+            f" data.columns: {{{rejected}: null}}"
+        )
     found = ["chat"] if there.intersection(TURN_LISTS) else []
     found += [shape for shape, keys in PAIRS.items() if all(key in row for key in keys) and there.intersection(keys)]
     found += ["text"] if "text" in there and (wanted == "text" or not found) else []
@@ -208,6 +222,11 @@ def to_row(line: int, value: Any, shape: str, options: Options) -> Row:
             raise BadRow("text is empty; remove the row")
         _check_text(text, "text", markup=False)
         return Row(line, [], None, text)
+    _check_heeded(row, _UNHEEDED_IN_ROWS, "")
+    if shape == "chat" and row.get("history"):
+        raise BadRow("has turns and a history; put it into the turns, or ignore it: data.columns: {history: null}")
+    if row.get("tools") and row.get("functions"):
+        raise BadRow("has tools and functions; ignore one: data.columns: {functions: null}")
     messages = _turns(row, options) if shape == "chat" else _pair(row, *PAIRS[shape])
     if (system := row.get("system")) not in (None, ""):
         if not isinstance(system, str):
@@ -280,9 +299,9 @@ def _turn(number: int, value: Any, options: Options) -> Message:
     if known is None:
         raise BadRow(f"turn {number} has role {show(role)}; known: {', '.join(ROLES)}{_role_hint(number, role)}")
     name = f"turn {number} ({role})"
-    for key in WEIGHTS:
-        if turn.get(key) is not None:
-            raise BadRow(f"turn {number} has {key}, which nothing here heeds; ignore it: data.columns: {{{key}: null}}")
+    _check_heeded(turn, _UNHEEDED_IN_TURNS, f"turn {number} ")
+    if turn.get("tool_calls") and turn.get("function_call"):
+        raise BadRow(f"{name} has tool_calls and function_call; ignore one: data.columns: {{function_call: null}}")
     content = turn.get(said)
     if known == "function_call":
         return Message(role="assistant", content="", tool_calls=_calls(name, content))
@@ -301,6 +320,13 @@ def _turn(number: int, value: Any, options: Options) -> Message:
             raise BadRow(f"{name} has tool_calls, which only an assistant makes")
         message["tool_calls"] = _calls(name, calls)
     return message
+
+
+def _check_heeded(found: dict[str, Any], unheeded: Mapping[str, str | None], what: str) -> None:
+    for key, instead in unheeded.items():
+        if found.get(key) not in (None, "", []):
+            also = f" read it as {instead}: data.columns: {_mapping({key: instead})}, or" if instead else ""
+            raise BadRow(f"{what}has {key}, which nothing here heeds;{also} ignore it: data.columns: {{{key}: null}}")
 
 
 def _turn_hint(turn: dict[str, Any]) -> str:
@@ -329,6 +355,10 @@ def _calls(name: str, calls: Any) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
             raise BadRow(f'{name}: a call must be {{"name": ..., "arguments": {{...}}}}, found {show(call)}')
+        if "arguments" not in function and (others := set(function) - {"name", "id", "type", "index"}):
+            raise BadRow(
+                f"{name}: a call has no arguments, but {', '.join(sorted(map(str, others)))}; call it arguments"
+            )
         # as text, Qwen2.5's template would write it in quotes
         arguments = _from_json(function.get("arguments", {}), f"{name}: the arguments of a call")
         if not isinstance(arguments, dict):

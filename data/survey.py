@@ -8,7 +8,7 @@ from qwenlora.data import sources
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.rows import Row
 from qwenlora.data.sources import SideName
-from qwenlora.data.treat import read, side_of
+from qwenlora.data.treat import read, repeats_of, side_of
 from qwenlora.data.written import SHOWN_BAD_ROWS, refusal
 
 
@@ -25,7 +25,7 @@ def survey(data: Data) -> Survey:
     """Return how many rows there are. Raises: ValueError listing the bad ones, when data.on_bad_row is error."""
     notes: list[str] = []
     found = sources.find(data, notes.append)
-    train, others = 0.0, 0
+    train = others = 0
     seen = [0] * len(found)
     bad: list[tuple[int, int, int, str]] = []
     for number, file, line, row in read(found, notes.append):
@@ -33,7 +33,7 @@ def survey(data: Data) -> Survey:
         if isinstance(row, BadRow):
             bad.append((number, file, line, str(row)))
         elif side_of(row.digest, found[number], data) == "train":
-            train += found[number].weight
+            train += repeats_of(row.digest, found[number].weight)
         else:
             others += 1
     if bad and data.on_bad_row == "error":
@@ -43,7 +43,7 @@ def survey(data: Data) -> Survey:
     for source, rows in zip(found, seen, strict=True):
         if not rows:
             raise ValueError(f"data.{source.side}={source.name} is empty: it has no rows")
-    return Survey(round(train), others, len(bad), notes)
+    return Survey(train, others, len(bad), notes)
 
 
 def rows_of_side(data: Data, side: SideName) -> Iterator[tuple[str, Row]]:

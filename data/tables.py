@@ -87,7 +87,7 @@ def parquet_rows(path: Path, raw: IO[bytes]) -> Iterator[Values]:
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"the column {show(twice[0])} stands twice")
         for batch in table.iter_batches(batch_size=CHUNK_ROWS):
-            values = batch.to_pylist()
+            values = [_without_nulls(row) for row in batch.to_pylist()]
             rows: list[Decoded] = list(enumerate(values, done + 1))
             done += len(values)
             yield Values(rows, size * done // total)
@@ -102,11 +102,20 @@ def dataset_chunks(dataset: Any) -> Iterator[Values]:
     try:
         for columns in dataset.with_format(None).iter(batch_size=CHUNK_ROWS):
             names = list(columns)
-            values = [dict(zip(names, fields, strict=True)) for fields in zip(*columns.values(), strict=True)]
+            values = [
+                _without_nulls(dict(zip(names, fields, strict=True))) for fields in zip(*columns.values(), strict=True)
+            ]
             yield Values(list(enumerate(values, done + 1)), 0)
             done += len(values)
     except Exception as error:  # of pyarrow, or of images and sound that cannot be decoded
         raise ValueError(f"the data set cannot be read after row {done:,}: {_arrow_problem(error)}") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without keys that hold nothing: Arrow gives all rows, and all tools, the keys that any has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _arrow_problem(error: Exception) -> str:

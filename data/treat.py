@@ -133,6 +133,12 @@ def side_of(digest: bytes, source: Source, data: Data) -> SideName:
     return source.side
 
 
+def repeats_of(digest: bytes, weight: float) -> int:
+    """Return how often an epoch sees a row: a fraction of a weight is for rows chosen by their digest."""
+    whole = int(weight)  # and other bits than eval_fraction's
+    return whole + (_share(digest[8:]) < weight - whole)
+
+
 def _share(part: bytes) -> float:
     """Return a number in [0, 1) that a digest decides."""
     return int.from_bytes(part, "big") / 2.0 ** (8 * len(part))

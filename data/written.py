@@ -14,7 +14,7 @@ from qwenlora.configs.schema import Data
 from qwenlora.data.packing import pack
 from qwenlora.data.rows import KNOWN
 from qwenlora.data.sources import SIDES, SideName, Source
-from qwenlora.data.treat import Done, Piece
+from qwenlora.data.treat import Done, Piece, repeats_of
 
 SHOWN_BAD_ROWS = 20
 
@@ -56,8 +56,13 @@ class Written:
     def finish(self) -> dict[str, Any]:
         """Write the rest; return all that was counted."""
         self._bad_file.close()
-        weights = np.array([source.weight for source in self.sources])
-        sides = {side: self._sides[side].finish(weights) for side in SIDES if side in self._sides}
+        weights = [source.weight for source in self.sources]
+        once = [1.0] * len(weights)  # evaluation sees every row once
+        sides = {
+            side: self._sides[side].finish(weights if side == "train" else once)
+            for side in SIDES
+            if side in self._sides
+        }
         if "train" in sides:
             lengths = np.load(self.folder / "train" / "lengths.npy")
             packs = pack(lengths, self.data.max_length)
@@ -73,7 +78,7 @@ class Written:
         }
 
     def _overlap(self) -> dict[str, Any]:
-        """Return which rows stand on both sides: {"rows": of eval, "first": [[side, row number] ...]}."""
+        """Return which rows stand on both sides: {"rows": how many of eval, "first": their numbers}."""
         if not all(side in self._sides for side in SIDES):
             return {"rows": 0, "first": []}
         train, eval_ = (self._sides[side].digests() for side in SIDES)
@@ -116,14 +121,16 @@ class _Side:
         """Return the digests of all rows as one value each."""
         return np.ascontiguousarray(np.concatenate(self._lists["digests"])).view("V16").ravel()
 
-    def finish(self, weights: npt.NDArray[np.float64]) -> dict[str, Any]:
+    def finish(self, weights: list[float]) -> dict[str, Any]:
         """Write the rest; return what was counted. weights: of the sources."""
         for file in self._files.values():
             file.close()
         arrays = {name: np.concatenate(parts) for name, parts in self._lists.items()}
         lengths = arrays["lengths"]
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[:-1]
-        seen = np.repeat(np.arange(len(lengths)), self._repeats(arrays, weights))
+        seen = np.arange(len(lengths))
+        if any(weight != 1 for weight in weights):
+            seen = np.repeat(seen, self._repeats(arrays, weights))
         used = {
             "starts": starts[seen],
             "lengths": lengths[seen],
@@ -150,14 +157,11 @@ class _Side:
             "duplicates": self._rows - len(np.unique(self.digests())),
         }
 
-    def _repeats(self, arrays: dict[str, npt.NDArray[Any]], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """Return how often an epoch sees each piece: its source's weight, the fraction by a hash of its row."""
-        wanted = weights[arrays["places"][:, 0]]
-        repeats = np.floor(wanted).astype(np.int64)
-        if (part := wanted - repeats).any():
-            shares = arrays["digests"][:, 8:].copy().view(">u8").ravel() / 2.0**64  # not the bits of eval_fraction
-            repeats += shares < part
-        return np.asarray(repeats[arrays["row_of"]], np.int64)
+    def _repeats(self, arrays: dict[str, npt.NDArray[Any]], weights: list[float]) -> npt.NDArray[np.int64]:
+        """Return how often an epoch sees each piece."""
+        rows = zip(arrays["digests"], arrays["places"][:, 0].tolist(), strict=True)
+        of_row = np.array([repeats_of(digest.tobytes(), weights[source]) for digest, source in rows], np.int64)
+        return np.asarray(of_row[arrays["row_of"]], np.int64)
 
 
 def bad_report(facts: dict[str, Any], sources: list[Source]) -> str:
@@ -172,9 +176,8 @@ def bad_report(facts: dict[str, Any], sources: list[Source]) -> str:
     total, bad = facts["bad_among"], facts["bad"]
     reasons = {reason for *_, reason in facts["first_bad"]}
     if bad == total > 1 and len(reasons) == 1:  # one sentence says it all
-        return (
-            f"{lines[0]}; the same for {'all ' if bad <= SHOWN_BAD_ROWS else 'the first 20 of '}{total:,} rows{help_}"
-        )
+        which = "all" if bad <= SHOWN_BAD_ROWS else f"the first {SHOWN_BAD_ROWS} of"
+        return f"{lines[0]}; the same for {which} {total:,} rows{help_}"
     shown = "\n  ".join(lines)
     more = f"\n  and {bad - len(lines):,} more" if bad > len(lines) else ""
     return f"{bad:,} of {total:,} rows cannot be trained:\n  {shown}{more}{help_}"

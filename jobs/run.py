@@ -26,6 +26,7 @@ from qwenlora.configs.schema import Config
 from qwenlora.jobs.disk import write_atomically
 
 Reason = Literal["done", "stopped", "failed", "refused"]
+PREPARE_ONLY = "--prepare-only"  # what a rank's module is told that only prepares
 EXIT_CODES: dict[Reason, int] = {"done": 0, "stopped": 75, "failed": 1, "refused": 2}
 
 # what may change between two attempts without making it another run

@@ -18,8 +18,8 @@ from qwenlora.data import sources
 from qwenlora.data.order import accumulation_steps, total_steps
 from qwenlora.data.prepared import files_key
 from qwenlora.data.survey import survey
-from qwenlora.jobs.run import EXIT_CODES, RunFolder
-from qwenlora.launch.children import PREPARE_ONLY, RANK_MODULE, Children
+from qwenlora.jobs.run import EXIT_CODES, PREPARE_ONLY, RunFolder
+from qwenlora.launch.children import RANK_MODULE, Children
 from qwenlora.launch.hardware import gpu_count
 
 TAIL_LINES = 15

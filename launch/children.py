@@ -15,10 +15,10 @@ from typing import IO
 import psutil
 
 from qwenlora.jobs.orphans import die_with_parent
+from qwenlora.jobs.run import PREPARE_ONLY
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 RANK_MODULE = "qwenlora.trainer.main"
-PREPARE_ONLY = "--prepare-only"
 POLL_S = 0.1
 REPEAT_S = 1.0  # a rank that is still being imported cannot hear yet
 

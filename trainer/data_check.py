@@ -38,7 +38,9 @@ def check(config: Config, page: Path | None, console: Console) -> int:
     tokenizer = _tokenizer(config)
     data = config.data.model_copy(update={"on_bad_row": "skip"})  # all rows are looked at, whatever is done then
     rows = prepared.prepare(data, tokenizer, run.cache(config), console, console.print)
-    notes = rows.facts["notes"] if config.data.on_bad_row == "error" else notes_of(config, rows)
+    notes = notes_of(config, rows)
+    if rows.facts["bad"] and config.data.on_bad_row == "skip":
+        notes.append(f"left out: {rows.bad_report}")
     found = report.of(rows, config, tokenizer, packing=packs_rows(config), notes=notes)
     found.show(console)
     found.write(page)

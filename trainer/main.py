@@ -19,11 +19,10 @@ from rich.console import Console
 from qwenlora.configs import Config, load_config
 from qwenlora.jobs.disk import write_atomically
 from qwenlora.jobs.orphans import die_with_parent
-from qwenlora.jobs.run import EXIT_CODES, Reason, RunFolder
+from qwenlora.jobs.run import EXIT_CODES, PREPARE_ONLY, Reason, RunFolder
 from qwenlora.trainer.screen import Rank, StopRequest, take_screen
 
 log = logging.getLogger("qwenlora")
-PREPARE_ONLY = "--prepare-only"  # launch/children.py knows these words, too
 LONGEST_PREPARATION = timedelta(days=7)
 
 

@@ -30,8 +30,9 @@ TOKENIZER_BYTES = 16 * 2**20
 class Facts:
     """What is known before the first step.
 
-    data_folder: the prepared rows; data: their counts, by side; packing: data.packing, decided; units: rows or packs
-    an epoch; notes: what deserves a warning.
+    base: folder or hub name; base_fingerprint: changes when its weights do; data_folder: the prepared rows; files_key:
+    hash of the files they are from; data: their counts, by side; packing: data.packing, decided; bad_rows: left out;
+    notes: what deserves a warning; checkpoint_bytes: of one checkpoint.
     """
 
     base: str
@@ -75,7 +76,7 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None) -> F
         base,
         fingerprint,
         str(rows.folder),
-        prepared.files_key(rows.sources, run.cache(config)),
+        rows.files_key,
         rows.counts,
         packs_rows(config),
         rows.facts["bad"],
@@ -104,7 +105,7 @@ def prepare_rows(config: Config, tokenizer: Any, run: RunFolder, console: Consol
         run.bad_rows.unlink(missing_ok=True)
     rows.refuse(config.data, tokenizer)
     if rows.facts["bad"]:
-        say(f"left out: {rows.bad_report}")
+        say(f"left out, all of them listed in {run.bad_rows}: {rows.bad_report}")
     return rows
 
 
@@ -116,10 +117,6 @@ def packs_rows(config: Config) -> bool:
 def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
     """Return what a careful colleague would mention of the rows."""
     notes = list(rows.facts["notes"])
-    if bad := rows.facts["bad"]:
-        notes.append(
-            f"{bad:,} of {rows.facts['read']:,} rows cannot be trained and are left out; bad_rows.txt lists them"
-        )
     for side, counts in rows.counts.items():
         limit = f"data.max_length={config.data.max_length} tokens"
         for what in ("truncated", "dropped", "split"):
@@ -145,6 +142,12 @@ def read_facts(run: RunFolder) -> Facts:
 
 
 def _refuse_another(run: RunFolder, then: Facts, now: Facts) -> None:
+    if then.packing != now.packing:
+        was, would_be = ("on" if packing else "off" for packing in (then.packing, now.packing))
+        raise ValueError(
+            f"run_dir={run.path} was trained with packing {was}, here it would be {would_be} (data.packing: auto is on"
+            " with a GPU); go on where it was, choose another run_dir, or --fresh to set the old run aside"
+        )
     if then.data_identity != now.data_identity:
         what = "other data: the files or the tokenizer changed since"
     elif then.base_fingerprint != now.base_fingerprint:

@@ -121,7 +121,7 @@ def test_a_builder_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["lost", "short", "no index", "half an index"])
+@pytest.mark.parametrize("damage", ["lost", "short", "other bytes", "no index", "half an index"])
 def test_a_damaged_folder_is_built_again(tmp_path, damage):
     def build(folder):
         (folder / "train").mkdir()
@@ -130,11 +130,14 @@ def test_a_damaged_folder_is_built_again(tmp_path, damage):
 
     folder = tmp_path / "a"
     build_once(folder, build)
-    assert read_index(folder)["files"] == {"train/ids.bin": 8}
+    assert read_index(folder)["files"]["train/ids.bin"][0] == 8
     if damage == "lost":
         (folder / "train" / "ids.bin").unlink()
     elif damage == "short":
         (folder / "train" / "ids.bin").write_bytes(b"1234")
+    elif damage == "other bytes":
+        (folder / "train" / "ids.bin").write_bytes(b"87654321")
+        os.utime(folder / "train" / "ids.bin", (0, 0))  # whenever that was
     elif damage == "no index":
         (folder / "index.json").unlink()
     else:
@@ -143,6 +146,45 @@ def test_a_damaged_folder_is_built_again(tmp_path, damage):
     build_once(folder, build)
     assert (folder / "train" / "ids.bin").read_bytes() == b"12345678"
     assert others(folder) == []
+
+
+def test_all_is_on_the_disk_before_it_is_renamed_and_the_name_after(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(cache, "sync", lambda path: synced.append((path.name, (tmp_path / "a").exists())))
+
+    def build(folder):
+        (folder / "one").write_text("x")
+        (folder / "deep").mkdir()
+        (folder / "deep" / "two").write_text("x")
+        return {}
+
+    build_once(tmp_path / "a", build)
+    assert sorted(synced[:-1]) == [("one", False), ("two", False)]
+    assert synced[-1] == (tmp_path.name, True)
+
+
+def test_a_claim_that_another_took_over_is_left_to_it(tmp_path):
+    def build(folder):
+        (tmp_path / "a.claim").write_text("another's")
+        return {}
+
+    build_once(tmp_path / "a", build)
+    assert (tmp_path / "a.claim").read_text() == "another's"
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(tmp_path, monkeypatch):
+    file = tmp_path / "rows"
+    file.write_text("one")
+    old(file)
+    hashed = cache.hashlib.file_digest
+
+    def meanwhile(*arguments):
+        file.write_text("two!")
+        return hashed(*arguments)
+
+    monkeypatch.setattr(cache.hashlib, "file_digest", meanwhile)
+    digest_of(file, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def old(path) -> None:

@@ -73,6 +73,25 @@ def test_a_split_conversation_keeps_every_reply_once_with_its_question_and_the_s
             assert f"<|im_start|>user\nq{number}<|im_end|>\n<|im_start|>assistant\n{reply}" in text
 
 
+def test_every_piece_of_a_split_row_has_its_tools(tokenizers):
+    if "qwen3" not in tokenizers:
+        pytest.skip("the qwen3 tokenizer is not here")
+    value = chat(*(f"reply {n} " + "word " * 20 for n in range(8))) | {"tools": [{"name": "weather"}]}
+    encoder, data = Encoder(tokenizers["qwen3"]), Data(train="x", overlength="split", max_length=250)
+    row = to_row(1, value, "chat", Options())
+    (tokens,) = encoder.encode([row])
+    pieces = fit(row, tokens, encoder, data).pieces
+    assert len(pieces) > 1
+    assert all('<tools>\n{"name": "weather"}' in tokenizers["qwen3"].decode(piece.ids) for piece in pieces)
+
+
+def test_two_exchanges_that_just_fit_stay_together(fitted):
+    turns = chat("one", "two", "three")
+    both = len(fitted(chat("one", "two"), max_length=4096, overlength="truncate")[2].ids)
+    pieces, _, _ = fitted(turns, overlength="split", max_length=both)
+    assert [len(trained) for _, trained in pieces] == [2, 1]
+
+
 def test_a_reply_that_fits_nowhere_is_counted_not_cut(fitted):
     pieces, outcome, _ = fitted(chat("short", "word " * 99, "end"), overlength="split", max_length=60)
     assert [reply for _, trained in pieces for reply in trained] == ["short<|im_end|>", "end<|im_end|>"]
@@ -91,6 +110,7 @@ def test_with_last_assistant_a_split_keeps_the_end_of_the_conversation(fitted):
     replies = [f"reply {n} " + "word " * 5 for n in range(8)]
     pieces, _, _ = fitted(chat(*replies), overlength="split", max_length=90, train_on="last_assistant")
     assert [trained for _, trained in pieces] == [[f"{replies[-1]}<|im_end|>"]]
+    assert fitted(chat("a", "word " * 99), overlength="split", max_length=60, train_on="last_assistant")[1].lost == 1
     assert "q6" in pieces[0][0]
     assert "q0" not in pieces[0][0]
 

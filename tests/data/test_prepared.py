@@ -14,8 +14,9 @@ import pytest
 from qwenlora.configs.schema import Data, Source
 from qwenlora.data import build, cache, prepared, written
 from qwenlora.data.chat import Encoder
-from qwenlora.data.prepared import key_of, open_side, prepare
+from qwenlora.data.prepared import files_key, key_of, open_side, prepare
 from qwenlora.data.sources import find
+from qwenlora.data.survey import survey
 from qwenlora.data.treat import read
 
 
@@ -46,6 +47,11 @@ def make(tmp_path, tokenizer):
         return prepare(Data(train=train, **options), tokenizer, tmp_path / cache)
 
     return make
+
+
+def key(data, tokenizer, cache) -> str:
+    found = find(data)
+    return key_of(data, found, tokenizer, files_key(found, cache))
 
 
 def texts(tokenizer, side) -> list[str]:
@@ -105,7 +111,7 @@ def test_a_second_start_reads_nothing_but_the_index(tmp_path, make, rows_file, m
 def test_the_key_changes_with_each_option_that_the_tokens_depend_on(tmp_path, rows_file, tokenizer, options):
     keys = set()
     for data in (Data(train=rows_file), Data(train=rows_file, **options)):
-        keys.add(key_of(data, find(data), tokenizer, tmp_path))
+        keys.add(key(data, tokenizer, tmp_path))
     assert len(keys) == 2
 
 
@@ -113,24 +119,24 @@ def test_the_key_does_not_change_with_what_only_says_how(tmp_path, rows_file, to
     keys = set()
     for options in ({}, {"num_proc": 3}, {"on_bad_row": "skip"}, {"packing": "on"}, {"cache_dir": "x"}):
         data = Data(train=rows_file, **options)
-        keys.add(key_of(data, find(data), tokenizer, tmp_path))
+        keys.add(key(data, tokenizer, tmp_path))
     assert len(keys) == 1
 
 
 def test_the_key_changes_with_the_files_bytes_whatever_their_date(tmp_path, rows_file, tokenizer):
     data, path = Data(train=rows_file), tmp_path / "my.jsonl"
-    before, stat = key_of(data, find(data), tokenizer, tmp_path), path.stat()
+    before, stat = key(data, tokenizer, tmp_path), path.stat()
     path.write_bytes(path.read_bytes().replace("问题3".encode(), "问题4".encode()))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert key_of(data, find(data), tokenizer, tmp_path) != before
+    assert key(data, tokenizer, tmp_path) != before
 
 
 def test_the_key_changes_with_the_tokenizer_and_its_template(tmp_path, tokenizers, rows_file):
     data = Data(train=rows_file)
-    keys = {key_of(data, find(data), tokenizer, tmp_path) for tokenizer in tokenizers.values()}
+    keys = {key(data, tokenizer, tmp_path) for tokenizer in tokenizers.values()}
     tiny = copy.deepcopy(tokenizers["tiny"])
     tiny.chat_template += " "
-    keys.add(key_of(data, find(data), tiny, tmp_path))
+    keys.add(key(data, tiny, tmp_path))
     assert len(keys) == len(tokenizers) + 1
 
 
@@ -151,7 +157,7 @@ def test_two_splits_of_one_data_set_are_not_taken_for_each_other(tmp_path, token
     (whole,) = find(Data(train=Source(path=str(tmp_path / "saved"), split="a")))
     parts = [whole._replace(dataset=whole.dataset.select(some)) for some in ([0], [1])]
     assert parts[0].dataset.cache_files == parts[1].dataset.cache_files
-    keys = {key_of(Data(train="x"), [part], tokenizer, tmp_path / "cache") for part in parts}
+    keys = {key_of(Data(train="x"), [part], tokenizer, files_key([part], tmp_path / "cache")) for part in parts}
     assert len(keys) == 2
 
 
@@ -335,6 +341,134 @@ def test_options_of_a_source_are_its_own(tmp_path, make, tokenizer):
     two = write(tmp_path / "b.jsonl", rows_of(1))
     made = make([Source(path=one, columns={"frage": "instruction", "antwort": "output"}), two])
     assert "三点。" in texts(tokenizer, made.side("train"))[0]
+
+
+def changed_meanwhile(monkeypatch, file, rows):
+    """Rewrite the file after it was hashed and before it is read, as one that waits for another builder may find it."""
+    build_once = prepared.build_once
+
+    def later(folder, make, say):
+        write(file, rows)
+        return build_once(folder, make, say)
+
+    monkeypatch.setattr(prepared, "build_once", later)
+
+
+def test_a_file_that_changes_after_it_was_hashed_is_never_kept_under_its_old_bytes(tmp_path, make, monkeypatch):
+    file = tmp_path / "my.jsonl"
+    write(file, rows_of(5))
+    with monkeypatch.context() as patch:
+        changed_meanwhile(patch, file, rows_of(6))
+        with pytest.raises(ValueError, match="a data file was changed while it was read; start again"):
+            make(str(file))
+    write(file, rows_of(5))
+    assert make(str(file)).counts["train"]["rows"] == 5
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0, 0.25])
+def test_a_weight_of_training_rows_changes_no_evaluation(tmp_path, make, tokenizer, weight):
+    file = write(tmp_path / "my.jsonl", rows_of(200, words=0))
+    data = {"train": Source(path=file, weight=weight), "eval_fraction": 0.2}
+    made, counted = make(**data), survey(Data(**data))
+    assert made.counts["eval"]["rows"] == counted.eval == 34
+    assert made.counts["train"]["rows"] == counted.train
+
+
+def test_a_fraction_of_a_weight_and_of_eval_choose_independently(tmp_path, make):
+    file = write(tmp_path / "my.jsonl", rows_of(400, words=0))
+    made = make(Source(path=file, weight=0.5), eval_fraction=0.5)
+    assert 150 < made.counts["eval"]["rows"] < 250
+    assert 60 < made.counts["train"]["rows"] < 140, "half of the other half"
+
+
+def test_the_key_changes_with_weight_side_kind_code_libraries_and_special_tokens(
+    tmp_path, rows_file, tokenizer, monkeypatch
+):
+    other = tmp_path / "my.csv"
+    other.write_bytes((tmp_path / "my.jsonl").read_bytes())
+    plain = Data(train=rows_file)
+    keys = [
+        key(plain, tokenizer, tmp_path),
+        key(Data(train=Source(path=rows_file, weight=2.0)), tokenizer, tmp_path),
+        key(Data(train=rows_file, eval=rows_file), tokenizer, tmp_path),
+        key(Data(train=str(other)), tokenizer, tmp_path),
+    ]
+    ended = copy.deepcopy(tokenizer)
+    ended.eos_token = "<|endoftext|>"
+    keys.append(key(plain, ended, tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared.metadata, "version", lambda name: "0")
+        keys.append(key(plain, tokenizer, tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "_code", lambda: ["chat.py"])
+        keys.append(key(plain, tokenizer, tmp_path))
+    assert len(set(keys)) == len(keys)
+    assert {"chat.py", "rows.py", "treat.py", "json_rows.py", "packing.py"} <= set(prepared._code())
+
+
+def test_the_identity_of_rows_tells_masks_weights_and_texts_apart(tmp_path, make):
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    file = write(tmp_path / "my.jsonl", [{"messages": turns}])
+    made = [make(file), make(file, train_on="all"), make(Source(path=file, weight=2.0))]
+    assert len({one.counts["train"]["sha256"] for one in made}) == 3
+    texts = write(tmp_path / "texts.jsonl", [{"text": f"text {n}"} for n in range(50)])
+    counts = make(texts, eval_fraction=0.3).counts
+    assert counts["train"]["duplicates"] == counts["eval"]["duplicates"] == 0
+    assert 0 < counts["eval"]["rows"] < 50
+
+
+def test_the_packs_that_are_kept_are_of_max_length(make, rows_file):
+    made = make(rows_file, max_length=100)
+    lengths = made.packs().lengths(made.side("train").lengths)
+    assert lengths.max() <= 100
+    assert len(lengths) == made.counts["train"]["packs"]
+
+
+def test_a_reply_that_fits_nowhere_is_counted(tmp_path, make):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2
+    turns += [{"role": "user", "content": "q"}, {"role": "assistant", "content": "很长" * 100}]
+    made = make(write(tmp_path / "my.jsonl", [{"messages": turns}]), max_length=60, overlength="split")
+    assert made.counts["train"]["lost_replies"] == 1
+
+
+def test_only_sources_with_bad_rows_are_counted_with_them(tmp_path, make):
+    clean, bad = write(tmp_path / "a.jsonl", rows_of(30)), write(tmp_path / "b.jsonl", BAD)
+    with pytest.raises(ValueError, match=r"^2 of 7 rows cannot be trained"):
+        make([clean, bad])
+
+
+def test_eval_fraction_that_leaves_a_side_empty_is_refused(make, rows_file, tokenizer):
+    for fraction, message in (
+        (1e-9, "no row to evaluate on: there are only 30; raise it"),
+        (1 - 1e-9, "no row to train on"),
+    ):
+        made = make(rows_file, eval_fraction=fraction)
+        assert message in refused(made, tokenizer, eval_fraction=fraction)
+
+
+def test_a_process_that_is_killed_for_memory_is_said(make, rows_file, monkeypatch):
+    monkeypatch.setattr(build, "SMALL_BYTES", 0)
+    monkeypatch.setattr(build, "treat", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ValueError, match=r"most likely for lack of memory; lower data\.num_proc \(now 2\)"):
+        make(rows_file, num_proc=2)
+
+
+def test_parquet_and_json_lines_of_the_same_tool_calls_are_the_same_rows(tmp_path, tokenizers, make):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if "qwen3" not in tokenizers:
+        pytest.skip("the qwen3 tokenizer is not here")
+    rows = []
+    for arguments in ({"city": "北京"}, {"zone": 8}):
+        tool = {"name": "f", "parameters": {"properties": {name: {"type": "string"} for name in arguments}}}
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+        rows.append({"messages": [{"role": "user", "content": "问"}, call], "tools": [tool]})
+    write(tmp_path / "a.jsonl", rows)
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    files = [str(tmp_path / name) for name in ("a.jsonl", "a.parquet")]
+    made = [prepare(Data(train=file), tokenizers["qwen3"], tmp_path / "c") for file in files]
+    assert made[0].counts["train"]["sha256"] == made[1].counts["train"]["sha256"]
 
 
 PREPARE = """

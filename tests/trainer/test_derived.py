@@ -1,10 +1,12 @@
 """The start-up table and its warnings say what follows from a config."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Train
 from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import derived
+from qwenlora.trainer import derived, prepare
 from qwenlora.trainer.model import Parameters
 from qwenlora.trainer.prepare import Facts
 from qwenlora.trainer.training import training_arguments
@@ -77,3 +79,51 @@ def test_what_deserves_a_warning_gets_one(known, how, untrained, tied, line):
 def test_a_base_whose_embeddings_are_trained_needs_no_warning(known):
     lora = Lora(modules_to_save=["embed_tokens"])
     assert derived.warnings(*known(lora=lora), ["<|im_end|>"], tied=True) == []
+
+
+def facts_of(train: str, eval_: str = "e", *, packing: bool, packs: str = "p") -> Facts:
+    sides = {"train": COUNTS | {"sha256": train, "packs_sha256": packs}, "eval": COUNTS | {"sha256": eval_}}
+    return Facts("base", "f", "d", "k", sides, packing, 0, [], Parameters(990, 10, 900, 90, 2, 8), 3_000_000)
+
+
+def test_what_is_trained_on_is_both_sides_and_with_packing_the_packs():
+    plain = facts_of("t", packing=False)
+    others = [facts_of("x", packing=False), facts_of("t", "x", packing=False), facts_of("t", packing=True)]
+    others.append(facts_of("t", packing=True, packs="x"))
+    assert len({facts.data_identity for facts in (plain, *others)}) == 5
+    assert facts_of("t", packing=False, packs="x").data_identity == plain.data_identity
+    assert (plain.units, others[2].units) == (20, 4)
+
+
+@pytest.mark.parametrize(
+    ("packing", "gpu", "expected"),
+    [("auto", False, False), ("auto", True, True), ("on", False, True), ("off", True, False)],
+)
+def test_auto_packs_on_a_gpu(monkeypatch, packing, gpu, expected):
+    monkeypatch.setattr(prepare.torch.cuda, "is_available", lambda: gpu)
+    config = Config(run_dir="x", model=Model(name_or_path="x"), data=Data(train="x", packing=packing))
+    assert prepare.packs_rows(config) is expected
+
+
+def test_a_run_that_was_packed_elsewhere_is_told_so(tmp_path):
+    with pytest.raises(ValueError, match=r"with packing on, here it would be off \(data\.packing: auto is on"):
+        prepare._refuse_another(RunFolder(tmp_path), facts_of("t", packing=True), facts_of("t", packing=False))
+
+
+def test_what_was_done_to_rows_is_noted():
+    none = {"truncated": 0, "dropped": 0, "split": 0, "lost_replies": 0, "read_rows": 30}
+    counts = {"train": none | {"truncated": 3, "lost_replies": 2}, "eval": none | {"dropped": 1}}
+    rows = SimpleNamespace(
+        facts={"notes": ["read as GB18030"], "overlap": {"rows": 4, "first": [7]}},
+        counts=counts,
+        place=lambda side, row: f"{side}.jsonl:{row}",
+    )
+    config = Config(run_dir="x", model=Model(name_or_path="x"), data=Data(train="x", max_length=99))
+    assert prepare.notes_of(config, rows) == [
+        "read as GB18030",
+        "3 of 30 train rows truncated at data.max_length=99 tokens",
+        "2 replies of train rows are not trained: with their question they are longer than data.max_length=99 tokens;"
+        " data.split_replies: true trains them without",
+        "1 of 30 eval rows dropped at data.max_length=99 tokens",
+        "4 of 30 eval rows are trained on, too (first: eval.jsonl:7)",
+    ]

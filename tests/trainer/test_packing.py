@@ -9,7 +9,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from qwenlora.data.chat import Tokens
-from qwenlora.trainer.batches import IGNORED, collate, collate_packs
+from qwenlora.data.order import Order
+from qwenlora.data.packing import pack
+from qwenlora.data.prepared import Side
+from qwenlora.trainer.batches import IGNORED, StepLoader, collate, collate_packs
 from qwenlora.trainer.model import check_isolation
 
 PAD = 0
@@ -109,6 +112,42 @@ def test_a_rank_without_work_gets_one_blank_token():
     batch = collate_packs([], PAD)
     assert batch["input_ids"].tolist() == [[PAD]]
     assert batch["labels"].tolist() == [[IGNORED]]
+
+
+def test_the_guard_refuses_a_model_that_computes_nothing():
+    model = model_of("qwen3", "sdpa")
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    with pytest.raises(ValueError, match="packed rows would see each other"):
+        check_isolation(model)
+
+
+def test_the_guard_sees_a_small_leak(monkeypatch):
+    """A tenth of what an open door lets through is refused, too."""
+    model = model_of("qwen3", "sdpa")
+    forward, calls = model.forward, []
+
+    def leaking(**inputs):
+        found = forward(**inputs)
+        calls.append(found.logits)
+        if len(calls) == 2:
+            found.logits = found.logits + 0.1 * found.logits.std()
+        return found
+
+    monkeypatch.setattr(model, "forward", leaking)
+    with pytest.raises(ValueError, match="packed rows would see each other"):
+        check_isolation(model)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_flash_attention_gets_one_long_sequence_the_others_a_row_for_each_pack(flat):
+    rows = rows_of(5, 6, 7, 8)
+    lengths = np.array([len(row.ids) for row in rows], np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1].astype(np.int64)
+    ids, trained = (np.concatenate([row[part] for row in rows]) for part in (0, 1))
+    side = Side(ids, trained, starts, lengths, lengths, np.arange(4), np.zeros((4, 3), np.int32))
+    order = Order(lengths, 2, 2, 0, pack(lengths, 13), 13)
+    (batch,) = StepLoader(side, order, 1, 0, 1, PAD, flat=flat)
+    assert batch["input_ids"].shape == ((1, 26) if flat else (2, 13))
 
 
 @pytest.mark.gpu
