@@ -122,12 +122,16 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed builders of this machine left behind."""
-    mark = f"{folder.name}.staging-{socket.gethostname()}-"
-    for path in folder.parent.glob(f"{glob.escape(mark)}*"):
-        pid = path.name.removeprefix(mark).partition("-")[0]
+    """Remove what killed builders of this machine left behind, of whatever data."""
+    mark = f".staging-{socket.gethostname()}-"
+    for path in folder.parent.glob(f"*{glob.escape(mark)}*"):
+        pid = path.name.partition(mark)[2].partition("-")[0]
         if pid.isdecimal() and not _alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
+    for claim in folder.parent.glob("*.claim"):
+        holder = _holder(_read(claim))
+        if holder and holder[1] and not _alive(holder[1]):
+            claim.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:
@@ -170,12 +174,7 @@ def _claimed(claim: Path) -> Iterator[bool]:
 def _wait(folder: Path, claim: Path, say: Callable[[str], None]) -> None:
     """Return when the folder is whole or nobody builds it any more."""
     held = _read(claim)
-    try:
-        holder = json.loads(held)
-        who = f"process {holder['pid']} on {holder['host']}"
-        pid = holder["pid"] if holder["host"] == socket.gethostname() else None
-    except (ValueError, KeyError, TypeError):
-        who, pid = "another process", None  # its claim is not written yet
+    who, pid = _holder(held) or ("another process", None)  # whose claim is not written yet
     if held:
         say(f"waiting for {who}, which prepares the same data")
     seen, since = _touched(claim), time.monotonic()
@@ -188,6 +187,16 @@ def _wait(folder: Path, claim: Path, say: Callable[[str], None]) -> None:
                 claim.unlink(missing_ok=True)
             return
         time.sleep(POLL_S)
+
+
+def _holder(claim: str) -> tuple[str, int | None] | None:
+    """Return who holds a claim, in words, and the pid when it is of this machine."""
+    try:
+        holder = json.loads(claim)
+        pid = int(holder["pid"]) if holder["host"] == socket.gethostname() else None
+        return f"process {holder['pid']} on {holder['host']}", pid
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _touched(claim: Path) -> int:

@@ -64,8 +64,9 @@ class Report:
         for name, value in self.facts:
             facts.add_row(name, Text(value))
         console.print(facts)
-        console.print(Text("lengths in tokens", style="bold"))
-        console.print(self._histogram())
+        if self.lengths:
+            console.print(Text("training rows by tokens", style="bold"))
+            console.print(self._histogram())
         for problem in self.problems:
             console.print(Text("warning: ", style="yellow").append(problem, style="default"), soft_wrap=True)
         if self.refusal:
@@ -79,8 +80,14 @@ class Report:
         table.add_column(justify="right", no_wrap=True)
         table.add_column(ratio=1)
         most = max((length.rows for length in self.lengths), default=1)
-        drawn = False
+        drawn = empty = False
         for length in self.lengths:
+            if not length.rows:
+                if not empty:
+                    table.add_row("...", "", "")
+                empty = True
+                continue
+            empty = False
             if length.over and not drawn:
                 table.add_row("", "", Text(f"--- data.max_length={self.max_length} ---", style="red"))
                 drawn = True
@@ -117,12 +124,12 @@ def of(prepared: Prepared, config: Config, tokenizer: Any, *, packing: bool, not
     if "eval" in prepared.counts:
         facts.append(("in both", f"{overlap:,} evaluation rows are training rows, too" if overlap else "no row"))
     facts.append(("preparation", _preparation(prepared.facts)))
-    whole = [np.load(prepared.folder / side / "whole.npy") for side in prepared.counts]
+    lengths = np.load(prepared.folder / "train" / "whole.npy") if "train" in prepared.counts else np.empty(0, np.int64)
     return Report(
         title=f"{config.run_dir}: {prepared.facts['read']:,} rows",
         facts=facts,
         sources=[_source(prepared, number) for number in range(len(prepared.sources))],
-        lengths=histogram(np.concatenate(whole) if whole else np.empty(0, np.int64), config.data.max_length),
+        lengths=histogram(lengths, config.data.max_length),
         max_length=config.data.max_length,
         problems=notes,
         refusal=refusal,
@@ -189,7 +196,8 @@ def _side(name: str, counts: dict[str, Any], config: Config) -> list[tuple[str, 
     lines = [
         (
             name,
-            f"{counts['rows']:,} ({counts['duplicates']:,} duplicates), {tokens:,} tokens,"
+            f"{counts['rows']:,} of {counts['read_rows']:,} read, {counts['duplicates']:,} of these twice;"
+            f" {tokens:,} tokens,"
             f" {counts['trained_tokens'] / max(tokens, 1):.1%} of them trained",
         )
     ]
@@ -220,7 +228,7 @@ def _batches(prepared: Prepared, config: Config, *, packing: bool) -> list[tuple
         np.array([int(lengths[unit].sum()) for unit in micro]) for micro in order.micro_batches(0, 1, 0) if micro
     )
     unit = "packs" if packing else "rows"
-    tokens = total // max(order.steps_per_epoch, 1)
+    tokens = min(batch, order.units) * total // order.units
     return [
         (
             "packs",

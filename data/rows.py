@@ -113,10 +113,11 @@ class Options(NamedTuple):
 
 def shape_of(value: Any, options: Options) -> str:
     """Return the shape of a row: chat, text or one of PAIRS. Raises: BadRow when it has none, or several."""
-    return _shape(_renamed(value, options), options.format)
+    return _shape(_renamed(value, options), options)
 
 
-def _shape(row: dict[str, Any], wanted: str) -> str:
+def _shape(row: dict[str, Any], options: Options) -> str:
+    wanted = options.format
     there = {key for key, value in row.items() if value is not None and value != ""}  # a table's empty cells are not
     if "chosen" in there and "rejected" in there:
         raise BadRow(f"is preference data (chosen and rejected), which is for DPO{_preference_hint(row)}")
@@ -135,7 +136,7 @@ def _shape(row: dict[str, Any], wanted: str) -> str:
         ]
         found = found[:1]
     if not found:
-        raise BadRow(f"{_UNKNOWN} with keys {show_names(row)}{_columns_hint(row)}")
+        raise BadRow(f"{_UNKNOWN} with keys {show_names(row)}{_columns_hint(row, options.columns)}")
     if wanted == "auto" and len(found) > 1:
         raise BadRow(f"is {' and '.join(found)} at once; choose one: data.format: {found[0]}")
     if wanted not in ("auto", *found):
@@ -159,6 +160,8 @@ def _shape(row: dict[str, Any], wanted: str) -> str:
 
 
 def _preference_hint(row: dict[str, Any]) -> str:
+    if isinstance(row["chosen"], dict):
+        return "; to learn the chosen replies alone, write each as the last of its turns"
     if any(key in row for key in TURN_LISTS):
         return "; to learn the turns alone, write data.columns: {chosen: null, rejected: null}"
     role = "messages" if isinstance(row["chosen"], list) else None
@@ -168,14 +171,14 @@ def _preference_hint(row: dict[str, Any]) -> str:
     return f"; to learn the chosen replies alone, write data.columns: {{chosen: {role}, rejected: null}}"
 
 
-def _columns_hint(row: dict[str, Any]) -> str:
+def _columns_hint(row: dict[str, Any], already: Mapping[str, str | None]) -> str:
     if any(len(key) > 40 or key.endswith(tuple("?？.。!！")) for key in map(str, row)):
         return "; if these are a row: the first line of a table names its columns, as instruction,output"
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             if any(name in value[0] for name in (*TURN_LISTS, *(name for pair in PAIRS.values() for name in pair))):
                 return f"; if {_printed(key)} are the rows, write them alone: jq -c '.{_printed(key)}[]' old > new"
-            return f"; if {_printed(key)} are the turns, write data.columns: {_mapping({key: 'messages'})}"
+            return f"; if {_printed(key)} are the turns, write data.columns: {_mapping({**already, key: 'messages'})}"
     texts = [key for key, value in row.items() if isinstance(value, str)]
     asked = next((key for key in texts if key.lower() in _ASKED), None)
     answered = next((key for key in texts if key.lower() in _ANSWERED and key != asked), None)
@@ -185,13 +188,14 @@ def _columns_hint(row: dict[str, Any]) -> str:
                 return f": {one} without {other}"
         if not texts:
             return ""
-        return f"; if {_printed(texts[0])} is text to learn, write data.columns: {_mapping({texts[0]: 'text'})}"
+        columns = _mapping({**already, texts[0]: "text"})
+        return f"; if {_printed(texts[0])} is text to learn, write data.columns: {columns}"
     asked = asked or next(key for key in texts if key != answered)
     answered = answered or next(key for key in texts if key != asked)
     ours = next((pair for pair in PAIRS.values() if asked == pair[0] or answered == pair[1]), PAIRS["alpaca"])
     return (
         f"; if {_printed(asked)} is asked and {_printed(answered)} answered, write"
-        f" data.columns: {_mapping(dict(zip((asked, answered), ours, strict=True)))}"
+        f" data.columns: {_mapping({**already, **dict(zip((asked, answered), ours, strict=True))})}"
     )
 
 
@@ -210,7 +214,7 @@ def _printed(key: Any) -> str:
 def to_row(line: int, value: Any, shape: str, options: Options) -> Row:
     """Return a row of a known shape. Raises: BadRow saying what is wrong with it."""
     row = _renamed(value, options)
-    if (found := _shape(row, options.format)) != shape:
+    if (found := _shape(row, options)) != shape:
         raise BadRow(
             f"is {found}, the rows before it are {shape}; one file, one shape: make two files of it, and name both"
         )
@@ -268,7 +272,7 @@ def _turns(row: dict[str, Any], options: Options) -> list[Message]:
     key = lists[0] if lists else next(key for key in TURN_LISTS if key in row)
     turns = _from_json(row[key], key)
     if not isinstance(turns, list) or not turns:
-        raise BadRow(f"{key} must be a list of turns, found {show(turns)}")
+        raise BadRow(f"{key} must be a list of turns, at least one, found {show(turns)}")
     return [_turn(number, turn, options) for number, turn in enumerate(turns, 1)]
 
 
@@ -297,7 +301,9 @@ def _turn(number: int, value: Any, options: Options) -> Message:
     role = turn[said_by]
     known = options.roles.get(role) or ROLES.get(role) if isinstance(role, str) else None
     if known is None:
-        raise BadRow(f"turn {number} has role {show(role)}; known: {', '.join(ROLES)}{_role_hint(number, role)}")
+        raise BadRow(
+            f"turn {number} has role {show(role)}; known: {', '.join(ROLES)}{_role_hint(number, role, options)}"
+        )
     name = f"turn {number} ({role})"
     _check_heeded(turn, _UNHEEDED_IN_TURNS, f"turn {number} ")
     if turn.get("tool_calls") and turn.get("function_call"):
@@ -339,12 +345,13 @@ def _turn_hint(turn: dict[str, Any]) -> str:
     return ""
 
 
-def _role_hint(number: int, role: Any) -> str:
+def _role_hint(number: int, role: Any, options: Options) -> str:
     if not isinstance(role, str) or not role:
         return ""
     said = role.lower()
     guess = ROLES.get(said) or next((ours for ours, theirs in _KNOWN_ROLES.items() if said in theirs), None)
-    return f"; write data.roles: {_mapping({role: guess or ('user' if number % 2 else 'assistant')})}"
+    guess = guess or ("user" if number % 2 else "assistant")
+    return f"; write data.roles: {_mapping({**options.roles, role: guess})}"
 
 
 def _calls(name: str, calls: Any) -> list[dict[str, Any]]:

@@ -86,8 +86,8 @@ def treat(job: Job, source: Source, shape: str | None, chunk: Chunk, *, tokenise
                     overlength=1,
                     truncated=fitted.cut,
                     dropped=not pieces and job.data.overlength != "error",  # then all is refused
-                    split=len(pieces) > 1,
-                    lost_replies=fitted.lost if pieces else 0,
+                    split=bool(pieces) and job.data.overlength == "split",
+                    lost_replies=fitted.lost,
                 )
             held[side].append((row, digest, len(tokens.ids), pieces))
         except BadRow as error:

@@ -66,7 +66,7 @@ def dry_run(config: Config, arguments: list[str]) -> str:
     rows = survey(data)
     packs = data.packing == "on" or (data.packing == "auto" and gpu_count() > 0)
     if packs or data.overlength == "split":
-        steps = f"known when the rows are {'packed' if packs else 'split'}: qwenlora data check {arguments[0]}"
+        steps = f"known when the rows are {'packed' if packs else 'split'}: qwenlora data check {shlex.join(arguments)}"
     else:
         total = total_steps(rows.train, train.global_batch_size, train.num_train_epochs, train.max_steps)
         steps = f"{total}, {-(-rows.train // train.global_batch_size)} an epoch"
@@ -101,7 +101,11 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto") -> int:
             return 0
         processes = processes_of(config)
         attempt = folder.begin_attempt(processes)
-        environment = os.environ | {"QWENLORA_ATTEMPT": str(attempt), "QWENLORA_RESUME": resume}
+        environment = os.environ | {
+            "QWENLORA_ATTEMPT": str(attempt),
+            "QWENLORA_RESUME": resume,
+            "PYTHONSAFEPATH": "1",  # else `python -m` takes a random.py of the working folder for Python's own
+        }
         steps = {
             "preparing model and data": [sys.executable, "-m", RANK_MODULE, str(folder.config), PREPARE_ONLY],
             f"starting {_processes(processes)}": torchrun_argv([str(folder.config)], processes),

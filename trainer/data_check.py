@@ -21,6 +21,7 @@ from qwenlora.data.chat import Encoder, Tokens
 from qwenlora.data.fit import fit
 from qwenlora.data.sources import SideName
 from qwenlora.data.survey import rows_of_side
+from qwenlora.jobs.disk import write_atomically
 from qwenlora.jobs.run import RunFolder
 from qwenlora.trainer import model as models
 from qwenlora.trainer.prepare import notes_of, packs_rows
@@ -39,8 +40,13 @@ def check(config: Config, page: Path | None, console: Console) -> int:
     data = config.data.model_copy(update={"on_bad_row": "skip"})  # all rows are looked at, whatever is done then
     rows = prepared.prepare(data, tokenizer, run.cache(config), console, console.print)
     notes = notes_of(config, rows)
-    if rows.facts["bad"] and config.data.on_bad_row == "skip":
-        notes.append(f"left out: {rows.bad_report}")
+    if rows.facts["bad"]:
+        listed = page.with_suffix(".bad_rows.txt")
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(listed, "".join(f"{line}\n" for line in rows.bad_lines()))
+        notes.append(f"all bad rows are listed in {listed}")
+        if config.data.on_bad_row == "skip":
+            notes.append(f"left out: {rows.bad_report}")
     found = report.of(rows, config, tokenizer, packing=packs_rows(config), notes=notes)
     found.show(console)
     found.write(page)
@@ -66,14 +72,15 @@ def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool
             how = f", longer than data.max_length={config.data.max_length}: {_what_was_done(config, len(pieces))}"
         console.print(Text(f"{place}: {_counts(tokens)}{how}", style="bold"), soft_wrap=True)
         for piece in pieces:
-            console.print(_table(tokenizer, piece) if ids else _coloured(tokenizer, piece, console))
+            if ids:
+                console.print(_table(tokenizer, piece))
+            else:  # no line break that the row has not
+                console.print(_coloured(tokenizer, piece, console), soft_wrap=True)
         shown += 1
     if not shown:
         raise ValueError(f"there is no {side} row number {first}")
     legend = (
-        Text("trained tokens look like this", style=TRAINED)
-        if console.color_system
-        else "trained tokens: [[like this]]"
+        Text("trained tokens look like this", style=TRAINED) if console.color_system else "trained tokens: ⟦like this⟧"
     )
     console.print(legend)
 
@@ -88,7 +95,7 @@ def _what_was_done(config: Config, pieces: int) -> str:
     how = config.data.overlength
     if not pieces:
         return "refused" if how == "error" else "dropped"
-    return f"split into {pieces}" if how == "split" else "truncated"
+    return f"split into {pieces} row{'s' * (pieces > 1)}" if how == "split" else "truncated"
 
 
 def _counts(tokens: Tokens) -> str:
@@ -106,11 +113,11 @@ def _runs(tokens: Tokens) -> list[tuple[int, int]]:
 def _coloured(tokenizer: Any, tokens: Tokens, console: Console) -> Text:
     text = Text()
     for start, end in _runs(tokens):
-        said = tokenizer.decode(tokens.ids[start:end])
+        said = tokenizer.decode(tokens.ids[start:end]).replace("\t", "⇥")
         if not tokens.trained[start]:
             text.append(said)
         else:
-            text.append(said if console.color_system else f"[[{said}]]", style=TRAINED)
+            text.append(said if console.color_system else f"⟦{said}⟧", style=TRAINED)
     return text
 
 

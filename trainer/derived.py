@@ -21,7 +21,8 @@ def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int
     epochs = args.max_steps / math.ceil(known.units / config.train.global_batch_size)
     unit = "packs" if known.packing else "rows"
     batch = config.train.global_batch_size
-    rows_a_step = f" in {batch * train['rows'] // known.units:,} rows" if known.packing else ""
+    held = min(batch, known.units)  # of a step; an epoch may be less than a batch
+    rows_a_step = f" in {held * train['rows'] // known.units:,} rows" if known.packing else ""
     table = {
         "model": f"{config.model.name_or_path} ({_count(parameters.total)} parameters, {dtype}{stored})",
         "trainable": f"{parameters.trainable:,} parameters = {share:.2%}"
@@ -31,7 +32,7 @@ def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int
         "processes": f"{world_size} x {device}, {config.strategy.name}",
         "global batch": f"{batch} {unit} = {world_size} process{'es' * (world_size > 1)} x"
         f" {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated,"
-        f" about {batch * train['tokens'] // known.units:,} tokens{rows_a_step} a step",
+        f" about {held * train['tokens'] // known.units:,} tokens{rows_a_step} a step",
         "steps": f"{args.max_steps:,} ({epochs:.2f} epochs), warm-up {args.get_warmup_steps(args.max_steps)},"
         f" {config.train.lr_scheduler_type} from {config.train.learning_rate:g}",
     }
@@ -54,6 +55,12 @@ def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int
 def warnings(config: Config, known: Facts, args: TrainingArguments, untrained: list[str], *, tied: bool) -> list[str]:
     """Return what a careful colleague would mention. untrained: turn tokens the base model never learnt."""
     lines = list(known.notes)
+    if known.units < config.train.global_batch_size:
+        unit = "packs" if known.packing else "rows"
+        lines.append(
+            f"all rows make {known.units} {unit}, fewer than train.global_batch_size={config.train.global_batch_size}:"
+            " every step is a whole epoch; lower it"
+        )
     if (warm_up := args.get_warmup_steps(args.max_steps)) >= args.max_steps:
         lines.append(
             f"the learning rate is still warming up ({warm_up} steps) when training ends after {args.max_steps};"

@@ -69,6 +69,18 @@ def test_a_killed_builder_leaves_nothing_and_the_one_that_waits_takes_over(tmp_p
     assert others(folder) == [], "what the killed one left is swept away"
 
 
+def test_what_killed_builders_of_other_data_left_is_swept_away_too(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = os.uname().nodename
+    for name, pid in (("dead", ended.pid), ("alive", os.getpid())):
+        (tmp_path / f"{name}.staging-{host}-{pid}-0").mkdir()
+        (tmp_path / f"{name}.claim").write_text(json.dumps({"host": host, "pid": pid, "token": "x"}))
+    (tmp_path / "far.claim").write_text(json.dumps({"host": "elsewhere", "pid": ended.pid, "token": "x"}))
+    build_once(tmp_path / "a", lambda folder: {})
+    assert others(tmp_path / "a") == ["alive.claim", f"alive.staging-{host}-{os.getpid()}-0", "far.claim"]
+
+
 def test_a_builder_on_another_machine_that_falls_silent_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SILENT_S", 0.5)
     claim = tmp_path / "a.claim"

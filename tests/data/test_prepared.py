@@ -428,7 +428,13 @@ def test_a_reply_that_fits_nowhere_is_counted(tmp_path, make):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2
     turns += [{"role": "user", "content": "q"}, {"role": "assistant", "content": "很长" * 100}]
     made = make(write(tmp_path / "my.jsonl", [{"messages": turns}]), max_length=60, overlength="split")
-    assert made.counts["train"]["lost_replies"] == 1
+    counts = made.counts["train"]
+    assert (counts["overlength"], counts["split"], counts["dropped"], counts["lost_replies"]) == (1, 1, 0, 1)
+    made = make(
+        write(tmp_path / "my.jsonl", [{"messages": turns[-2:]}, {"messages": turns}]), max_length=60, overlength="split"
+    )
+    counts = made.counts["train"]
+    assert (counts["overlength"], counts["split"], counts["dropped"], counts["lost_replies"]) == (2, 1, 1, 2)
 
 
 def test_only_sources_with_bad_rows_are_counted_with_them(tmp_path, make):

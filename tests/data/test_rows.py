@@ -267,7 +267,7 @@ def test_a_role_that_is_guessed_is_likely():
         assert f"data.roles: {{{theirs}: {ours}}}" in reason({"messages": [{"role": theirs, "content": "x"}]})
     turns = [{"role": "甲", "content": "x"}, {"role": "乙", "content": "x"}]
     assert "data.roles: {甲: user}" in reason({"messages": turns})
-    assert "data.roles: {乙: assistant}" in reason({"messages": turns}, roles={"甲": "user"})
+    assert "data.roles: {甲: user, 乙: assistant}" in reason({"messages": turns}, roles={"甲": "user"})
 
 
 def test_a_row_of_two_shapes_is_read_as_the_one_asked_for():
@@ -316,6 +316,14 @@ def test_the_example_data_is_what_it_says():
 def test_real_files_are_read_whole(assets, name, rows):
     counts = survey(Data(train=str(assets / "data" / name), on_bad_row="skip"))
     assert (counts.train, counts.bad) == rows
+
+
+def test_a_hint_keeps_what_is_set_already():
+    turns = [{"role": "patient", "content": "q"}, {"role": "bot", "content": "a"}]
+    with pytest.raises(BadRow, match=r"write data\.roles: \{patient: user, bot: assistant\}"):
+        to_row(1, {"messages": turns}, "chat", Options(roles={"patient": "user"}))
+    with pytest.raises(BadRow, match=r"write data\.columns: \{frage: instruction, antwort: output\}"):
+        shape_of({"frage": "q", "antwort": "a"}, Options(columns={"frage": "instruction"}))
 
 
 SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

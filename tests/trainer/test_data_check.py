@@ -53,10 +53,12 @@ def test_check_shows_counts_and_a_page_with_the_same(config, tmp_path):
     assert not (tmp_path / "runs" / "my").exists(), "looking makes no run"
 
 
-def test_check_says_what_would_be_refused_and_leaves_with_2(config):
+def test_check_says_what_would_be_refused_and_leaves_with_2(config, tmp_path):
     console = screen()
     assert check(config([{"instruction": "q", "output": "a"}, {"instruction": "q"}]), None, console) == 2
     assert "would be refused: 1 of 2 rows cannot be trained:" in console.file.getvalue()
+    listed = (tmp_path / "runs" / "my.data.bad_rows.txt").read_text()
+    assert [line.split(": ")[0] for line in listed.splitlines()] == [f"{tmp_path}/my.jsonl:2"]
     console = screen()
     assert check(config(**{"data.max_length": 40}), None, console) == 2
     assert re.search(r"over-length +\d+ of 40, the longest \d+: refused", console.file.getvalue())
@@ -84,8 +86,15 @@ def test_preview_marks_exactly_the_trained_tokens(config):
     assert "my.jsonl:3: " in shown
     assert "my.jsonl:4: " in shown
     assert "my.jsonl:5: " not in shown
-    assert "[[答案2。<|im_end|>]]" in shown
+    assert "⟦答案2。<|im_end|>⟧" in shown
     assert "问题2问题2问题2<|im_end|>\n" in shown
+
+
+def test_preview_breaks_no_line_that_the_row_does_not_break(config):
+    console = screen()
+    preview(config([{"instruction": "word " * 100, "output": "a\tb"}]), "train", 1, 1, ids=False, console=console)
+    assert "word " * 100 in console.file.getvalue()
+    assert "⟦a⇥b<|im_end|>⟧" in console.file.getvalue()
 
 
 def test_preview_colours_them_in_a_terminal(config):
@@ -115,7 +124,7 @@ def test_preview_shows_what_becomes_of_a_long_row(config):
     )
     shown = console.file.getvalue()
     assert "longer than data.max_length=100: split into " in shown
-    assert shown.count("<|im_end|>]]") == 20
+    assert shown.count("<|im_end|>⟧") == 20
 
 
 def test_preview_of_a_row_that_is_not_there_is_refused(config):

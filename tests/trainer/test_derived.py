@@ -60,6 +60,12 @@ def test_nothing_to_warn_of_is_no_warning(known):
     [
         ({"notes": ["3 of 20 train rows truncated"]}, [], True, "3 of 20 train rows truncated"),
         (
+            {"packing": True},
+            [],
+            True,
+            "all rows make 4 packs, fewer than train.global_batch_size=16: every step is a whole",
+        ),
+        (
             {"warmup_steps": 50.0},
             [],
             True,
