@@ -271,8 +271,10 @@ def _turns(row: dict[str, Any], options: Options) -> list[Message]:
         raise BadRow(f"has {' and '.join(lists)}; ignore one: data.columns: {{{lists[1]}: null}}")
     key = lists[0] if lists else next(key for key in TURN_LISTS if key in row)
     turns = _from_json(row[key], key)
-    if not isinstance(turns, list) or not turns:
-        raise BadRow(f"{key} must be a list of turns, at least one, found {show(turns)}")
+    if not isinstance(turns, list):
+        raise BadRow(f"{key} must be a list of turns, found {show(turns)}")
+    if not turns:
+        raise BadRow(f"{key} is a list without turns; remove the row")
     return [_turn(number, turn, options) for number, turn in enumerate(turns, 1)]
 
 

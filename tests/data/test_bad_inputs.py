@@ -349,7 +349,7 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     ),
     # turns
     "no assistant turn": ("my.jsonl", chat(TURNS[0]), ["no assistant turn: there is nothing to learn from"], {}),
-    "no turns": ("my.jsonl", chat(), ["messages must be a list of turns, found []"], {}),
+    "no turns": ("my.jsonl", chat(), ["messages is a list without turns; remove the row"], {}),
     "turns are null": ("my.jsonl", lines({"messages": None}), ["messages must be a list of turns, found null"], {}),
     "turns are an object": ("my.jsonl", lines({"messages": TURNS[0]}), ['list of turns, found {"role": "user"'], {}),
     "turns are text": ("my.jsonl", lines({"messages": "hello"}), ['messages must be JSON, found "hello"'], {}),
