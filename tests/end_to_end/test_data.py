@@ -24,7 +24,7 @@ def write(path, rows) -> None:
 
 
 def test_rows_that_are_left_out_are_reported_on_the_screen_in_the_folder_and_to_wandb(qwenlora, tmp_path, read_wandb):
-    (tmp_path / "random.py").write_text("raise SystemExit('a file of the user, not Python's random')")
+    (tmp_path / "peft.py").write_text("raise SystemExit('a file of the user, and no library')")
     rows = [{"instruction": f"问题{n}？", "output": f"答案{n}。"} for n in range(40)]
     write(tmp_path / "my.jsonl", [*rows[:7], {"instruction": "问"}, *rows[7:], {"instruction": "问", "output": " "}])
     (tmp_path / "my.yaml").write_text(
