@@ -90,7 +90,7 @@ def parquet_rows(path: Path, raw: IO[bytes]) -> Iterator[Values]:
             values = [_without_nulls(row) for row in batch.to_pylist()]
             rows: list[Decoded] = list(enumerate(values, done + 1))
             done += len(values)
-            yield Values(rows, size * done // total)
+            yield Values(rows, size * done // max(total, done))  # a damaged count is no reason to stop
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         place = f"{path}: Parquet cannot be read" + (f" after row {done:,}" if done else "")
         raise ValueError(f"{place}: {_arrow_problem(error)}") from None
