@@ -70,7 +70,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | Iterable[str] =
 
 def to_yaml(config: Config) -> str:
     """Return the config as YAML text that load_config reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=110)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -81,8 +81,8 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 def _flatten(section: Section, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for name in type(section).model_fields:
-        value = getattr(section, name)
+    for attribute, field in type(section).model_fields.items():
+        name, value = field.alias or attribute, getattr(section, attribute)
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
     return flat
 
@@ -94,7 +94,7 @@ def _fields(section: type[Section] = Config, prefix: str = "") -> dict[str, Fiel
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             fields |= _fields(field.annotation, f"{prefix}{name}.")
         else:
-            fields[prefix + name] = field
+            fields[prefix + (field.alias or name)] = field
     return fields
 
 

@@ -200,6 +200,17 @@ class Train(Section):
     save_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="When to save a checkpoint.")
     save_steps: PositiveInt | None = Field(None, description="With save_strategy: steps.")
     save_total_limit: PositiveInt | None = Field(3, description="Checkpoints to keep; null: all.")
+    metric_for_best_model: Literal["eval_loss", "eval_perplexity"] | None = Field(
+        None, description="The checkpoint that is best by it is kept, too. Evaluations must fall on saves."
+    )
+    on_nan: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="When a loss or gradient is no number. skip: that step changes nothing; rollback: and the weights"
+        " go back to the newest checkpoint's, training goes on with the next rows.",
+    )
+    max_time_min: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Minutes after which an attempt saves and stops, as if asked to. Default: no limit."
+    )
 
     @model_validator(mode="after")
     def _steps_go_with_their_strategy(self) -> "Train":
@@ -213,6 +224,27 @@ class Train(Section):
                     f" set {what}_strategy: steps, or remove {what}_steps"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _the_best_is_evaluated_and_saved(self) -> "Train":
+        if self.metric_for_best_model is None:
+            return self
+        same = self.eval_strategy == self.save_strategy != "no"
+        if not same or (self.eval_steps and self.save_steps and self.save_steps % self.eval_steps):
+            raise ValueError(
+                f"metric_for_best_model={self.metric_for_best_model} needs an evaluation at each save: set"
+                " eval_strategy and save_strategy alike, and save_steps to a multiple of eval_steps"
+            )
+        return self
+
+
+class Checkpoint(Section):
+    """How checkpoints are written; when, and how many are kept, is train's."""
+
+    async_: bool = Field(
+        True, alias="async", description="Write in the background; training waits for the copy to memory alone."
+    )
+    timeout_s: PositiveInt = Field(600, description="Seconds after which a save that hangs ends the run.")
 
 
 class Strategy(Section):
@@ -259,6 +291,7 @@ class Config(Section):
     data: Data
     lora: Lora = Lora()
     train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
     strategy: Strategy = Strategy()
     log: Log = Log()
     launch: Launch = Launch()

@@ -49,6 +49,10 @@ class Order:
         return {}
 
     @cached_property
+    def _steps(self) -> dict[tuple[int, int], list[list[int]]]:
+        return {}
+
+    @cached_property
     def _unit_lengths(self) -> Rows:
         return self.lengths if self.packs is None else self.packs.lengths(self.lengths)
 
@@ -63,6 +67,12 @@ class Order:
 
     def step(self, epoch: int, step: int) -> list[list[int]]:
         """Return the row numbers of each unit of one optimizer step, longest first. 0 <= step < steps_per_epoch."""
+        if (epoch, step) not in self._steps:
+            self._steps.clear()
+            self._steps[epoch, step] = self._step(epoch, step)
+        return self._steps[epoch, step]
+
+    def _step(self, epoch: int, step: int) -> list[list[int]]:
         units = self.epoch(epoch)[step * self.global_batch_size : (step + 1) * self.global_batch_size]
         units = units[np.argsort(-self._unit_lengths[units].astype(np.int64), kind="stable")]
         if self.packs is None:
@@ -75,17 +85,26 @@ class Order:
             packs.sort(key=lambda pack: -int(self.lengths[pack].sum()))
         return packs
 
-    def micro_batches(self, epoch: int, world_size: int, rank: int) -> Iterator[list[list[int]]]:
-        """Yield this rank's micro-batches of an epoch, accumulation_steps of them a step; [] where a rank has none.
-
-        A micro-batch is a list of units, a unit the numbers of its rows.
-        """
+    def micro_batches(self, epoch: int, world_size: int, rank: int) -> Iterator["MicroBatch"]:
+        """Yield this rank's micro-batches of an epoch, accumulation_steps of them a step, empty where it has none."""
         accumulation = accumulation_steps(self.global_batch_size, self.per_device_batch_size, world_size)
+        starts = [(number * world_size + rank) * self.per_device_batch_size for number in range(accumulation)]
         for step in range(self.steps_per_epoch):
-            units = self.step(epoch, step)
-            for number in range(accumulation):
-                start = (number * world_size + rank) * self.per_device_batch_size
-                yield units[start : start + self.per_device_batch_size]
+            for start in starts:
+                yield MicroBatch(self, epoch, step, start)
+
+
+class MicroBatch:
+    """The units of one micro-batch, looked up when they are wanted: a resume passes over a million of them at once."""
+
+    __slots__ = ("epoch", "order", "start", "step")
+
+    def __init__(self, order: Order, epoch: int, step: int, start: int) -> None:
+        self.order, self.epoch, self.step, self.start = order, epoch, step, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        units = self.order.step(self.epoch, self.step)
+        return iter(units[self.start : self.start + self.order.per_device_batch_size])
 
 
 def accumulation_steps(global_batch_size: int, per_device_batch_size: int, world_size: int) -> int:

@@ -225,7 +225,9 @@ def _batches(prepared: Prepared, config: Config, *, packing: bool) -> list[tuple
     shuffled = lengths[order.epoch(0)] if not packing else lengths[np.random.RandomState(0).permutation(len(lengths))]
     random = _padding([shuffled[start : start + size] for start in range(0, len(shuffled), size)])
     ours = _padding(
-        np.array([int(lengths[unit].sum()) for unit in micro]) for micro in order.micro_batches(0, 1, 0) if micro
+        np.array([int(lengths[unit].sum()) for unit in micro])
+        for micro in map(list, order.micro_batches(0, 1, 0))
+        if micro
     )
     unit = "packs" if packing else "rows"
     tokens = min(batch, order.units) * total // order.units

@@ -1,5 +1,6 @@
 """Files that are seen whole or not at all, and are still there after a power cut."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -21,3 +22,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file's bytes, in little memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

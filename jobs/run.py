@@ -1,8 +1,6 @@
-"""The run folder: where everything of a run lies, whose it is, and what happened to it.
+"""The run folder: where everything of a run lies, and whose it is.
 
-RunFolder is the one owner of these paths. Its history is attempts.jsonl, one line an attempt:
-{"attempt", "start", "end", "host", "job_id", "processes", "first_step", "last_step", "reason", "message"}
-with reason done, stopped, failed or refused; a line without an end is an attempt that was killed.
+RunFolder is the one owner of these paths; what happened to the run is history.py's.
 """
 
 import errno
@@ -14,30 +12,37 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qwenlora.configs.load import differences, load_config, to_yaml
 from qwenlora.configs.schema import Config
 from qwenlora.jobs.disk import write_atomically
+from qwenlora.jobs.history import History, Reason
 
-Reason = Literal["done", "stopped", "failed", "refused"]
 PREPARE_ONLY = "--prepare-only"  # what a rank's module is told that only prepares
-EXIT_CODES: dict[Reason, int] = {"done": 0, "stopped": 75, "failed": 1, "refused": 2}
 
-# what may change between two attempts without making it another run
+# what may change between two attempts without making it another run: how it is watched, started, cut into
+# micro-batches, evaluated, saved, and how long it goes on
 FREE_TO_CHANGE = (
     "run_dir",
     "log.",
     "launch.",
+    "checkpoint.",
     "data.num_proc",
     "data.cache_dir",
-    "train.per_device_eval_batch_size",
-    "train.save_total_limit",
+    "train.eval_",
+    "train.gradient_checkpointing",
+    "train.max_steps",
+    "train.max_time_min",
+    "train.metric_for_best_model",
+    "train.num_train_epochs",
+    "train.on_nan",
+    "train.per_device_",
+    "train.save_",
 )
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "numpy", "qwenlora")
 
@@ -49,7 +54,7 @@ class RunFolder:
         self.path = Path(path).expanduser().absolute()
         self.config = self.path / "config.yaml"
         self.code = self.path / "code.json"
-        self.attempts = self.path / "attempts.jsonl"
+        self.history = History(self.path)
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
         self.base_model = self.path / "base_model"  # of model.name_or_path: tiny
@@ -83,6 +88,19 @@ class RunFolder:
         """Return the file in which a failing process says why: {"time", "message", "code"}."""
         return self.logs(attempt) / f"{process}.error.json"
 
+    def begin_attempt(self, processes: int) -> int:
+        """Note the start of an attempt and make room for its logs; return its number, from 1."""
+        number = self.history.begin(processes)
+        self.logs(number).mkdir(parents=True, exist_ok=True)
+        return number
+
+    def end_attempt(self, reason: Reason, message: str = "") -> None:
+        """Note why the last attempt ended, unless that is known. On a full disk, or without a folder: say so."""
+        try:
+            self.history.end(reason, message)
+        except OSError as error:
+            print(f"warning: {self.history.file} cannot be written: {error.strerror}", file=sys.stderr)
+
     @property
     def trained(self) -> bool:
         """Whether there is anything here that training made."""
@@ -91,14 +109,16 @@ class RunFolder:
     @property
     def done(self) -> bool:
         """Whether the run has ended and its adapter is there."""
-        return self.adapter.is_dir() and any(attempt.get("reason") == "done" for attempt in self.history())
+        attempts = self.history.attempts()
+        return self.adapter.is_dir() and bool(attempts) and attempts[-1].get("reason") == "done"
 
     @contextmanager
-    def claim(self, config: Config, *, fresh: bool = False) -> Iterator[None]:
+    def claim(self, config: Config, *, fresh: bool = False, allowed: Sequence[str] = ()) -> Iterator["Changes"]:
         """Hold the folder for one attempt: make it, or reopen it for another attempt at the same run.
 
-        fresh: set what is there aside and start anew. Other processes of this machine are kept out while the block
-        runs, and where the file system knows flock, those of other machines too.
+        Yields what changed in the config since the last attempt. Other processes of this machine are kept out while the
+        block runs, and where the file system knows flock, those of other machines too.
+        fresh: set what is there aside and start anew. allowed: keys in which the config may differ besides.
         Raises: ValueError when the folder holds a run with another config, is something else's, or is in use.
         """
         if self.path.exists() and not self.path.is_dir():
@@ -111,12 +131,11 @@ class RunFolder:
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            if self.trained:
-                self._refuse_another_config(config)
+            changed = self._changes(config, allowed) if self.trained else Changes()
             with self._writing():
                 write_atomically(self.config, to_yaml(config))
                 write_atomically(self.code, json.dumps(_code(), indent=1))
-            yield
+            yield changed
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -136,7 +155,7 @@ class RunFolder:
             number += 1
         self.path.rename(aside)
 
-    def _refuse_another_config(self, config: Config) -> None:
+    def _changes(self, config: Config, allowed: Sequence[str]) -> "Changes":
         try:
             held = load_config(self.config)
         except ValueError as error:
@@ -144,11 +163,20 @@ class RunFolder:
                 f"run_dir={self.path} holds a run whose config cannot be read ({error}); choose another run_dir, or"
                 " --fresh to set the old run aside"
             ) from None
-        if changed := changes(held, config):
+        changed = changes(held, config)
+        if refused := changed.refused(allowed):
             raise ValueError(
-                f"run_dir={self.path} holds a run with another config: {changed};"
-                " choose another run_dir, or --fresh to set the old run aside"
+                f"run_dir={self.path} holds a run with another config: {refused};"
+                " choose another run_dir, or set the old run aside with --fresh"
+                f" (to go on all the same: {refused.permit})"
             )
+        return changed
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the process that last held the folder was one of this machine, and is gone."""
+        held = self._lock.read_text().split() if self._lock.exists() else []  # process PID on HOST
+        return len(held) == 4 and held[3] == socket.gethostname() and not Path("/proc", held[1]).exists()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -169,50 +197,37 @@ class RunFolder:
             file.flush()
             yield
 
-    def history(self) -> list[dict[str, Any]]:
-        """Return the attempts so far, oldest first."""
-        if not self.attempts.exists():
-            return []
-        return [json.loads(line) for line in self.attempts.read_text().splitlines() if line.strip()]
-
-    def begin_attempt(self, processes: int) -> int:
-        """Note the start of an attempt; return its number, from 1."""
-        history = self.history()
-        number = len(history) + 1
-        history.append(
-            {
-                "attempt": number,
-                "start": _now(),
-                "host": socket.gethostname(),
-                "job_id": os.environ.get("SLURM_JOB_ID"),
-                "processes": processes,
-            }
-        )
-        self._write_history(history)
-        self.logs(number).mkdir(parents=True, exist_ok=True)
-        return number
-
-    def end_attempt(self, reason: Reason, message: str = "", steps: dict[str, int] | None = None) -> None:
-        """Note why the last attempt ended, unless that is known already. steps: first_step, last_step."""
-        history = self.history()
-        if "end" not in history[-1]:
-            history[-1] |= {"end": _now(), "reason": reason, "message": message, **(steps or {})}
-            self._write_history(history)
-
-    def _write_history(self, history: list[dict[str, Any]]) -> None:
-        lines = [json.dumps(attempt, ensure_ascii=False) + "\n" for attempt in history]
-        write_atomically(self.attempts, "".join(lines))
-
 
 def step_of(checkpoint: Path) -> int:
     """Return the step in the name of a run's checkpoint folder."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def changes(held: Config, config: Config) -> str:
-    """Return in words how config would make another run of a held one; empty when it would not."""
-    found = differences(held, config).items()
-    return ", ".join(f"{key} was {old}, now {new}" for key, (old, new) in found if not key.startswith(FREE_TO_CHANGE))
+class Changes(dict[str, tuple[Any, Any]]):
+    """{key: (was, is now)} of two configs."""
+
+    def refused(self, allowed: Sequence[str] = ()) -> "Changes":
+        """Return those that make another run. allowed: keys, or sections, that may change all the same."""
+        free = [key for key in self if key.startswith(FREE_TO_CHANGE) or {key, key.split(".")[0]} & set(allowed)]
+        return Changes({key: values for key, values in self.items() if key not in free})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} was {old}, now {new}" for key, (old, new) in self.items())
+
+    @property
+    def length(self) -> bool:
+        """Whether they make the run longer or shorter."""
+        return bool({"train.max_steps", "train.num_train_epochs"} & set(self))
+
+    @property
+    def permit(self) -> str:
+        """How the user lets them pass."""
+        return " ".join(f"--allow-config-change {key}" for key in self)
+
+
+def changes(held: Config, config: Config) -> Changes:
+    """Return in what config differs from a held one, where the run folder lies left out."""
+    return Changes({key: values for key, values in differences(held, config).items() if key != "run_dir"})
 
 
 def _code() -> dict[str, Any]:
@@ -233,7 +248,3 @@ def _git() -> str | None:
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=False
     )
     return answer.stdout.strip() if answer.returncode == 0 else None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -4,21 +4,27 @@
 once, then runs torchrun on `qwenlora.trainer.main`. It imports no torch.
 """
 
+import difflib
 import json
 import os
 import shlex
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 
 from qwenlora.configs import Config
-from qwenlora.configs.load import to_yaml
+from qwenlora.configs.load import FIELDS, SECTIONS, to_yaml
 from qwenlora.data import sources
 from qwenlora.data.order import accumulation_steps, total_steps
 from qwenlora.data.prepared import files_key
 from qwenlora.data.survey import survey
-from qwenlora.jobs.run import EXIT_CODES, PREPARE_ONLY, RunFolder
+from qwenlora.jobs.handover import Handover
+from qwenlora.jobs.history import EXIT_CODES, Reason
+from qwenlora.jobs.run import PREPARE_ONLY, RunFolder
 from qwenlora.launch.children import RANK_MODULE, Children
 from qwenlora.launch.hardware import gpu_count
 
@@ -56,6 +62,15 @@ def check(config: Config) -> int:
     )
 
 
+def check_keys(allowed: Sequence[str]) -> None:
+    """Refuse what --allow-config-change has no key for. Raises: ValueError."""
+    for key in allowed:
+        if key not in FIELDS and key not in SECTIONS:
+            near = difflib.get_close_matches(key, [*FIELDS, *SECTIONS], n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; the sections are: {', '.join(SECTIONS)}"
+            raise ValueError(f"--allow-config-change {key}: no such key{hint}")
+
+
 def dry_run(config: Config, arguments: list[str]) -> str:
     """Return the resolved config, what follows from it, and the command that does it by hand. Reads the data files.
 
@@ -85,40 +100,44 @@ def dry_run(config: Config, arguments: list[str]) -> str:
     )
 
 
-def run(config: Config, *, fresh: bool = False, resume: str = "auto") -> int:
-    """Run a config to its end on this machine; return the exit code. Raises: ValueError when it cannot start."""
+def run(config: Config, *, fresh: bool = False, resume: str = "auto", allowed: Sequence[str] = ()) -> int:
+    """Run a config to its end on this machine; return the exit code.
+
+    fresh: set an earlier run aside; resume: auto (the newest whole checkpoint), none (as fresh), a name or path of one;
+    allowed: config keys or sections that may differ from the run's earlier attempts. Raises: ValueError when it cannot
+    start.
+    """
     check(config)
+    check_keys(allowed)
     console, folder = Console(markup=False, highlight=False), RunFolder(config.run_dir)
-    with folder.claim(config, fresh=fresh):
-        if folder.done and resume == "auto":
+    with folder.claim(config, fresh=fresh or resume == "none", allowed=allowed) as changed:
+        if folder.done and resume == "auto" and not changed.length:
             _refuse_other_data(config, folder)
-            last = max(attempt.get("last_step", 0) for attempt in folder.history())
             console.print(
-                f"{config.run_dir} is done ({last} steps): the adapter is in {config.run_dir}/adapter;"
-                " --fresh trains anew",
+                f"{config.run_dir} is done ({folder.history.last_step()} steps): the adapter is in"
+                f" {config.run_dir}/adapter; --fresh trains anew, more train.max_steps or num_train_epochs go on",
                 soft_wrap=True,
             )
             return 0
         processes = processes_of(config)
         attempt = folder.begin_attempt(processes)
-        environment = os.environ | {
-            "QWENLORA_ATTEMPT": str(attempt),
-            "QWENLORA_RESUME": resume,
-            "PYTHONSAFEPATH": "1",  # else `python -m` takes a random.py of the working folder for Python's own
-        }
-        steps = {
-            "preparing model and data": [sys.executable, "-m", RANK_MODULE, str(folder.config), PREPARE_ONLY],
-            f"starting {_processes(processes)}": torchrun_argv([str(folder.config)], processes),
-        }
-        code = 0
-        with Children() as children:
-            for what, argv in steps.items():
-                console.print(f"{what} ...")
-                with folder.log(attempt, "launch").open("ab") as log:
-                    code = children.run(argv, environment, log)
-                if code or children.asked:
-                    break
+        start = time.monotonic()
+        handover = Handover(attempt, resume, tuple(allowed))
+        preparing = [sys.executable, "-m", RANK_MODULE, str(folder.config), PREPARE_ONLY]
+        training = torchrun_argv([str(folder.config)], processes)
+        with Children() as children, folder.log(attempt, "launch").open("ab") as log:
+            console.print("preparing model and data ...")
+            code = children.run(preparing, _environment(handover), log)
+            if not code and not children.asked:
+                console.print(f"starting {_processes(processes)} ...")
+                handover = replace(handover, prepare_s=time.monotonic() - start)
+                code = children.run(training, _environment(handover), log)
         return _verdict(folder, attempt, code, children.asked, console)
+
+
+def _environment(handover: Handover) -> dict[str, str]:
+    # without PYTHONSAFEPATH, `python -m` takes a random.py of the working folder for Python's own
+    return os.environ | handover.environment() | {"PYTHONSAFEPATH": "1"}
 
 
 def _processes(count: int) -> str:
@@ -136,19 +155,24 @@ def _refuse_other_data(config: Config, folder: RunFolder) -> None:
 
 def _verdict(folder: RunFolder, attempt: int, code: int, asked: bool, console: Console) -> int:
     """Note how the attempt ended, tell the user what they need to know, return the exit code."""
-    if "reason" not in folder.history()[-1]:  # rank 0 did not live to say
+    attempts = folder.history.attempts()
+    reason: Reason | None = attempts[-1].get("reason") if attempts else None  # none: the run folder is gone
+    if reason is None:  # rank 0 did not live to say
         error = _first_error(folder, attempt)
-        if asked:
-            folder.end_attempt("stopped", "before anything of this attempt was saved")
-            console.print("stopped before anything was saved; the same command starts from there")
+        message = error["message"] if error else f"a process ended without a word (exit code {code})"
+        if asked and not error:
+            reason, message = "stopped", "at once, without saving"
+            newest = next((path.name for path in folder.checkpoints()), "")
+            then = f"goes on from {newest}" if newest else "starts from there"
+            console.print(f"stopped before anything of this attempt was saved; the same command {then}")
         elif error and error["code"] == 2:
-            folder.end_attempt("refused", error["message"])
-            console.print(f"error: {error['message']}", style="red", soft_wrap=True)
+            reason = "refused"
+            console.print(f"error: {message}", style="red", soft_wrap=True)
         else:
-            message = error["message"] if error else f"a process ended without a word (exit code {code})"
-            folder.end_attempt("failed", message)
+            reason = "failed"
             _explain(folder, attempt, message, error, console)
-    return EXIT_CODES[folder.history()[-1]["reason"]]
+        folder.end_attempt(reason, message)
+    return EXIT_CODES[reason]
 
 
 def _first_error(folder: RunFolder, attempt: int) -> dict[str, Any] | None:
@@ -162,6 +186,8 @@ def _first_error(folder: RunFolder, attempt: int) -> dict[str, Any] | None:
 def _explain(folder: RunFolder, attempt: int, message: str, error: dict[str, Any] | None, console: Console) -> None:
     log = folder.log(attempt, error["process"] if error else "launch")
     console.print(f"failed: {message}", style="red", soft_wrap=True)
+    if not log.exists():
+        return
     console.print(f"the last lines of {log}:", soft_wrap=True)
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]:
         console.print(f"  {line}", soft_wrap=True)

@@ -47,9 +47,13 @@ def train(
         int | None, typer.Option(min=1, help="Processes on this machine. Default: one a GPU, or 1.")
     ] = None,
     resume: Annotated[
-        str, typer.Option(help="auto (the newest whole checkpoint), none, checkpoint-200, or a path.")
+        str, typer.Option(help="auto (the newest whole checkpoint), none (as --fresh), checkpoint-200, or a path.")
     ] = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier run in run_dir aside; start anew.")] = False,
+    allow_config_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="A key, such as train.learning_rate, that may differ from the run's so far."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the resolved config, what follows from it, and the command.")
     ] = False,
@@ -65,7 +69,24 @@ def train(
         if dry_run:
             print(agent.dry_run(loaded, [str(config), *chosen]), end="")
             return 0
-        return agent.run(loaded, fresh=fresh, resume=resume)
+        return agent.run(loaded, fresh=fresh, resume=resume, allowed=allow_config_change or [])
+
+    guarded(command)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/tiny.")],
+) -> None:
+    """Show a run's attempts, how far it is, and its checkpoints."""
+
+    def command() -> int:
+        from rich.console import Console
+
+        from qwenlora.jobs.status import show
+
+        show(run, Console(markup=False, highlight=False))
+        return 0
 
     guarded(command)
 

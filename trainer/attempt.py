@@ -1,53 +1,80 @@
 """One attempt at a run, in order: data, model, resume, train, save. Every rank runs this; main.py calls it."""
 
+import copy
 import logging
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
+from safetensors import SafetensorError
 
 from qwenlora.configs import Config
-from qwenlora.data import prepared
+from qwenlora.data import prepared, sources
+from qwenlora.data.prepared import Side
 from qwenlora.jobs.disk import sync
-from qwenlora.jobs.run import Reason, RunFolder
+from qwenlora.jobs.handover import Handover
+from qwenlora.jobs.history import Reason
+from qwenlora.jobs.run import RunFolder, step_of
 from qwenlora.trainer import checkpoints, derived
 from qwenlora.trainer import model as models
-from qwenlora.trainer.metrics import Metrics
+from qwenlora.trainer.checkpoints import Chosen
+from qwenlora.trainer.chronicle import Chronicle
+from qwenlora.trainer.faults import TrainingFault
+from qwenlora.trainer.metrics import Metrics, MetricsFile
 from qwenlora.trainer.prepare import Facts, read_facts
 from qwenlora.trainer.progress import ProgressCallback, facts_table
+from qwenlora.trainer.saver import Saver, reason_of
 from qwenlora.trainer.screen import Rank, StopRequest
-from qwenlora.trainer.stop import StopCallback
+from qwenlora.trainer.stop import Stop, any_rank
 from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
 from qwenlora.trainer.wandb_run import WandbCallback, mode_of
 
 log = logging.getLogger("qwenlora")
 
 
+class Outcome(NamedTuple):
+    """How an attempt ended. step: the last one that is saved, 0 when there is none; why: it was stopped."""
+
+    reason: Reason
+    step: int
+    why: str = ""
+
+    def last_words(self, run: RunFolder) -> str:
+        """Return what the user is told."""
+        if self.reason == "stopped" and self.step:
+            return f"stopped ({self.why}) after step {self.step}, which is saved; the same command resumes"
+        if self.reason == "stopped":
+            return f"stopped ({self.why}) before the first step; the same command starts again"
+        return f"done: the adapter is in {os.path.relpath(run.adapter)}"
+
+
 def train(
-    config: Config, run: RunFolder, rank: Rank, request: StopRequest, console: Console, resume: str
-) -> tuple[Reason, dict[str, int]]:
-    """Train one attempt; return why it ended and {first_step, last_step}."""
+    config: Config,
+    run: RunFolder,
+    rank: Rank,
+    request: StopRequest,
+    console: Console,
+    handover: Handover,
+    give_up: Callable[[str], None],
+) -> Outcome:
+    """Train one attempt. give_up: ends the process with a message, when a save hangs."""
     facts = read_facts(run)
     folder = Path(facts.data_folder)
     train_side, eval_side = prepared.open_side(folder, "train"), prepared.open_side(folder, "eval")
     assert train_side is not None, "prepare() wrote no training rows"
+    stop = Stop(request, _seconds_left(config, run) if rank.first else None)
+    chronicle = Chronicle(run.history, handover.prepare_s, lambda numbers: wandb.send(numbers) if wandb else None)
     identity = checkpoints.identity_of(config, facts.data_identity, facts.base_fingerprint)
-    checkpoint, notes = checkpoints.choose(run, resume, identity)
-    notes = [f"passed over: {line}" for line in notes]
-    first_step = 1
-    if run.trained and not checkpoint:
-        notes.append("no checkpoint was saved before: starting from the first step")
-    if checkpoint:
-        record = checkpoints.read(checkpoint)
-        first_step = record["step"] + 1
-        if record["world_size"] != rank.world_size:
-            notes.append(
-                f"{checkpoint.name} was saved by {record['world_size']} processes, this attempt has {rank.world_size}:"
-                " the same rows in the same steps, but dropout is drawn anew"
-            )
+    chosen = _choose(run, rank, handover, identity)
+    checkpoint = chosen.folder
+    step = step_of(checkpoint) if checkpoint else 0
 
     torch.manual_seed(config.train.seed)  # the same adapter to begin with on every rank
     tokenizer = models.load_tokenizer(config, facts.base)
@@ -59,92 +86,217 @@ def train(
         models.check_isolation(model)
         packs = prepared.open_packs(folder)
 
-    stop, progress = StopCallback(request), ProgressCallback(console)
+    def warn(line: str) -> None:
+        log.warning(line)
+        console.print(Text("warning: ", style="yellow").append(line, style="default"), soft_wrap=True)
+
+    progress = ProgressCallback(console)
+    wandb: WandbCallback | None = None
     trainer = LoraTrainer(
         model,
+        config,
         training_arguments(config, run, facts.units, rank.world_size, evaluates=eval_side is not None),
         order_of(config, train_side, packs),
         train_side,
         eval_side,
-        identity,
-        config.train.save_total_limit,
+        saver=_saver(config, run, rank, identity, warn, give_up) if rank.first else None,
+        stop=stop,
+        place=_place_of(config, train_side),
+        warn=warn,
         processing_class=tokenizer,
-        callbacks=[stop],
     )
-    torch.manual_seed(config.train.seed + rank.rank)  # each rank's own dropout from here; Trainer() has just reset it
-    trainer.add_callback(Metrics(run.metrics, trainer, facts.parameters, config.train.gradient_checkpointing))
-    wandb = None
+    _refuse_fewer_steps(config, checkpoint, trainer.args.max_steps)
+    metrics = MetricsFile(run.metrics, warn) if rank.first else None
+    trainer.add_callback(
+        Metrics(
+            metrics,
+            trainer,
+            facts.parameters,
+            config.train.gradient_checkpointing,
+            run.history.progress if rank.first else None,
+            chronicle.number,
+        )
+    )
     if rank.first:
-        wandb, where = _start_wandb(config, run, facts, console)
-        for callback in (wandb, progress):
+        if trainer.saver:
+            trainer.saver.constant(_constant_files(model, tokenizer))
+        wandb, where = _start_wandb(config, run, facts, warn)
+        for callback in (wandb, progress, chronicle):
             if callback:
                 trainer.add_callback(callback)
+        trainer.wandb_id = run.wandb_id.read_text().strip() if run.wandb_id.exists() else ""
         table = derived.facts(config, facts, trainer.args, rank.world_size) | {"W&B": where}
         console.print(facts_table(run.path.name, table))
-        for line in [
-            *notes,
-            *derived.warnings(config, facts, trainer.args, untrained, tied=bool(base.config.tie_word_embeddings)),
-        ]:
-            _warn(console, line)
+        tied = bool(base.config.tie_word_embeddings)
+        for line in [*_notes(run, chosen), *derived.warnings(config, facts, trainer.args, untrained, tied=tied)]:
+            warn(line)
         if checkpoint:
-            console.print(f"resuming from {checkpoint.name}")
+            console.print(f"resuming from {checkpoint.name}", soft_wrap=True)
+            if chosen.changed:
+                console.print(f"changed since: {chosen.changed}", soft_wrap=True)
+        chronicle.resumed(checkpoint, step)
 
-    trainer.accelerator.wait_for_everyone()  # all have chosen their checkpoint
-    if checkpoint and rank.first:
-        checkpoints.set_aside_newer(run, first_step - 1)
+    if checkpoint:
+        trainer.load(checkpoint)
+    stop.agree(trainer.args.device)  # and all have chosen and loaded their checkpoint
+    if checkpoint and metrics:
+        checkpoints.set_aside_newer(run, step)
+        metrics.forget_after(step, evaluation_too=trainer.resumed["evaluation_due"])
 
     exit_code = 1
     try:
-        if checkpoint and first_step > trainer.args.max_steps:  # all is trained, only the adapter was not written yet
-            trainer.load_adapter(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=checkpoint)
+        if not stop.agreed and checkpoint and trainer.resumed["evaluation_due"]:
+            trainer.evaluate()
+        if not stop.agreed and step < trainer.args.max_steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        stopped = stop.stopped or (stop.agreed and trainer.state.global_step < trainer.args.max_steps)
         progress.stop()
-        if rank.first and not stop.stopped:
+        _finish_saving(trainer, needed=stopped)
+        if rank.first and not stopped:
             save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run)
         exit_code = 0
     finally:
         progress.stop()
         if wandb:
+            wandb.summarize({"attempts": chronicle.number})
             wandb.finish(exit_code)
-    last_step = max(trainer.state.global_step, first_step - 1)
-    return "stopped" if stop.stopped else "done", {"first_step": first_step, "last_step": last_step}
+    why = request.why or "another process was asked to"
+    return Outcome("stopped", trainer.state.global_step, why) if stopped else Outcome("done", trainer.args.max_steps)
 
 
-def _start_wandb(config: Config, run: RunFolder, facts: Facts, console: Console) -> tuple[WandbCallback | None, str]:
+def _seconds_left(config: Config, run: RunFolder) -> float | None:
+    minutes = config.train.max_time_min
+    return None if minutes is None else minutes * 60 - run.history.seconds_since_start()
+
+
+def _choose(run: RunFolder, rank: Rank, handover: Handover, identity: dict[str, Any]) -> Chosen:
+    """Return the checkpoint that rank 0 chooses: a thousand ranks need not read every byte of it."""
+    said: list[Any] = [None]
+    if rank.first:
+        try:
+            checkpoints.clear_leftovers(run)
+            said = [checkpoints.choose(run, handover.resume, identity, handover.allowed)]
+            if said[0].folder is None and any(one.get("reason") == "done" for one in run.history.attempts()):
+                raise ValueError(
+                    f"run_dir={run.path} is done and has no checkpoint to go on from; start a new run from its adapter:"
+                    f" lora.init_from={run.adapter} and another run_dir"
+                )
+        except ValueError as refusal:
+            said = [refusal]
+    if dist.is_initialized():
+        dist.broadcast_object_list(said)
+    if isinstance(said[0], ValueError):
+        raise said[0]
+    chosen: Chosen = said[0]
+    return chosen
+
+
+def _refuse_fewer_steps(config: Config, checkpoint: Path | None, steps: int) -> None:
+    if checkpoint and step_of(checkpoint) > steps:
+        raise ValueError(
+            f"train.max_steps={config.train.max_steps}, train.num_train_epochs={config.train.num_train_epochs:g} make"
+            f" {steps} steps, {checkpoint.name} has trained more; raise them, or name an earlier checkpoint: --resume"
+        )
+
+
+def _saver(
+    config: Config,
+    run: RunFolder,
+    rank: Rank,
+    identity: dict[str, Any],
+    warn: Callable[[str], None],
+    give_up: Callable[[str], None],
+) -> Saver:
+    return Saver(
+        run,
+        identity,
+        rank.world_size,
+        limit=config.train.save_total_limit,
+        in_background=config.checkpoint.async_,
+        timeout_s=config.checkpoint.timeout_s,
+        warn=warn,
+        give_up=give_up,
+    )
+
+
+def _place_of(config: Config, side: Side) -> Callable[[int], str]:
+    """Return what says where a training row stands."""
+
+    def place(row: int) -> str:
+        source, file, line = map(int, side.places[side.row_of[row]])
+        return sources.find(config.data)[source].place(file, line)
+
+    return place
+
+
+def _notes(run: RunFolder, chosen: Chosen) -> list[str]:
+    notes = [f"passed over: {line}" for line in chosen.passed_over]
+    if run.trained and not chosen.folder:
+        notes.append("no checkpoint was saved before: starting from the first step")
+    return notes
+
+
+def _start_wandb(
+    config: Config, run: RunFolder, facts: Facts, warn: Callable[[str], None]
+) -> tuple[WandbCallback | None, str]:
     """Return the callback, if W&B is on, and what the start-up table says of it."""
     mode, why = mode_of(config)
     if mode == "off":
         return None, f"off ({why})"
-    wandb = WandbCallback(config, run, mode, warn=lambda line: _warn(console, line))
+    wandb = WandbCallback(config, run, mode, warn=warn)
     where = wandb.start()
     sides = {f"data/{side}_{what}": counts[what] for side, counts in facts.data.items() for what in ("rows", "tokens")}
     wandb.summarize({"data/bad_rows": facts.bad_rows, **sides})
     return wandb, where
 
 
+def _finish_saving(trainer: LoraTrainer, *, needed: bool) -> None:
+    """Wait for the last save. Raises: TrainingFault, on all ranks, when it failed and is needed.
+
+    After the last step it is not: the adapter comes.
+    """
+    failure = ""
+    if trainer.saver:
+        trainer.saver.wait()
+        failure = trainer.saver.failure
+    if any_rank(torch.tensor([int(bool(failure))], dtype=torch.int32, device=trainer.args.device))[0] and needed:
+        raise TrainingFault(f"stopped, but {failure or 'rank 0 could not save'}; an earlier checkpoint is gone on from")
+
+
+def _constant_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
+    """Return the files that are the same in every checkpoint: the adapter's config and the tokenizer."""
+    adapter = copy.copy(model.peft_config["default"])
+    adapter.inference_mode = True  # as peft's own save_pretrained says it
+    with TemporaryDirectory() as folder:
+        adapter.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
 def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
-    """Write the final adapter and its tokenizer, whole or not at all."""
+    """Write the final adapter and its tokenizer, whole or not at all. Raises: TrainingFault when it cannot."""
     staging = run.path / ".adapter.staging"
-    checkpoints.remove(staging)
-    # "auto" would ask the hub whether the base's vocabulary has changed; modules_to_save are saved in any case
-    model.save_pretrained(staging, save_embedding_layers=False)
-    tokenizer.save_pretrained(staging)
-    (staging / "README.md").unlink(missing_ok=True)  # peft's is an empty form
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in staging.iterdir():
-        file.chmod(0o666 & ~mask)  # safetensors closes its files to colleagues
-        sync(file)
-    old = run.path / ".adapter.old"
-    checkpoints.remove(old)
-    if run.adapter.exists():
-        run.adapter.rename(old)
-    staging.rename(run.adapter)
-    sync(run.path)
-    checkpoints.remove(old)
-
-
-def _warn(console: Console, line: str) -> None:
-    log.warning(line)
-    console.print(Text("warning: ", style="yellow").append(line, style="default"), soft_wrap=True)
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()  # not with its parents: a run folder that is gone is not made anew
+        # "auto" would ask the hub whether the base's vocabulary has changed; modules_to_save are saved in any case
+        model.save_pretrained(staging, save_embedding_layers=False)
+        tokenizer.save_pretrained(staging)
+        (staging / "README.md").unlink(missing_ok=True)  # peft's is an empty form
+        mask = os.umask(0)
+        os.umask(mask)
+        for file in staging.iterdir():
+            file.chmod(0o666 & ~mask)  # safetensors closes its files to colleagues
+            sync(file)
+        old = run.path / ".adapter.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if run.adapter.exists():
+            run.adapter.rename(old)
+        staging.rename(run.adapter)
+        sync(run.path)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise TrainingFault(
+            f"all steps are trained, but the adapter was not saved: {reason_of(error)}; the same command tries again"
+        ) from error

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from qwenlora.data.chat import Tokens
-from qwenlora.data.order import Order
+from qwenlora.data.order import MicroBatch, Order
 from qwenlora.data.prepared import Side
 
 IGNORED = -100  # torch.nn.CrossEntropyLoss, ignore_index
@@ -26,7 +26,7 @@ class _RankOrder(BatchSampler):
         self.order, self.world_size, self.rank, self.accumulation = order, world_size, rank, accumulation
         self.epoch = 0
 
-    def __iter__(self) -> Iterator[list[list[int]]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[MicroBatch]:  # type: ignore[override]
         return self.order.micro_batches(self.epoch, self.world_size, self.rank)
 
     def __len__(self) -> int:

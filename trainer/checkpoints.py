@@ -1,93 +1,177 @@
-"""Which checkpoints are whole, and which one to resume from.
+"""What a checkpoint is, which ones are whole, and which one to resume from.
 
-A checkpoint is whole when it has the file `complete`, written after every rank has written its part. It holds
-{"step", "world_size", "files": {name: bytes}, "identity": {"config", "data", "base"}}: a checkpoint with a file
-missing or cut short is not whole, and one of another run is not resumed from.
+checkpoint-200/
+    adapter_model.safetensors, adapter_config.json, tokenizer   an adapter folder as plain peft loads it; float32, the
+                                                                weights that the optimizer goes on from
+    optimizer.safetensors   the optimizer's state, `<parameter's name>/<exp_avg ...>`
+    state.json              everything else that a resume needs, see training.py
+    trainer_state.json      transformers' own, without its log (metrics.jsonl has it)
+    manifest.json           {"format", "step", "world_size", "identity", "config_sha256", "files": {name: {"bytes",
+                            "sha256"}}, "sha256" of the manifest itself}; a folder is a checkpoint when this holds
+The frozen base is never in it. saver.py writes it, state.py reads tensors; docs/checkpoints.md has the promises.
 """
 
+import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
 
 from qwenlora.configs import Config
-from qwenlora.jobs.disk import sync, write_atomically
-from qwenlora.jobs.run import RunFolder, changes, step_of
+from qwenlora.jobs.disk import sha256
+from qwenlora.jobs.run import Changes, RunFolder, changes, step_of
 
-COMPLETE = "complete"
+FORMAT = 1
+MANIFEST = "manifest.json"
+ADAPTER = "adapter_model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+
+
+class Chosen(NamedTuple):
+    """What to resume from. folder: None starts at the first step; passed_over: newer ones, each with its reason.
+
+    changed: what is another way in the config since, and does not matter or is allowed to.
+    """
+
+    folder: Path | None
+    passed_over: list[str]
+    changed: str
 
 
 def identity_of(config: Config, data: str, base: str) -> dict[str, Any]:
     """Return what a checkpoint belongs to. data, base: hashes of the prepared rows and of the base's weights."""
-    return {"config": config.model_dump(mode="json"), "data": data, "base": base}
+    return {"config": config.model_dump(mode="json", by_alias=True), "data": data, "base": base}
 
 
-def begin(folder: Path, accelerator: Any) -> bool:
-    """Make way for a checkpoint; return false when it is there already, whole.
-
-    What a broken attempt left of it is removed before any rank writes.
-    """
-    there = not flaw(folder)
-    accelerator.wait_for_everyone()  # all have looked
-    if accelerator.is_main_process and not there:
-        remove(folder)
-    accelerator.wait_for_everyone()
-    return not there
+def manifest_text(step: int, world_size: int, identity: dict[str, Any], files: dict[str, dict[str, Any]]) -> str:
+    """Return the manifest of a checkpoint. files: {name: {"bytes", "sha256"}}."""
+    config = json.dumps(identity["config"], sort_keys=True)
+    record = {"format": FORMAT, "step": step, "world_size": world_size, "identity": identity}
+    record |= {"config_sha256": hashlib.sha256(config.encode()).hexdigest(), "files": files}
+    return _signed(record)
 
 
-def finish(folder: Path, accelerator: Any, identity: dict[str, Any], limit: int | None) -> None:
-    """Mark a checkpoint as whole once every rank's files are on the disk; only then drop the oldest beyond limit."""
-    for file in folder.iterdir():
-        sync(file)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        record = {
-            "step": step_of(folder),
-            "world_size": accelerator.num_processes,
-            "files": {file.name: file.stat().st_size for file in folder.iterdir()},
-            "identity": identity,
-        }
-        write_atomically(folder / COMPLETE, json.dumps(record, indent=1))
-        sync(folder)
-        whole = [path for path in RunFolder(folder.parent).checkpoints() if not flaw(path)]
-        for old in whole[limit:] if limit else []:
-            remove(old)
+def _signed(record: dict[str, Any]) -> str:
+    """Return the record as text, with a hash of itself: nothing else would notice a bit flipped in it."""
+    digest = hashlib.sha256(json.dumps(record, indent=1, ensure_ascii=False).encode()).hexdigest()
+    return json.dumps(record | {"sha256": digest}, indent=1, ensure_ascii=False) + "\n"
 
 
-def choose(run: RunFolder, resume: str, identity: dict[str, Any]) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint to resume from and a line on each newer one passed over.
+def read(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint. Raises: ValueError saying what is wrong with it, after the folder's name."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        old = " (it has the format of an older version)" if (folder / "trainer_state.json").is_file() else ""
+        raise ValueError(f"has no {MANIFEST}{old}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        record: dict[str, Any] = json.loads(text)
+        unsigned = {key: value for key, value in record.items() if key != "sha256"}
+        whole = _signed(unsigned) == text
+    except (OSError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"has a {MANIFEST} that is damaged")
+    if record["format"] != FORMAT:
+        raise ValueError(f"has format {record['format']}, this version of qwenlora reads format {FORMAT}")
+    return record
 
-    resume: auto (the newest whole one, if any), none, or the name or path of one.
+
+def flaw(folder: Path, *, thorough: bool = True) -> str:
+    """Return why a folder is no whole checkpoint, or an empty text. thorough: every byte, not sizes alone."""
+    if not folder.is_dir():
+        return "is no folder"
+    try:
+        record = read(folder)
+        for name, expected in record["files"].items():
+            file = folder / name
+            if not file.is_file():
+                return f"lacks {name}"
+            if (found := file.stat().st_size) != expected["bytes"]:
+                return f"has {name} of {found} bytes, {expected['bytes']} were written"
+            if thorough and sha256(file) != expected["sha256"]:
+                return f"has {name} with other bytes than were written (SHA-256)"
+        return adapter_flaw(folder) if thorough else ""
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
+def adapter_flaw(folder: Path) -> str:
+    """Return why an adapter cannot be gone on from, though it is as it was written; or an empty text."""
+    try:
+        tensors = load_safetensors((folder / ADAPTER).read_bytes())
+    except (SafetensorError, TypeError) as error:
+        return f"has {ADAPTER} that cannot be read: {error}"
+    for name, values in tensors.items():
+        if not np.isfinite(values).all():
+            return f"has numbers in its adapter that are not finite ({name})"
+    seconds = [values for name, values in tensors.items() if "lora_B" in name]
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if seconds and state["moved"] and not any(values.any() for values in seconds):
+        return "has an adapter that is all zero (every lora_B), though it was trained"
+    return ""
+
+
+def choose(run: RunFolder, resume: str, identity: dict[str, Any], allowed: Sequence[str] = ()) -> Chosen:
+    """Return the checkpoint to resume from.
+
+    resume: auto (the newest whole one, if any), none, or the name or path of one; allowed: config keys that may differ.
     Raises: ValueError when the one named is not whole or another run's, or there are only broken ones.
     """
     if resume == "none":
-        if run.trained:
-            raise ValueError(
-                f"--resume none would train over what run_dir={run.path} holds; --fresh sets it aside and starts anew"
-            )
-        return None, []
+        return Chosen(None, [], "")
     if resume != "auto":
         folder = run.path / resume if resume.startswith("checkpoint-") else Path(resume).expanduser().absolute()
         if not folder.is_dir():
             names = ", ".join(path.name for path in run.checkpoints()) or "no checkpoint"
             raise ValueError(f"--resume {resume}: there is no {folder}; this run has {names}")
-        if why := flaw(folder) or _stranger(folder, identity):
-            raise ValueError(f"--resume {resume}: {folder} {why}")
-        return folder, []
+        if why := flaw(folder):
+            raise ValueError(f"--resume {resume}: {folder} {why}; name another, or --resume auto takes the newest")
+        return Chosen(folder, [], _changed(folder, identity, allowed, f"--resume {resume}: {folder}"))
     passed_over: list[str] = []
     for folder in run.checkpoints():
-        why = flaw(folder) or _stranger(folder, identity)
+        why = flaw(folder)
         if not why:
-            return folder, passed_over
+            return Chosen(folder, passed_over, _changed(folder, identity, allowed, str(folder)))
         passed_over.append(f"{folder.name} {why}")
     if passed_over:
         raise ValueError(
             f"no checkpoint in {run.path} can be resumed from: {'; '.join(passed_over)};"
             " --fresh sets this run aside and starts anew"
         )
-    return None, []
+    return Chosen(None, [], "")
+
+
+def _changed(folder: Path, identity: dict[str, Any], allowed: Sequence[str], name: str) -> str:
+    """Return what changed since a whole checkpoint that may. Raises: ValueError when it is another run's."""
+    theirs = read(folder)["identity"]
+    try:
+        config = Config.model_validate_json(json.dumps(theirs["config"]))
+    except ValidationError:
+        raise ValueError(f"{name} was written with a config that this version of qwenlora does not know") from None
+    changed = changes(config, Config.model_validate_json(json.dumps(identity["config"])))
+    if refused := changed.refused(allowed):
+        raise ValueError(f"{name} is of another config: {refused}; to go on all the same: {refused.permit}")
+    if theirs["data"] != identity["data"] and not _allows("data", allowed):
+        raise ValueError(f"{name} was trained on other data; to go on all the same: --allow-config-change data")
+    if theirs["base"] != identity["base"] and not _allows("model", allowed):
+        raise ValueError(
+            f"{name} was trained on a base model with other weights; to go on all the same: --allow-config-change model"
+        )
+    return str(Changes({key: values for key, values in changed.items() if not key.startswith("log.wandb")}))
+
+
+def _allows(section: str, allowed: Sequence[str]) -> bool:
+    return any(key.split(".")[0] == section for key in allowed)
 
 
 def set_aside_newer(run: RunFolder, step: int) -> None:
@@ -99,43 +183,28 @@ def set_aside_newer(run: RunFolder, step: int) -> None:
             folder.rename(aside)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """Return the record of a whole checkpoint."""
-    record: dict[str, Any] = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-    return record
+def clear_leftovers(run: RunFolder) -> None:
+    """Remove what killed attempts were writing or removing."""
+    for pattern in (".staging-checkpoint-*", ".removing-checkpoint-*"):
+        for folder in run.path.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def flaw(folder: Path) -> str:
-    """Return why a checkpoint cannot be resumed from, or an empty text."""
-    if not folder.is_dir():
-        return "is no folder"
-    if not (folder / COMPLETE).is_file():
-        return "is not whole: its saving was cut off"
-    for name, size in read(folder)["files"].items():
-        if not (folder / name).is_file():
-            return f"lacks {name}"
-        if (found := (folder / name).stat().st_size) != size:
-            return f"has {name} of {found} bytes, {size} were written"
-    return ""
+def rotate(run: RunFolder, limit: int | None, best: int | None) -> None:
+    """Remove the oldest whole checkpoints beyond limit, never the newest, nor that of step best."""
+    whole = [folder for folder in run.checkpoints() if not flaw(folder, thorough=False)]
+    kept = whole[: limit or None]
+    if limit and any(step_of(folder) == best for folder in whole[limit:]):
+        kept = [*kept[: max(limit - 1, 1)], *(folder for folder in whole if step_of(folder) == best)]
+    for folder in whole:
+        if folder not in kept:
+            remove(folder)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, whole or broken, there or not."""
-    (folder / COMPLETE).unlink(missing_ok=True)  # first: a removal cut short must not leave what looks whole
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _stranger(folder: Path, identity: dict[str, Any]) -> str:
-    """Return why a whole checkpoint is not this run's, or an empty text."""
-    theirs = read(folder)["identity"]
-    try:
-        config = Config.model_validate_json(json.dumps(theirs["config"]))
-    except ValidationError:
-        return "was written with a config that this version of qwenlora does not know"
-    if changed := changes(config, Config.model_validate_json(json.dumps(identity["config"]))):
-        return f"is of another config: {changed}"
-    if theirs["data"] != identity["data"]:
-        return "was trained on other data"
-    if theirs["base"] != identity["base"]:
-        return "was trained on a base model with other weights"
-    return ""
+    """Remove a checkpoint, whole or broken, there or not: first its name, so that half a one is never seen."""
+    if folder.exists():
+        gone = folder.with_name(f".removing-{folder.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)

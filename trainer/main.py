@@ -10,7 +10,9 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 
@@ -18,12 +20,15 @@ from rich.console import Console
 
 from qwenlora.configs import Config, load_config
 from qwenlora.jobs.disk import write_atomically
+from qwenlora.jobs.handover import Handover, received
+from qwenlora.jobs.history import EXIT_CODES
 from qwenlora.jobs.orphans import die_with_parent
-from qwenlora.jobs.run import EXIT_CODES, PREPARE_ONLY, Reason, RunFolder
-from qwenlora.trainer.screen import Rank, StopRequest, take_screen
+from qwenlora.jobs.run import PREPARE_ONLY, RunFolder
+from qwenlora.trainer.screen import Rank, StoppedEarly, StopRequest, take_screen
 
 log = logging.getLogger("qwenlora")
 LONGEST_PREPARATION = timedelta(days=7)
+LAST_WORDS_S = 2.0
 
 
 def main(arguments: list[str]) -> int:
@@ -41,46 +46,76 @@ def _main(arguments: list[str], held: ExitStack) -> int:
     request = StopRequest()
     if not prepare_only:
         request.listen()
-    by_agent = "QWENLORA_ATTEMPT" in os.environ
-    if by_agent:
+    handover = received()
+    if handover.by_agent:
         die_with_parent()
     elif rank.first:
-        held.enter_context(run.claim(config))
+        held.enter_context(run.claim(config, fresh=handover.resume == "none", allowed=handover.allowed))
         run.begin_attempt(rank.world_size)
     else:
         _meet(config, rank)  # the first rank comes when the folder and the data are ready
-    attempt = int(os.environ.get("QWENLORA_ATTEMPT", len(run.history())))
+    attempt = handover.attempt or len(run.history.attempts())
     name = "prepare" if prepare_only else f"rank-{rank.rank}"
     console = take_screen(run.log(attempt, name), speaks=rank.first)
-    try:
-        if rank.first and (prepare_only or not by_agent):
-            from qwenlora.trainer.prepare import prepare
 
-            prepare(config, run, console)
-        return 0 if prepare_only else _train(config, run, rank, request, console)
-    except Exception as error:
-        log.exception("%s failed", name)
-        code = 2 if isinstance(error, ValueError) else 1
-        message = _message(error)
+    def fail(message: str, code: int) -> None:
         record = json.dumps({"time": time.time(), "message": message, "code": code}, ensure_ascii=False)
-        write_atomically(run.error(attempt, name), record)
-        if not by_agent:  # else the agent, which sees all ranks, says which one failed first
+        try:
+            write_atomically(run.error(attempt, name), record)
+        except OSError as error:  # the disk is full, or the folder gone
+            console.print(
+                f"error: {message} (and {run.logs(attempt)} cannot be written: {error.strerror})", style="red"
+            )
+        if not handover.by_agent:  # else the agent, which sees all ranks, says which one failed first
             if rank.first:
                 run.end_attempt("refused" if code == 2 else "failed", message)
             console.print(f"error: {message}", style="red", soft_wrap=True)
+
+    def give_up(message: str) -> None:
+        """End this process, which hangs in a file operation: what it still writes may hang as well."""
+        last_words = threading.Thread(target=fail, args=(message, 1), daemon=True)
+        last_words.start()
+        last_words.join(LAST_WORDS_S)
+        if last_words.is_alive():
+            console.print(f"error: {message}", style="red", soft_wrap=True)
+        os._exit(1)
+
+    try:
+        if rank.first and (prepare_only or not handover.by_agent):
+            from qwenlora.trainer.prepare import prepare
+
+            with request.at_once():  # nothing is trained yet that could be saved
+                prepare(config, run, console, handover.allowed)
+        return 0 if prepare_only else _train(config, run, rank, request, console, handover, give_up)
+    except StoppedEarly as stopped:
+        run.end_attempt("stopped", str(stopped))
+        console.print("stopped while preparing: nothing is lost, the same command starts again", soft_wrap=True)
+        return EXIT_CODES["stopped"]
+    except Exception as error:
+        log.exception("%s failed", name)
+        code = 2 if isinstance(error, ValueError) else 1
+        fail(_message(error), code)
         return code
 
 
-def _train(config: Config, run: RunFolder, rank: Rank, request: StopRequest, console: Console) -> int:
+def _train(
+    config: Config,
+    run: RunFolder,
+    rank: Rank,
+    request: StopRequest,
+    console: Console,
+    handover: Handover,
+    give_up: Callable[[str], None],
+) -> int:
     _meet(config, rank)
     from qwenlora.trainer.attempt import train
 
-    reason, steps = train(config, run, rank, request, console, os.environ.get("QWENLORA_RESUME", "auto"))
+    outcome = train(config, run, rank, request, console, handover, give_up)
     if rank.first:
-        run.end_attempt(reason, steps=steps)
-    console.print(_last_words(reason, steps, run), soft_wrap=True)
+        run.end_attempt(outcome.reason, outcome.why)
+        console.print(outcome.last_words(run), soft_wrap=True)
     _leave()
-    return EXIT_CODES[reason]
+    return EXIT_CODES[outcome.reason]
 
 
 def _meet(config: Config, rank: Rank) -> None:
@@ -108,21 +143,17 @@ def _meet(config: Config, rank: Rank) -> None:
 
 
 def _leave() -> None:
+    """Leave together: torchrun ends all ranks when one leaves with 75."""
     import torch.distributed as dist
 
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
-def _last_words(reason: Reason, steps: dict[str, int], run: RunFolder) -> str:
-    if reason == "stopped":
-        return f"stopped after step {steps['last_step']}, which is saved; the same command resumes"
-    return f"done: the adapter is in {os.path.relpath(run.adapter)}"
-
-
 def _message(error: BaseException) -> str:
-    """Return a user's error as it is, one of ours or a library's with its kind, on one line."""
-    if isinstance(error, ValueError):
+    """Return what we say ourselves as it is, an error of a library with its kind, on one line."""
+    if isinstance(error, ValueError) or type(error).__module__.startswith("qwenlora."):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 

@@ -4,18 +4,24 @@ Metrics adds what Trainer does not know (throughput, MFU, memory, waiting) to ea
 first of the callbacks: those after it (progress, W&B) show the same numbers.
 """
 
+import errno
 import json
+import logging
+import os
 import re
 import resource
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qwenlora.jobs.disk import write_atomically
+from qwenlora.jobs.history import Progress
 from qwenlora.trainer.model import Parameters
+
+log = logging.getLogger("qwenlora")
 
 # dense bf16 matrix peaks in FLOP/s, from NVIDIA's data sheets; the longest name that fits decides
 PEAK_FLOPS = {
@@ -39,6 +45,7 @@ PEAK_FLOPS = {
 }
 
 
+_BLOCK = 2**16
 _SAYS_NOTHING = re.compile(r"NVIDIA|Tesla|SXM\d?|PCI[eE]|HBM\w*|\d+GB")
 
 
@@ -65,27 +72,106 @@ def flops_per_token(parameters: Parameters, mean_square_length: float, recompute
     return flops + (2 * parameters.body + attention if recomputed else 0)
 
 
-class Metrics(TrainerCallback):
-    """Completes Trainer's logs and writes them to metrics.jsonl (on rank 0)."""
+class MetricsFile:
+    """metrics.jsonl: whole lines only, and never a step twice."""
 
-    def __init__(self, file: Path, trainer: Any, parameters: Parameters, recomputed: bool) -> None:
+    def __init__(self, path: Path, warn: Callable[[str], None] = log.warning) -> None:
+        self.path, self.warn = path, warn
+        self._waiting: list[str] = []  # lines that could not be written
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line. One that the disk does not take is kept, and written with a later one."""
+        self._waiting.append(json.dumps(record) + "\n")
+        data = "".join(self._waiting).encode()
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                if file.write(data) != len(data):
+                    file.truncate(end)  # no half line
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if len(self._waiting) == 1:
+                self.warn(f"{self.path.name} cannot be written ({error.strerror}): its lines are kept until it can be")
+        else:
+            self._waiting.clear()
+
+    def forget_after(self, step: int, *, evaluation_too: bool = False) -> None:
+        """Remove the lines past a step, which is resumed from. evaluation_too: and that step's own, to be made again.
+
+        Read from the end: a long history costs nothing.
+        """
+        if not self.path.exists():
+            return
+        with self.path.open("r+b") as file:
+            end = keep = file.seek(0, os.SEEK_END)
+            for start, line in _lines_backwards(file, end):
+                record = _record(line)
+                if (
+                    record is None
+                    or record["step"] > step
+                    or (evaluation_too and record["step"] == step and "eval_loss" in record)
+                ):
+                    keep = start
+                else:
+                    break
+            file.truncate(keep)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl; None for half a one."""
+    try:
+        record: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record
+
+
+def _lines_backwards(file: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yield (where it starts, the line with its newline) from the last line to the first."""
+    rest, position = b"", end
+    while position > 0:
+        size = min(_BLOCK, position)
+        position -= size
+        file.seek(position)
+        rest = file.read(size) + rest
+        while (cut := rest.rfind(b"\n", 0, -1)) >= 0:  # the last byte ends the last line
+            yield position + cut + 1, rest[cut + 1 :]
+            rest = rest[: cut + 1]
+    if rest:
+        yield 0, rest
+
+
+class Metrics(TrainerCallback):
+    """Completes Trainer's logs and writes them to metrics.jsonl (on rank 0); says after each step how far it came.
+
+    file, progress: None on the other ranks. attempt: its number, for progress.
+    """
+
+    def __init__(
+        self,
+        file: MetricsFile | None,
+        trainer: Any,
+        parameters: Parameters,
+        recomputed: bool,
+        progress: Progress | None = None,
+        attempt: int = 0,
+    ) -> None:
         self.file, self.trainer, self.parameters, self.recomputed = file, trainer, parameters, recomputed
+        self.progress, self.attempt = progress, attempt
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         self.peak = peak_flops(name)
+        self._begun = time.perf_counter()
         self._start()
 
     def _start(self) -> None:
         self._since = time.perf_counter()
-        self._idle, self._waited = self.trainer.idle_s, self.trainer.data_wait_s
+        self._idle, self._waited, self._saving = self.trainer.idle_s, self.trainer.data_wait_s, self.trainer.saving_s
         self._tokens = self._trained = self._squares = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Forget lines past the step that is resumed from: they are about to be trained again."""
+        """Start the clock."""
+        self._begun = time.perf_counter()
         self._start()
-        if state.is_world_process_zero and self.file.exists():
-            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-            write_atomically(self.file, "".join(kept))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count the tokens of the global batch just trained; every rank knows them without asking the others."""
@@ -98,6 +184,9 @@ class Metrics(TrainerCallback):
         self._tokens += int(lengths.sum())
         self._squares += int((lengths**2).sum())
         self._trained += int(self.trainer.train_side.trained_lengths[rows].sum())
+        if self.progress:
+            saving = self.trainer.saving_s
+            self.progress.write(self.attempt, state.global_step, time.perf_counter() - self._begun - saving, saving)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
@@ -115,10 +204,10 @@ class Metrics(TrainerCallback):
                 logs["mfu"] = logs["tokens_per_s"] * per_token / (self.peak * args.world_size)
             logs["peak_memory_gb"] = _peak_memory_bytes() / 1e9
             logs["data_wait_s"] = self.trainer.data_wait_s - self._waited
+            logs["saving_s"] = self.trainer.saving_s - self._saving
             self._start()
-        if state.is_world_process_zero:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs, "time": time.time()}) + "\n")
+        if self.file:
+            self.file.append({"step": state.global_step, **logs, "time": time.time()})
 
 
 def _peak_memory_bytes() -> int:

@@ -62,8 +62,11 @@ class Facts:
         return " ".join([*sides, f"packs:{self.data['train']['packs_sha256']}"] if self.packing else sides)
 
 
-def prepare(config: Config, run: RunFolder, console: Console | None = None) -> Facts:
-    """Make the run folder ready for ranks. Raises: ValueError when the run cannot start. console: for progress bars."""
+def prepare(config: Config, run: RunFolder, console: Console | None = None, allowed: tuple[str, ...] = ()) -> Facts:
+    """Make the run folder ready for ranks. Raises: ValueError when the run cannot start.
+
+    console: for progress bars; allowed: config keys that may differ from those that the run was trained with.
+    """
     _check_device(config)
     base = models.base_of(config, run)
     tokenizer = models.load_tokenizer(config, base)
@@ -86,7 +89,7 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None) -> F
     )
     check_settings(config, facts.units)
     if run.trained and run.facts.exists():
-        _refuse_another(run, read_facts(run), facts)
+        _refuse_another(run, read_facts(run), facts, {key.split(".")[0] for key in allowed})
     write_atomically(run.facts, json.dumps(facts.as_dict(), indent=1, ensure_ascii=False))
     return facts
 
@@ -141,22 +144,23 @@ def read_facts(run: RunFolder) -> Facts:
     return Facts(**values | {"parameters": models.Parameters(**values["parameters"])})
 
 
-def _refuse_another(run: RunFolder, then: Facts, now: Facts) -> None:
-    if then.packing != now.packing:
+def _refuse_another(run: RunFolder, then: Facts, now: Facts, allowed: set[str]) -> None:
+    if "data" not in allowed and then.packing != now.packing:
         was, would_be = ("on" if packing else "off" for packing in (then.packing, now.packing))
         raise ValueError(
             f"run_dir={run.path} was trained with packing {was}, here it would be {would_be} (data.packing: auto is on"
             " with a GPU); go on where it was, choose another run_dir, or --fresh to set the old run aside"
         )
-    if then.data_identity != now.data_identity:
-        what = "other data: the files or the tokenizer changed since"
-    elif then.base_fingerprint != now.base_fingerprint:
-        what = "a base model with other weights"
+    if then.data_identity != now.data_identity and "data" not in allowed:
+        what, key = "other data: the files or the tokenizer changed since", "data"
+    elif then.base_fingerprint != now.base_fingerprint and "model" not in allowed:
+        what, key = "a base model with other weights", "model"
     else:
         return
     raise ValueError(
         f"run_dir={run.path} was trained on {what};"
         " restore them, choose another run_dir, or --fresh to set the old run aside"
+        f" (to go on all the same: --allow-config-change {key})"
     )
 
 

@@ -33,6 +33,7 @@ class ProgressCallback(TrainerCallback):
         self.bar: Progress | None = None
         self._task = TaskID(0)
         self._shown = ""
+        self._first, self._start = 0, time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Show the bar, in a terminal."""

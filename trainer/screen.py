@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -30,19 +32,45 @@ class Rank(NamedTuple):
         return self.rank == 0
 
 
+class StoppedEarly(BaseException):
+    """A stop request that came when there was nothing to save."""
+
+
 class StopRequest:
-    """A flag that stop signals set, and nothing else: what is under way is finished first."""
+    """A flag that stop signals set, and nothing else: what is under way is finished first. why: who asked."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.why = ""
+        self._at_once = False
 
     def listen(self) -> None:
         """Hear the signals from now on."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._hear)
 
+    def ask(self, why: str) -> None:
+        """Ask to stop."""
+        if not self.asked:
+            self.asked, self.why = True, why
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        if self.asked and number == signal.SIGINT:
+            os._exit(128 + number)  # Ctrl-C, again: at once, without saving
+        self.ask(signal.Signals(number).name)
+        if self._at_once:
+            raise StoppedEarly(self.why)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise StoppedEarly at a signal, instead of finishing first."""
+        if self.asked:
+            raise StoppedEarly(self.why)
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
 
 def take_screen(file: Path, *, speaks: bool) -> Console:

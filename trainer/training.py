@@ -1,17 +1,22 @@
-"""transformers.Trainer, with what it lacks: our row order, exact evaluation, checkpoints that say they are whole.
+"""transformers.Trainer, with what it lacks: our row order, exact evaluation, exact resume, faults that are seen.
 
 Every Trainer method that is overridden stands in LoraTrainer; tests/trainer/test_training.py fails when a new
 transformers changes what they rely on.
 """
 
+import dataclasses
+import hashlib
 import json
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -23,9 +28,15 @@ from qwenlora.data.order import Order, accumulation_steps, total_steps
 from qwenlora.data.packing import Packs
 from qwenlora.data.prepared import Side
 from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import checkpoints
+from qwenlora.trainer import checkpoints, faults
+from qwenlora.trainer import state as states
 from qwenlora.trainer.batches import IGNORED, StepLoader, eval_batches
+from qwenlora.trainer.checkpoints import ADAPTER, OPTIMIZER, STATE
 from qwenlora.trainer.model import pick_dtype
+from qwenlora.trainer.saver import Saver
+from qwenlora.trainer.stop import Stop
+
+log = logging.getLogger("qwenlora")
 
 
 def order_of(config: Config, train: Side, packs: Packs | None = None) -> Order:
@@ -112,53 +123,70 @@ def check_settings(config: Config, units: int) -> None:
         ) from error
 
 
-def loss_file(checkpoint: Path, rank: int) -> Path:
-    """Return the file with a rank's loss since the last logging step: {"sum", "since_step"}."""
-    return checkpoint / f"loss_{rank}.json"
-
-
-class _LossSoFar(TrainerCallback):
-    """Gives a resumed run the loss of the steps since the last logging step, which Trainer forgets."""
+class _GoOn(TrainerCallback):
+    """Gives a resumed run what Trainer does not: the loss since the last logging step, and the config's intervals."""
 
     def __init__(self, trainer: "LoraTrainer") -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
-        checkpoint = self.trainer.resumed_from
-        if checkpoint and loss_file(checkpoint, args.process_index).exists():
-            so_far = json.loads(loss_file(checkpoint, args.process_index).read_text())
-            self.trainer._tr_loss.fill_(so_far["sum"])
-            self.trainer._globalstep_last_logged = so_far["since_step"]
+        saved = self.trainer.resumed
+        if saved:
+            state.compute_steps(args, state.max_steps)  # those of the checkpoint may be others
+            losses = saved["loss_so_far"]
+            same = len(losses) == args.world_size
+            self.trainer._tr_loss.fill_(losses[args.process_index] if same else sum(losses) / len(losses))
+            self.trainer._globalstep_last_logged = saved["logged_step"]
 
 
 class LoraTrainer(Trainer):
-    """Trainer over prepared rows in our order."""
+    """Trainer over prepared rows in our order.
+
+    saver: writes checkpoints; on rank 0 alone, None on the others. place: where a training row stands, by its number.
+    """
 
     control: TrainerControl
 
     def __init__(
         self,
         model: Any,
+        config: Config,
         args: TrainingArguments,
         order: Order,
         train: Side,
         eval_: Side | None,
-        identity: dict[str, Any],
-        save_total_limit: int | None,
+        *,
+        saver: Saver | None = None,
+        stop: Stop | None = None,
+        place: Callable[[int], str] = str,
+        warn: Callable[[str], None] = log.warning,
         **kw: Any,
     ):
-        self.order, self.train_side, self.eval_side = order, train, eval_
-        self.identity, self.save_total_limit = identity, save_total_limit
-        self.resumed_from: Path | None = None
+        self.config, self.order, self.train_side, self.eval_side = config, order, train, eval_
+        self.saver, self.stop, self.place, self.warn = saver, stop or Stop(), place, warn
+        self.resumed: dict[str, Any] = {}  # the state.json that this attempt goes on from
+        self.best: dict[str, Any] = {}  # {"step", "value"} of train.metric_for_best_model
+        self.wandb_id = ""
         self.data_wait_s = 0.0  # seconds spent waiting for batches so far
+        self.saving_s = 0.0  # seconds that saves held up training so far
         self.idle_s = 0.0  # seconds spent evaluating and saving so far
-        super().__init__(model=model, args=args, eval_dataset=eval_, **kw)
+        self._memory = states.HostMemory()
+        self._losses: list[Tensor] = []  # of this rank's micro-batches in the step under way
+        self._loss_before: Tensor | None = None  # that step
+        self._left_out = 0  # steps in a row
+        self._evaluated_step = -1
+        super().__init__(model=model, args=args, eval_dataset=eval_, callbacks=[self.stop], **kw)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_LossSoFar(self))
+        self.add_callback(_GoOn(self))
 
     @property
     def _pad_id(self) -> int:
         return int(self.processing_class.pad_token_id)
+
+    @property
+    def _adam(self) -> Any:
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's loader. Accelerate does not wrap it: it would change the order with the world size."""
@@ -172,21 +200,13 @@ class LoraTrainer(Trainer):
             flat=self.model.config._attn_implementation.startswith("flash"),
         )
 
-    def train(self, resume_from_checkpoint: Path | None = None, **kw: Any) -> Any:
-        """Train as Trainer does. resume_from_checkpoint: a whole one, of the same world size for its loss so far."""
-        self.resumed_from = resume_from_checkpoint
-        if resume_from_checkpoint and checkpoints.read(resume_from_checkpoint)["world_size"] != self.args.world_size:
-            self.resumed_from = None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint), **kw)
-
-    def load_adapter(self, checkpoint: Path) -> None:
-        """Put a checkpoint's adapter into the model, without training."""
-        self._load_from_checkpoint(str(checkpoint))
+    # ---- a step
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Time what Trainer waits for data (not for the other ranks' counts); the rest is Trainer's own."""
+        self._losses, self._loss_before = [], self._tr_loss.clone()
         samples: tuple[list[Any], Tensor | int | None]
         samples = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
         return samples
@@ -200,45 +220,246 @@ class LoraTrainer(Trainer):
                 return
             yield batch
 
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Compute a micro-batch as Trainer does. Its dropout depends on seed, step and its number in the step alone."""
+        shape = tuple(inputs["input_ids"].shape)
+        number = len(self._losses) * self.args.world_size + self.args.process_index
+        seed_micro_batch(self.args.seed, self.state.global_step, number)
+        try:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(shape, trained=True) from error
+        self._losses.append(loss.detach())
+        return loss
+
+    def _out_of_memory(self, shape: tuple[int, ...], *, trained: bool) -> faults.TrainingFault:
+        return faults.out_of_memory(self.config, self.state.global_step, self.args.process_index, shape, trained)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the gradient's norm; before the optimizer uses it, all ranks agree on whether it is one."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        finite = torch.stack(self._losses).isfinite().all()
+        if self.accelerator.scaler is None:  # float16's scaler looks for it itself, and expects it now and then
+            finite &= torch.as_tensor(norm, device=finite.device).isfinite()
+        if self.stop.agree(self.args.device, also=~finite):
+            self._not_finite()
+        else:
+            self._left_out = 0
+        return norm
+
+    def _not_finite(self) -> None:
+        """Stop, or leave this step out, as train.on_nan says."""
+        step, per_device = self.state.global_step + 1, self.args.per_device_train_batch_size
+        broken = faults.broken_micro_batches(self._losses, self.args.process_index, self.args.world_size)
+        units = self.order.step(*divmod(step - 1, self.order.steps_per_epoch))
+        of_loss = [unit for number in broken for unit in units[number * per_device : (number + 1) * per_device]]
+        rows = sorted(row for unit in of_loss or units for row in unit)
+        what = faults.describe(step, "loss" if of_loss else "gradient", rows, self.place)
+        self._left_out += 1
+        policy = self.config.train.on_nan
+        if policy == "stop":
+            raise faults.TrainingFault(
+                f"{what}; it changed no weight, and the checkpoints are from before it: look at these rows, lower"
+                " train.learning_rate, or set train.on_nan: skip or rollback"
+            )
+        if self._left_out > faults.IN_A_ROW:
+            raise faults.TrainingFault(f"{what}; train.on_nan={policy} gives up: so were the {faults.IN_A_ROW} before")
+        then = "left out"
+        if policy == "rollback":
+            checkpoint = self._newest_checkpoint()
+            if checkpoint is None:
+                raise faults.TrainingFault(f"{what}; train.on_nan=rollback has no checkpoint to go back to yet")
+            self._restore_adapter(checkpoint)
+            self._restore_optimizer(checkpoint)
+            then = f"left out, and the weights are those of {checkpoint.name} again"
+        assert self._loss_before is not None, "a step has begun"
+        self._tr_loss.copy_(self._loss_before)
+        self._globalstep_last_logged += 1  # the mean is over the other steps
+        if self.accelerator.scaler is None:
+            self.model.zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient
+        self.warn(f"{what}: {then}")
+
+    def _newest_checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint, the same on all ranks."""
+        found: list[Path | None] = [None]
+        if self.saver:
+            self.saver.wait()
+            found = [next((one for one in self.saver.run.checkpoints() if not checkpoints.flaw(one)), None)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(found)
+        return found[0]
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: Trainer would walk all modules for each micro-batch; metrics.py knows the FLOPs of a token."""
         return 0
 
+    # ---- evaluation
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return eval_loss, the mean over all trained tokens whatever the batches and ranks, and eval_perplexity."""
+        """Return eval_loss, the mean over all trained tokens whatever the batches and ranks, and eval_perplexity.
+
+        Asked to stop meanwhile, it returns nothing: the checkpoint then knows that this evaluation is due.
+        """
         start = time.perf_counter()
         assert self.eval_side is not None, "evaluation was asked for without rows"
         was_training = self.model.training
         self.model.eval()
+        sums = self._evaluated()
+        self.model.train(was_training)
+        self.idle_s += time.perf_counter() - start
+        if sums is None:
+            self.stop.stopped = self.control.should_save = self.control.should_training_stop = True
+            return {}
+        loss = (sums[0] / sums[1]).item()
+        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        self._evaluated_step = self.state.global_step
+        if (metric := self.config.train.metric_for_best_model) and self._saves_at(self.state.global_step):
+            value = metrics[metric]
+            if value < self.best.get("value", math.inf):
+                self.best = {"step": self.state.global_step, "value": value}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluated(self) -> Tensor | None:
+        """Return float64 [2]: the sum of losses and the number of trained tokens of all ranks; None when stopped."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad(), self.accelerator.autocast():
             for batch in eval_batches(
-                self.eval_side,
+                self.eval_side,  # type: ignore[arg-type]
                 self.args.per_device_eval_batch_size,
                 self.args.world_size,
                 self.args.process_index,
                 self._pad_id,
             ):
+                self.stop.agree(self.args.device)
+                if self.stop.agreed:
+                    return None
                 batch = self._prepare_inputs(batch)
                 tokens = (batch["labels"][:, 1:] != IGNORED).sum()
-                # num_items_in_batch=1 makes the model return the sum over tokens, not their mean
-                sums += torch.stack([self.model(**batch, num_items_in_batch=1).loss.double(), tokens.double()])
-        sums = self.accelerator.reduce(sums, "sum")
-        loss = (sums[0] / sums[1]).item()
-        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-        self.model.train(was_training)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.idle_s += time.perf_counter() - start
-        return metrics
+                try:
+                    # num_items_in_batch=1 makes the model return the sum over tokens, not their mean
+                    loss = self.model(**batch, num_items_in_batch=1).loss.double()
+                except torch.OutOfMemoryError as error:
+                    raise self._out_of_memory(tuple(batch["input_ids"].shape), trained=False) from error
+                sums += torch.stack([loss, tokens.double()])
+        reduced: Tensor = self.accelerator.reduce(sums, "sum")
+        return reduced
+
+    def _due(self, strategy: Any, every: float | None, step: int) -> bool:
+        """Whether evaluation or saving falls on a step."""
+        if strategy == "steps":
+            return step % int(every or 1) == 0
+        return bool(strategy == "epoch") and (step % self.order.steps_per_epoch == 0 or step == self.state.max_steps)
+
+    def _saves_at(self, step: int) -> bool:
+        last = self.args.save_strategy == "steps" and step == self.state.max_steps
+        return last or self._due(self.args.save_strategy, self.args.save_steps, step)
+
+    # ---- saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save as Trainer does, and the loss so far; when all ranks have written, mark the checkpoint as whole."""
+        """Copy all that a resume needs to host memory, and have it written. Trainer's own would write in place."""
         start = time.perf_counter()
-        folder = RunFolder(self.args.output_dir).checkpoint(self.state.global_step)
-        if checkpoints.begin(folder, self.accelerator):
-            super()._save_checkpoint(model, trial)
-            so_far = {"sum": self._tr_loss.item(), "since_step": self._globalstep_last_logged}
-            loss_file(folder, self.args.process_index).write_text(json.dumps(so_far))
-            checkpoints.finish(folder, self.accelerator, self.identity, self.save_total_limit)
-        self.idle_s += time.perf_counter() - start
+        losses = self._losses_of_all_ranks()
+        if self.saver:
+            self.saver.wait()
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            snapshot = states.snapshot(unwrapped, self._adam, self._memory)
+            self.saver.save(self.state.global_step, snapshot, self._texts(snapshot, losses), self.best.get("step"))
+        stall = time.perf_counter() - start
+        self.idle_s += stall
+        self.saving_s += stall
+        written = self.saver.last[1] if self.saver and self.saver.last else 0.0
+        self.stop.longest_save_s = max(self.stop.longest_save_s, stall, written)
+
+    def _losses_of_all_ranks(self) -> list[float]:
+        losses = [torch.zeros_like(self._tr_loss) for _ in range(self.args.world_size)]
+        if self.args.world_size == 1:
+            losses = [self._tr_loss]
+        else:
+            dist.all_gather(losses, self._tr_loss)
+        return [float(loss) for loss in losses]
+
+    def _texts(self, snapshot: states.Snapshot, losses: list[float]) -> dict[str, str]:
+        """Return a checkpoint's small files."""
+        step, every = self.state.global_step, self.order.steps_per_epoch
+        due = self.stop.stopped and self._evaluated_step != step
+        schedule = self.lr_scheduler
+        scaler = self.accelerator.scaler
+        state = {
+            "step": step,
+            "cursor": {"epoch": step // every, "step_in_epoch": step % every, "steps_per_epoch": every},
+            "scheduler": {"last_epoch": schedule.last_epoch},
+            "scaler": scaler.state_dict() if scaler else None,
+            "optimizer_groups": snapshot.groups,
+            "loss_so_far": losses,  # of each rank, since the last logging step
+            "logged_step": self._globalstep_last_logged,
+            "evaluation_due": due and self._due(self.args.eval_strategy, self.args.eval_steps, step),
+            "best": self.best,
+            "moved": bool(snapshot.optimizer) and schedule.lr_lambdas[0](max(schedule.last_epoch - 1, 0)) > 0,
+            "wandb_id": self.wandb_id,
+        }
+        kept = dataclasses.replace(self.state, log_history=[], stateful_callbacks={})
+        return {
+            STATE: json.dumps(state, indent=1),
+            "trainer_state.json": json.dumps(dataclasses.asdict(kept), indent=1, sort_keys=True),
+        }
+
+    # ---- resuming
+
+    def load(self, checkpoint: Path) -> None:
+        """Put a whole checkpoint's adapter into the model, and take over where it was. train() restores the rest."""
+        self.resumed = json.loads(_content(checkpoint, STATE))
+        self.best = self.resumed["best"]
+        self.state.global_step = self.resumed["step"]
+        self.state.max_steps = self.args.max_steps
+        self.state.epoch = self.state.global_step / self.order.steps_per_epoch
+        self._restore_adapter(checkpoint)
+
+    def _restore_adapter(self, checkpoint: Path) -> None:
+        states.restore_adapter(self.accelerator.unwrap_model(self.model), _content(checkpoint, ADAPTER), checkpoint)
+
+    def _restore_optimizer(self, checkpoint: Path) -> None:
+        groups = json.loads(_content(checkpoint, STATE))["optimizer_groups"]
+        content = _content(checkpoint, OPTIMIZER)
+        states.restore_optimizer(self.accelerator.unwrap_model(self.model), self._adam, content, groups)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Do nothing: load() has done it."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Do nothing: what is random in a step depends on the step."""
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Prepare as Trainer does, but restore optimizer, schedule and scaler from our files."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint:
+            self._restore_optimizer(Path(resume_from_checkpoint))
+            at = self.lr_scheduler.last_epoch = self.resumed["scheduler"]["last_epoch"]
+            self.lr_scheduler._step_count = at + 1
+            rates = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+            self.lr_scheduler._last_lr = [base * factor(at) for base, factor in rates]
+            for group, rate in zip(self._adam.param_groups, self.lr_scheduler._last_lr, strict=True):
+                group["lr"] = rate
+            if self.accelerator.scaler and self.resumed["scaler"]:
+                self.accelerator.scaler.load_state_dict(self.resumed["scaler"])
+        return prepared
+
+
+def seed_micro_batch(seed: int, step: int, number: int) -> None:
+    """Make what is random in a micro-batch (dropout) depend on the run's seed, the step and its number there alone.
+
+    So it is the same after a resume, and on any number of ranks.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)[0]) >> 1)
+
+
+def _content(checkpoint: Path, name: str) -> bytes:
+    """Return a file of a checkpoint, exactly as it was written. Raises: ValueError when it is not."""
+    content = (checkpoint / name).read_bytes()
+    if hashlib.sha256(content).hexdigest() != checkpoints.read(checkpoint)["files"][name]["sha256"]:
+        raise ValueError(f"{checkpoint} has {name} with other bytes than were written (SHA-256)")
+    return content

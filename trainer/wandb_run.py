@@ -79,7 +79,7 @@ class WandbCallback(TrainerCallback):
             "name": log.wandb_name or self.run.path.name,
             "id": run_id,
             "dir": str(self.run.path),
-            "config": self.config.model_dump(mode="json"),
+            "config": self.config.model_dump(mode="json", by_alias=True),
         }
         settings: dict[str, Any] = {
             "init_timeout": REACH_TIMEOUT_S,
@@ -120,6 +120,10 @@ class WandbCallback(TrainerCallback):
         }
         if values:
             self._try(lambda: self.session.log({**values, "trainer/step": state.global_step}))
+
+    def send(self, values: dict[str, float]) -> None:
+        """Send numbers as they are named."""
+        self._try(lambda: self.session.log(values))
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Put numbers of the whole run beside it."""

@@ -28,8 +28,8 @@ def test_an_epoch_holds_every_row_once(order, epoch):
 def test_any_number_of_ranks_walks_the_same_micro_batches(order, epoch, world_size):
     if order.global_batch_size % (order.per_device_batch_size * world_size):
         return
-    alone = list(order.micro_batches(epoch, 1, 0))
-    ranks = [list(order.micro_batches(epoch, world_size, rank)) for rank in range(world_size)]
+    alone = list(map(list, order.micro_batches(epoch, 1, 0)))
+    ranks = [list(map(list, order.micro_batches(epoch, world_size, rank))) for rank in range(world_size)]
     assert len({len(rank) for rank in ranks}) == 1, "every rank joins every collective"
     assert [batch for together in zip(*ranks, strict=True) for batch in together] == alone
 

@@ -1,0 +1,65 @@
+"""What an attempt adds to the run's history: from where it went on, how long that took, what had to be repeated."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qwenlora.jobs.history import History
+
+log = logging.getLogger("qwenlora")
+
+
+class Chronicle(TrainerCallback):
+    """Notes the start of an attempt when its first step is done; on rank 0. send: to W&B, {name: number}.
+
+    prepare_s: seconds that preparation took, before this process was there.
+    """
+
+    def __init__(self, history: History, prepare_s: float, send: Callable[[dict[str, float]], None]) -> None:
+        self.history, self.prepare_s, self.send = history, prepare_s, send
+        self.number = len(history.attempts())
+        self._last_step = history.last_step()
+        self._start_up_s = history.seconds_since_start() - prepare_s
+        self._since = time.monotonic()
+        self._model_s = 0.0
+        self._first_step = 1
+        self._checkpoint: Path | None = None
+        self._noted = False
+
+    def resumed(self, checkpoint: Path | None, step: int) -> None:
+        """Say what is gone on from. step: the last one that it holds, 0 without a checkpoint."""
+        self._checkpoint, self._first_step = checkpoint, step + 1
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Model and checkpoint are there."""
+        self._model_s = time.monotonic() - self._since
+        self._since = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After the first step, write down what the start took."""
+        if self._noted:
+            return
+        self._noted = True
+        seconds = {
+            "start_up": self._start_up_s,
+            "data": self.prepare_s,
+            "model": self._model_s,
+            "first_step": time.monotonic() - self._since,
+        }
+        repeated = max(self._last_step - self._first_step + 1, 0)
+        facts = {
+            "resumed_from": self._checkpoint.name if self._checkpoint else None,
+            "first_step": self._first_step,
+            "steps_repeated": repeated,
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        }
+        try:
+            self.history.note(**facts)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self.history.file, error)
+        numbers = {"number": self.number, "restart_s": sum(seconds.values()), "steps_repeated": repeated}
+        self.send({"trainer/step": state.global_step} | {f"attempt/{name}": value for name, value in numbers.items()})

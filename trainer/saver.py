@@ -1,0 +1,139 @@
+"""Writes checkpoints: staged, hashed, synced, renamed; in the background, on rank 0 alone.
+
+A save that fails costs that save: what was staged is removed, the checkpoints before stay, training goes on. One that
+hangs ends the process.
+"""
+
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from qwenlora.jobs.disk import sha256, sync
+from qwenlora.jobs.run import RunFolder
+from qwenlora.trainer import checkpoints
+from qwenlora.trainer.checkpoints import ADAPTER, MANIFEST, OPTIMIZER
+from qwenlora.trainer.state import Snapshot
+
+log = logging.getLogger("qwenlora")
+
+
+class Saver:
+    """The one writer of a run's checkpoints. failure: why the newest save failed, or an empty text."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        identity: dict[str, Any],
+        world_size: int,
+        *,
+        limit: int | None = None,
+        in_background: bool = True,
+        timeout_s: float = 600,
+        warn: Callable[[str], None] = log.warning,
+        give_up: Callable[[str], None] | None = None,
+    ) -> None:
+        self.run, self.identity, self.world_size, self.limit = run, identity, world_size, limit
+        self.in_background, self.timeout_s, self.warn, self.give_up = in_background, timeout_s, warn, give_up
+        self.failure = ""
+        self.last: tuple[int, float, int] | None = None  # step, seconds and bytes of the newest save
+        self._constant: dict[str, bytes] = {}
+        self._thread: threading.Thread | None = None
+
+    def constant(self, files: dict[str, bytes]) -> None:
+        """Say which files are the same in every checkpoint: the adapter's config, the tokenizer."""
+        self._constant = files
+
+    def save(self, step: int, snapshot: Snapshot, texts: dict[str, str], best: int | None) -> None:
+        """Write checkpoint-<step>, once the one before is written. The snapshot must stay as it is until wait().
+
+        texts: small files; best: the step whose checkpoint is kept besides the newest ones.
+        """
+        self.wait()
+        arguments = (step, snapshot, texts, best)
+        if self.in_background:
+            self._thread = threading.Thread(target=self._save, args=arguments, name=f"save-{step}", daemon=True)
+            self._thread.start()
+        else:
+            self._save(*arguments)
+
+    def wait(self) -> None:
+        """Wait until the save under way is over."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _save(self, step: int, snapshot: Snapshot, texts: dict[str, str], best: int | None) -> None:
+        start = time.monotonic()
+        folder = self.run.checkpoint(step)
+        alarm = threading.Timer(self.timeout_s, self._hangs, [folder.name])
+        alarm.daemon = True
+        alarm.start()
+        staging = folder.with_name(f".staging-{folder.name}")
+        try:
+            size = self._write(staging, step, snapshot, texts)
+            checkpoints.remove(folder)  # an unfinished or earlier one of this step
+            staging.rename(folder)
+            sync(self.run.path)
+            self.failure = ""
+            self.last = (step, time.monotonic() - start, size)
+            log.info("%s: %.1f MB written in %.3f s", folder.name, size / 1e6, self.last[1])
+            checkpoints.rotate(self.run, self.limit, best)
+        except (OSError, SafetensorError) as error:
+            self.failure = f"{folder.name} was not saved: {reason_of(error)}"
+            shutil.rmtree(staging, ignore_errors=True)
+            whole = [one.name for one in self.run.checkpoints() if not checkpoints.flaw(one, thorough=False)]
+            self.warn(f"{self.failure}; training goes on, the newest whole one is {whole[0] if whole else 'none'}")
+        finally:
+            alarm.cancel()
+
+    def _write(self, staging: Path, step: int, snapshot: Snapshot, texts: dict[str, str]) -> int:
+        """Write all files and, when they are on the disk, the manifest; return the bytes."""
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        save_file(snapshot.adapter, staging / ADAPTER, metadata={"format": "pt"})
+        save_file(snapshot.optimizer, staging / OPTIMIZER)
+        for name, content in self._constant.items():
+            (staging / name).write_bytes(content)
+        for name, text in texts.items():
+            (staging / name).write_text(text, encoding="utf-8")
+        files: dict[str, dict[str, Any]] = {}
+        mask = os.umask(0)
+        os.umask(mask)
+        for file in sorted(staging.iterdir()):
+            file.chmod(0o666 & ~mask)  # safetensors closes its files to colleagues
+            sync(file)
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        if self.run.metrics.exists():
+            sync(self.run.metrics)  # what was logged before this step is not logged again
+        manifest = staging / MANIFEST
+        manifest.write_text(checkpoints.manifest_text(step, self.world_size, self.identity, files), encoding="utf-8")
+        sync(manifest)
+        sync(staging)
+        return sum(int(values["bytes"]) for values in files.values()) + manifest.stat().st_size
+
+    def _hangs(self, name: str) -> None:
+        message = (
+            f"{name} was not saved in checkpoint.timeout_s={self.timeout_s:g} s: the file system of {self.run.path}"
+            " hangs, or is too slow; the checkpoints before it are whole: the same command resumes"
+        )
+        log.error(message)
+        if self.give_up:
+            self.give_up(message)
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a file could not be written."""
+    if isinstance(error, OSError):
+        where = f" ({Path(error.filename).name})" if error.filename else ""
+        return f"{error.strerror or error}{where}"
+    said = re.search(r"I/O error: (.+?) \(os error", str(error))  # as safetensors shows the system's
+    return said.group(1) if said else str(error)
