@@ -1,0 +1,85 @@
+"""Kills this process, or its whole run, with SIGKILL at a chosen moment. On PYTHONPATH, Python imports it at its start.
+
+QWENLORA_CHAOS holds {"process", "inside", "nth", "after_s", "everyone"} or {"process", "operation", "everyone"}:
+in the process of that name, when a function of that name is entered for the nth time, after so many seconds; or before the
+file operation of that number in this process' saves. {"count": FILE} lists the operations instead.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+
+_FILE_EVENTS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
+
+
+def _name():
+    if "qwenlora.trainer.main" not in sys.orig_argv:
+        return "other"
+    return "prepare" if "--prepare-only" in sys.orig_argv else f"rank-{os.environ.get('RANK')}"
+
+
+def _kill(everyone):
+    import psutil
+
+    me = psutil.Process()
+    if everyone:
+        agent = [one for one in me.parents() if "qwenlora.launch.cli" in " ".join(one.cmdline())][0]
+        for one in [agent, *agent.children(recursive=True)]:
+            if one.pid != me.pid:
+                one.kill()
+    me.kill()
+    time.sleep(60)
+
+
+def _watch(inside, nth, after_s, everyone):
+    """Look at what the main thread does every half a millisecond."""
+    main, seen, before = threading.main_thread().ident, 0, False
+    while True:
+        time.sleep(0.0005)
+        frame, now = sys._current_frames().get(main), False
+        while frame is not None:
+            if frame.f_code.co_name == inside and "qwenlora" in frame.f_code.co_filename:
+                now = True
+                break
+            frame = frame.f_back
+        seen += now and not before
+        before = now
+        if seen >= nth:
+            time.sleep(after_s)
+            _kill(everyone)
+
+
+class _Operations:
+    """Counts what the saving thread does with files."""
+
+    def __init__(self, at, everyone, report):
+        self.at, self.everyone, self.report, self.count = at, everyone, report, 0
+        real = os.fsync
+        os.fsync = lambda descriptor: (self.operation("fsync", ""), real(descriptor))[1]
+        sys.addaudithook(self.audit)
+
+    def audit(self, event, arguments):
+        if event in _FILE_EVENTS:
+            self.operation(event, str(arguments[0]))
+
+    def operation(self, event, path):
+        if not threading.current_thread().name.startswith("save-") or "/proc/" in path or self.report == path:
+            return
+        if self.count == self.at:
+            self.count += 1
+            _kill(self.everyone)
+        self.count += 1
+        if self.report:
+            with open(self.report, "a") as file:
+                file.write(f"{threading.current_thread().name} {event} {path}\n")
+
+
+_plan = json.loads(os.environ.get("QWENLORA_CHAOS", "{}"))
+if _plan.get("process") == _name():
+    if "inside" in _plan:
+        arguments = (_plan["inside"], _plan["nth"], _plan["after_s"], _plan["everyone"])
+        threading.Thread(target=_watch, args=arguments, daemon=True).start()
+    else:
+        _Operations(_plan.get("operation", -1), _plan.get("everyone"), _plan.get("count"))
