@@ -50,7 +50,8 @@ class Life:
 
     def start(self, plan: dict | None = None) -> subprocess.Popen:
         """Give the command. plan: what the saboteur does."""
-        environment = os.environ | {"QWENLORA_CHAOS": json.dumps(plan or {}), "PYTHONPATH": str(SABOTEUR)}
+        paths = os.pathsep.join([str(SABOTEUR), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"QWENLORA_CHAOS": json.dumps(plan or {}), "PYTHONPATH": paths}
         return subprocess.Popen(
             self.argv,
             env=environment,
