@@ -139,13 +139,13 @@ def train(
     if checkpoint:
         trainer.load(checkpoint)
     stop.agree(trainer.args.device)  # and all have chosen and loaded their checkpoint
-    if checkpoint and metrics:
+    if metrics:
         checkpoints.set_aside_newer(run, step)
-        metrics.forget_after(step, evaluation_too=trainer.resumed["evaluation_due"])
+        metrics.forget_after(step, evaluation_too=trainer.resumed.get("evaluation_due", False))
 
     exit_code = 1
     try:
-        if not stop.agreed and checkpoint and trainer.resumed["evaluation_due"]:
+        if not stop.agreed and trainer.resumed.get("evaluation_due"):
             trainer.evaluate()
         if not stop.agreed and step < trainer.args.max_steps:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -111,7 +111,7 @@ def adapter_flaw(folder: Path) -> str:
         tensors = load_safetensors((folder / ADAPTER).read_bytes())
     except (SafetensorError, TypeError) as error:
         return f"has {ADAPTER} that cannot be read: {error}"
-    for name, values in tensors.items():
+    for name, values in sorted(tensors.items()):
         if not np.isfinite(values).all():
             return f"has numbers in its adapter that are not finite ({name})"
     seconds = [values for name, values in tensors.items() if "lora_B" in name]

@@ -23,7 +23,7 @@ from qwenlora.trainer.training import check_settings
 
 # what a checkpoint holds for each trainable number: itself and Adam's two moments, in float32
 CHECKPOINT_BYTES_PER_PARAMETER = 12
-TOKENIZER_BYTES = 16 * 2**20
+SMALL_FILES_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None, allo
     tokenizer = models.load_tokenizer(config, base)
     fingerprint = models.fingerprint(config, base)
     parameters = models.count_parameters(config, base)
-    checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + TOKENIZER_BYTES
+    checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
+    checkpoint_bytes += len(tokenizer.backend_tokenizer.to_str(True).encode())
     _check_space(run.path, checkpoint_bytes)
     rows = prepare_rows(config, tokenizer, run, console)
     facts = Facts(

@@ -3,17 +3,12 @@
 `make chaos` does it 200 times (CHAOS_KILLS says how often), at least 60 of them between two file operations of a save.
 """
 
-import importlib.util
 import os
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
-
-_spec = importlib.util.spec_from_file_location("chaos_harness", Path(__file__).with_name("harness.py"))
-harness = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(harness)
+from lives import Life, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(0)]
 KILLS = int(os.environ.get("CHAOS_KILLS", "6"))
@@ -34,7 +29,7 @@ PLACES = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chaos")
-    harness.write_config(folder, STEPS)
+    write_config(folder, STEPS)
     return folder
 
 
@@ -43,7 +38,7 @@ def undisturbed(base):
     """The runs that nobody kills, on one process and on two; and how many file operations a save has."""
     lives = {}
     for processes in (1, 2):
-        lives[processes] = harness.Life(base / "my.yaml", f"whole-{processes}", processes)
+        lives[processes] = Life(base / "my.yaml", f"whole-{processes}", processes)
         code, said = lives[processes].attempt()
         assert code == 0, said
     return lives
@@ -51,7 +46,7 @@ def undisturbed(base):
 
 def operations_of_a_save(base) -> int:
     """Return how many file operations a save has, the removal of an old checkpoint with it."""
-    life, report = harness.Life(base / "my.yaml", "counted", 1), base / "operations.txt"
+    life, report = Life(base / "my.yaml", "counted", 1), base / "operations.txt"
     code, said = life.attempt({"process": "rank-0", "count": str(report)})
     assert code == 0, said
     saves = Counter(line.split()[0] for line in report.read_text().splitlines())
@@ -96,7 +91,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(base,
     while todo:
         lives += 1
         processes = 2 if lives % 2 else 1
-        life = harness.Life(base / "my.yaml", f"life-{lives}", processes)
+        life = Life(base / "my.yaml", f"life-{lives}", processes)
         code = None
         while todo and code != 0:
             plan = dict(todo.pop())

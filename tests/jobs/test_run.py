@@ -46,7 +46,27 @@ def test_a_trained_run_refuses_another_config_by_name(run, config):
     with pytest.raises(ValueError, match=r"holds a run with another config: lora\.r was 16, now 8; choose another run"):
         claim(run, config("lora.r=8"))
     assert load_config(run.config).lora.r == 16
-    claim(run, config("log.wandb=off", "launch.nproc_per_node=2"))  # how it is watched and started is free
+
+
+def test_how_a_run_is_watched_started_cut_and_how_long_it_is_may_change(run, config):
+    run.metrics.touch()
+    free = ["log.wandb=off", "launch.nproc_per_node=2", "train.max_steps=9", "checkpoint.async=false"]
+    with run.claim(config(*free, "train.save_steps=7", "train.save_strategy=steps")) as changed:
+        assert set(changed) == {*(key.split("=")[0] for key in free), "train.save_steps", "train.save_strategy"}
+        assert changed.length
+    with run.claim(config(*free, "train.save_strategy=no")) as changed:
+        assert not changed.length
+
+
+def test_a_key_that_is_allowed_to_change_may_and_no_other(run, config):
+    run.metrics.touch()
+    change = config("train.learning_rate=1", "lora.r=8")
+    with pytest.raises(ValueError, match=r"--allow-config-change train\.learning_rate"):
+        claim(run, change, allowed=["lora.r"])
+    with pytest.raises(ValueError, match=r"config: lora\.r was"):
+        claim(run, change, allowed=["train.learning_rate", "lora.r_of"])
+    claim(run, change, allowed=["train", "lora.r"])
+    assert load_config(run.config).lora.r == 8
 
 
 @pytest.mark.parametrize(
@@ -56,7 +76,6 @@ def test_a_trained_run_refuses_another_config_by_name(run, config):
         "data.max_length=64",
         "lora.lora_dropout=0.5",
         "train.seed=1",
-        "train.max_steps=9",
         "train.learning_rate=1",
         "strategy.quantization=nf4",
     ],
@@ -90,24 +109,15 @@ def test_a_folder_of_something_else_is_not_taken(tmp_path, config):
         claim(RunFolder(tmp_path / "file" / "below"), config())
 
 
-def test_attempts_are_numbered_and_keep_how_they_ended(run):
-    assert run.begin_attempt(2) == 1
-    run.end_attempt("stopped", steps={"first_step": 1, "last_step": 7})
-    run.end_attempt("failed", "too late: the first word stands")
-    assert run.begin_attempt(2) == 2
-    assert run.logs(2).is_dir()
-    first, second = run.history()
-    assert (first["reason"], first["last_step"], first["processes"]) == ("stopped", 7, 2)
-    assert "end" not in second
-    assert not run.done
-
-
 def test_a_run_is_done_when_its_adapter_is_there(run):
     run.begin_attempt(1)
     run.end_attempt("done")
     assert not run.done
     run.adapter.mkdir()
     assert run.done
+    run.begin_attempt(1)
+    run.end_attempt("stopped")
+    assert not run.done, "it was made longer, and is under way"
 
 
 def test_checkpoints_are_listed_newest_first(run):

@@ -1,8 +1,8 @@
 """Kills this process, or its whole run, with SIGKILL at a chosen moment. On PYTHONPATH, Python imports it at its start.
 
-QWENLORA_CHAOS holds {"process", "inside", "nth", "after_s", "everyone"} or {"process", "operation", "everyone"}:
-in the process of that name, when a function of that name is entered for the nth time, after so many seconds; or before the
-file operation of that number in this process' saves. {"count": FILE} lists the operations instead.
+QWENLORA_CHAOS holds {"process", "inside", "nth", "after_s", "everyone"}: in the process of that name, when a function of
+that name is entered for the nth time, after so many seconds; or {"process", "operation", "everyone"}: before the file
+operation of that number in its saves. {"process", "count": FILE} lists these operations instead.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 _FILE_EVENTS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 
@@ -25,7 +26,7 @@ def _kill(everyone):
 
     me = psutil.Process()
     if everyone:
-        agent = [one for one in me.parents() if "qwenlora.launch.cli" in " ".join(one.cmdline())][0]
+        agent = next(one for one in me.parents() if "qwenlora.launch.cli" in " ".join(one.cmdline()))
         for one in [agent, *agent.children(recursive=True)]:
             if one.pid != me.pid:
                 one.kill()
@@ -72,7 +73,7 @@ class _Operations:
             _kill(self.everyone)
         self.count += 1
         if self.report:
-            with open(self.report, "a") as file:
+            with Path(self.report).open("a") as file:
                 file.write(f"{threading.current_thread().name} {event} {path}\n")
 
 

@@ -1,0 +1,60 @@
+"""Small rows, configs and trainers, made for tests of trainer/."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qwenlora.configs.schema import Config, Data, Launch, Lora, Model, Train
+from qwenlora.data.prepared import Side
+from qwenlora.jobs.run import RunFolder
+from qwenlora.trainer.saver import Saver
+from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
+
+
+def side_of(count: int, seed: int = 0) -> Side:
+    """Return rows of ragged lengths, each with its own share of trained tokens."""
+    random = np.random.RandomState(seed)
+    lengths = random.randint(4, 40, count)
+    ids = random.randint(300, 2000, lengths.sum()).astype(np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    trained = random.rand(len(ids)) < random.rand(count).repeat(lengths)
+    trained[starts[1:] - 1] = True
+    trained[starts[:-1]] = False
+    trained_lengths = np.add.reduceat(trained, starts[:-1], dtype=np.int32)
+    row_of, places = np.arange(count, dtype=np.int32), np.zeros((count, 3), np.int32)
+    return Side(ids, trained, starts[:-1], lengths.astype(np.int32), trained_lengths, row_of, places)
+
+
+def config_of(**train) -> Config:
+    settings = {"global_batch_size": 8, "per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-3}
+    return Config(
+        run_dir="unused",
+        model=Model(name_or_path="tiny"),
+        data=Data(train="unused"),
+        lora=Lora(),
+        train=Train(**settings | {"save_strategy": "no", "warmup_steps": 0.0} | train),
+        launch=Launch(),
+    )
+
+
+def trainer_of(tiny: Path, folder: Path, side: Side, config: Config, eval_: Side | None = None, packs=None, **how):
+    """Return a trainer with the tiny model and a new adapter; its checkpoints go to folder. how: more arguments."""
+    torch.manual_seed(0)
+    lora = LoraConfig(target_modules="all-linear", lora_dropout=config.lora.lora_dropout)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lora)
+    run = RunFolder(folder)
+    arguments = training_arguments(config, run, len(packs or side), 1, evaluates=eval_ is not None)
+    return LoraTrainer(
+        model,
+        config,
+        arguments,
+        order_of(config, side, packs),
+        side,
+        eval_,
+        saver=Saver(run, {"config": {}}, 1, limit=config.train.save_total_limit),
+        processing_class=AutoTokenizer.from_pretrained(tiny),
+        **how,
+    )

@@ -1,0 +1,289 @@
+"""A checkpoint is whole or it is none; the newest whole one is chosen, and what is passed over is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwenlora.configs import load_config
+from qwenlora.jobs.run import RunFolder
+from qwenlora.trainer import checkpoints
+from qwenlora.trainer.saver import Saver
+from qwenlora.trainer.state import Snapshot
+
+
+def snapshot(value: float = 1.0) -> Snapshot:
+    adapter = {f"layer.{n}.lora_{side}.weight": torch.full((4, 8), value) for n in range(2) for side in "AB"}
+    return Snapshot(adapter, {"layer.0/exp_avg": torch.ones(4, 8)}, [{}])
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "my.yaml").write_text(
+        f"model: {{name_or_path: tiny}}\ndata: {{train: example}}\nrun_dir: {tmp_path}/run\n"
+    )
+    return lambda *overrides: load_config(tmp_path / "my.yaml", overrides)
+
+
+@pytest.fixture
+def identity(config):
+    return checkpoints.identity_of(config(), "rows", "weights")
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "run").mkdir()
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture
+def saver(run, identity):
+    saver = Saver(run, identity, 2, in_background=False)
+    saver.constant({"adapter_config.json": b"{}"})
+    return saver
+
+
+def save(saver, step, snapshot=None, moved=True, best=None):
+    saver.save(step, snapshot or globals()["snapshot"](), {"state.json": json.dumps({"moved": moved})}, best)
+    saver.wait()
+
+
+def names(run) -> list[str]:
+    return sorted(path.name for path in run.path.iterdir())
+
+
+FILES = ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "optimizer.safetensors", "state.json"]
+
+
+def test_a_checkpoint_holds_its_files_and_a_manifest_of_them(run, saver, identity):
+    save(saver, 4)
+    folder = run.checkpoint(4)
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert names(run) == ["checkpoint-4"]
+    record = checkpoints.read(folder)
+    assert (record["format"], record["step"], record["world_size"]) == (1, 4, 2)
+    assert record["identity"] == identity
+    for name, values in record["files"].items():
+        assert (folder / name).stat().st_size == values["bytes"]
+    assert set(record["files"]) == set(FILES) - {"manifest.json"}
+    assert checkpoints.flaw(folder) == ""
+    assert load_file(folder / "adapter_model.safetensors")["layer.0.lora_A.weight"].eq(1).all()
+    assert (folder / "adapter_model.safetensors").stat().st_mode & 0o044, "a colleague may read it"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_removed_cut_or_changed_in_any_bit_is_never_resumed_from(run, saver, identity, name):
+    save(saver, 4)
+    save(saver, 8)
+    file = run.checkpoint(8) / name
+    whole = file.read_bytes()
+    size = len(whole)
+    harms = [None, *[whole[:end] for end in {0, 1, size // 2, size - 1}]]
+    for position in range(size) if size < 3000 else range(0, size, size // 1000):
+        bit = 1 << position % 8
+        harms.append(whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
+    for harm in harms:
+        if harm is None:
+            file.unlink()
+        else:
+            file.write_bytes(harm)
+        chosen = checkpoints.choose(run, "auto", identity)
+        assert chosen.folder == run.checkpoint(4)
+        (why,) = chosen.passed_over
+        assert why.startswith("checkpoint-8 ")
+        assert name in why
+        with pytest.raises(ValueError, match=rf"--resume checkpoint-8: .*{name}"):
+            checkpoints.choose(run, "checkpoint-8", identity)
+    file.write_bytes(whole)
+    assert checkpoints.choose(run, "auto", identity).folder == run.checkpoint(8)
+
+
+def test_without_a_whole_one_the_run_stops_and_says_how_to_start_over(run, saver, identity):
+    assert checkpoints.choose(run, "auto", identity) == (None, [], "")
+    save(saver, 4)
+    (run.checkpoint(4) / "state.json").unlink()
+    run.checkpoint(6).mkdir()
+    (run.checkpoint(6) / "trainer_state.json").touch()
+    with pytest.raises(ValueError, match="can be resumed from") as refusal:
+        checkpoints.choose(run, "auto", identity)
+    assert "checkpoint-6 has no manifest.json (it has the format of an older version)" in str(refusal.value)
+    assert "checkpoint-4 lacks state.json; --fresh sets this run aside and starts anew" in str(refusal.value)
+
+
+def test_a_format_of_the_future_is_passed_over(run, saver, identity):
+    save(saver, 4)
+    save(saver, 8)
+    manifest = run.checkpoint(8) / "manifest.json"
+    record = {key: value for key, value in json.loads(manifest.read_text()).items() if key != "sha256"}
+    manifest.write_text(checkpoints._signed(record | {"format": 2}))
+    assert checkpoints.choose(run, "auto", identity).passed_over == [
+        "checkpoint-8 has format 2, this version of qwenlora reads format 1"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "moved", "flaw"),
+    [
+        (float("nan"), True, "not finite (layer.0.lora_A.weight)"),
+        (float("inf"), True, "not finite"),
+        (0.0, True, "all zero (every lora_B), though it was trained"),
+        (0.0, False, ""),
+    ],
+)
+def test_an_adapter_that_is_broken_or_empty_is_not_gone_on_from(run, saver, value, moved, flaw):
+    save(saver, 4, snapshot(value), moved=moved)
+    found = checkpoints.flaw(run.checkpoint(4))
+    assert flaw in found
+    assert bool(found) == bool(flaw)
+
+
+def test_what_changed_since_is_listed_or_refused_by_name(run, saver, config, identity):
+    save(saver, 4)
+
+    def choose(*overrides, data="rows", base="weights", allowed=()):
+        return checkpoints.choose(run, "auto", checkpoints.identity_of(config(*overrides), data, base), allowed)
+
+    changed = choose("train.max_steps=50", "launch.nproc_per_node=4", "run_dir=elsewhere").changed
+    assert changed == "train.max_steps was None, now 50, launch.nproc_per_node was None, now 4"
+    for overrides, words in (
+        (["train.seed=1"], "train.seed was 42, now 1; to go on all the same: --allow-config-change train.seed"),
+        (["lora.r=8"], "lora.r was 16, now 8"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            choose(*overrides)
+    with pytest.raises(ValueError, match="was trained on other data"):
+        choose(data="others")
+    with pytest.raises(ValueError, match="base model with other weights"):
+        choose(base="others")
+    assert choose("train.seed=1", data="others", base="o", allowed=["train.seed", "data.train", "model"]).folder
+
+
+def test_old_ones_are_dropped_once_the_new_one_is_whole_but_never_the_best(run, saver):
+    saver.limit = 2
+    (run.checkpoint(99)).mkdir()  # damaged: neither counted nor removed
+    for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 2)):
+        save(saver, step, best=best)
+    assert names(run) == ["checkpoint-2", "checkpoint-5", "checkpoint-99"]
+    saver.limit = 1
+    save(saver, 6, best=5)
+    assert names(run) == ["checkpoint-5", "checkpoint-6", "checkpoint-99"]
+    saver.limit = None
+    save(saver, 7)
+    assert len(run.checkpoints()) == 4
+
+
+def test_a_step_saved_again_is_replaced(run, saver):
+    save(saver, 4)
+    save(saver, 4, snapshot(2.0))
+    assert load_file(run.checkpoint(4) / "adapter_model.safetensors")["layer.0.lora_A.weight"].eq(2).all()
+    assert names(run) == ["checkpoint-4"]
+
+
+def test_leftovers_of_killed_attempts_are_cleared_and_never_taken_for_checkpoints(run, saver):
+    save(saver, 4)
+    for name in (".staging-checkpoint-8", ".removing-checkpoint-2"):
+        shutil.copytree(run.checkpoint(4), run.path / name)
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-4"]
+    from transformers.trainer_utils import get_last_checkpoint
+
+    assert get_last_checkpoint(str(run.path)) == str(run.checkpoint(4))
+    checkpoints.clear_leftovers(run)
+    assert names(run) == ["checkpoint-4"]
+
+
+def test_writing_in_the_background_gives_the_same_bytes(run, identity, saver):
+    save(saver, 4)
+    expected = {file.name: file.read_bytes() for file in run.checkpoint(4).iterdir()}
+    shutil.rmtree(run.checkpoint(4))
+    saver.in_background = True
+    save(saver, 4)
+    assert {file.name: file.read_bytes() for file in run.checkpoint(4).iterdir()} == expected
+
+
+# ---- what goes wrong
+
+
+class Warned(list):
+    def __call__(self, line: str) -> None:
+        self.append(line)
+
+
+def test_a_full_disk_costs_the_save_and_no_checkpoint(run, saver, identity):
+    import resource
+
+    saver.warn = warned = Warned()
+    save(saver, 4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        save(saver, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saver.failure.startswith("checkpoint-8 was not saved: File too large")
+    assert warned == [f"{saver.failure}; training goes on, the newest whole one is checkpoint-4"]
+    assert names(run) == ["checkpoint-4"]
+    save(saver, 12)
+    assert saver.failure == ""
+    assert checkpoints.choose(run, "auto", identity).folder == run.checkpoint(12)
+
+
+def test_a_folder_that_is_gone_is_said_and_not_made_anew(run, saver):
+    saver.warn = warned = Warned()
+    shutil.rmtree(run.path)
+    save(saver, 4)
+    assert "checkpoint-4 was not saved: No such file or directory" in warned[0]
+    assert not run.path.exists()
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_save_that_hangs_ends_by_its_limit(run, identity, monkeypatch, in_background):
+    import threading
+
+    given_up, release = threading.Event(), threading.Event()
+    said = []
+    monkeypatch.setattr("qwenlora.trainer.saver.sync", lambda _: release.wait(20))
+
+    def give_up(message):
+        said.append(message)
+        given_up.set()
+        release.set()
+
+    saver = Saver(run, identity, 1, in_background=in_background, timeout_s=0.2, give_up=give_up)
+    saver.save(4, snapshot(), {"state.json": "{}"}, None)
+    assert given_up.wait(10)
+    saver.wait()
+    assert "checkpoint-4 was not saved in checkpoint.timeout_s=0.2 s: the file system of" in said[0]
+
+
+def test_a_slow_file_system_does_not_hold_up_training(run, identity, monkeypatch):
+    import threading
+
+    release = threading.Event()
+    monkeypatch.setattr("qwenlora.trainer.saver.sync", lambda _: release.wait(20))
+    saver = Saver(run, identity, 1)
+    saver.save(4, snapshot(), {"state.json": "{}"}, None)  # comes back although the disk does not
+    assert run.checkpoints() == []
+    release.set()
+    saver.wait()
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-4"]
+
+
+def test_an_adapter_of_other_shapes_does_not_fit(tiny, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from qwenlora.trainer.state import adapter_of, restore_adapter
+
+    def model(**lora):
+        base = AutoModelForCausalLM.from_pretrained(tiny)
+        return get_peft_model(base, LoraConfig(**{"target_modules": "all-linear", "r": 8} | lora))
+
+    save_file({k: v.contiguous() for k, v in adapter_of(model()).items()}, tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    restore_adapter(model(), content, tmp_path)
+    with pytest.raises(ValueError, match=r"lora_A\.weight is \[8, \d+\] there and \[4, \d+\] here"):
+        restore_adapter(model(r=4), content, tmp_path)
+    with pytest.raises(ValueError, match=r"has base_model.*k_proj.*, the model does not"):
+        restore_adapter(model(target_modules=["q_proj"]), content, tmp_path)
