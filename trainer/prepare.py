@@ -6,6 +6,7 @@ in a collective meanwhile. What it counted is left in the run folder's facts.jso
 
 import json
 import shutil
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def read_facts(run: RunFolder) -> Facts:
     return Facts(**values | {"parameters": models.Parameters(**values["parameters"])})
 
 
-def _refuse_another(run: RunFolder, then: Facts, now: Facts, allowed: set[str]) -> None:
+def _refuse_another(run: RunFolder, then: Facts, now: Facts, allowed: Set[str] = frozenset()) -> None:
     if "data" not in allowed and then.packing != now.packing:
         was, would_be = ("on" if packing else "off" for packing in (then.packing, now.packing))
         raise ValueError(

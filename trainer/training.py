@@ -315,7 +315,9 @@ class LoraTrainer(Trainer):
         loss = (sums[0] / sums[1]).item()
         metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
         self._evaluated_step = self.state.global_step
-        if (metric := self.config.train.metric_for_best_model) and self._saves_at(self.state.global_step):
+        if (metric := self.config.train.metric_for_best_model) and self._due(
+            self.args.save_strategy, self.args.save_steps, self.state.global_step
+        ):
             value = metrics[metric]
             if value < self.best.get("value", math.inf):
                 self.best = {"step": self.state.global_step, "value": value}
@@ -349,14 +351,9 @@ class LoraTrainer(Trainer):
         return reduced
 
     def _due(self, strategy: Any, every: float | None, step: int) -> bool:
-        """Whether evaluation or saving falls on a step."""
-        if strategy == "steps":
-            return step % int(every or 1) == 0
-        return bool(strategy == "epoch") and (step % self.order.steps_per_epoch == 0 or step == self.state.max_steps)
-
-    def _saves_at(self, step: int) -> bool:
-        last = self.args.save_strategy == "steps" and step == self.state.max_steps
-        return last or self._due(self.args.save_strategy, self.args.save_steps, step)
+        """Whether evaluation or saving falls on a step: Trainer does both after the last one, too."""
+        every = self.order.steps_per_epoch if strategy == "epoch" else int(every or 1)
+        return bool(strategy != "no") and (step % every == 0 or step == self.state.max_steps)
 
     # ---- saving
 

@@ -1,7 +1,7 @@
 """Kills this process, or its whole run, with SIGKILL at a chosen moment. On PYTHONPATH, Python imports it at its start.
 
-QWENLORA_CHAOS holds {"process", "inside", "nth", "after_s", "everyone"}: in the process of that name, when a function of
-that name is entered for the nth time, after so many seconds; or {"process", "operation", "everyone"}: before the file
+QWENLORA_CHAOS holds {"process", "inside", "nth", "after_s", "everyone"}: in the process of that name, when a
+function of that name is entered for the nth time, after so many seconds; or {"process", "operation", "everyone"}: before the file
 operation of that number in its saves. {"process", "count": FILE} lists these operations instead.
 """
 

@@ -1,0 +1,297 @@
+"""A run that was stopped goes on as if it had not been: the same rows, losses and weights, to the bit."""
+
+import inspect
+import json
+import random
+import signal
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from accelerate import skip_first_batches
+from made import config_of, side_of, trainer_of
+from transformers import Trainer, TrainerCallback
+
+from qwenlora.configs.schema import Lora
+from qwenlora.data.order import Order, accumulation_steps
+from qwenlora.jobs.run import RunFolder
+from qwenlora.trainer import checkpoints
+from qwenlora.trainer.batches import StepLoader
+from qwenlora.trainer.metrics import Metrics, MetricsFile
+from qwenlora.trainer.model import Parameters
+from qwenlora.trainer.screen import StopRequest
+from qwenlora.trainer.state import adapter_of
+from qwenlora.trainer.stop import Stop
+from qwenlora.trainer.training import seed_micro_batch
+
+ROWS, STEPS = 22, 7  # three steps an epoch
+
+
+class AskAt(TrainerCallback):
+    """Asks to stop while a step is under way, or in an evaluation."""
+
+    def __init__(self, request, step=0, evaluation=0, batch=1):
+        self.request, self.step, self.evaluation, self.batch = request, step, evaluation, batch
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step + 1 == self.step:
+            self.request.ask("SIGUSR1")
+
+
+def attempt(tiny, folder, config, ask=None, eval_=None):
+    """Do what attempt.py does, on one process: choose, load, forget, evaluate what is due, train."""
+    run, request = RunFolder(folder), StopRequest()
+    made = trainer_of(tiny, folder, side_of(ROWS), config, eval_ or side_of(5, seed=1), stop=Stop(request))
+    file = MetricsFile(run.metrics)
+    made.add_callback(Metrics(file, made, Parameters(100, 10, 80, 20, 4, 16), recomputed=False))
+    if ask:
+        made.add_callback(AskAt(request, **{"step": ask.get("step", 0)}))
+        if "evaluation" in ask:
+            _ask_in_evaluation(made, request, **ask)
+    newest = next(iter(run.checkpoints()), None)
+    if newest:
+        assert checkpoints.flaw(newest) == ""
+        made.load(newest)
+    file.forget_after(made.state.global_step, evaluation_too=made.resumed.get("evaluation_due", False))
+    if made.resumed.get("evaluation_due"):
+        made.evaluate()
+    if made.state.global_step < STEPS and not made.stop.agreed:
+        made.train(resume_from_checkpoint=str(newest) if newest else None)
+    made.saver.wait()
+    return made
+
+
+def _ask_in_evaluation(made, request, evaluation, batch):
+    """Ask to stop before the given batch of the given evaluation."""
+    agree, counts = made.stop.agree, {"batch": 0}
+
+    def counting(device, also=None):
+        if inspect.stack()[1].function == "_evaluated":
+            counts["batch"] += 1
+            if counts["batch"] == (evaluation - 1) * 2 + batch:  # two batches each
+                request.ask("SIGTERM")
+        return agree(device, also)
+
+    made.stop.agree = counting
+
+
+def history(folder) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    keys = ("step", "loss", "grad_norm", "learning_rate", "eval_loss", "epoch")
+    return [{key: line[key] for key in keys if key in line} for line in lines]
+
+
+def weights(made) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in adapter_of(made.model).items()}
+
+
+def settings(**train):
+    config = config_of(
+        **{
+            "max_steps": STEPS,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "warmup_steps": 2.0,
+            "per_device_eval_batch_size": 3,
+        }
+        | train
+    )
+    config = config.model_copy(update={"lora": Lora(lora_dropout=0.2)})
+    return config.model_copy(update={"log": config.log.model_copy(update={"logging_steps": 2})})
+
+
+CASES = [{"step": step} for step in range(1, STEPS + 1)]
+CASES += [{"evaluation": number, "batch": batch} for number in (1, 2, 3) for batch in (1, 2)]
+
+
+@pytest.mark.parametrize("every", [2, None], ids=["evaluated every 2 steps", "evaluated every epoch"])
+def test_a_stop_at_any_step_or_in_any_evaluation_changes_nothing(tiny, tmp_path, every):
+    config = settings(eval_strategy="steps" if every else "epoch", eval_steps=every)
+    whole = attempt(tiny, tmp_path / "whole", config)
+    expected, expected_weights = history(tmp_path / "whole"), weights(whole)
+    assert [line["step"] for line in expected if "eval_loss" in line] == ([2, 4, 6, 7] if every else [3, 6, 7])
+    for number, ask in enumerate(CASES):
+        folder = tmp_path / str(number)
+        first = attempt(tiny, folder, config, ask)
+        assert first.stop.stopped, ask  # asked in the last step: its evaluation is left
+        second = attempt(tiny, folder, config)
+        assert not second.stop.stopped, ask
+        assert history(folder) == expected, ask
+        for name, tensor in weights(second).items():
+            assert torch.equal(tensor, expected_weights[name]), (ask, name)
+
+
+def test_a_run_of_many_stops_is_the_same_run(tiny, tmp_path):
+    config = settings()
+    whole = attempt(tiny, tmp_path / "whole", config)
+    for step in range(1, STEPS):
+        assert attempt(tiny, tmp_path / "cut", config, {"step": step}).state.global_step == step
+    assert history(tmp_path / "cut") != history(tmp_path / "whole")
+    cut = attempt(tiny, tmp_path / "cut", config)
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(cut).items())
+
+
+def test_a_checkpoint_resumes_with_other_intervals_and_more_steps(tiny, tmp_path):
+    attempt(tiny, tmp_path / "run", settings(lr_scheduler_type="constant"), {"step": 5})
+    attempt(tiny, tmp_path / "run", settings(lr_scheduler_type="constant", eval_steps=1, save_steps=1))
+    names = {path.name for path in RunFolder(tmp_path / "run").checkpoints()}
+    assert {"checkpoint-6", "checkpoint-7"} <= names
+    assert [line["step"] for line in history(tmp_path / "run") if "eval_loss" in line] == [2, 4, 6, 7]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "lion_32bit", "adamw_8bit", "rmsprop"])
+def test_any_optimizer_goes_on_to_the_bit(tiny, tmp_path, optim):
+    config = settings(optim=optim, learning_rate=1e-4)
+    try:
+        whole = attempt(tiny, tmp_path / "whole", config)
+    except NotImplementedError as error:
+        pytest.skip(f"{optim} needs a GPU: {error}")
+    attempt(tiny, tmp_path / "cut", config, {"step": 4})
+    cut = attempt(tiny, tmp_path / "cut", config)
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(cut).items())
+
+
+def test_the_best_checkpoint_is_kept_over_a_stop(tiny, tmp_path):
+    config = settings(
+        metric_for_best_model="eval_loss", eval_steps=1, save_steps=1, save_total_limit=2, learning_rate=0.05
+    )
+    attempt(tiny, tmp_path / "run", config, {"step": 3})
+    made = attempt(tiny, tmp_path / "run", config)
+    evaluated = {line["step"]: line["eval_loss"] for line in history(tmp_path / "run") if "eval_loss" in line}
+    best = min(evaluated, key=evaluated.__getitem__)
+    assert made.best["step"] == best
+    names = {path.name for path in RunFolder(tmp_path / "run").checkpoints()}
+    assert names == {f"checkpoint-{best}", "checkpoint-7"} | ({"checkpoint-6"} if best == 7 else set())
+
+
+# ---- the clock, and signals
+
+
+def test_a_time_budget_stops_before_it_is_over(tiny, tmp_path, monkeypatch):
+    import time
+
+    clock = {"now": 1000.0}
+    monkeypatch.setattr("qwenlora.trainer.stop.time", type("Clock", (), {"monotonic": lambda: clock["now"]}))
+    stop = Stop(StopRequest(), max_time_s=35.0)
+    made = trainer_of(tiny, tmp_path, side_of(ROWS), settings(eval_strategy="no", eval_steps=None), stop=stop)
+
+    class TenSeconds(TrainerCallback):
+        def on_substep_end(self, *_, **__):
+            clock["now"] += 10
+
+    made.add_callback(TenSeconds())
+    made.train()
+    made.saver.wait()
+    # after two steps 20 s are gone: a third may be over at 30, a fourth not before 35
+    assert (made.state.global_step, stop.stopped, stop.request.why) == (3, True, "train.max_time_min is over")
+    assert checkpoints.flaw(RunFolder(tmp_path).checkpoint(3)) == ""
+    assert time.monotonic() > 0
+
+
+def test_a_signal_sets_a_flag_and_a_second_interrupt_leaves_at_once(monkeypatch):
+    left = []
+    monkeypatch.setattr("os._exit", left.append)
+    request = StopRequest()
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        request._hear(number, None)
+        assert (request.asked, request.why, left) == (True, "SIGUSR2", [])
+    request._hear(signal.SIGINT, None)
+    assert left == [130]
+
+
+# ---- rows
+
+
+class _Rows:
+    """A side whose rows are their numbers."""
+
+    def row(self, number):
+        return number
+
+
+def trained_steps(order: Order, world: int, start: int, stop: int):
+    """Yield (step, its units) as Trainer trains them on world ranks, from a checkpoint of step start."""
+    accumulation = accumulation_steps(order.global_batch_size, order.per_device_batch_size, world)
+    epochs_trained, skipped = divmod(start, order.steps_per_epoch)
+    assert "self.state.global_step // num_update_steps_per_epoch" in inspect.getsource(Trainer._init_training_state)
+    loaders = []
+    for rank in range(world):
+        loader = StepLoader(_Rows(), order, world, rank, accumulation, 0, flat=False)
+        loader.collate_fn = list
+        loaders.append(loader)
+    step = start
+    for epoch in range(epochs_trained, 10**9):
+        ranks = []
+        for loader in loaders:
+            if epoch == epochs_trained and skipped:
+                loader = skip_first_batches(loader, skipped * accumulation)
+            if hasattr(loader, "set_epoch"):
+                loader.set_epoch(epoch)
+            below = getattr(loader.batch_sampler, "batch_sampler", None)
+            if hasattr(below, "set_epoch"):
+                below.set_epoch(epoch)
+            ranks.append(iter(loader.batch_sampler))
+        for _ in range(skipped if epoch == epochs_trained else 0, order.steps_per_epoch):
+            if step == stop:
+                return
+            micro = [list(next(rank)) for _ in range(accumulation) for rank in ranks]
+            step += 1
+            yield step, [unit for batch in micro for unit in batch]
+
+
+def test_five_thousand_resumes_land_on_the_right_rows():
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    chance, resumes = random.Random(seed), 0
+    while resumes < 5000:
+        worlds = chance.sample([1, 2, 3, 4, 6, 8], 3)
+        per_device = chance.randint(1, 3)
+        batch = int(np.lcm.reduce(worlds)) * per_device * chance.randint(1, 2)
+        rows = chance.randint(1, 6 * batch)
+        order = Order(np.array([chance.randint(1, 9) for _ in range(rows)]), batch, per_device, chance.randrange(99))
+        total, every = chance.randint(1, 4 * order.steps_per_epoch), chance.randint(1, 7)
+        seen: dict[int, list] = {}
+        saved = 0
+        while saved < total:
+            killed = chance.randint(saved, total)  # the last step that this attempt ends
+            for step, units in trained_steps(order, chance.choice(worlds), saved, killed):
+                again = seen.setdefault(step, units)
+                assert sorted(again) == sorted(units), (seed, step)
+            # asked to stop, it saves there; killed, the last save counts
+            saved = killed if chance.random() < 0.5 else max(saved, killed // every * every)
+            saved = total if killed == total else saved
+            resumes += 1
+        assert sorted(seen) == list(range(1, total + 1))
+        for step, units in seen.items():
+            assert units == order.step(*divmod(step - 1, order.steps_per_epoch)), (seed, step)
+
+
+def test_passing_over_a_million_micro_batches_looks_at_none_of_them():
+    order = Order(np.ones(1_000_000, np.int32), 1, 1, 0)
+    order._steps  # noqa: B018 (made at first use)
+    loader = skip_first_batches(StepLoader(_Rows(), order, 1, 0, 1, 0, flat=False), 999_999)
+    looked_at = []
+    real = Order._step
+    Order._step = lambda self, epoch, step: (looked_at.append(step), real(self, epoch, step))[1]
+    try:
+        (last,) = (list(batch) for batch in loader.batch_sampler)
+    finally:
+        Order._step = real
+    assert looked_at == [999_999]
+    assert last == order.step(0, 999_999)
+
+
+def test_dropout_depends_on_seed_step_and_micro_batch_alone():
+    drawn = []
+    for arguments in ((1, 2, 3), (1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3), (1, 0, 0)):
+        seed_micro_batch(*arguments)
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[1])
+    assert len({tuple(values.tolist()) for values in drawn}) == 5
+    first = [tuple(torch.rand(2).tolist()) for step in range(200) if seed_micro_batch(7, step, 0) is None]
+    assert all(one != other for one, other in pairwise(sorted(first)))
