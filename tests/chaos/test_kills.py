@@ -95,7 +95,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(base,
         code = None
         while todo and code != 0:
             plan = dict(todo.pop())
-            if processes == 1 and plan["process"] == "rank-1":
+            if processes == 1:  # it is all there is
                 plan["process"] = "rank-0"
             code, said = life.attempt(plan)
             if code:

@@ -45,7 +45,11 @@ class Life:
 
     @property
     def argv(self) -> list[str]:
-        return [*COMMAND, str(self.config), f"run_dir={self.run.path}", "--nproc", str(self.processes)]
+        """The command; one process is started by hand, without an agent, which is another way to be killed."""
+        arguments = [str(self.config), f"run_dir={self.run.path}"]
+        if self.processes == 1:
+            return [sys.executable, "-m", "qwenlora.trainer.main", *arguments]
+        return [*COMMAND, *arguments, "--nproc", str(self.processes)]
 
     def start(self, plan: dict | None = None) -> subprocess.Popen:
         """Give the command. plan: what the saboteur does."""

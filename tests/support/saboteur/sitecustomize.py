@@ -1,8 +1,8 @@
 """Kills this process, or its whole run, with SIGKILL at a chosen moment. On PYTHONPATH, Python imports it at its start.
 
 QWENLORA_CHAOS holds {"process", "inside", "nth", "after_s", "everyone"}: in the process of that name, when a
-function of that name is entered for the nth time, after so many seconds; or {"process", "operation", "everyone"}: before the file
-operation of that number in its saves. {"process", "count": FILE} lists these operations instead.
+function of that name is entered for the nth time, after so many seconds; or {"process", "operation", "everyone"}:
+before the file operation of that number in its saves. {"process", "count": FILE} lists these operations instead.
 """
 
 import json
@@ -18,7 +18,7 @@ _FILE_EVENTS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rm
 def _name():
     if "qwenlora.trainer.main" not in sys.orig_argv:
         return "other"
-    return "prepare" if "--prepare-only" in sys.orig_argv else f"rank-{os.environ.get('RANK')}"
+    return "prepare" if "--prepare-only" in sys.orig_argv else f"rank-{os.environ.get('RANK', 0)}"
 
 
 def _kill(everyone):
@@ -26,10 +26,10 @@ def _kill(everyone):
 
     me = psutil.Process()
     if everyone:
-        agent = next(one for one in me.parents() if "qwenlora.launch.cli" in " ".join(one.cmdline()))
-        for one in [agent, *agent.children(recursive=True)]:
-            if one.pid != me.pid:
-                one.kill()
+        for agent in [one for one in me.parents() if "qwenlora.launch.cli" in " ".join(one.cmdline())]:
+            for one in [agent, *agent.children(recursive=True)]:
+                if one.pid != me.pid:
+                    one.kill()
     me.kill()
     time.sleep(60)
 
