@@ -1,6 +1,6 @@
 # make train   from nothing to a fine-tuned tiny Qwen       make test    everything this machine can run
 # make check   lint, format, types                          make gpu     the tests that need a CUDA GPU
-# make clean   remove .venv and build leftovers
+# make chaos   kills runs 200 times and signals them 50    make clean   remove .venv and build leftovers
 #
 # PYTHON=python3.12 make train   chooses the interpreter (3.11 to 3.13)
 
@@ -11,7 +11,7 @@ SOURCES := $(shell find . -path './$(VENV)' -prune -o -path ./build -prune -o -p
 	-o -path ./tests -prune -o -path ./benchmarks -prune -o \( -name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' \
 	-o -name '*.html' -o -name schema.json -o -name py.typed \) -print)
 
-.PHONY: train test gpu check format schema clean system
+.PHONY: train test gpu chaos check format schema clean system
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -27,6 +27,10 @@ test: $(VENV)/.installed-test
 gpu: $(VENV)/.installed-test
 	@echo '== running the tests that need a CUDA GPU'
 	$(BIN)/python -m pytest -m gpu
+
+chaos: $(VENV)/.installed-test
+	@echo '== killing runs at random moments (about an hour and a half on two cores)'
+	CHAOS_KILLS=200 CHAOS_SIGNALS=50 $(BIN)/python -m pytest -s tests/chaos
 
 check: $(VENV)/.installed-test
 	@echo '== lint and format (ruff), types (mypy, on the installed package)'

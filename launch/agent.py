@@ -7,7 +7,9 @@ once, then runs torchrun on `qwenlora.trainer.main`. It imports no torch.
 import difflib
 import json
 import os
+import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +31,8 @@ from qwenlora.launch.children import RANK_MODULE, Children
 from qwenlora.launch.hardware import gpu_count
 
 TAIL_LINES = 15
+# in torchrun's report of a failure; an exit code below 0 is a signal
+_FIRST_KILLED = re.compile(r"\(first observed failure\):.*?rank\s+: (\d+).*?exitcode\s+: -(\d+)", re.DOTALL)
 
 
 def processes_of(config: Config) -> int:
@@ -176,7 +180,18 @@ def _verdict(folder: RunFolder, attempt: int, code: int, asked: bool, console: C
 
 
 def _first_error(folder: RunFolder, attempt: int) -> dict[str, Any] | None:
-    """Return the error of the rank that failed first: the others mostly fail because it did."""
+    """Return the error of the rank that failed first: the others mostly fail because it did.
+
+    A rank that was killed could not say so; torchrun knows.
+    """
+    log = folder.log(attempt, "launch")
+    report = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    if killed := _FIRST_KILLED.search(report):
+        rank, number = killed.groups()
+        message = f"rank {rank} was killed by {signal.Signals(int(number)).name}, not by qwenlora"
+        if int(number) == signal.SIGKILL:
+            message += ": by hand, by the scheduler, or for want of memory (dmesg says)"
+        return {"message": message, "code": 1, "process": f"rank-{rank}"}
     found = []
     for file in folder.logs(attempt).glob("*.error.json"):
         found.append(json.loads(file.read_text(encoding="utf-8")) | {"process": file.name.split(".")[0]})

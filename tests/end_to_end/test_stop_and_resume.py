@@ -120,12 +120,12 @@ def test_a_broken_checkpoint_is_passed_over_and_named(qwenlora, tmp_path, config
     expected = losses(tmp_path / "run"), adapter(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     shutil.rmtree(tmp_path / "run" / "checkpoint-14")
-    (tmp_path / "run" / "checkpoint-12" / "complete").unlink()
-    (tmp_path / "run" / "checkpoint-8" / "optimizer.pt").unlink()
+    (tmp_path / "run" / "checkpoint-12" / "manifest.json").unlink()
+    (tmp_path / "run" / "checkpoint-8" / "optimizer.safetensors").unlink()
     answer = qwenlora("train", config, "run_dir=run")
     assert answer.returncode == 0, answer.stdout
-    assert "passed over: checkpoint-12 is not whole: its saving was cut off" in answer.stdout
-    assert "passed over: checkpoint-8 lacks optimizer.pt" in answer.stdout
+    assert "passed over: checkpoint-12 has no manifest.json (it has the format of an older version)" in answer.stdout
+    assert "passed over: checkpoint-8 lacks optimizer.safetensors" in answer.stdout
     assert "resuming from checkpoint-4" in answer.stdout
     assert (losses(tmp_path / "run"), adapter(tmp_path / "run")) == expected
 
@@ -133,7 +133,11 @@ def test_a_broken_checkpoint_is_passed_over_and_named(qwenlora, tmp_path, config
 def test_a_checkpoint_of_another_run_is_refused_by_name(qwenlora, tmp_path, config, whole):
     checkpoint = whole / "checkpoint-4"
     for change, words in (
-        (["train.learning_rate=1e-5"], "is of another config: train.learning_rate was 0.003, now 1e-05"),
+        (
+            ["train.learning_rate=1e-5"],
+            "is of another config: train.learning_rate was 0.003, now 1e-05; to go on all the same:"
+            " --allow-config-change train.learning_rate",
+        ),
         (["data.eval=example"], "is of another config: data.eval was None, now example"),
     ):
         answer = qwenlora("train", config, "run_dir=other", *change, "--resume", checkpoint, "--fresh")
@@ -150,22 +154,17 @@ def test_a_resume_from_an_older_checkpoint_abandons_the_newer_ones(qwenlora, tmp
     assert names == {f"checkpoint-{n}" for n in (4, 8, 12, 14)} | {f"abandoned-checkpoint-{n}" for n in (8, 12, 14)}
 
 
-def test_a_file_of_a_checkpoint_that_is_cut_short_or_gone_is_noticed(qwenlora, tmp_path, config, whole):
-    from qwenlora.trainer import checkpoints
+def test_a_checkpoint_is_an_adapter_folder(whole):
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
 
-    for file in sorted((whole / "checkpoint-8").iterdir()):
-        if file.name == checkpoints.COMPLETE:
-            continue
-        for harm, words in (
-            (lambda path: path.unlink(), f"lacks {file.name}"),
-            (lambda path: os.truncate(path, path.stat().st_size - 1), f"has {file.name} of "),
-        ):
-            copy = tmp_path / "checkpoint-8"
-            shutil.copytree(whole / "checkpoint-8", copy)
-            assert checkpoints.flaw(copy) == ""
-            harm(copy / file.name)
-            assert checkpoints.flaw(copy).startswith(words)
-            shutil.rmtree(copy)
+    base = whole / "base_model"
+    tuned = AutoPeftModelForCausalLM.from_pretrained(whole / "checkpoint-14")
+    final = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), whole / "adapter")
+    weights = dict(final.named_parameters())
+    assert all(p.equal(weights[name]) for name, p in tuned.named_parameters() if "lora_" in name)
+    configs = [(whole / name / "adapter_config.json").read_text() for name in ("checkpoint-14", "adapter")]
+    assert configs[0] == configs[1]
 
 
 def test_other_weights_of_the_base_are_noticed(qwenlora, tmp_path, config):
@@ -182,21 +181,21 @@ def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config):
     assert qwenlora("train", config, "run_dir=run").returncode == 0
     shutil.rmtree(tmp_path / "run" / "adapter")
     for folder in (tmp_path / "run").glob("checkpoint-*"):
-        (folder / "complete").unlink()
+        (folder / "manifest.json").unlink()
     for arguments, words in (
-        ([], "can be resumed from: checkpoint-14 is not whole: its saving was cut off; checkpoint-12 "),
-        (["--resume", "checkpoint-8"], "checkpoint-8 is not whole: its saving was cut off"),
+        ([], "can be resumed from: checkpoint-14 has no manifest.json (it has the format of an older version); "),
+        (["--resume", "checkpoint-8"], "checkpoint-8 has no manifest.json"),
         (
             ["--resume", "checkpoint-9"],
             "checkpoint-9; this run has checkpoint-14, checkpoint-12, ",
         ),
-        (["--resume", "none"], "--resume none would train over what run_dir="),
     ):
         answer = qwenlora("train", config, "run_dir=run", *arguments)
         assert answer.returncode == 2, answer.stdout
         assert words in answer.stdout
-    assert qwenlora("train", config, "run_dir=run", "--fresh").returncode == 0
-    assert (tmp_path / "run.old-1" / "metrics.jsonl").exists()
+    for number, arguments in enumerate((["--fresh"], ["--resume", "none"]), 1):
+        assert qwenlora("train", config, "run_dir=run", "train.max_steps=2", *arguments).returncode == 0
+        assert (tmp_path / f"run.old-{number}" / "metrics.jsonl").exists()
 
 
 def test_a_killed_agent_leaves_no_rank_behind(tmp_path, config):
@@ -239,3 +238,69 @@ def test_a_rank_that_crashes_ends_the_run_with_its_reason(qwenlora, tmp_path, co
     assert "rank-1.log:" in answer.stdout
     (attempt,) = (json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines())
     assert (attempt["reason"], attempt["message"]) == ("failed", "RuntimeError: the card fell off the bus")
+
+
+def test_a_rank_that_is_killed_is_named_with_its_signal(tmp_path, config):
+    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
+    with subprocess.Popen(
+        [*command, "train", str(config), "run_dir=run", "--nproc", "2", "train.max_steps=1000"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_for_step(tmp_path / "run", 2, process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        next(child for child in children if child.environ().get("RANK") == "1").kill()
+        screen = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "failed: rank 1 was killed by SIGKILL, not by qwenlora: by hand, by the scheduler, or for want of" in screen
+    assert "Traceback" not in screen
+
+
+def test_a_done_run_goes_on_for_longer_and_is_seen_by_status(qwenlora, tmp_path, config, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    again = qwenlora("train", config, "run_dir=run", "--nproc", 2)
+    assert "run is done (14 steps): the adapter is in run/adapter" in again.stdout
+    longer = qwenlora("train", config, "run_dir=run", "--nproc", 2, "train.max_steps=18", "--resume", "auto")
+    assert longer.returncode == 0, longer.stdout
+    assert "resuming from checkpoint-14" in longer.stdout
+    assert "changed since: train.max_steps was 14, now 18" in longer.stdout
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 3, 6, 9, 12, 14, 15, 18]
+    fewer = qwenlora("train", config, "run_dir=run", "train.max_steps=16")
+    assert fewer.returncode == 2
+    assert "make 16 steps, checkpoint-18 has trained more; raise them" in fewer.stdout
+    status = qwenlora("status", "run")
+    assert status.returncode == 0, status.stderr
+    assert "run: refused · step 18 · loss " in status.stdout
+    assert "checkpoint-14  15-18" in status.stdout
+    assert "the last start took " in status.stdout
+    nothing = qwenlora("status", tmp_path / "elsewhere")
+    assert (nothing.returncode, "holds no run" in nothing.stderr) == (2, True)
+
+
+def test_a_change_that_is_meant_passes(qwenlora, tmp_path, config, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    change = ["train.learning_rate=1e-4", "data.train=other.jsonl"]
+    (tmp_path / "other.jsonl").write_text('{"instruction": "1+1?", "output": "2"}\n' * 40)
+    arguments = ["train", config, "run_dir=run", "--nproc", 2, "--resume", "checkpoint-8", *change]
+    refused = qwenlora(*arguments)
+    assert refused.returncode == 2
+    assert "--allow-config-change data.train --allow-config-change train.learning_rate" in refused.stderr
+    typo = qwenlora(*arguments, "--allow-config-change", "train.learnin_rate")
+    assert "train.learnin_rate: no such key; did you mean train.learning_rate?" in typo.stderr
+    allowed = ["--allow-config-change", "train.learning_rate", "--allow-config-change", "data"]
+    answer = qwenlora(*arguments, *allowed)
+    assert answer.returncode == 0, answer.stdout
+    assert "changed since: data.train was example, now other.jsonl, train.learning_rate was 0.003" in answer.stdout
+
+
+def test_a_time_budget_ends_an_attempt_like_a_signal(qwenlora, tmp_path, config):
+    answer = qwenlora("train", config, "run_dir=run", "train.max_steps=100000", "train.max_time_min=0.4")
+    assert answer.returncode == 75, answer.stdout
+    assert "stopped (train.max_time_min is over) after step " in answer.stdout
+    again = qwenlora("train", config, "run_dir=run", "train.max_steps=100000", "train.max_time_min=0.02")
+    assert again.returncode == 75
+    first, second = (json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines())
+    assert (first["message"], second["reason"]) == ("train.max_time_min is over", "stopped")
+    assert "last_step" not in second, "there was no time for a step"

@@ -65,7 +65,7 @@ class Life:
         )
 
     def attempt(self, plan: dict | None = None) -> tuple[int, str]:
-        """Give the command and wait; return its exit code and what it said. Checks what each attempt must keep to."""
+        """Give the command and wait; return its exit code and what it said. Each attempt must keep what was saved."""
         before = self.newest()
         with self.start(plan) as process:
             said = process.communicate(timeout=300)[0]
