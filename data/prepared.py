@@ -29,7 +29,7 @@ from qwenlora.data.sources import SideName, Source
 _OPTIONS = ("max_length", "overlength", "split_replies", "train_on", "eval_fraction")
 # libraries that tokens come from; files of this room that no token depends on
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow", "datasets")
-_NO_MATTER = {"__init__.py", "cache.py", "order.py", "report.py", "survey.py"}
+_NO_MATTER = {"__init__.py", "cache.py", "current.py", "order.py", "report.py", "survey.py"}
 
 
 class Side(NamedTuple):

@@ -21,6 +21,7 @@ from rich.console import Console
 from qwenlora.configs import Config
 from qwenlora.configs.load import FIELDS, SECTIONS, to_yaml
 from qwenlora.data import sources
+from qwenlora.data.current import is_current
 from qwenlora.data.order import accumulation_steps, total_steps
 from qwenlora.data.prepared import files_key
 from qwenlora.data.survey import survey
@@ -130,8 +131,10 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto", allowed: S
         preparing = [sys.executable, "-m", RANK_MODULE, str(folder.config), PREPARE_ONLY]
         training = torchrun_argv([str(folder.config)], processes)
         with Children() as children, folder.log(attempt, "launch").open("ab") as log:
-            console.print("preparing model and data ...")
-            code = children.run(preparing, _environment(handover), log)
+            code = 0
+            if not is_current(config, folder, on_gpu=gpu_count() > 0):
+                console.print("preparing model and data ...")
+                code = children.run(preparing, _environment(handover), log)
             if not code and not children.asked:
                 console.print(f"starting {_processes(processes)} ...")
                 handover = replace(handover, prepare_s=time.monotonic() - start)

@@ -81,7 +81,7 @@ def _main(arguments: list[str], held: ExitStack) -> int:
         os._exit(1)
 
     try:
-        if rank.first and (prepare_only or not handover.by_agent):
+        if prepare_only or (rank.first and not handover.by_agent and not _is_prepared(config, run)):
             from qwenlora.trainer.prepare import prepare
 
             with request.at_once():  # nothing is trained yet that could be saved
@@ -96,6 +96,14 @@ def _main(arguments: list[str], held: ExitStack) -> int:
         code = 2 if isinstance(error, ValueError) else 1
         fail(_message(error), code)
         return code
+
+
+def _is_prepared(config: Config, run: RunFolder) -> bool:
+    import torch
+
+    from qwenlora.data.current import is_current
+
+    return is_current(config, run, on_gpu=torch.cuda.is_available())
 
 
 def _train(

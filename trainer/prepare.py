@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from qwenlora.configs import Config
-from qwenlora.data import prepared
+from qwenlora.data import current, prepared
 from qwenlora.data.sources import SideName
 from qwenlora.jobs.disk import write_atomically
 from qwenlora.jobs.run import RunFolder
@@ -33,7 +33,7 @@ class Facts:
 
     base: folder or hub name; base_fingerprint: changes when its weights do; data_folder: the prepared rows; files_key:
     hash of the files they are from; data: their counts, by side; packing: data.packing, decided; bad_rows: left out;
-    notes: what deserves a warning; checkpoint_bytes: of one checkpoint.
+    notes: what deserves a warning; checkpoint_bytes: of one checkpoint; stamp: data/current.py's.
     """
 
     base: str
@@ -46,6 +46,7 @@ class Facts:
     notes: list[str]
     parameters: models.Parameters
     checkpoint_bytes: int
+    stamp: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as JSON has them."""
@@ -70,6 +71,7 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None, allo
     """
     _check_device(config)
     base = models.base_of(config, run)
+    stamp = current.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
     tokenizer = models.load_tokenizer(config, base)
     fingerprint = models.fingerprint(config, base)
     parameters = models.count_parameters(config, base)
@@ -88,6 +90,7 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None, allo
         notes_of(config, rows),
         parameters,
         checkpoint_bytes,
+        stamp,
     )
     check_settings(config, facts.units)
     if run.trained and run.facts.exists():
