@@ -85,7 +85,10 @@ class RunFolder:
         return self.logs(attempt) / f"{process}.log"
 
     def error(self, attempt: int, process: str) -> Path:
-        """Return the file in which a failing process says why: {"time", "message", "code"}."""
+        """Return the file in which a failing process says why: {"time", "message", "code", "ours"}.
+
+        ours: the message is one of qwenlora's own and says all that is known.
+        """
         return self.logs(attempt) / f"{process}.error.json"
 
     def begin_attempt(self, processes: int) -> int:

@@ -187,24 +187,26 @@ def _first_error(folder: RunFolder, attempt: int) -> dict[str, Any] | None:
 
     A rank that was killed could not say so; torchrun knows.
     """
-    log = folder.log(attempt, "launch")
-    report = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    if killed := _FIRST_KILLED.search(report):
-        rank, number = killed.groups()
-        message = f"rank {rank} was killed by {signal.Signals(int(number)).name}, not by qwenlora"
-        if int(number) == signal.SIGKILL:
-            message += ": by hand, by the scheduler, or for want of memory (dmesg says)"
-        return {"message": message, "code": 1, "process": f"rank-{rank}"}
     found = []
     for file in folder.logs(attempt).glob("*.error.json"):
         found.append(json.loads(file.read_text(encoding="utf-8")) | {"process": file.name.split(".")[0]})
+    log = folder.log(attempt, "launch")
+    report = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    if killed := _FIRST_KILLED.search(report):
+        rank, number = f"rank-{killed[1]}", int(killed[2])
+        # one that has said why may be met by a signal while it leaves
+        if number != signal.SIGTERM and rank not in {error["process"] for error in found}:
+            message = f"{rank.replace('-', ' ')} was killed by {signal.Signals(number).name}, not by qwenlora"
+            if number == signal.SIGKILL:
+                message += ": by hand, by the scheduler, or for want of memory (dmesg says)"
+            return {"message": message, "code": 1, "process": rank, "ours": False}
     return min(found, key=lambda error: error["time"], default=None)
 
 
 def _explain(folder: RunFolder, attempt: int, message: str, error: dict[str, Any] | None, console: Console) -> None:
     log = folder.log(attempt, error["process"] if error else "launch")
     console.print(f"failed: {message}", style="red", soft_wrap=True)
-    if not log.exists():
+    if not log.exists() or (error and error["ours"]):
         return
     console.print(f"the last lines of {log}:", soft_wrap=True)
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]:

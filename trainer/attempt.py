@@ -32,7 +32,7 @@ from qwenlora.trainer.prepare import Facts, read_facts
 from qwenlora.trainer.progress import ProgressCallback, facts_table
 from qwenlora.trainer.saver import Saver, reason_of
 from qwenlora.trainer.screen import Rank, StopRequest
-from qwenlora.trainer.stop import Stop, any_rank
+from qwenlora.trainer.stop import Stop
 from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
 from qwenlora.trainer.wandb_run import WandbCallback, mode_of
 
@@ -255,12 +255,14 @@ def _finish_saving(trainer: LoraTrainer, *, needed: bool) -> None:
 
     After the last step it is not: the adapter comes.
     """
-    failure = ""
+    failure = [""]
     if trainer.saver:
         trainer.saver.wait()
-        failure = trainer.saver.failure
-    if any_rank(torch.tensor([int(bool(failure))], dtype=torch.int32, device=trainer.args.device))[0] and needed:
-        raise TrainingFault(f"stopped, but {failure or 'rank 0 could not save'}; an earlier checkpoint is gone on from")
+        failure = [trainer.saver.failure]
+    if dist.is_initialized():
+        dist.broadcast_object_list(failure)
+    if failure[0] and needed:
+        raise TrainingFault(f"stopped, but {failure[0]}; the same command goes on from an earlier checkpoint")
 
 
 def _constant_files(model: Any, tokenizer: Any) -> dict[str, bytes]:

@@ -58,8 +58,9 @@ def _main(arguments: list[str], held: ExitStack) -> int:
     name = "prepare" if prepare_only else f"rank-{rank.rank}"
     console = take_screen(run.log(attempt, name), speaks=rank.first)
 
-    def fail(message: str, code: int) -> None:
-        record = json.dumps({"time": time.time(), "message": message, "code": code}, ensure_ascii=False)
+    def fail(message: str, code: int, *, ours: bool = True) -> None:
+        values = {"time": time.time(), "message": message, "code": code, "ours": ours}
+        record = json.dumps(values, ensure_ascii=False)
         try:
             write_atomically(run.error(attempt, name), record)
         except OSError as error:  # the disk is full, or the folder gone
@@ -92,9 +93,10 @@ def _main(arguments: list[str], held: ExitStack) -> int:
         console.print("stopped while preparing: nothing is lost, the same command starts again", soft_wrap=True)
         return EXIT_CODES["stopped"]
     except Exception as error:
-        log.exception("%s failed", name)
+        ours = type(error).__module__.startswith("qwenlora.")  # then its text says all
+        log.error("%s failed", name, exc_info=None if ours else error)
         code = 2 if isinstance(error, ValueError) else 1
-        fail(_message(error), code)
+        fail(_message(error, ours=ours), code, ours=ours)
         return code
 
 
@@ -159,9 +161,9 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _message(error: BaseException) -> str:
+def _message(error: BaseException, *, ours: bool) -> str:
     """Return what we say ourselves as it is, an error of a library with its kind, on one line."""
-    if isinstance(error, ValueError) or type(error).__module__.startswith("qwenlora."):
+    if isinstance(error, ValueError) or ours:
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 

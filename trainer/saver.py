@@ -91,7 +91,7 @@ class Saver:
             self.failure = f"{folder.name} was not saved: {reason_of(error)}"
             shutil.rmtree(staging, ignore_errors=True)
             whole = [one.name for one in self.run.checkpoints() if not checkpoints.flaw(one, thorough=False)]
-            self.warn(f"{self.failure}; training goes on, the newest whole one is {whole[0] if whole else 'none'}")
+            self.warn(f"{self.failure}; the newest whole one is {whole[0] if whole else 'none'}")
         finally:
             alarm.cancel()
 
