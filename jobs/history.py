@@ -7,6 +7,7 @@ where no step was trained. steps_repeated were trained before, but not saved.
 """
 
 import json
+import math
 import os
 import socket
 from datetime import UTC, datetime
@@ -65,6 +66,13 @@ class History:
             self._close(attempts, reason, message, self.progress.read(attempts[-1]["attempt"]), _now())
             self._write(attempts)
 
+    def so_far(self, reason: str) -> list[dict[str, Any]]:
+        """Return the attempts as they were if the last one ended now."""
+        attempts = self.attempts()
+        if attempts and "end" not in attempts[-1]:
+            self._close(attempts, reason, "", self.progress.read(attempts[-1]["attempt"]), _now())
+        return attempts
+
     def _close(
         self, attempts: list[dict[str, Any]], reason: str, message: str, last: dict[str, Any], end: float | None = None
     ) -> None:
@@ -83,6 +91,15 @@ class History:
             self.progress.read(attempt["attempt"]).get("step", 0) for attempt in attempts if "end" not in attempt
         ]
         return max([*steps, *running], default=0)
+
+    def first_step_of_the_killed(self) -> int | None:
+        """Return the first step of the attempts just before the one under way that were killed; None without such."""
+        first = None
+        for attempt in reversed(self.attempts()[:-1]):
+            if attempt["reason"] != "killed":
+                break
+            first = min(first or math.inf, attempt.get("first_step", math.inf))
+        return int(first) if first and first < math.inf else None
 
     def seconds_since_start(self) -> float:
         """Return the seconds since the start of the last attempt."""

@@ -142,8 +142,10 @@ def train(
     if metrics:
         checkpoints.set_aside_newer(run, step)
         metrics.forget_after(step, evaluation_too=trainer.resumed.get("evaluation_due", False))
+        if wandb and (lost := run.history.first_step_of_the_killed()):
+            wandb.send_again(metrics.since(lost))
 
-    exit_code = 1
+    exit_code, stopped = 1, False
     try:
         if not stop.agreed and trainer.resumed.get("evaluation_due"):
             trainer.evaluate()
@@ -158,7 +160,7 @@ def train(
     finally:
         progress.stop()
         if wandb:
-            wandb.summarize({"attempts": chronicle.number})
+            wandb.summarize(chronicle.summary("failed" if exit_code else "stopped" if stopped else "done"))
             wandb.finish(exit_code)
     why = request.why or "another process was asked to"
     return Outcome("stopped", trainer.state.global_step, why) if stopped else Outcome("done", trainer.args.max_steps)

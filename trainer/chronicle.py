@@ -34,6 +34,12 @@ class Chronicle(TrainerCallback):
         """Say what is gone on from. step: the last one that it holds, 0 without a checkpoint."""
         self._checkpoint, self._first_step = checkpoint, step + 1
 
+    def summary(self, reason: str) -> dict[str, Any]:
+        """Return what W&B shows of all attempts, this one ending now."""
+        attempts = self.history.so_far(reason)
+        lines = {f"attempt/{one['attempt']}": {k: v for k, v in one.items() if v is not None} for one in attempts}
+        return {"attempts": len(attempts), "goodput": attempts[-1]["goodput"] if attempts else None, **lines}
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Model and checkpoint are there."""
         self._model_s = time.monotonic() - self._since
@@ -62,4 +68,5 @@ class Chronicle(TrainerCallback):
         except OSError as error:
             log.warning("%s cannot be written: %s", self.history.file, error)
         numbers = {"number": self.number, "restart_s": sum(seconds.values()), "steps_repeated": repeated}
+        numbers |= {f"restart/{name}_s": value for name, value in seconds.items()}
         self.send({"trainer/step": state.global_step} | {f"attempt/{name}": value for name, value in numbers.items()})

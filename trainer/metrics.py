@@ -116,6 +116,18 @@ class MetricsFile:
                     break
             file.truncate(keep)
 
+    def since(self, step: int) -> Iterator[dict[str, Any]]:
+        """Yield the lines from a step on."""
+        if not self.path.exists():
+            return
+        lines = []
+        with self.path.open("rb") as file:
+            for _, line in _lines_backwards(file, file.seek(0, os.SEEK_END)):
+                if (record := _record(line)) and record["step"] < step:
+                    break
+                lines += [record] if record else []
+        yield from reversed(lines)
+
 
 def _record(line: bytes) -> dict[str, Any] | None:
     """Return a line of metrics.jsonl; None for half a one."""

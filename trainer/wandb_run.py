@@ -6,6 +6,7 @@ The run's id is kept in the run folder, so that every attempt goes on in the sam
 import logging
 import os
 import uuid
+from collections.abc import Iterator
 from netrc import NetrcParseError, netrc
 from typing import Any
 from urllib.parse import urlsplit
@@ -115,11 +116,20 @@ class WandbCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         """Send one log."""
+        if logs:
+            self._send_log(state.global_step, logs)
+
+    def send_again(self, records: Iterator[dict[str, Any]]) -> None:
+        """Send lines of metrics.jsonl: what a killed attempt sent last, W&B may not have written."""
+        for record in records:
+            self._send_log(record["step"], {name: v for name, v in record.items() if name not in ("step", "time")})
+
+    def _send_log(self, step: int, logs: dict[str, Any]) -> None:
         values = {
-            f"{'eval' if k.startswith('eval_') else 'train'}/{k.removeprefix('eval_')}": v for k, v in logs.items()
+            f"{'eval' if name.startswith('eval_') else 'train'}/{name.removeprefix('eval_')}": value
+            for name, value in logs.items()
         }
-        if values:
-            self._try(lambda: self.session.log({**values, "trainer/step": state.global_step}))
+        self._try(lambda: self.session.log({**values, "trainer/step": step}))
 
     def send(self, values: dict[str, float]) -> None:
         """Send numbers as they are named."""

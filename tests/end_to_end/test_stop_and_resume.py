@@ -304,3 +304,42 @@ def test_a_time_budget_ends_an_attempt_like_a_signal(qwenlora, tmp_path, config)
     first, second = (json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines())
     assert (first["message"], second["reason"]) == ("train.max_time_min is over", "stopped")
     assert "last_step" not in second, "there was no time for a step"
+
+
+def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read_wandb, qwenlora):
+    """Killed after step 6 was logged and with checkpoint-4 saved, stopped, and ended: offline, each start has its file."""
+    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
+    arguments = ["train", str(config), "run_dir=run", "train.max_steps=40", "log.logging_steps=1"]
+    for number, end in ((1, "kill"), (2, "terminate")):
+        environment = os.environ | {"WANDB_MODE": "offline"}
+        with subprocess.Popen([*command, *arguments], cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as process:
+            wait_for_step(tmp_path / "run", 6 * number, process)
+            getattr(process, end)()
+            process.communicate(timeout=60)
+        time.sleep(1)  # the kernel ends the ranks
+    assert qwenlora(*arguments, WANDB_MODE="offline").returncode == 0
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 3
+    (name,) = {file.name for file in files}
+    assert (tmp_path / "run" / "wandb" / "run_id").read_text() in name
+    found, summary = {}, {}
+    for file in files:
+        for record in read_wandb(file):
+            items = record.history.item
+            values = {item.key or "/".join(item.nested_key): item.value_json for item in items}
+            if "train/loss" in values:
+                found.setdefault(int(values["trainer/step"]), set()).add(float(values["train/loss"]))
+            updates = record.summary.update
+            summary |= {item.key or ".".join(item.nested_key): item.value_json for item in updates}
+    assert {step: {loss} for step, loss in losses(tmp_path / "run")} == found, "a repeated step has the same loss"
+    attempts = [json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()]
+    assert [attempt["reason"] for attempt in attempts] == ["killed", "stopped", "done"]
+    assert attempts[1]["steps_repeated"] == attempts[0]["last_step"] - attempts[1]["first_step"] + 1 > 0
+    assert attempts[2]["steps_repeated"] == 0
+    assert set(attempts[2]["seconds"]) == {"start_up", "data", "model", "first_step"}
+    assert 0 < attempts[0]["goodput"] < attempts[2]["goodput"] < 1
+    last = json.loads(summary["attempt/3"])
+    assert (last["reason"], last["last_step"], json.loads(summary["attempts"])) == ("done", 40, 3)
+    assert json.loads(summary["attempt/1"])["reason"] == "killed"
+    checkpoint = json.loads((tmp_path / "run" / "checkpoint-40" / "state.json").read_text())
+    assert checkpoint["wandb_id"] == (tmp_path / "run" / "wandb" / "run_id").read_text()

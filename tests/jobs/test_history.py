@@ -86,3 +86,20 @@ def test_the_history_is_readable_json_lines(history):
     (text,) = history.file.read_text().splitlines()
     assert "盘满了" in text
     assert json.loads(text)["attempt"] == 1
+
+
+def test_killed_attempts_in_a_row_are_known_by_their_first_step(history):
+    ends = [("stopped", 1), (None, 5), (None, None), (None, 9)]
+    for reason, first in ends:
+        history.begin(1)
+        if first:
+            history.note(first_step=first)
+        if reason:
+            history.end(reason)
+    history.begin(1)
+    assert history.first_step_of_the_killed() == 5
+    history.end("stopped")
+    history.begin(1)
+    assert history.first_step_of_the_killed() is None
+    assert history.so_far("done")[-1]["reason"] == "done"
+    assert "reason" not in history.attempts()[-1]
