@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Train
 from qwenlora.data.prepared import Side
+from qwenlora.jobs import checkpoints
 from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import checkpoints
 from qwenlora.trainer.metrics import MetricsFile
 from qwenlora.trainer.saver import Saver
 from qwenlora.trainer.tiny import build_tiny
@@ -88,7 +88,7 @@ def trainer_of(
     tokenizer, run = AutoTokenizer.from_pretrained(base), RunFolder(folder)
     arguments = training_arguments(config, run, len(side), 1, evaluates=False)
     arguments.save_total_limit = 2  # transformers' own rotation
-    saver = Saver(run, {"config": {}}, 1, limit=2, in_background=in_background)
+    saver = Saver(run, {"config": {}}, 1, limit=2, in_background=in_background, timeout_s=600)
     with tempfile.TemporaryDirectory() as constant:
         model.peft_config["default"].save_pretrained(constant)
         tokenizer.save_pretrained(constant)

@@ -295,3 +295,12 @@ class Config(Section):
     strategy: Strategy = Strategy()
     log: Log = Log()
     launch: Launch = Launch()
+
+    @model_validator(mode="after")
+    def _the_best_has_rows_to_be_found_by(self) -> "Config":
+        if self.train.metric_for_best_model and self.data.eval is None and self.data.eval_fraction is None:
+            raise ValueError(
+                f"train.metric_for_best_model={self.train.metric_for_best_model} needs rows to evaluate on: set"
+                " data.eval or data.eval_fraction"
+            )
+        return self

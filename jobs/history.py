@@ -80,6 +80,9 @@ class History:
         if last:
             attempt |= {"last_step": last["step"], "trained_s": last["trained_s"], "saving_s": last["saving_s"]}
             end = end or last["time"]
+            if first := attempt.get("first_step"):  # it may not have come to all of them
+                before = max((one.get("last_step", 0) for one in attempts[:-1]), default=0)
+                attempt["steps_repeated"] = max(min(last["step"], before) - first + 1, 0)
         attempt |= {"end": _iso(end) if end else attempt["start"], "reason": reason, "message": message}
         attempt["goodput"] = goodput(attempts)
 
@@ -148,7 +151,7 @@ def goodput(attempts: list[dict[str, Any]]) -> float | None:
     total = useful = 0.0
     kept_until = float("inf")
     for attempt in reversed(attempts):
-        if "end" not in attempt:
+        if "end" not in attempt or attempt.get("reason") == "refused":
             continue
         total += _time(attempt["end"]) - _time(attempt["start"])
         if attempt.get("first_step") and attempt.get("last_step", 0) >= attempt["first_step"]:

@@ -62,6 +62,7 @@ class RunFolder:
         self.bad_rows = self.path / "bad_rows.txt"
         self.wandb_id = self.path / "wandb" / "run_id"
         self._lock = self.path / ".lock"
+        self._held: dict[Path, str] = {}  # config.yaml and facts.json as they were before this attempt
 
     def cache(self, config: Config) -> Path:
         """Return the folder in which prepared rows are kept, for all runs beside this one."""
@@ -112,7 +113,7 @@ class RunFolder:
     @property
     def done(self) -> bool:
         """Whether the run has ended and its adapter is there."""
-        attempts = self.history.attempts()
+        attempts = [one for one in self.history.attempts() if one.get("reason") != "refused"]
         return self.adapter.is_dir() and bool(attempts) and attempts[-1].get("reason") == "done"
 
     @contextmanager
@@ -135,10 +136,21 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         with self._locked():
             changed = self._changes(config, allowed) if self.trained else Changes()
+            held = [file for file in (self.config, self.facts) if self.trained and file.exists()]
+            self._held = {file: file.read_text(encoding="utf-8") for file in held}
             with self._writing():
                 write_atomically(self.config, to_yaml(config))
                 write_atomically(self.code, json.dumps(_code(), indent=1))
-            yield changed
+            try:
+                yield changed
+            except ValueError:
+                self.refused()
+                raise
+
+    def refused(self) -> None:
+        """Put back the config and facts of the attempts so far: what was refused is not this run's."""
+        for file, text in self._held.items():
+            write_atomically(file, text)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -153,10 +165,11 @@ class RunFolder:
         return any(path != self._lock for path in self.path.iterdir())
 
     def _set_aside(self) -> None:
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+        there, number = self.path.resolve(), 1  # behind a link, where the disk is that was meant
+        while (aside := there.with_name(f"{there.name}.old-{number}")).exists():
             number += 1
-        self.path.rename(aside)
+        there.rename(aside)
+        there.mkdir()
 
     def _changes(self, config: Config, allowed: Sequence[str]) -> "Changes":
         try:
@@ -215,7 +228,7 @@ class Changes(dict[str, tuple[Any, Any]]):
         return Changes({key: values for key, values in self.items() if key not in free})
 
     def __str__(self) -> str:
-        return ", ".join(f"{key} was {old}, now {new}" for key, (old, new) in self.items())
+        return ", ".join(f"{key} was {_as_yaml(old)}, now {_as_yaml(new)}" for key, (old, new) in self.items())
 
     @property
     def length(self) -> bool:
@@ -226,6 +239,23 @@ class Changes(dict[str, tuple[Any, Any]]):
     def permit(self) -> str:
         """How the user lets them pass."""
         return " ".join(f"--allow-config-change {key}" for key in self)
+
+
+def _as_yaml(value: Any) -> str:
+    known = {None: "null", True: "true", False: "false"}
+    return known[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def allows(section: str, allowed: Sequence[str]) -> bool:
+    """Whether what the user allows to change opens the rows (section data), or the base's weights (model), to change.
+
+    A key that is free to change anyway says nothing of them.
+    """
+    if section in allowed:
+        return True
+    if section == "model":
+        return bool({"model.name_or_path", "model.revision"} & set(allowed))
+    return any(key.startswith(f"{section}.") and not key.startswith(FREE_TO_CHANGE) for key in allowed)
 
 
 def changes(held: Config, config: Config) -> Changes:

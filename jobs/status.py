@@ -20,22 +20,23 @@ def show(path: Path, console: Console) -> None:
         raise ValueError(f"{path} holds no run: it has no attempts.jsonl; name a run folder, such as runs/tiny")
     console.print(_where(run, attempts), soft_wrap=True)
     console.print(_table(attempts))
-    if line := _restart(attempts):
+    for line in _last_words(attempts):
         console.print(line, soft_wrap=True)
 
 
 def _where(run: RunFolder, attempts: list[dict[str, Any]]) -> str:
-    last = attempts[-1]
-    step = run.history.progress.read(last["attempt"]).get("step") or last.get("last_step") or run.history.last_step()
+    last = next((one for one in reversed(attempts) if one.get("reason") != "refused"), attempts[-1])
+    progress = run.history.progress.read(last["attempt"])
     said = last.get("reason", "killed" if run.abandoned else "running")
-    parts = [f"{run.path.name}: {said}", f"step {step}"]
-    if said == "running" and (time := run.history.progress.read(last["attempt"]).get("time")):
-        parts[1] += f", {datetime.now(UTC).timestamp() - time:.0f} s ago"
+    parts = [f"{run.path.name}: {said}", f"step {progress.get('step') or run.history.last_step()}"]
+    if said == "running" and progress:
+        parts[1] += f", {datetime.now(UTC).timestamp() - progress['time']:.0f} s ago"
     if line := _last_metrics(run):
         parts.append(f"loss {line['loss']:.4f} at step {line['step']}")
     checkpoints = run.checkpoints()
-    parts.append(f"{len(checkpoints)} checkpoints, newest {checkpoints[0].name}" if checkpoints else "no checkpoint")
-    if (share := goodput(attempts)) is not None:
+    count = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) != 1)}"
+    parts.append(f"{count}, newest {checkpoints[0].name}" if checkpoints else "no checkpoint")
+    if (share := goodput(run.history.so_far("running"))) is not None:
         parts.append(f"goodput {share:.0%}")
     return " · ".join(parts)
 
@@ -45,7 +46,7 @@ def _table(attempts: list[dict[str, Any]]) -> Table:
     jobs = any(attempt["job_id"] for attempt in attempts)
     right = ("#", "procs", "again", "restart")
     for name in ("#", "start (UTC)", "took", "procs", *["job"] * jobs, "from", "steps", "again", "restart", "ended"):
-        table.add_column(name, no_wrap=name != "ended", justify="right" if name in right else "left")
+        table.add_column(name, no_wrap=True, justify="right" if name in right else "left")
     for attempt in attempts:
         reason = attempt.get("reason", "-")
         trained = attempt.get("first_step")
@@ -59,16 +60,18 @@ def _table(attempts: list[dict[str, Any]]) -> Table:
             f"{trained}-{attempt.get('last_step', '')}" if trained else "-",
             str(attempt.get("steps_repeated", "-")),
             f"{sum(attempt['seconds'].values()):.1f} s" if "seconds" in attempt else "-",
-            f"{reason}: {attempt['message']}" if attempt.get("message") else reason,
+            reason,
         )
     return table
 
 
-def _restart(attempts: list[dict[str, Any]]) -> str:
-    """Return where the time of the last attempt's start went."""
-    seconds: dict[str, float] = next((attempt["seconds"] for attempt in reversed(attempts) if "seconds" in attempt), {})
+def _last_words(attempts: list[dict[str, Any]]) -> list[str]:
+    """Return where the time of the last attempt's start went, and why it ended."""
+    last = attempts[-1]
+    seconds: dict[str, float] = last.get("seconds", {})
     parts = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items()]
-    return f"the last start took {sum(seconds.values()):.1f} s: {', '.join(parts)}" if parts else ""
+    lines = [f"the last start took {sum(seconds.values()):.1f} s: {', '.join(parts)}"] if parts else []
+    return [*lines, f"attempt {last['attempt']} {last['reason']}: {last['message']}"] if last.get("message") else lines
 
 
 def _took(attempt: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from qwenlora.data.current import is_current
 from qwenlora.data.order import accumulation_steps, total_steps
 from qwenlora.data.prepared import files_key
 from qwenlora.data.survey import survey
+from qwenlora.jobs import checkpoints
 from qwenlora.jobs.handover import Handover
 from qwenlora.jobs.history import EXIT_CODES, Reason
 from qwenlora.jobs.run import PREPARE_ONLY, RunFolder
@@ -114,6 +115,10 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto", allowed: S
     """
     check(config)
     check_keys(allowed)
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")):  # requeued: it goes on from where it was, however it began
+        fresh, resume = False, "auto"
+    if fresh and resume not in ("auto", "none"):
+        raise ValueError(f"--fresh starts anew, --resume {resume} goes on; leave one of them out")
     console, folder = Console(markup=False, highlight=False), RunFolder(config.run_dir)
     with folder.claim(config, fresh=fresh or resume == "none", allowed=allowed) as changed:
         if folder.done and resume == "auto" and not changed.length:
@@ -124,10 +129,11 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto", allowed: S
                 soft_wrap=True,
             )
             return 0
+        _check_resume(config, folder, resume, allowed)
         processes = processes_of(config)
         attempt = folder.begin_attempt(processes)
         start = time.monotonic()
-        handover = Handover(attempt, resume, tuple(allowed))
+        handover = Handover(attempt, "none" if fresh else resume, tuple(allowed))
         preparing = [sys.executable, "-m", RANK_MODULE, str(folder.config), PREPARE_ONLY]
         training = torchrun_argv([str(folder.config)], processes)
         with Children() as children, folder.log(attempt, "launch").open("ab") as log:
@@ -139,7 +145,25 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto", allowed: S
                 console.print(f"starting {_processes(processes)} ...")
                 handover = replace(handover, prepare_s=time.monotonic() - start)
                 code = children.run(training, _environment(handover), log)
-        return _verdict(folder, attempt, code, children.asked, console)
+        code = _verdict(folder, attempt, code, children, console)
+        if code == EXIT_CODES["refused"]:
+            folder.refused()
+        return code
+
+
+def _check_resume(config: Config, folder: RunFolder, resume: str, allowed: Sequence[str]) -> None:
+    """Refuse what names, manifests and the config show to be impossible, before anything is started."""
+    newest = next(iter(folder.checkpoints()), None)
+    if resume not in ("auto", "none"):
+        newest = checkpoints.named(folder, resume, config.model_dump(mode="json", by_alias=True), allowed)
+    elif newest is None or checkpoints.flaw(newest, thorough=False):
+        return
+    trained, steps = checkpoints.read(newest)["step"], config.train.max_steps
+    if steps and trained > steps:
+        raise ValueError(
+            f"train.max_steps={steps} is less than the {trained} steps that {newest.name} has trained; raise it, or"
+            " name an earlier checkpoint: --resume"
+        )
 
 
 def _environment(handover: Handover) -> dict[str, str]:
@@ -160,15 +184,17 @@ def _refuse_other_data(config: Config, folder: RunFolder) -> None:
         )
 
 
-def _verdict(folder: RunFolder, attempt: int, code: int, asked: bool, console: Console) -> int:
+def _verdict(folder: RunFolder, attempt: int, code: int, children: Children, console: Console) -> int:
     """Note how the attempt ended, tell the user what they need to know, return the exit code."""
     attempts = folder.history.attempts()
     reason: Reason | None = attempts[-1].get("reason") if attempts else None  # none: the run folder is gone
     if reason is None:  # rank 0 did not live to say
         error = _first_error(folder, attempt)
         message = error["message"] if error else f"a process ended without a word (exit code {code})"
-        if asked and not error:
-            reason, message = "stopped", "at once, without saving"
+        if code == 0 and folder.adapter.exists():  # it could not be noted
+            return EXIT_CODES["done"]
+        if children.asked and not error:
+            reason, message = "stopped", f"{children.why}: before anything was saved"
             newest = next((path.name for path in folder.checkpoints()), "")
             then = f"goes on from {newest}" if newest else "starts from there"
             console.print(f"stopped before anything of this attempt was saved; the same command {then}")
@@ -179,6 +205,8 @@ def _verdict(folder: RunFolder, attempt: int, code: int, asked: bool, console: C
             reason = "failed"
             _explain(folder, attempt, message, error, console)
         folder.end_attempt(reason, message)
+    elif reason == "stopped" and children.asked:
+        folder.history.note(message=children.why)  # ranks are told to stop by SIGTERM, whoever asked
     return EXIT_CODES[reason]
 
 

@@ -24,10 +24,11 @@ REPEAT_S = 1.0  # a rank that is still being imported cannot hear yet
 
 
 class Children:
-    """Runs commands and hears stop requests. asked: there was one; at_once: and then Ctrl-C, once more."""
+    """Runs commands and hears stop requests. asked: there was one, why: the first; at_once: and then Ctrl-C again."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.why = ""
         self.at_once = False
         self._before: dict[int, object] = {}
 
@@ -42,6 +43,7 @@ class Children:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.at_once = self.asked and number == signal.SIGINT
+        self.why = self.why or signal.Signals(number).name
         self.asked = True
 
     def run(self, argv: list[str], environment: dict[str, str], log: IO[bytes]) -> int:
@@ -62,7 +64,8 @@ class Children:
         if not ranks:  # nothing has been trained that could be saved
             _kill(process)
         elif first:
-            print("\nstopping after this step; Ctrl-C again stops at once, without saving", flush=True)
+            again = "; Ctrl-C again stops at once, without saving" * (self.why == "SIGINT")
+            print(f"\nstopping: a step that is under way is finished and saved first{again}", flush=True)
         for rank in ranks:
             try:
                 rank.send_signal(signal.SIGTERM)

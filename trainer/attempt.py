@@ -1,6 +1,7 @@
 """One attempt at a run, in order: data, model, resume, train, save. Every rank runs this; main.py calls it."""
 
 import copy
+import json
 import logging
 import os
 import shutil
@@ -18,13 +19,14 @@ from safetensors import SafetensorError
 from qwenlora.configs import Config
 from qwenlora.data import prepared, sources
 from qwenlora.data.prepared import Side
-from qwenlora.jobs.disk import sync
+from qwenlora.jobs import checkpoints
+from qwenlora.jobs.checkpoints import Chosen
+from qwenlora.jobs.disk import sync, write_atomically
 from qwenlora.jobs.handover import Handover
 from qwenlora.jobs.history import Reason
-from qwenlora.jobs.run import RunFolder, step_of
-from qwenlora.trainer import checkpoints, derived
+from qwenlora.jobs.run import RunFolder
+from qwenlora.trainer import derived
 from qwenlora.trainer import model as models
-from qwenlora.trainer.checkpoints import Chosen
 from qwenlora.trainer.chronicle import Chronicle
 from qwenlora.trainer.faults import TrainingFault
 from qwenlora.trainer.metrics import Metrics, MetricsFile
@@ -32,7 +34,8 @@ from qwenlora.trainer.prepare import Facts, read_facts
 from qwenlora.trainer.progress import ProgressCallback, facts_table
 from qwenlora.trainer.saver import Saver, reason_of
 from qwenlora.trainer.screen import Rank, StopRequest
-from qwenlora.trainer.stop import Stop
+from qwenlora.trainer.state import adapter_of, not_finite
+from qwenlora.trainer.stop import TIME_IS_OVER, Stop
 from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
 from qwenlora.trainer.wandb_run import WandbCallback, mode_of
 
@@ -46,12 +49,14 @@ class Outcome(NamedTuple):
     step: int
     why: str = ""
 
-    def last_words(self, run: RunFolder) -> str:
+    def last_words(self, run: RunFolder, handover: Handover) -> str:
         """Return what the user is told."""
+        again = "the same command" + " without --resume and --fresh" * (handover.resume != "auto")
+        clock = f": {self.why}" if self.why == TIME_IS_OVER else ""
         if self.reason == "stopped" and self.step:
-            return f"stopped ({self.why}) after step {self.step}, which is saved; the same command resumes"
+            return f"stopped after step {self.step}, which is saved; {again} resumes{clock}"
         if self.reason == "stopped":
-            return f"stopped ({self.why}) before the first step; the same command starts again"
+            return f"stopped before the first step; {again} starts again{clock}"
         return f"done: the adapter is in {os.path.relpath(run.adapter)}"
 
 
@@ -74,7 +79,9 @@ def train(
     identity = checkpoints.identity_of(config, facts.data_identity, facts.base_fingerprint)
     chosen = _choose(run, rank, handover, identity)
     checkpoint = chosen.folder
-    step = step_of(checkpoint) if checkpoint else 0
+    step = checkpoints.read(checkpoint)["step"] if checkpoint else 0
+    if _is_asked(stop):  # before the model is loaded for nothing
+        return Outcome("stopped", step, _asked(request))
 
     torch.manual_seed(config.train.seed)  # the same adapter to begin with on every rank
     tokenizer = models.load_tokenizer(config, facts.base)
@@ -105,7 +112,7 @@ def train(
         warn=warn,
         processing_class=tokenizer,
     )
-    _refuse_fewer_steps(config, checkpoint, trainer.args.max_steps)
+    _refuse_fewer_steps(config, step, trainer.args.max_steps)
     metrics = MetricsFile(run.metrics, warn) if rank.first else None
     trainer.add_callback(
         Metrics(
@@ -120,6 +127,8 @@ def train(
     if rank.first:
         if trainer.saver:
             trainer.saver.constant(_constant_files(model, tokenizer))
+        if checkpoint and checkpoint.parent == run.path:
+            _restore_wandb_id(run, checkpoint)
         wandb, where = _start_wandb(config, run, facts, warn)
         for callback in (wandb, progress, chronicle):
             if callback:
@@ -138,9 +147,13 @@ def train(
 
     if checkpoint:
         trainer.load(checkpoint)
+        held, now = trainer.resumed["cursor"]["steps_per_epoch"], trainer.order.steps_per_epoch
+        if rank.first and held != now:
+            warn(f"an epoch had {held} steps, and has {now} now: training goes on at step {step + 1} of the new order")
     stop.agree(trainer.args.device)  # and all have chosen and loaded their checkpoint
     if metrics:
-        checkpoints.set_aside_newer(run, step)
+        for name in checkpoints.set_aside_newer(run, step):
+            console.print(f"set aside: {name}, which nothing uses any more", soft_wrap=True)
         metrics.forget_after(step, evaluation_too=trainer.resumed.get("evaluation_due", False))
         if wandb and (lost := run.history.first_step_of_the_killed()):
             wandb.send_again(metrics.since(lost))
@@ -159,11 +172,25 @@ def train(
         exit_code = 0
     finally:
         progress.stop()
+        if trainer.saver:
+            trainer.saver.wait()  # after a fault, too: it may be writing what is gone on from
+        if metrics:
+            metrics.close()
         if wandb:
             wandb.summarize(chronicle.summary("failed" if exit_code else "stopped" if stopped else "done"))
             wandb.finish(exit_code)
-    why = request.why or "another process was asked to"
-    return Outcome("stopped", trainer.state.global_step, why) if stopped else Outcome("done", trainer.args.max_steps)
+    if stopped:
+        return Outcome("stopped", trainer.state.global_step, _asked(request))
+    return Outcome("done", trainer.args.max_steps)
+
+
+def _is_asked(stop: Stop) -> bool:
+    stop.agree(models.device())
+    return stop.agreed
+
+
+def _asked(request: StopRequest) -> str:
+    return request.why or "another process was asked to"
 
 
 def _seconds_left(config: Config, run: RunFolder) -> float | None:
@@ -193,11 +220,13 @@ def _choose(run: RunFolder, rank: Rank, handover: Handover, identity: dict[str, 
     return chosen
 
 
-def _refuse_fewer_steps(config: Config, checkpoint: Path | None, steps: int) -> None:
-    if checkpoint and step_of(checkpoint) > steps:
+def _refuse_fewer_steps(config: Config, trained: int, steps: int) -> None:
+    if trained > steps:
+        train = config.train
+        said = f"max_steps={train.max_steps}" if train.max_steps else f"num_train_epochs={train.num_train_epochs:g}"
         raise ValueError(
-            f"train.max_steps={config.train.max_steps}, train.num_train_epochs={config.train.num_train_epochs:g} make"
-            f" {steps} steps, {checkpoint.name} has trained more; raise them, or name an earlier checkpoint: --resume"
+            f"train.{said} makes {steps} steps, and {trained} are trained already; raise it, or name an earlier"
+            " checkpoint: --resume"
         )
 
 
@@ -236,6 +265,14 @@ def _notes(run: RunFolder, chosen: Chosen) -> list[str]:
     if run.trained and not chosen.folder:
         notes.append("no checkpoint was saved before: starting from the first step")
     return notes
+
+
+def _restore_wandb_id(run: RunFolder, checkpoint: Path) -> None:
+    """Go on in the W&B run of the checkpoint, where its folder was lost."""
+    known = json.loads((checkpoint / checkpoints.STATE).read_text(encoding="utf-8"))["wandb_id"]
+    if known and not run.wandb_id.exists():
+        run.wandb_id.parent.mkdir(exist_ok=True)
+        write_atomically(run.wandb_id, known)
 
 
 def _start_wandb(
@@ -280,6 +317,8 @@ def _constant_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
 def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
     """Write the final adapter and its tokenizer, whole or not at all. Raises: TrainingFault when it cannot."""
     staging = run.path / ".adapter.staging"
+    if broken := not_finite(adapter_of(model)):
+        raise TrainingFault(f"the last step made weights that are not finite ({broken}); no adapter was written")
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()  # not with its parents: a run folder that is gone is not made anew

@@ -70,6 +70,8 @@ def _main(arguments: list[str], held: ExitStack) -> int:
         if not handover.by_agent:  # else the agent, which sees all ranks, says which one failed first
             if rank.first:
                 run.end_attempt("refused" if code == 2 else "failed", message)
+                if code == 2:
+                    run.refused()
             console.print(f"error: {message}", style="red", soft_wrap=True)
 
     def give_up(message: str) -> None:
@@ -123,7 +125,7 @@ def _train(
     outcome = train(config, run, rank, request, console, handover, give_up)
     if rank.first:
         run.end_attempt(outcome.reason, outcome.why)
-        console.print(outcome.last_words(run), soft_wrap=True)
+        console.print(outcome.last_words(run, handover), soft_wrap=True)
     _leave()
     return EXIT_CODES[outcome.reason]
 

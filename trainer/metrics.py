@@ -82,18 +82,28 @@ class MetricsFile:
     def append(self, record: dict[str, Any]) -> None:
         """Add a line. One that the disk does not take is kept, and written with a later one."""
         self._waiting.append(json.dumps(record) + "\n")
+        if (failure := self.flush()) and len(self._waiting) == 1:
+            self.warn(f"{self.path.name} cannot be written ({failure}): its lines are kept until it can be")
+
+    def flush(self) -> str:
+        """Write the lines that wait; return why that failed, or an empty text."""
         data = "".join(self._waiting).encode()
         try:
-            with self.path.open("ab", buffering=0) as file:
-                end = file.seek(0, os.SEEK_END)
-                if file.write(data) != len(data):
-                    file.truncate(end)  # no half line
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if data:
+                with self.path.open("ab", buffering=0) as file:
+                    end = file.seek(0, os.SEEK_END)
+                    if file.write(data) != len(data):
+                        file.truncate(end)  # no half line
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            if len(self._waiting) == 1:
-                self.warn(f"{self.path.name} cannot be written ({error.strerror}): its lines are kept until it can be")
-        else:
-            self._waiting.clear()
+            return str(error.strerror)
+        self._waiting.clear()
+        return ""
+
+    def close(self) -> None:
+        """Write what waits, or say how many lines are lost."""
+        if failure := self.flush():
+            self.warn(f"{len(self._waiting)} lines of {self.path.name} are lost: {failure}")
 
     def forget_after(self, step: int, *, evaluation_too: bool = False) -> None:
         """Remove the lines past a step, which is resumed from. evaluation_too: and that step's own, to be made again.

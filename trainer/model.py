@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,6 +24,7 @@ from qwenlora.trainer.tiny import build_tiny
 
 TINY = "tiny"
 EMBEDDINGS = ("embed_tokens", "lm_head")
+SAMPLE_BYTES = 2**12
 LEAK = 0.02  # of the logits' spread: rows kept apart differ by rounding, or by int8's outlier columns; others by 0.4
 
 
@@ -115,6 +116,12 @@ def pick_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def device() -> torch.device:
+    """Return what this rank computes on."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def load_config_of(config: Config, base: str) -> Any:
     """Return the base model's transformers config. Raises: ValueError when transformers knows no such text model."""
     with _hub_errors("model.name_or_path", config.model.name_or_path):
@@ -136,19 +143,34 @@ def load_config_of(config: Config, base: str) -> Any:
 def fingerprint(config: Config, base: str) -> str:
     """Return a hash that changes when the base's weights do: a hub commit, or samples of a folder's weight files.
 
-    Of each file its size and sixteen pieces are hashed: a 72B takes a second, and training changes every piece.
+    Of each tensor in a safetensors file three samples are hashed, of another weight file 64: a 72B takes seconds.
     """
     if not Path(base).is_dir():
         return str(getattr(load_config_of(config, base), "_commit_hash", None))
     digest = hashlib.sha256((Path(base) / "config.json").read_bytes())
-    for path in sorted(Path(base).glob("*.safetensors")):
+    for path in sorted(file for file in Path(base).iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            for piece in range(16):
-                file.seek(max(size - 2**16, 0) * piece // 15)
-                digest.update(file.read(2**16))
+            for place in _samples(file, size) if path.suffix == ".safetensors" else range(0, size, max(size // 64, 1)):
+                file.seek(place)
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def _samples(file: BinaryIO, size: int) -> Iterator[int]:
+    """Yield places in a safetensors file: its header's, and start, middle and end of each tensor."""
+    header = int.from_bytes(file.read(8), "little")
+    yield from range(0, min(header + 8, size), SAMPLE_BYTES)
+    file.seek(8)
+    try:
+        tensors = json.loads(file.read(header)) if header < size else {}
+    except ValueError:  # loading it will say so
+        return
+    tensors.pop("__metadata__", None)
+    for tensor in tensors.values():
+        start, end = (8 + header + offset for offset in tensor["data_offsets"])
+        yield from (start, (start + end) // 2, max(start, end - SAMPLE_BYTES))
 
 
 def load_base(config: Config, base: str) -> Any:

@@ -6,7 +6,6 @@ in a collective meanwhile. What it counted is left in the run folder's facts.jso
 
 import json
 import shutil
-from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from qwenlora.configs import Config
 from qwenlora.data import current, prepared
 from qwenlora.data.sources import SideName
 from qwenlora.jobs.disk import write_atomically
-from qwenlora.jobs.run import RunFolder
+from qwenlora.jobs.run import RunFolder, allows
 from qwenlora.trainer import model as models
 from qwenlora.trainer.training import check_settings
 
@@ -94,7 +93,7 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None, allo
     )
     check_settings(config, facts.units)
     if run.trained and run.facts.exists():
-        _refuse_another(run, read_facts(run), facts, {key.split(".")[0] for key in allowed})
+        _refuse_another(run, read_facts(run), facts, allowed)
     write_atomically(run.facts, json.dumps(facts.as_dict(), indent=1, ensure_ascii=False))
     return facts
 
@@ -149,16 +148,16 @@ def read_facts(run: RunFolder) -> Facts:
     return Facts(**values | {"parameters": models.Parameters(**values["parameters"])})
 
 
-def _refuse_another(run: RunFolder, then: Facts, now: Facts, allowed: Set[str] = frozenset()) -> None:
-    if "data" not in allowed and then.packing != now.packing:
+def _refuse_another(run: RunFolder, then: Facts, now: Facts, allowed: tuple[str, ...] = ()) -> None:
+    if not allows("data", allowed) and then.packing != now.packing:
         was, would_be = ("on" if packing else "off" for packing in (then.packing, now.packing))
         raise ValueError(
             f"run_dir={run.path} was trained with packing {was}, here it would be {would_be} (data.packing: auto is on"
             " with a GPU); go on where it was, choose another run_dir, or --fresh to set the old run aside"
         )
-    if then.data_identity != now.data_identity and "data" not in allowed:
+    if then.data_identity != now.data_identity and not allows("data", allowed):
         what, key = "other data: the files or the tokenizer changed since", "data"
-    elif then.base_fingerprint != now.base_fingerprint and "model" not in allowed:
+    elif then.base_fingerprint != now.base_fingerprint and not allows("model", allowed):
         what, key = "a base model with other weights", "model"
     else:
         return

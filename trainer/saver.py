@@ -14,14 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from qwenlora.jobs import checkpoints
+from qwenlora.jobs.checkpoints import ADAPTER, MANIFEST, OPTIMIZER
 from qwenlora.jobs.disk import sha256, sync
 from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import checkpoints
-from qwenlora.trainer.checkpoints import ADAPTER, MANIFEST, OPTIMIZER
-from qwenlora.trainer.state import Snapshot
+from qwenlora.trainer.state import Snapshot, not_finite
 
 log = logging.getLogger("qwenlora")
 
@@ -35,9 +34,9 @@ class Saver:
         identity: dict[str, Any],
         world_size: int,
         *,
-        limit: int | None = None,
-        in_background: bool = True,
-        timeout_s: float = 600,
+        limit: int | None,
+        in_background: bool,
+        timeout_s: float,
         warn: Callable[[str], None] = log.warning,
         give_up: Callable[[str], None] | None = None,
     ) -> None:
@@ -52,13 +51,13 @@ class Saver:
         """Say which files are the same in every checkpoint: the adapter's config, the tokenizer."""
         self._constant = files
 
-    def save(self, step: int, snapshot: Snapshot, texts: dict[str, str], best: int | None) -> None:
-        """Write checkpoint-<step>, once the one before is written. The snapshot must stay as it is until wait().
+    def save(self, step: int, snapshot: Snapshot, texts: dict[str, str], losses: dict[int, float]) -> None:
+        """Write checkpoint-<step>. No other may be under way, and the snapshot must stay as it is: wait() first.
 
-        texts: small files; best: the step whose checkpoint is kept besides the newest ones.
+        texts: small files; losses: by which the best checkpoint is kept, see checkpoints.rotate().
         """
-        self.wait()
-        arguments = (step, snapshot, texts, best)
+        assert self._thread is None, "wait() first"
+        arguments = (step, snapshot, texts, losses)
         if self.in_background:
             self._thread = threading.Thread(target=self._save, args=arguments, name=f"save-{step}", daemon=True)
             self._thread.start()
@@ -71,7 +70,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _save(self, step: int, snapshot: Snapshot, texts: dict[str, str], best: int | None) -> None:
+    def _save(self, step: int, snapshot: Snapshot, texts: dict[str, str], losses: dict[int, float]) -> None:
         start = time.monotonic()
         folder = self.run.checkpoint(step)
         alarm = threading.Timer(self.timeout_s, self._hangs, [folder.name])
@@ -79,21 +78,31 @@ class Saver:
         alarm.start()
         staging = folder.with_name(f".staging-{folder.name}")
         try:
+            if broken := not_finite(snapshot.adapter):
+                raise ValueError(f"its weights are not finite ({broken})")
             size = self._write(staging, step, snapshot, texts)
             checkpoints.remove(folder)  # an unfinished or earlier one of this step
             staging.rename(folder)
             sync(self.run.path)
-            self.failure = ""
-            self.last = (step, time.monotonic() - start, size)
-            log.info("%s: %.1f MB written in %.3f s", folder.name, size / 1e6, self.last[1])
-            checkpoints.rotate(self.run, self.limit, best)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # whatever it is: a thread's error would be heard by nobody
+            log.info("saving %s failed", folder.name, exc_info=error)
             self.failure = f"{folder.name} was not saved: {reason_of(error)}"
             shutil.rmtree(staging, ignore_errors=True)
             whole = [one.name for one in self.run.checkpoints() if not checkpoints.flaw(one, thorough=False)]
             self.warn(f"{self.failure}; the newest whole one is {whole[0] if whole else 'none'}")
+        else:
+            self.failure = ""
+            self.last = (step, time.monotonic() - start, size)
+            log.info("%s: %.1f MB written in %.3f s", folder.name, size / 1e6, self.last[1])
+            self._rotate(losses)
         finally:
             alarm.cancel()
+
+    def _rotate(self, losses: dict[int, float]) -> None:
+        try:
+            checkpoints.rotate(self.run, self.limit, losses)
+        except OSError as error:
+            self.warn(f"an old checkpoint could not be removed: {reason_of(error)}")
 
     def _write(self, staging: Path, step: int, snapshot: Snapshot, texts: dict[str, str]) -> int:
         """Write all files and, when they are on the disk, the manifest; return the bytes."""

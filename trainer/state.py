@@ -77,6 +77,11 @@ def adapter_of(model: Any) -> dict[str, Tensor]:
     return adapter
 
 
+def not_finite(adapter: dict[str, Tensor]) -> str:
+    """Return the name of a tensor with NaN or infinite numbers; empty when there is none."""
+    return next((name for name, tensor in sorted(adapter.items()) if not bool(tensor.isfinite().all())), "")
+
+
 def restore_adapter(model: Any, content: bytes, checkpoint: Path) -> None:
     """Put a checkpoint's adapter into the model. Raises: ValueError when names or shapes are others."""
     saved, own = load_safetensors(content), adapter_of(model)
@@ -115,9 +120,8 @@ def restore_optimizer(model: Any, optimizer: torch.optim.Optimizer, content: byt
                 packed["state"][number] = values
             number += 1
     assert not by_parameter, f"the optimizer has no {sorted(by_parameter)}"
-    if len(groups) == len(packed["param_groups"]):
-        for group, kept in zip(packed["param_groups"], groups, strict=True):
-            group |= kept
+    for group, kept in zip(packed["param_groups"], groups, strict=True):
+        group |= kept
     optimizer.load_state_dict(packed)
 
 

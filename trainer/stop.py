@@ -8,6 +8,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qwenlora.trainer.screen import StopRequest
 
+TIME_IS_OVER = "train.max_time_min is over"
+
 
 def any_rank(flags: torch.Tensor) -> list[bool]:
     """Return which of the flags are set on any rank. flags: int32 [n]; every rank must call it."""
@@ -19,7 +21,8 @@ def any_rank(flags: torch.Tensor) -> list[bool]:
 class Stop(TrainerCallback):
     """Whether to stop. agreed: any rank was asked to; stopped: this attempt ended by it, before its last step.
 
-    max_time_s: seconds from now that the attempt may take. It stops when the next step and a save might not fit.
+    max_time_s: seconds from now that the attempt may take. It stops when the next step and a save might not fit, but
+    not before it has trained one: an attempt without progress would be repeated for ever.
     """
 
     def __init__(self, request: StopRequest | None = None, max_time_s: float | None = None) -> None:
@@ -28,13 +31,14 @@ class Stop(TrainerCallback):
         self.agreed = self.stopped = False
         self.longest_save_s = 0.0
         self._longest_step_s = 0.0
+        self._steps = 0
         self._step_start = time.monotonic()
 
     @property
     def asked(self) -> bool:
         """Whether this rank was asked to stop."""
-        if time.monotonic() + self._longest_step_s + self.longest_save_s > self.deadline:
-            self.request.ask("train.max_time_min is over")
+        if self._steps and time.monotonic() + self._longest_step_s + self.longest_save_s > self.deadline:
+            self.request.ask(TIME_IS_OVER)
         return self.request.asked
 
     def agree(self, device: torch.device, also: torch.Tensor | None = None) -> bool:
@@ -52,6 +56,7 @@ class Stop(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Save and stop, if that is agreed; after the last step there is nothing left to stop."""
+        self._steps += 1
         self._longest_step_s = max(self._longest_step_s, time.monotonic() - self._step_start)
         if self.agreed and state.global_step < state.max_steps:
             self.stopped = True

@@ -27,11 +27,12 @@ from qwenlora.configs import Config
 from qwenlora.data.order import Order, accumulation_steps, total_steps
 from qwenlora.data.packing import Packs
 from qwenlora.data.prepared import Side
-from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import checkpoints, faults
+from qwenlora.jobs import checkpoints
+from qwenlora.jobs.checkpoints import ADAPTER, OPTIMIZER, STATE
+from qwenlora.jobs.run import RunFolder, step_of
+from qwenlora.trainer import faults
 from qwenlora.trainer import state as states
 from qwenlora.trainer.batches import IGNORED, StepLoader, eval_batches
-from qwenlora.trainer.checkpoints import ADAPTER, OPTIMIZER, STATE
 from qwenlora.trainer.model import pick_dtype
 from qwenlora.trainer.saver import Saver
 from qwenlora.trainer.stop import Stop
@@ -165,7 +166,7 @@ class LoraTrainer(Trainer):
         self.config, self.order, self.train_side, self.eval_side = config, order, train, eval_
         self.saver, self.stop, self.place, self.warn = saver, stop or Stop(), place, warn
         self.resumed: dict[str, Any] = {}  # the state.json that this attempt goes on from
-        self.best: dict[str, Any] = {}  # {"step", "value"} of train.metric_for_best_model
+        self.losses: dict[int, float] = {}  # {step: eval_loss}, to find the best checkpoint by
         self.wandb_id = ""
         self.data_wait_s = 0.0  # seconds spent waiting for batches so far
         self.saving_s = 0.0  # seconds that saves held up training so far
@@ -174,7 +175,6 @@ class LoraTrainer(Trainer):
         self._losses: list[Tensor] = []  # of this rank's micro-batches in the step under way
         self._loss_before: Tensor | None = None  # that step
         self._left_out = 0  # steps in a row
-        self._evaluated_step = -1
         super().__init__(model=model, args=args, eval_dataset=eval_, callbacks=[self.stop], **kw)
         self.remove_callback(PrinterCallback)
         self.add_callback(_GoOn(self))
@@ -314,13 +314,7 @@ class LoraTrainer(Trainer):
             return {}
         loss = (sums[0] / sums[1]).item()
         metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-        self._evaluated_step = self.state.global_step
-        if (metric := self.config.train.metric_for_best_model) and self._due(
-            self.args.save_strategy, self.args.save_steps, self.state.global_step
-        ):
-            value = metrics[metric]
-            if value < self.best.get("value", math.inf):
-                self.best = {"step": self.state.global_step, "value": value}
+        self.losses[self.state.global_step] = loss
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -360,12 +354,15 @@ class LoraTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Copy all that a resume needs to host memory, and have it written. Trainer's own would write in place."""
         start = time.perf_counter()
-        losses = self._losses_of_all_ranks()
+        everyones = self._losses_of_all_ranks()
         if self.saver:
             self.saver.wait()
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            snapshot = states.snapshot(unwrapped, self._adam, self._memory)
-            self.saver.save(self.state.global_step, snapshot, self._texts(snapshot, losses), self.best.get("step"))
+            there = {step_of(folder) for folder in self.saver.run.checkpoints()} | {self.state.global_step}
+            self.losses = {step: loss for step, loss in self.losses.items() if step in there}
+            snapshot = states.snapshot(self.accelerator.unwrap_model(self.model), self._adam, self._memory)
+            # the best by eval_perplexity is the best by eval_loss
+            losses = dict(self.losses) if self.config.train.metric_for_best_model else {}
+            self.saver.save(self.state.global_step, snapshot, self._texts(snapshot, everyones), losses)
         stall = time.perf_counter() - start
         self.idle_s += stall
         self.saving_s += stall
@@ -383,7 +380,6 @@ class LoraTrainer(Trainer):
     def _texts(self, snapshot: states.Snapshot, losses: list[float]) -> dict[str, str]:
         """Return a checkpoint's small files."""
         step, every = self.state.global_step, self.order.steps_per_epoch
-        due = self.stop.stopped and self._evaluated_step != step
         schedule = self.lr_scheduler
         scaler = self.accelerator.scaler
         state = {
@@ -394,9 +390,11 @@ class LoraTrainer(Trainer):
             "optimizer_groups": snapshot.groups,
             "loss_so_far": losses,  # of each rank, since the last logging step
             "logged_step": self._globalstep_last_logged,
-            "evaluation_due": due and self._due(self.args.eval_strategy, self.args.eval_steps, step),
-            "best": self.best,
-            "moved": bool(snapshot.optimizer) and schedule.lr_lambdas[0](max(schedule.last_epoch - 1, 0)) > 0,
+            # stopped before it, or saved before it, as at an epoch's end: a resume makes it first
+            "evaluation_due": step not in self.losses
+            and self._due(self.args.eval_strategy, self.args.eval_steps, step),
+            "eval_losses": self.losses,
+            "moved": any(bool(tensor.any()) for name, tensor in snapshot.adapter.items() if "lora_B" in name),
             "wandb_id": self.wandb_id,
         }
         kept = dataclasses.replace(self.state, log_history=[], stateful_callbacks={})
@@ -410,7 +408,7 @@ class LoraTrainer(Trainer):
     def load(self, checkpoint: Path) -> None:
         """Put a whole checkpoint's adapter into the model, and take over where it was. train() restores the rest."""
         self.resumed = json.loads(_content(checkpoint, STATE))
-        self.best = self.resumed["best"]
+        self.losses = {int(step): loss for step, loss in self.resumed["eval_losses"].items()}
         self.state.global_step = self.resumed["step"]
         self.state.max_steps = self.args.max_steps
         self.state.epoch = self.state.global_step / self.order.steps_per_epoch

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from qwenlora.jobs import checkpoints
 from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import checkpoints
 
 pytestmark = pytest.mark.slow
 

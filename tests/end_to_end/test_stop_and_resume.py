@@ -82,13 +82,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, whole, nu
         screen = process.communicate(timeout=60)[0]
     assert process.returncode == 75, screen
     assert "which is saved; the same command resumes" in screen
+    assert ("Ctrl-C again" in screen) == (number == signal.SIGINT)
     again = qwenlora(*arguments)
     assert again.returncode == 0, again.stdout
     assert "resuming from checkpoint-" in again.stdout
     assert losses(tmp_path / "cut") == losses(whole)
     assert adapter(tmp_path / "cut") == adapter(whole)
     first, second = (json.loads(line) for line in (tmp_path / "cut" / "attempts.jsonl").read_text().splitlines())
-    assert (first["reason"], second["reason"]) == ("stopped", "done")
+    assert (first["reason"], first["message"], second["reason"]) == ("stopped", number.name, "done")
     assert second["first_step"] == first["last_step"] + 1
 
 
@@ -124,7 +125,7 @@ def test_a_broken_checkpoint_is_passed_over_and_named(qwenlora, tmp_path, config
     (tmp_path / "run" / "checkpoint-8" / "optimizer.safetensors").unlink()
     answer = qwenlora("train", config, "run_dir=run")
     assert answer.returncode == 0, answer.stdout
-    assert "passed over: checkpoint-12 has no manifest.json (it has the format of an older version)" in answer.stdout
+    assert "passed over: checkpoint-12 has no manifest.json" in answer.stdout
     assert "passed over: checkpoint-8 lacks optimizer.safetensors" in answer.stdout
     assert "resuming from checkpoint-4" in answer.stdout
     assert (losses(tmp_path / "run"), adapter(tmp_path / "run")) == expected
@@ -138,11 +139,12 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(qwenlora, tmp_path, conf
             "is of another config: train.learning_rate was 0.003, now 1e-05; to go on all the same:"
             " --allow-config-change train.learning_rate",
         ),
-        (["data.eval=example"], "is of another config: data.eval was None, now example"),
+        (["data.eval=example"], "is of another config: data.eval was null, now example"),
     ):
-        answer = qwenlora("train", config, "run_dir=other", *change, "--resume", checkpoint, "--fresh")
+        answer = qwenlora("train", config, "run_dir=other", *change, "--resume", checkpoint)
         assert answer.returncode == 2, answer.stdout
-        assert f"--resume {checkpoint}: {checkpoint} {words}" in answer.stdout
+        assert f"{checkpoint} {words}" in answer.stderr
+        assert not (tmp_path / "other" / "attempts.jsonl").exists(), "nothing was started"
 
 
 def test_a_resume_from_an_older_checkpoint_abandons_the_newer_ones(qwenlora, tmp_path, config, whole):
@@ -183,16 +185,16 @@ def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config):
     for folder in (tmp_path / "run").glob("checkpoint-*"):
         (folder / "manifest.json").unlink()
     for arguments, words in (
-        ([], "can be resumed from: checkpoint-14 has no manifest.json (it has the format of an older version); "),
+        ([], "can be resumed from: checkpoint-14 has no manifest.json; "),
         (["--resume", "checkpoint-8"], "checkpoint-8 has no manifest.json"),
-        (
-            ["--resume", "checkpoint-9"],
-            "checkpoint-9; this run has checkpoint-14, checkpoint-12, ",
-        ),
+        (["--resume", "checkpoint-9"], "checkpoint-9; this run has checkpoint-14, checkpoint-12, "),
+        (["--resume", "run"], "is a run, not one of its checkpoints: checkpoint-14, "),
+        (["--resume", "checkpoint-8", "--fresh"], "--fresh starts anew, --resume checkpoint-8 goes on"),
     ):
         answer = qwenlora("train", config, "run_dir=run", *arguments)
         assert answer.returncode == 2, answer.stdout
-        assert words in answer.stdout
+        assert words in answer.stdout + answer.stderr
+    assert not (tmp_path / "run.old-1").exists()
     for number, arguments in enumerate((["--fresh"], ["--resume", "none"]), 1):
         assert qwenlora("train", config, "run_dir=run", "train.max_steps=2", *arguments).returncode == 0
         assert (tmp_path / f"run.old-{number}" / "metrics.jsonl").exists()
@@ -268,12 +270,17 @@ def test_a_done_run_goes_on_for_longer_and_is_seen_by_status(qwenlora, tmp_path,
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 3, 6, 9, 12, 14, 15, 18]
     fewer = qwenlora("train", config, "run_dir=run", "train.max_steps=16")
     assert fewer.returncode == 2
-    assert "make 16 steps, checkpoint-18 has trained more; raise them" in fewer.stdout
+    assert "train.max_steps=16 is less than the 18 steps that checkpoint-18 has trained; raise it, or" in fewer.stderr
+    fewer = qwenlora("train", config, "run_dir=run", "train.max_steps=null", "train.num_train_epochs=1.0")
+    assert fewer.returncode == 2
+    assert "train.num_train_epochs=1 makes 8 steps, and 18 are trained already; raise it" in fewer.stdout
+    again = qwenlora("train", config, "run_dir=run", "--nproc", 2, "train.max_steps=18")
+    assert "run is done (18 steps)" in again.stdout, "what was refused has left no trace"
     status = qwenlora("status", "run")
     assert status.returncode == 0, status.stderr
-    assert "run: refused · step 18 · loss " in status.stdout
+    assert "run: done · step 18 · loss " in status.stdout
     assert "checkpoint-14  15-18" in status.stdout
-    assert "the last start took " in status.stdout
+    assert "attempt 3 refused: train.num_train_epochs=1 makes 8 steps" in status.stdout
     nothing = qwenlora("status", tmp_path / "elsewhere")
     assert (nothing.returncode, "holds no run" in nothing.stderr) == (2, True)
 
@@ -298,16 +305,16 @@ def test_a_change_that_is_meant_passes(qwenlora, tmp_path, config, whole):
 def test_a_time_budget_ends_an_attempt_like_a_signal(qwenlora, tmp_path, config):
     answer = qwenlora("train", config, "run_dir=run", "train.max_steps=100000", "train.max_time_min=0.4")
     assert answer.returncode == 75, answer.stdout
-    assert "stopped (train.max_time_min is over) after step " in answer.stdout
+    assert "which is saved; the same command resumes: train.max_time_min is over" in answer.stdout
     again = qwenlora("train", config, "run_dir=run", "train.max_steps=100000", "train.max_time_min=0.02")
     assert again.returncode == 75
     first, second = (json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines())
     assert (first["message"], second["reason"]) == ("train.max_time_min is over", "stopped")
-    assert "last_step" not in second, "there was no time for a step"
+    assert second["last_step"] == second["first_step"] == first["last_step"] + 1, "it goes on, however short the time"
 
 
 def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read_wandb, qwenlora):
-    """Killed after step 6 was logged and with checkpoint-4 saved, stopped, and ended: offline, each start has its file."""
+    """Killed after step 6, with checkpoint-4 saved; stopped; ended: offline, each start has a file of its own."""
     command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
     arguments = ["train", str(config), "run_dir=run", "train.max_steps=40", "log.logging_steps=1"]
     for number, end in ((1, "kill"), (2, "terminate")):
@@ -343,3 +350,13 @@ def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read
     assert json.loads(summary["attempt/1"])["reason"] == "killed"
     checkpoint = json.loads((tmp_path / "run" / "checkpoint-40" / "state.json").read_text())
     assert checkpoint["wandb_id"] == (tmp_path / "run" / "wandb" / "run_id").read_text()
+
+
+def test_a_requeued_job_goes_on_however_it_began(qwenlora, tmp_path, config, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    arguments = ["train", config, "run_dir=run", "--nproc", 2, "train.max_steps=16"]
+    for how in (["--fresh"], ["--resume", "checkpoint-4"]):
+        answer = qwenlora(*arguments, *how, SLURM_RESTART_COUNT="1")
+        assert answer.returncode == 0, answer.stdout
+    assert "run is done (16 steps)" in answer.stdout
+    assert not (tmp_path / "run.old-1").exists()

@@ -52,7 +52,7 @@ def attempt(folder, name: str, world: int, stop: int) -> list[list[list[int]]]:
         check=False,
     )
     assert "Traceback" not in answer.stdout, answer.stdout
-    assert ("stopped (" if stop < STEPS else "done: ") in answer.stdout, answer.stdout + answer.stderr
+    assert ("stopped after" if stop < STEPS else "done: ") in answer.stdout, answer.stdout + answer.stderr
     return [[json.loads(x) for x in (folder / f"{rows.name}-{n}").read_text().splitlines()] for n in range(world)]
 
 

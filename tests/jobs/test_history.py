@@ -103,3 +103,12 @@ def test_killed_attempts_in_a_row_are_known_by_their_first_step(history):
     assert history.first_step_of_the_killed() is None
     assert history.so_far("done")[-1]["reason"] == "done"
     assert "reason" not in history.attempts()[-1]
+
+
+def test_repeated_steps_are_those_that_it_came_to(history):
+    for first, last in ((1, 100), (51, 60), (61, 150)):
+        number = history.begin(1)
+        history.note(first_step=first)
+        history.progress.write(number, last, trained_s=1.0, saving_s=0.0)
+        history.end("stopped")
+    assert [attempt["steps_repeated"] for attempt in history.attempts()] == [0, 10, 40]

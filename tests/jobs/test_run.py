@@ -116,8 +116,39 @@ def test_a_run_is_done_when_its_adapter_is_there(run):
     run.adapter.mkdir()
     assert run.done
     run.begin_attempt(1)
+    run.end_attempt("refused")
+    assert run.done
+    run.begin_attempt(1)
     run.end_attempt("stopped")
     assert not run.done, "it was made longer, and is under way"
+
+
+def test_what_is_refused_leaves_config_and_facts_as_they_were(run, config):
+    run.metrics.touch()
+    run.facts.write_text("{}")
+
+    def refuse() -> None:
+        with run.claim(config("train.max_steps=9")):
+            run.facts.write_text("other")
+            raise ValueError("no such checkpoint")
+
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        refuse()
+    assert load_config(run.config) == config()
+    assert run.facts.read_text() == "{}"
+
+
+def test_fresh_behind_a_link_stays_on_that_disk(tmp_path, config):
+    run, there = RunFolder(config().run_dir), tmp_path / "scratch" / "run"
+    there.mkdir(parents=True)
+    run.path.parent.mkdir(parents=True)
+    run.path.symlink_to(there)
+    claim(run, config())
+    run.metrics.write_text("old\n")
+    claim(run, config(), fresh=True)
+    assert run.path.is_symlink()
+    assert (tmp_path / "scratch" / "run.old-1" / "metrics.jsonl").exists()
+    assert not run.metrics.exists()
 
 
 def test_checkpoints_are_listed_newest_first(run):

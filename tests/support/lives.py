@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwenlora.jobs import checkpoints
 from qwenlora.jobs.run import RunFolder, step_of
-from qwenlora.trainer import checkpoints
 
 SABOTEUR = Path(__file__).parent / "saboteur"
 COMMAND = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", "train"]

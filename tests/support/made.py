@@ -54,7 +54,7 @@ def trainer_of(tiny: Path, folder: Path, side: Side, config: Config, eval_: Side
         order_of(config, side, packs),
         side,
         eval_,
-        saver=Saver(run, {"config": {}}, 1, limit=config.train.save_total_limit),
+        saver=Saver(run, {"config": {}}, 1, limit=config.train.save_total_limit, in_background=True, timeout_s=600),
         processing_class=AutoTokenizer.from_pretrained(tiny),
         **how,
     )

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwenlora.configs import load_config
+from qwenlora.jobs import checkpoints
 from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import checkpoints
 from qwenlora.trainer.saver import Saver
 from qwenlora.trainer.state import Snapshot
 
@@ -40,13 +40,14 @@ def run(tmp_path):
 
 @pytest.fixture
 def saver(run, identity):
-    saver = Saver(run, identity, 2, in_background=False)
+    saver = Saver(run, identity, 2, limit=None, in_background=False, timeout_s=600)
     saver.constant({"adapter_config.json": b"{}"})
     return saver
 
 
-def save(saver, step, snapshot=None, moved=True, best=None):
-    saver.save(step, snapshot or globals()["snapshot"](), {"state.json": json.dumps({"moved": moved})}, best)
+def save(saver, step, snapshot=None, moved=True, losses=None):
+    saver.wait()
+    saver.save(step, snapshot or globals()["snapshot"](), {"state.json": json.dumps({"moved": moved})}, losses or {})
     saver.wait()
 
 
@@ -109,6 +110,9 @@ def test_without_a_whole_one_the_run_stops_and_says_how_to_start_over(run, saver
     with pytest.raises(ValueError, match="can be resumed from") as refusal:
         checkpoints.choose(run, "auto", identity)
     assert "checkpoint-6 has no manifest.json (it has the format of an older version)" in str(refusal.value)
+    (run.checkpoint(6) / "state.json").touch()
+    assert checkpoints.flaw(run.checkpoint(6)) == "has no manifest.json", "it is of this version, and damaged"
+    (run.checkpoint(6) / "state.json").unlink()
     assert "checkpoint-4 lacks state.json; --fresh sets this run aside and starts anew" in str(refusal.value)
 
 
@@ -123,20 +127,23 @@ def test_a_format_of_the_future_is_passed_over(run, saver, identity):
     ]
 
 
-@pytest.mark.parametrize(
-    ("value", "moved", "flaw"),
-    [
-        (float("nan"), True, "not finite (layer.0.lora_A.weight)"),
-        (float("inf"), True, "not finite"),
-        (0.0, True, "all zero (every lora_B), though it was trained"),
-        (0.0, False, ""),
-    ],
-)
-def test_an_adapter_that_is_broken_or_empty_is_not_gone_on_from(run, saver, value, moved, flaw):
-    save(saver, 4, snapshot(value), moved=moved)
-    found = checkpoints.flaw(run.checkpoint(4))
-    assert flaw in found
-    assert bool(found) == bool(flaw)
+def test_an_adapter_that_is_all_zero_though_it_was_trained_is_not_gone_on_from(run, saver):
+    save(saver, 4, snapshot(0.0), moved=True)
+    assert "all zero (every lora_B), though it was trained" in checkpoints.flaw(run.checkpoint(4))
+    save(saver, 8, snapshot(0.0), moved=False)
+    assert checkpoints.flaw(run.checkpoint(8)) == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(run, saver, monkeypatch, value):
+    saver.limit, saver.warn = 1, Warned()
+    save(saver, 4)
+    save(saver, 8, snapshot(value))
+    assert saver.failure == "checkpoint-8 was not saved: its weights are not finite (layer.0.lora_A.weight)"
+    assert names(run) == ["checkpoint-4"]
+    monkeypatch.setattr("qwenlora.trainer.saver.not_finite", lambda _: "")
+    save(saver, 8, snapshot(value))
+    assert "not finite (layer.0.lora_A.weight)" in checkpoints.flaw(run.checkpoint(8))
 
 
 def test_what_changed_since_is_listed_or_refused_by_name(run, saver, config, identity):
@@ -146,7 +153,7 @@ def test_what_changed_since_is_listed_or_refused_by_name(run, saver, config, ide
         return checkpoints.choose(run, "auto", checkpoints.identity_of(config(*overrides), data, base), allowed)
 
     changed = choose("train.max_steps=50", "launch.nproc_per_node=4", "run_dir=elsewhere").changed
-    assert changed == "train.max_steps was None, now 50, launch.nproc_per_node was None, now 4"
+    assert changed == "train.max_steps was null, now 50, launch.nproc_per_node was null, now 4"
     for overrides, words in (
         (["train.seed=1"], "train.seed was 42, now 1; to go on all the same: --allow-config-change train.seed"),
         (["lora.r=8"], "lora.r was 16, now 8"),
@@ -158,16 +165,74 @@ def test_what_changed_since_is_listed_or_refused_by_name(run, saver, config, ide
     with pytest.raises(ValueError, match="base model with other weights"):
         choose(base="others")
     assert choose("train.seed=1", data="others", base="o", allowed=["train.seed", "data.train", "model"]).folder
+    for allowed in (["data"], ["model.attn_implementation"]):
+        with pytest.raises(ValueError, match="base model with other weights"):
+            choose(base="others", allowed=allowed)
+    for allowed in (["model"], ["data.num_proc"], ["train"]):
+        with pytest.raises(ValueError, match="was trained on other data"):
+            choose(data="others", allowed=allowed)
+
+
+def test_a_checkpoint_is_known_by_what_it_is_not_by_its_name(run, saver, identity):
+    save(saver, 4)
+    save(saver, 8)
+    run.checkpoint(8).rename(run.checkpoint(80))
+    chosen = checkpoints.choose(run, "auto", identity)
+    assert (chosen.folder, chosen.passed_over) == (
+        run.checkpoint(4),
+        ["checkpoint-80 is checkpoint-8 by another name"],
+    )
+    aside = run.checkpoint(80).rename(run.path / "abandoned-checkpoint-8")
+    assert checkpoints.choose(run, "abandoned-checkpoint-8", identity).folder == aside
+    assert checkpoints.read(aside)["step"] == 8
+    with pytest.raises(ValueError, match="is a run, not one of its checkpoints: checkpoint-4"):
+        checkpoints.choose(run, str(run.path), identity)
+
+
+def test_a_manifest_of_an_unknown_config_is_refused_in_words(run, saver, identity):
+    identity["config"]["train"]["of_tomorrow"] = 1
+    save(saver, 4)
+    with pytest.raises(ValueError, match="with a config that this version of qwenlora does not know"):
+        checkpoints.choose(run, "checkpoint-4", identity)
+
+
+def test_sizes_alone_show_a_truncated_file(run, saver):
+    save(saver, 4)
+    file = run.checkpoint(4) / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "optimizer.safetensors of " in checkpoints.flaw(run.checkpoint(4), thorough=False)
+
+
+def test_everything_is_on_the_disk_before_the_name_is_there(run, saver, monkeypatch):
+    """Recorded at the system's calls: files, manifest, folder, rename, parent, and only then an old one goes."""
+    import os
+
+    saver.limit = 1
+    save(saver, 4)
+    (run.metrics).write_text("{}\n")
+    said = []
+    fsync, rename = os.fsync, os.rename
+    name_of = lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(str(run.path))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (said.append(name_of(descriptor)), fsync(descriptor))[1])
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: (said.append(f"{a} -> {b}".replace(str(run.path), "")), rename(a, b))
+    )
+    save(saver, 8)
+    staging = "/.staging-checkpoint-8"
+    files = [f"{staging}/{name}" for name in FILES if name != "manifest.json"]
+    expected = [*files, "/metrics.jsonl", f"{staging}/manifest.json", staging, f"{staging} -> /checkpoint-8", ""]
+    assert said == [*expected, "/checkpoint-4 -> /.removing-checkpoint-4"]
 
 
 def test_old_ones_are_dropped_once_the_new_one_is_whole_but_never_the_best(run, saver):
     saver.limit = 2
     (run.checkpoint(99)).mkdir()  # damaged: neither counted nor removed
-    for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 2)):
-        save(saver, step, best=best)
+    losses = {1: 9.0, 2: 1.0, 3: 5.0, 4: 5.0, 5: 2.0}
+    for step in range(1, 6):
+        save(saver, step, losses={one: loss for one, loss in losses.items() if one <= step} | {77: 0.0})
     assert names(run) == ["checkpoint-2", "checkpoint-5", "checkpoint-99"]
     saver.limit = 1
-    save(saver, 6, best=5)
+    save(saver, 6, losses={5: 2.0, 6: 3.0})
     assert names(run) == ["checkpoint-5", "checkpoint-6", "checkpoint-99"]
     saver.limit = None
     save(saver, 7)
@@ -190,7 +255,34 @@ def test_leftovers_of_killed_attempts_are_cleared_and_never_taken_for_checkpoint
 
     assert get_last_checkpoint(str(run.path)) == str(run.checkpoint(4))
     checkpoints.clear_leftovers(run)
-    assert names(run) == ["checkpoint-4"]
+    assert names(run) == ["checkpoint-4"], "and checkpoint-4 by the name of 8 is none"
+
+
+def test_one_that_was_written_but_not_yet_renamed_is_kept(run, saver, identity):
+    save(saver, 4)
+    run.checkpoint(4).rename(run.path / ".staging-checkpoint-4")
+    checkpoints.clear_leftovers(run)
+    assert checkpoints.choose(run, "auto", identity).folder == run.checkpoint(4)
+
+
+def test_any_error_of_the_writer_is_heard(run, saver, monkeypatch):
+    saver.warn, saver.in_background = Warned(), True
+    monkeypatch.setattr("qwenlora.trainer.saver.save_file", lambda *_, **__: 1 / 0)
+    save(saver, 4)
+    assert saver.failure == "checkpoint-4 was not saved: division by zero"
+    assert names(run) == []
+
+
+def test_a_rotation_that_fails_is_not_a_save_that_failed(run, saver, monkeypatch):
+    saver.warn, saver.limit = Warned(), 1
+    save(saver, 4)
+
+    def busy(*_):
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(checkpoints, "remove", lambda folder: busy() if folder.name == "checkpoint-4" else None)
+    save(saver, 8)
+    assert (saver.failure, saver.warn) == ("", ["an old checkpoint could not be removed: Directory not empty"])
 
 
 def test_writing_in_the_background_gives_the_same_bytes(run, identity, saver):
@@ -250,8 +342,8 @@ def test_a_save_that_hangs_ends_by_its_limit(run, identity, monkeypatch, in_back
         given_up.set()
         release.set()
 
-    saver = Saver(run, identity, 1, in_background=in_background, timeout_s=0.2, give_up=give_up)
-    saver.save(4, snapshot(), {"state.json": "{}"}, None)
+    saver = Saver(run, identity, 1, limit=None, in_background=in_background, timeout_s=0.2, give_up=give_up)
+    saver.save(4, snapshot(), {"state.json": "{}"}, {})
     assert given_up.wait(10)
     saver.wait()
     assert "checkpoint-4 was not saved in checkpoint.timeout_s=0.2 s: the file system of" in said[0]
@@ -262,8 +354,8 @@ def test_a_slow_file_system_does_not_hold_up_training(run, identity, monkeypatch
 
     release = threading.Event()
     monkeypatch.setattr("qwenlora.trainer.saver.sync", lambda _: release.wait(20))
-    saver = Saver(run, identity, 1)
-    saver.save(4, snapshot(), {"state.json": "{}"}, None)  # comes back although the disk does not
+    saver = Saver(run, identity, 1, limit=None, in_background=True, timeout_s=600)
+    saver.save(4, snapshot(), {"state.json": "{}"}, {})  # comes back although the disk does not
     assert run.checkpoints() == []
     release.set()
     saver.wait()

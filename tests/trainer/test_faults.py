@@ -127,6 +127,36 @@ def test_rollback_without_a_checkpoint_stops(tiny, tmp_path):
         made.train()
 
 
+def test_rollback_passes_over_a_checkpoint_that_is_damaged(tiny, tmp_path):
+    made, warned = made_with(tiny, tmp_path, {6}, on_nan="rollback")
+
+    class Damage(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 5:
+                made.saver.wait()
+                (RunFolder(tmp_path).checkpoint(4) / "state.json").unlink()
+
+    made.add_callback(Damage())
+    made.train()
+    assert warned[0].endswith("the weights are those of checkpoint-2 again")
+
+
+def test_bad_steps_that_are_not_in_a_row_may_be_many(tiny, tmp_path):
+    made, warned = made_with(tiny, tmp_path, set(range(2, 30, 2)), on_nan="skip", max_steps=30)
+    made.train()
+    assert len(warned) == 14
+
+
+def test_a_checkpoint_of_a_run_that_skipped_its_first_real_step_is_gone_on_from(tiny, tmp_path):
+    """The learning rate of step 1 is 0, and step 2 is left out: every lora_B is still zero, and rightly."""
+    made, _ = made_with(tiny, tmp_path, {2}, on_nan="skip", warmup_steps=2.0, max_steps=2)
+    made.train()
+    made.saver.wait()
+    from qwenlora.jobs import checkpoints
+
+    assert checkpoints.flaw(RunFolder(tmp_path).checkpoint(2)) == ""
+
+
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_what_is_never_finite_is_given_up(tiny, tmp_path, policy):
     made, warned = made_with(tiny, tmp_path, set(range(3, 99)), on_nan=policy, max_steps=40)

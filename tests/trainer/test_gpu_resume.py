@@ -8,8 +8,8 @@ from made import config_of, side_of, trainer_of
 from transformers import TrainerCallback
 
 from qwenlora.configs.schema import Lora, Model
+from qwenlora.jobs import checkpoints
 from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import checkpoints
 from qwenlora.trainer.faults import TrainingFault
 from qwenlora.trainer.state import adapter_of
 

@@ -4,11 +4,12 @@ checkpoint-200/
     adapter_model.safetensors, adapter_config.json, tokenizer   an adapter folder as plain peft loads it; float32, the
                                                                 weights that the optimizer goes on from
     optimizer.safetensors   the optimizer's state, `<parameter's name>/<exp_avg ...>`
-    state.json              everything else that a resume needs, see training.py
+    state.json              everything else that a resume needs, see trainer/training.py
     trainer_state.json      transformers' own, without its log (metrics.jsonl has it)
     manifest.json           {"format", "step", "world_size", "identity", "config_sha256", "files": {name: {"bytes",
                             "sha256"}}, "sha256" of the manifest itself}; a folder is a checkpoint when this holds
-The frozen base is never in it. saver.py writes it, state.py reads tensors; docs/checkpoints.md has the promises.
+The frozen base is never in it. trainer/saver.py writes it, trainer/state.py reads tensors; docs/checkpoints.md has the
+promises.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from safetensors.numpy import load as load_safetensors
 
 from qwenlora.configs import Config
 from qwenlora.jobs.disk import sha256
-from qwenlora.jobs.run import Changes, RunFolder, changes, step_of
+from qwenlora.jobs.run import Changes, RunFolder, allows, changes, step_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -68,7 +69,8 @@ def read(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint. Raises: ValueError saying what is wrong with it, after the folder's name."""
     file = folder / MANIFEST
     if not file.is_file():
-        old = " (it has the format of an older version)" if (folder / "trainer_state.json").is_file() else ""
+        older = (folder / "trainer_state.json").is_file() and not (folder / STATE).is_file()
+        old = " (it has the format of an older version)" if older else ""
         raise ValueError(f"has no {MANIFEST}{old}")
     try:
         text = file.read_text(encoding="utf-8")
@@ -90,6 +92,8 @@ def flaw(folder: Path, *, thorough: bool = True) -> str:
         return "is no folder"
     try:
         record = read(folder)
+        if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{record['step']}":
+            return f"is checkpoint-{record['step']} by another name"
         for name, expected in record["files"].items():
             file = folder / name
             if not file.is_file():
@@ -130,18 +134,15 @@ def choose(run: RunFolder, resume: str, identity: dict[str, Any], allowed: Seque
     if resume == "none":
         return Chosen(None, [], "")
     if resume != "auto":
-        folder = run.path / resume if resume.startswith("checkpoint-") else Path(resume).expanduser().absolute()
-        if not folder.is_dir():
-            names = ", ".join(path.name for path in run.checkpoints()) or "no checkpoint"
-            raise ValueError(f"--resume {resume}: there is no {folder}; this run has {names}")
+        folder = named(run, resume, identity["config"], allowed)
         if why := flaw(folder):
             raise ValueError(f"--resume {resume}: {folder} {why}; name another, or --resume auto takes the newest")
-        return Chosen(folder, [], _changed(folder, identity, allowed, f"--resume {resume}: {folder}"))
+        return Chosen(folder, [], _changed(folder, identity, allowed))
     passed_over: list[str] = []
     for folder in run.checkpoints():
         why = flaw(folder)
         if not why:
-            return Chosen(folder, passed_over, _changed(folder, identity, allowed, str(folder)))
+            return Chosen(folder, passed_over, _changed(folder, identity, allowed))
         passed_over.append(f"{folder.name} {why}")
     if passed_over:
         raise ValueError(
@@ -151,51 +152,95 @@ def choose(run: RunFolder, resume: str, identity: dict[str, Any], allowed: Seque
     return Chosen(None, [], "")
 
 
-def _changed(folder: Path, identity: dict[str, Any], allowed: Sequence[str], name: str) -> str:
+def named(run: RunFolder, resume: str, config: dict[str, Any], allowed: Sequence[str] = ()) -> Path:
+    """Return the folder that --resume names: in the run folder, or a path. Only its manifest is looked at.
+
+    Raises: ValueError when it is not there, is no checkpoint, or is of another config.
+    """
+    inside, outside = run.path / resume, Path(resume).expanduser().absolute()
+    folder = inside if inside.is_dir() else outside
+    if not folder.is_dir():
+        names = ", ".join(path.name for path in run.checkpoints()) or "no checkpoint"
+        raise ValueError(f"--resume {resume}: there is no {inside} and no {outside}; this run has {names}")
+    if theirs := RunFolder(folder).checkpoints():
+        there = ", ".join(path.name for path in theirs)
+        raise ValueError(f"--resume {resume}: {folder} is a run, not one of its checkpoints: {there}")
+    try:
+        record = read(folder)
+    except ValueError as why:
+        raise ValueError(
+            f"--resume {resume}: {folder} {why}; name another, or --resume auto takes the newest"
+        ) from None
+    _refuse_another_config(folder, record["identity"]["config"], config, allowed)
+    return folder
+
+
+def _refuse_another_config(
+    folder: Path, theirs: dict[str, Any], ours: dict[str, Any], allowed: Sequence[str]
+) -> Changes:
+    """Return what changed since a checkpoint was written. Raises: ValueError when that may not."""
+    try:
+        then = Config.model_validate_json(json.dumps(theirs))
+    except ValidationError:
+        raise ValueError(f"{folder} was written with a config that this version of qwenlora does not know") from None
+    changed = changes(then, Config.model_validate_json(json.dumps(ours)))
+    if refused := changed.refused(allowed):
+        raise ValueError(f"{folder} is of another config: {refused}; to go on all the same: {refused.permit}")
+    return changed
+
+
+def _changed(folder: Path, identity: dict[str, Any], allowed: Sequence[str]) -> str:
     """Return what changed since a whole checkpoint that may. Raises: ValueError when it is another run's."""
     theirs = read(folder)["identity"]
-    try:
-        config = Config.model_validate_json(json.dumps(theirs["config"]))
-    except ValidationError:
-        raise ValueError(f"{name} was written with a config that this version of qwenlora does not know") from None
-    changed = changes(config, Config.model_validate_json(json.dumps(identity["config"])))
-    if refused := changed.refused(allowed):
-        raise ValueError(f"{name} is of another config: {refused}; to go on all the same: {refused.permit}")
-    if theirs["data"] != identity["data"] and not _allows("data", allowed):
-        raise ValueError(f"{name} was trained on other data; to go on all the same: --allow-config-change data")
-    if theirs["base"] != identity["base"] and not _allows("model", allowed):
+    changed = _refuse_another_config(folder, theirs["config"], identity["config"], allowed)
+    if theirs["data"] != identity["data"] and not allows("data", allowed):
+        raise ValueError(f"{folder} was trained on other data; to go on all the same: --allow-config-change data")
+    if theirs["base"] != identity["base"] and not allows("model", allowed):
         raise ValueError(
-            f"{name} was trained on a base model with other weights; to go on all the same: --allow-config-change model"
+            f"{folder} was trained on a base model with other weights; to go on all the same:"
+            " --allow-config-change model"
         )
-    return str(Changes({key: values for key, values in changed.items() if not key.startswith("log.wandb")}))
+    return str(changed)
 
 
-def _allows(section: str, allowed: Sequence[str]) -> bool:
-    return any(key.split(".")[0] == section for key in allowed)
+def set_aside_newer(run: RunFolder, step: int) -> list[str]:
+    """Rename the checkpoints past step, which a resume from there abandons, so that none is taken for this run's.
 
-
-def set_aside_newer(run: RunFolder, step: int) -> None:
-    """Rename the checkpoints past step, which a resume from there abandons, so that none is taken for this run's."""
+    Returns: their names from now on.
+    """
+    names = []
     for folder in run.checkpoints():
         if step_of(folder) > step:
             aside = folder.with_name(f"abandoned-{folder.name}")
             remove(aside)
             folder.rename(aside)
+            names.append(aside.name)
+    return names
 
 
 def clear_leftovers(run: RunFolder) -> None:
-    """Remove what killed attempts were writing or removing."""
+    """Remove what killed attempts were writing or removing; one that was written, but not renamed, is kept."""
+    for staging in run.path.glob(".staging-checkpoint-*"):
+        folder = run.path / staging.name.removeprefix(".staging-")
+        if not folder.exists() and not flaw(staging) and read(staging)["step"] == step_of(folder):
+            staging.rename(folder)
     for pattern in (".staging-checkpoint-*", ".removing-checkpoint-*"):
         for folder in run.path.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def rotate(run: RunFolder, limit: int | None, best: int | None) -> None:
-    """Remove the oldest whole checkpoints beyond limit, never the newest, nor that of step best."""
+def rotate(run: RunFolder, limit: int | None, losses: dict[int, float]) -> None:
+    """Remove the oldest whole checkpoints beyond limit, never the newest, nor the best of those that are there.
+
+    losses: {step: eval_loss}, by which the best is found; empty when it does not matter. With a limit of 1 the best is
+    kept besides the newest.
+    """
     whole = [folder for folder in run.checkpoints() if not flaw(folder, thorough=False)]
     kept = whole[: limit or None]
-    if limit and any(step_of(folder) == best for folder in whole[limit:]):
-        kept = [*kept[: max(limit - 1, 1)], *(folder for folder in whole if step_of(folder) == best)]
+    known = [folder for folder in whole if step_of(folder) in losses]
+    best = min(known, key=lambda folder: losses[step_of(folder)], default=None)
+    if best and best not in kept:
+        kept = [*kept[: max(len(kept) - 1, 1)], best]
     for folder in whole:
         if folder not in kept:
             remove(folder)
