@@ -33,7 +33,7 @@ def config_of(**train) -> Config:
     return Config(
         run_dir="unused",
         model=Model(name_or_path="tiny"),
-        data=Data(train="unused"),
+        data=Data(train="unused", eval="unused"),
         lora=Lora(),
         train=Train(**settings | {"save_strategy": "no", "warmup_steps": 0.0} | train),
         launch=Launch(),

@@ -212,11 +212,15 @@ def test_everything_is_on_the_disk_before_the_name_is_there(run, saver, monkeypa
     (run.metrics).write_text("{}\n")
     said = []
     fsync, rename = os.fsync, os.rename
-    name_of = lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(str(run.path))  # noqa: E731
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (said.append(name_of(descriptor)), fsync(descriptor))[1])
-    monkeypatch.setattr(
-        os, "rename", lambda a, b: (said.append(f"{a} -> {b}".replace(str(run.path), "")), rename(a, b))
-    )
+
+    def say(text: object) -> None:
+        said.append(str(text).replace(str(run.path), ""))
+
+    def file_of(descriptor: int) -> Path:
+        return Path(f"/proc/self/fd/{descriptor}").readlink()
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (say(file_of(descriptor)), fsync(descriptor))[1])
+    monkeypatch.setattr(os, "rename", lambda a, b: (say(f"{a} -> {b}"), rename(a, b)))
     save(saver, 8)
     staging = "/.staging-checkpoint-8"
     files = [f"{staging}/{name}" for name in FILES if name != "manifest.json"]
