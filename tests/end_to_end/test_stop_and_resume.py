@@ -310,7 +310,8 @@ def test_a_time_budget_ends_an_attempt_like_a_signal(qwenlora, tmp_path, config)
     assert again.returncode == 75
     first, second = (json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines())
     assert (first["message"], second["reason"]) == ("train.max_time_min is over", "stopped")
-    assert second["last_step"] == second["first_step"] == first["last_step"] + 1, "it goes on, however short the time"
+    assert second["first_step"] == first["last_step"] + 1
+    assert second["last_step"] >= second["first_step"], "it goes on, however short the time"
 
 
 def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read_wandb, qwenlora):
