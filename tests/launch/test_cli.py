@@ -111,7 +111,8 @@ def test_run_folder_that_holds_another_config(qwenlora, tmp_path, tiny_run):
     line = refused(qwenlora("train", TINY, "lora.r=8"))
     assert line == (
         f"run_dir={tmp_path}/runs/tiny holds a run with another config: lora.r was 32, now 8;"
-        " choose another run_dir, or --fresh to set the old run aside"
+        " choose another run_dir, or set the old run aside with --fresh (to go on all the same:"
+        " --allow-config-change lora.r)"
     )
     assert (tmp_path / "runs" / "tiny" / "adapter").is_dir()
 
@@ -120,7 +121,7 @@ def test_run_folder_whose_data_changed(qwenlora, tmp_path, tiny_run):
     shutil.copytree(tiny_run[0], tmp_path / "runs" / "tiny")
     shutil.rmtree(tmp_path / "runs" / "tiny" / "adapter")
     facts = tmp_path / "runs" / "tiny" / "facts.json"
-    facts.write_text(facts.read_text().replace('"sha256": "', '"sha256": "0'))
+    facts.write_text(facts.read_text().replace('"sha256": "', '"sha256": "0').replace('"stamp": "', '"stamp": "0'))
     line = refused(qwenlora("train", TINY))
     assert line.startswith(f"run_dir={tmp_path}/runs/tiny was trained on other data: ")
 
@@ -153,7 +154,7 @@ def test_no_disk_space_for_one_checkpoint(tmp_path):
     )
     line = refused(answer)
     assert line.startswith(f"run_dir={tmp_path}/small/run has ")
-    assert line.endswith(" MiB free, one checkpoint needs 23 MiB; free some, or choose a run_dir on another disk")
+    assert line.endswith(" MiB free, one checkpoint needs 7 MiB; free some, or choose a run_dir on another disk")
 
 
 def test_several_problems_are_named_at_once(qwenlora, tmp_path):
