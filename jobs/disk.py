@@ -24,6 +24,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def settle(folder: Path) -> list[Path]:
+    """Wait until all files of a folder are on the disk, and open them to those whom the umask lets in; return them.
+
+    Libraries that write by way of a temporary file leave it closed to everyone else.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    files = sorted(folder.iterdir())
+    for file in files:
+        file.chmod(0o666 & ~mask)
+        sync(file)
+    return files
+
+
 def sha256(path: Path) -> str:
     """Return the hash of a file's bytes, in little memory."""
     with path.open("rb") as file:

@@ -21,7 +21,7 @@ from qwenlora.data import prepared, sources
 from qwenlora.data.prepared import Side
 from qwenlora.jobs import checkpoints
 from qwenlora.jobs.checkpoints import Chosen
-from qwenlora.jobs.disk import sync, write_atomically
+from qwenlora.jobs.disk import settle, sync, write_atomically
 from qwenlora.jobs.handover import Handover
 from qwenlora.jobs.history import Reason
 from qwenlora.jobs.run import RunFolder
@@ -326,11 +326,7 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
         model.save_pretrained(staging, save_embedding_layers=False)
         tokenizer.save_pretrained(staging)
         (staging / "README.md").unlink(missing_ok=True)  # peft's is an empty form
-        mask = os.umask(0)
-        os.umask(mask)
-        for file in staging.iterdir():
-            file.chmod(0o666 & ~mask)  # safetensors closes its files to colleagues
-            sync(file)
+        settle(staging)
         old = run.path / ".adapter.old"
         shutil.rmtree(old, ignore_errors=True)
         if run.adapter.exists():

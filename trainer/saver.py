@@ -5,7 +5,6 @@ hangs ends the process.
 """
 
 import logging
-import os
 import re
 import shutil
 import threading
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 
 from qwenlora.jobs import checkpoints
 from qwenlora.jobs.checkpoints import ADAPTER, MANIFEST, OPTIMIZER
-from qwenlora.jobs.disk import sha256, sync
+from qwenlora.jobs.disk import settle, sha256, sync
 from qwenlora.jobs.run import RunFolder
 from qwenlora.trainer.state import Snapshot, not_finite
 
@@ -115,11 +114,7 @@ class Saver:
         for name, text in texts.items():
             (staging / name).write_text(text, encoding="utf-8")
         files: dict[str, dict[str, Any]] = {}
-        mask = os.umask(0)
-        os.umask(mask)
-        for file in sorted(staging.iterdir()):
-            file.chmod(0o666 & ~mask)  # safetensors closes its files to colleagues
-            sync(file)
+        for file in settle(staging):
             files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         if self.run.metrics.exists():
             sync(self.run.metrics)  # what was logged before this step is not logged again

@@ -109,6 +109,7 @@ CASES = [{"step": step} for step in range(1, STEPS + 1)]
 CASES += [{"evaluation": number, "batch": batch} for number in (1, 2, 3) for batch in (1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [2, None], ids=["evaluated every 2 steps", "evaluated every epoch"])
 def test_a_stop_at_any_step_or_in_any_evaluation_changes_nothing(tiny, tmp_path, every):
     config = settings(eval_strategy="steps" if every else "epoch", eval_steps=every)
