@@ -196,7 +196,7 @@ def _verdict(folder: RunFolder, attempt: int, code: int, children: Children, con
         if children.asked and not error:
             reason, message = "stopped", f"{children.why}: before anything was saved"
             newest = next((path.name for path in folder.checkpoints()), "")
-            then = f"goes on from {newest}" if newest else "starts from there"
+            then = f"goes on from {newest}" if newest else "starts again"
             console.print(f"stopped before anything of this attempt was saved; the same command {then}")
         elif error and error["code"] == 2:
             reason = "refused"

@@ -83,6 +83,7 @@ def test_metrics_hold_every_number_of_every_logging_step(metrics):
             "trained_tokens_per_s",
             "peak_memory_gb",
             "data_wait_s",
+            "saving_s",
             "time",
         }
         assert line["grad_norm"] > 0
