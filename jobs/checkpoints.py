@@ -161,7 +161,8 @@ def named(run: RunFolder, resume: str, config: dict[str, Any], allowed: Sequence
     folder = inside if inside.is_dir() else outside
     if not folder.is_dir():
         names = ", ".join(path.name for path in run.checkpoints()) or "no checkpoint"
-        raise ValueError(f"--resume {resume}: there is no {inside} and no {outside}; this run has {names}")
+        looked = " and no ".join(dict.fromkeys([str(inside), str(outside)]))
+        raise ValueError(f"--resume {resume}: there is no {looked}; this run has {names}")
     if theirs := RunFolder(folder).checkpoints():
         there = ", ".join(path.name for path in theirs)
         raise ValueError(f"--resume {resume}: {folder} is a run, not one of its checkpoints: {there}")

@@ -99,9 +99,20 @@ class RunFolder:
         return number
 
     def end_attempt(self, reason: Reason, message: str = "") -> None:
-        """Note why the last attempt ended, unless that is known. On a full disk, or without a folder: say so."""
-        try:
+        """Note why the last attempt ended, unless that is known."""
+        with self._noting():
             self.history.end(reason, message)
+
+    def note_attempt(self, **facts: Any) -> None:
+        """Add to what is known of the last attempt."""
+        with self._noting():
+            self.history.note(**facts)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """On a full disk, or without a folder, say so: no attempt fails for its history."""
+        try:
+            yield
         except OSError as error:
             print(f"warning: {self.history.file} cannot be written: {error.strerror}", file=sys.stderr)
 

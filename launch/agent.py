@@ -115,11 +115,12 @@ def run(config: Config, *, fresh: bool = False, resume: str = "auto", allowed: S
     """
     check(config)
     check_keys(allowed)
-    if int(os.environ.get("SLURM_RESTART_COUNT", "0")):  # requeued: it goes on from where it was, however it began
-        fresh, resume = False, "auto"
     if fresh and resume not in ("auto", "none"):
         raise ValueError(f"--fresh starts anew, --resume {resume} goes on; leave one of them out")
     console, folder = Console(markup=False, highlight=False), RunFolder(config.run_dir)
+    if (fresh or resume != "auto") and int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        console.print("requeued by Slurm: going on from the newest checkpoint, without --fresh and --resume")
+        fresh, resume = False, "auto"
     with folder.claim(config, fresh=fresh or resume == "none", allowed=allowed) as changed:
         if folder.done and resume == "auto" and not changed.length:
             _refuse_other_data(config, folder)
@@ -206,7 +207,7 @@ def _verdict(folder: RunFolder, attempt: int, code: int, children: Children, con
             _explain(folder, attempt, message, error, console)
         folder.end_attempt(reason, message)
     elif reason == "stopped" and children.asked:
-        folder.history.note(message=children.why)  # ranks are told to stop by SIGTERM, whoever asked
+        folder.note_attempt(message=children.why)  # ranks are told to stop by SIGTERM, whoever asked
     return EXIT_CODES[reason]
 
 

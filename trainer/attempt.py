@@ -43,7 +43,7 @@ log = logging.getLogger("qwenlora")
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. step: the last one that is saved, 0 when there is none; why: it was stopped."""
+    """How an attempt ended. step: the last one of the run, 0 before any; stopped, it is saved. why: it was stopped."""
 
     reason: Reason
     step: int
@@ -75,7 +75,7 @@ def train(
     train_side, eval_side = prepared.open_side(folder, "train"), prepared.open_side(folder, "eval")
     assert train_side is not None, "prepare() wrote no training rows"
     stop = Stop(request, _seconds_left(config, run) if rank.first else None)
-    chronicle = Chronicle(run.history, handover.prepare_s, lambda numbers: wandb.send(numbers) if wandb else None)
+    chronicle = Chronicle(run, handover.prepare_s, lambda numbers: wandb.send(numbers) if wandb else None)
     identity = checkpoints.identity_of(config, facts.data_identity, facts.base_fingerprint)
     chosen = _choose(run, rank, handover, identity)
     checkpoint = chosen.folder

@@ -1,6 +1,5 @@
 """What an attempt adds to the run's history: from where it went on, how long that took, what had to be repeated."""
 
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qwenlora.jobs.history import History
-
-log = logging.getLogger("qwenlora")
+from qwenlora.jobs.run import RunFolder
 
 
 class Chronicle(TrainerCallback):
@@ -19,11 +16,11 @@ class Chronicle(TrainerCallback):
     prepare_s: seconds that preparation took, before this process was there.
     """
 
-    def __init__(self, history: History, prepare_s: float, send: Callable[[dict[str, float]], None]) -> None:
-        self.history, self.prepare_s, self.send = history, prepare_s, send
-        self.number = len(history.attempts())
-        self._last_step = history.last_step()
-        self._start_up_s = history.seconds_since_start() - prepare_s
+    def __init__(self, run: RunFolder, prepare_s: float, send: Callable[[dict[str, float]], None]) -> None:
+        self.run, self.prepare_s, self.send = run, prepare_s, send
+        self.number = len(run.history.attempts())
+        self._last_step = run.history.last_step()
+        self._start_up_s = run.history.seconds_since_start() - prepare_s
         self._since = time.monotonic()
         self._model_s = 0.0
         self._first_step = 1
@@ -36,7 +33,7 @@ class Chronicle(TrainerCallback):
 
     def summary(self, reason: str) -> dict[str, Any]:
         """Return what W&B shows of all attempts, this one ending now."""
-        attempts = self.history.so_far(reason)
+        attempts = self.run.history.so_far(reason)
         lines = {f"attempt/{one['attempt']}": {k: v for k, v in one.items() if v is not None} for one in attempts}
         return {"attempts": len(attempts), "goodput": attempts[-1]["goodput"] if attempts else None, **lines}
 
@@ -63,10 +60,7 @@ class Chronicle(TrainerCallback):
             "steps_repeated": repeated,
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
         }
-        try:
-            self.history.note(**facts)
-        except OSError as error:
-            log.warning("%s cannot be written: %s", self.history.file, error)
+        self.run.note_attempt(**facts)
         numbers = {"number": self.number, "restart_s": sum(seconds.values()), "steps_repeated": repeated}
         numbers |= {f"restart/{name}_s": value for name, value in seconds.items()}
         self.send({"trainer/step": state.global_step} | {f"attempt/{name}": value for name, value in numbers.items()})

@@ -359,5 +359,6 @@ def test_a_requeued_job_goes_on_however_it_began(qwenlora, tmp_path, config, who
     for how in (["--fresh"], ["--resume", "checkpoint-4"]):
         answer = qwenlora(*arguments, *how, SLURM_RESTART_COUNT="1")
         assert answer.returncode == 0, answer.stdout
+        assert "requeued by Slurm: going on from the newest checkpoint" in answer.stdout
     assert "run is done (16 steps)" in answer.stdout
     assert not (tmp_path / "run.old-1").exists()
