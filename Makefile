@@ -1,6 +1,7 @@
 # make train   from nothing to a fine-tuned tiny Qwen       make test    everything this machine can run
 # make check   lint, format, types                          make gpu     the tests that need a CUDA GPU
 # make chaos   kills runs 200 times and signals them 50    make clean   remove .venv and build leftovers
+# make slurm-up, slurm-down   a Slurm cluster on this machine, the one that the tests use
 #
 # PYTHON=python3.12 make train   chooses the interpreter (3.11 to 3.13)
 
@@ -11,7 +12,7 @@ SOURCES := $(shell find . -path './$(VENV)' -prune -o -path ./build -prune -o -p
 	-o -path ./tests -prune -o -path ./benchmarks -prune -o \( -name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' \
 	-o -name '*.html' -o -name schema.json -o -name py.typed \) -print)
 
-.PHONY: train test gpu chaos check format schema clean system
+.PHONY: train test gpu chaos slurm-up slurm-down check format schema clean system
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -31,6 +32,15 @@ gpu: $(VENV)/.installed-test
 chaos: $(VENV)/.installed-test
 	@echo '== killing runs at random moments (about an hour and a half on two cores)'
 	CHAOS_KILLS=200 CHAOS_SIGNALS=50 $(BIN)/python -m pytest -s tests/chaos
+
+slurm-up:
+	@echo '== a Slurm cluster with two nodes on this machine (needs root; tests/slurm/cluster.sh install gets the packages)'
+	@tests/slurm/cluster.sh up
+	@echo '== it runs until `make slurm-down`; for sbatch and squeue in this shell:'
+	@tests/slurm/cluster.sh env
+
+slurm-down:
+	@tests/slurm/cluster.sh down
 
 check: $(VENV)/.installed-test
 	@echo '== lint and format (ruff), types (mypy, on the installed package)'

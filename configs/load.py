@@ -47,15 +47,23 @@ def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
-def load_config(path: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Config:
-    """Return the resolved config: defaults < the YAML file < overrides.
+def load_config(
+    path: str | Path,
+    overrides: Mapping[str, Any] | Iterable[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    defaults_of: str = "site",
+) -> Config:
+    """Return the resolved config: the schema's defaults < defaults < the YAML file < overrides.
 
     overrides: `key=value` texts as typed on a command line (the value is YAML), or a mapping of dotted key to value.
+    defaults: dotted key to value, of a site file; defaults_of: what messages call it.
     Raises: ValueError, one line a problem.
     """
     path = Path(path)
-    values, places = _read(path)
-    problems = _apply(overrides, values, places)
+    values, places = read(path)
+    below = {key: value for key, value in (defaults or {}).items() if not _says(key, values, places)}
+    problems = _apply(below, values, places, defaults_of)
+    problems += _apply(overrides, values, places)
     if values.get("run_dir") is None:
         values["run_dir"] = f"runs/{path.stem}"
     try:
@@ -129,7 +137,7 @@ ELSEWHERE = {
 }
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the file's plain values and the place (`file:line`) of every dotted key in it."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -142,13 +150,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except OSError as error:
         raise ValueError(f"cannot read config {path}: {error.strerror}") from None
     places: dict[str, str] = {}
-    value = _parse(text, str(path), places)
+    value = parse(text, str(path), places)
     if not isinstance(value, dict | None):
         raise ValueError(f"{path}: expected `key: value` lines, found {_show(value)}")
     return value or {}, places
 
 
-def _parse(text: str, name: str, places: dict[str, str] | None = None) -> Any:
+def parse(text: str, name: str, places: dict[str, str] | None = None) -> Any:
     """Return YAML text as plain values. name: what messages call it; places is filled with `name:line`."""
     try:
         loader = _Loader(text)
@@ -192,8 +200,19 @@ def _plain(
     return loader.construct_object(node)
 
 
-def _apply(overrides: Mapping[str, Any] | Iterable[str], values: dict[str, Any], places: dict[str, str]) -> list[str]:
-    """Lay overrides over values; return the problems found."""
+def _says(key: str, values: dict[str, Any], places: dict[str, str]) -> bool:
+    """Whether the file has the key, or something else than a section where its section would be."""
+    section = key.partition(".")[0]
+    return key in places or (section in places and not isinstance(values[section], dict))
+
+
+def _apply(
+    overrides: Mapping[str, Any] | Iterable[str],
+    values: dict[str, Any],
+    places: dict[str, str],
+    place: str = COMMAND_LINE,
+) -> list[str]:
+    """Lay overrides over values; return the problems found. place: where they come from."""
     problems = []
     if isinstance(overrides, Mapping):
         pairs = list(overrides.items())
@@ -202,7 +221,7 @@ def _apply(overrides: Mapping[str, Any] | Iterable[str], values: dict[str, Any],
         for text in overrides:
             key, equals, raw = text.partition("=")
             if not equals:
-                problems.append(f"{COMMAND_LINE}: {text!r} is no key=value; write it like lora.r=32")
+                problems.append(f"{place}: {text!r} is no key=value; write it like lora.r=32")
             elif key in FIELDS:
                 pairs.append((key, _typed(FIELDS[key], raw)))
             else:
@@ -210,9 +229,9 @@ def _apply(overrides: Mapping[str, Any] | Iterable[str], values: dict[str, Any],
     for key, value in pairs:
         if key in SECTIONS:
             keys = ", ".join(k for k in FIELDS if k.startswith(f"{key}."))
-            problems.append(f"{COMMAND_LINE}: {key} is a section; set one of its keys: {keys}")
+            problems.append(f"{place}: {key} is a section; set one of its keys: {keys}")
         elif key not in FIELDS:
-            problems.append(f"{COMMAND_LINE}: {_unknown(key, value)}")
+            problems.append(f"{place}: {_unknown(key, value)}")
         else:
             *sections, last = key.split(".")
             target = values
@@ -221,14 +240,14 @@ def _apply(overrides: Mapping[str, Any] | Iterable[str], values: dict[str, Any],
                     target[section] = {}
                 target = target[section]
             target[last] = value
-            places[key] = COMMAND_LINE
+            places[key] = place
     return problems
 
 
 def _typed(field: FieldInfo, raw: str) -> Any:
     """Return the override's value as YAML reads it, or as the text it is where the key wants text."""
     try:
-        value = _parse(raw, COMMAND_LINE)
+        value = parse(raw, COMMAND_LINE)
     except ValueError:
         return raw
     adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())

@@ -6,7 +6,7 @@ This file is the one owner of defaults. Keys are spelled as transformers, peft a
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -275,6 +275,20 @@ class Launch(Section):
         None, description="Processes on a node. Default: one a GPU, or 1 without GPUs."
     )
     ddp_timeout_s: PositiveInt = Field(1800, description="Seconds after which a hanging collective fails.")
+    stall_timeout_s: PositiveInt = Field(
+        1200,
+        description="Seconds without any progress of a rank after which the attempt ends, with all ranks' stacks in"
+        " their logs.",
+    )
+    preflight: Literal["full", "quick", "off"] = Field(
+        "full",
+        description="Checks before the start. quick: nodes have the same code and config, and share the run folder;"
+        " full: and all ranks reduce and multiply, with speeds.",
+    )
+    join_timeout_s: PositiveInt = Field(25, description="Seconds that nodes, then ranks, wait for each other to come.")
+    max_restarts: NonNegativeInt = Field(
+        5, description="How often a Slurm job that failed, but saved steps before, is requeued."
+    )
 
 
 def _run_dir_has_a_default(schema: dict[str, Any]) -> None:

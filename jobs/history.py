@@ -1,15 +1,20 @@
 """What happened to a run: attempts.jsonl, one line an attempt, and progress.json, the last step of the one under way.
 
-{"attempt", "start", "end", "host", "job_id", "processes", "reason", "message", "resumed_from", "first_step",
-"last_step", "steps_repeated", "seconds": {"start_up", "data", "model", "first_step"}, "trained_s", "saving_s",
-"goodput"}. reason: done, stopped, failed, refused, or killed: nobody lived to say. first_step and last_step are missing
-where no step was trained. steps_repeated were trained before, but not saved.
+{"attempt", "start", "end", "host", "nodes", "job_id", "restarts", "processes", "saved_before", "reason", "cause",
+"message", "resumed_from", "first_step", "last_step", "steps_repeated", "seconds": {"start_up", "data", "model",
+"first_step"}, "trained_s", "saving_s", "goodput"}. restarts: how often Slurm had requeued the job. saved_before: the
+newest checkpoint's step at the start. reason: done, stopped, failed, refused, or killed: nobody lived to say. cause:
+what Slurm did to end it, in its own word (TIMEOUT, PREEMPTED, NODE_FAIL, REQUEUED, CANCELLED), if it did. first_step and
+last_step are missing where no step was trained. steps_repeated were trained before, but not saved.
 """
 
+import fcntl
 import json
 import math
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -35,11 +40,26 @@ class History:
             return []
         return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
-    def begin(self, processes: int) -> int:
-        """Note the start of an attempt; return its number, from 1. An earlier one without an end was killed."""
+    @property
+    def unfinished(self) -> dict[str, Any] | None:
+        """The last attempt, when nobody has said how it ended."""
+        attempts = self.attempts()
+        return attempts[-1] if attempts and "end" not in attempts[-1] else None
+
+    def begin(self, processes: int, *, killed_by: str = "", **facts: Any) -> int:
+        """Note the start of an attempt; return its number, from 1. An earlier one without an end was killed.
+
+        killed_by: by what, in Slurm's word. facts: what else is known of the new one.
+        """
+        with self._alone():
+            return self._begin(processes, killed_by, facts)
+
+    def _begin(self, processes: int, killed_by: str, facts: dict[str, Any]) -> int:
         attempts = self.attempts()
         if attempts and "end" not in attempts[-1]:
-            self._close(attempts, "killed", "", self.progress.read(attempts[-1]["attempt"]))
+            attempts[-1] |= {"cause": killed_by} if killed_by else {}
+            said = f"Slurm: {killed_by}" if killed_by else ""
+            self._close(attempts, "killed", said, self.progress.read(attempts[-1]["attempt"]))
         number = len(attempts) + 1
         attempts.append(
             {
@@ -49,22 +69,33 @@ class History:
                 "job_id": os.environ.get("SLURM_JOB_ID"),
                 "processes": processes,
             }
+            | facts
         )
         self._write(attempts)
         return number
 
     def note(self, **facts: Any) -> None:
         """Add to the line of the attempt under way."""
-        attempts = self.attempts()
-        attempts[-1] |= facts
-        self._write(attempts)
+        with self._alone():
+            attempts = self.attempts()
+            attempts[-1] |= facts
+            self._write(attempts)
 
     def end(self, reason: Reason, message: str = "") -> None:
         """Note why the last attempt ended, unless that is known already."""
-        attempts = self.attempts()
-        if attempts and "end" not in attempts[-1]:  # none: the folder is gone
-            self._close(attempts, reason, message, self.progress.read(attempts[-1]["attempt"]), _now())
-            self._write(attempts)
+        with self._alone():
+            attempts = self.attempts()
+            if attempts and "end" not in attempts[-1]:  # none: the folder is gone
+                self._close(attempts, reason, message, self.progress.read(attempts[-1]["attempt"]), _now())
+                self._write(attempts)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep the agent and rank 0 from writing at the same time, where the file system has locks."""
+        with ExitStack() as held:
+            with suppress(OSError):  # without locks, or a folder: the window is a few microseconds
+                fcntl.flock(held.enter_context(self.file.with_name(".attempts.lock").open("w")), fcntl.LOCK_EX)
+            yield
 
     def so_far(self, reason: str) -> list[dict[str, Any]]:
         """Return the attempts as they were if the last one ended now."""

@@ -5,21 +5,18 @@ RunFolder is the one owner of these paths; what happened to the run is history.p
 
 import errno
 import fcntl
-import json
 import os
-import platform
-import shutil
 import socket
-import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qwenlora.configs.load import differences, load_config, to_yaml
 from qwenlora.configs.schema import Config
+from qwenlora.jobs import code
 from qwenlora.jobs.disk import write_atomically
 from qwenlora.jobs.history import History, Reason
 
@@ -44,7 +41,6 @@ FREE_TO_CHANGE = (
     "train.per_device_",
     "train.save_",
 )
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "numpy", "qwenlora")
 
 
 class RunFolder:
@@ -54,6 +50,7 @@ class RunFolder:
         self.path = Path(path).expanduser().absolute()
         self.config = self.path / "config.yaml"
         self.code = self.path / "code.json"
+        self.diff = self.path / "code.diff"
         self.history = History(self.path)
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
@@ -63,6 +60,11 @@ class RunFolder:
         self.wandb_id = self.path / "wandb" / "run_id"
         self._lock = self.path / ".lock"
         self._held: dict[Path, str] = {}  # config.yaml and facts.json as they were before this attempt
+
+    @property
+    def submitted(self) -> Path:
+        """The folder of all that belongs to the run's jobs, which is there before the run folder is: beside it."""
+        return self.path.parent / ".submitted" / self.path.name
 
     def cache(self, config: Config) -> Path:
         """Return the folder in which prepared rows are kept, for all runs beside this one."""
@@ -92,9 +94,16 @@ class RunFolder:
         """
         return self.logs(attempt) / f"{process}.error.json"
 
-    def begin_attempt(self, processes: int) -> int:
-        """Note the start of an attempt and make room for its logs; return its number, from 1."""
-        number = self.history.begin(processes)
+    def flight_recorder(self, attempt: int) -> str:
+        """Return the beginning of the names of NCCL's dumps of its last collectives; the rank's number follows."""
+        return f"{self.logs(attempt)}/nccl-rank-"
+
+    def begin_attempt(self, processes: int, *, killed_by: str = "", **facts: Any) -> int:
+        """Note the start of an attempt and make room for its logs; return its number, from 1.
+
+        killed_by: what ended an earlier one that could not say so, in Slurm's word. facts: of this one.
+        """
+        number = self.history.begin(processes, killed_by=killed_by, **facts)
         self.logs(number).mkdir(parents=True, exist_ok=True)
         return number
 
@@ -128,35 +137,47 @@ class RunFolder:
         return self.adapter.is_dir() and bool(attempts) and attempts[-1].get("reason") == "done"
 
     @contextmanager
-    def claim(self, config: Config, *, fresh: bool = False, allowed: Sequence[str] = ()) -> Iterator["Changes"]:
+    def claim(
+        self, config: Config, *, fresh: bool = False, allowed: Sequence[str] = (), wait_s: float = 0.0
+    ) -> Iterator["Changes"]:
         """Hold the folder for one attempt: make it, or reopen it for another attempt at the same run.
 
         Yields what changed in the config since the last attempt. Other processes of this machine are kept out while the
         block runs, and where the file system knows flock, those of other machines too.
         fresh: set what is there aside and start anew. allowed: keys in which the config may differ besides.
+        wait_s: how long to wait for who has it: a requeued job may start before its last processes are gone.
         Raises: ValueError when the folder holds a run with another config, is something else's, or is in use.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"run_dir={self.path} is a file; choose another run_dir")
-        if self._is_something_else():
-            raise ValueError(f"run_dir={self.path} is not empty and holds no run; choose another run_dir")
+        self._check_place()
         if fresh and self.config.exists():
-            with self._locked():
+            with self._locked(wait_s):
                 self._set_aside()
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        with self._locked(wait_s):
             changed = self._changes(config, allowed) if self.trained else Changes()
             held = [file for file in (self.config, self.facts) if self.trained and file.exists()]
             self._held = {file: file.read_text(encoding="utf-8") for file in held}
             with self._writing():
                 write_atomically(self.config, to_yaml(config))
-                write_atomically(self.code, json.dumps(_code(), indent=1))
+                code.record(self.code, self.diff)
             try:
                 yield changed
             except ValueError:
                 self.refused()
                 raise
+
+    def check(self, config: Config) -> None:
+        """Refuse what claim would refuse, and touch nothing. Raises: ValueError."""
+        self._check_place()
+        if self.trained:
+            self._changes(config, ())
+
+    def _check_place(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run_dir={self.path} is a file; choose another run_dir")
+        if self._is_something_else():
+            raise ValueError(f"run_dir={self.path} is not empty and holds no run; choose another run_dir")
 
     def refused(self) -> None:
         """Put back the config and facts of the attempts so far: what was refused is not this run's."""
@@ -202,27 +223,42 @@ class RunFolder:
     @property
     def abandoned(self) -> bool:
         """Whether the process that last held the folder was one of this machine, and is gone."""
+        return self.holder is not None and not Path("/proc", str(self.holder)).exists()
+
+    @property
+    def holder(self) -> int | None:
+        """The process of this machine that holds the folder, or last held it; None when it is another machine's."""
         held = self._lock.read_text().split() if self._lock.exists() else []  # process PID on HOST
-        return len(held) == 4 and held[3] == socket.gethostname() and not Path("/proc", held[1]).exists()
+        return int(held[1]) if len(held) == 4 and held[3] == socket.gethostname() else None
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, wait_s: float = 0.0) -> Iterator[None]:
         with self._writing():
             file = self._lock.open("a+")
+        end = time.monotonic() + wait_s
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise ValueError(f"run_dir={self.path} is in use by {file.read().strip()}") from None
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                    raise
-                # a file system without locks (Lustre without -o flock): nobody is kept out
+            while not _lock(file):
+                if time.monotonic() >= end:
+                    file.seek(0)
+                    raise ValueError(f"run_dir={self.path} is in use by {file.read().strip()}")
+                time.sleep(0.5)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             yield
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock a file, unless another process has it; return whether it is ours."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        # a file system without locks (Lustre without -o flock): nobody is kept out
+    return True
 
 
 def step_of(checkpoint: Path) -> int:
@@ -272,23 +308,3 @@ def allows(section: str, allowed: Sequence[str]) -> bool:
 def changes(held: Config, config: Config) -> Changes:
     """Return in what config differs from a held one, where the run folder lies left out."""
     return Changes({key: values for key, values in differences(held, config).items() if key != "run_dir"})
-
-
-def _code() -> dict[str, Any]:
-    """Return what ran: the git commit (of the working directory, if any), versions and the command."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {"git": _git(), "versions": versions, "python": platform.python_version(), "command": sys.argv}
-
-
-def _git() -> str | None:
-    if not shutil.which("git"):
-        return None
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() if answer.returncode == 0 else None

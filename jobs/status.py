@@ -1,27 +1,54 @@
-"""`qwenlora status RUN`: the run as its owner sees it, from its files alone; it may be running, or long over."""
+"""`qwenlora status RUN|JOB|SWEEP`: a run as its owner sees it, from its files and what Slurm says of its job.
 
-import json
+It may be waiting, running, or long over.
+"""
+
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from qwenlora.jobs import ledger
+from qwenlora.jobs.find import Found
 from qwenlora.jobs.history import goodput
+from qwenlora.jobs.metrics_file import last_line
 from qwenlora.jobs.run import RunFolder
+from qwenlora.slurm import answers
 
 
-def show(path: Path, console: Console) -> None:
-    """Print a line on where the run is and a table of its attempts. Raises: ValueError when there is no run."""
-    run = RunFolder(path)
-    attempts = run.history.attempts()
-    if not attempts:
-        raise ValueError(f"{path} holds no run: it has no attempts.jsonl; name a run folder, such as runs/tiny")
-    console.print(_where(run, attempts), soft_wrap=True)
-    console.print(_table(attempts))
-    for line in _last_words(attempts):
+def show(found: Found, console: Console) -> None:
+    """Print a line on where the run is, one on its job, and a table of its attempts; of a sweep, a line a run."""
+    for run in found.sweep:
+        lines = ledger.submissions(run)
+        waiting = f"{run.path.name}: {_job(lines[-1]['job_id'], answers.ask(lines[-1]['job_id']))}"
+        attempts = run.history.attempts()
+        console.print(_where(run, attempts) if attempts else waiting, soft_wrap=True)
+    attempts = found.run.history.attempts() if found.run and not found.sweep else []
+    if found.run and attempts:
+        console.print(_where(found.run, attempts), soft_wrap=True)
+    if found.job_id:
+        console.print(_job(found.job_id, found.job()), soft_wrap=True)
+    if attempts:
+        console.print(_table(attempts))
+    for line in _last_words(attempts) if attempts else []:
         console.print(line, soft_wrap=True)
+
+
+def _job(job_id: str, job: answers.Job | None) -> str:
+    """Return what Slurm says of a job."""
+    if job is None:
+        return f"job {job_id}: Slurm does not know it any more"
+    parts = [f"job {job_id}: {job.state}"]
+    if job.state == "PENDING" and job.reason:
+        parts.append(f"waits for {job.reason}")
+    if job.state == "RUNNING" and job.seconds_left is not None:
+        parts.append(f"{timedelta(seconds=round(job.seconds_left))} left of its time")
+    if job.nodes:
+        parts.append(f"on {', '.join(job.nodes)}")
+    if job.restarts:
+        parts.append(f"started again {job.restarts} time{'s' * (job.restarts != 1)}")
+    return " · ".join(parts)
 
 
 def _where(run: RunFolder, attempts: list[dict[str, Any]]) -> str:
@@ -31,7 +58,7 @@ def _where(run: RunFolder, attempts: list[dict[str, Any]]) -> str:
     parts = [f"{run.path.name}: {said}", f"step {progress.get('step') or run.history.last_step()}"]
     if said == "running" and progress:
         parts[1] += f", {datetime.now(UTC).timestamp() - progress['time']:.0f} s ago"
-    if line := _last_metrics(run):
+    if line := last_line(run.metrics, "loss"):
         parts.append(f"loss {line['loss']:.4f} at step {line['step']}")
     checkpoints = run.checkpoints()
     count = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) != 1)}"
@@ -44,8 +71,10 @@ def _where(run: RunFolder, attempts: list[dict[str, Any]]) -> str:
 def _table(attempts: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     jobs = any(attempt["job_id"] for attempt in attempts)
+    causes = any(attempt.get("cause") for attempt in attempts)
     right = ("#", "procs", "again", "restart")
-    for name in ("#", "start (UTC)", "took", "procs", *["job"] * jobs, "from", "steps", "again", "restart", "ended"):
+    names = ("#", "start (UTC)", "took", "procs", *["job"] * jobs, "from", "steps", "again", "restart", "ended")
+    for name in (*names, *["cause"] * causes):
         table.add_column(name, no_wrap=True, justify="right" if name in right else "left")
     for attempt in attempts:
         reason = attempt.get("reason", "-")
@@ -61,6 +90,7 @@ def _table(attempts: list[dict[str, Any]]) -> Table:
             str(attempt.get("steps_repeated", "-")),
             f"{sum(attempt['seconds'].values()):.1f} s" if "seconds" in attempt else "-",
             reason,
+            *[attempt.get("cause") or "-"] * causes,
         )
     return table
 
@@ -77,20 +107,3 @@ def _last_words(attempts: list[dict[str, Any]]) -> list[str]:
 def _took(attempt: dict[str, Any]) -> str:
     end = datetime.fromisoformat(attempt["end"]) if "end" in attempt else datetime.now(UTC)
     return str(timedelta(seconds=round((end - datetime.fromisoformat(attempt["start"])).total_seconds())))
-
-
-def _last_metrics(run: RunFolder) -> dict[str, Any] | None:
-    """Return the last line of metrics.jsonl that has a loss."""
-    if not run.metrics.exists():
-        return None
-    with run.metrics.open("rb") as file:
-        file.seek(max(run.metrics.stat().st_size - 2**16, 0))
-        lines = file.read().splitlines()
-    for line in reversed(lines):
-        try:
-            record: dict[str, Any] = json.loads(line)
-        except ValueError:  # half a line
-            continue
-        if "loss" in record:
-            return record
-    return None

@@ -1,242 +1,297 @@
-"""One run on this machine, from a config to an exit code: 0 done, 75 stopped and resumable, 2 refused, 1 failed.
+"""One agent a node, from a config to an exit code: 0 done, 75 run it again, 2 refused, 1 failed. It imports no torch.
 
-`qwenlora train configs/tiny.yaml lora.r=32` runs it. The agent makes or reopens the run folder, has the data prepared
-once, then runs torchrun on `qwenlora.trainer.main`. It imports no torch.
+`qwenlora train configs/tiny.yaml lora.r=32` runs it, on this machine or as srun's one task on each node of a job. The
+first node's agent makes or reopens the run folder, has the data prepared once, and speaks for all; the others do as it
+says and leave with 0. Each runs torchrun on `qwenlora.trainer.main` for its ranks.
 """
 
-import difflib
-import json
 import os
-import re
-import shlex
-import signal
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from qwenlora.configs import Config
-from qwenlora.configs.load import FIELDS, SECTIONS, to_yaml
-from qwenlora.data import sources
 from qwenlora.data.current import is_current
-from qwenlora.data.order import accumulation_steps, total_steps
-from qwenlora.data.prepared import files_key
-from qwenlora.data.survey import survey
-from qwenlora.jobs import checkpoints
+from qwenlora.jobs import heartbeat, restarts
 from qwenlora.jobs.handover import Handover
-from qwenlora.jobs.history import EXIT_CODES, Reason
-from qwenlora.jobs.run import PREPARE_ONLY, RunFolder
-from qwenlora.launch.children import RANK_MODULE, Children
+from qwenlora.jobs.history import EXIT_CODES
+from qwenlora.jobs.run import RunFolder, step_of
+from qwenlora.launch import preflight
+from qwenlora.launch.allocation import Allocation, allocation, free_port
+from qwenlora.launch.children import Children
 from qwenlora.launch.hardware import gpu_count
+from qwenlora.launch.meeting import Meeting, NotMet
+from qwenlora.launch.plan import (
+    check,
+    check_keys,
+    check_resume,
+    preparing_argv,
+    processes_of,
+    refuse_other_data,
+    rendezvous_options,
+    say_processes,
+    torchrun_argv,
+)
+from qwenlora.launch.verdict import conclude
+from qwenlora.launch.watch import Watch
 
-TAIL_LINES = 15
-# in torchrun's report of a failure; an exit code below 0 is a signal
-_FIRST_KILLED = re.compile(r"\(first observed failure\):.*?rank\s+: (\d+).*?exitcode\s+: -(\d+)", re.DOTALL)
-
-
-def processes_of(config: Config) -> int:
-    """Return how many ranks this node runs."""
-    return config.launch.nproc_per_node or gpu_count() or 1
-
-
-def torchrun_argv(arguments: list[str], processes: int) -> list[str]:
-    """Return the command that starts the ranks. --standalone: a free port on this machine.
-
-    arguments: a config file and overrides.
-    """
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "--signals-to-handle=SIGQUIT",  # children.py brings the others to the ranks
-        "-m",
-        RANK_MODULE,
-        *arguments,
-    ]
+# a requeued job may start before the last processes of the one before are gone
+WAIT_FOR_THE_FOLDER_S = 120.0
+FAREWELL_S = 20.0
 
 
-def check(config: Config) -> int:
-    """Return the accumulation steps. Raises: ValueError for what can be refused before anything is started."""
-    sources.find(config.data)
-    return accumulation_steps(
-        config.train.global_batch_size, config.train.per_device_train_batch_size, processes_of(config)
-    )
-
-
-def check_keys(allowed: Sequence[str]) -> None:
-    """Refuse what --allow-config-change has no key for. Raises: ValueError."""
-    for key in allowed:
-        if key not in FIELDS and key not in SECTIONS:
-            near = difflib.get_close_matches(key, [*FIELDS, *SECTIONS], n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; the sections are: {', '.join(SECTIONS)}"
-            raise ValueError(f"--allow-config-change {key}: no such key{hint}")
-
-
-def dry_run(config: Config, arguments: list[str]) -> str:
-    """Return the resolved config, what follows from it, and the command that does it by hand. Reads the data files.
-
-    arguments: the config file and overrides that config was loaded from.
-    """
-    accumulation = check(config)
-    train, data, processes = config.train, config.data, processes_of(config)
-    rows = survey(data)
-    packs = data.packing == "on" or (data.packing == "auto" and gpu_count() > 0)
-    if packs or data.overlength == "split":
-        steps = f"known when the rows are {'packed' if packs else 'split'}: qwenlora data check {shlex.join(arguments)}"
-    else:
-        total = total_steps(rows.train, train.global_batch_size, train.num_train_epochs, train.max_steps)
-        steps = f"{total}, {-(-rows.train // train.global_batch_size)} an epoch"
-    command = shlex.join(torchrun_argv(arguments, processes))
-    dropped = " (before long ones are dropped)" * (data.overlength == "drop")
-    bad = f", {rows.bad:,} more cannot be trained and are left out" * (rows.bad > 0)
-    return (
-        f"{to_yaml(config)}\n"
-        f"# rows                {rows.train:,}{dropped}{bad}\n"
-        f"# processes           {processes}\n"
-        f"# global batch        {train.global_batch_size} {'packs' if packs else 'rows'} = {_processes(processes)} x"
-        f" {train.per_device_train_batch_size} x {accumulation} accumulated\n"
-        f"# steps               {steps}\n"
-        f"# run folder          {RunFolder(config.run_dir).path}\n"
-        f"# command             {command}\n" + "".join(f"# warning             {note}\n" for note in rows.notes)
-    )
-
-
-def run(config: Config, *, fresh: bool = False, resume: str = "auto", allowed: Sequence[str] = ()) -> int:
-    """Run a config to its end on this machine; return the exit code.
+def run(
+    config: Config,
+    *,
+    fresh: bool = False,
+    resume: str = "auto",
+    allowed: Sequence[str] = (),
+    only_check: bool = False,
+) -> int:
+    """Run this node's part of a config to its end; return the exit code.
 
     fresh: set an earlier run aside; resume: auto (the newest whole checkpoint), none (as fresh), a name or path of one;
-    allowed: config keys or sections that may differ from the run's earlier attempts. Raises: ValueError when it cannot
-    start.
+    allowed: config keys or sections that may differ from the run's earlier attempts; only_check: end after the checks
+    before the start. Raises: ValueError when it cannot start.
     """
-    check(config)
+    where = allocation()
+    check(config, where.nodes)
     check_keys(allowed)
     if fresh and resume not in ("auto", "none"):
         raise ValueError(f"--fresh starts anew, --resume {resume} goes on; leave one of them out")
-    console, folder = Console(markup=False, highlight=False), RunFolder(config.run_dir)
-    if (fresh or resume != "auto") and int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-        console.print("requeued by Slurm: going on from the newest checkpoint, without --fresh and --resume")
+    console = Console(markup=False, highlight=False)
+    if (fresh or resume != "auto") and where.restarts:
+        if where.first:
+            console.print("requeued by Slurm: going on from the newest checkpoint, without --fresh and --resume")
         fresh, resume = False, "auto"
-    with folder.claim(config, fresh=fresh or resume == "none", allowed=allowed) as changed:
-        if folder.done and resume == "auto" and not changed.length:
-            _refuse_other_data(config, folder)
-            console.print(
-                f"{config.run_dir} is done ({folder.history.last_step()} steps): the adapter is in"
-                f" {config.run_dir}/adapter; --fresh trains anew, more train.max_steps or num_train_epochs go on",
-                soft_wrap=True,
-            )
-            return 0
-        _check_resume(config, folder, resume, allowed)
-        processes = processes_of(config)
-        attempt = folder.begin_attempt(processes)
-        start = time.monotonic()
-        handover = Handover(attempt, "none" if fresh else resume, tuple(allowed))
-        preparing = [sys.executable, "-m", RANK_MODULE, str(folder.config), PREPARE_ONLY]
-        training = torchrun_argv([str(folder.config)], processes)
-        with Children() as children, folder.log(attempt, "launch").open("ab") as log:
-            code = 0
-            if not is_current(config, folder, on_gpu=gpu_count() > 0):
-                console.print("preparing model and data ...")
-                code = children.run(preparing, _environment(handover), log)
-            if not code and not children.asked:
-                console.print(f"starting {_processes(processes)} ...")
-                handover = replace(handover, prepare_s=time.monotonic() - start)
-                code = children.run(training, _environment(handover), log)
-        code = _verdict(folder, attempt, code, children, console)
+    handover = Handover(0, "none" if fresh else resume, tuple(allowed))
+    with ExitStack() as held:
+        children = held.enter_context(Children())
+        try:
+            meeting = held.enter_context(Meeting(where))
+            node = Node(config, where, children, meeting, console)
+            return node.lead(handover, only_check=only_check) if where.first else node.follow()
+        except NotMet as missing:
+            console.print(f"failed: {missing}", style="red", soft_wrap=True)
+            return EXIT_CODES["failed"]
+
+
+class Node:
+    """One node's part of an attempt."""
+
+    def __init__(
+        self, config: Config, where: Allocation, children: Children, meeting: Meeting, console: Console
+    ) -> None:
+        self.config, self.where, self.children, self.meeting, self.console = config, where, children, meeting, console
+        self.processes = processes_of(config)
+        self.folder = RunFolder(config.run_dir)
+
+    # ---- the first node
+
+    def lead(self, handover: Handover, *, only_check: bool) -> int:
+        """Run an attempt on all nodes; return its exit code. Raises: ValueError when it cannot start."""
+        config, folder, resume = self.config, self.folder, handover.resume
+        wait_s = WAIT_FOR_THE_FOLDER_S if self.where.restarts else 0.0
+        try:
+            with folder.claim(config, fresh=resume == "none", allowed=handover.allowed, wait_s=wait_s) as changed:
+                if only_check:
+                    return self._only_check()
+                if folder.done and resume == "auto" and not changed.length:
+                    refuse_other_data(config, folder)
+                    self.console.print(
+                        f"{config.run_dir} is done ({folder.history.last_step()} steps): the adapter is in"
+                        f" {config.run_dir}/adapter; --fresh trains anew, more train.max_steps or num_train_epochs"
+                        " go on",
+                        soft_wrap=True,
+                    )
+                    return EXIT_CODES["done"]
+                check_resume(config, folder, resume, handover.allowed)
+                return self._attempt(handover)
+        finally:
+            self._farewell()
+
+    def _attempt(self, handover: Handover) -> int:
+        folder, where = self.folder, self.where
+        last = folder.history.unfinished
+        attempt = folder.begin_attempt(
+            self.processes * where.nodes,
+            killed_by=restarts.end_of(last) if last else "",
+            nodes=list(where.hosts),
+            restarts=where.restarts,
+            saved_before=_newest_step(folder),
+        )
+        watch = Watch(self.config, where, self.meeting, self.children, folder, attempt)
+        code, fault, start = EXIT_CODES["failed"], "", time.monotonic()
+        handover = replace(handover, attempt=attempt)
+        try:
+            self._check_nodes()
+            with folder.log(attempt, "launch").open("ab") as log:
+                code = 0
+                if not is_current(self.config, folder, on_gpu=gpu_count() > 0):
+                    self.console.print("preparing model and data ...")
+                    environment = _environment(handover)
+                    code = self.children.run(preparing_argv(folder), environment, log, watch.while_preparing)
+                if not code and not self.children.asked:
+                    self._warn(preflight.space(self.config, folder))
+                    handover = replace(handover, prepare_s=time.monotonic() - start)
+                    code = self._train(watch, handover, free_port(self.meeting.token))
+            fault = watch.fault
+        except NotMet as missing:
+            fault = str(missing)
+        code = conclude(folder, attempt, code, self.children, self.console, fault=fault, cause=watch.cause_of_the_end())
         if code == EXIT_CODES["refused"]:
             folder.refused()
+        if code == EXIT_CODES["failed"] and where.requeues:
+            again, why = restarts.worth_another(
+                folder.history.attempts(), where.job_id, self.config.launch.max_restarts, _newest_step(folder)
+            )
+            self.console.print(why, soft_wrap=True)
+            return EXIT_CODES["stopped"] if again else code
         return code
 
+    def _only_check(self) -> int:
+        """Do all checks before the start and nothing else."""
+        self._check_nodes()
+        with Path(os.devnull).open("ab") as log:
+            handover = Handover(only_check=True)
+            watch = Watch(self.config, self.where, self.meeting, self.children, self.folder, 0)
+            code = self._train(watch, handover, free_port(self.meeting.token), log)
+        if watch.fault:
+            self.console.print(f"failed: {watch.fault}", style="red", soft_wrap=True)
+        return EXIT_CODES["failed"] if watch.fault or code else EXIT_CODES["done"]
 
-def _check_resume(config: Config, folder: RunFolder, resume: str, allowed: Sequence[str]) -> None:
-    """Refuse what names, manifests and the config show to be impossible, before anything is started."""
-    newest = next(iter(folder.checkpoints()), None)
-    if resume not in ("auto", "none"):
-        newest = checkpoints.named(folder, resume, config.model_dump(mode="json", by_alias=True), allowed)
-    elif newest is None or checkpoints.flaw(newest, thorough=False):
-        return
-    trained, steps = checkpoints.read(newest)["step"], config.train.max_steps
-    if steps and trained > steps:
-        raise ValueError(
-            f"train.max_steps={steps} is less than the {trained} steps that {newest.name} has trained; raise it, or"
-            " name an earlier checkpoint: --resume"
-        )
+    def _check_nodes(self) -> None:
+        """Meet the other nodes and compare. Raises: NotMet naming those that do not come, or are not alike."""
+        where, timeout_s = self.where, float(self.config.launch.join_timeout_s)
+        if where.nodes == 1:
+            return
+        answers = self._gather("facts", timeout_s)
+        if self.config.launch.preflight == "off":
+            return
+        mine = preflight.facts(self.config, self.processes)
+        if found := preflight.problems(mine, {where.hosts[node]: said["facts"] for node, said in answers.items()}):
+            raise NotMet("; ".join(found))
+        for node, said in answers.items():
+            off = said["facts"]["time"] - said["received"]
+            if abs(off) > preflight.MOST_SKEW_S:
+                self._warn(f"the clock of {where.hosts[node]} is {off:+.1f} s off this node's")
+        try:
+            self.meeting.send(look=preflight.show(self.folder, 0))
+            for node, said in self._gather("showed", preflight.SEEN_WITHIN_S + 5).items():
+                host = where.hosts[node]
+                if problem := said["showed"].get("problem"):
+                    raise NotMet(f"{host}: {problem}")
+                if not preflight.sees(self.folder, node, said["showed"]["text"]):
+                    raise NotMet(
+                        f"{host} wrote a file to run_dir={self.folder.path} that {where.host} does not see: choose a"
+                        " run_dir on a file system that all nodes share"
+                    )
+        finally:
+            preflight.clear(self.folder, where.nodes)
+
+    def _gather(self, what: str, timeout_s: float) -> dict[int, Any]:
+        return self.meeting.gather(what, timeout_s, lambda: self.children.asked)
+
+    def _train(self, watch: Watch, handover: Handover, port: int, log: Any = None) -> int:
+        """Have all nodes start their ranks; return this node's exit code when they have all ended."""
+        where = self.where
+        over = f" on {where.nodes} nodes" * (where.nodes > 1)
+        if not handover.only_check:
+            self.console.print(f"starting {say_processes(self.processes * where.nodes)}{over} ...")
+        self.meeting.send(start=handover.as_json(), port=port)
+        return self._run_ranks(watch, handover, port, log)
+
+    def _warn(self, line: str) -> None:
+        if line:
+            self.console.print(f"warning: {line}", style="yellow", soft_wrap=True)
+
+    def _farewell(self) -> None:
+        """Let the other nodes leave first: srun ends all tasks when one leaves with an error."""
+        self.meeting.send(over=True)
+        self.meeting.wait_for_all_to_leave(FAREWELL_S)
+
+    # ---- the other nodes
+
+    def follow(self) -> int:
+        """Do as the first node says. Return 0: what came of it is for the first node to say; 1 when it is gone."""
+        asked: Callable[[], bool] = lambda: self.children.asked  # noqa: E731
+        self.meeting.join(self.config.launch.join_timeout_s, asked)
+        self.meeting.send(facts=preflight.facts(self.config, self.processes))
+        while True:
+            message = self.meeting.hear(1.0)
+            if message is None:
+                continue
+            if "look" in message:
+                self.meeting.send(showed=self._look(message["look"]))
+            elif "start" in message:
+                self._start(Handover.of_json(message["start"]), message["port"])
+            elif "over" in message:
+                return EXIT_CODES["done"]
+            elif "lost" in message:
+                self.console.print(f"{self.where.host}: the agent of {self.where.hosts[0]} is gone", soft_wrap=True)
+                return EXIT_CODES["failed"]
+
+    def _look(self, text: str) -> dict[str, str]:
+        """Look for the first node's file, and show one of this node's."""
+        if not preflight.sees(self.folder, 0, text):
+            return {
+                "problem": f"run_dir={self.folder.path} is not the folder that {self.where.hosts[0]} writes to; choose"
+                " a run_dir on a file system that all nodes share"
+            }
+        try:
+            return {"text": preflight.show(self.folder, self.where.node)}
+        except OSError as error:
+            return {"problem": f"cannot write to run_dir={self.folder.path}: {error.strerror}"}
+
+    def _start(self, handover: Handover, port: int) -> None:
+        watch = Watch(self.config, self.where, self.meeting, self.children, self.folder, handover.attempt)
+        code = self._run_ranks(watch, handover, port)
+        self.meeting.send(ended=code)
+
+    # ---- all nodes
+
+    def _run_ranks(self, watch: Watch, handover: Handover, port: int, log: Any = None) -> int:
+        where = self.where
+        rendezvous = ["--standalone"]
+        if where.nodes > 1:
+            run_id = f"{self.meeting.token}.{handover.attempt}"
+            timeout_s = max(60, self.config.launch.join_timeout_s)
+            rendezvous = rendezvous_options(run_id, where.nodes, where.first, where.hosts[0], port, timeout_s)
+        argv = torchrun_argv([str(self.folder.config)], self.processes, rendezvous)
+        name = f"launch-{where.node}" if where.node else "launch"
+        with ExitStack() as held:
+            beats = held.enter_context(heartbeat.make_folder())
+            log = log or held.enter_context(self.folder.log(handover.attempt, name).open("ab"))
+            watch.beats = beats
+            environment = _environment(replace(handover, beats=beats)) | self._flight_recorder(handover.attempt)
+            code = self.children.run(argv, environment, log, watch.while_training)
+            watch.after(code)
+        return code
+
+    def _flight_recorder(self, attempt: int) -> dict[str, str]:
+        """Return what makes NCCL keep its last collectives, and write them when one hangs, unless the user says else.
+
+        Source: https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
+        """
+        prefix = self.folder.flight_recorder(attempt)
+        wanted = {
+            "TORCH_FR_BUFFER_SIZE": "2000",
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+            "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
+            "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": prefix,
+        }
+        return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def _newest_step(folder: RunFolder) -> int:
+    return next((step_of(path) for path in folder.checkpoints()), 0)
 
 
 def _environment(handover: Handover) -> dict[str, str]:
     # without PYTHONSAFEPATH, `python -m` takes a random.py of the working folder for Python's own
     return os.environ | handover.environment() | {"PYTHONSAFEPATH": "1"}
-
-
-def _processes(count: int) -> str:
-    return "1 process" if count == 1 else f"{count} processes"
-
-
-def _refuse_other_data(config: Config, folder: RunFolder) -> None:
-    now = files_key(sources.find(config.data), folder.cache(config))
-    if json.loads(folder.facts.read_text(encoding="utf-8"))["files_key"] != now:
-        raise ValueError(
-            f"run_dir={config.run_dir} is done, but was trained on other data: the files changed since;"
-            " choose another run_dir, or --fresh to set the old run aside"
-        )
-
-
-def _verdict(folder: RunFolder, attempt: int, code: int, children: Children, console: Console) -> int:
-    """Note how the attempt ended, tell the user what they need to know, return the exit code."""
-    attempts = folder.history.attempts()
-    reason: Reason | None = attempts[-1].get("reason") if attempts else None  # none: the run folder is gone
-    if reason is None:  # rank 0 did not live to say
-        error = _first_error(folder, attempt)
-        message = error["message"] if error else f"a process ended without a word (exit code {code})"
-        if code == 0 and folder.adapter.exists():  # it could not be noted
-            return EXIT_CODES["done"]
-        if children.asked and not error:
-            reason, message = "stopped", f"{children.why}: before anything was saved"
-            newest = next((path.name for path in folder.checkpoints()), "")
-            then = f"goes on from {newest}" if newest else "starts again"
-            console.print(f"stopped before anything of this attempt was saved; the same command {then}")
-        elif error and error["code"] == 2:
-            reason = "refused"
-            console.print(f"error: {message}", style="red", soft_wrap=True)
-        else:
-            reason = "failed"
-            _explain(folder, attempt, message, error, console)
-        folder.end_attempt(reason, message)
-    elif reason == "stopped" and children.asked:
-        folder.note_attempt(message=children.why)  # ranks are told to stop by SIGTERM, whoever asked
-    return EXIT_CODES[reason]
-
-
-def _first_error(folder: RunFolder, attempt: int) -> dict[str, Any] | None:
-    """Return the error of the rank that failed first: the others mostly fail because it did.
-
-    A rank that was killed could not say so; torchrun knows.
-    """
-    found = []
-    for file in folder.logs(attempt).glob("*.error.json"):
-        found.append(json.loads(file.read_text(encoding="utf-8")) | {"process": file.name.split(".")[0]})
-    log = folder.log(attempt, "launch")
-    report = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    if killed := _FIRST_KILLED.search(report):
-        rank, number = f"rank-{killed[1]}", int(killed[2])
-        # one that has said why may be met by a signal while it leaves
-        if number != signal.SIGTERM and rank not in {error["process"] for error in found}:
-            message = f"{rank.replace('-', ' ')} was killed by {signal.Signals(number).name}, not by qwenlora"
-            if number == signal.SIGKILL:
-                message += ": by hand, by the scheduler, or for want of memory (dmesg says)"
-            return {"message": message, "code": 1, "process": rank, "ours": False}
-    return min(found, key=lambda error: error["time"], default=None)
-
-
-def _explain(folder: RunFolder, attempt: int, message: str, error: dict[str, Any] | None, console: Console) -> None:
-    log = folder.log(attempt, error["process"] if error else "launch")
-    console.print(f"failed: {message}", style="red", soft_wrap=True)
-    if not log.exists() or (error and error["ours"]):
-        return
-    console.print(f"the last lines of {log}:", soft_wrap=True)
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]:
-        console.print(f"  {line}", soft_wrap=True)

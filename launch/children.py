@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import IO
 
@@ -30,6 +31,7 @@ class Children:
         self.asked = False
         self.why = ""
         self.at_once = False
+        self._end_now = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Children":
@@ -46,12 +48,23 @@ class Children:
         self.why = self.why or signal.Signals(number).name
         self.asked = True
 
-    def run(self, argv: list[str], environment: dict[str, str], log: IO[bytes]) -> int:
-        """Run a command to its end; return its exit code. log: takes its standard error, the screen its output."""
+    def kill(self) -> None:
+        """End the command under way at once, with all its descendants."""
+        self._end_now = True
+
+    def run(
+        self, argv: list[str], environment: dict[str, str], log: IO[bytes], watch: Callable[[], None] = lambda: None
+    ) -> int:
+        """Run a command to its end; return its exit code. log: takes its standard error, the screen its output.
+
+        watch: is called several times a second, and may call kill.
+        """
+        self._end_now = False
         process = subprocess.Popen(argv, env=environment, stderr=log, start_new_session=True, preexec_fn=_prepare_child)
         last = float("-inf")
         while process.poll() is None:
-            if self.at_once:
+            watch()
+            if self.at_once or self._end_now:
                 _kill(process)
             elif self.asked and time.monotonic() - last > REPEAT_S:
                 self._pass_on(process, first=last < 0)

@@ -1,13 +1,13 @@
 """The `qwenlora` command. Each command imports what it needs when it runs: --help answers at once, without torch."""
 
-import platform
-import sys
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from qwenlora.launch import job_commands
+from qwenlora.launch.guarded import ConfigFile, Overrides, guarded
 
 app = typer.Typer(
     help="LoRA fine-tuning of a Qwen, from one YAML file.",
@@ -19,24 +19,6 @@ config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 data_app = typer.Typer(help="Look at the rows of a config, before training.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/tiny.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as lora.r=32.")]
-
-
-def guarded(command: Callable[[], int]) -> None:
-    """Run a command and leave with its exit code; a ValueError is the user's to mend: its lines, and code 2."""
-    try:
-        if platform.system() != "Linux":
-            raise ValueError(
-                f"qwenlora runs on Linux, this is {platform.system()}: its checkpoints rely on Linux's file semantics"
-                " (rename over an existing name, fsync of folders); on Windows, WSL2 works"
-            )
-        code = command()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    raise SystemExit(code)
 
 
 @app.command()
@@ -62,12 +44,12 @@ def train(
 
     def command() -> int:
         from qwenlora.configs import load_config
-        from qwenlora.launch import agent
+        from qwenlora.launch import agent, plan
 
         chosen = [*(overrides or []), *([f"launch.nproc_per_node={nproc}"] if nproc else [])]
         loaded = load_config(config, chosen)
         if dry_run:
-            print(agent.dry_run(loaded, [str(config), *chosen]), end="")
+            print(plan.dry_run(loaded, [str(config), *chosen]), end="")
             return 0
         return agent.run(loaded, fresh=fresh, resume=resume, allowed=allow_config_change or [])
 
@@ -75,18 +57,14 @@ def train(
 
 
 @app.command()
-def status(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/tiny.")],
-) -> None:
-    """Show a run's attempts, how far it is, and its checkpoints."""
+def preflight(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Do the checks before a start, and nothing else: on this machine, or by srun on all nodes of an allocation."""
 
     def command() -> int:
-        from rich.console import Console
+        from qwenlora.configs import load_config
+        from qwenlora.launch import agent
 
-        from qwenlora.jobs.status import show
-
-        show(run, Console(markup=False, highlight=False))
-        return 0
+        return agent.run(load_config(config, overrides or []), only_check=True)
 
     guarded(command)
 
@@ -197,6 +175,9 @@ def _version(
     if version:
         print(metadata.version("qwenlora"))
         raise SystemExit(0)
+
+
+job_commands.register(app)
 
 
 def main() -> None:

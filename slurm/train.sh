@@ -1,22 +1,58 @@
 #!/usr/bin/env bash
-# One node: sbatch --gpus-per-node 8 --time 8:00:00 slurm/train.sh CONFIG [key=value ...]
-# Run it from the clone's folder (or set QWENLORA to the qwenlora command). A minute and a half before the time limit the
-# run is asked to stop: it saves, leaves with 75, and the same command goes on from there.
+# sbatch [--nodes 4 --gpus-per-node 8 --time 8:00:00 ...] slurm/train.sh CONFIG [key=value ...]
+#
+# One task a node, each an agent that starts the node's processes. Before the time limit, or when it is preempted, the job
+# saves, is requeued with the same id, and goes on by itself. What a job may be told, before `sbatch`:
+#   SBATCH_SIGNAL=USR1@300   how long before the time limit it is told to save, in seconds (here: 120)
+#   QWENLORA_ENV=FILE        the site's set-up: modules, Python environment, container (default: env.sh beside this file)
+#   QWENLORA=COMMAND         the qwenlora command (default: .venv/bin/qwenlora of the clone, else the one on the PATH)
+#   QWENLORA_HOME=FOLDER     the folder of this file, where Slurm does not tell
 #SBATCH --job-name=qwenlora
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
-#SBATCH --signal=USR1@90
+#SBATCH --ntasks-per-node=1
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
-set -euo pipefail
+set -uo pipefail
 
 if (($# == 0)); then
-    echo "usage: sbatch [--gpus-per-node 8 ...] slurm/train.sh CONFIG [key=value ...]" >&2
+    echo "usage: sbatch [--nodes 4 --gpus-per-node 8 ...] slurm/train.sh CONFIG [key=value ...]" >&2
     exit 2
 fi
-command=${QWENLORA:-.venv/bin/qwenlora}
-if ! command -v "$command" >/dev/null; then
-    echo "error: no $command in $PWD; run 'make train' there first, or set QWENLORA to the qwenlora command" >&2
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    echo "error: this is no Slurm job; start it with sbatch, or train on this machine: qwenlora train $1" >&2
     exit 2
 fi
-# all CPUs of the job for the one task, from which the ranks start
-exec srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" "$command" train "$@"
+
+# Slurm runs a copy of this file: where the file itself is, the job knows
+here=${QWENLORA_HOME:-}
+if [[ -z $here ]]; then
+    command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+    here=${command%%/train.sh*}
+fi
+if [[ ! -f $here/job.sh ]]; then
+    echo "error: job.sh is not in '$here', where train.sh was looked for; set QWENLORA_HOME to the folder of train.sh" >&2
+    exit 2
+fi
+# shellcheck source=slurm/job.sh
+source "$here/job.sh"
+
+lead=${SBATCH_SIGNAL:-USR1@120}
+export QWENLORA_LEAD_S=${lead##*@}
+job_begin "${QWENLORA_ENV:-$here/env.sh}"
+
+command=${QWENLORA:-$here/../.venv/bin/qwenlora}
+((${#container[@]})) || [[ -x $command ]] || command=${QWENLORA:-qwenlora}
+if ! ((${#container[@]} + ${#srun_options[@]})) && ! command -v "$command" >/dev/null; then
+    echo "error: no command '$command' on $(uname -n); activate its environment in ${QWENLORA_ENV:-$here/env.sh}," \
+        "set QWENLORA to it, or run 'make train' in the clone first" >&2
+    exit 2
+fi
+
+# all of the job's CPUs on a node for its one task, which shares them out among the ranks; bound, so that jobs which
+# share a node keep apart
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --cpu-bind=cores \
+    ${srun_options[@]+"${srun_options[@]}"} ${container[@]+"${container[@]}"} "$command" train "$@"
+job_end $?

@@ -23,6 +23,7 @@ from qwenlora.jobs import checkpoints
 from qwenlora.jobs.checkpoints import Chosen
 from qwenlora.jobs.disk import settle, sync, write_atomically
 from qwenlora.jobs.handover import Handover
+from qwenlora.jobs.heartbeat import Heart
 from qwenlora.jobs.history import Reason
 from qwenlora.jobs.run import RunFolder
 from qwenlora.trainer import derived
@@ -68,6 +69,7 @@ def train(
     console: Console,
     handover: Handover,
     give_up: Callable[[str], None],
+    heart: Heart,
 ) -> Outcome:
     """Train one attempt. give_up: ends the process with a message, when a save hangs."""
     facts = read_facts(run)
@@ -88,6 +90,7 @@ def train(
     base = models.load_base(config, facts.base)
     untrained = models.untrained_turn_tokens(base, tokenizer)
     model = models.add_lora(base, config.lora)
+    heart.beat(step)
     packs = None
     if facts.packing:
         models.check_isolation(model)
@@ -113,6 +116,7 @@ def train(
         processing_class=tokenizer,
     )
     _refuse_fewer_steps(config, step, trainer.args.max_steps)
+    _beat_with(model, heart, trainer)
     metrics = MetricsFile(run.metrics, warn) if rank.first else None
     trainer.add_callback(
         Metrics(
@@ -191,6 +195,16 @@ def _is_asked(stop: Stop) -> bool:
 
 def _asked(request: StopRequest) -> str:
     return request.why or "another process was asked to"
+
+
+def _beat_with(model: torch.nn.Module, heart: Heart, trainer: LoraTrainer) -> None:
+    """Give a sign of life before and after each forward pass: who hangs in one has given fewer than who waits."""
+
+    def beat(*_: object) -> None:
+        heart.beat(trainer.state.global_step + 1)
+
+    model.register_forward_pre_hook(beat)
+    model.register_forward_hook(beat)
 
 
 def _seconds_left(config: Config, run: RunFolder) -> float | None:

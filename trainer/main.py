@@ -5,6 +5,7 @@ made the run folder and had the data prepared (`--prepare-only`). The libraries 
 imported when the screen is taken: what they say goes to the log.
 """
 
+import faulthandler
 import json
 import logging
 import os
@@ -15,12 +16,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 
 from qwenlora.configs import Config, load_config
 from qwenlora.jobs.disk import write_atomically
 from qwenlora.jobs.handover import Handover, received
+from qwenlora.jobs.heartbeat import STACKS_SIGNAL, Heart
 from qwenlora.jobs.history import EXIT_CODES
 from qwenlora.jobs.orphans import die_with_parent
 from qwenlora.jobs.run import PREPARE_ONLY, RunFolder
@@ -29,15 +32,19 @@ from qwenlora.trainer.screen import Rank, StoppedEarly, StopRequest, take_screen
 log = logging.getLogger("qwenlora")
 LONGEST_PREPARATION = timedelta(days=7)
 LAST_WORDS_S = 2.0
+_SHORTEST_WAIT_S = 60  # ranks of a node start together, but import for long on a slow disk
 
 
-def main(arguments: list[str]) -> int:
-    """Run this process: CONFIG [key=value ...] [--prepare-only]. Return its exit code."""
+def main(arguments: list[str], *, captured: bool = True) -> int:
+    """Run this process: CONFIG [key=value ...] [--prepare-only]. Return its exit code.
+
+    captured: false leaves the screen and exceptions as they are, for debuggers.
+    """
     with ExitStack() as held:
-        return _main(arguments, held)
+        return _main(arguments, held, captured)
 
 
-def _main(arguments: list[str], held: ExitStack) -> int:
+def _main(arguments: list[str], held: ExitStack, captured: bool) -> int:
     prepare_only = PREPARE_ONLY in arguments
     config_file, *overrides = (argument for argument in arguments if argument != PREPARE_ONLY)
     config = load_config(config_file, overrides)
@@ -56,7 +63,11 @@ def _main(arguments: list[str], held: ExitStack) -> int:
         _meet(config, rank)  # the first rank comes when the folder and the data are ready
     attempt = handover.attempt or len(run.history.attempts())
     name = "prepare" if prepare_only else f"rank-{rank.rank}"
-    console = take_screen(run.log(attempt, name), speaks=rank.first)
+    if captured:
+        console = take_screen(run.log(attempt, name), speaks=rank.first)
+    else:
+        console = Console(quiet=not rank.first, markup=False, highlight=False)
+    faulthandler.register(STACKS_SIGNAL, chain=False)  # into the log
 
     def fail(message: str, code: int, *, ours: bool = True) -> None:
         values = {"time": time.time(), "message": message, "code": code, "ours": ours}
@@ -95,6 +106,8 @@ def _main(arguments: list[str], held: ExitStack) -> int:
         console.print("stopped while preparing: nothing is lost, the same command starts again", soft_wrap=True)
         return EXIT_CODES["stopped"]
     except Exception as error:
+        if not captured:
+            raise
         ours = type(error).__module__.startswith("qwenlora.")  # then its text says all
         log.error("%s failed", name, exc_info=None if ours else error)
         code = 2 if isinstance(error, ValueError) else 1
@@ -119,10 +132,16 @@ def _train(
     handover: Handover,
     give_up: Callable[[str], None],
 ) -> int:
+    heart = Heart(handover.beats, rank.rank)
+    heart.beat(0)
     _meet(config, rank)
+    _check(config, console, only=handover.only_check)
+    if handover.only_check:
+        _leave()
+        return EXIT_CODES["done"]
     from qwenlora.trainer.attempt import train
 
-    outcome = train(config, run, rank, request, console, handover, give_up)
+    outcome = train(config, run, rank, request, console, handover, give_up, heart)
     if rank.first:
         run.end_attempt(outcome.reason, outcome.why)
         console.print(outcome.last_words(run, handover), soft_wrap=True)
@@ -149,9 +168,43 @@ def _meet(config: Config, rank: Rank) -> None:
         if os.environ.get("LOCAL_RANK") == "0" and not store.check([ready]):  # one line a node
             print(f"{socket.gethostname()}: waiting for rank 0, which prepares model and data", flush=True)
         store.wait([ready], LONGEST_PREPARATION)
+    _wait_for_all(store, rank, config.launch.join_timeout_s)
     timeout = timedelta(seconds=config.launch.ddp_timeout_s)
     dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=timeout)
     dist.barrier()
+
+
+def _wait_for_all(store: Any, rank: Rank, timeout_s: int) -> None:
+    """Say that this rank is here; the first one waits for all. Raises: TrainingFault naming those that do not come."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    keys = [f"qwenlora/here/{attempt}/{number}" for number in range(rank.world_size)]
+    store.set(keys[rank.rank], socket.gethostname())
+    if not rank.first:
+        return
+    end = time.monotonic() + max(timeout_s, _SHORTEST_WAIT_S)
+    while missing := [number for number, key in enumerate(keys) if not store.check([key])]:
+        if time.monotonic() > end:
+            from qwenlora.trainer.faults import TrainingFault
+
+            names = ", ".join(map(str, missing))
+            raise TrainingFault(f"rank{'s' * (len(missing) > 1)} {names} did not come; their logs may say why")
+        time.sleep(0.1)
+
+
+def _check(config: Config, console: Console, *, only: bool) -> None:
+    """Reduce and multiply with all ranks, where the config wants it and there is something to learn."""
+    import torch
+
+    from qwenlora.trainer import model as models
+    from qwenlora.trainer import preflight
+
+    several_nodes = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+    if not only and (config.launch.preflight != "full" or not (several_nodes or torch.cuda.is_available())):
+        return
+    line, slow = preflight.summary(preflight.check(models.device()))
+    console.print(line, soft_wrap=True)
+    if slow and torch.cuda.is_available():  # processes that share cores differ anyway
+        console.print(f"warning: {slow}", style="yellow", soft_wrap=True)
 
 
 def _leave() -> None:

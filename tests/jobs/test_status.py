@@ -8,6 +8,7 @@ import socket
 import pytest
 from rich.console import Console
 
+from qwenlora.jobs.find import find
 from qwenlora.jobs.run import RunFolder
 from qwenlora.jobs.status import show
 
@@ -19,7 +20,7 @@ def run(tmp_path):
 
 def shown(run) -> str:
     console = Console(file=io.StringIO(), width=100)
-    show(run.path, console)
+    show(find(str(run.path)), console)
     return console.file.getvalue()
 
 
@@ -56,4 +57,4 @@ def test_a_run_under_way_a_killed_one_and_a_done_one_are_told_apart(run):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no run: it has no attempts\.jsonl; name a run folder"):
-        show(tmp_path, Console())
+        find(str(tmp_path))

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from qwenlora.configs import load_config
-from qwenlora.launch import agent, hardware
+from qwenlora.launch import hardware, plan
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 def test_the_torchrun_command_is_a_list_and_asks_for_a_free_port(tmp_path):
-    argv = agent.torchrun_argv([f"{tmp_path}/a b; rm -rf x/config.yaml", "lora.r=3"], 2)
+    argv = plan.torchrun_argv([f"{tmp_path}/a b; rm -rf x/config.yaml", "lora.r=3"], 2)
     assert argv == [
         sys.executable,
         "-m",
@@ -45,10 +45,10 @@ def test_gpus_are_counted_by_nvidia_smi(monkeypatch, tmp_path):
 
 def test_a_dry_run_shows_config_numbers_and_a_command_to_paste():
     arguments = ["my configs/tiny.yaml", "launch.nproc_per_node=2", "train.global_batch_size=40"]
-    text = agent.dry_run(load_config(TINY, arguments[1:]), arguments)
+    text = plan.dry_run(load_config(TINY, arguments[1:]), arguments)
     assert "name_or_path: tiny" in text
     assert "# rows                120\n" in text
     assert "# global batch        40 rows = 2 processes x 10 x 2 accumulated\n" in text
     assert "# steps               120, 3 an epoch\n" in text
     command = shlex.split(text.rstrip().rpartition("# command")[2])
-    assert command == agent.torchrun_argv(arguments, 2)
+    assert command == plan.torchrun_argv(arguments, 2)

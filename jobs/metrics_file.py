@@ -1,0 +1,24 @@
+"""metrics.jsonl, read while it is being written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+_TAIL = 2**16  # bytes
+
+
+def last_line(file: Path, key: str) -> dict[str, Any] | None:
+    """Return the last line that has a key, looking at the end of the file alone; None without one."""
+    if not file.exists():
+        return None
+    with file.open("rb") as opened:
+        opened.seek(max(file.stat().st_size - _TAIL, 0))
+        lines = opened.read().splitlines()
+    for line in reversed(lines):
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except ValueError:  # half a line
+            continue
+        if key in record:
+            return record
+    return None

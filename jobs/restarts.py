@@ -1,0 +1,50 @@
+"""Whether a job that failed is worth another attempt, and what ended one that nobody lived to tell of."""
+
+from typing import Any
+
+from qwenlora.slurm import answers
+
+IN_VAIN = 2  # failures in a row that saved nothing new: the next would do the same
+_OVER = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REQUEUED",
+    "TIMEOUT",
+)
+_CLOCKS_S = 5.0  # Slurm keeps whole seconds, and may have another clock
+
+
+def worth_another(
+    attempts: list[dict[str, Any]], job_id: str | None, max_restarts: int, newest_step: int
+) -> tuple[bool, str]:
+    """Return whether to run the job again after its last attempt failed, and why, for the user.
+
+    newest_step: of the newest checkpoint, now. Only attempts of this job count: who submits again wants it tried again.
+    """
+    mine = [attempt for attempt in attempts if attempt["job_id"] == job_id]
+    marks = [*(attempt.get("saved_before", 0) for attempt in mine), newest_step]
+    failures, in_vain = sum(attempt.get("reason") == "failed" for attempt in mine), 0
+    for attempt, before, after in reversed(list(zip(mine, marks[:-1], marks[1:], strict=True))):
+        if after > before:
+            break
+        in_vain += attempt.get("reason") == "failed"
+    if in_vain >= IN_VAIN:
+        return False, f"not tried again: {in_vain} attempts failed in a row and saved no step (a crash loop)"
+    if failures > max_restarts:
+        return False, f"not tried again: {failures} attempts failed, launch.max_restarts is {max_restarts}"
+    then = f"goes on from step {newest_step}" if newest_step else "starts from the first step"
+    return True, f"trying again: attempt {len(attempts) + 1} {then}"
+
+
+def end_of(attempt: dict[str, Any]) -> str:
+    """Return what Slurm did to end an attempt that was killed, in its word; empty where it does not say."""
+    past = answers.history(attempt["job_id"]) if attempt["job_id"] else []
+    if attempt.get("restarts", 0) >= len(past):
+        return ""
+    state = past[attempt.get("restarts", 0)].state
+    return "" if state in answers.UNDER_WAY else state

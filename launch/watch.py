@@ -1,0 +1,223 @@
+"""What a node's agent looks at while its ranks run: other nodes, signs of life, and Slurm when it is asked to stop."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qwenlora.configs import Config
+from qwenlora.jobs import heartbeat
+from qwenlora.jobs.heartbeat import STACKS_SIGNAL
+from qwenlora.jobs.run import RunFolder
+from qwenlora.launch.allocation import Allocation
+from qwenlora.launch.children import Children
+from qwenlora.launch.meeting import Meeting, Message
+from qwenlora.launch.plan import processes_of
+from qwenlora.slurm import answers
+
+GRACE_S = 10.0  # for ranks to end by themselves, and to say why, when others have failed
+STACKS_S = 3.0  # for all nodes to write their stacks
+LEAD_SIGNALS = ("SIGUSR1", "SIGUSR2")
+_SLURM_ENDS = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "REQUEUED", "TIMEOUT")
+
+
+class Watch:
+    """Of one attempt on one node. fault: what went wrong, where that is not for the ranks to say."""
+
+    def __init__(
+        self, config: Config, where: Allocation, meeting: Meeting, children: Children, folder: RunFolder, attempt: int
+    ) -> None:
+        self.config, self.where, self.meeting, self.children = config, where, meeting, children
+        self.folder, self.attempt, self.processes = folder, attempt, processes_of(config)
+        self.fault = self.beats = self.cause = ""
+        self._asked_slurm = self._stalled = False
+        self._end_by = float("inf")
+        self._started = time.monotonic()
+        self._ended: set[int] = set()
+        self._positions: dict[int, list[Any]] = {}
+
+    def while_preparing(self) -> None:
+        """Look once: only what ends the preparation matters."""
+        self._ask_slurm()
+        while message := self.meeting.hear():
+            if "lost" in message:
+                self._lose(message["node"])
+        if self.fault:
+            self.children.kill()
+
+    def while_training(self) -> None:
+        """Look once, several times a second."""
+        self._ask_slurm()
+        while message := self.meeting.hear():
+            self._hear(message)
+        if not self._stalled and self._anyone_is_behind():
+            self._stalled = True
+            self._on_stall()
+        if time.monotonic() > self._end_by:
+            self.children.kill()
+
+    def _hear(self, message: Message) -> None:
+        node = message["node"]
+        if "ended" in message:
+            self._ended.add(node)
+            if message["ended"]:
+                self._end_within(GRACE_S)
+        elif "lost" in message and node not in self._ended:
+            self._lose(node)
+        elif "end" in message:
+            self._end_within(message["end"])
+        elif "stalled" in message:
+            self._positions[node] = message["stalled"]
+            if not self._stalled:
+                self._stalled = True
+                self._on_stall()
+        elif "stacks" in message:
+            self._stalled = True
+            self._write_stacks()
+            self.meeting.send(stalled=self._positions_here())
+
+    def _end_within(self, seconds: float) -> None:
+        """Have the ranks of this node, and by the first node those of all, end."""
+        self._end_by = min(self._end_by, time.monotonic() + seconds)
+        if self.where.first:
+            self.meeting.send(end=seconds)
+
+    def _lose(self, node: int) -> None:
+        self.fault = self.fault or f"the agent of {self.where.hosts[node]} is gone: killed, or its node failed"
+        self._end_within(0.0 if self.where.first else GRACE_S)
+
+    def after(self, code: int) -> None:
+        """Wait for the other nodes' ranks, when those of this one have ended. code: theirs."""
+        if not self.where.first:
+            return
+        if code:
+            self._end_within(GRACE_S)
+        deadline = time.monotonic() + 2 * GRACE_S
+        others = set(range(1, self.where.nodes))
+        while others - self._ended and not self.fault and (not code or time.monotonic() < deadline):
+            if message := self.meeting.hear(0.2):
+                self._hear(message)
+
+    # ---- ranks that hang
+
+    def _anyone_is_behind(self) -> bool:
+        """Whether a rank of this node has made no progress for too long."""
+        limit = time.monotonic() - self.config.launch.stall_timeout_s
+        if self._started > limit or not self.beats:
+            return False
+        beats = heartbeat.read(self.beats)
+        return len(beats) < self.processes or any(beat.at < limit for beat in beats)
+
+    def _positions_here(self) -> list[tuple[heartbeat.Beat, str, float]]:
+        """Return how far each rank of this node is, what its process is at if it does not run, seconds of quiet."""
+        now = time.monotonic()
+        return [(beat, _state(beat), now - beat.at) for beat in heartbeat.read(self.beats)]
+
+    def _on_stall(self) -> None:
+        """Have all nodes write their ranks' stacks; the first one then says who is behind, and ends the attempt."""
+        self._write_stacks()
+        if not self.where.first:
+            self.meeting.send(stalled=self._positions_here())
+            return
+        self.meeting.send(stacks=True)
+        self._positions[0] = self._positions_here()
+        end = time.monotonic() + STACKS_S
+        while len(self._positions) < self.where.nodes and time.monotonic() < end:
+            if message := self.meeting.hear(0.1):
+                self._hear(message)
+        self.fault = self._who_lags()
+        self._end_within(0.0)
+
+    def _write_stacks(self) -> None:
+        """Have each rank of this node write the stacks of its threads into its log (faulthandler, in main.py)."""
+        for beat in heartbeat.read(self.beats):
+            try:
+                os.kill(beat.pid, STACKS_SIGNAL)
+            except ProcessLookupError:
+                continue
+            pipe = Path(f"{self.folder.flight_recorder(self.attempt)}{beat.rank}.pipe")
+            if pipe.exists():  # made by NCCL; writing to it makes it dump its last collectives
+                _poke(pipe)
+        time.sleep(1.0)  # for them to be written
+
+    def _who_lags(self) -> str:
+        """Return who is behind: processes that do not run, else those with the fewest signs of life."""
+        positions = [
+            (heartbeat.Beat(*beat), state, quiet_s, self.where.hosts[node])
+            for node, here in self._positions.items()
+            for beat, state, quiet_s in here
+        ]
+        logs = f"the stacks of all ranks are in {self.folder.logs(self.attempt)}/rank-*.log"
+        limit = f"launch.stall_timeout_s is {self.config.launch.stall_timeout_s}"
+        if missing := self.where.nodes * self.processes - len(positions):
+            came = ", ".join(str(beat.rank) for beat, *_ in positions)
+            return f"{missing} ranks have not started to work ({limit}); those that have: {came or 'none'}; {logs}"
+        fewest = min(beat.beats for beat, *_ in positions)
+        behind = [one for one in positions if one[1]] or [one for one in positions if one[0].beats == fewest]
+        beat, state, *_ = behind[0]
+        quiet = f"no progress for {max(quiet_s for _, _, quiet_s, _ in positions):.0f} s ({limit})"
+        if len(behind) == len(positions) > 1 and not state:
+            return f"{quiet} of any rank, all at the same point of step {beat.step}; {logs}"
+        names = ", ".join(f"rank {beat.rank} on {host}" for beat, _, _, host in behind)
+        return f"{names}: {quiet}, in step {beat.step}{f' ({state})' * bool(state)}, the others wait; {logs}"
+
+    # ---- what Slurm does
+
+    def _ask_slurm(self) -> None:
+        """Learn, once, why this node is asked to stop, and note it at once: there may be no time later."""
+        if not self.children.asked or self._asked_slurm or not self.where.first or not self.where.job_id:
+            return
+        self._asked_slurm = True
+        self.cause = slurm_cause(self.where.job_id, self.where.restarts, self.children.why)
+        if self.cause and self.attempt:
+            self.folder.note_attempt(cause=self.cause)
+
+    def cause_of_the_end(self) -> str:
+        """Return what Slurm did to end this attempt, in its word; empty if it did nothing."""
+        self._ask_slurm()
+        return self.cause
+
+
+def slurm_cause(job_id: str, restarts: int, why: str) -> str:
+    """Return what Slurm is doing to a job that was asked to stop, in its word. why: the signal that came.
+
+    The signal ahead of the time limit comes to a job that runs; so does one that somebody sends.
+    """
+    job = answers.ask(job_id, restarts)
+    if job is None:
+        return ""
+    if job.state in _SLURM_ENDS:
+        return job.state
+    if job.preempted:
+        return "PREEMPTED"
+    # Slurm sends it up to a minute early
+    lead_s = int(os.environ.get("QWENLORA_LEAD_S", "120")) + 60
+    if why in LEAD_SIGNALS and job.seconds_left is not None and job.seconds_left <= lead_s:
+        return "TIMEOUT"
+    return ""
+
+
+_STATES = {
+    psutil.STATUS_STOPPED: "its process is stopped: SIGSTOP, or a debugger",
+    psutil.STATUS_TRACING_STOP: "its process is stopped: a debugger",
+    psutil.STATUS_DISK_SLEEP: "its process waits for a disk or a network file system",
+    psutil.STATUS_ZOMBIE: "its process has ended",
+}
+
+
+def _state(beat: heartbeat.Beat) -> str:
+    try:
+        return _STATES.get(psutil.Process(beat.pid).status(), "")
+    except psutil.NoSuchProcess:
+        return "its process has ended"
+
+
+def _poke(pipe: Path) -> None:
+    try:
+        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return
+    os.write(descriptor, b"1")
+    os.close(descriptor)

@@ -1,0 +1,40 @@
+# shellcheck shell=bash
+# What the batch shell of a job does around srun, for slurm/train.sh and for jobs that `qwenlora submit` made:
+#   job_begin [ENV_FILE]   reads the site's set-up (slurm/env.sh says what may stand there)
+#   job_end CODE           runs the job again, with the same id, when srun left with 75; else leaves with its code
+# It runs outside of any container, so that it can always ask Slurm.
+
+job_begin() {
+    # at the time limit, and when the job is cancelled, this shell is told to end as well: it must outlive srun.
+    # (not CONT: a bash that traps it can lose the signal that came with it)
+    trap : TERM INT USR1 USR2
+    export QWENLORA_REQUEUES=1 # the agent may leave with 75 for "run me again"
+    # shellcheck disable=SC2034 # for env.sh to fill and train.sh to use
+    container=() srun_options=()
+    if [[ -n ${1:-} ]]; then
+        # shellcheck source=slurm/env.sh
+        source "$1" || { echo "error: $1 failed; it sets up this site's jobs (slurm/env.sh says how)" >&2; exit 2; }
+    fi
+}
+
+job_end() {
+    local code=$1 job id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    id=${id:-$SLURM_JOB_ID}
+    # 75: stopped, or worth another try. Over 128: killed at the time limit, before all was said
+    if ((code != 75 && code <= 128)); then exit "$code"; fi
+    for _ in 1 2 3; do
+        job=$(scontrol show job "$id" 2>/dev/null) && [[ $job == *JobState=* ]] && break
+        sleep 1
+    done
+    if [[ $job != *JobState=RUNNING* && $job != *Reason=TimeLimit* ]]; then
+        exit "$code" # cancelled: to be left alone; or Slurm is requeueing it by itself
+    elif ((code != 75)) && [[ $job != *Reason=TimeLimit* ]]; then
+        exit "$code"
+    elif [[ $job == *Requeue=0* ]]; then
+        echo "stopped, and not requeued (the job is --no-requeue, or was cancelled); the same command goes on"
+        exit "$code"
+    fi
+    echo "requeueing job $id"
+    scontrol requeue "$id" || { echo "error: job $id cannot be requeued; the same sbatch command goes on" >&2; exit "$code"; }
+    exit "$code"
+}

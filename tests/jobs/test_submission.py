@@ -1,0 +1,420 @@
+"""What is submitted is known to be sound, reaches sbatch as it was meant, and ends with the run's summary."""
+
+import configparser
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwenlora.configs import load_config
+from qwenlora.jobs import submit, submit_sweep
+from qwenlora.jobs.ledger import submissions
+from qwenlora.jobs.run import RunFolder
+from qwenlora.jobs.snapshot import package, snapshot
+from qwenlora.jobs.submission import Asked, prepare, prepare_sweep
+from qwenlora.jobs.sweeps import parse_grid
+from qwenlora.jobs.task import Attempt
+from qwenlora.launch import agent
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG = """
+model: {name_or_path: tiny}
+data: {train: example, eval: example}
+train: {max_steps: 2, save_strategy: 'no', per_device_train_batch_size: 4, per_device_eval_batch_size: 20}
+log: {wandb: off}
+"""
+SITE = """
+partition: gpu,preempt
+account: myproject
+constraint: a100&ib
+mem_gb: 100
+cpus_per_task: 32
+exclusive: true
+signal_lead_s: 120
+python: [apptainer, exec, --nv, /images/my image.sif, python]
+srun_args: [--mpi=none]
+environment: {NCCL_SOCKET_IFNAME: ib0, GREETING: "it's $(id) 你好"}
+sbatch: {mail-type: "END,FAIL"}
+"""
+HOSTILE = ["; rm -rf x", "$(touch x)", "`touch x`", "a'b\"c", "#x", "你好 世界", "-x", "*", "&& touch x", "{a,b}", "!x"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("QWENLORA_SITE", "QWENLORA_ENV"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "my.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def asked(**more) -> Asked:
+    return Asked(**{"timeout_min": 60} | more)
+
+
+def with_placeholders(text: str, folder: Path) -> str:
+    for path, name in ((str(folder), "/folder"), (str(package()), "/package"), (sys.executable, "/python")):
+        text = text.replace(path, name)
+    return text + "\n"
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# ---- the text that sbatch reads
+
+
+def test_the_text_of_a_job_as_a_whole(folder):
+    (folder / "site.yaml").write_text(SITE)
+    ready = prepare("my.yaml", {"lora.r": 32}, asked(nodes=2, gpus_per_node=2, snapshot=True), "site.yaml")
+    assert with_placeholders(ready.text(), folder) == (GOLDEN / "job.sbatch").read_text()
+    assert ready.gpu_hours == 4
+
+
+def test_the_text_of_a_sweep_as_a_whole(folder):
+    ready = prepare_sweep("my.yaml", {"lora.r": [8, 16], "train.seed": [1, 2]}, (), asked(), None, 2)
+    assert with_placeholders(ready.text(), folder) == (GOLDEN / "sweep.sbatch").read_text()
+
+
+@pytest.fixture
+def what_arrives(folder, tmp_path_factory):
+    """Return what runs a text in bash, and returns what srun was called with."""
+    bin = tmp_path_factory.mktemp("bin")
+    (bin / "srun").write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$ARRIVED"\nenv -0 >"$ARRIVED.env"\nexit 3\n')
+    (bin / "srun").chmod(0o755)
+
+    def what_arrives(text: str) -> tuple[list[str], dict[str, str]]:
+        script = bin / "script"
+        script.write_text(text)
+        environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "ARRIVED": str(bin / "arrived")}
+        environment |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "5"}
+        answer = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+        assert (answer.returncode, answer.stderr) == (3, "")
+        pairs = (pair.partition("=") for pair in (bin / "arrived.env").read_text().split("\0") if pair)
+        return (bin / "arrived").read_text().split("\0")[:-1], {name: value for name, _, value in pairs}
+
+    return what_arrives
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_names_arrive_as_they_are_or_harmless(folder, what_arrives, hostile):
+    (folder / "site.yaml").write_text(json.dumps({"environment": {"MINE": hostile}, "srun_args": [f"--x={hostile}"]}))
+    ready = prepare(
+        "my.yaml", {"run_dir": f"runs/{hostile}", "log.wandb_name": hostile}, asked(name=hostile), "site.yaml"
+    )
+    before = left(folder)
+    arguments, environment = what_arrives(ready.text())
+    assert left(folder) == before
+    assert arguments[-1] == str(folder / "runs" / ".submitted" / hostile / "1")
+    assert f"--x={hostile}" in arguments
+    assert environment["MINE"] == hostile
+    assert environment["SRUN_CPUS_PER_TASK"] == "5"
+    assert ready.configs[0].log.wandb_name == hostile
+    (name,) = (line for line in ready.text().splitlines() if "--job-name" in line)
+    assert name.removeprefix("#SBATCH --job-name=").replace("_", "").replace("-", "").isalnum()
+
+
+@pytest.mark.parametrize("letter", ["\n", "%", "\\", "\t", "\x1b"])
+def test_letters_that_slurm_s_file_names_cannot_hold_are_refused(letter):
+    with pytest.raises(ValueError, match="run_dir=.* means something else in Slurm's file names; choose another"):
+        prepare("my.yaml", {"run_dir": f"runs/a{letter}b"}, asked())
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("overrides", "more", "message"),
+    [
+        ({"data.train": "no.jsonl"}, {}, r"data\.train=no\.jsonl: no such file"),
+        ({"lora.rnk": 3}, {}, r"lora\.rnk=3: no such key"),
+        ({}, {"nodes": 3}, r"global_batch_size=16 is not divisible by .* = 4 \* 3 = 12; nearest: 12, 24"),
+        ({"train.per_device_train_batch_size": 16}, {"gpus_per_node": 2}, r"not divisible by .* = 16 \* 2 = 32"),
+        ({}, {"nodes": 2, "cluster": "local"}, "nodes=2: cluster=local is this machine alone"),
+        ({}, {"cluster": "cloud"}, "cluster=cloud: expected slurm, local or debug"),
+        ({}, {"timeout_min": 0}, "timeout_min=0: expected a whole number, 1 or more"),
+        ({}, {"timeout_min": None}, "timeout_min is missing: minutes, as --timeout-min 600; or set it in a site file"),
+        ({}, {"gpus_per_node": -1}, "gpus_per_node=-1: expected a whole number, 0 or more"),
+        ({}, {"nodes": True}, "nodes=True: expected a whole number"),
+        ({}, {"cluster": "debug", "snapshot": True}, "snapshot has no effect with cluster=debug"),
+        ({"run_dir": "a:b/c"}, {"snapshot": True}, "PYTHONPATH, which leads to a snapshot, ends at a colon"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(folder, overrides, more, message):
+    before = left(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        prepare("my.yaml", overrides, asked(**more)).submit()
+    assert "\n" not in str(caught.value)
+    assert left(folder) == before
+
+
+def test_a_run_folder_with_another_config_is_refused(folder):
+    run = RunFolder("runs/my")
+    with run.claim(load_config("my.yaml")):
+        run.metrics.touch()
+    with pytest.raises(ValueError, match=r"holds a run with another config: lora\.r was 16, now 32"):
+        prepare("my.yaml", {"lora.r": 32}, asked())
+    prepare("my.yaml", {"train.max_steps": 9}, asked())
+
+
+def test_without_sbatch_that_is_said(folder, monkeypatch):
+    monkeypatch.setenv("PATH", str(folder))
+    before = left(folder)
+    with pytest.raises(ValueError, match="there is no sbatch on this machine; submit from a login node"):
+        submit("my.yaml", timeout_min=3)
+    assert left(folder) == before
+
+
+def test_what_sbatch_says_is_the_refusal_and_nothing_is_left(folder, tmp_path_factory, monkeypatch, capsys):
+    bin = tmp_path_factory.mktemp("bin")
+    (bin / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid partition\nsbatch: error: no' >&2\nexit 1\n")
+    (bin / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match="sbatch refused") as caught:
+        submit("my.yaml", timeout_min=3)
+    assert str(caught.value) == "sbatch refused the job: sbatch: error: invalid partition sbatch: error: no"
+    assert capsys.readouterr().err == ""
+    assert not [path for path in left(folder) if "1" in path]
+
+
+# ---- sweeps
+
+
+def test_a_sweep_names_its_runs_by_their_values():
+    grid = parse_grid(["lora.r=16,32", "train.learning_rate=1e-4,3e-4"])
+    ready = prepare_sweep("my.yaml", grid, ["train.seed=1"], asked())
+    assert [config.run_dir for config in ready.configs] == [
+        "runs/my/lora.r=16,train.learning_rate=0.0001",
+        "runs/my/lora.r=16,train.learning_rate=0.0003",
+        "runs/my/lora.r=32,train.learning_rate=0.0001",
+        "runs/my/lora.r=32,train.learning_rate=0.0003",
+    ]
+    assert [config.lora.r for config in ready.configs] == [16, 16, 32, 32]
+    assert {config.train.seed for config in ready.configs} == {1}
+    assert {RunFolder(config.run_dir).cache(config) for config in ready.configs} == {
+        Path("runs/my/.prepared").absolute()
+    }
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_names_of_a_sweep_s_runs_are_harmless(value):
+    (config,) = prepare_sweep("my.yaml", {"log.wandb_name": [value]}, (), asked()).configs
+    assert config.log.wandb_name == value
+    name = config.run_dir.removeprefix("runs/my/log.wandb_name=")
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyz_-,")
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({}, "the grid is empty"),
+        ({"lora.r": []}, r"grid lora\.r=\[\]: expected a list of values"),
+        ({"lora.r": "16"}, r"grid lora\.r='16': expected a list of values"),
+        ({"lora.r": [16, 16]}, r"two runs would be called lora\.r=16"),
+        ({"data.columns": [{"a": "b"}, {"a b": "x"}], "lora.r": [1, 1]}, "two runs would be called"),
+        ({"run_dir": ["a", "b"]}, "take it out of the grid"),
+        ({"lora.rnk": [16]}, r"lora\.rnk=16: no such key"),
+        ({"lora.r": [16, 0]}, r"lora\.r=0: expected greater than 0"),
+        ({"train.global_batch_size": [16, 6]}, "is not divisible"),
+        ({"log.wandb_name": ["x" * 300]}, "has 315 characters, 200 is the most"),
+    ],
+)
+def test_a_sweep_with_one_bad_run_is_refused_as_a_whole(folder, grid, message):
+    before = left(folder)
+    with pytest.raises(ValueError, match=message):
+        submit_sweep("my.yaml", grid, timeout_min=3)
+    assert left(folder) == before
+
+
+def test_a_sweep_is_not_for_one_machine():
+    with pytest.raises(ValueError, match="would start all runs of a sweep at once"):
+        submit_sweep("my.yaml", {"lora.r": [1, 2]}, cluster="local")
+
+
+# ---- what a job does with the agent's exit code
+
+
+@pytest.fixture
+def attempt(folder, monkeypatch):
+    """Return what calls an Attempt whose agent ends with a code."""
+    kept = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    }
+
+    def attempt(code: int, message: str = "", *, brought_back: bool = True):
+        def run(config):
+            folder = RunFolder(config.run_dir)
+            folder.path.mkdir(parents=True)
+            folder.begin_attempt(1)
+            folder.end_attempt({0: "done", 75: "stopped", 2: "refused"}.get(code, "failed"), message)
+            return code
+
+        monkeypatch.setattr(agent, "run", run)
+        return Attempt("my.yaml", brought_back)()
+
+    yield attempt
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_a_run_that_is_done_returns_its_summary(folder, attempt):
+    assert attempt(0) == {
+        "run_dir": str(folder / "runs/my"),
+        "adapter": None,
+        "reason": "done",
+        "step": 0,
+        "attempts": 1,
+        "goodput": 0.0,
+    }
+
+
+def test_other_nodes_than_the_first_return_nothing(attempt, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert attempt(0) is None
+
+
+def test_a_stopped_run_leaves_with_75_where_it_is_brought_back(attempt):
+    with pytest.raises(SystemExit) as caught:
+        attempt(75)
+    assert caught.value.code == 75
+
+
+def test_a_stopped_run_is_a_result_where_nobody_brings_it_back(attempt):
+    assert attempt(75, brought_back=False)["reason"] == "stopped"
+
+
+def test_a_refused_run_raises_value_error_and_a_failed_one_runtime_error(attempt):
+    with pytest.raises(ValueError, match="the data is bad"):
+        attempt(2, "the data is bad")
+
+
+def test_a_failed_run_says_why_and_where_its_logs_are(folder, attempt):
+    with pytest.raises(RuntimeError, match=rf"the GPU is full; logs: {folder}/runs/my/logs/attempt-1"):
+        attempt(1, "the GPU is full")
+
+
+def test_a_request_before_anything_runs_stops_at_once(attempt, monkeypatch):
+    monkeypatch.setattr(RunFolder, "begin_attempt", lambda *_: os.kill(os.getpid(), signal.SIGUSR2))
+    with pytest.raises(SystemExit) as caught:
+        attempt(0)
+    assert caught.value.code == 75
+
+
+# ---- the real executors
+
+
+def test_a_local_job_of_two_processes_ends_with_the_summary(folder):
+    job = submit("my.yaml", {"launch.nproc_per_node": 2, "run_dir": "runs/我的 run"}, cluster="local")
+    assert job.state == "RUNNING"
+    result = job.result()
+    assert (result["reason"], result["step"], result["attempts"]) == ("done", 2, 1)
+    assert Path(result["adapter"], "adapter_model.safetensors").exists()
+    assert result["loss"] > 0
+    assert result["eval_loss"] > 0
+    assert job.state == "FINISHED"
+    assert "2 processes x" in job.stdout()
+    (line,) = submissions(RunFolder("runs/我的 run"))
+    assert (line["job_id"], line["cluster"], line["work_dir"]) == (job.job_id, "local", str(folder))
+
+
+def test_a_local_job_that_fails_says_why(folder):
+    (folder / "my.jsonl").write_text('{"messages": 3}\n')
+    job = submit("my.yaml", ["data.train=my.jsonl"], cluster="local")
+    assert "ValueError" in str(job.exception())
+    assert "my.jsonl:1: " in str(job.exception())
+
+
+def test_edits_after_submitting_change_nothing(folder):
+    edited = folder / "edited"
+    snapshot(edited)
+    code = (
+        "import sys, pathlib, qwenlora\n"
+        f"assert qwenlora.__file__.startswith({str(edited)!r})\n"
+        "from qwenlora.jobs import submit\n"
+        "def start(copy): return submit('my.yaml', {'run_dir': f'runs/{copy}'}, cluster='local', snapshot=copy)\n"
+        "jobs = [start(True), start(False)]\n"
+        f"edited = pathlib.Path({str(edited)!r}, 'qwenlora', 'trainer', 'attempt.py')\n"
+        "edited.write_text('raise OSError(\"edited\")')\n"
+        "pathlib.Path('my.yaml').write_text('edited')\n"
+        "print(jobs[0].result()['reason'], 'edited' in str(jobs[1].exception()))\n"
+    )
+    paths = {"PYTHONPATH": str(edited)}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | paths, capture_output=True, text=True, check=False
+    )
+    assert answer.stdout.splitlines()[-1:] == ["done True"], answer.stdout + answer.stderr
+
+
+def test_a_snapshot_holds_what_is_installed(folder):
+    snapshot(folder / "code")
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[2] / "setup.cfg")
+    patterns = {"qwenlora": "", **setup["options.package_data"]}
+    for room in setup["options"]["packages"].split():
+        source, copy = package() / "/".join(room.split(".")[1:]), folder / "code" / room.replace(".", "/")
+        for pattern in ("*.py", *setup["options.package_data"].get(room, "").replace(" ", "").split(",")):
+            names = {path.relative_to(source) for path in source.glob(pattern or "*.py")}
+            assert {path for path in names if not (copy / path).exists()} == set()
+    assert patterns
+    assert not list((folder / "code").rglob("__pycache__"))
+
+
+def test_a_debug_job_runs_in_this_process_with_the_user_s_frames(folder):
+    code = (
+        "import os\n"
+        "from qwenlora.jobs import submit\n"
+        "from qwenlora.trainer import attempt\n"
+        "def mine(*_): raise LookupError(os.getpid())\n"
+        "attempt.train = mine\n"
+        "job = submit('my.yaml', cluster='debug')\n"
+        "print(job.state, os.getpid(), flush=True)\n"
+        "job.result()\n"
+    )
+    Path("mine.py").write_text(code)
+    answer = subprocess.run(
+        [sys.executable, "mine.py"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    state, pid = answer.stdout.splitlines()[0].split()
+    assert state == "QUEUED"
+    assert answer.stderr.splitlines()[-1] == f"LookupError: {pid}"
+    assert 'mine.py", line 4, in mine' in answer.stderr
+    assert "(Pdb)" in answer.stdout  # and submitit opens a debugger there
+
+
+def test_a_debug_job_ends_with_the_summary_too(folder):
+    code = "from qwenlora.jobs import submit; print(submit('my.yaml', cluster='debug').result()['reason'])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.stdout.splitlines()[-1:] == ["done"], answer.stdout + answer.stderr
+
+
+# ---- the command
+
+
+def test_a_dry_run_shows_all_and_writes_nothing(qwenlora, folder):
+    before = left(folder)
+    answer = qwenlora(
+        "submit", "my.yaml", "lora.r=32", "--nodes", 2, "--gpus-per-node", 2, "--timeout-min", 90, "--dry-run"
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "\n#SBATCH --gpus-per-node=2\n" in answer.stdout
+    assert "\n  r: 32\n" in answer.stdout
+    assert "# GPU-hours           6 = 2 x 2 GPUs x 90 min\n" in answer.stdout
+    assert f"# run folder          {folder}/runs/my\n" in answer.stdout
+    assert left(folder) == before
+
+
+def test_submitting_imports_no_torch():
+    code = "import sys; from qwenlora.jobs import submit, submit_sweep; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_room_itself_imports_no_submitit():
+    code = "import sys, qwenlora.jobs.run; print('submitit' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert shutil.which("env")

@@ -1,0 +1,129 @@
+"""Whatever the cluster does to a job, it comes back by itself and ends with the adapter of an undisturbed run."""
+
+import os
+import random
+import time
+
+import pytest
+from slurm_runs import adapter, attempts, locally, sbatch, wait_for_step, write_config
+
+pytestmark = pytest.mark.slow
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The adapter of a run of two processes on one machine, without Slurm."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    locally(folder, write_config(folder, STEPS), "run", 2)
+    return adapter(folder / "runs/run")
+
+
+class Disturber:
+    """Does to a job what clusters do. Each method returns what attempts.jsonl must say of it, and so must sacct."""
+
+    def __init__(self, cluster, job):
+        self.cluster, self.job = cluster, job
+
+    def tell_to_save(self):
+        self.cluster.scancel("--signal=USR1", self.job)
+        return {"stopped"}, {None}
+
+    def requeue(self):
+        self.cluster.scontrol("requeue", self.job)
+        return {"stopped", "killed"}, {"REQUEUED"}
+
+    def requeue_and_hold(self):
+        self.cluster.scontrol("requeuehold", self.job)
+        self.cluster.wait(self.job, "PENDING", timeout=60)
+        time.sleep(2)
+        self.cluster.scontrol("release", self.job)
+        return {"stopped", "killed"}, {"REQUEUED"}
+
+    def preempt(self):
+        """A job of a higher partition wants both nodes; without grace, everything is killed after KillWait."""
+        job = self.cluster.sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1", cwd="/")
+        self.cluster.wait(job, "COMPLETED", timeout=60)
+        return {"stopped", "killed"}, {"PREEMPTED"}
+
+    def take_a_node_down(self):
+        self.cluster.scontrol("update", "NodeName=node2", "State=DOWN", "Reason=test")
+        time.sleep(1)
+        self.cluster.scontrol("update", "NodeName=node2", "State=RESUME")
+        return {"stopped", "killed"}, {"NODE_FAIL"}
+
+    def power_a_node_off(self):
+        self.cluster.kill_node("node2")
+        time.sleep(20)  # until Slurm sees it
+        self.cluster.start_node("node2")
+        return {"stopped", "killed", "failed"}, {"NODE_FAIL"}
+
+
+def submit(cluster, folder, partition="low", **options):
+    config = write_config(folder, STEPS)
+    chosen = [f"--{name}={value}" for name, value in options.items()]
+    return sbatch(cluster, folder, config, "run_dir=runs/run", options=(f"--partition={partition}", *chosen))
+
+
+def assert_came_through(cluster, folder, job, said, undisturbed):
+    """The job is done, after exactly these attempts, and the adapter is the undisturbed one to the bit."""
+    cluster.wait(job, "COMPLETED", timeout=300)
+    run = folder / "runs/run"
+    found = attempts(run)
+    assert [one["job_id"] for one in found] == [job] * (len(said) + 1)
+    for one, (reasons, causes) in zip(found, said, strict=False):
+        assert one["reason"] in reasons, one
+        assert one.get("cause") in causes, one
+    assert found[-1]["reason"] == "done"
+    assert adapter(run) == undisturbed
+
+
+def test_everything_that_ends_a_job_in_one_run(cluster, tmp_path, undisturbed):
+    job = submit(cluster, tmp_path)
+    disturber = Disturber(cluster, job)
+    ways = ["tell_to_save", "requeue", "preempt", "take_a_node_down", "power_a_node_off", "requeue_and_hold"]
+    said = []
+    for number, way in enumerate(ways, 1):
+        wait_for_step(tmp_path / "runs/run", number, 1 + 7 * number)
+        said.append(getattr(disturber, way)())
+    assert_came_through(cluster, tmp_path, job, said, undisturbed)
+
+
+def test_preemption_with_a_time_of_grace_saves_the_step_that_is_under_way(cluster, tmp_path, undisturbed):
+    job = submit(cluster, tmp_path, partition="grace")
+    wait_for_step(tmp_path / "runs/run", 1, 10)
+    Disturber(cluster, job).preempt()
+    assert_came_through(cluster, tmp_path, job, [({"stopped"}, {"PREEMPTED"})], undisturbed)
+    first, second = attempts(tmp_path / "runs/run")
+    assert second["first_step"] == first["last_step"] + 1
+
+
+def test_the_signal_before_the_time_limit_saves_and_the_job_goes_on(cluster, tmp_path, undisturbed):
+    job = submit(cluster, tmp_path, partition="main", signal="USR1@60")
+    wait_for_step(tmp_path / "runs/run", 1, 10)
+    cluster.scontrol("update", f"JobId={job}", "EndTime=now+50seconds")  # Slurm looks every 30 s
+    wait_for_step(tmp_path / "runs/run", 2, 10, timeout_s=200)
+    cluster.scontrol("update", f"JobId={job}", "TimeLimit=20")
+    assert_came_through(cluster, tmp_path, job, [({"stopped"}, {"TIMEOUT"})], undisturbed)
+    first, second = attempts(tmp_path / "runs/run")
+    assert second["first_step"] == first["last_step"] + 1
+
+
+@pytest.mark.long
+def test_random_disturbances(cluster, tmp_path, undisturbed):
+    count, seed = (
+        int(os.environ.get("SLURM_DISTURBANCES", "10")),
+        int(os.environ.get("SLURM_SEED", time.time_ns() % 2**32)),
+    )
+    print(f"SLURM_SEED={seed}")
+    random.seed(seed)
+    job = submit(cluster, tmp_path)
+    disturber, said = Disturber(cluster, job), []
+    ways = ["tell_to_save", "requeue", "preempt", "take_a_node_down", "power_a_node_off"]
+    for number in range(1, count + 1):
+        wait_for_step(tmp_path / "runs/run", number, number * (STEPS - 5) // (count + 1))
+        time.sleep(random.random())
+        way = random.choice(ways)
+        print(number, way, flush=True)
+        said.append(getattr(disturber, way)())
+    assert_came_through(cluster, tmp_path, job, said, undisturbed)

@@ -1,0 +1,95 @@
+"""slurm/train.sh on a real Slurm: what it passes on, where it works from; two nodes train what one machine does."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from slurm_runs import QWENLORA, TRAIN, adapter, attempts, locally, sbatch, write_config
+
+import qwenlora
+
+HOSTILE = ["a b", "it's", 'say "hi"', "$HOME `id` $(id)", "; rm -rf x", "中文 路径", "*", "", "a\nb", "--nodes=9"]
+
+
+def test_all_shell_scripts_are_shellcheck_clean():
+    if not shutil.which("shellcheck"):
+        pytest.skip("no shellcheck; apt-get install shellcheck")
+    scripts = sorted(Path(qwenlora.__path__[0], "slurm").glob("*.sh"))
+    assert len(scripts) == 3
+    answer = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout
+
+
+def test_arguments_arrive_intact_from_any_folder(cluster, tmp_path):
+    folder = tmp_path / "a folder; 文"
+    folder.mkdir()
+    command = folder / "my qwenlora"
+    command.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$QWENLORA_SAID"\n')
+    command.chmod(0o755)
+    said = tmp_path / "said"
+    job = cluster.sbatch(TRAIN, *HOSTILE, cwd=folder, env={"QWENLORA": str(command), "QWENLORA_SAID": str(said)})
+    cluster.wait(job, "COMPLETED", timeout=60)
+    assert said.read_text().split("\0")[:-1] == ["train", *HOSTILE]
+
+
+def test_the_site_file_sets_the_environment_and_the_container(cluster, tmp_path):
+    site = tmp_path / "my env.sh"
+    said = tmp_path / "said"
+    site.write_text(
+        f"export SITE='a b'\ncontainer=(env 'INSIDE=c d' bash -c 'echo \"$SITE|$INSIDE|$*\" >\"{said}\"' bash)\n"
+    )
+    job = cluster.sbatch(TRAIN, "my.yaml", cwd=tmp_path, env={"QWENLORA_ENV": str(site), "QWENLORA": "qwenlora"})
+    cluster.wait(job, "COMPLETED", timeout=60)
+    assert said.read_text() == "a b|c d|qwenlora train my.yaml\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "message"),
+    [
+        ([], {}, "usage: sbatch"),
+        (["no.yaml"], {}, "error: no config file no.yaml"),
+        (["my.yaml"], {"QWENLORA": "nothing-of-that-name"}, "error: no command 'nothing-of-that-name' on node"),
+        (["my.yaml"], {"QWENLORA_ENV": "/no/env.sh"}, "error: /no/env.sh failed"),
+        (["my.yaml", "lora.r=x"], {}, 'error: command line: lora.r="x": expected an integer'),
+        (["my.yaml", "train.global_batch_size=3"], {}, "error: "),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line_and_not_tried_again(cluster, tmp_path, arguments, env, message):
+    write_config(tmp_path, 4)
+    job = cluster.sbatch(TRAIN, *arguments, cwd=tmp_path, env={"QWENLORA": QWENLORA} | env)
+    cluster.wait(job, "FAILED", timeout=60)
+    said = (tmp_path / f"slurm-{job}.out").read_text()
+    assert message in said
+    assert "Traceback" not in said
+    assert "requeueing" not in said
+    assert " ExitCode=2:0" in cluster.scontrol("show", "job", job)
+
+
+@pytest.mark.slow
+def test_two_nodes_with_two_ranks_each_train_what_one_machine_with_four_does(cluster, tmp_path):
+    config = write_config(tmp_path, 12)
+    job = sbatch(cluster, tmp_path, config, "run_dir=runs/nodes", "launch.nproc_per_node=2")
+    cluster.wait(job, "COMPLETED", timeout=200)
+    locally(tmp_path, config, "alone", 4)
+    assert adapter(tmp_path / "runs/nodes") == adapter(tmp_path / "runs/alone")
+    (attempt,) = attempts(tmp_path / "runs/nodes")
+    assert attempt["nodes"] == ["node1", "node2"]
+    assert (attempt["processes"], attempt["reason"], attempt["job_id"]) == (4, "done", job)
+    said = (tmp_path / f"slurm-{job}.out").read_text()
+    assert "checked 4 ranks on 2 nodes: they reduce at" in said
+
+
+@pytest.mark.slow
+def test_two_jobs_that_share_nodes_do_not_collide(cluster, tmp_path):
+    config = write_config(tmp_path, 8)
+    jobs = [sbatch(cluster, tmp_path, config, f"run_dir=runs/{name}") for name in ("one", "two")]
+    for job in jobs:
+        cluster.wait(job, "COMPLETED", timeout=300)
+    starts = [attempts(tmp_path / "runs" / name)[0] for name in ("one", "two")]
+    assert starts[0]["start"] < starts[1]["end"]
+    assert starts[1]["start"] < starts[0]["end"]
+    assert adapter(tmp_path / "runs/one") == adapter(tmp_path / "runs/two")
+    records = [json.loads((tmp_path / "runs" / name / "facts.json").read_text()) for name in ("one", "two")]
+    assert records[0]["data_folder"] == records[1]["data_folder"]
