@@ -86,7 +86,7 @@ def local(needs: Needs, folder: Path) -> submitit.LocalExecutor:
 
 @contextlib.contextmanager
 def detached() -> Iterator[None]:
-    """Start processes without our terminal and pipes: submitit's controller keeps them, and `| tee` would wait for it."""
+    """Start processes without our terminal and pipes: submitit's controller keeps them, `| tee` would wait for it."""
     sys.stdout.flush()
     kept = [os.dup(descriptor) for descriptor in _STANDARD]
     null = os.open(os.devnull, os.O_RDWR)

@@ -4,8 +4,8 @@
 "message", "resumed_from", "first_step", "last_step", "steps_repeated", "seconds": {"start_up", "data", "model",
 "first_step"}, "trained_s", "saving_s", "goodput"}. restarts: how often Slurm had requeued the job. saved_before: the
 newest checkpoint's step at the start. reason: done, stopped, failed, refused, or killed: nobody lived to say. cause:
-what Slurm did to end it, in its own word (TIMEOUT, PREEMPTED, NODE_FAIL, REQUEUED, CANCELLED), if it did. first_step and
-last_step are missing where no step was trained. steps_repeated were trained before, but not saved.
+what Slurm did to end it, in its own word (TIMEOUT, PREEMPTED, NODE_FAIL, REQUEUED, CANCELLED), if it did. first_step
+and last_step are missing where no step was trained. steps_repeated were trained before, but not saved.
 """
 
 import fcntl

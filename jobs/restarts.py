@@ -36,7 +36,8 @@ def worth_another(
     if in_vain >= IN_VAIN:
         return False, f"not tried again: {in_vain} attempts failed in a row and saved no step (a crash loop)"
     if failures > max_restarts:
-        return False, f"not tried again: {failures} attempts failed, launch.max_restarts is {max_restarts}"
+        count = "1 attempt" if failures == 1 else f"{failures} attempts"
+        return False, f"not tried again: {count} failed, launch.max_restarts is {max_restarts}"
     then = f"goes on from step {newest_step}" if newest_step else "starts from the first step"
     return True, f"trying again: attempt {len(attempts) + 1} {then}"
 

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from qwenlora.launch.allocation import FIRST_PORT, PORTS, Allocation, candidate_ports
@@ -33,6 +34,7 @@ class Meeting:
         self.token = f"{allocation.job_id}.{allocation.restarts}"
         self.inbox: queue.Queue[Message] = queue.Queue()
         self._peers: dict[int, socket.socket] = {}
+        self._speaking = threading.Lock()  # a node that is taken in hears that first
         self._listener: socket.socket | None = None
         self.port = 0
 
@@ -44,7 +46,7 @@ class Meeting:
 
     def __exit__(self, *_: object) -> None:
         for one in [*self._peers.values(), *filter(None, [self._listener])]:
-            one.close()
+            _close(one)
 
     def _listen(self) -> socket.socket:
         for port in candidate_ports(self.token):
@@ -80,11 +82,12 @@ class Meeting:
             node = hello["node"]
             if hello["token"] != self.token or not 0 < node < self.allocation.nodes:
                 raise ValueError
-            connection.sendall(json.dumps({"token": self.token}).encode() + b"\n")
         except (OSError, ValueError, KeyError, TypeError):
-            connection.close()
+            _close(connection)
             return
-        self._peers[node] = connection
+        with self._speaking:
+            self._peers[node] = connection
+            _say(connection, {"token": self.token})
         self._listen_to(node, lines)
 
     def join(self, timeout_s: float, asked: Callable[[], bool]) -> None:
@@ -96,13 +99,13 @@ class Meeting:
                     connection = socket.create_connection((first, port), timeout=2.0)
                     lines = connection.makefile("r", encoding="utf-8")
                     hello = {"token": self.token, "node": self.allocation.node}
-                    connection.sendall(json.dumps(hello).encode() + b"\n")
+                    _say(connection, hello)
                     if json.loads(lines.readline(65536) or "{}").get("token") == self.token:
                         connection.settimeout(None)
                         self._peers[0] = connection
                         threading.Thread(target=self._listen_to, args=(0, lines), daemon=True).start()
                         return
-                    connection.close()
+                    _close(connection)
                 except (OSError, ValueError) as error:
                     why = str(error)
                 if asked() or time.monotonic() > end:
@@ -122,11 +125,9 @@ class Meeting:
 
     def send(self, **message: Any) -> None:
         """Tell the other side; one that is gone is not told."""
-        for connection in list(self._peers.values()):
-            try:
-                connection.sendall(json.dumps(message, ensure_ascii=False).encode() + b"\n")
-            except OSError:
-                continue
+        with self._speaking:
+            for connection in self._peers.values():
+                _say(connection, message)
 
     def hear(self, timeout_s: float = 0.0) -> Message | None:
         """Return the next message, or None when none came in time."""
@@ -165,3 +166,15 @@ class Meeting:
                     " (launch.join_timeout_s)?"
                 )
         return said
+
+
+def _say(connection: socket.socket, message: Message) -> None:
+    with suppress(OSError):
+        connection.sendall(json.dumps(message, ensure_ascii=False).encode() + b"\n")
+
+
+def _close(connection: socket.socket) -> None:
+    """Close it for the other side, too: a thread that reads from it would keep it open."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()

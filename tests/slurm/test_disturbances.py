@@ -49,7 +49,8 @@ class Disturber:
     def take_a_node_down(self):
         self.cluster.scontrol("update", "NodeName=node2", "State=DOWN", "Reason=test")
         time.sleep(1)
-        self.cluster.scontrol("update", "NodeName=node2", "State=RESUME")
+        # unless slurmd has registered, and so is taken back, already
+        self.cluster.run("scontrol", "update", "NodeName=node2", "State=RESUME", check=False)
         return {"stopped", "killed"}, {"NODE_FAIL"}
 
     def power_a_node_off(self):

@@ -1,0 +1,141 @@
+"""Agents of several nodes meet on loopback addresses, as on a network."""
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from qwenlora.launch.allocation import FIRST_PORT, PORTS, Allocation, allocation, candidate_ports, free_port
+from qwenlora.launch.meeting import Meeting, NotMet
+
+HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+
+
+def node(number, hosts=HOSTS, job_id="12"):
+    return Allocation(number, hosts, job_id, 0, False)
+
+
+def never():
+    return False
+
+
+@pytest.fixture
+def met():
+    """Three nodes that have met."""
+    with Meeting(node(0)) as first, Meeting(node(1)) as second, Meeting(node(2)) as third:
+        for other in (second, third):
+            other.join(5.0, never)
+        yield first, second, third
+
+
+def test_what_is_said_arrives_on_the_other_side(met):
+    first, *others = met
+    for number, other in enumerate(others, 1):
+        other.send(facts={"name": f"中 {number}"})
+    assert {n: said["facts"]["name"] for n, said in first.gather("facts", 5.0).items()} == {1: "中 1", 2: "中 2"}
+    first.send(start=1, port=7)
+    for other in others:
+        message = other.hear(5.0)
+        assert (message["start"], message["port"], message["node"]) == (1, 7, 0)
+
+
+def test_who_does_not_come_is_named():
+    with Meeting(node(0)) as first, Meeting(node(2)) as third:
+        third.join(5.0, never)
+        third.send(facts={})
+        with pytest.raises(NotMet, match=r"^127\.0\.0\.2: no answer within 0 s, of 3 nodes; is port \d+ of 127"):
+            first.gather("facts", 0.4)
+
+
+def test_who_leaves_is_named(met):
+    first, second, third = met
+    third.send(facts={})
+    second.__exit__()
+    with pytest.raises(NotMet, match=r"^127\.0\.0\.2: its agent ended"):
+        first.gather("facts", 5.0)
+
+
+def test_a_stop_request_ends_the_waiting():
+    with Meeting(node(0)) as first:
+        assert first.gather("facts", 60.0, lambda: True) == {}
+    with Meeting(node(1)) as second, pytest.raises(NotMet, match="cannot reach 127"):
+        second.join(60.0, lambda: True)
+
+
+def test_a_port_that_is_taken_is_passed_over():
+    taken = candidate_ports("12.0")[:2]
+    listeners = [socket.create_server((HOSTS[0], port)) for port in taken]
+    try:
+        with Meeting(node(0)) as first, Meeting(node(1)) as second:
+            assert first.port == candidate_ports("12.0")[2]
+            accepting = [threading.Thread(target=lambda s: s.accept()[0].close(), args=(one,)) for one in listeners]
+            for thread in accepting:
+                thread.start()
+            second.join(10.0, never)
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+def test_another_jobs_agent_and_a_stranger_are_sent_away():
+    with Meeting(node(0)) as first:
+        for hello in ({"token": "13.0", "node": 1}, {"token": "12.0", "node": 9}, {"node": 1}, [], "x"):
+            with socket.create_connection((HOSTS[0], first.port), timeout=5) as stranger:
+                stranger.sendall(json.dumps(hello).encode() + b"\n")
+                assert stranger.recv(100) == b""
+        with socket.create_connection((HOSTS[0], first.port), timeout=5) as stranger:
+            stranger.sendall(b"\xff\xfe GET / HTTP/1.1\r\n\r\n")
+            assert stranger.recv(100) == b""
+        with Meeting(node(1)) as second:
+            second.join(5.0, never)
+            second.send(facts=1)
+            assert first.hear(5.0)["facts"] == 1
+
+
+def test_one_node_needs_no_port():
+    with Meeting(node(0, ("127.0.0.1",))) as alone:
+        assert alone.port == 0
+        assert alone.gather("facts", 0.1) == {}
+
+
+def test_the_first_node_waits_for_the_others_to_leave(met):
+    first, second, third = met
+    threading.Timer(0.5, lambda: (second.__exit__(), third.__exit__())).start()
+    start = time.monotonic()
+    first.wait_for_all_to_leave(10.0)
+    assert 0.4 < time.monotonic() - start < 5
+
+
+def test_ports_follow_from_the_job_and_stay_below_those_of_outgoing_connections():
+    assert candidate_ports("12.0") == candidate_ports("12.0") != candidate_ports("13.0")
+    ports = candidate_ports("12.0")
+    assert len(set(ports)) == len(ports)
+    assert all(FIRST_PORT <= port < FIRST_PORT + PORTS < 32768 for port in ports)
+    with socket.create_server(("", free_port("12.0"))) as taken:
+        assert free_port("12.0") != taken.getsockname()[1]
+
+
+SLURM = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a[1-2],b3", "SLURM_NODEID": "1"}
+
+
+def test_an_allocation_is_read_from_slurms_environment(monkeypatch):
+    for name, value in (SLURM | {"SLURM_STEP_NUM_TASKS": "3", "SLURM_RESTART_COUNT": "2"}).items():
+        monkeypatch.setenv(name, value)
+    assert allocation() == Allocation(1, ("a1", "a2", "b3"), "12", 2, False)
+    monkeypatch.setenv("QWENLORA_REQUEUES", "1")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert allocation() == Allocation(1, ("a1", "a2", "b3"), "9_3", 2, True)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "24")
+    with pytest.raises(ValueError, match="srun started 24 tasks on 3 nodes, qwenlora needs one a node"):
+        allocation()
+
+
+def test_without_a_step_there_is_one_node(monkeypatch):
+    for name in SLURM:
+        monkeypatch.delenv(name, raising=False)
+    assert allocation() == Allocation(0, (socket.gethostname(),), None, 0, False)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")  # salloc, without srun
+    assert allocation() == Allocation(0, (socket.gethostname(),), "12", 0, False)
