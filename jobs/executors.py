@@ -105,7 +105,8 @@ def _setup(needs: Needs, folder: Path) -> list[str]:
     """Return what the batch shell does before srun. job.sh decides at the end whether the job comes back."""
     scripts = (folder / "code" / "qwenlora" if needs.snapshot else package()) / "slurm"
     env_file = needs.site.env_file or os.environ.get("QWENLORA_ENV") or str(scripts / "env.sh")
-    lines = [f"source {shlex.quote(str(scripts / 'job.sh'))}", f"job_begin {shlex.quote(env_file)}"]
+    lines = [f"export QWENLORA_LEAD_S={needs.site.signal_lead_s}"]  # before the time limit, in seconds
+    lines += [f"source {shlex.quote(str(scripts / 'job.sh'))}", f"job_begin {shlex.quote(env_file)}"]
     lines += [f"export {name}={shlex.quote(str(value))}" for name, value in needs.site.environment.items()]
     if needs.snapshot:
         lines.append(f'export PYTHONPATH={shlex.quote(str(folder / "code"))}"${{PYTHONPATH:+:$PYTHONPATH}}"')

@@ -9,6 +9,7 @@ import pytest
 from slurm_runs import QWENLORA, TRAIN, adapter, attempts, locally, sbatch, write_config
 
 import qwenlora
+from qwenlora.jobs import submit
 
 HOSTILE = ["a b", "it's", 'say "hi"', "$HOME `id` $(id)", "; rm -rf x", "中文 路径", "*", "", "a\nb", "--nodes=9"]
 
@@ -68,12 +69,19 @@ def test_what_is_wrong_is_said_in_a_line_and_not_tried_again(cluster, tmp_path, 
 
 
 @pytest.mark.slow
-def test_two_nodes_with_two_ranks_each_train_what_one_machine_with_four_does(cluster, tmp_path):
+def test_two_nodes_with_two_ranks_each_train_what_one_machine_with_four_does(cluster, tmp_path, monkeypatch):
     config = write_config(tmp_path, 12)
     job = sbatch(cluster, tmp_path, config, "run_dir=runs/nodes", "launch.nproc_per_node=2")
     cluster.wait(job, "COMPLETED", timeout=200)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    overrides = {"run_dir": "runs/python", "launch.nproc_per_node": 2}
+    submitted = submit(config, overrides, nodes=2, timeout_min=20)
+    cluster.wait(submitted.job_id, "COMPLETED", timeout=200)
+    result = submitted.result()
+    assert (result["reason"], result["step"], submitted.state) == ("done", 12, "COMPLETED")
     locally(tmp_path, config, "alone", 4)
-    assert adapter(tmp_path / "runs/nodes") == adapter(tmp_path / "runs/alone")
+    assert adapter(tmp_path / "runs/nodes") == adapter(tmp_path / "runs/alone") == adapter(tmp_path / "runs/python")
     (attempt,) = attempts(tmp_path / "runs/nodes")
     assert attempt["nodes"] == ["node1", "node2"]
     assert (attempt["processes"], attempt["reason"], attempt["job_id"]) == (4, "done", job)
