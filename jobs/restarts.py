@@ -28,11 +28,11 @@ def worth_another(
     """
     mine = [attempt for attempt in attempts if attempt["job_id"] == job_id]
     marks = [*(attempt.get("saved_before", 0) for attempt in mine), newest_step]
-    failures, in_vain = sum(attempt.get("reason") == "failed" for attempt in mine), 0
+    failures, in_vain = sum(map(_crashed, mine)), 0
     for attempt, before, after in reversed(list(zip(mine, marks[:-1], marks[1:], strict=True))):
         if after > before:
             break
-        in_vain += attempt.get("reason") == "failed"
+        in_vain += _crashed(attempt)
     if in_vain >= IN_VAIN:
         return False, f"not tried again: {in_vain} attempts failed in a row and saved no step (a crash loop)"
     if failures > max_restarts:
@@ -49,3 +49,8 @@ def end_of(attempt: dict[str, Any]) -> str:
         return ""
     state = past[attempt.get("restarts", 0)].state
     return "" if state in answers.UNDER_WAY else state
+
+
+def _crashed(attempt: dict[str, Any]) -> bool:
+    """Whether it failed by itself: not because Slurm lost a node."""
+    return attempt.get("reason") == "failed" and not attempt.get("cause")

@@ -231,6 +231,7 @@ class Node:
             elif "start" in message:
                 self._start(Handover.of_json(message["start"]), message["port"])
             elif "over" in message:
+                self.meeting.stay_until_exit()
                 return EXIT_CODES["done"]
             elif "lost" in message:
                 self.console.print(f"{self.where.host}: the agent of {self.where.hosts[0]} is gone", soft_wrap=True)

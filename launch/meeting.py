@@ -16,7 +16,9 @@ from typing import Any
 from qwenlora.launch.allocation import FIRST_PORT, PORTS, Allocation, candidate_ports
 
 RETRY_S = 0.2
+SETTLE_S = 0.5  # between the end of a process and srun's knowing of it
 Message = dict[str, Any]
+_UNTIL_EXIT: list[socket.socket] = []
 
 
 class NotMet(Exception):  # noqa: N818 (nothing is wrong with the code)
@@ -136,13 +138,20 @@ class Meeting:
         except queue.Empty:
             return None
 
+    def stay_until_exit(self) -> None:
+        """Leave the connection open until this process has ended: that is when the first node may leave."""
+        _UNTIL_EXIT.extend(self._peers.values())
+        self._peers.clear()
+
     def wait_for_all_to_leave(self, timeout_s: float) -> None:
-        """Wait until the other nodes have closed their connections."""
+        """Wait until the other nodes' processes have ended, and srun may know it."""
         end = time.monotonic() + timeout_s
         left = set(self._peers)
         while left and time.monotonic() < end:
             if (message := self.hear(RETRY_S)) and "lost" in message:
                 left.discard(message["node"])
+        if self._peers:
+            time.sleep(SETTLE_S)
 
     def gather(self, what: str, timeout_s: float, asked: Callable[[], bool] = lambda: False) -> dict[int, Message]:
         """Return {node: its message that has `what`} of all other nodes. Raises: NotMet naming those that say nothing.

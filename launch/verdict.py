@@ -52,7 +52,7 @@ def conclude(
         folder.end_attempt(reason, message)
     elif reason == "stopped" and children.asked:
         folder.note_attempt(message=children.why)  # ranks are told to stop by SIGTERM, whoever asked
-    if cause and reason == "stopped":
+    if cause:
         folder.note_attempt(cause=cause)
     return EXIT_CODES[reason]
 

@@ -18,6 +18,8 @@ from qwenlora.launch.plan import processes_of
 from qwenlora.slurm import answers
 
 GRACE_S = 10.0  # for ranks to end by themselves, and to say why, when others have failed
+# srun ends us at once when an agent dies on a node that lives; so the node is gone, and Slurm will say so and requeue
+NODE_LOSS_S = 60.0
 STACKS_S = 3.0  # for all nodes to write their stacks
 LEAD_SIGNALS = ("SIGUSR1", "SIGUSR2")
 _SLURM_ENDS = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "REQUEUED", "TIMEOUT")
@@ -32,7 +34,7 @@ class Watch:
         self.config, self.where, self.meeting, self.children = config, where, meeting, children
         self.folder, self.attempt, self.processes = folder, attempt, processes_of(config)
         self.fault = self.beats = self.cause = ""
-        self._asked_slurm = self._stalled = False
+        self._asked_slurm = self._stalled = self._lost = False
         self._end_by = float("inf")
         self._started = time.monotonic()
         self._ended: set[int] = set()
@@ -85,6 +87,7 @@ class Watch:
             self.meeting.send(end=seconds)
 
     def _lose(self, node: int) -> None:
+        self._lost = True
         self.fault = self.fault or f"the agent of {self.where.hosts[node]} is gone: killed, or its node failed"
         self._end_within(0.0 if self.where.first else GRACE_S)
 
@@ -175,7 +178,14 @@ class Watch:
             self.folder.note_attempt(cause=self.cause)
 
     def cause_of_the_end(self) -> str:
-        """Return what Slurm did to end this attempt, in its word; empty if it did nothing."""
+        """Return what Slurm did to end this attempt, in its word; empty if it did nothing.
+
+        When a node is lost, Slurm takes a while to see it; when a signal came first, what it was for shows later.
+        """
+        end = time.monotonic() + (NODE_LOSS_S if self._lost and self.where.job_id else 0.0)
+        while not self.children.asked and time.monotonic() < end:
+            time.sleep(0.2)
+        self._asked_slurm = self._asked_slurm and self.cause != ""
         self._ask_slurm()
         return self.cause
 

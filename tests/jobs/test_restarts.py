@@ -40,6 +40,13 @@ def test_attempts_of_an_earlier_job_do_not_count():
     )
 
 
+def test_a_node_that_was_lost_is_no_crash():
+    found = [attempt("failed", 0) | {"cause": "NODE_FAIL"} for _ in range(4)]
+    assert restarts.worth_another(found, "7", 3, 0)[0]
+    assert restarts.worth_another([*found, attempt("failed", 0)], "7", 3, 0)[0]
+    assert not restarts.worth_another([*found, attempt("failed", 0), attempt("failed", 0)], "7", 3, 0)[0]
+
+
 def test_no_restarts_are_wanted():
     again, why = restarts.worth_another([attempt("failed", 0)], "7", 0, 20)
     assert (again, why) == (False, "not tried again: 1 attempt failed, launch.max_restarts is 0")
