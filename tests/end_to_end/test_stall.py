@@ -1,0 +1,78 @@
+"""A rank that hangs ends the attempt, by name, with the stacks of all ranks in their logs."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from slurm_runs import attempts, wait_for_step, write_config
+
+pytestmark = pytest.mark.slow
+STALL_S = 8
+
+
+def ranks(run):
+    """Return the ranks' processes, by rank."""
+    ours = [one for one in psutil.process_iter(["cmdline"]) if str(run / "config.yaml") in (one.info["cmdline"] or [])]
+    environments = [(one, one.environ()) for one in ours if "torch.distributed.run" not in one.info["cmdline"]]
+    return {int(environment["RANK"]): one for one, environment in environments if "RANK" in environment}
+
+
+def start(folder, *arguments):
+    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", "train", "my.yaml", *arguments]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(folder / "runs/my", 1, 6)
+    return process
+
+
+def test_the_rank_that_hangs_is_named_and_all_write_their_stacks(tmp_path):
+    config = write_config(tmp_path, 400)
+    run = tmp_path / "runs/run"
+    command = [
+        sys.executable,
+        "-c",
+        "from qwenlora.launch.cli import main; main()",
+        "train",
+        config,
+        "run_dir=runs/run",
+    ]
+    command += ["--nproc", "2", f"launch.stall_timeout_s={STALL_S}"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(run, 1, 6)
+    started = time.monotonic()
+    os.kill(ranks(run)[1].pid, signal.SIGSTOP)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, said
+    assert time.monotonic() - started > STALL_S - 1
+    assert re.search(
+        r"failed: rank 1 on \S+: no progress for \d+ s \(launch.stall_timeout_s is 8\), in step \d+ \(its process is"
+        r" stopped: SIGSTOP, or a debugger\), the others wait; the stacks of all ranks are in .*/logs/attempt-1/rank-\*\.log",
+        said,
+    )
+    assert "Traceback" not in said
+    assert "most recent call first" in (run / "logs/attempt-1/rank-0.log").read_text()
+    assert attempts(run)[0]["reason"] == "failed"
+    assert not ranks(run)
+
+
+def test_stacks_can_be_asked_for_and_change_nothing(tmp_path):
+    config = write_config(tmp_path, 40)
+    run = tmp_path / "runs/run"
+    command = [
+        sys.executable,
+        "-c",
+        "from qwenlora.launch.cli import main; main()",
+        "train",
+        config,
+        "run_dir=runs/run",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(run, 1, 6)
+    os.kill(ranks(run)[0].pid, 41)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert "most recent call first" in (run / "logs/attempt-1/rank-0.log").read_text()
