@@ -20,6 +20,7 @@ from qwenlora.slurm import answers
 GRACE_S = 10.0  # for ranks to end by themselves, and to say why, when others have failed
 # srun ends us at once when an agent dies on a node that lives; so the node is gone, and Slurm will say so and requeue
 NODE_LOSS_S = 60.0
+SLOWEST_START_S = 300.0  # from a process's start to its first sign of life, on a slow disk
 STACKS_S = 3.0  # for all nodes to write their stacks
 LEAD_SIGNALS = ("SIGUSR1", "SIGUSR2")
 _SLURM_ENDS = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "REQUEUED", "TIMEOUT")
@@ -107,11 +108,12 @@ class Watch:
 
     def _anyone_is_behind(self) -> bool:
         """Whether a rank of this node has made no progress for too long."""
-        limit = time.monotonic() - self.config.launch.stall_timeout_s
-        if self._started > limit or not self.beats:
+        now, limit_s = time.monotonic(), self.config.launch.stall_timeout_s
+        if now - self._started < limit_s or not self.beats:
             return False
         beats = heartbeat.read(self.beats)
-        return len(beats) < self.processes or any(beat.at < limit for beat in beats)
+        missing = len(beats) < self.processes and now - self._started > max(limit_s, SLOWEST_START_S)
+        return missing or any(now - beat.at > limit_s for beat in beats)
 
     def _positions_here(self) -> list[tuple[heartbeat.Beat, str, float]]:
         """Return how far each rank of this node is, what its process is at if it does not run, seconds of quiet."""

@@ -12,7 +12,7 @@ import pytest
 from slurm_runs import attempts, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
-STALL_S = 8
+STALL_S = 15
 
 
 def ranks(run):
@@ -30,27 +30,18 @@ def start(folder, *arguments):
 
 
 def test_the_rank_that_hangs_is_named_and_all_write_their_stacks(tmp_path):
-    config = write_config(tmp_path, 400)
-    run = tmp_path / "runs/run"
-    command = [
-        sys.executable,
-        "-c",
-        "from qwenlora.launch.cli import main; main()",
-        "train",
-        config,
-        "run_dir=runs/run",
-    ]
-    command += ["--nproc", "2", f"launch.stall_timeout_s={STALL_S}"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_step(run, 1, 6)
+    write_config(tmp_path, 400)
+    run = tmp_path / "runs/my"
+    process = start(tmp_path, "--nproc", "2", f"launch.stall_timeout_s={STALL_S}")
     started = time.monotonic()
     os.kill(ranks(run)[1].pid, signal.SIGSTOP)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 1, said
     assert time.monotonic() - started > STALL_S - 1
     assert re.search(
-        r"failed: rank 1 on \S+: no progress for \d+ s \(launch.stall_timeout_s is 8\), in step \d+ \(its process is"
-        r" stopped: SIGSTOP, or a debugger\), the others wait; the stacks of all ranks are in .*/logs/attempt-1/rank-\*\.log",
+        r"failed: rank 1 on \S+: no progress for \d+ s \(launch.stall_timeout_s is 15\), in step \d+ \(its process is"
+        r" stopped: SIGSTOP, or a debugger\), the others wait; the stacks of all ranks are in"
+        r" .*/logs/attempt-1/rank-\*\.log",
         said,
     )
     assert "Traceback" not in said
@@ -60,18 +51,9 @@ def test_the_rank_that_hangs_is_named_and_all_write_their_stacks(tmp_path):
 
 
 def test_stacks_can_be_asked_for_and_change_nothing(tmp_path):
-    config = write_config(tmp_path, 40)
-    run = tmp_path / "runs/run"
-    command = [
-        sys.executable,
-        "-c",
-        "from qwenlora.launch.cli import main; main()",
-        "train",
-        config,
-        "run_dir=runs/run",
-    ]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_step(run, 1, 6)
+    write_config(tmp_path, 40)
+    run = tmp_path / "runs/my"
+    process = start(tmp_path)
     os.kill(ranks(run)[0].pid, 41)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said

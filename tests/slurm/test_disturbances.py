@@ -79,13 +79,16 @@ def assert_came_through(cluster, folder, job, said, undisturbed):
     assert adapter(run) == undisturbed
 
 
-def test_everything_that_ends_a_job_in_one_run(cluster, tmp_path, undisturbed):
+@pytest.mark.parametrize(
+    "ways",
+    [("tell_to_save", "requeue", "preempt"), ("take_a_node_down", "power_a_node_off", "requeue_and_hold")],
+    ids="-".join,
+)
+def test_what_ends_a_job_in_one_run_after_the_other(cluster, tmp_path, undisturbed, ways):
     job = submit(cluster, tmp_path)
-    disturber = Disturber(cluster, job)
-    ways = ["tell_to_save", "requeue", "preempt", "take_a_node_down", "power_a_node_off", "requeue_and_hold"]
-    said = []
+    disturber, said = Disturber(cluster, job), []
     for number, way in enumerate(ways, 1):
-        wait_for_step(tmp_path / "runs/run", number, 1 + 7 * number)
+        wait_for_step(tmp_path / "runs/run", number, 1 + 14 * number)
         said.append(getattr(disturber, way)())
     assert_came_through(cluster, tmp_path, job, said, undisturbed)
 
