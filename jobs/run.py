@@ -20,6 +20,7 @@ from qwenlora.jobs import code
 from qwenlora.jobs.disk import write_atomically
 from qwenlora.jobs.history import History, Reason
 
+PREFLIGHT = 0  # in place of an attempt's number: only checks before a start
 PREPARE_ONLY = "--prepare-only"  # what a rank's module is told that only prepares
 
 # what may change between two attempts without making it another run: how it is watched, started, cut into
@@ -81,7 +82,7 @@ class RunFolder:
 
     def logs(self, attempt: int) -> Path:
         """Return the folder of an attempt's logs."""
-        return self.path / "logs" / f"attempt-{attempt}"
+        return self.path / "logs" / (f"attempt-{attempt}" if attempt != PREFLIGHT else "preflight")
 
     def log(self, attempt: int, process: str) -> Path:
         """Return the file that a process (launch, prepare, rank-0 ...) writes everything to."""

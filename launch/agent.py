@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +19,7 @@ from qwenlora.data.current import is_current
 from qwenlora.jobs import heartbeat, restarts
 from qwenlora.jobs.handover import Handover
 from qwenlora.jobs.history import EXIT_CODES
-from qwenlora.jobs.run import RunFolder, step_of
+from qwenlora.jobs.run import PREFLIGHT, RunFolder, step_of
 from qwenlora.launch import preflight
 from qwenlora.launch.allocation import Allocation, allocation, free_port
 from qwenlora.launch.children import Children
@@ -37,7 +36,7 @@ from qwenlora.launch.plan import (
     say_processes,
     torchrun_argv,
 )
-from qwenlora.launch.verdict import conclude
+from qwenlora.launch.verdict import conclude, explain, first_error
 from qwenlora.launch.watch import Watch
 
 # a requeued job may start before the last processes of the one before are gone
@@ -77,7 +76,8 @@ def run(
             node = Node(config, where, children, meeting, console)
             return node.lead(handover, only_check=only_check) if where.first else node.follow()
         except NotMet as missing:
-            console.print(f"failed: {missing}", style="red", soft_wrap=True)
+            if not children.asked:
+                console.print(f"failed: {missing}", style="red", soft_wrap=True)
             return EXIT_CODES["failed"]
 
 
@@ -156,14 +156,18 @@ class Node:
 
     def _only_check(self) -> int:
         """Do all checks before the start and nothing else."""
-        self._check_nodes()
-        with Path(os.devnull).open("ab") as log:
-            handover = Handover(only_check=True)
-            watch = Watch(self.config, self.where, self.meeting, self.children, self.folder, 0)
-            code = self._train(watch, handover, free_port(self.meeting.token), log)
-        if watch.fault:
-            self.console.print(f"failed: {watch.fault}", style="red", soft_wrap=True)
-        return EXIT_CODES["failed"] if watch.fault or code else EXIT_CODES["done"]
+        watch = Watch(self.config, self.where, self.meeting, self.children, self.folder, PREFLIGHT)
+        self.folder.logs(PREFLIGHT).mkdir(parents=True, exist_ok=True)
+        try:
+            self._check_nodes()
+            code = self._train(watch, Handover(PREFLIGHT, only_check=True), free_port(self.meeting.token))
+        finally:
+            self.folder.refused()  # the config is not this run's yet
+        if code or watch.fault:
+            error = first_error(self.folder, PREFLIGHT)
+            message = watch.fault or (error["message"] if error else f"a process ended with exit code {code}")
+            explain(self.folder, PREFLIGHT, message, error, self.console, tail=not watch.fault)
+        return EXIT_CODES["failed"] if code or watch.fault else EXIT_CODES["done"]
 
     def _check_nodes(self) -> None:
         """Meet the other nodes and compare. Raises: NotMet naming those that do not come, or are not alike."""
@@ -197,14 +201,14 @@ class Node:
     def _gather(self, what: str, timeout_s: float) -> dict[int, Any]:
         return self.meeting.gather(what, timeout_s, lambda: self.children.asked)
 
-    def _train(self, watch: Watch, handover: Handover, port: int, log: Any = None) -> int:
+    def _train(self, watch: Watch, handover: Handover, port: int) -> int:
         """Have all nodes start their ranks; return this node's exit code when they have all ended."""
         where = self.where
         over = f" on {where.nodes} nodes" * (where.nodes > 1)
         if not handover.only_check:
             self.console.print(f"starting {say_processes(self.processes * where.nodes)}{over} ...")
         self.meeting.send(start=handover.as_json(), port=port)
-        return self._run_ranks(watch, handover, port, log)
+        return self._run_ranks(watch, handover, port)
 
     def _warn(self, line: str) -> None:
         if line:
@@ -220,7 +224,8 @@ class Node:
     def follow(self) -> int:
         """Do as the first node says. Return 0: what came of it is for the first node to say; 1 when it is gone."""
         asked: Callable[[], bool] = lambda: self.children.asked  # noqa: E731
-        self.meeting.join(self.config.launch.join_timeout_s, asked)
+        # longer than the first node waits: it names all that are missing
+        self.meeting.join(self.config.launch.join_timeout_s + FAREWELL_S, asked)
         self.meeting.send(facts=preflight.facts(self.config, self.processes))
         while True:
             message = self.meeting.hear(1.0)
@@ -256,7 +261,7 @@ class Node:
 
     # ---- all nodes
 
-    def _run_ranks(self, watch: Watch, handover: Handover, port: int, log: Any = None) -> int:
+    def _run_ranks(self, watch: Watch, handover: Handover, port: int) -> int:
         where = self.where
         rendezvous = ["--standalone"]
         if where.nodes > 1:
@@ -267,7 +272,7 @@ class Node:
         name = f"launch-{where.node}" if where.node else "launch"
         with ExitStack() as held:
             beats = held.enter_context(heartbeat.make_folder())
-            log = log or held.enter_context(self.folder.log(handover.attempt, name).open("ab"))
+            log = held.enter_context(self.folder.log(handover.attempt, name).open("ab"))
             watch.beats = beats
             environment = _environment(replace(handover, beats=beats)) | self._flight_recorder(handover.attempt)
             code = self.children.run(argv, environment, log, watch.while_training)

@@ -34,7 +34,7 @@ def conclude(
     attempts = folder.history.attempts()
     reason: Reason | None = attempts[-1].get("reason") if attempts else None  # none: the run folder is gone
     if reason is None:  # rank 0 did not live to say
-        error = _first_error(folder, attempt)
+        error = first_error(folder, attempt)
         message = fault or (error["message"] if error else f"a process ended without a word (exit code {code})")
         if code == 0 and not fault and folder.adapter.exists():  # it could not be noted
             return EXIT_CODES["done"]
@@ -57,7 +57,7 @@ def conclude(
     return EXIT_CODES[reason]
 
 
-def _first_error(folder: RunFolder, attempt: int) -> dict[str, Any] | None:
+def first_error(folder: RunFolder, attempt: int) -> dict[str, Any] | None:
     """Return the error of the rank that failed first: the others mostly fail because it did.
 
     A rank that was killed could not say so; torchrun knows.
