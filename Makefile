@@ -1,6 +1,7 @@
 # make train   from nothing to a fine-tuned tiny Qwen       make test    everything this machine can run
 # make check   lint, format, types                          make gpu     the tests that need a CUDA GPU
 # make chaos   kills runs 200 times and signals them 50    make clean   remove .venv and build leftovers
+# make test-slow   ten random disturbances of a Slurm job
 # make slurm-up, slurm-down   a Slurm cluster on this machine, the one that the tests use
 #
 # PYTHON=python3.12 make train   chooses the interpreter (3.11 to 3.13)
@@ -12,7 +13,7 @@ SOURCES := $(shell find . -path './$(VENV)' -prune -o -path ./build -prune -o -p
 	-o -path ./tests -prune -o -path ./benchmarks -prune -o \( -name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' \
 	-o -name '*.html' -o -name schema.json -o -name py.typed \) -print)
 
-.PHONY: train test gpu chaos slurm-up slurm-down check format schema clean system
+.PHONY: train test test-slow gpu chaos slurm-up slurm-down check format schema clean system
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -23,7 +24,11 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	@echo '== running the tests that this machine can run'
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not long'
+
+test-slow: $(VENV)/.installed-test
+	@echo '== running the tests that take more than two minutes each'
+	$(BIN)/python -m pytest -s -m long
 
 gpu: $(VENV)/.installed-test
 	@echo '== running the tests that need a CUDA GPU'

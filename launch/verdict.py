@@ -36,7 +36,7 @@ def conclude(
     if reason is None:  # rank 0 did not live to say
         error = first_error(folder, attempt)
         message = fault or (error["message"] if error else f"a process ended without a word (exit code {code})")
-        if code == 0 and not fault and folder.adapter.exists():  # it could not be noted
+        if code == 0 and not fault and not children.asked and folder.adapter.exists():  # it could not be noted
             return EXIT_CODES["done"]
         if children.asked and not error and not fault:
             reason, message = "stopped", f"{children.why}: before anything was saved"
