@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,27 @@ def test_two_jobs_that_share_nodes_do_not_collide(cluster, tmp_path):
     assert adapter(tmp_path / "runs/one") == adapter(tmp_path / "runs/two")
     records = [json.loads((tmp_path / "runs" / name / "facts.json").read_text()) for name in ("one", "two")]
     assert records[0]["data_folder"] == records[1]["data_folder"]
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_at_its_time_limit_comes_back(cluster, tmp_path):
+    """Its processes hear nothing, and are killed after KillWait."""
+    command = tmp_path / "deaf"
+    script = (
+        "#!/bin/bash",
+        "((${SLURM_RESTART_COUNT:-0})) && exit 0",
+        "trap '' TERM USR1",
+        "sleep 200 & wait",
+        "sleep 200",
+    )
+    command.write_text("\n".join(script))
+    command.chmod(0o755)
+    job = cluster.sbatch("--time=10", TRAIN, "my.yaml", cwd=tmp_path, env={"QWENLORA": str(command)})
+    cluster.wait(job, "RUNNING")
+    time.sleep(1)
+    cluster.scontrol("update", f"JobId={job}", "EndTime=now+3seconds")
+    deadline = time.monotonic() + 90  # Slurm looks every 30 s
+    while "Restarts=1" not in cluster.scontrol("show", "job", job):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    cluster.wait(job, "COMPLETED", timeout=60)

@@ -27,9 +27,7 @@ def test_a_wrong_product_is_named(monkeypatch):
         return product
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", wrong)
-    with pytest.raises(
-        TrainingFault, match=r"^rank 0 on \S+: 1 of 262144 entries of a matrix product are wrong"
-    ):
+    with pytest.raises(TrainingFault, match=r"^rank 0 on \S+: 1 of 262144 entries of a matrix product are wrong"):
         preflight.check(CPU)
 
 
