@@ -14,7 +14,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
-set -uo pipefail
+set -o pipefail # no -u: what env.sh sources (conda, modules) may not bear it
 
 if (($# == 0)); then
     echo "usage: sbatch [--nodes 4 --gpus-per-node 8 ...] slurm/train.sh CONFIG [key=value ...]" >&2
