@@ -15,7 +15,11 @@ job_begin() {
     container=() srun_options=()
     if [[ -n ${1:-} ]]; then
         # shellcheck source=slurm/env.sh
-        source "$1" || { echo "error: $1 failed; it sets up this site's jobs (slurm/env.sh says how)" >&2; exit 2; }
+        if ! source "$1"; then
+            echo "error: $1 failed; it sets up this site's jobs (slurm/env.sh says how)" >&2
+            kill -HUP "$job_watcher"
+            exit 2
+        fi
     fi
 }
 
@@ -35,8 +39,9 @@ job_watch() {
     trap 'job=$(scontrol show job "$(job_id)"); [[ $job == *Reason=TimeLimit* && $job == *Requeue=1* ]] &&
         scontrol requeue "$(job_id)"; exit' TERM
     trap '' INT USR1 USR2
+    trap 'kill $!; exit' HUP # from job_end
     while :; do
-        sleep 3600 &
+        sleep 3600 >&- 2>&- & # nobody waits for its output
         wait
     done
 }
@@ -44,7 +49,7 @@ job_watch() {
 job_end() {
     local code=$1 job id
     id=$(job_id)
-    kill -KILL "$job_watcher" 2>/dev/null
+    kill -HUP "$job_watcher" 2>/dev/null
     # 75: stopped, or worth another try. Over 128: killed at the time limit, before all was said
     if ((code != 75 && code <= 128)); then exit "$code"; fi
     for _ in 1 2 3; do
