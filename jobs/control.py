@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from qwenlora.jobs import ledger
-from qwenlora.jobs.find import Found
+from qwenlora.jobs.find import Found, is_alive
 from qwenlora.slurm import answers
 
 
@@ -35,21 +35,21 @@ def resume(found: Found) -> str:
         raise ValueError(f"job {job.job_id} {what}")
     if not job and found.runs_here():
         raise ValueError(f"{found.one('resume').path} is running already")
+    if found.run and found.run.done:
+        raise ValueError(f"{found.run.path} is done; more train.max_steps or num_train_epochs make it longer")
     lines = ledger.submissions(found.run) if found.run and not found.sweep else []
     if lines:
         return _submit_again(lines[-1])
     if job:
+        with contextlib.suppress(ValueError):
+            _slurm("scontrol", "update", f"JobId={job.job_id}", "Requeue=1")  # cancel has forbidden it
         if problem := answers.requeue(job.job_id):
-            raise ValueError(f"job {job.job_id} cannot be requeued: {problem}")
+            again = f"; submit it again: sbatch {job.command}" if job.command else ""
+            raise ValueError(f"job {job.job_id} cannot be requeued: {problem}{again}")
         return f"job {job.job_id} is requeued"
     run = found.one("resume")
     config = shlex.quote(str(run.config))
     raise ValueError(f"{run.path} was not submitted from here; this goes on with it: qwenlora train {config}")
-
-
-def is_alive(job: answers.Job) -> bool:
-    """Whether a job waits, runs, or is being stopped, perhaps to run again."""
-    return job.completing or job.state in answers.UNDER_WAY
 
 
 def _cancel(found: Found, *, now: bool) -> str:
@@ -65,7 +65,8 @@ def _cancel(found: Found, *, now: bool) -> str:
     run = found.one("cancel")
     process = run.holder
     if run.history.unfinished is None or process is None or not Path("/proc", str(process)).exists():
-        raise ValueError(f"{run.path} is not running on this machine, nor as a job that Slurm knows")
+        over = f"; its job {job.job_id} is over: {job.state}" if job else ", nor as a job that Slurm knows"
+        raise ValueError(f"{run.path} is not running on this machine{over}")
     os.kill(process, signal.SIGKILL if now else signal.SIGTERM)
     return f"process {process} is {'killed' if now else 'asked to save and to stop'}"
 

@@ -15,8 +15,8 @@ from submitit.slurm.slurm import _make_sbatch_string
 from qwenlora.jobs.site import Site
 from qwenlora.jobs.snapshot import package
 
-# --kill-on-bad-exit: a node that gives up ends the others; --open-mode: a job that comes back writes on
-SRUN_ARGS = ("--kill-on-bad-exit=1", "--open-mode=append")
+# as in slurm/train.sh; --open-mode: a job that comes back writes on
+SRUN_ARGS = ("--kill-on-bad-exit=0", "--wait=300", "--open-mode=append")
 SETUP = (
     "export PYTHONSAFEPATH=1",  # else a random.py of the working folder is taken for Python's own
     'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_ON_NODE:-1}"',  # since Slurm 22.05 srun does not hear of --cpus-per-task

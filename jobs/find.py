@@ -34,6 +34,13 @@ class Found:
             return True  # perhaps before its first attempt
         return self.run.history.unfinished is not None and not self.run.abandoned
 
+    def alive(self) -> str:
+        """Return what the run is under way as, in words; empty when it is not, as far as is known here."""
+        job = self.job()
+        if job and is_alive(job):
+            return f"job {job.job_id} ({job.state})"
+        return "a process of this machine" if self.runs_here() else ""
+
     def one(self, command: str) -> RunFolder:
         """Return the run, for a command that can do with no more and no less. Raises: ValueError."""
         if self.sweep and self.run:
@@ -44,12 +51,17 @@ class Found:
         return self.run
 
 
+def is_alive(job: answers.Job) -> bool:
+    """Whether a job waits, runs, or is being stopped, perhaps to run again."""
+    return job.completing or job.state in answers.UNDER_WAY
+
+
 def find(named: str) -> Found:
     """Return what is named. Raises: ValueError when there is nothing of the kind."""
     run = RunFolder(named)
     if run.history.file.exists() or ledger.submissions(run):
         runs = tuple(ledger.sweep_runs(run))
-        return Found(run, _newest_job(run), runs)
+        return Found(run, newest_job(run), runs)
     if runs := tuple(ledger.sweep_runs(run)):
         return Found(run, None, runs)
     if not _JOB_ID.fullmatch(named):
@@ -83,8 +95,11 @@ def _is_submitit(process: str) -> bool:
         return False
 
 
-def _newest_job(run: RunFolder) -> str | None:
-    """Return the job that was submitted, or that started, last."""
+def newest_job(run: RunFolder) -> str | None:
+    """Return the job that the run is under way as, else the one that was submitted, or that started, last."""
+    unfinished = run.history.unfinished
+    if unfinished and unfinished.get("job_id") and (job := answers.ask(unfinished["job_id"])) and is_alive(job):
+        return str(unfinished["job_id"])
     jobs: list[tuple[str, str]] = [
         (line["time"], line["job_id"]) for line in ledger.submissions(run) if line["cluster"] == "slurm"
     ]

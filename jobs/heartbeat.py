@@ -39,7 +39,7 @@ class Heart:
             return
         self._step = self._step if step is None else step
         self._beats += 1
-        beat = Beat(self._rank, os.getpid(), self._step, self._beats, round(time.monotonic(), 3))
+        beat = Beat(self._rank, os.getpid(), self._step, self._beats, time.monotonic())
         os.pwrite(self._descriptor, json.dumps(beat).ljust(_WIDTH).encode(), 0)
 
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwenlora.jobs import ledger
-from qwenlora.jobs.control import is_alive
-from qwenlora.jobs.find import Found
+from qwenlora.jobs.find import Found, is_alive
 
 POLL_S = 0.5
 ASK_S = 10.0  # Slurm is asked this often whether the job is over

@@ -26,20 +26,27 @@ def worth_another(
 
     newest_step: of the newest checkpoint, now. Only attempts of this job count: who submits again wants it tried again.
     """
-    mine = [attempt for attempt in attempts if attempt["job_id"] == job_id]
-    marks = [*(attempt.get("saved_before", 0) for attempt in mine), newest_step]
-    failures, in_vain = sum(map(_crashed, mine)), 0
-    for attempt, before, after in reversed(list(zip(mine, marks[:-1], marks[1:], strict=True))):
-        if after > before:
-            break
-        in_vain += _crashed(attempt)
-    if in_vain >= IN_VAIN:
-        return False, f"not tried again: {in_vain} attempts failed in a row and saved no step (a crash loop)"
+    failures = sum(_crashed(attempt) for attempt in attempts if attempt["job_id"] == job_id)
+    crashes = sum(map(_crashed, _without_progress(attempts, job_id, newest_step)))
+    if crashes >= IN_VAIN:
+        return False, f"not tried again: {crashes} attempts failed in a row and saved no step (a crash loop)"
     if failures > max_restarts:
         count = "1 attempt" if failures == 1 else f"{failures} attempts"
         return False, f"not tried again: {count} failed, launch.max_restarts is {max_restarts}"
     then = f"goes on from step {newest_step}" if newest_step else "starts from the first step"
     return True, f"trying again: attempt {len(attempts) + 1} {then}"
+
+
+def in_vain(attempts: list[dict[str, Any]], job_id: str | None, newest_step: int) -> int:
+    """Return how many attempts of the job in a row have saved no step."""
+    return len(_without_progress(attempts, job_id, newest_step))
+
+
+def _without_progress(attempts: list[dict[str, Any]], job_id: str | None, newest_step: int) -> list[dict[str, Any]]:
+    mine = [attempt for attempt in attempts if attempt["job_id"] == job_id]
+    marks = [*(attempt.get("saved_before", 0) for attempt in mine), newest_step]
+    last_progress = max((number for number in range(len(mine)) if marks[number + 1] > marks[number]), default=-1)
+    return mine[last_progress + 1 :]
 
 
 def end_of(attempt: dict[str, Any]) -> str:

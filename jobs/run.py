@@ -168,11 +168,11 @@ class RunFolder:
                 self.refused()
                 raise
 
-    def check(self, config: Config) -> None:
+    def check(self, config: Config, *, fresh: bool = False, allowed: Sequence[str] = ()) -> None:
         """Refuse what claim would refuse, and touch nothing. Raises: ValueError."""
         self._check_place()
-        if self.trained:
-            self._changes(config, ())
+        if self.trained and not fresh:
+            self._changes(config, allowed)
 
     def _check_place(self) -> None:
         if self.path.exists() and not self.path.is_dir():

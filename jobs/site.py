@@ -92,7 +92,7 @@ class Site(Section):
     mem_gb: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Memory a node, in GiB.")
     timeout_min: PositiveInt | None = Field(None, description="Time limit in minutes, where it does not say.")
     exclusive: bool = Field(False, description="Whole nodes, shared with no other job.")
-    signal_lead_s: PositiveInt = Field(90, description="Seconds before the time limit at which the run saves.")
+    signal_lead_s: PositiveInt = Field(120, description="Seconds before the time limit at which the run saves.")
     env_file: Line | None = Field(
         None, description="Shell file that loads modules or a venv, relative to this one. Default: slurm/env.sh."
     )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenlora.jobs import ledger
-from qwenlora.jobs.find import Found
+from qwenlora.jobs.find import Found, is_alive
 from qwenlora.jobs.history import goodput
 from qwenlora.jobs.metrics_file import last_line
 from qwenlora.jobs.run import RunFolder
@@ -26,7 +26,8 @@ def show(found: Found, console: Console) -> None:
         console.print(_where(run, attempts) if attempts else waiting, soft_wrap=True)
     attempts = found.run.history.attempts() if found.run and not found.sweep else []
     if found.run and attempts:
-        console.print(_where(found.run, attempts), soft_wrap=True)
+        job = found.job()
+        console.print(_where(found.run, attempts, job), soft_wrap=True)
     if found.job_id:
         console.print(_job(found.job_id, found.job()), soft_wrap=True)
     if attempts:
@@ -41,7 +42,7 @@ def _job(job_id: str, job: answers.Job | None) -> str:
         return f"job {job_id}: Slurm does not know it any more"
     parts = [f"job {job_id}: {job.state}"]
     if job.state == "PENDING" and job.reason:
-        parts.append(f"waits for {job.reason}")
+        parts.append(f"waits: {job.reason.replace('_', ' ')}")
     if job.state == "RUNNING" and job.seconds_left is not None:
         parts.append(f"{timedelta(seconds=round(job.seconds_left))} left of its time")
     if job.nodes:
@@ -51,10 +52,13 @@ def _job(job_id: str, job: answers.Job | None) -> str:
     return " · ".join(parts)
 
 
-def _where(run: RunFolder, attempts: list[dict[str, Any]]) -> str:
+def _where(run: RunFolder, attempts: list[dict[str, Any]], job: answers.Job | None = None) -> str:
     last = next((one for one in reversed(attempts) if one.get("reason") != "refused"), attempts[-1])
     progress = run.history.progress.read(last["attempt"])
-    said = last.get("reason", "killed" if run.abandoned else "running")
+    over = run.abandoned or (job is not None and not is_alive(job))
+    said = last.get("reason", "killed" if over else "running")
+    if job and job.state == "PENDING" and said != "done":
+        said = "waits to go on"
     parts = [f"{run.path.name}: {said}", f"step {progress.get('step') or run.history.last_step()}"]
     if said == "running" and progress:
         parts[1] += f", {datetime.now(UTC).timestamp() - progress['time']:.0f} s ago"
@@ -72,9 +76,10 @@ def _table(attempts: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     jobs = any(attempt["job_id"] for attempt in attempts)
     causes = any(attempt.get("cause") for attempt in attempts)
-    right = ("#", "procs", "again", "restart")
-    names = ("#", "start (UTC)", "took", "procs", *["job"] * jobs, "from", "steps", "again", "restart", "ended")
-    for name in (*names, *["cause"] * causes):
+    right = ("#", "ranks", "from", "again", "restart")
+    # within 80 columns: how long starts took gives way to what Slurm did
+    names = ("#", "start (UTC)", "took", "ranks", *["job"] * jobs, "from", "steps", "again")
+    for name in (*names, *["restart"] * (not jobs), "ended", *["cause"] * causes):
         table.add_column(name, no_wrap=True, justify="right" if name in right else "left")
     for attempt in attempts:
         reason = attempt.get("reason", "-")
@@ -85,10 +90,10 @@ def _table(attempts: list[dict[str, Any]]) -> Table:
             _took(attempt),
             str(attempt["processes"]),
             *[str(attempt["job_id"])] * jobs,
-            attempt.get("resumed_from") or "-",
+            (attempt.get("resumed_from") or "-").removeprefix("checkpoint-"),
             f"{trained}-{attempt.get('last_step', '')}" if trained else "-",
             str(attempt.get("steps_repeated", "-")),
-            f"{sum(attempt['seconds'].values()):.1f} s" if "seconds" in attempt else "-",
+            *[f"{sum(attempt['seconds'].values()):.1f} s" if "seconds" in attempt else "-"] * (not jobs),
             reason,
             *[attempt.get("cause") or "-"] * causes,
         )

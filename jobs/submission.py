@@ -23,6 +23,7 @@ from qwenlora.configs import Config, load_config
 from qwenlora.configs.load import to_yaml
 from qwenlora.jobs import executors, ledger, sweeps
 from qwenlora.jobs.executors import Needs
+from qwenlora.jobs.find import Found, newest_job
 from qwenlora.jobs.run import RunFolder
 from qwenlora.jobs.site import Site, load_site
 from qwenlora.jobs.snapshot import snapshot as copy_package
@@ -46,6 +47,8 @@ class Asked:
     timeout_min: int | None = None
     snapshot: bool = False
     name: str | None = None
+    fresh: bool = False
+    allowed: tuple[str, ...] = ()
 
     @property
     def on_slurm(self) -> bool:
@@ -66,6 +69,8 @@ class Asked:
             )
         if self.on_slurm and not (self.timeout_min or site.timeout_min):
             raise ValueError("timeout_min is missing: minutes, as --timeout-min 600; or set it in a site file")
+        if self.cluster == "debug" and (self.fresh or self.allowed):
+            raise ValueError("fresh and allow_config_change do not go with cluster=debug; qwenlora train knows them")
         if self.cluster == "debug" and self.snapshot:
             raise ValueError("snapshot has no effect with cluster=debug, which runs in this process; leave it out")
 
@@ -97,6 +102,8 @@ class Submission:
     needs: Needs
     max_parallel: int | None = None
     source: Path | None = None
+    fresh: bool = False
+    allowed: tuple[str, ...] = ()
 
     @property
     def gpu_hours(self) -> float:
@@ -165,7 +172,9 @@ class Submission:
         return executors.slurm(self.needs, folder, self.max_parallel)
 
     def _task(self, file: Path) -> Attempt | InProcess:
-        return InProcess(str(file)) if self.cluster == "debug" else Attempt(str(file), self.cluster == "slurm")
+        if self.cluster == "debug":
+            return InProcess(str(file))
+        return Attempt(str(file), self.cluster == "slurm", self.fresh, self.allowed)
 
     def _note(self, folder: Path, jobs: Sequence[Job], files: Sequence[Path]) -> None:
         site = self.needs.site.file
@@ -190,15 +199,19 @@ def submit(
     site: str | Path | None = None,
     snapshot: bool = False,
     name: str | None = None,
+    fresh: bool = False,
+    allow_config_change: Sequence[str] = (),
 ) -> Job:
     """Submit a run; return submitit's Job, whose result is the run's summary.
 
     cluster: slurm; local: a process of this machine; debug: this process, once the result is asked for.
     nodes, gpus_per_node, cpus_per_task (CPUs a node), timeout_min (minutes): default to the site's, then to one node,
     no GPU, one CPU a process; Slurm must be told a time. site: a site file or its name (site.py). name: the job's.
-    snapshot: run a copy of the package, made now. Raises: ValueError for all that is known to fail.
+    snapshot: run a copy of the package, made now. fresh, allow_config_change: as `qwenlora train` has them.
+    Raises: ValueError for all that is known to fail.
     """
-    asked = Asked(cluster, nodes, gpus_per_node, cpus_per_task, timeout_min, snapshot, name)
+    allowed = tuple(allow_config_change)
+    asked = Asked(cluster, nodes, gpus_per_node, cpus_per_task, timeout_min, snapshot, name, fresh, allowed)
     return prepare(config, overrides, asked, site).submit()[0]
 
 
@@ -262,6 +275,7 @@ def _prepare(target: RunFolder, configs: tuple[Config, ...], asked: Asked, site:
     nodes, processes = asked.needs(site, 1, target).nodes, 1
     for config in configs:
         processes = max(processes, _check(config, asked, site, nodes))
+    more |= {"fresh": asked.fresh, "allowed": asked.allowed}
     return Submission(target, configs, asked.cluster, asked.needs(site, processes, target), **more)
 
 
@@ -273,7 +287,13 @@ def _check(config: Config, asked: Asked, site: Site, nodes: int) -> int:
     processes = config.launch.nproc_per_node or gpus or (1 if asked.on_slurm else plan.processes_of(config))
     processes = 1 if asked.cluster == "debug" else processes
     plan.check(config, nodes, processes)
-    RunFolder(config.run_dir).check(config)
+    run = RunFolder(config.run_dir)
+    plan.check_keys(asked.allowed)
+    run.check(config, fresh=asked.fresh, allowed=asked.allowed)
+    if under_way := Found(run, newest_job(run)).alive():
+        raise ValueError(
+            f"run_dir={run.path} is under way as {under_way}; cancel that first, or choose another run_dir"
+        )
     return processes
 
 

@@ -3,8 +3,10 @@
 submitit pickles an Attempt when it is submitted and calls it when the job starts, each time that it starts.
 """
 
+import logging
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -20,10 +22,15 @@ _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class Attempt:
-    """The agent on config_file, as a callable. brought_back: whether Slurm starts it again when it asks for that."""
+    """The agent on config_file, as a callable. brought_back: whether Slurm starts it again when it asks for that.
+
+    fresh: set an earlier run aside, the first time; allowed: config keys that may differ from the run's so far.
+    """
 
     config_file: str
     brought_back: bool
+    fresh: bool = False
+    allowed: tuple[str, ...] = ()
 
     def __call__(self) -> dict[str, Any] | None:
         """Return the run's summary, on the first node; None on the others.
@@ -37,7 +44,7 @@ class Attempt:
         for number in _REQUESTS:
             signal.signal(number, _leave)
         config = load_config(self.config_file)
-        code = agent.run(config)
+        code = agent.run(config, fresh=self.fresh, allowed=self.allowed)
         for number in _REQUESTS:
             signal.signal(number, signal.SIG_IGN)  # it is over: what is left is to write down the result
         return _outcome(RunFolder(config.run_dir), code, brought_back=self.brought_back)
@@ -81,6 +88,18 @@ def _leave(number: int, frame: FrameType | None) -> None:
     raise SystemExit(EXIT_CODES["stopped"])
 
 
+def _leave_without_traceback(code: int) -> None:
+    """Have this process, if what comes next ends it, leave with code: the agent has said all there is to say."""
+
+    def leave(*_: object) -> None:
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        sys.excepthook = leave
+
+
 def _outcome(run: RunFolder, code: int, *, brought_back: bool) -> dict[str, Any] | None:
     if code == EXIT_CODES["stopped"] and brought_back:
         raise SystemExit(code)  # no Exception: submitit writes no result, and the batch shell sees the code
@@ -89,6 +108,7 @@ def _outcome(run: RunFolder, code: int, *, brought_back: bool) -> dict[str, Any]
         return summary(run) if first else None
     attempts = run.history.attempts()
     message = (attempts[-1].get("message") if attempts else "") or f"the agent ended with exit code {code}"
+    _leave_without_traceback(code)
     if code == EXIT_CODES["refused"]:
         raise ValueError(message)
     raise RuntimeError(f"{message}; logs: {run.logs(len(attempts))}")

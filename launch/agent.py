@@ -6,6 +6,7 @@ says and leave with 0. Each runs torchrun on `qwenlora.trainer.main` for its ran
 """
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -41,7 +42,8 @@ from qwenlora.launch.watch import Watch
 
 # a requeued job may start before the last processes of the one before are gone
 WAIT_FOR_THE_FOLDER_S = 120.0
-FAREWELL_S = 20.0
+FAREWELL_S = 30.0
+MOST_IN_VAIN = 10  # attempts that were stopped before they saved a step: the time they get is too short
 
 
 def run(
@@ -59,6 +61,9 @@ def run(
     before the start. Raises: ValueError when it cannot start.
     """
     where = allocation()
+    if only_check:
+        run_dir = RunFolder(config.run_dir).path
+        config = config.model_copy(update={"run_dir": str(run_dir.with_name(f".preflight-{run_dir.name}"))})
     check(config, where.nodes)
     check_keys(allowed)
     if fresh and resume not in ("auto", "none"):
@@ -90,6 +95,7 @@ class Node:
         self.config, self.where, self.children, self.meeting, self.console = config, where, children, meeting, console
         self.processes = processes_of(config)
         self.folder = RunFolder(config.run_dir)
+        self._missing = False
 
     # ---- the first node
 
@@ -112,8 +118,8 @@ class Node:
                     return EXIT_CODES["done"]
                 check_resume(config, folder, resume, handover.allowed)
                 return self._attempt(handover)
-        finally:
-            self._farewell()
+        finally:  # the other nodes leave first: srun's exit code is then this one's
+            self.meeting.part(FAREWELL_S, of_all=not self._missing)
 
     def _attempt(self, handover: Handover) -> int:
         folder, where = self.folder, self.where
@@ -121,6 +127,7 @@ class Node:
         attempt = folder.begin_attempt(
             self.processes * where.nodes,
             killed_by=restarts.end_of(last) if last else "",
+            job_id=where.job_id,
             nodes=list(where.hosts),
             restarts=where.restarts,
             saved_before=_newest_step(folder),
@@ -139,7 +146,7 @@ class Node:
                 if not code and not self.children.asked:
                     self._warn(preflight.space(self.config, folder))
                     handover = replace(handover, prepare_s=time.monotonic() - start)
-                    code = self._train(watch, handover, free_port(self.meeting.token))
+                    code = self._train(watch, handover)
             fault = watch.fault
         except NotMet as missing:
             fault = str(missing)
@@ -152,29 +159,35 @@ class Node:
             )
             self.console.print(why, soft_wrap=True)
             return EXIT_CODES["stopped"] if again else code
+        if code == EXIT_CODES["stopped"] and where.requeues:
+            count = restarts.in_vain(folder.history.attempts(), where.job_id, _newest_step(folder))
+            if count >= MOST_IN_VAIN:
+                self.console.print(f"not requeued: {count} attempts in a row have saved no step", soft_wrap=True)
+                return EXIT_CODES["failed"]
         return code
 
     def _only_check(self) -> int:
-        """Do all checks before the start and nothing else."""
+        """Do all checks before the start and nothing else, in a folder of its own, which is removed if all is well."""
         watch = Watch(self.config, self.where, self.meeting, self.children, self.folder, PREFLIGHT)
         self.folder.logs(PREFLIGHT).mkdir(parents=True, exist_ok=True)
-        try:
-            self._check_nodes()
-            code = self._train(watch, Handover(PREFLIGHT, only_check=True), free_port(self.meeting.token))
-        finally:
-            self.folder.refused()  # the config is not this run's yet
+        self._check_nodes()
+        code = self._train(watch, Handover(PREFLIGHT, only_check=True))
         if code or watch.fault:
             error = first_error(self.folder, PREFLIGHT)
             message = watch.fault or (error["message"] if error else f"a process ended with exit code {code}")
             explain(self.folder, PREFLIGHT, message, error, self.console, tail=not watch.fault)
-        return EXIT_CODES["failed"] if code or watch.fault else EXIT_CODES["done"]
+            return EXIT_CODES["failed"]
+        shutil.rmtree(self.folder.path, ignore_errors=True)
+        return EXIT_CODES["done"]
 
     def _check_nodes(self) -> None:
         """Meet the other nodes and compare. Raises: NotMet naming those that do not come, or are not alike."""
         where, timeout_s = self.where, float(self.config.launch.join_timeout_s)
         if where.nodes == 1:
             return
+        self._missing = True  # until they have come
         answers = self._gather("facts", timeout_s)
+        self._missing = len(answers) < where.nodes - 1
         if self.config.launch.preflight == "off":
             return
         mine = preflight.facts(self.config, self.processes)
@@ -201,23 +214,19 @@ class Node:
     def _gather(self, what: str, timeout_s: float) -> dict[int, Any]:
         return self.meeting.gather(what, timeout_s, lambda: self.children.asked)
 
-    def _train(self, watch: Watch, handover: Handover, port: int) -> int:
+    def _train(self, watch: Watch, handover: Handover) -> int:
         """Have all nodes start their ranks; return this node's exit code when they have all ended."""
         where = self.where
         over = f" on {where.nodes} nodes" * (where.nodes > 1)
         if not handover.only_check:
             self.console.print(f"starting {say_processes(self.processes * where.nodes)}{over} ...")
+        port = free_port(self.meeting.run_id) if where.nodes > 1 else 0
         self.meeting.send(start=handover.as_json(), port=port)
         return self._run_ranks(watch, handover, port)
 
     def _warn(self, line: str) -> None:
         if line:
             self.console.print(f"warning: {line}", style="yellow", soft_wrap=True)
-
-    def _farewell(self) -> None:
-        """Let the other nodes leave first: srun ends all tasks when one leaves with an error."""
-        self.meeting.send(over=True)
-        self.meeting.wait_for_all_to_leave(FAREWELL_S)
 
     # ---- the other nodes
 
@@ -234,7 +243,10 @@ class Node:
             if "look" in message:
                 self.meeting.send(showed=self._look(message["look"]))
             elif "start" in message:
-                self._start(Handover.of_json(message["start"]), message["port"])
+                watch = self._start(Handover.of_json(message["start"]), message["port"])
+                if watch.over or watch.lost:
+                    self.meeting.stay_until_exit()
+                    return EXIT_CODES["failed" if watch.lost else "done"]
             elif "over" in message:
                 self.meeting.stay_until_exit()
                 return EXIT_CODES["done"]
@@ -254,10 +266,11 @@ class Node:
         except OSError as error:
             return {"problem": f"cannot write to run_dir={self.folder.path}: {error.strerror}"}
 
-    def _start(self, handover: Handover, port: int) -> None:
+    def _start(self, handover: Handover, port: int) -> Watch:
         watch = Watch(self.config, self.where, self.meeting, self.children, self.folder, handover.attempt)
         code = self._run_ranks(watch, handover, port)
         self.meeting.send(ended=code)
+        return watch
 
     # ---- all nodes
 
@@ -265,7 +278,7 @@ class Node:
         where = self.where
         rendezvous = ["--standalone"]
         if where.nodes > 1:
-            run_id = f"{self.meeting.token}.{handover.attempt}"
+            run_id = f"{self.meeting.run_id}.{handover.attempt}"
             timeout_s = max(60, self.config.launch.join_timeout_s)
             rendezvous = rendezvous_options(run_id, where.nodes, where.first, where.hosts[0], port, timeout_s)
         argv = torchrun_argv([str(self.folder.config)], self.processes, rendezvous)

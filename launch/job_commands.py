@@ -1,5 +1,6 @@
 """The commands about jobs: submit, sweep, status, logs, cancel, resume, site."""
 
+import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,11 @@ def submit(
     site: SiteFile = None,
     snapshot: Snapshot = False,
     name: Name = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier run in run_dir aside; start anew.")] = False,
+    allow_config_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="A key, such as train.learning_rate, that may differ from the run's so far."),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Submit the run of CONFIG as a job."""
@@ -42,7 +48,8 @@ def submit(
     def command() -> int:
         from qwenlora.jobs.submission import prepare
 
-        asked = _asked(cluster, nodes, gpus_per_node, cpus_per_task, timeout_min, snapshot, name)
+        size = (nodes, gpus_per_node, cpus_per_task, timeout_min)
+        asked = _asked(cluster, *size, snapshot, name, fresh, tuple(allow_config_change or ()))
         return _submit(prepare(config, overrides or [], asked, site), dry_run=dry_run)
 
     guarded(command)
@@ -134,7 +141,7 @@ def cancel(
 
 
 def resume(run: Named) -> None:
-    """Have a run go on from its newest checkpoint, as the job that it was."""
+    """Have a run go on from its newest checkpoint: submitted again, as its last job was."""
 
     def command() -> int:
         from qwenlora.jobs.control import resume as go_on
@@ -194,5 +201,5 @@ def _submit(submission: "Submission", *, dry_run: bool) -> int:
             print(job.result())
         return 0
     named = jobs[0].job_id if len(jobs) == 1 else f"{jobs[0].job_id.partition('_')[0]}, {len(jobs)} runs"
-    print(f"job {named}: {submission.target.path}\nqwenlora status {submission.target.path} shows how far it is")
+    print(f"job {named}; how far it is:\n  qwenlora status {shlex.quote(str(submission.target.path))}")
     return 0

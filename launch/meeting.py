@@ -4,7 +4,9 @@ The port follows from the job's id, so that nobody needs to be told, and is the 
 keeps jobs apart that share a node. Nothing that is received is more than data (json, no pickle).
 """
 
+import hmac
 import json
+import os
 import queue
 import socket
 import threading
@@ -16,6 +18,7 @@ from typing import Any
 from qwenlora.launch.allocation import FIRST_PORT, PORTS, Allocation, candidate_ports
 
 RETRY_S = 0.2
+HELLO_S = 10.0  # for who connects to say who it is
 SETTLE_S = 0.5  # between the end of a process and srun's knowing of it
 Message = dict[str, Any]
 _UNTIL_EXIT: list[socket.socket] = []
@@ -33,7 +36,11 @@ class Meeting:
 
     def __init__(self, allocation: Allocation) -> None:
         self.allocation = allocation
-        self.token = f"{allocation.job_id}.{allocation.restarts}"
+        self.run_id = f"{allocation.job_id}.{allocation.restarts}"
+        # the batch shell's secret (slurm/job.sh): who knows the job's id only is no node of it
+        self._token = f"{self.run_id} {os.environ.get('QWENLORA_SECRET', '')}"
+        self._over = self._closed = False
+        self._left: set[int] = set()
         self.inbox: queue.Queue[Message] = queue.Queue()
         self._peers: dict[int, socket.socket] = {}
         self._speaking = threading.Lock()  # a node that is taken in hears that first
@@ -47,15 +54,17 @@ class Meeting:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closed = True
         for one in [*self._peers.values(), *filter(None, [self._listener])]:
             _close(one)
 
     def _listen(self) -> socket.socket:
-        for port in candidate_ports(self.token):
+        for port in candidate_ports(self.run_id):
             listener = socket.socket()
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                listener.bind((self.allocation.host, port))
+                # on all addresses: a node's own name may mean 127.0.1.1 to itself
+                listener.bind(("", port))
             except OSError:
                 listener.close()
                 continue
@@ -63,8 +72,7 @@ class Meeting:
             self.port = port
             return listener
         raise NotMet(
-            f"{self.allocation.host}: none of the ports {candidate_ports(self.token)} can be listened at: all in use,"
-            " or the name is not this machine's"
+            f"{self.allocation.host}: none of the ports {candidate_ports(self.run_id)} can be listened at: all in use"
         )
 
     def _welcome(self) -> None:
@@ -72,47 +80,56 @@ class Meeting:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed: the meeting is over
-                return
+            except OSError:
+                if self._closed:
+                    return
+                time.sleep(RETRY_S)
+                continue
             threading.Thread(target=self._admit, args=(connection,), daemon=True).start()
 
     def _admit(self, connection: socket.socket) -> None:
         """Take in a node of this job; another job's, or a stranger, is sent away."""
+        connection.settimeout(HELLO_S)
         lines = connection.makefile("r", encoding="utf-8")
         try:
-            hello = json.loads(lines.readline(65536))
-            node = hello["node"]
-            if hello["token"] != self.token or not 0 < node < self.allocation.nodes:
+            hello = json.loads(lines.readline(4096))
+            node, token = hello["node"], str(hello["token"])
+            known = hmac.compare_digest(token.encode(), self._token.encode())
+            if not known or node not in range(1, self.allocation.nodes) or node in self._peers:
                 raise ValueError
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             _close(connection)
             return
+        connection.settimeout(None)
         with self._speaking:
             self._peers[node] = connection
-            _say(connection, {"token": self.token})
+            _say(connection, {"met": self.run_id})
+            if self._over:
+                _say(connection, {"over": True})
         self._listen_to(node, lines)
 
     def join(self, timeout_s: float, asked: Callable[[], bool]) -> None:
         """Reach the first node from another one. Raises: NotMet after timeout_s, or when this node is asked to stop."""
+        ports = candidate_ports(self.run_id)
         first, end, why = self.allocation.hosts[0], time.monotonic() + timeout_s, "nothing listens there"
         while True:
-            for port in candidate_ports(self.token):
+            for port in ports:
                 try:
                     connection = socket.create_connection((first, port), timeout=2.0)
                     lines = connection.makefile("r", encoding="utf-8")
-                    hello = {"token": self.token, "node": self.allocation.node}
+                    hello = {"token": self._token, "node": self.allocation.node}
                     _say(connection, hello)
-                    if json.loads(lines.readline(65536) or "{}").get("token") == self.token:
+                    if json.loads(lines.readline(4096) or "{}").get("met") == self.run_id:
                         connection.settimeout(None)
                         self._peers[0] = connection
                         threading.Thread(target=self._listen_to, args=(0, lines), daemon=True).start()
                         return
                     _close(connection)
-                except (OSError, ValueError) as error:
+                except (OSError, ValueError, AttributeError, RecursionError) as error:
                     why = str(error)
                 if asked() or time.monotonic() > end:
                     raise NotMet(
-                        f"{self.allocation.host}: cannot reach {first} at port {candidate_ports(self.token)[0]} within"
+                        f"{self.allocation.host}: cannot reach {first} at port {ports[0]} within"
                         f" {timeout_s:.0f} s ({why}); agents talk at ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
                     )
             time.sleep(RETRY_S)
@@ -121,8 +138,9 @@ class Meeting:
         try:
             for line in lines:
                 self.inbox.put(json.loads(line) | {"node": node, "received": time.time()})
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, RecursionError):
             pass
+        self._left.add(node)
         self.inbox.put({"node": node, "lost": True})
 
     def send(self, **message: Any) -> None:
@@ -143,13 +161,20 @@ class Meeting:
         _UNTIL_EXIT.extend(self._peers.values())
         self._peers.clear()
 
-    def wait_for_all_to_leave(self, timeout_s: float) -> None:
-        """Wait until the other nodes' processes have ended, and srun may know it."""
+    def part(self, timeout_s: float, *, of_all: bool) -> None:
+        """Tell the other nodes that all is over, and wait until their processes have ended, and srun may know it.
+
+        of_all: also wait for those that have not come yet: they look for this node.
+        """
+        with self._speaking:
+            self._over = True
+        self.send(over=True)
         end = time.monotonic() + timeout_s
-        left = set(self._peers)
-        while left and time.monotonic() < end:
-            if (message := self.hear(RETRY_S)) and "lost" in message:
-                left.discard(message["node"])
+        while time.monotonic() < end:
+            expected = self.allocation.nodes - 1 if of_all else len(self._peers)
+            if len(self._left) >= expected:
+                break
+            time.sleep(RETRY_S)
         if self._peers:
             time.sleep(SETTLE_S)
 
@@ -164,9 +189,8 @@ class Meeting:
             message = self.hear(RETRY_S)
             if message and what in message:
                 said[message["node"]] = message
-            elif message and ("refused" in message or "lost" in message):
-                host = self.allocation.hosts[message["node"]]
-                raise NotMet(f"{host}: {message.get('refused', 'its agent ended; its output says why')}")
+            elif message and "lost" in message:
+                raise NotMet(f"{self.allocation.hosts[message['node']]}: its agent ended; its output says why")
             if time.monotonic() > end:
                 missing = [host for node, host in enumerate(self.allocation.hosts) if node and node not in said]
                 raise NotMet(

@@ -16,6 +16,7 @@ from qwenlora.configs import Config
 from qwenlora.configs.load import to_yaml
 from qwenlora.jobs.code import versions
 from qwenlora.jobs.run import RunFolder
+from qwenlora.jobs.snapshot import package
 
 Facts = dict[str, Any]
 SEEN_WITHIN_S = 10.0  # a parallel file system may show another node's file late
@@ -116,8 +117,7 @@ def _probe(run: RunFolder, node: int) -> Path:
 def _code_hash() -> str:
     """Return a hash of the package's own code, whatever version it says it is."""
     digest = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for room in ("adapter", "configs", "data", "jobs", "launch", "slurm", "trainer"):
-        for file in sorted((package / room).glob("*.py")):
+    for room in sorted(path.parent for path in package().glob("*/__init__.py")):
+        for file in sorted([*room.glob("*.py"), *room.glob("*.sh")]):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]

@@ -39,7 +39,7 @@ def conclude(
         if code == 0 and not fault and not children.asked and folder.adapter.exists():  # it could not be noted
             return EXIT_CODES["done"]
         if children.asked and not error and not fault:
-            reason, message = "stopped", f"{children.why}: before anything was saved"
+            reason, message = "stopped", f"{children.why}: before it saved anything"
             newest = next((path.name for path in folder.checkpoints()), "")
             then = f"goes on from {newest}" if newest else "starts again"
             console.print(f"stopped before anything of this attempt was saved; the same command {then}")
@@ -53,7 +53,7 @@ def conclude(
     elif reason == "stopped" and children.asked:
         folder.note_attempt(message=children.why)  # ranks are told to stop by SIGTERM, whoever asked
     if cause:
-        folder.note_attempt(cause=cause)
+        folder.note_attempt(cause=None if reason == "done" else cause)
     return EXIT_CODES[reason]
 
 

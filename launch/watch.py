@@ -18,16 +18,20 @@ from qwenlora.launch.plan import processes_of
 from qwenlora.slurm import answers
 
 GRACE_S = 10.0  # for ranks to end by themselves, and to say why, when others have failed
-# srun ends us at once when an agent dies on a node that lives; so the node is gone, and Slurm will say so and requeue
-NODE_LOSS_S = 60.0
-SLOWEST_START_S = 300.0  # from a process's start to its first sign of life, on a slow disk
+LEAVING_S = 60.0  # from the end of the ranks here to the end of those elsewhere
+NODE_LOSS_S = 30.0  # for Slurm to see that a node is gone
+SLOWEST_START_S = 1800.0  # until the first step: a large base may come from a slow disk
 STACKS_S = 3.0  # for all nodes to write their stacks
+LONGEST_LEAD_S = 840
 LEAD_SIGNALS = ("SIGUSR1", "SIGUSR2")
 _SLURM_ENDS = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "REQUEUED", "TIMEOUT")
 
 
 class Watch:
-    """Of one attempt on one node. fault: what went wrong, where that is not for the ranks to say."""
+    """Of one attempt on one node. fault: what went wrong, where that is not for the ranks to say.
+
+    over: the first node has said that all is over; lost: another agent is gone.
+    """
 
     def __init__(
         self, config: Config, where: Allocation, meeting: Meeting, children: Children, folder: RunFolder, attempt: int
@@ -35,7 +39,7 @@ class Watch:
         self.config, self.where, self.meeting, self.children = config, where, meeting, children
         self.folder, self.attempt, self.processes = folder, attempt, processes_of(config)
         self.fault = self.beats = self.cause = ""
-        self._asked_slurm = self._stalled = self._lost = False
+        self._asked_slurm = self._stalled = self.lost = self.over = False
         self._end_by = float("inf")
         self._started = time.monotonic()
         self._ended: set[int] = set()
@@ -67,6 +71,8 @@ class Watch:
             self._ended.add(node)
             if message["ended"]:
                 self._end_within(GRACE_S)
+        elif "over" in message:
+            self.over = True
         elif "lost" in message and node not in self._ended:
             self._lose(node)
         elif "end" in message:
@@ -88,7 +94,7 @@ class Watch:
             self.meeting.send(end=seconds)
 
     def _lose(self, node: int) -> None:
-        self._lost = True
+        self.lost = True
         self.fault = self.fault or f"the agent of {self.where.hosts[node]} is gone: killed, or its node failed"
         self._end_within(0.0 if self.where.first else GRACE_S)
 
@@ -98,9 +104,9 @@ class Watch:
             return
         if code:
             self._end_within(GRACE_S)
-        deadline = time.monotonic() + 2 * GRACE_S
+        deadline = time.monotonic() + (2 * GRACE_S if code else LEAVING_S)  # all ranks leave together
         others = set(range(1, self.where.nodes))
-        while others - self._ended and not self.fault and (not code or time.monotonic() < deadline):
+        while others - self._ended and not self.lost and time.monotonic() < deadline:
             if message := self.meeting.hear(0.2):
                 self._hear(message)
 
@@ -112,8 +118,9 @@ class Watch:
         if now - self._started < limit_s or not self.beats:
             return False
         beats = heartbeat.read(self.beats)
-        missing = len(beats) < self.processes and now - self._started > max(limit_s, SLOWEST_START_S)
-        return missing or any(now - beat.at > limit_s for beat in beats)
+        if len(beats) < self.processes or not all(beat.step for beat in beats):
+            return now - self._started > max(limit_s, SLOWEST_START_S)
+        return any(now - beat.at > limit_s for beat in beats)
 
     def _positions_here(self) -> list[tuple[heartbeat.Beat, str, float]]:
         """Return how far each rank of this node is, what its process is at if it does not run, seconds of quiet."""
@@ -175,7 +182,8 @@ class Watch:
         if not self.children.asked or self._asked_slurm or not self.where.first or not self.where.job_id:
             return
         self._asked_slurm = True
-        self.cause = slurm_cause(self.where.job_id, self.where.restarts, self.children.why)
+        job = answers.ask(self.where.job_id, self.where.restarts)
+        self.cause = slurm_cause(job, self.children.why)
         if self.cause and self.attempt:
             self.folder.note_attempt(cause=self.cause)
 
@@ -184,7 +192,7 @@ class Watch:
 
         When a node is lost, Slurm takes a while to see it; when a signal came first, what it was for shows later.
         """
-        end = time.monotonic() + (NODE_LOSS_S if self._lost and self.where.job_id else 0.0)
+        end = time.monotonic() + (NODE_LOSS_S if self.lost and self.where.job_id else 0.0)
         while not self.children.asked and time.monotonic() < end:
             time.sleep(0.2)
         self._asked_slurm = self._asked_slurm and self.cause != ""
@@ -192,20 +200,22 @@ class Watch:
         return self.cause
 
 
-def slurm_cause(job_id: str, restarts: int, why: str) -> str:
+def slurm_cause(job: answers.Job | None, why: str) -> str:
     """Return what Slurm is doing to a job that was asked to stop, in its word. why: the signal that came.
 
     The signal ahead of the time limit comes to a job that runs; so does one that somebody sends.
     """
-    job = answers.ask(job_id, restarts)
     if job is None:
         return ""
     if job.state in _SLURM_ENDS:
         return job.state
     if job.preempted:
         return "PREEMPTED"
-    # Slurm sends it up to a minute early
-    lead_s = int(os.environ.get("QWENLORA_LEAD_S", "120")) + 60
+    if not job.requeue:  # `qwenlora cancel` forbids that, and then has it save
+        return "CANCELLED"
+    # a lead that was said on sbatch's command line is not known; Slurm sends it up to a minute early
+    said = os.environ.get("QWENLORA_LEAD_S", "")
+    lead_s = max(int(said) if said.isdecimal() else 0, LONGEST_LEAD_S) + 60
     if why in LEAD_SIGNALS and job.seconds_left is not None and job.seconds_left <= lead_s:
         return "TIMEOUT"
     return ""

@@ -7,9 +7,13 @@
 job_begin() {
     # at the time limit, and when the job is cancelled, this shell is told to end as well: it must outlive srun.
     # (not CONT: a bash that traps it can lose the signal that came with it)
-    trap : TERM INT USR1 USR2
+    trap job_told=1 TERM
+    trap : INT USR1 USR2
+    job_told=
     job_watch &
     job_watcher=$!
+    QWENLORA_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # by which the agents know each other
+    export QWENLORA_SECRET
     export QWENLORA_REQUEUES=1 # the agent may leave with 75 for "run me again"
     # shellcheck disable=SC2034 # for env.sh to fill and train.sh to use
     container=() srun_options=()
@@ -32,12 +36,17 @@ job_id() {
     fi
 }
 
+# What Slurm says of the job: state, reason, whether it may be requeued, how often it was. Nothing when it does not answer.
+job_facts() {
+    scontrol show job "$(job_id)" 2>/dev/null |
+        sed -n 's/^ *JobState=\([A-Z_]*\) Reason=\([^ ]*\) .*/\1 \2/p; s/^ *Requeue=\([01]\) Restarts=\([0-9]*\) .*/\1 \2/p' |
+        head -n 2 | tr '\n' ' '
+}
+
 # At the time limit everything is told to end, and killed KillWait later: ranks that need longer for their step take srun
 # and this shell with them. So the job is put back into the queue at once.
 job_watch() {
-    local job
-    trap 'job=$(scontrol show job "$(job_id)"); [[ $job == *Reason=TimeLimit* && $job == *Requeue=1* ]] &&
-        scontrol requeue "$(job_id)"; exit' TERM
+    trap '[[ $(job_facts) == "COMPLETING TimeLimit 1 "* ]] && scontrol requeue "$(job_id)"; exit' TERM
     trap '' INT USR1 USR2
     trap 'kill $!; exit' HUP # from job_end
     while :; do
@@ -47,24 +56,27 @@ job_watch() {
 }
 
 job_end() {
-    local code=$1 job id
+    local code=$1 id state reason requeue restarts before=${SLURM_RESTART_COUNT:-0}
     id=$(job_id)
     kill -HUP "$job_watcher" 2>/dev/null
-    # 75: stopped, or worth another try. Over 128: killed at the time limit, before all was said
-    if ((code != 75 && code <= 128)); then exit "$code"; fi
-    for _ in 1 2 3; do
-        job=$(scontrol show job "$id" 2>/dev/null) && [[ $job == *JobState=* ]] && break
-        sleep 1
+    # over 128: an agent was killed, or told to stop before it could listen; not for ever, though
+    if ((code != 75 && (code <= 128 || before >= 10))); then exit "$code"; fi
+    for _ in {1..60}; do # slurmctld may be starting again
+        read -r state reason requeue restarts <<<"$(job_facts)"
+        [[ -n $restarts ]] && break
+        sleep 5
     done
-    if [[ $job == *" Restarts=$((${SLURM_RESTART_COUNT:-0} + 1)) "* ]]; then
-        exit "$code" # it is requeued already: by Slurm, or job_watch
-    elif [[ $job != *Reason=TimeLimit* ]] && { [[ $job != *JobState=RUNNING* ]] || ((code != 75)); }; then
-        exit "$code" # cancelled, or killed by something else: to be left alone
-    elif [[ $job == *Requeue=0* ]]; then
-        echo "stopped, and not requeued (the job is --no-requeue, or was cancelled); the same command goes on"
-        exit "$code"
+    if [[ -z $restarts ]]; then
+        echo "error: Slurm does not answer, so job $id is not requeued; the same sbatch command goes on" >&2
+    elif ((restarts > before)); then
+        : # it is requeued already: by Slurm, or by job_watch
+    elif [[ $requeue == 0 ]]; then
+        echo "stopped, and not requeued: the job may not be (--no-requeue, or qwenlora cancel); the same command goes on"
+    elif [[ $reason != TimeLimit && ($state != RUNNING || -n $job_told) ]]; then
+        : # cancelled: to be left alone
+    else
+        echo "requeueing job $id"
+        scontrol requeue "$id" || echo "error: job $id cannot be requeued; the same sbatch command goes on" >&2
     fi
-    echo "requeueing job $id"
-    scontrol requeue "$id" || { echo "error: job $id cannot be requeued; the same sbatch command goes on" >&2; exit "$code"; }
     exit "$code"
 }

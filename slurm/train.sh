@@ -39,7 +39,9 @@ fi
 source "$here/job.sh"
 
 lead=${SBATCH_SIGNAL:-USR1@120}
-export QWENLORA_LEAD_S=${lead##*@}
+lead=${lead##*@}
+[[ $lead =~ ^[0-9]+$ ]] || lead=60 # what Slurm takes when only a signal is named
+export QWENLORA_LEAD_S=$lead
 job_begin "${QWENLORA_ENV:-$here/env.sh}"
 
 command=${QWENLORA:-$here/../.venv/bin/qwenlora}
@@ -50,9 +52,13 @@ if ! ((${#container[@]} + ${#srun_options[@]})) && ! command -v "$command" >/dev
     exit 2
 fi
 
+# the agents see to each other: srun must not end those that still save, nor with its own signal's code; but when one
+# hangs after the others have left, it does not hold the job for ever
 # all of the job's CPUs on a node for its one task, which shares them out among the ranks; bound, so that jobs which
 # share a node keep apart
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-    --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --cpu-bind=cores \
+cpu_bind=()
+if scontrol show config | grep -Eq '^TaskPlugin +=.*(affinity|cgroup)'; then cpu_bind=(--cpu-bind=cores); fi
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=300 \
+    --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" ${cpu_bind[@]+"${cpu_bind[@]}"} \
     ${srun_options[@]+"${srun_options[@]}"} ${container[@]+"${container[@]}"} "$command" train "$@"
 job_end $?

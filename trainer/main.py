@@ -61,7 +61,7 @@ def _main(arguments: list[str], held: ExitStack, captured: bool) -> int:
         run.begin_attempt(rank.world_size)
     else:
         _meet(config, rank)  # the first rank comes when the folder and the data are ready
-    attempt = handover.attempt or len(run.history.attempts())
+    attempt = handover.attempt if handover.by_agent else len(run.history.attempts())
     name = "prepare" if prepare_only else f"rank-{rank.rank}"
     if captured:
         console = take_screen(run.log(attempt, name), speaks=rank.first)

@@ -49,13 +49,13 @@ def summary(checked: list[Checked]) -> tuple[str, str]:
     """Return what the ranks found in one line, and a warning about slow ones, if there are any."""
     hosts = list(dict.fromkeys(one.host for one in checked))
     median, slowest = statistics.median(one.tflops for one in checked), min(checked, key=lambda one: one.tflops)
-    line = f"checked {len(checked)} ranks on {len(hosts)} node{'s' * (len(hosts) > 1)}:"
-    if len(checked) > 1:
-        line += f" they reduce at {_number(min(one.gb_s for one in checked))} GB/s,"
-    line += (
-        f" and multiply at {_number(median)} TFLOP/s (median), the slowest, rank {slowest.rank} on {slowest.host}, at"
+    if len(checked) == 1:
+        return f"checked 1 rank: it multiplies at {_number(median)} TFLOP/s", ""
+    line = (
+        f"checked {len(checked)} ranks on {len(hosts)} node{'s' * (len(hosts) > 1)}: they reduce at"
+        f" {_number(min(one.gb_s for one in checked))} GB/s, and multiply at {_number(median)} TFLOP/s (median), the"
+        f" slowest, rank {slowest.rank} on {slowest.host}, at {_number(slowest.tflops)}"
     )
-    line += f" {_number(slowest.tflops)}"
     slow = [one for one in checked if one.tflops < SLOW * median]
     names = ", ".join(f"rank {one.rank} on {one.host} ({_number(one.tflops)} TFLOP/s)" for one in slow)
     all_wait = "slower than the others, who will wait for it in each step"

@@ -65,7 +65,7 @@ def shown(named: str) -> str:
 def test_a_run_that_waits_is_shown_as_slurm_shows_it(slurm, submitted):
     submitted("runs/my", "12")
     slurm["12"] = Job("12", "PENDING", reason="Priority")
-    assert shown("runs/my") == "job 12: PENDING · waits for Priority\n"
+    assert shown("runs/my") == "job 12: PENDING · waits: Priority\n"
     slurm["12"] = Job("12", "RUNNING", seconds_left=3723.4, nodes=("a1", "a2"), restarts=2)
     assert shown("12") == "job 12: RUNNING · 1:02:03 left of its time · on a1, a2 · started again 2 times\n"
     del slurm["12"]

@@ -109,7 +109,7 @@ def test_the_command_prints_one_line_of_words_for_sbatch(qwenlora, tmp_path):
     answer = qwenlora("site", "my.yaml")
     assert shlex.split(answer.stdout) == [
         *("--partition=gpu,low", "--mem=1536M", "--exclusive", "--mail-type=END,FAIL", "--contiguous"),
-        *("--signal=USR1@90", "--nodes=2", "--gpus-per-node=8", "--time=60"),
+        *("--signal=USR1@120", "--nodes=2", "--gpus-per-node=8", "--time=60"),
     ]
     assert answer.stderr == "note: options of sbatch cannot say srun_args; qwenlora submit does\n"
 

@@ -51,7 +51,7 @@ def test_a_run_under_way_a_killed_one_and_a_done_one_are_told_apart(run):
     assert "my: done · step 9 · loss 1.2500 at step 6 · 1 checkpoint, newest checkpoint-7 · goodput " in text
     rows = [line for line in text.splitlines() if line[:2] in ("1 ", "2 ", "3 ")]
     assert [row.split()[-1] for row in rows] == ["killed", "done", "refused"]
-    assert "checkpoint-7  8-9        0    5.5 s  done" in rows[1]
+    assert "7  8-9        0    5.5 s  done" in rows[1]
     assert "attempt 3 refused: train.max_steps=3 is less than" in text
 
 

@@ -248,7 +248,7 @@ def attempt(folder, monkeypatch):
     }
 
     def attempt(code: int, message: str = "", *, brought_back: bool = True):
-        def run(config):
+        def run(config, **_):
             folder = RunFolder(config.run_dir)
             folder.path.mkdir(parents=True)
             folder.begin_attempt(1)

@@ -79,19 +79,53 @@ def test_a_port_that_is_taken_is_passed_over():
             listener.close()
 
 
-def test_another_jobs_agent_and_a_stranger_are_sent_away():
+def test_another_jobs_agent_and_a_stranger_are_sent_away(monkeypatch):
+    monkeypatch.setenv("QWENLORA_SECRET", "s")
     with Meeting(node(0)) as first:
-        for hello in ({"token": "13.0", "node": 1}, {"token": "12.0", "node": 9}, {"node": 1}, [], "x"):
+        for hello in (
+            {"token": "13.0 s", "node": 1},
+            {"token": "12.0 ", "node": 1},  # the job's id is no secret
+            {"token": "12.0 s", "node": 9},
+            {"token": "12.0 s", "node": [1]},
+            {"token": 7, "node": 1},
+            {"node": 1},
+            [],
+            "x",
+        ):
             with socket.create_connection((HOSTS[0], first.port), timeout=5) as stranger:
                 stranger.sendall(json.dumps(hello).encode() + b"\n")
                 assert stranger.recv(100) == b""
         with socket.create_connection((HOSTS[0], first.port), timeout=5) as stranger:
             stranger.sendall(b"\xff\xfe GET / HTTP/1.1\r\n\r\n")
             assert stranger.recv(100) == b""
+        with socket.create_connection((HOSTS[0], first.port), timeout=5) as stranger:
+            stranger.sendall(b"[" * 5000 + b"\n")
+            assert stranger.recv(100) == b""
         with Meeting(node(1)) as second:
             second.join(5.0, never)
             second.send(facts=1)
             assert first.hear(5.0)["facts"] == 1
+
+
+def test_a_node_is_taken_in_once(met):
+    first, second, _ = met
+    with socket.create_connection((HOSTS[0], first.port), timeout=5) as stranger:
+        stranger.sendall(b'{"token": "12.0 ", "node": 1}\n')
+        assert stranger.recv(100) == b""
+    second.send(facts=1)
+    assert first.hear(5.0)["facts"] == 1
+
+
+def test_who_comes_when_all_is_over_hears_that():
+    with Meeting(node(0)) as first, Meeting(node(1)) as second, Meeting(node(2)) as third:
+        parting = threading.Thread(target=lambda: first.part(20.0, of_all=True))
+        parting.start()
+        for other in (second, third):
+            other.join(5.0, never)
+            assert other.hear(5.0)["over"]
+            other.__exit__()
+        parting.join(5.0)
+        assert not parting.is_alive()
 
 
 def test_one_node_needs_no_port():
@@ -104,7 +138,7 @@ def test_the_first_node_waits_for_the_others_to_leave(met):
     first, second, third = met
     threading.Timer(0.5, lambda: (second.__exit__(), third.__exit__())).start()
     start = time.monotonic()
-    first.wait_for_all_to_leave(10.0)
+    first.part(10.0, of_all=True)
     assert 0.4 < time.monotonic() - start < 5
 
 
