@@ -84,8 +84,8 @@ class Watch:
                 self._on_stall()
         elif "stacks" in message:
             self._stalled = True
-            self._write_stacks()
             self.meeting.send(stalled=self._positions_here())
+            self._write_stacks()
 
     def _end_within(self, seconds: float) -> None:
         """Have the ranks of this node, and by the first node those of all, end."""
@@ -129,12 +129,12 @@ class Watch:
 
     def _on_stall(self) -> None:
         """Have all nodes write their ranks' stacks; the first one then says who is behind, and ends the attempt."""
+        here = self._positions_here()
+        self.meeting.send(**({"stacks": True} if self.where.first else {"stalled": here}))
         self._write_stacks()
         if not self.where.first:
-            self.meeting.send(stalled=self._positions_here())
             return
-        self.meeting.send(stacks=True)
-        self._positions[0] = self._positions_here()
+        self._positions[0] = here
         end = time.monotonic() + STACKS_S
         while len(self._positions) < self.where.nodes and time.monotonic() < end:
             if message := self.meeting.hear(0.1):
