@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_runs import attempts, sbatch, wait_for_step, write_config
+from slurm_runs import QWENLORA, attempts, sbatch, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
 SABOTEUR = Path(__file__).parents[1] / "support" / "saboteur"
@@ -15,11 +15,12 @@ def said_by(folder, job):
     return (folder / f"slurm-{job}.out").read_text()
 
 
-def test_a_job_that_always_crashes_is_tried_twice_and_no_more(cluster, tmp_path):
+@pytest.mark.parametrize("array", [False, True], ids=["job", "array"])
+def test_a_job_that_always_crashes_is_tried_twice_and_no_more(cluster, tmp_path, array):
     config = write_config(tmp_path, 20)
     overrides = ["train.learning_rate=1e30", "train.save_strategy=no", "train.save_steps=null", "run_dir=runs/run"]
-    job = sbatch(cluster, tmp_path, config, *overrides)
-    cluster.wait(job, "FAILED", timeout=200)
+    job = sbatch(cluster, tmp_path, config, *overrides, options=("--array=0",) * array)
+    cluster.wait(f"{job}_0" if array else job, "FAILED", timeout=200)
     found = attempts(tmp_path / "runs/run")
     assert [one["reason"] for one in found] == ["failed", "failed"]
     said = said_by(tmp_path, job)
@@ -41,6 +42,36 @@ def test_a_job_whose_rank_dies_after_progress_is_restarted(cluster, tmp_path):
     assert "rank 1 was killed by SIGKILL" in found[0]["message"]
     assert found[1]["first_step"] > 4
     assert "the last lines of " in said_by(tmp_path, job)
+
+
+def node_process(cluster, node, command):
+    """Return the pid, on that node, of the process whose command line has that."""
+    return cluster.script("sh", node, "pgrep", "-f", "--", command).split()[0]
+
+
+def test_an_agent_that_is_killed_does_not_cost_the_job(cluster, tmp_path):
+    config = write_config(tmp_path, 40)
+    job = sbatch(cluster, tmp_path, config, "run_dir=runs/run")
+    wait_for_step(tmp_path / "runs/run", 1, 6)
+    cluster.script("sh", "node2", "kill", "-KILL", node_process(cluster, "node2", f"{QWENLORA} train my.yaml"))
+    cluster.wait(job, "COMPLETED", timeout=200)
+    first, second = attempts(tmp_path / "runs/run")
+    assert (first["reason"], second["reason"]) == ("failed", "done")
+    assert first["message"] == "the agent of node2 is gone: killed, or its node failed"
+    assert second["first_step"] > 4
+
+
+def test_a_rank_that_hangs_on_another_node_is_named_and_the_job_comes_back(cluster, tmp_path):
+    config = write_config(tmp_path, 60)
+    job = sbatch(cluster, tmp_path, config, "run_dir=runs/run", "launch.stall_timeout_s=15")
+    wait_for_step(tmp_path / "runs/run", 1, 6)
+    cluster.script("sh", "node2", "kill", "-STOP", node_process(cluster, "node2", "-u -m qwenlora.trainer.main"))
+    cluster.wait(job, "COMPLETED", timeout=200)
+    first, second = attempts(tmp_path / "runs/run")
+    assert (first["reason"], second["reason"]) == ("failed", "done")
+    assert first["message"].startswith("rank 1 on node2: no progress for ")
+    assert "its process is stopped" in first["message"]
+    assert "most recent call first" in (tmp_path / "runs/run/logs/attempt-1/rank-0.log").read_text()
 
 
 def test_a_cancelled_job_saves_and_is_left_alone(cluster, tmp_path):

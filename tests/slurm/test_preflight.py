@@ -74,6 +74,14 @@ def test_another_config(cluster, tmp_path, mounted):
     assert failed(cluster, tmp_path).startswith("failed: node2 reads another config")
 
 
+def test_a_node_that_refuses_before_it_comes(cluster, tmp_path, mounted):
+    write_config(tmp_path, 4)
+    other = tmp_path / "other.yaml"
+    other.write_text((tmp_path / "my.yaml").read_text() + "nonsense: 1\n")
+    mounted("--bind", other, tmp_path / "my.yaml")
+    assert failed(cluster, tmp_path).startswith("failed: node2: no answer within 25 s, of 2 nodes")
+
+
 def test_a_blocked_port(netns_cluster, tmp_path):
     """Node 2 may reach node 1 at Slurm's ports, but not at those at which agents talk."""
     slurmd = netns_cluster.scontrol("show", "node", "node1").partition("Port=")[2].split()[0]

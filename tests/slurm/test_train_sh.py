@@ -104,6 +104,22 @@ def test_two_jobs_that_share_nodes_do_not_collide(cluster, tmp_path):
     assert records[0]["data_folder"] == records[1]["data_folder"]
 
 
+def test_a_signal_before_anything_listens_does_not_cost_the_job(cluster, tmp_path):
+    """Python takes its time to start; until then USR1 ends it."""
+    command = tmp_path / "slow"
+    command.write_text("#!/bin/bash\n((${SLURM_RESTART_COUNT:-0})) && exit 0\nexec sleep 60\n")
+    command.chmod(0o755)
+    job = cluster.sbatch(TRAIN, "my.yaml", cwd=tmp_path, env={"QWENLORA": str(command)})
+    cluster.wait(job, "RUNNING")
+    time.sleep(1)
+    cluster.scancel("--signal=USR1", job)
+    deadline = time.monotonic() + 30
+    while "Restarts=1" not in cluster.scontrol("show", "job", job):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    cluster.wait(job, "COMPLETED", timeout=60)
+
+
 @pytest.mark.slow
 def test_a_job_that_is_killed_at_its_time_limit_comes_back(cluster, tmp_path):
     """Its processes hear nothing, and are killed after KillWait."""
