@@ -43,6 +43,7 @@ from qwenlora.launch.watch import Watch
 # a requeued job may start before the last processes of the one before are gone
 WAIT_FOR_THE_FOLDER_S = 120.0
 FAREWELL_S = 30.0
+JOIN_LATER_S = 3.0
 MOST_IN_VAIN = 10  # attempts that were stopped before they saved a step: the time they get is too short
 
 
@@ -82,7 +83,8 @@ def run(
             return node.lead(handover, only_check=only_check) if where.first else node.follow()
         except NotMet as missing:
             if not children.asked:
-                console.print(f"failed: {missing}", style="red", soft_wrap=True)
+                prefix = "failed: " * where.first  # the others' word is not the last
+                console.print(f"{prefix}{missing}", style="red", soft_wrap=True)
             return EXIT_CODES["failed"]
 
 
@@ -234,7 +236,7 @@ class Node:
         """Do as the first node says. Return 0: what came of it is for the first node to say; 1 when it is gone."""
         asked: Callable[[], bool] = lambda: self.children.asked  # noqa: E731
         # longer than the first node waits: it names all that are missing
-        self.meeting.join(self.config.launch.join_timeout_s + FAREWELL_S, asked)
+        self.meeting.join(self.config.launch.join_timeout_s + JOIN_LATER_S, asked)
         self.meeting.send(facts=preflight.facts(self.config, self.processes))
         while True:
             message = self.meeting.hear(1.0)
