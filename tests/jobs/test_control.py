@@ -146,6 +146,7 @@ def test_a_run_that_nobody_submitted_is_resumed_by_the_command_that_is_said(slur
         resume(find("runs/my run"))
 
 
+@pytest.mark.slow
 def test_a_local_job_is_followed_cancelled_and_resumed(folder, qwenlora):
     """logs -f ends by itself with the run."""
     job, run = submit("my.yaml", cluster="local"), RunFolder("runs/my")

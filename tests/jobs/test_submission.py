@@ -309,6 +309,7 @@ def test_a_request_before_anything_runs_stops_at_once(attempt, monkeypatch):
 # ---- the real executors
 
 
+@pytest.mark.slow
 def test_a_local_job_of_two_processes_ends_with_the_summary(folder):
     job = submit("my.yaml", {"launch.nproc_per_node": 2, "run_dir": "runs/我的 run"}, cluster="local")
     assert job.state == "RUNNING"
@@ -330,6 +331,7 @@ def test_a_local_job_that_fails_says_why(folder):
     assert "my.jsonl:1: " in str(job.exception())
 
 
+@pytest.mark.slow
 def test_edits_after_submitting_change_nothing(folder):
     edited = folder / "edited"
     snapshot(edited)
