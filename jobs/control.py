@@ -41,10 +41,8 @@ def resume(found: Found) -> str:
     if lines:
         return _submit_again(lines[-1])
     if job:
-        with contextlib.suppress(ValueError):
-            _slurm("scontrol", "update", f"JobId={job.job_id}", "Requeue=1")  # cancel has forbidden it
         if problem := answers.requeue(job.job_id):
-            again = f"; submit it again: sbatch {job.command}" if job.command else ""
+            again = f"; submit it again, with the options it had: sbatch {job.command}" if job.command else ""
             raise ValueError(f"job {job.job_id} cannot be requeued: {problem}{again}")
         return f"job {job.job_id} is requeued"
     run = found.one("resume")
