@@ -2,14 +2,14 @@
 
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwenlora.launch.guarded import ConfigFile, Overrides, guarded
 
 if TYPE_CHECKING:
-    from qwenlora.jobs.submission import Asked, Submission
+    from qwenlora.jobs.submission import Submission
 
 Named = Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder, such as runs/tiny, or a Slurm job's id.")]
 Cluster = Annotated[str, typer.Option(help="slurm, local (a process of this machine), or debug (this process).")]
@@ -46,10 +46,19 @@ def submit(
     """Submit the run of CONFIG as a job."""
 
     def command() -> int:
-        from qwenlora.jobs.submission import prepare
+        from qwenlora.jobs.submission import Asked, prepare
 
-        size = (nodes, gpus_per_node, cpus_per_task, timeout_min)
-        asked = _asked(cluster, *size, snapshot, name, fresh, tuple(allow_config_change or ()))
+        asked = Asked(
+            cluster=cluster,  # type: ignore[arg-type]  # Asked.check refuses any other
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            cpus_per_task=cpus_per_task,
+            timeout_min=timeout_min,
+            snapshot=snapshot,
+            name=name,
+            fresh=fresh,
+            allowed=tuple(allow_config_change or ()),
+        )
         return _submit(prepare(config, overrides or [], asked, site), dry_run=dry_run)
 
     guarded(command)
@@ -77,10 +86,18 @@ def sweep(
     """Submit a run for every combination of the values, as one job array."""
 
     def command() -> int:
-        from qwenlora.jobs.submission import prepare_sweep
+        from qwenlora.jobs.submission import Asked, prepare_sweep
         from qwenlora.jobs.sweeps import parse_grid
 
-        asked = _asked(cluster, nodes, gpus_per_node, cpus_per_task, timeout_min, snapshot, name)
+        asked = Asked(
+            cluster=cluster,  # type: ignore[arg-type]  # Asked.check refuses any other
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            cpus_per_task=cpus_per_task,
+            timeout_min=timeout_min,
+            snapshot=snapshot,
+            name=name,
+        )
         values = parse_grid(grid or [])
         return _submit(prepare_sweep(config, values, overrides or [], asked, site, max_parallel), dry_run=dry_run)
 
@@ -172,12 +189,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     for command in (submit, sweep, status, logs, cancel, resume, site):
         app.command()(command)
-
-
-def _asked(*values: Any) -> "Asked":
-    from qwenlora.jobs.submission import Asked
-
-    return Asked(*values)
 
 
 def _submit(submission: "Submission", *, dry_run: bool) -> int:
