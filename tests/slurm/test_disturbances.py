@@ -9,14 +9,19 @@ from slurm_runs import adapter, attempts, locally, sbatch, wait_for_step, write_
 
 pytestmark = pytest.mark.slow
 STEPS = 60
+LONG = 240  # steps that last longer than the half minute between two looks of Slurm at its clock
+
+
+def undisturbed_adapter(tmp_path_factory, steps):
+    """Return the adapter of a run of two processes on one machine, without Slurm."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    locally(folder, write_config(folder, steps), "run", 2)
+    return adapter(folder / "runs/run")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The adapter of a run of two processes on one machine, without Slurm."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    locally(folder, write_config(folder, STEPS), "run", 2)
-    return adapter(folder / "runs/run")
+    return undisturbed_adapter(tmp_path_factory, STEPS)
 
 
 class Disturber:
@@ -60,8 +65,8 @@ class Disturber:
         return {"stopped", "killed", "failed"}, {"NODE_FAIL"}
 
 
-def submit(cluster, folder, partition="low", **options):
-    config = write_config(folder, STEPS)
+def submit(cluster, folder, partition="low", steps=STEPS, **options):
+    config = write_config(folder, steps)
     chosen = [f"--{name}={value}" for name, value in options.items()]
     return sbatch(cluster, folder, config, "run_dir=runs/run", options=(f"--partition={partition}", *chosen))
 
@@ -102,8 +107,9 @@ def test_preemption_with_a_time_of_grace_saves_the_step_that_is_under_way(cluste
     assert second["first_step"] == first["last_step"] + 1
 
 
-def test_the_signal_before_the_time_limit_saves_and_the_job_goes_on(cluster, tmp_path, undisturbed):
-    job = submit(cluster, tmp_path, partition="main", signal="USR1@60")
+def test_the_signal_before_the_time_limit_saves_and_the_job_goes_on(cluster, tmp_path, tmp_path_factory):
+    undisturbed = undisturbed_adapter(tmp_path_factory, LONG)
+    job = submit(cluster, tmp_path, partition="main", steps=LONG, signal="USR1@60")
     wait_for_step(tmp_path / "runs/run", 1, 10)
     cluster.scontrol("update", f"JobId={job}", "EndTime=now+50seconds")  # Slurm looks every 30 s
     wait_for_step(tmp_path / "runs/run", 2, 10, timeout_s=200)
