@@ -144,7 +144,7 @@ def test_a_cancelled_run_saves_and_stays_away_until_it_is_resumed(folder, qwenlo
 
 def test_a_job_that_waits_is_shown_and_cancelled(folder, qwenlora):
     job = submit("my.yaml", nodes=2, timeout_min=10, site=site(folder, {"sbatch": {"hold": True}}))
-    assert f"job {job.job_id}: PENDING · waits for JobHeldUser" in shown(qwenlora, "status", "runs/my")
+    assert f"job {job.job_id}: PENDING · waits: JobHeldUser" in shown(qwenlora, "status", "runs/my")
     assert shown(qwenlora, "cancel", job.job_id) == f"job {job.job_id} is cancelled\n"
     wait_for(lambda: state(job).startswith("CANCELLED"), 30)
 
