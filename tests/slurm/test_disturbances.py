@@ -9,7 +9,7 @@ from slurm_runs import adapter, attempts, locally, sbatch, wait_for_step, write_
 
 pytestmark = pytest.mark.slow
 STEPS = 60
-LONG = 240  # steps that last longer than the half minute between two looks of Slurm at its clock
+LONG = 200  # steps that last longer than the half minute between two looks of Slurm at its clock
 
 
 def undisturbed_adapter(tmp_path_factory, steps):
