@@ -1,7 +1,7 @@
 # make train   from nothing to a fine-tuned tiny Qwen       make test    everything this machine can run
 # make check   lint, format, types                          make gpu     the tests that need a CUDA GPU
 # make chaos   kills runs 200 times and signals them 50    make clean   remove .venv and build leftovers
-# make test-slow   ten random disturbances of a Slurm job
+# make test-slow   the long tests: all pairs of the resume matrix, ten random disturbances of a Slurm job ...
 # make slurm-up, slurm-down   a Slurm cluster on this machine, the one that the tests use
 #
 # PYTHON=python3.12 make train   chooses the interpreter (3.11 to 3.13)
@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find . -path './$(VENV)' -prune -o -path ./build -prune -o -path ./runs -prune \
 	-o -path ./tests -prune -o -path ./benchmarks -prune -o \( -name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' \
-	-o -name '*.html' -o -name schema.json -o -name py.typed \) -print)
+	-o -name '*.html' -o -name '*.md' -o -name schema.json -o -name py.typed \) -print)
 
 .PHONY: train test test-slow gpu chaos slurm-up slurm-down check format schema clean system
 .DELETE_ON_ERROR:
@@ -21,13 +21,17 @@ train: $(VENV)/.installed
 	$(BIN)/qwenlora train configs/tiny.yaml
 	@echo '== asking the base model and the tuned one'
 	$(BIN)/qwenlora compare runs/tiny
+	@echo '== writing the run up as a page'
+	$(BIN)/qwenlora report runs/tiny
 
 test: $(VENV)/.installed-test
-	@echo '== running the tests that this machine can run'
-	$(BIN)/python -m pytest -m 'not long'
+	@echo '== running the tests that this machine can run, two at a time'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not long and not slurm'
+	@echo '== running those on a Slurm cluster of this machine, one after the other'
+	$(BIN)/python -m pytest --durations 25 -m 'slurm and not long'
 
 test-slow: $(VENV)/.installed-test
-	@echo '== running the tests that take more than two minutes each'
+	@echo '== running the tests that take long, or show again what quicker ones show'
 	$(BIN)/python -m pytest -s -m long
 
 gpu: $(VENV)/.installed-test

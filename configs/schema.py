@@ -250,9 +250,25 @@ class Checkpoint(Section):
 class Strategy(Section):
     """How the model is spread over GPUs and stored."""
 
-    name: Literal["ddp"] = Field("ddp", description="ddp: the whole model on every GPU.")
+    name: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
+        "auto",
+        description="ddp: the whole model on every GPU; zero1, zero2: and the optimizer's state in parts; zero3: all in"
+        " parts (DeepSpeed); fsdp: the base in parts (FSDP2). auto: ddp where the base fits, else fsdp (nf4: zero3).",
+    )
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none", description="Storage of the frozen base (bitsandbytes): nf4 is QLoRA's, with double quantisation."
+    )
+    offload: Literal["none", "optimizer", "params"] = Field(
+        "none", description="What is kept in host memory instead of the GPU's; params: the optimizer's state, too."
+    )
+    shard_group: Literal["global", "node"] = Field(
+        "global", description="node: each node holds a whole base, in parts, so that none travels between nodes."
+    )
+    sequence_parallel: PositiveInt = Field(
+        1, description="GPUs that share each sequence (Ulysses), for rows that are too long for one."
+    )
+    deepspeed_config: Text | None = Field(
+        None, description="A DeepSpeed config of your own (JSON), for zero1 to zero3; what it leaves out is filled in."
     )
 
 
@@ -271,8 +287,16 @@ class Log(Section):
 class Launch(Section):
     """How processes start."""
 
+    launcher: Literal["torchrun", "deepspeed"] = Field(
+        "torchrun", description="What starts the processes of a node; in Slurm jobs always torchrun."
+    )
+    hostfile: Text | None = Field(
+        None,
+        description="Several machines without Slurm: a file with a line `HOST slots=PROCESSES` for each, this machine"
+        " first. The others are reached by ssh.",
+    )
     nproc_per_node: PositiveInt | None = Field(
-        None, description="Processes on a node. Default: one a GPU, or 1 without GPUs."
+        None, description="Processes on a node. Default: the hostfile's slots, else one a GPU, or 1 without GPUs."
     )
     ddp_timeout_s: PositiveInt = Field(1800, description="Seconds after which a hanging collective fails.")
     stall_timeout_s: PositiveInt = Field(

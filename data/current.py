@@ -17,7 +17,9 @@ from qwenlora.data import sources
 from qwenlora.data.cache import read_index, state_of
 from qwenlora.jobs.run import RunFolder
 
-_NO_MATTER = {"run_dir", "log", "launch", "checkpoint"}  # to what is prepared
+# to what is prepared; sequence_parallel decides whether rows are packed
+_NO_MATTER: dict[str, Any] = dict.fromkeys(("run_dir", "log", "launch", "checkpoint"), True)
+_NO_MATTER["strategy"] = {"name", "quantization", "offload", "shard_group", "deepspeed_config"}
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "jinja2", "numpy", "pyarrow", "datasets")
 _SETTLED_NS = 10**9  # a change within the clock's tick after another looks the same
 _ROOMS = ("configs", "data", "trainer")

@@ -1,8 +1,9 @@
 """Which rows are in which step, and which rank holds which of them.
 
 What a step holds depends on seed, epoch and step alone. It is cut into micro-batches before ranks come in: micro-batch
-j goes to rank j % world_size, so any number of ranks computes the same micro-batches and only the place differs. The
-unit that is counted is a row, or with packing a pack of rows.
+j goes to rank j % world_size, so any number of ranks computes the same micro-batches and only the place differs. Where
+several ranks share sequences, their teams (trainer/sequence.py) are what is called ranks here. The unit that is counted
+is a row, or with packing a pack of rows.
 """
 
 import math
@@ -107,21 +108,36 @@ class MicroBatch:
         return iter(units[self.start : self.start + self.order.per_device_batch_size])
 
 
-def accumulation_steps(global_batch_size: int, per_device_batch_size: int, world_size: int) -> int:
-    """Return the micro-batches a rank computes a step.
+def accumulation_steps(
+    global_batch_size: int, per_device_batch_size: int, world_size: int, sequence_parallel: int = 1
+) -> int:
+    """Return the micro-batches a rank computes a step. sequence_parallel: ranks that share each of them.
 
-    Raises: ValueError when global_batch_size is no multiple of per_device_batch_size * world_size.
+    Raises: ValueError when global_batch_size is no multiple of what all ranks hold at once, or the ranks make no teams.
     """
-    at_once = per_device_batch_size * world_size
+    at_once = per_device_batch_size * teams_of(world_size, sequence_parallel)
+    shared = sequence_parallel > 1
     if global_batch_size % at_once:
         below = global_batch_size // at_once * at_once
         nearest = ", ".join(str(size) for size in (below, below + at_once) if size)
         raise ValueError(
             f"train.global_batch_size={global_batch_size} is not divisible by"
-            f" per_device_train_batch_size * world_size = {per_device_batch_size} * {world_size} = {at_once};"
+            f" per_device_train_batch_size * world_size{' / sequence_parallel' * shared} ="
+            f" {per_device_batch_size} * {world_size}{f' / {sequence_parallel}' * shared} = {at_once};"
             f" nearest: {nearest}"
         )
     return global_batch_size // at_once
+
+
+def teams_of(world_size: int, sequence_parallel: int) -> int:
+    """Return how many teams of ranks there are that share sequences. Raises: ValueError when they do not come out."""
+    if world_size % sequence_parallel:
+        fit = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
+        raise ValueError(
+            f"strategy.sequence_parallel={sequence_parallel} does not divide the number of processes, {world_size};"
+            f" set it to one of {fit}, or change launch.nproc_per_node"
+        )
+    return world_size // sequence_parallel
 
 
 def total_steps(units: int, global_batch_size: int, num_train_epochs: float, max_steps: int | None) -> int:

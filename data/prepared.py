@@ -17,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from qwenlora.configs.schema import Data
+from qwenlora.configs.schema import Config, Data
 from qwenlora.data import build, sources, written
 from qwenlora.data.cache import build_once, digest_of, state_of
 from qwenlora.data.chat import Tokens
 from qwenlora.data.packing import Packs
 from qwenlora.data.rows import TURN_END
 from qwenlora.data.sources import SideName, Source
+from qwenlora.jobs.run import RunFolder
 
 # options that decide what is prepared; the others (num_proc, packing ...) decide how, or what is made of it
 _OPTIONS = ("max_length", "overlength", "split_replies", "train_on", "eval_fraction")
@@ -236,6 +237,12 @@ def files_key(found: list[Source], cache: Path) -> str:
             except OSError as error:
                 raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     return digest.hexdigest()[:16]
+
+
+def other_files(config: Config, run: RunFolder) -> bool:
+    """Return whether the data files' bytes are no longer those that a run's rows were made of."""
+    trained: str = json.loads(run.facts.read_text(encoding="utf-8"))["files_key"]
+    return files_key(sources.find(config.data), run.cache(config)) != trained
 
 
 def _state_of(path: Path) -> dict[str, int]:

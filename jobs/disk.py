@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
+
+SUMS = "SHA256SUMS"  # as sha256sum writes it: `sha256sum --check SHA256SUMS` checks the folder, too
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -36,6 +39,29 @@ def settle(folder: Path) -> list[Path]:
         file.chmod(0o666 & ~mask)
         sync(file)
     return files
+
+
+def seal(folder: Path, *, but: str) -> None:
+    """Leave the hashes of a folder's files beside them. but: the file that people may edit."""
+    files = sorted(file for file in folder.iterdir() if file.name not in (SUMS, but))
+    (folder / SUMS).write_text("".join(f"{sha256(file)}  {file.name}\n" for file in files), encoding="utf-8")
+
+
+def broken_seal(folder: Path) -> str:
+    """Return which of a sealed folder's files is not as it was, and how; an empty text when there is none."""
+    if not (folder / SUMS).is_file():
+        return ""
+    lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines:
+        return f"has a {SUMS} that is damaged"
+    for line in lines:
+        if not (said := re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line)):
+            return f"has a {SUMS} that is damaged"
+        if not (folder / said[2]).is_file():
+            return f"lacks {said[2]}"
+        if sha256(folder / said[2]) != said[1]:
+            return f"has {said[2]} with other bytes than were written (SHA-256)"
+    return ""
 
 
 def sha256(path: Path) -> str:

@@ -12,7 +12,8 @@ class Handover:
     """attempt: its number, 0 without an agent; resume: which checkpoint; allowed: config keys that may differ from it.
 
     prepare_s: seconds that preparation took; beats: the node's folder for signs of life (heartbeat.py), if any;
-    only_check: ranks check what they can before the start, and leave.
+    only_check: ranks check what they can before the start, and leave; screen: where rank 0 borrows the agent's
+    screen (lent_screen.py), if its own standard output is not that.
     """
 
     attempt: int = 0
@@ -21,6 +22,7 @@ class Handover:
     prepare_s: float = 0.0
     beats: str = ""
     only_check: bool = False
+    screen: str = ""
 
     @property
     def by_agent(self) -> bool:

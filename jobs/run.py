@@ -23,8 +23,8 @@ from qwenlora.jobs.history import History, Reason
 PREFLIGHT = 0  # in place of an attempt's number: only checks before a start
 PREPARE_ONLY = "--prepare-only"  # what a rank's module is told that only prepares
 
-# what may change between two attempts without making it another run: how it is watched, started, cut into
-# micro-batches, evaluated, saved, and how long it goes on
+# what may change between two attempts without making it another run: how it is watched, started, spread over GPUs, cut
+# into micro-batches, evaluated, saved, and how long it goes on
 FREE_TO_CHANGE = (
     "run_dir",
     "log.",
@@ -32,6 +32,11 @@ FREE_TO_CHANGE = (
     "checkpoint.",
     "data.num_proc",
     "data.cache_dir",
+    "strategy.name",
+    "strategy.offload",
+    "strategy.shard_group",
+    "strategy.sequence_parallel",
+    "strategy.deepspeed_config",
     "train.eval_",
     "train.gradient_checkpointing",
     "train.max_steps",
@@ -52,13 +57,17 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.code = self.path / "code.json"
         self.diff = self.path / "code.diff"
+        self.deepspeed = self.path / "deepspeed.json"
         self.history = History(self.path)
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
         self.base_model = self.path / "base_model"  # of model.name_or_path: tiny
         self.facts = self.path / "facts.json"  # what was counted before the ranks started
         self.bad_rows = self.path / "bad_rows.txt"
+        self.comparison = self.path / "comparison.json"  # of `qwenlora compare`
+        self.report = self.path / "report.html"  # of `qwenlora report`
         self.wandb_id = self.path / "wandb" / "run_id"
+        self.wandb_url = self.path / "wandb" / "url"  # of a run that is online
         self._lock = self.path / ".lock"
         self._held: dict[Path, str] = {}  # config.yaml and facts.json as they were before this attempt
 

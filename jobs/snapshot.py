@@ -6,7 +6,19 @@ from pathlib import Path
 import qwenlora
 
 # what setup.cfg installs; users keep data of their own in a clone's folders, which must not come along
-FILES = ("*.py", "*.yaml", "*.sh", "py.typed", "schema.json", "page.html", "examples/*.jsonl", "clusters/*.yaml")
+FILES = (
+    "*.py",
+    "*.yaml",
+    "*.sh",
+    "py.typed",
+    "schema.json",
+    "page.html",
+    "report.html",
+    "card.md",
+    "general.jsonl",
+    "examples/*.jsonl",
+    "clusters/*.yaml",
+)
 
 
 def package() -> Path:

@@ -281,8 +281,15 @@ def _prepare(target: RunFolder, configs: tuple[Config, ...], asked: Asked, site:
 
 def _check(config: Config, asked: Asked, site: Site, nodes: int) -> int:
     """Refuse what the agent would, and return the processes a node."""
-    from qwenlora.launch import plan  # jobs/ is below launch/, which knows what a node will run
+    from qwenlora.launch import hosts, plan  # jobs/ is below launch/, which knows what a node will run
 
+    if asked.on_slurm:
+        hosts.refuse_in_slurm(config)
+    if config.launch.hostfile is not None:
+        raise ValueError(
+            f"launch.hostfile={config.launch.hostfile} is for qwenlora train on the first of these machines; leave it"
+            " out"
+        )
     gpus = asked.needs(site, 1, RunFolder(config.run_dir)).gpus_per_node
     processes = config.launch.nproc_per_node or gpus or (1 if asked.on_slurm else plan.processes_of(config))
     processes = 1 if asked.cluster == "debug" else processes

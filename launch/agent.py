@@ -1,11 +1,13 @@
 """One agent a node, from a config to an exit code: 0 done, 75 run it again, 2 refused, 1 failed. It imports no torch.
 
-`qwenlora train configs/tiny.yaml lora.r=32` runs it, on this machine or as srun's one task on each node of a job. The
-first node's agent makes or reopens the run folder, has the data prepared once, and speaks for all; the others do as it
-says and leave with 0. Each runs torchrun on `qwenlora.trainer.main` for its ranks.
+`qwenlora train configs/tiny.yaml lora.r=32` runs it, on this machine or as srun's one task on each node of a job; with
+a hostfile it starts its like on the other machines (elsewhere.py). The first node's agent makes or reopens the run
+folder, has the data prepared once, and speaks for all; the others do as it says and leave with 0. Each runs torchrun,
+or DeepSpeed's launcher, on `qwenlora.trainer.main` for its ranks.
 """
 
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +22,9 @@ from qwenlora.data.current import is_current
 from qwenlora.jobs import heartbeat, restarts
 from qwenlora.jobs.handover import Handover
 from qwenlora.jobs.history import EXIT_CODES
+from qwenlora.jobs.lent_screen import lend
 from qwenlora.jobs.run import PREFLIGHT, RunFolder, step_of
-from qwenlora.launch import preflight
+from qwenlora.launch import elsewhere, hosts, preflight
 from qwenlora.launch.allocation import Allocation, allocation, free_port
 from qwenlora.launch.children import Children
 from qwenlora.launch.hardware import gpu_count
@@ -30,11 +33,13 @@ from qwenlora.launch.plan import (
     check,
     check_keys,
     check_resume,
+    deepspeed_argv,
     preparing_argv,
     processes_of,
     refuse_other_data,
     rendezvous_options,
     say_processes,
+    static_options,
     torchrun_argv,
 )
 from qwenlora.launch.verdict import conclude, explain, first_error
@@ -62,6 +67,13 @@ def run(
     before the start. Raises: ValueError when it cannot start.
     """
     where = allocation()
+    if where.job_id is not None:
+        hosts.refuse_in_slurm(config)
+    told: dict[str, str] = {}
+    if named := hosts.of(config):
+        where, config = hosts.allocation_of(named), hosts.with_slots(config, named)
+        besides = hosts.add_deepspeed_env(os.environ) if config.launch.launcher == "deepspeed" else set()
+        told = hosts.carried(os.environ, besides)
     if only_check:
         run_dir = RunFolder(config.run_dir).path
         config = config.model_copy(update={"run_dir": str(run_dir.with_name(f".preflight-{run_dir.name}"))})
@@ -75,12 +87,23 @@ def run(
             console.print("requeued by Slurm: going on from the newest checkpoint, without --fresh and --resume")
         fresh, resume = False, "auto"
     handover = Handover(0, "none" if fresh else resume, tuple(allowed))
+    if not where.first:
+        return follow(config, where)
+    return _take_part(config, where, lambda node: node.lead(handover, told, only_check=only_check))
+
+
+def follow(config: Config, where: Allocation) -> int:
+    """Run the part of a node that is not the first; return its exit code."""
+    return _take_part(config, where, Node.follow)
+
+
+def _take_part(config: Config, where: Allocation, part: "Callable[[Node], int]") -> int:
+    console = Console(markup=False, highlight=False)
     with ExitStack() as held:
         children = held.enter_context(Children())
         try:
             meeting = held.enter_context(Meeting(where))
-            node = Node(config, where, children, meeting, console)
-            return node.lead(handover, only_check=only_check) if where.first else node.follow()
+            return part(Node(config, where, children, meeting, console, held))
         except NotMet as missing:
             if not children.asked:
                 prefix = "failed: " * where.first  # the others' word is not the last
@@ -89,26 +112,37 @@ def run(
 
 
 class Node:
-    """One node's part of an attempt."""
+    """One node's part of an attempt. held: what is given back when it is over."""
 
     def __init__(
-        self, config: Config, where: Allocation, children: Children, meeting: Meeting, console: Console
+        self,
+        config: Config,
+        where: Allocation,
+        children: Children,
+        meeting: Meeting,
+        console: Console,
+        held: ExitStack,
     ) -> None:
         self.config, self.where, self.children, self.meeting, self.console = config, where, children, meeting, console
+        self._held = held
+        self._agents: list[elsewhere.Started] = []
         self.processes = processes_of(config)
         self.folder = RunFolder(config.run_dir)
         self._missing = False
 
     # ---- the first node
 
-    def lead(self, handover: Handover, *, only_check: bool) -> int:
-        """Run an attempt on all nodes; return its exit code. Raises: ValueError when it cannot start."""
+    def lead(self, handover: Handover, told: dict[str, str], *, only_check: bool) -> int:
+        """Run an attempt on all nodes; return its exit code. Raises: ValueError when it cannot start.
+
+        told: variables for the agents that this one starts on other machines.
+        """
         config, folder, resume = self.config, self.folder, handover.resume
         wait_s = WAIT_FOR_THE_FOLDER_S if self.where.restarts else 0.0
         try:
             with folder.claim(config, fresh=resume == "none", allowed=handover.allowed, wait_s=wait_s) as changed:
                 if only_check:
-                    return self._only_check()
+                    return self._only_check(told)
                 if folder.done and resume == "auto" and not changed.length:
                     refuse_other_data(config, folder)
                     self.console.print(
@@ -119,11 +153,11 @@ class Node:
                     )
                     return EXIT_CODES["done"]
                 check_resume(config, folder, resume, handover.allowed)
-                return self._attempt(handover)
+                return self._attempt(handover, told)
         finally:  # the other nodes leave first: srun's exit code is then this one's
             self.meeting.part(FAREWELL_S, of_all=not self._missing)
 
-    def _attempt(self, handover: Handover) -> int:
+    def _attempt(self, handover: Handover, told: dict[str, str]) -> int:
         folder, where = self.folder, self.where
         last = folder.history.unfinished
         attempt = folder.begin_attempt(
@@ -138,7 +172,7 @@ class Node:
         code, fault, start = EXIT_CODES["failed"], "", time.monotonic()
         handover = replace(handover, attempt=attempt)
         try:
-            self._check_nodes()
+            self._check_nodes(attempt, told)
             with folder.log(attempt, "launch").open("ab") as log:
                 code = 0
                 if not is_current(self.config, folder, on_gpu=gpu_count() > 0):
@@ -168,11 +202,11 @@ class Node:
                 return EXIT_CODES["failed"]
         return code
 
-    def _only_check(self) -> int:
+    def _only_check(self, told: dict[str, str]) -> int:
         """Do all checks before the start and nothing else, in a folder of its own, which is removed if all is well."""
         watch = Watch(self.config, self.where, self.meeting, self.children, self.folder, PREFLIGHT)
         self.folder.logs(PREFLIGHT).mkdir(parents=True, exist_ok=True)
-        self._check_nodes()
+        self._check_nodes(PREFLIGHT, told)
         code = self._train(watch, Handover(PREFLIGHT, only_check=True))
         if code or watch.fault:
             error = first_error(self.folder, PREFLIGHT)
@@ -182,11 +216,14 @@ class Node:
         shutil.rmtree(self.folder.path, ignore_errors=True)
         return EXIT_CODES["done"]
 
-    def _check_nodes(self) -> None:
+    def _check_nodes(self, attempt: int, told: dict[str, str]) -> None:
         """Meet the other nodes and compare. Raises: NotMet naming those that do not come, or are not alike."""
         where, timeout_s = self.where, float(self.config.launch.join_timeout_s)
         if where.nodes == 1:
             return
+        if where.name:  # nobody else starts agents there
+            logs = self.folder.logs(attempt)
+            self._agents = self._held.enter_context(elsewhere.started(self.config, where, told, logs))
         self._missing = True  # until they have come
         answers = self._gather("facts", timeout_s)
         self._missing = len(answers) < where.nodes - 1
@@ -214,7 +251,13 @@ class Node:
             preflight.clear(self.folder, where.nodes)
 
     def _gather(self, what: str, timeout_s: float) -> dict[int, Any]:
-        return self.meeting.gather(what, timeout_s, lambda: self.children.asked)
+        def failed() -> str:
+            return "; ".join(filter(None, (agent.failed for agent in self._agents)))
+
+        answers = self.meeting.gather(what, timeout_s, lambda: self.children.asked or bool(failed()))
+        if problem := failed():
+            raise NotMet(problem)
+        return answers
 
     def _train(self, watch: Watch, handover: Handover) -> int:
         """Have all nodes start their ranks; return this node's exit code when they have all ended."""
@@ -222,7 +265,11 @@ class Node:
         over = f" on {where.nodes} nodes" * (where.nodes > 1)
         if not handover.only_check:
             self.console.print(f"starting {say_processes(self.processes * where.nodes)}{over} ...")
-        port = free_port(self.meeting.run_id) if where.nodes > 1 else 0
+        port = 0
+        if where.nodes > 1:
+            port = free_port(self.meeting.run_id)
+        elif self.config.launch.launcher == "deepspeed":  # torchrun finds one by itself
+            port = free_port(secrets.token_hex(8))
         self.meeting.send(start=handover.as_json(), port=port)
         return self._run_ranks(watch, handover, port)
 
@@ -278,19 +325,31 @@ class Node:
 
     def _run_ranks(self, watch: Watch, handover: Handover, port: int) -> int:
         where = self.where
+        deepspeed = self.config.launch.launcher == "deepspeed"
         rendezvous = ["--standalone"]
-        if where.nodes > 1:
+        if where.name and where.nodes > 1:
+            rendezvous = static_options(where.node, where.nodes, where.hosts[0], port)
+        elif where.nodes > 1:
             run_id = f"{self.meeting.run_id}.{handover.attempt}"
             timeout_s = max(60, self.config.launch.join_timeout_s)
             rendezvous = rendezvous_options(run_id, where.nodes, where.first, where.hosts[0], port, timeout_s)
         argv = torchrun_argv([str(self.folder.config)], self.processes, rendezvous)
+        if deepspeed:
+            host = where.hosts[0] if where.nodes > 1 else "127.0.0.1"
+            argv = deepspeed_argv([str(self.folder.config)], self.processes, where.node, where.nodes, host, port)
         name = f"launch-{where.node}" if where.node else "launch"
         with ExitStack() as held:
             beats = held.enter_context(heartbeat.make_folder())
             log = held.enter_context(self.folder.log(handover.attempt, name).open("ab"))
             watch.beats = beats
-            environment = _environment(replace(handover, beats=beats)) | self._flight_recorder(handover.attempt)
-            code = self.children.run(argv, environment, log, watch.while_training)
+            handover = replace(handover, beats=beats)
+            if deepspeed:
+                watch.log = log
+                handover = replace(handover, screen=held.enter_context(lend(beats)) if where.first else "")
+            environment = _environment(handover) | self._flight_recorder(handover.attempt)
+            if deepspeed and self.processes > 1:  # as torchrun does: each would take all cores
+                environment.setdefault("OMP_NUM_THREADS", "1")
+            code = self.children.run(argv, environment, log, watch.while_training, apart=deepspeed)
             watch.after(code)
         return code
 

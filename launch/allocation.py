@@ -12,7 +12,8 @@ from qwenlora.slurm import answers
 class Allocation:
     """node: number of this one among hosts, from 0; job_id: as Slurm names it; restarts: how often it was requeued.
 
-    requeues: whoever started this agent starts it again when it leaves with 75.
+    requeues: whoever started this agent starts it again when it leaves with 75. Without a job, agents that the first
+    one started know each other by name, which is in their command lines, and secret, which is not.
     """
 
     node: int
@@ -20,6 +21,8 @@ class Allocation:
     job_id: str | None
     restarts: int
     requeues: bool
+    name: str = ""
+    secret: str = ""
 
     @property
     def nodes(self) -> int:

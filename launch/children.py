@@ -2,7 +2,9 @@
 
 A scheduler signals every process of a job, a terminal only the agent. Both must end the same way: the ranks finish
 their step and save. So the children start with these signals ignored (torchrun would die of USR1, and would kill the
-ranks on TERM), and the agent passes a request on to the ranks until they have left.
+ranks on TERM), and the agent passes a request on to the ranks until they have left. DeepSpeed's launcher brings
+handlers of its own, which kill ranks that are not done in half a minute: for it the signals are blocked, which handlers
+do not change. Its ranks inherit that, and unblock them when they can hear (trainer/screen.py).
 """
 
 import signal
@@ -53,14 +55,28 @@ class Children:
         self._end_now = True
 
     def run(
-        self, argv: list[str], environment: dict[str, str], log: IO[bytes], watch: Callable[[], None] = lambda: None
+        self,
+        argv: list[str],
+        environment: dict[str, str],
+        log: IO[bytes],
+        watch: Callable[[], None] = lambda: None,
+        *,
+        apart: bool = False,
     ) -> int:
         """Run a command to its end; return its exit code. log: takes its standard error, the screen its output.
 
-        watch: is called several times a second, and may call kill.
+        watch: is called several times a second, and may call kill. apart: for a command that has handlers of signals
+        and much to say: it hears none, and its output goes to the log, too.
         """
         self._end_now = False
-        process = subprocess.Popen(argv, env=environment, stderr=log, start_new_session=True, preexec_fn=_prepare_child)
+        process = subprocess.Popen(
+            argv,
+            env=environment,
+            stdout=log if apart else None,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_prepare_deaf_child if apart else prepare_child,
+        )
         last = float("-inf")
         while process.poll() is None:
             watch()
@@ -86,10 +102,16 @@ class Children:
                 continue  # it has left
 
 
-def _prepare_child() -> None:
+def prepare_child() -> None:
+    """Have a process that is about to start ignore stop requests, and end with this one."""
     for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
+
+
+def _prepare_deaf_child() -> None:
+    prepare_child()
+    signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
 
 
 def _descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qwenlora.launch import job_commands
+from qwenlora.launch import adapter_commands, job_commands
 from qwenlora.launch.guarded import ConfigFile, Overrides, guarded
 
 app = typer.Typer(
@@ -28,6 +28,12 @@ def train(
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine. Default: one a GPU, or 1.")
     ] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="torchrun or deepspeed: what starts the processes. Default: torchrun.")
+    ] = None,
+    hostfile: Annotated[
+        str | None, typer.Option(help="Several machines without Slurm: a file with a line `HOST slots=N` for each.")
+    ] = None,
     resume: Annotated[
         str, typer.Option(help="auto (the newest whole checkpoint), none (as --fresh), checkpoint-200, or a path.")
     ] = "auto",
@@ -46,7 +52,9 @@ def train(
         from qwenlora.configs import load_config
         from qwenlora.launch import agent, plan
 
-        chosen = [*(overrides or []), *([f"launch.nproc_per_node={nproc}"] if nproc else [])]
+        options = {"nproc_per_node": nproc, "launcher": launcher, "hostfile": hostfile}
+        said = [f"launch.{key}={value}" for key, value in options.items() if value is not None]
+        chosen = [*(overrides or []), *said]
         loaded = load_config(config, chosen)
         if dry_run:
             print(plan.dry_run(loaded, [str(config), *chosen]), end="")
@@ -65,27 +73,6 @@ def preflight(config: ConfigFile, overrides: Overrides = None) -> None:
         from qwenlora.launch import agent
 
         return agent.run(load_config(config, overrides or []), only_check=True)
-
-    guarded(command)
-
-
-@app.command()
-def compare(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/tiny.")],
-    show: Annotated[int, typer.Option(min=0, help="How many questions to show.")] = 5,
-    limit: Annotated[int, typer.Option(min=1, help="How many training questions to ask.")] = 500,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-) -> None:
-    """Ask the base model and the tuned one the training questions; count the exact answers."""
-
-    def command() -> int:
-        from qwenlora.adapter import quiet
-
-        with quiet():
-            from qwenlora.adapter.compare import compare as compare_answers
-
-        compare_answers(run, show=show, limit=limit, max_new_tokens=max_new_tokens)
-        return 0
 
     guarded(command)
 
@@ -178,6 +165,7 @@ def _version(
 
 
 job_commands.register(app)
+adapter_commands.register(app)
 
 
 def main() -> None:

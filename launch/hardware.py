@@ -5,6 +5,15 @@ import shutil
 import subprocess
 
 
+def visible_devices(processes: int) -> list[int | str]:
+    """Return a GPU for each process, as CUDA_VISIBLE_DEVICES names them; -1, which is none, where there are too few."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(range(processes))
+    names = [name.strip() for name in visible.split(",") if name.strip()][:processes]
+    return [int(name) if name.isdecimal() else name for name in [*names, *["-1"] * (processes - len(names))]]
+
+
 def gpu_count() -> int:
     """Return how many NVIDIA GPUs a process started here may use; CUDA_VISIBLE_DEVICES is heeded."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

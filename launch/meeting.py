@@ -36,9 +36,9 @@ class Meeting:
 
     def __init__(self, allocation: Allocation) -> None:
         self.allocation = allocation
-        self.run_id = f"{allocation.job_id}.{allocation.restarts}"
-        # the batch shell's secret (slurm/job.sh): who knows the job's id only is no node of it
-        self._token = f"{self.run_id} {os.environ.get('QWENLORA_SECRET', '')}"
+        self.run_id = allocation.name or f"{allocation.job_id}.{allocation.restarts}"
+        # in a job the batch shell's secret (slurm/job.sh): who knows the job's id only is no node of it
+        self._token = f"{self.run_id} {allocation.secret or os.environ.get('QWENLORA_SECRET', '')}"
         self._over = self._closed = False
         self._left: set[int] = set()
         self.inbox: queue.Queue[Message] = queue.Queue()

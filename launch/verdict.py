@@ -16,6 +16,11 @@ TAIL_LINES = 15
 _FIRST_KILLED = re.compile(r"\(first observed failure\):.*?rank\s+: (\d+).*?exitcode\s+: -(\d+)", re.DOTALL)
 
 
+def killed_line(rank: int, number: int) -> str:
+    """Return what an agent that saw a rank end by a signal writes to its log: as torchrun would."""
+    return f"(first observed failure): rank : {rank} exitcode : -{number}\n"
+
+
 def conclude(
     folder: RunFolder,
     attempt: int,

@@ -21,7 +21,7 @@ job_begin() {
         # shellcheck source=slurm/env.sh
         if ! source "$1"; then
             echo "error: $1 failed; it sets up this site's jobs (slurm/env.sh says how)" >&2
-            kill -HUP "$job_watcher"
+            job_watch_no_more
             exit 2
         fi
     fi
@@ -48,17 +48,26 @@ job_facts() {
 job_watch() {
     trap '[[ $(job_facts) == "COMPLETING TimeLimit 1 "* ]] && scontrol requeue "$(job_id)"; exit' TERM
     trap '' INT USR1 USR2
-    trap 'kill $!; exit' HUP # from job_end
+    trap 'kill $!; exit' ALRM # from job_watch_no_more
     while :; do
         sleep 3600 >&- 2>&- & # nobody waits for its output
         wait
     done
 }
 
+# By ALRM, since nohup has shells ignore HUP; more than once, since a signal that comes just before bash waits is handled
+# when the waiting is over, an hour later.
+job_watch_no_more() {
+    for _ in {1..50}; do
+        kill -ALRM "$job_watcher" 2>/dev/null || break
+        sleep 0.1
+    done
+}
+
 job_end() {
     local code=$1 id state reason requeue restarts before=${SLURM_RESTART_COUNT:-0}
     id=$(job_id)
-    kill -HUP "$job_watcher" 2>/dev/null
+    job_watch_no_more
     # over 128: an agent was killed, or told to stop before it could listen; not for ever, though
     if ((code != 75 && (code <= 128 || before >= 10))); then exit "$code"; fi
     for _ in {1..60}; do # slurmctld may be starting again

@@ -12,9 +12,18 @@ ASSETS = ROOT.parent / "shared" / "assets"
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub; the processes that tests start inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "COLUMNS", "LINES"):  # pytest-xdist sets the last two
     os.environ.pop(name, None)
 os.environ["NETRC"] = os.devnull
+
+
+def pytest_collection_modifyitems(items):
+    """Call slow what waits for a whole training run. pytest-xdist's processes begin with the files that have such."""
+    for item in items:
+        if "tiny_run" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +80,7 @@ def qwenlora(tmp_path) -> Command:
 def tiny_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """Return the run folder and the output of `qwenlora train configs/tiny.yaml`, as `make train` runs it."""
     folder = tmp_path_factory.mktemp("tiny run")
-    answer = Command(folder)("train", ROOT / "configs" / "tiny.yaml", OMP_NUM_THREADS="2", WANDB_MODE="offline")
+    answer = Command(folder)("train", ROOT / "configs" / "tiny.yaml", WANDB_MODE="offline", timeout=550)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return folder / "runs" / "tiny", answer
 

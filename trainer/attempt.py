@@ -18,15 +18,16 @@ from safetensors import SafetensorError
 
 from qwenlora.configs import Config
 from qwenlora.data import prepared, sources
+from qwenlora.data.order import accumulation_steps
 from qwenlora.data.prepared import Side
 from qwenlora.jobs import checkpoints
 from qwenlora.jobs.checkpoints import Chosen
-from qwenlora.jobs.disk import settle, sync, write_atomically
+from qwenlora.jobs.disk import seal, settle, sync, write_atomically
 from qwenlora.jobs.handover import Handover
 from qwenlora.jobs.heartbeat import Heart
 from qwenlora.jobs.history import Reason
 from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import derived
+from qwenlora.trainer import derived, sequence, strategy
 from qwenlora.trainer import model as models
 from qwenlora.trainer.chronicle import Chronicle
 from qwenlora.trainer.faults import TrainingFault
@@ -35,7 +36,7 @@ from qwenlora.trainer.prepare import Facts, read_facts
 from qwenlora.trainer.progress import ProgressCallback, facts_table
 from qwenlora.trainer.saver import Saver, reason_of
 from qwenlora.trainer.screen import Rank, StopRequest
-from qwenlora.trainer.state import adapter_of, not_finite
+from qwenlora.trainer.state import adapter_of, check_alike, not_finite
 from qwenlora.trainer.stop import TIME_IS_OVER, Stop
 from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
 from qwenlora.trainer.wandb_run import WandbCallback, mode_of
@@ -85,27 +86,29 @@ def train(
     if _is_asked(stop):  # before the model is loaded for nothing
         return Outcome("stopped", step, _asked(request))
 
-    torch.manual_seed(config.train.seed)  # the same adapter to begin with on every rank
     tokenizer = models.load_tokenizer(config, facts.base)
-    base = models.load_base(config, facts.base)
+    longest = max(counts["longest"] for counts in facts.data.values())
+    spread = strategy.choose(config, facts.parameters, _accumulation(config, rank), longest)
+    base = strategy.load_base(config, facts.base, spread)
     untrained = models.untrained_turn_tokens(base, tokenizer)
+    torch.manual_seed(config.train.seed)  # the same adapter to begin with on every rank, however the base is spread
     model = models.add_lora(base, config.lora)
     heart.beat(step)
-    packs = None
-    if facts.packing:
-        models.check_isolation(model)
-        packs = prepared.open_packs(folder)
+    packs = prepared.open_packs(folder) if facts.packing else None
 
     def warn(line: str) -> None:
         log.warning(line)
         console.print(Text("warning: ", style="yellow").append(line, style="default"), soft_wrap=True)
 
+    team = sequence.team_of(config.strategy.sequence_parallel, config.launch.ddp_timeout_s)
     progress = ProgressCallback(console)
     wandb: WandbCallback | None = None
     trainer = LoraTrainer(
         model,
         config,
-        training_arguments(config, run, facts.units, rank.world_size, evaluates=eval_side is not None),
+        training_arguments(
+            config, run, facts.units, rank.world_size, evaluates=eval_side is not None, name=spread.name
+        ),
         order_of(config, train_side, packs),
         train_side,
         eval_side,
@@ -113,9 +116,16 @@ def train(
         stop=stop,
         place=_place_of(config, train_side),
         warn=warn,
+        deepspeed=spread.deepspeed,
+        team=team,
         processing_class=tokenizer,
     )
     _refuse_fewer_steps(config, step, trainer.args.max_steps)
+    trainer.make_engine()
+    if facts.packing:
+        # by whole packs on each rank: the kernel is asked, which sees them whole where ranks share sequences, too
+        models.check_isolation(model)
+    sequence.share_attention(base, team)
     _beat_with(model, heart, trainer)
     metrics = MetricsFile(run.metrics, warn) if rank.first else None
     trainer.add_callback(
@@ -131,6 +141,10 @@ def train(
     if rank.first:
         if trainer.saver:
             trainer.saver.constant(_constant_files(model, tokenizer))
+        if spread.deepspeed:
+            write_atomically(run.deepspeed, json.dumps(spread.deepspeed, indent=1))
+        else:
+            run.deepspeed.unlink(missing_ok=True)  # an earlier attempt's
         if checkpoint and checkpoint.parent == run.path:
             _restore_wandb_id(run, checkpoint)
         wandb, where = _start_wandb(config, run, facts, warn)
@@ -138,7 +152,7 @@ def train(
             if callback:
                 trainer.add_callback(callback)
         trainer.wandb_id = run.wandb_id.read_text().strip() if run.wandb_id.exists() else ""
-        table = derived.facts(config, facts, trainer.args, rank.world_size) | {"W&B": where}
+        table = derived.facts(config, facts, trainer.args, rank.world_size, spread) | {"W&B": where}
         console.print(facts_table(run.path.name, table))
         tied = bool(base.config.tie_word_embeddings)
         for line in [*_notes(run, chosen), *derived.warnings(config, facts, trainer.args, untrained, tied=tied)]:
@@ -147,7 +161,7 @@ def train(
             console.print(f"resuming from {checkpoint.name}", soft_wrap=True)
             if chosen.changed:
                 console.print(f"changed since: {chosen.changed}", soft_wrap=True)
-        chronicle.resumed(checkpoint, step)
+        chronicle.resumed(checkpoint, step, spread.said)
 
     if checkpoint:
         trainer.load(checkpoint)
@@ -171,8 +185,11 @@ def train(
         stopped = stop.stopped or (stop.agreed and trainer.state.global_step < trainer.args.max_steps)
         progress.stop()
         _finish_saving(trainer, needed=stopped)
-        if rank.first and not stopped:
-            save_adapter(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run)
+        if not stopped:
+            with trainer.whole():
+                check_alike(adapter_of(trainer.peft_model), trainer.args.device)
+                if rank.first:
+                    save_adapter(trainer.peft_model, tokenizer, run)
         exit_code = 0
     finally:
         progress.stop()
@@ -186,6 +203,16 @@ def train(
     if stopped:
         return Outcome("stopped", trainer.state.global_step, _asked(request))
     return Outcome("done", trainer.args.max_steps)
+
+
+def _accumulation(config: Config, rank: Rank) -> int:
+    train = config.train
+    return accumulation_steps(
+        train.global_batch_size,
+        train.per_device_train_batch_size,
+        rank.world_size,
+        config.strategy.sequence_parallel,
+    )
 
 
 def _is_asked(stop: Stop) -> bool:
@@ -340,6 +367,7 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
         model.save_pretrained(staging, save_embedding_layers=False)
         tokenizer.save_pretrained(staging)
         (staging / "README.md").unlink(missing_ok=True)  # peft's is an empty form
+        seal(staging, but="adapter_config.json")  # which names the base, and that may move
         settle(staging)
         old = run.path / ".adapter.old"
         shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Micro-batches of one rank as tensors: the data's order (data/order.py) made into a torch DataLoader."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -40,15 +40,25 @@ class StepLoader(DataLoader[list[Tokens]]):
     """One rank's micro-batches of an epoch, the same number on every rank, empty ones as blank rows.
 
     flat: packs go into the model as one long sequence, which flash attention wants; else as rows of a batch.
+    cut: takes what this rank holds of a batch, where ranks share them; rank and world_size are then their teams'.
     """
 
     def __init__(
-        self, side: Side, order: Order, world_size: int, rank: int, accumulation: int, pad_id: int, *, flat: bool
+        self,
+        side: Side,
+        order: Order,
+        world_size: int,
+        rank: int,
+        accumulation: int,
+        pad_id: int,
+        *,
+        flat: bool,
+        cut: Callable[[dict[str, Tensor], int], dict[str, Tensor]] = lambda batch, _: batch,
     ) -> None:
         def batch(units: list[list[Tokens]]) -> dict[str, Tensor]:
             if order.packs is None:
-                return collate([row for unit in units for row in unit], pad_id)
-            return collate_packs([[row for unit in units for row in unit]] if flat else units, pad_id)
+                return cut(collate([row for unit in units for row in unit], pad_id), pad_id)
+            return cut(collate_packs([[row for unit in units for row in unit]] if flat else units, pad_id), pad_id)
 
         sampler = _RankOrder(order, world_size, rank, accumulation)
         super().__init__(_Units(side), batch_sampler=sampler, collate_fn=batch)

@@ -25,11 +25,12 @@ class Chronicle(TrainerCallback):
         self._model_s = 0.0
         self._first_step = 1
         self._checkpoint: Path | None = None
+        self._strategy = ""
         self._noted = False
 
-    def resumed(self, checkpoint: Path | None, step: int) -> None:
-        """Say what is gone on from. step: the last one that it holds, 0 without a checkpoint."""
-        self._checkpoint, self._first_step = checkpoint, step + 1
+    def resumed(self, checkpoint: Path | None, step: int, strategy: str = "") -> None:
+        """Say what is gone on from, and how. step: the last one that it holds, 0 without a checkpoint."""
+        self._checkpoint, self._first_step, self._strategy = checkpoint, step + 1, strategy
 
     def summary(self, reason: str) -> dict[str, Any]:
         """Return what W&B shows of all attempts, this one ending now."""
@@ -56,6 +57,7 @@ class Chronicle(TrainerCallback):
         repeated = max(self._last_step - self._first_step + 1, 0)
         facts = {
             "resumed_from": self._checkpoint.name if self._checkpoint else None,
+            "strategy": self._strategy,
             "first_step": self._first_step,
             "steps_repeated": repeated,
             "seconds": {name: round(value, 2) for name, value in seconds.items()},

@@ -9,9 +9,10 @@ from transformers import TrainingArguments
 from qwenlora.configs import Config
 from qwenlora.trainer.model import EMBEDDINGS, TINY, pick_dtype
 from qwenlora.trainer.prepare import Facts
+from qwenlora.trainer.strategy import Spread
 
 
-def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int) -> dict[str, str]:
+def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int, spread: Spread) -> dict[str, str]:
     """Return the start-up table's rows."""
     parameters, train = known.parameters, known.data["train"]
     share = parameters.trainable / (parameters.total + parameters.trainable)
@@ -20,6 +21,7 @@ def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int
     stored = "" if config.strategy.quantization == "none" else f", stored as {config.strategy.quantization}"
     epochs = args.max_steps / math.ceil(known.units / config.train.global_batch_size)
     unit = "packs" if known.packing else "rows"
+    shared = config.strategy.sequence_parallel
     batch = config.train.global_batch_size
     held = min(batch, known.units)  # of a step; an epoch may be less than a batch
     rows_a_step = f" in {held * train['rows'] // known.units:,} rows" if known.packing else ""
@@ -29,9 +31,10 @@ def facts(config: Config, known: Facts, args: TrainingArguments, world_size: int
         f" (r {config.lora.r}, alpha {config.lora.lora_alpha}, {_names(config.lora.target_modules)}),"
         f" an adapter of {parameters.trainable * 4 / 1e6:.1f} MB",
         "data": f"{_sources(config.data.train)}: {_side(train)}",
-        "processes": f"{world_size} x {device}, {config.strategy.name}",
-        "global batch": f"{batch} {unit} = {world_size} process{'es' * (world_size > 1)} x"
-        f" {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated,"
+        "processes": f"{world_size} x {device}, {_spread(spread)}",
+        "global batch": f"{batch} {unit} = {world_size} process{'es' * (world_size > 1)}"
+        f"{f' / {shared} a sequence' * (shared > 1)}"
+        f" x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated,"
         f" about {held * train['tokens'] // known.units:,} tokens{rows_a_step} a step",
         "steps": f"{args.max_steps:,} ({epochs:.2f} epochs), warm-up {args.get_warmup_steps(args.max_steps)},"
         f" {config.train.lr_scheduler_type} from {config.train.learning_rate:g}",
@@ -66,6 +69,9 @@ def warnings(config: Config, known: Facts, args: TrainingArguments, untrained: l
             f"the learning rate is still warming up ({warm_up} steps) when training ends after {args.max_steps};"
             " lower train.warmup_steps"
         )
+    if config.strategy.offload != "none" and not torch.cuda.is_available():
+        offload = f"strategy.offload={config.strategy.offload}"
+        lines.append(f"{offload} changes nothing here: without a GPU, all is in host memory")
     if config.data.eval == "example" and config.data.train != "example":
         lines.append("data.eval is still the example's; set data.eval to rows of yours, or to null")
     saved = config.lora.modules_to_save or []
@@ -76,6 +82,12 @@ def warnings(config: Config, known: Facts, args: TrainingArguments, untrained: l
             f" set lora.modules_to_save: {modules}, or start from the -Instruct model"
         )
     return lines
+
+
+def _spread(spread: Spread) -> str:
+    if spread.why:
+        return spread.why.removeprefix("strategy.name=auto: ")
+    return spread.said
 
 
 def _side(counts: dict[str, Any]) -> str:

@@ -15,14 +15,17 @@ class TrainingFault(RuntimeError):  # noqa: N818 (it is not said to be an error 
     """The run cannot go on; the text says why and what helps."""
 
 
-def broken_micro_batches(losses: list[Tensor], rank: int, world_size: int) -> list[int]:
-    """Return which micro-batches of a step have a loss that is not finite; all ranks call it. losses: this rank's."""
-    mine = [number * world_size + rank for number, loss in enumerate(losses) if not bool(loss.isfinite())]
+def broken_micro_batches(losses: list[Tensor], team: int, teams: int) -> list[int]:
+    """Return which micro-batches of a step have a loss that is not finite; all ranks call it. losses: this rank's.
+
+    team, teams: the number of this rank's team and how many there are; each rank is one, unless they share sequences.
+    """
+    mine = [number * teams + team for number, loss in enumerate(losses) if not bool(loss.isfinite())]
     if not dist.is_initialized():
         return mine
-    everyones: list[list[int]] = [[] for _ in range(world_size)]
+    everyones: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyones, mine)
-    return sorted(number for numbers in everyones for number in numbers)
+    return sorted({number for numbers in everyones for number in numbers})
 
 
 def describe(step: int, what: str, rows: list[int], place: Callable[[int], str]) -> str:

@@ -45,6 +45,8 @@ def main(arguments: list[str], *, captured: bool = True) -> int:
 
 
 def _main(arguments: list[str], held: ExitStack, captured: bool) -> int:
+    if "LOCAL_SIZE" in os.environ:  # DeepSpeed's launcher calls it so
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     prepare_only = PREPARE_ONLY in arguments
     config_file, *overrides = (argument for argument in arguments if argument != PREPARE_ONLY)
     config = load_config(config_file, overrides)
@@ -64,7 +66,7 @@ def _main(arguments: list[str], held: ExitStack, captured: bool) -> int:
     attempt = handover.attempt if handover.by_agent else len(run.history.attempts())
     name = "prepare" if prepare_only else f"rank-{rank.rank}"
     if captured:
-        console = take_screen(run.log(attempt, name), speaks=rank.first)
+        console = take_screen(run.log(attempt, name), speaks=rank.first, lent=handover.screen)
     else:
         console = Console(quiet=not rank.first, markup=False, highlight=False)
     faulthandler.register(STACKS_SIGNAL, chain=False)  # into the log
@@ -208,7 +210,7 @@ def _check(config: Config, console: Console, *, only: bool) -> None:
 
 
 def _leave() -> None:
-    """Leave together: torchrun ends all ranks when one leaves with 75."""
+    """Leave together: torchrun and DeepSpeed's launcher end all ranks when one leaves with 75."""
     import torch.distributed as dist
 
     if dist.is_initialized():

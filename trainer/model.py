@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -29,7 +31,10 @@ LEAK = 0.02  # of the logits' spread: rows kept apart differ by rounding, or by 
 
 
 class Parameters(NamedTuple):
-    """Counts of numbers. body: matrices that every token passes; head: the output matrix."""
+    """Counts of numbers. body: matrices that every token passes; head: the output matrix.
+
+    hidden_size, intermediate_size, kv_width: what a token leaves behind in a layer; of MoE's experts, those it meets.
+    """
 
     total: int
     trainable: int
@@ -37,6 +42,9 @@ class Parameters(NamedTuple):
     head: int
     layers: int
     attention_width: int
+    hidden_size: int
+    intermediate_size: int
+    kv_width: int
 
 
 def base_of(config: Config, run: RunFolder) -> str:
@@ -72,7 +80,7 @@ def load_tokenizer(config: Config, base: str) -> Any:
 
 
 def _tokenizer(name: str, config: Model, key: str) -> Any:
-    with _hub_errors(key, name):
+    with hub_errors(key, name):
         tokenizer = AutoTokenizer.from_pretrained(
             resolve(name, key),
             trust_remote_code=config.trust_remote_code,
@@ -93,7 +101,7 @@ def _tokenizer(name: str, config: Model, key: str) -> Any:
 
 
 @contextmanager
-def _hub_errors(key: str, name: str) -> Iterator[None]:
+def hub_errors(key: str, name: str) -> Iterator[None]:
     """Turn what transformers raises for a missing or broken model into one line."""
     try:
         yield
@@ -124,7 +132,7 @@ def device() -> torch.device:
 
 def load_config_of(config: Config, base: str) -> Any:
     """Return the base model's transformers config. Raises: ValueError when transformers knows no such text model."""
-    with _hub_errors("model.name_or_path", config.model.name_or_path):
+    with hub_errors("model.name_or_path", config.model.name_or_path):
         try:
             found = AutoConfig.from_pretrained(
                 base, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
@@ -174,7 +182,7 @@ def _samples(file: BinaryIO, size: int) -> Iterator[int]:
 
 
 def load_base(config: Config, base: str) -> Any:
-    """Return the base model in its dtype, frozen or quantised as the config says, on this rank's device."""
+    """Return the base model in its dtype, or quantised as the config says, whole on this rank's device."""
     arguments: dict[str, Any] = {}
     dtype = pick_dtype(config.model.dtype)
     if config.strategy.quantization == "nf4":
@@ -188,22 +196,41 @@ def load_base(config: Config, base: str) -> Any:
         arguments["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if torch.cuda.is_available():  # straight to this rank's GPU, not by way of host memory
         arguments["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    with _hub_errors("model.name_or_path", config.model.name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(
+    with hub_errors("model.name_or_path", config.model.name_or_path):
+        model, loading = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype,
             attn_implementation=config.model.attn_implementation,
             trust_remote_code=config.model.trust_remote_code,
             revision=config.model.revision,
+            output_loading_info=True,
             **arguments,
         )
+    refuse_missing(config, loading)
     if config.strategy.quantization == "nf4":
         _keep_4bit_weights_as_they_are(model)
+    return model
+
+
+def refuse_missing(config: Config, loading: dict[str, Any]) -> None:
+    """Refuse a base whose files lack weights: transformers would draw them, each time others. Raises: ValueError.
+
+    loading: what from_pretrained says of it.
+    """
+    if missing := sorted(loading["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"model.name_or_path={config.model.name_or_path}: its files lack {missing[0]}{more}, which would be random"
+            " numbers; download it again, or name a base that is whole"
+        )
+
+
+def set_up(model: Any, config: Config) -> None:
+    """Make a base model ready to be trained, however it was loaded."""
     model.config.use_cache = False
     if config.train.gradient_checkpointing:
         # the non-reentrant kind needs no input that requires gradients, and DDP is at ease with it
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
 
 
 def _keep_4bit_weights_as_they_are(model: torch.nn.Module) -> None:
@@ -336,8 +363,40 @@ def count_parameters(config: Config, base: str) -> Parameters:
         lora = config.lora.model_copy(update={"init_from": None})
         trainable = sum(p.numel() for p in add_lora(model, lora).parameters() if p.requires_grad)
     text = model_config.get_text_config()
-    width = text.num_attention_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-    return Parameters(total, trainable, body, head.numel(), text.num_hidden_layers, width)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Parameters(
+        total,
+        trainable,
+        body,
+        head.numel(),
+        text.num_hidden_layers,
+        text.num_attention_heads * head_dim,
+        text.hidden_size,
+        _intermediate_size(text),
+        (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim,
+    )
+
+
+def _intermediate_size(text: Any) -> int:
+    """Return the numbers between an MLP's matrices that a token passes; with experts, of all that it meets."""
+    experts = getattr(text, "num_experts_per_tok", None)
+    if not experts:
+        return int(text.intermediate_size)
+    shared = getattr(text, "shared_expert_intermediate_size", None) or 0
+    return int(experts * text.moe_intermediate_size + shared)
+
+
+def whole(weight: Tensor) -> Tensor:
+    """Return a weight of the base as one tensor; where it is in parts, all ranks call it."""
+    if isinstance(weight, DTensor):
+        gathered: Tensor = DTensor.full_tensor(weight).detach()
+        return gathered
+    if hasattr(weight, "ds_tensor"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
+    return weight.detach()
 
 
 def untrained_turn_tokens(model: Any, tokenizer: Any) -> list[str]:
@@ -346,7 +405,7 @@ def untrained_turn_tokens(model: Any, tokenizer: Any) -> list[str]:
     Rows past the tokenizer's last id were never trained: they lie close together. A turn token among them was not
     either. Empty when there are no such rows, or they are as scattered as words are (random weights).
     """
-    weight = model.get_input_embeddings().weight.detach()
+    weight = whole(model.get_input_embeddings().weight)
     unused = weight[len(tokenizer) :].float()
     if len(unused) < 8:
         return []

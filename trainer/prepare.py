@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qwenlora.configs import Config
+from qwenlora.configs import Config, combinations
 from qwenlora.data import current, prepared
 from qwenlora.data.sources import SideName
 from qwenlora.jobs.disk import write_atomically
 from qwenlora.jobs.run import RunFolder, allows
 from qwenlora.trainer import model as models
+from qwenlora.trainer import sequence
 from qwenlora.trainer.training import check_settings
 
 # what a checkpoint holds for each trainable number: itself and Adam's two moments, in float32
@@ -70,6 +71,7 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None, allo
     """
     _check_device(config)
     base = models.base_of(config, run)
+    sequence.check(config, models.load_config_of(config, base))
     stamp = current.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
     tokenizer = models.load_tokenizer(config, base)
     fingerprint = models.fingerprint(config, base)
@@ -117,8 +119,8 @@ def prepare_rows(config: Config, tokenizer: Any, run: RunFolder, console: Consol
 
 
 def packs_rows(config: Config) -> bool:
-    """Return whether rows are packed: auto is on where attention keeps packed rows apart at no cost, on a GPU."""
-    return config.data.packing == "on" or (config.data.packing == "auto" and torch.cuda.is_available())
+    """Return whether rows are packed here."""
+    return combinations.packs_rows(config, on_gpu=torch.cuda.is_available())
 
 
 def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:

@@ -45,6 +45,8 @@ class ProgressCallback(TrainerCallback):
                 TextColumn("{task.fields[shown]}"),
                 console=self.console,
                 expand=True,
+                redirect_stdout=False,  # what libraries say goes to the log, as it does without a bar
+                redirect_stderr=False,
             )
             self._task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, shown="")
             self.bar.start()

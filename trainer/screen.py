@@ -16,12 +16,14 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from qwenlora.jobs.lent_screen import borrow
+
 log = logging.getLogger("qwenlora")
 PLAIN_WIDTH = 120
 
 
 class Rank(NamedTuple):
-    """This process among the others, as torchrun says; alone, when it says nothing."""
+    """This process among the others, as the launcher says; alone, when it says nothing."""
 
     rank: int
     world_size: int
@@ -45,9 +47,11 @@ class StopRequest:
         self._at_once = False
 
     def listen(self) -> None:
-        """Hear the signals from now on."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        """Hear the signals from now on, also one that came while they were held back (launch/children.py)."""
+        requests = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+        for number in requests:
             signal.signal(number, self._hear)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, requests)
 
     def ask(self, why: str) -> None:
         """Ask to stop."""
@@ -73,12 +77,13 @@ class StopRequest:
             self._at_once = False
 
 
-def take_screen(file: Path, *, speaks: bool) -> Console:
+def take_screen(file: Path, *, speaks: bool, lent: str = "") -> Console:
     """Send all that this process prints, crashes included, to file; return the console that still has the screen.
 
-    speaks: false gives a console that is silent, for ranks other than 0.
+    speaks: false gives a console that is silent, for ranks other than 0. lent: where the screen is, if the agent lends
+    it.
     """
-    screen = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    screen = os.fdopen(borrow(lent if speaks else ""), "w", encoding="utf-8")
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for standard in (1, 2):

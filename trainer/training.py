@@ -1,7 +1,7 @@
 """transformers.Trainer, with what it lacks: our row order, exact evaluation, exact resume, faults that are seen.
 
-Every Trainer method that is overridden stands in LoraTrainer; tests/trainer/test_training.py fails when a new
-transformers changes what they rely on.
+Every Trainer method that is overridden stands in LoraTrainer; tests/trainer/test_training.py and
+test_deepspeed_parts.py fail when a new transformers changes what they rely on.
 """
 
 import dataclasses
@@ -11,13 +11,17 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
@@ -35,7 +39,9 @@ from qwenlora.trainer import state as states
 from qwenlora.trainer.batches import IGNORED, StepLoader, eval_batches
 from qwenlora.trainer.model import pick_dtype
 from qwenlora.trainer.saver import Saver
+from qwenlora.trainer.sequence import Team
 from qwenlora.trainer.stop import Stop
+from qwenlora.trainer.zero import Zero
 
 log = logging.getLogger("qwenlora")
 
@@ -53,9 +59,9 @@ def order_of(config: Config, train: Side, packs: Packs | None = None) -> Order:
 
 
 def training_arguments(
-    config: Config, run: RunFolder, units: int, world_size: int, evaluates: bool
+    config: Config, run: RunFolder, units: int, world_size: int, evaluates: bool, name: str = "ddp"
 ) -> TrainingArguments:
-    """Return transformers' arguments for a config. units: rows an epoch, or packs."""
+    """Return transformers' arguments for a config. units: rows an epoch, or packs; name: the strategy's, decided."""
     train = config.train
     dtype = pick_dtype(config.model.dtype)
     on_gpu = torch.cuda.is_available()
@@ -64,7 +70,10 @@ def training_arguments(
         per_device_train_batch_size=train.per_device_train_batch_size,
         per_device_eval_batch_size=train.per_device_eval_batch_size,
         gradient_accumulation_steps=accumulation_steps(
-            train.global_batch_size, train.per_device_train_batch_size, world_size
+            train.global_batch_size,
+            train.per_device_train_batch_size,
+            world_size,
+            config.strategy.sequence_parallel,
         ),
         max_steps=total_steps(units, train.global_batch_size, train.num_train_epochs, train.max_steps),
         learning_rate=train.learning_rate,
@@ -86,6 +95,8 @@ def training_arguments(
         logging_steps=config.log.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a NaN loss is shown as NaN
+        # DeepSpeed adds up gradients itself, and has no no_sync
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": name.startswith("zero")}},
         average_tokens_across_devices=True,  # the loss is a mean over the trained tokens of the global batch
         bf16=dtype == torch.bfloat16,
         fp16=on_gpu and dtype == torch.float16,
@@ -140,10 +151,23 @@ class _GoOn(TrainerCallback):
             self.trainer._globalstep_last_logged = saved["logged_step"]
 
 
+class _Stepped(AcceleratedOptimizer):
+    """The optimizer as Trainer's loop knows it, when DeepSpeed has taken the step already."""
+
+    _is_accelerate_prepared = True  # else its state would be copied, and DeepSpeed's views of it left behind
+
+    def step(self, closure: Any = None) -> None:
+        """Do nothing."""
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Do nothing."""
+
+
 class LoraTrainer(Trainer):
     """Trainer over prepared rows in our order.
 
     saver: writes checkpoints; on rank 0 alone, None on the others. place: where a training row stands, by its number.
+    deepspeed: DeepSpeed's config, for zero1 to zero3. team: the ranks that share this one's sequences.
     """
 
     control: TrainerControl
@@ -161,12 +185,17 @@ class LoraTrainer(Trainer):
         stop: Stop | None = None,
         place: Callable[[int], str] = str,
         warn: Callable[[str], None] = log.warning,
+        deepspeed: dict[str, Any] | None = None,
+        team: Team | None = None,
         **kw: Any,
     ):
         self.config, self.order, self.train_side, self.eval_side = config, order, train, eval_
         self.saver, self.stop, self.place, self.warn = saver, stop or Stop(), place, warn
         self.resumed: dict[str, Any] = {}  # the state.json that this attempt goes on from
         self.losses: dict[int, float] = {}  # {step: eval_loss}, to find the best checkpoint by
+        self.zero: Zero | None = None
+        self._deepspeed = deepspeed
+        self._file_names: dict[str, str] = {}  # of parameters, while they are whole
         self.wandb_id = ""
         self.data_wait_s = 0.0  # seconds spent waiting for batches so far
         self.saving_s = 0.0  # seconds that saves held up training so far
@@ -176,6 +205,7 @@ class LoraTrainer(Trainer):
         self._loss_before: Tensor | None = None  # that step
         self._left_out = 0  # steps in a row
         super().__init__(model=model, args=args, eval_dataset=eval_, callbacks=[self.stop], **kw)
+        self.team = team or Team(number=args.process_index, teams=args.world_size)
         self.remove_callback(PrinterCallback)
         self.add_callback(_GoOn(self))
 
@@ -188,16 +218,54 @@ class LoraTrainer(Trainer):
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
         return optimizer
 
+    # ---- how the model is spread
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """Return what a step goes through. Trainer's way is DDP over all of the model, and none for a sharded one."""
+        if self.zero:
+            return self.zero.engine
+        sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        if model is not self.model or not (self._deepspeed or sharded):
+            return super()._wrap_model(model, training, dataloader)
+        self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # autocast, and no more
+        if self._deepspeed:
+            self._file_names = states.file_names(model)
+            self.zero = Zero(model, self._adam, self._deepspeed)
+            self.zero.check()
+            self.accelerator.backward = self._backward_of_zero
+            return self.zero.engine
+        if not dist.is_initialized() or self.args.world_size == 1:
+            return model
+        # FSDP2 holds the frozen base; what is trained is whole on every rank, and DDP's alone
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        frozen += [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
+        return DistributedDataParallel(model, find_unused_parameters=False)
+
+    def _backward_of_zero(self, loss: Tensor, **_: Any) -> None:
+        assert self.zero
+        self.zero.backward(loss, last=self.accelerator.sync_gradients)
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """Have all that is trained whole on this rank, to be read; all ranks enter."""
+        return self.zero.whole() if self.zero else nullcontext()
+
+    def make_engine(self) -> None:
+        """Make DeepSpeed's engine, if there is to be one: without it, ZeRO-3's base cannot be looked at."""
+        if self._deepspeed and not self.zero:
+            self._prepare_for_training(self.args.max_steps, self.get_train_dataloader(), None)
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's loader. Accelerate does not wrap it: it would change the order with the world size."""
         return StepLoader(
             self.train_side,
             self.order,
-            self.args.world_size,
-            self.args.process_index,
+            self.team.teams,
+            self.team.number,
             self.args.gradient_accumulation_steps,
             self._pad_id,
-            flat=self.model.config._attn_implementation.startswith("flash"),
+            flat=self.config.model.attn_implementation.startswith("flash"),
+            cut=self.team.cut,
         )
 
     # ---- a step
@@ -225,8 +293,8 @@ class LoraTrainer(Trainer):
     ) -> Tensor:
         """Compute a micro-batch as Trainer does. Its dropout depends on seed, step and its number in the step alone."""
         shape = tuple(inputs["input_ids"].shape)
-        number = len(self._losses) * self.args.world_size + self.args.process_index
-        seed_micro_batch(self.args.seed, self.state.global_step, number)
+        number = len(self._losses) * self.team.teams + self.team.number
+        seed_micro_batch(self.args.seed, self.state.global_step, number, self.team.place)
         try:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
@@ -237,8 +305,14 @@ class LoraTrainer(Trainer):
     def _out_of_memory(self, shape: tuple[int, ...], *, trained: bool) -> faults.TrainingFault:
         return faults.out_of_memory(self.config, self.state.global_step, self.args.process_index, shape, trained)
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip, where DeepSpeed does not."""
+        return None if self.zero else super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the gradient's norm; before the optimizer uses it, all ranks agree on whether it is one."""
+        if self.zero:
+            return self._step_of_zero(self.zero)
         norm = super()._get_grad_norm(model, grad_norm)
         finite = torch.stack(self._losses).isfinite().all()
         if self.accelerator.scaler is None:  # float16's scaler looks for it itself, and expects it now and then
@@ -249,10 +323,21 @@ class LoraTrainer(Trainer):
             self._left_out = 0
         return norm
 
+    def _step_of_zero(self, zero: Zero) -> float:
+        """Take the step, unless all ranks agree not to, and return the gradient's norm before it."""
+        if broken := self.stop.agree(self.args.device, also=~torch.stack(self._losses).isfinite().all()):
+            zero.spoil()
+        norm = zero.step()  # the same on all ranks
+        if broken or not math.isfinite(norm):
+            self._not_finite()
+        else:
+            self._left_out = 0
+        return norm
+
     def _not_finite(self) -> None:
         """Stop, or leave this step out, as train.on_nan says."""
         step, per_device = self.state.global_step + 1, self.args.per_device_train_batch_size
-        broken = faults.broken_micro_batches(self._losses, self.args.process_index, self.args.world_size)
+        broken = faults.broken_micro_batches(self._losses, self.team.number, self.team.teams)
         units = self.order.step(*divmod(step - 1, self.order.steps_per_epoch))
         of_loss = [unit for number in broken for unit in units[number * per_device : (number + 1) * per_device]]
         rows = sorted(row for unit in of_loss or units for row in unit)
@@ -277,7 +362,7 @@ class LoraTrainer(Trainer):
         assert self._loss_before is not None, "a step has begun"
         self._tr_loss.copy_(self._loss_before)
         self._globalstep_last_logged += 1  # the mean is over the other steps
-        if self.accelerator.scaler is None:
+        if self.accelerator.scaler is None and not self.zero:
             self.model.zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient
         self.warn(f"{what}: {then}")
 
@@ -326,15 +411,16 @@ class LoraTrainer(Trainer):
             for batch in eval_batches(
                 self.eval_side,  # type: ignore[arg-type]
                 self.args.per_device_eval_batch_size,
-                self.args.world_size,
-                self.args.process_index,
+                self.team.teams,
+                self.team.number,
                 self._pad_id,
             ):
                 self.stop.agree(self.args.device)
                 if self.stop.agreed:
                     return None
-                batch = self._prepare_inputs(batch)
-                tokens = (batch["labels"][:, 1:] != IGNORED).sum()
+                batch = self._prepare_inputs(self.team.cut(batch, self._pad_id))
+                labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
+                tokens = (labels != IGNORED).sum()
                 try:
                     # num_items_in_batch=1 makes the model return the sum over tokens, not their mean
                     loss = self.model(**batch, num_items_in_batch=1).loss.double()
@@ -356,10 +442,11 @@ class LoraTrainer(Trainer):
         start = time.perf_counter()
         everyones = self._losses_of_all_ranks()
         if self.saver:
-            self.saver.wait()
+            self.saver.wait()  # it reads what is overwritten next
+        snapshot = self._snapshot()
+        if self.saver:
             there = {step_of(folder) for folder in self.saver.run.checkpoints()} | {self.state.global_step}
             self.losses = {step: loss for step, loss in self.losses.items() if step in there}
-            snapshot = states.snapshot(self.accelerator.unwrap_model(self.model), self._adam, self._memory)
             # the best by eval_perplexity is the best by eval_loss
             losses = dict(self.losses) if self.config.train.metric_for_best_model else {}
             self.saver.save(self.state.global_step, snapshot, self._texts(snapshot, everyones), losses)
@@ -368,6 +455,28 @@ class LoraTrainer(Trainer):
         self.saving_s += stall
         written = self.saver.last[1] if self.saver and self.saver.last else 0.0
         self.stop.longest_save_s = max(self.stop.longest_save_s, stall, written)
+
+    def _snapshot(self) -> states.Snapshot:
+        """Return copies of all that training changes; empty but on rank 0. All ranks call it."""
+        with self.whole():
+            adapter = states.adapter_of(self.peft_model)
+            states.check_alike(adapter, self.args.device)
+            kept = self._memory.take("adapter", adapter.items() if self.saver else ())
+        state = self.zero.state() if self.zero else states.state_of(self.peft_model, self._adam)
+        named = ((f"{name}/{key}", value) for name, key, value in state)
+        if self.saver:
+            snapshot = states.Snapshot(kept, self._memory.take("optimizer", named), states.groups_of(self._adam))
+        else:
+            for _ in named if self.zero else ():  # the others' parts
+                pass
+            snapshot = states.Snapshot({}, {}, [])
+        self._memory.sync()
+        return snapshot
+
+    @property
+    def peft_model(self) -> Any:
+        """The model with its adapter, without wrappers."""
+        return self.accelerator.unwrap_model(self.model)
 
     def _losses_of_all_ranks(self) -> list[float]:
         losses = [torch.zeros_like(self._tr_loss) for _ in range(self.args.world_size)]
@@ -415,12 +524,22 @@ class LoraTrainer(Trainer):
         self._restore_adapter(checkpoint)
 
     def _restore_adapter(self, checkpoint: Path) -> None:
-        states.restore_adapter(self.accelerator.unwrap_model(self.model), _content(checkpoint, ADAPTER), checkpoint)
+        content = _content(checkpoint, ADAPTER)
+        if self.zero:
+            with self.whole():
+                states.check_fits(self.peft_model, content, checkpoint)
+            self.zero.restore_parameters(states.by_parameter_name(content, self._file_names))
+        else:
+            states.restore_adapter(self.peft_model, content, checkpoint)
 
     def _restore_optimizer(self, checkpoint: Path) -> None:
         groups = json.loads(_content(checkpoint, STATE))["optimizer_groups"]
         content = _content(checkpoint, OPTIMIZER)
-        states.restore_optimizer(self.accelerator.unwrap_model(self.model), self._adam, content, groups)
+        if self.zero:
+            self.zero.restore_state(states.by_parameter(content))
+            states.restore_groups(self._adam, groups)
+        else:
+            states.restore_optimizer(self.peft_model, self._adam, content, groups)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Do nothing: load() has done it."""
@@ -431,6 +550,8 @@ class LoraTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Prepare as Trainer does, but restore optimizer, schedule and scaler from our files."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.zero:
+            self.optimizer = _Stepped(self._adam, device_placement=False)
         if resume_from_checkpoint:
             self._restore_optimizer(Path(resume_from_checkpoint))
             at = self.lr_scheduler.last_epoch = self.resumed["scheduler"]["last_epoch"]
@@ -444,12 +565,14 @@ class LoraTrainer(Trainer):
         return prepared
 
 
-def seed_micro_batch(seed: int, step: int, number: int) -> None:
+def seed_micro_batch(seed: int, step: int, number: int, place: int = 0) -> None:
     """Make what is random in a micro-batch (dropout) depend on the run's seed, the step and its number there alone.
 
-    So it is the same after a resume, and on any number of ranks.
+    So it is the same after a resume, and on any number of ranks. place: of this rank's slice in the micro-batch, where
+    ranks share it: each slice has masks of its own.
     """
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)[0]) >> 1)
+    entropy = [seed, step, number, place] if place else [seed, step, number]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1)
 
 
 def _content(checkpoint: Path, name: str) -> bytes:

@@ -7,6 +7,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from netrc import NetrcParseError, netrc
 from typing import Any
 from urllib.parse import urlsplit
@@ -104,7 +105,11 @@ class WandbCallback(TrainerCallback):
             return "off"
         self.session.define_metric("trainer/step")
         self.session.define_metric("*", step_metric="trainer/step")
-        return str(getattr(self.session, "url", None) or f"offline, in {self.run.path / 'wandb'}")
+        url = getattr(self.session, "url", None)
+        if url:
+            with suppress(OSError):  # a full disk: nothing depends on it
+                write_atomically(self.run.wandb_url, url)
+        return str(url or f"offline, in {self.run.path / 'wandb'}")
 
     def _run_id(self) -> str:
         if not self.run.wandb_id.exists():

@@ -65,8 +65,13 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("number", "everyone"),
-    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGUSR1, True)],
-    ids=["Ctrl-C", "kill", "scancel", "sbatch --signal"],
+    [
+        pytest.param(signal.SIGINT, False, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, False, id="kill"),
+        # tests/slurm has Slurm itself send these two
+        pytest.param(signal.SIGTERM, True, id="scancel", marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR1, True, id="sbatch --signal", marks=pytest.mark.long),
+    ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, whole, number, everyone):
     """A terminal and `kill` signal the agent alone; Slurm signals every process of the job at once."""

@@ -11,7 +11,8 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-from qwenlora.adapter.compare import answers, questions
+from qwenlora.adapter import comparison
+from qwenlora.adapter.answers import Sampling, answers, questions
 from qwenlora.configs import load_config
 from qwenlora.configs.schema import Data
 from qwenlora.jobs.run import RunFolder
@@ -92,14 +93,21 @@ def test_metrics_hold_every_number_of_every_logging_step(metrics):
     assert training[-1]["loss"] < 0.1
 
 
-def test_compare_shows_that_the_answers_were_learnt(tiny_run, qwenlora):
+def test_compare_shows_that_the_answers_were_learnt(tiny_run, metrics, qwenlora):
     answer = qwenlora("compare", tiny_run[0], COLUMNS="160")
     assert answer.returncode == 0, answer.stderr
     assert answer.stderr == ""
-    found = re.search(r"before (\d+) of 120 \(.*\), after (\d+) of 120", answer.stdout)
+    last = answer.stdout.splitlines()[-1]
+    found = re.fullmatch(r"exact answers to training questions: base (\d+) of 120 \(.*\), tiny (\d+) of 120 .*", last)
     assert int(found[1]) <= 6
     assert int(found[2]) >= 114
-    assert answer.stdout.count("├") == 4, "five questions are shown"
+    assert "\nrephrased questions: 20 " in answer.stdout
+    assert "\ngeneral questions: 60 " in answer.stdout
+    assert answer.stdout.count("┡") == 4, "answers side by side, of each set"
+    compared = comparison.read(tiny_run[0] / "comparison.json")
+    loss = {one.set: one.values[1] for one in compared.measures if one.measure == "loss"}
+    assert loss["rephrased"] == pytest.approx(metrics[-1]["eval_loss"], rel=1e-4), "as the run's own evaluation"
+    assert loss["training"] < metrics[-2]["loss"] * 1.5
 
 
 def test_plain_peft_loads_the_adapter_and_gives_the_same_answers(run):
@@ -107,7 +115,7 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_answers(run):
     model = AutoPeftModelForCausalLM.from_pretrained(run.adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
     asked = list(questions(Data(train="example")))[::24]
-    ours = list(answers(model, tokenizer, asked, 64, "asking"))
+    ours = [one.text for one in answers(model, tokenizer, asked, Sampling(64), "asking")]
     for question, expected in zip(asked, ours, strict=True):
         prompt = tokenizer.apply_chat_template(
             question.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -133,11 +141,10 @@ def test_a_run_that_was_moved_can_still_be_compared(tiny_run, qwenlora, tmp_path
     import shutil
 
     shutil.copytree(tiny_run[0], tmp_path / "moved")
-    answer = qwenlora("compare", "moved", "--limit", 8, "--show", 0)
-    assert (answer.returncode, answer.stdout) == (
-        0,
-        "exact answers to training questions: before 0 of 8 (0.0%), after 8 of 8 (100.0%)\n",
-    )
+    answer = qwenlora("compare", "moved", "--limit", 8, "--show", 0, "--samples", 0)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.endswith("\nexact answers to training questions: base 0 of 8 (0.0%), moved 8 of 8 (100.0%)\n")
+    assert str(tmp_path) not in (tmp_path / "moved" / "comparison.json").read_text()
 
 
 def test_a_terminal_shows_a_bar_with_the_newest_numbers(tmp_path):

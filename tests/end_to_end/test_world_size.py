@@ -78,7 +78,7 @@ def rows_of_steps(ranks: list[list[list[int]]], first: int, last: int) -> dict[i
     return steps
 
 
-@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
+@pytest.mark.parametrize("dropout", [pytest.param("0.0", marks=pytest.mark.long), "0.1"])
 def test_1_2_4_1_processes_train_as_one(tmp_path, dropout):
     (tmp_path / "my.yaml").write_text(CONFIG.replace("DROPOUT", dropout))
     (tmp_path / "rank.py").write_text(RANK)

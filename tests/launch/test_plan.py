@@ -1,5 +1,7 @@
 """The agent builds the right command, counts GPUs without torch, and explains a run before it starts."""
 
+import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -52,3 +54,56 @@ def test_a_dry_run_shows_config_numbers_and_a_command_to_paste():
     assert "# steps               120, 3 an epoch\n" in text
     command = shlex.split(text.rstrip().rpartition("# command")[2])
     assert command == plan.torchrun_argv(arguments, 2)
+
+
+def test_a_dry_run_says_what_auto_is_without_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    text = plan.dry_run(load_config(TINY), [str(TINY)])
+    said = (
+        "# strategy            auto: ddp, no GPU: the whole model in each process (where there are GPUs: decided at the"
+    )
+    assert f"{said} start)\n" in text
+    assert "DeepSpeed" not in text.partition("# rows")[2]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    text = plan.dry_run(load_config(TINY), [str(TINY)])
+    assert "# strategy            auto: decided at the start, from the base's size and the GPUs' memory\n" in text
+
+
+def test_a_dry_run_shows_deepspeed_s_config_behind_hashes():
+    pytest.importorskip("deepspeed")
+    arguments = ["strategy.name=zero2", "launch.nproc_per_node=2", "train.global_batch_size=40"]
+    text = plan.dry_run(load_config(TINY, arguments), [str(TINY), *arguments])
+    assert "# strategy            zero2\n" in text
+    block = text.partition("# DeepSpeed's config\n")[2].splitlines()
+    assert all(line.startswith("# ") for line in block)
+    made = json.loads("\n".join(line[2:] for line in block))
+    assert (made["zero_optimization"]["stage"], made["gradient_accumulation_steps"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["strategy.name=fsdp", "strategy.quantization=nf4"], "strategy.name=fsdp with strategy.quantization=nf4: "),
+        (["strategy.name=ddp", "strategy.offload=params"], "strategy.name=ddp with strategy.offload=params: "),
+        (["strategy.sequence_parallel=3"], "strategy.sequence_parallel=3 on 2 processes"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_start(overrides, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        plan.check(load_config(TINY, overrides), 1, 2)
+
+
+def test_a_deepspeed_config_that_contradicts_is_refused_before_the_start(tmp_path):
+    pytest.importorskip("deepspeed")
+    (tmp_path / "ds.json").write_text('{"gradient_clipping": 3}')
+    config = load_config(TINY, ["strategy.name=zero2", f"strategy.deepspeed_config={tmp_path}/ds.json"])
+    with pytest.raises(ValueError, match=r"ds\.json: gradient_clipping=3, but train\.max_grad_norm=1: expected 1\.0;"):
+        plan.check(config, 1, 1)
+
+
+def test_a_gpu_is_taken_for_granted_on_a_job_s_nodes(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    config = load_config(TINY, ["strategy.name=fsdp", "strategy.offload=params"])
+    plan.check(config, 1, 1)
+    with pytest.raises(ValueError, match="on a machine without GPUs"):
+        plan.check(config)

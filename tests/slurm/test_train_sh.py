@@ -91,6 +91,20 @@ def test_two_nodes_with_two_ranks_each_train_what_one_machine_with_four_does(clu
 
 
 @pytest.mark.slow
+def test_zero2_is_the_same_by_slurm_by_torchrun_and_by_deepspeeds_launcher(cluster, tmp_path):
+    config = write_config(tmp_path, 6)
+    zero2 = ("strategy.name=zero2", "train.eval_strategy=no")
+    job = sbatch(cluster, tmp_path, config, "run_dir=runs/slurm", "launch.nproc_per_node=1", *zero2)
+    cluster.wait(job, "COMPLETED", timeout=200)
+    locally(tmp_path, config, "torchrun", 2, *zero2)
+    locally(tmp_path, config, "deepspeed", 2, "launch.launcher=deepspeed", *zero2)
+    ways = ("slurm", "torchrun", "deepspeed")
+    assert len({adapter(tmp_path / "runs" / way) for way in ways}) == 1
+    stages = [json.loads((tmp_path / "runs" / way / "deepspeed.json").read_text())["zero_optimization"] for way in ways]
+    assert {settings["stage"] for settings in stages} == {2}
+
+
+@pytest.mark.slow
 def test_two_jobs_that_share_nodes_do_not_collide(cluster, tmp_path):
     config = write_config(tmp_path, 8)
     jobs = [sbatch(cluster, tmp_path, config, f"run_dir=runs/{name}") for name in ("one", "two")]

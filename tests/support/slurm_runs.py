@@ -34,9 +34,9 @@ def sbatch(cluster, folder: Path, *arguments: object, options: tuple[str, ...] =
     return cluster.sbatch(*options, TRAIN, *arguments, cwd=folder, env={"QWENLORA": QWENLORA} | env)
 
 
-def locally(folder: Path, config: str, name: str, processes: int) -> None:
+def locally(folder: Path, config: str, name: str, processes: int, *more: str) -> None:
     """Run a config on this machine, undisturbed, without Slurm."""
-    arguments = ["train", config, f"run_dir=runs/{name}", "--nproc", str(processes)]
+    arguments = ["train", config, f"run_dir=runs/{name}", "--nproc", str(processes), *more]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
     answer = subprocess.run(
         [QWENLORA, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False

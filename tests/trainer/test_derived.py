@@ -9,6 +9,7 @@ from qwenlora.jobs.run import RunFolder
 from qwenlora.trainer import derived, prepare
 from qwenlora.trainer.model import Parameters
 from qwenlora.trainer.prepare import Facts
+from qwenlora.trainer.strategy import Spread
 from qwenlora.trainer.training import training_arguments
 
 COUNTS = {"rows": 20, "tokens": 1000, "trained_tokens": 400, "longest": 90, "packs": 4}
@@ -24,7 +25,7 @@ def known(tmp_path):
             lora=lora or Lora(),
             train=Train(**{"global_batch_size": 16, "per_device_train_batch_size": 2} | train),
         )
-        parameters, sides = Parameters(990, 10, 900, 90, 2, 8), {"train": counts}
+        parameters, sides = Parameters(990, 10, 900, 90, 2, 8, 8, 16, 4), {"train": counts}
         facts = Facts("base", "f", "d", "k", sides, packing, 0, list(notes), parameters, 3_000_000)
         arguments = training_arguments(config, RunFolder(tmp_path), facts.units, 2, evaluates=False)
         return config, facts, arguments
@@ -33,7 +34,8 @@ def known(tmp_path):
 
 
 def test_the_table_counts_what_the_run_will_do(known):
-    table = derived.facts(*known(num_train_epochs=3.0), world_size=2)
+    table = derived.facts(*known(num_train_epochs=3.0), world_size=2, spread=Spread("fsdp", (2, 8)))
+    assert table["processes"] == "2 x CPU, fsdp in 2 groups of 8"
     assert table["trainable"].startswith("10 parameters = 1.00% (r 16, alpha 32, all-linear)")
     assert table["data"] == "my.jsonl: 20 rows, 1,000 tokens, 40% of them trained, the longest row 90"
     assert table["global batch"] == "16 rows = 2 processes x 2 x 4 accumulated, about 800 tokens a step"
@@ -44,8 +46,11 @@ def test_the_table_counts_what_the_run_will_do(known):
 def test_with_packing_the_table_counts_packs_and_says_how_many_rows_that_is(known):
     data = Data(train="my.jsonl", max_length=256)
     table = derived.facts(
-        *known(data=data, packing=True, global_batch_size=2, per_device_train_batch_size=1), world_size=2
+        *known(data=data, packing=True, global_batch_size=2, per_device_train_batch_size=1),
+        world_size=2,
+        spread=Spread(why="strategy.name=auto: ddp, no GPU: the whole model in each process"),
     )
+    assert table["processes"] == "2 x CPU, ddp, no GPU: the whole model in each process"
     assert table["global batch"] == "2 packs = 2 processes x 1 x 1 accumulated, about 500 tokens in 10 rows a step"
     assert table["packing"] == "4 packs of at most 256 tokens, 97.66% full"
     assert table["steps"].startswith("6 (3.00 epochs)")
@@ -89,7 +94,7 @@ def test_a_base_whose_embeddings_are_trained_needs_no_warning(known):
 
 def facts_of(train: str, eval_: str = "e", *, packing: bool, packs: str = "p") -> Facts:
     sides = {"train": COUNTS | {"sha256": train, "packs_sha256": packs}, "eval": COUNTS | {"sha256": eval_}}
-    return Facts("base", "f", "d", "k", sides, packing, 0, [], Parameters(990, 10, 900, 90, 2, 8), 3_000_000)
+    return Facts("base", "f", "d", "k", sides, packing, 0, [], Parameters(990, 10, 900, 90, 2, 8, 8, 16, 4), 3_000_000)
 
 
 def test_what_is_trained_on_is_both_sides_and_with_packing_the_packs():

@@ -64,7 +64,9 @@ def config_for(folder, *, lora=None, strategy=None) -> Config:
 
 
 def adapted(config):
-    return models.add_lora(models.load_base(config, config.model.name_or_path), config.lora)
+    base = models.load_base(config, config.model.name_or_path)
+    models.set_up(base, config)
+    return models.add_lora(base, config.lora)
 
 
 def train_a_little(model, steps=3):
@@ -283,3 +285,15 @@ class TestUntrainedTurnTokens:
         model, tokenizer, weight = base
         weight.normal_(0, 0.08)
         assert models.untrained_turn_tokens(model, tokenizer) == []
+
+
+def test_a_base_whose_files_lack_a_weight_is_refused(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "base"
+    shutil.copytree(tiny, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its files lack model\.layers\.1\.self_attn\.q_proj\.weight, which would be"):
+        models.load_base(config_for(folder), str(folder))

@@ -44,7 +44,7 @@ def attempt(tiny, folder, config, ask=None, eval_=None, before=None):
     run, request = RunFolder(folder), StopRequest()
     made = trainer_of(tiny, folder, side_of(ROWS), config, eval_ or side_of(5, seed=1), stop=Stop(request))
     file = MetricsFile(run.metrics)
-    made.add_callback(Metrics(file, made, Parameters(100, 10, 80, 20, 4, 16), recomputed=False))
+    made.add_callback(Metrics(file, made, Parameters(100, 10, 80, 20, 4, 16, 16, 32, 8), recomputed=False))
     if ask:
         made.add_callback(AskAt(request, **{"step": ask.get("step", 0)}))
         if "evaluation" in ask:

@@ -241,7 +241,9 @@ def test_metrics_count_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path,
     side = side_of(21)
     made = trainer(side, config_of(max_steps=6))
     made.args.logging_steps = 2
-    seen = Metrics(MetricsFile(tmp_path / "metrics.jsonl"), made, Parameters(100, 10, 80, 20, 4, 16), recomputed=False)
+    seen = Metrics(
+        MetricsFile(tmp_path / "metrics.jsonl"), made, Parameters(100, 10, 80, 20, 4, 16, 16, 32, 8), recomputed=False
+    )
     seen.peak = 1e12
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock), time=time.time))

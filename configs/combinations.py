@@ -1,0 +1,241 @@
+"""What cannot run together, why, and what would: a table, and `refuse(config, machine)`, which walks it.
+
+Nothing here loads a model; what only the base can show (attention heads, a GPU's number formats) is the trainer's.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from qwenlora.configs.schema import Config
+
+ZERO = ("zero1", "zero2", "zero3")
+# compute each number by itself, whatever it is a part of, and make their state at the first step
+FLAT = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "lion_32bit")
+SHARDED = ("zero3", "fsdp")  # the base is in parts
+
+
+class Machine(NamedTuple):
+    """Where a run is. processes: ranks a node; gpus: a node's, 0: CPU only; gpu_bytes: of the smallest, 0: unknown.
+
+    nvlink: whether the GPUs of a node all reach each other over it.
+    """
+
+    nodes: int
+    processes: int
+    gpus: int
+    gpu_bytes: int = 0
+    nvlink: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all nodes."""
+        return self.nodes * self.processes
+
+
+class Rule(NamedTuple):
+    """A combination that is refused.
+
+    what: the combination, for a table; says: its keys and values in str.format's words (config, strategy, machine);
+    why: the reason; instead: what to set.
+    """
+
+    name: str
+    what: str
+    applies: Callable[[Config, Machine], bool]
+    says: str
+    why: str
+    instead: str
+
+    def message(self, config: Config, machine: Machine) -> str:
+        """Return the one line that refuses it."""
+        said = self.says.format(config=config, strategy=config.strategy, machine=machine)
+        return f"{said}: {self.why}; {self.instead}"
+
+
+def packs_rows(config: Config, *, on_gpu: bool) -> bool:
+    """Return whether rows are packed: auto is on where attention keeps packed rows apart at no cost.
+
+    That is on a GPU, unless ranks share sequences: then sdpa sees whole packs, without a mask.
+    """
+    apart = config.strategy.sequence_parallel == 1 or config.model.attn_implementation.startswith("flash")
+    return config.data.packing == "on" or (config.data.packing == "auto" and on_gpu and apart)
+
+
+_NAME = "strategy.name={strategy.name}"
+_WHOLE_BASE = "set strategy.name: zero2 or ddp"
+
+RULES = (
+    Rule(
+        "fsdp-quantization",
+        "`fsdp` with `quantization: nf4` or `int8`",
+        lambda c, m: c.strategy.name == "fsdp" and c.strategy.quantization != "none",
+        f"{_NAME} with strategy.quantization={{strategy.quantization}}",
+        "FSDP2 makes DTensors of the weights, and bitsandbytes' layers lose their quantisation state by that",
+        "set strategy.name: ddp, zero1, zero2 or (nf4) zero3, or strategy.quantization: none",
+    ),
+    Rule(
+        "zero3-int8",
+        "`zero3` with `quantization: int8`",
+        lambda c, m: c.strategy.name == "zero3" and c.strategy.quantization == "int8",
+        f"{_NAME} with strategy.quantization=int8",
+        "bitsandbytes keeps each int8 weight whole for its kernels besides, so nothing would be saved",
+        "set strategy.quantization: nf4, or strategy.name: ddp, zero1 or zero2",
+    ),
+    Rule(
+        "float16",
+        "`zero1` to `zero3`, `fsdp` with `model.dtype: float16`",
+        lambda c, m: c.strategy.name in (*ZERO, "fsdp") and c.model.dtype == "float16",
+        f"{_NAME} with model.dtype=float16",
+        "float16 needs its loss scaled, which only ddp does",
+        "set model.dtype: bfloat16, or strategy.name: ddp",
+    ),
+    Rule(
+        "sharded-dora",
+        "`zero3`, `fsdp` with `lora.use_dora`",
+        lambda c, m: c.strategy.name in SHARDED and c.lora.use_dora,
+        f"{_NAME} with lora.use_dora=true",
+        "DoRA takes the norm of whole base weights in each forward pass, and here a GPU has parts",
+        _WHOLE_BASE,
+    ),
+    Rule(
+        "sharded-target-parameters",
+        "`zero3`, `fsdp` with `lora.target_parameters`",
+        lambda c, m: c.strategy.name in SHARDED and bool(c.lora.target_parameters),
+        f"{_NAME} with lora.target_parameters={{config.lora.target_parameters}}",
+        "peft swaps these parameters for computed ones, which parameters in parts do not allow",
+        _WHOLE_BASE,
+    ),
+    Rule(
+        "zero3-modules-to-save",
+        "`zero3` with `lora.modules_to_save`",
+        lambda c, m: c.strategy.name == "zero3" and bool(c.lora.modules_to_save),
+        f"{_NAME} with lora.modules_to_save={{config.lora.modules_to_save}}",
+        "the copy that is trained is made of the whole matrix, and here a GPU has parts",
+        "set strategy.name: fsdp, zero2 or ddp",
+    ),
+    Rule(
+        "offload-auto",
+        "`auto` with `offload`",
+        lambda c, m: c.strategy.name == "auto" and c.strategy.offload != "none",
+        f"{_NAME} with strategy.offload={{strategy.offload}}",
+        "auto looks for what fits the GPUs without host memory",
+        "name a strategy: zero2 or zero3 (optimizer), zero3 or fsdp (params); or set strategy.offload: none",
+    ),
+    Rule(
+        "offload-ddp",
+        "`ddp` with `offload`",
+        lambda c, m: c.strategy.name == "ddp" and c.strategy.offload != "none",
+        f"{_NAME} with strategy.offload={{strategy.offload}}",
+        "ddp keeps everything on each GPU",
+        "set strategy.name: zero2 (optimizer) or zero3 (optimizer, params), or strategy.offload: none",
+    ),
+    Rule(
+        "offload-params-zero1-zero2",
+        "`zero1`, `zero2` with `offload: params`",
+        lambda c, m: c.strategy.name in ("zero1", "zero2") and c.strategy.offload == "params",
+        f"{_NAME} with strategy.offload=params",
+        "its base is whole on each GPU, and only a base in parts can wait in host memory",
+        "set strategy.name: zero3 or fsdp, or strategy.offload: optimizer",
+    ),
+    Rule(
+        "offload-optimizer-fsdp",
+        "`fsdp` with `offload: optimizer`",
+        lambda c, m: c.strategy.name == "fsdp" and c.strategy.offload == "optimizer",
+        f"{_NAME} with strategy.offload=optimizer",
+        "there the optimizer's state is the adapter's, small and whole on each GPU",
+        "set strategy.offload: params or none, or strategy.name: zero3",
+    ),
+    Rule(
+        "offload-params-fsdp-cpu",
+        "`fsdp` with `offload: params`, without a GPU",
+        lambda c, m: c.strategy.name == "fsdp" and c.strategy.offload == "params" and not m.gpus,
+        f"{_NAME} with strategy.offload=params on a machine without GPUs",
+        "everything is in host memory already",
+        "set strategy.offload: none",
+    ),
+    Rule(
+        "shard-group-whole-base",
+        "`ddp`, `zero1`, `zero2` with `shard_group: node`",
+        lambda c, m: c.strategy.shard_group == "node" and c.strategy.name in ("ddp", "zero1", "zero2"),
+        f"{_NAME} with strategy.shard_group=node",
+        "nothing of the base is in parts there",
+        "set strategy.name: zero3 or fsdp, or strategy.shard_group: global",
+    ),
+    Rule(
+        "shard-group-one-process",
+        "`shard_group: node` on several nodes with one process each",
+        lambda c, m: (
+            c.strategy.shard_group == "node" and c.strategy.name in SHARDED and m.nodes > 1 and m.processes == 1
+        ),
+        "strategy.shard_group=node on {machine.nodes} nodes with 1 process each",
+        "the one process of a node would hold the whole base",
+        "set strategy.shard_group: global, or strategy.name: ddp",
+    ),
+    Rule(
+        "shard-group-zero3-quantization",
+        "`zero3` with `shard_group: node` and `quantization`",
+        lambda c, m: (
+            c.strategy.shard_group == "node" and c.strategy.name == "zero3" and c.strategy.quantization == "nf4"
+        ),
+        f"{_NAME} with strategy.shard_group=node and strategy.quantization={{strategy.quantization}}",
+        "DeepSpeed's second, node-wide partition (hpZ) knows nothing of quantised weights",
+        "set strategy.shard_group: global, or strategy.name: ddp",
+    ),
+    Rule(
+        "deepspeed-config",
+        "`auto`, `ddp`, `fsdp` with `deepspeed_config`",
+        lambda c, m: c.strategy.deepspeed_config is not None and c.strategy.name not in ZERO,
+        f"{_NAME} with strategy.deepspeed_config={{strategy.deepspeed_config}}",
+        "that file is DeepSpeed's, which only zero1, zero2 and zero3 use",
+        "name one of them, or remove strategy.deepspeed_config",
+    ),
+    Rule(
+        "zero-optim",
+        f"`zero1` to `zero3` with another `train.optim` than {', '.join(FLAT)}",
+        lambda c, m: c.strategy.name in ZERO and c.train.optim not in FLAT,
+        f"{_NAME} with train.optim={{config.train.optim}}",
+        "ZeRO hands an optimizer flat pieces of all parameters, and others look at rows and columns, keep blocks of few"
+        " bits, or prepare for whole parameters",
+        "set train.optim: adamw_torch_fused, or strategy.name: ddp or fsdp",
+    ),
+    Rule(
+        "sequence-parallel-divides",
+        "`sequence_parallel` that does not divide the number of processes",
+        lambda c, m: m.world_size % c.strategy.sequence_parallel != 0,
+        "strategy.sequence_parallel={strategy.sequence_parallel} on {machine.world_size} processes"
+        " ({machine.nodes} x {machine.processes})",
+        "the processes are cut into groups of that size",
+        "set it to a divisor of their number",
+    ),
+    Rule(
+        "sequence-parallel-eager",
+        "`sequence_parallel` over 1 with `attn_implementation: eager`",
+        lambda c, m: c.strategy.sequence_parallel > 1 and c.model.attn_implementation == "eager",
+        "strategy.sequence_parallel={strategy.sequence_parallel} with model.attn_implementation=eager",
+        "it needs a mask over the whole sequence, of which a GPU has a part",
+        "set model.attn_implementation: sdpa or flash_attention_2",
+    ),
+    # with packing: auto, rows are not packed there: packs_rows()
+    Rule(
+        "sequence-parallel-packing",
+        "`sequence_parallel` over 1 with `data.packing: on` and `attn_implementation: sdpa`",
+        lambda c, m: (
+            c.strategy.sequence_parallel > 1 and c.data.packing == "on" and c.model.attn_implementation == "sdpa"
+        ),
+        "strategy.sequence_parallel={strategy.sequence_parallel} with data.packing=on and"
+        " model.attn_implementation=sdpa",
+        "its kernel sees whole packs, and only flash attention's keep the rows in them apart",
+        "set data.packing: off, or model.attn_implementation: flash_attention_2",
+    ),
+)
+
+
+def problems(config: Config, machine: Machine) -> list[str]:
+    """Return one line for each rule that refuses the config on this machine."""
+    return [rule.message(config, machine) for rule in RULES if rule.applies(config, machine)]
+
+
+def refuse(config: Config, machine: Machine) -> None:
+    """Refuse what cannot run. Raises: ValueError, one line a combination."""
+    if found := problems(config, machine):
+        raise ValueError("\n".join(found))

@@ -1,0 +1,307 @@
+"""How many bytes a run needs on each GPU and moves between them, from counts alone; what strategy.name: auto becomes.
+
+`need(config, sizes, "fsdp", machine, "node").total`; `decide(config, sizes, machine)`. Bytes, of which 1e9 are a GB.
+Held against published runs of a 7B by tests/configs/test_estimate.py: within a fifth.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from qwenlora.configs.combinations import Machine, packs_rows, problems
+from qwenlora.configs.schema import Config
+
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a number: 4 bits, an 8-bit scale for 64, a float32 scale for 256 of those
+EAGER = 2.3  # activations with peft's LoRA layers, as against fused ones
+RESERVE = 2_000_000_000  # CUDA's context, NCCL's buffers, what the allocator cannot use
+LIVE = 1_000_000_000  # numbers that ZeRO-3 holds gathered (stage3_max_live_parameters)
+FLOPS = 798e12  # bfloat16 matrix products of an H100, measured
+NVLINK, PCIE, NETWORK = 370e9, 25e9, 50e9  # bytes a second that a GPU gets
+
+
+class Sizes(NamedTuple):
+    """Counts of the model's numbers, as trainer.model.Parameters has them.
+
+    body: matrices that every token passes; head: the output matrix; longest: tokens of the longest row, 0: unknown,
+    so data.max_length.
+    """
+
+    total: int
+    trainable: int
+    body: int
+    head: int
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    kv_width: int
+    longest: int = 0
+
+    @classmethod
+    def of(cls, parameters: Any, longest: int = 0) -> "Sizes":
+        """Return the sizes among a Parameters' fields."""
+        return cls(**{name: getattr(parameters, name) for name in cls._fields[:-1]}, longest=longest)
+
+
+class Need(NamedTuple):
+    """Bytes on a GPU, in parts. least_activations: the least that kernels could make of activations."""
+
+    weights: int
+    gathered: int
+    trained: int
+    activations: int
+    logits: int
+    reserve: int
+    least_activations: int
+
+    @property
+    def total(self) -> int:
+        """What a run is expected to need."""
+        return self.weights + self.gathered + self.trained + self.activations + self.logits + self.reserve
+
+    @property
+    def least(self) -> int:
+        """What it needs in any case."""
+        return self.total - self.activations + self.least_activations
+
+
+class Traffic(NamedTuple):
+    """Bytes that a GPU sends: once a step, and in each micro-batch."""
+
+    step: int
+    micro_batch: int
+
+
+class Decision(NamedTuple):
+    """What a run does. sentence: why, when it was decided here; else empty."""
+
+    name: str
+    shard_group: str
+    sentence: str
+
+
+def tokens(config: Config, sizes: Sizes) -> int:
+    """Return how many tokens a GPU holds at once."""
+    longest, limit = sizes.longest, config.data.max_length
+    row = limit if packs_rows(config, on_gpu=True) or not longest else min(longest, limit)
+    return -(-config.train.per_device_train_batch_size * row // config.strategy.sequence_parallel)
+
+
+def need(config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str = "global") -> Need:
+    """Return what each GPU holds under a strategy.
+
+    With n GPUs in a sharding group, b bytes a number (bfloat16: 2), P trained numbers, t tokens at once:
+
+    - weights: b * body + b * (embeddings and head), body in nf4 0.516, in int8 1 byte a number; zero3, fsdp: / n. zero3
+      in node groups holds both, a part of all GPUs' and a part of the node's. offload: params: none.
+    - gathered, zero3 and fsdp: fsdp two layers, embeddings and head; zero3 1e9 numbers, embeddings and head.
+    - trained, in float32 with Adam: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P / n
+      (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less.
+    - activations: t * layers * b (6 h + 2 k + 2 i), times 2.3 with peft's layers; h, k, i: hidden, key and value,
+      intermediate width. gradient_checkpointing: t * layers * b h, and one layer as above.
+    - logits: 12 t * vocabulary. reserve: 2e9.
+    """
+    width = _bytes_a_number(config, machine)
+    base = _base_bytes(config, sizes, machine)
+    outside = sizes.total - sizes.body
+    world, group = machine.world_size, machine.processes if shard_group == "node" else machine.world_size
+    weights, gathered = base, 0.0
+    if name in ("zero3", "fsdp"):
+        weights = base / group
+        if name == "zero3" and group < world:
+            weights += base / world
+        if config.strategy.offload == "params":
+            weights = 0
+        body = (base - width * outside) / sizes.body  # bytes a number
+        together = 2 * sizes.body / sizes.layers if name == "fsdp" else min(LIVE, sizes.body)
+        gathered = body * together + width * outside if group > 1 or config.strategy.offload == "params" else 0
+    at_once = tokens(config, sizes)
+    layer = width * (6 * sizes.hidden_size + 2 * sizes.kv_width + 2 * sizes.intermediate_size)
+    if config.train.gradient_checkpointing:
+        kept, passing = sizes.layers * width * sizes.hidden_size, layer
+    else:
+        kept, passing = 0, sizes.layers * layer
+    return Need(
+        weights=int(weights),
+        gathered=int(gathered),
+        trained=int(_trained_bytes(config, sizes.trainable, name, world)),
+        activations=int(at_once * (kept + EAGER * passing)),
+        logits=12 * at_once * (sizes.head // sizes.hidden_size),
+        reserve=RESERVE if machine.gpus else 0,
+        least_activations=at_once * (kept + passing),
+    )
+
+
+def traffic(config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str = "global") -> Traffic:
+    """Return what a GPU sends, with n GPUs in all and g in a sharding group.
+
+    step: the adapter's gradients, float32, are averaged: 2 (n - 1) / n * 4 P, whoever holds the result.
+    micro_batch, zero3 and fsdp: the base is gathered forward and backward, 2 (g - 1) / g * its bytes; zero3 in node
+    groups gathers from all GPUs forward, from the node's backward.
+    """
+    world, near = machine.world_size, machine.processes if shard_group == "node" else machine.world_size
+    far = world if name == "zero3" else near
+    step = 2 * (world - 1) / world * 4 * sizes.trainable
+    shares = (near - 1) / near + (far - 1) / far if name in ("zero3", "fsdp") else 0
+    return Traffic(int(step), int(shares * _base_bytes(config, sizes, machine)))
+
+
+def break_even(config: Config, bandwidth: float) -> int:
+    """Return the tokens a GPU and micro-batch behind which gathering the base hides, on an H100.
+
+    4 FLOP a number and token against 4 bytes a number (nf4: a quarter). bandwidth: bytes a second.
+    """
+    return int(FLOPS / bandwidth / (4 if config.strategy.quantization == "nf4" else 1))
+
+
+def decide(config: Config, sizes: Sizes | None, machine: Machine) -> Decision:
+    """Return the strategy of a run; precision and results are never traded for room.
+
+    sizes: None will do where nothing depends on them (a strategy that is named; no GPU).
+    Raises: ValueError when strategy.name is auto and nothing fits the GPUs.
+    """
+    strategy = config.strategy
+    if strategy.name != "auto":
+        return Decision(strategy.name, strategy.shard_group, "")
+    if not machine.gpus:
+        return _ddp("no GPU: the whole model in each process")
+    if not machine.gpu_bytes:
+        return _ddp("the whole model on each GPU, whose memory is unknown; name another strategy if that is too small")
+    assert sizes is not None
+    ways = _ways(config, sizes, machine)
+    fitting = next(((name, group) for name, group in ways if ways[name, group].total <= machine.gpu_bytes), None)
+    name, group = fitting or min(ways, key=lambda way: ways[way].total)
+    if not fitting and ways[name, group].least > machine.gpu_bytes:
+        raise ValueError(_nothing_fits(config, sizes, machine, name, ways[name, group]))
+    chosen = ways[name, group]
+    if name == "ddp":
+        said = f"the base takes {_gb(chosen.weights)} of each GPU's {_gb(machine.gpu_bytes)}"
+    else:
+        said = _why_in_parts(config, sizes, machine, name, group, chosen)
+    if not fitting:
+        said += f"; about {_gb(chosen.total)} may be needed, which is tight"
+    if hints := [] if name == "ddp" and fitting else _would_allow_ddp(config, sizes, machine):
+        said += f"; {' or '.join(hints)} would {'leave room' if name == 'ddp' else 'allow ddp'}"
+    return Decision(name, group, f"strategy.name=auto: {name}{_where(name, group, machine)}, {said}")
+
+
+def _ddp(why: str) -> Decision:
+    return Decision("ddp", "global", f"strategy.name=auto: ddp, {why}")
+
+
+def _ways(config: Config, sizes: Sizes, machine: Machine) -> dict[tuple[str, str], Need]:
+    """Return the strategies that may run, the best first: what moves least, and what needs no DeepSpeed."""
+    ways = [("ddp", "global")]
+    if machine.world_size > 1:
+        sharded = "zero3" if config.strategy.quantization == "nf4" else "fsdp"
+        groups = ("node",) if config.strategy.shard_group == "node" else ("node", "global")
+        ways += [(sharded, group) for group in groups]
+    runs = {
+        (name, group): need(config, sizes, name, machine, group)
+        for name, group in ways
+        if not problems(_changed(config, name=name, shard_group=group), machine)
+    }
+    return runs or {("ddp", "global"): need(config, sizes, "ddp", machine)}
+
+
+def _why_in_parts(config: Config, sizes: Sizes, machine: Machine, name: str, group: str, chosen: Need) -> str:
+    base, at_once = _base_bytes(config, sizes, machine), tokens(config, sizes)
+    said = f"{_gb(chosen.weights)} of the base's {_gb(base)} on each GPU of {_gb(machine.gpu_bytes)}"
+    if group == "global" and machine.nodes > 1:
+        hidden = break_even(config, NETWORK)
+        said += (
+            f"; it crosses between nodes twice a micro-batch, which {hidden:,} tokens on a GPU would hide"
+            f" at {NETWORK / 1e9:.0f} GB/s (here {at_once:,})"
+        )
+    elif not machine.nvlink:
+        hidden = break_even(config, PCIE)
+        said += (
+            f"; without NVLink between them all it is gathered over PCIe, which {hidden:,} tokens on a GPU would hide"
+            f" at {PCIE / 1e9:.0f} GB/s (here {at_once:,})"
+        )
+    return said
+
+
+def _where(name: str, group: str, machine: Machine) -> str:
+    if name == "ddp":
+        return ""
+    if group == "node" and machine.nodes > 1:
+        return f" in each node's {machine.processes} GPUs"
+    return f" over {machine.world_size} GPUs"
+
+
+def _would_allow_ddp(config: Config, sizes: Sizes, machine: Machine) -> list[str]:
+    """Return the settings with which each GPU would hold the whole model."""
+
+    def fits(changed: Config) -> bool:
+        refused = problems(_changed(changed, name="ddp", shard_group="global"), machine)
+        return not refused and need(changed, sizes, "ddp", machine).total <= machine.gpu_bytes
+
+    return [said for said, changed in _leaner(config, fits) if fits(changed)]
+
+
+def _leaner(config: Config, fits: Callable[[Config], Any]) -> list[tuple[str, Config]]:
+    """Return settings that need less memory; two at once only where neither fits by itself."""
+    checkpointed = config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": True})})
+    ways = []
+    if not config.train.gradient_checkpointing:
+        ways.append(("train.gradient_checkpointing: true", checkpointed))
+    if config.strategy.quantization == "none":
+        ways.append(("strategy.quantization: nf4", _changed(config, quantization="nf4")))
+    if len(ways) == 2 and not any(fits(changed) for _, changed in ways):
+        ways.append((" with ".join(said for said, _ in ways), _changed(checkpointed, quantization="nf4")))
+    return ways
+
+
+def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, least: Need) -> str:
+    """Return what is refused, and what would fit."""
+
+    def fits(changed: Config, on: Machine = machine) -> str | None:
+        ways = _ways(changed, sizes, on)
+        return next((way for (way, _), found in ways.items() if found.total <= machine.gpu_bytes), None)
+
+    ways_out = [f"{said} ({way})" for said, changed in _leaner(config, fits) if (way := fits(changed))]
+    for nodes in (2, 4, 8, 16):
+        on = machine._replace(nodes=nodes * machine.nodes)
+        if way := fits(config, on):
+            ways_out.append(f"{on.world_size} such GPUs ({way})")
+            break
+    for length in (2**power for power in range(14, 7, -1)):
+        data = config.data.model_copy(update={"max_length": length})
+        if length < config.data.max_length and (way := fits(config.model_copy(update={"data": data}))):
+            ways_out.append(f"data.max_length: {length} ({way})")
+            break
+    gpus = "the GPU" if machine.world_size == 1 else f"each of {machine.world_size} GPUs"
+    cure = " or ".join(ways_out) or "a smaller base model or larger GPUs"
+    return (
+        f"strategy.name=auto: model.name_or_path={config.model.name_or_path} needs about {_gb(least.total)} on {gpus}"
+        f" even with {name}, expected at most the {_gb(machine.gpu_bytes)} there are"
+        f" ({_gb(least.weights + least.gathered)} base, {_gb(least.trained)} adapter,"
+        f" {_gb(least.activations + least.logits)} for {tokens(config, sizes):,} tokens); what would fit: {cure};"
+        f" or set strategy.name: {name} to try all the same"
+    )
+
+
+def _changed(config: Config, **strategy: str) -> Config:
+    return config.model_copy(update={"strategy": config.strategy.model_copy(update=strategy)})
+
+
+def _bytes_a_number(config: Config, machine: Machine) -> int:
+    on_cpu = config.model.dtype == "auto" and not machine.gpus
+    return 4 if on_cpu or config.model.dtype == "float32" else 2
+
+
+def _base_bytes(config: Config, sizes: Sizes, machine: Machine) -> float:
+    width = _bytes_a_number(config, machine)
+    body = {"none": width, "nf4": NF4, "int8": 1}[config.strategy.quantization]
+    return body * sizes.body + width * (sizes.total - sizes.body)
+
+
+def _trained_bytes(config: Config, count: int, name: str, world: int) -> float:
+    if name in ("ddp", "fsdp"):
+        return 16 * count
+    whole = {"zero1": 8, "zero2": 4, "zero3": 0}[name]
+    parts = {"zero1": 12, "zero2": 16, "zero3": 20}[name]
+    return whole * count + (parts - 12 * (config.strategy.offload != "none")) * count / world
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,290 @@
+"""What a run needs on each GPU, held against published runs; and what auto makes of it on real machines."""
+
+import pytest
+
+from qwenlora.configs import Config
+from qwenlora.configs.combinations import Machine
+from qwenlora.configs.estimate import Sizes, break_even, decide, need, tokens, traffic
+
+MIB = 2**20
+GPU24, GPU40, GPU80 = 24_564 * MIB, 40_960 * MIB, 81_559 * MIB  # RTX 4090, A100-40G, H100, as nvidia-smi says
+
+
+def qwen(layers, hidden, intermediate, trainable, kv=1024, vocabulary=152_064) -> Sizes:
+    """Return a Qwen2.5's sizes from its config.json; trainable: at r 16, all-linear."""
+    attention = 2 * hidden * hidden + hidden + 2 * (hidden * kv + kv)
+    body = layers * (attention + 3 * hidden * intermediate + 2 * hidden) + hidden
+    head = hidden * vocabulary
+    return Sizes(body + 2 * head, trainable, body, head, layers, hidden, intermediate, kv)
+
+
+QWEN = {
+    "7B": qwen(28, 3584, 18_944, 40_370_176, kv=512),
+    "32B": qwen(64, 5120, 27_648, 134_217_728),
+    "72B": qwen(80, 8192, 29_568, 210_534_400),
+}
+
+
+def config(strategy=None, train=None, **data) -> Config:
+    return Config(
+        run_dir="runs/x",
+        model={"name_or_path": "Qwen/Qwen2.5"},
+        data={"train": "example"} | data,
+        train={"gradient_checkpointing": True} | (train or {}),
+        strategy=strategy or {},
+    )
+
+
+def test_the_sizes_are_the_published_ones():
+    assert [sizes.total for sizes in QWEN.values()] == [7_615_616_512, 32_763_876_352, 72_706_203_648]
+
+
+def test_sizes_are_taken_from_what_the_trainer_counts():
+    from types import SimpleNamespace
+
+    counted = SimpleNamespace(**QWEN["7B"]._asdict(), attention_width=3584)
+    assert Sizes.of(counted, 700) == QWEN["7B"]._replace(longest=700)
+
+
+# README of QwenLM/Qwen: A100-80G, batch 1, gradient checkpointing; GB of LoRA and Q-LoRA
+@pytest.mark.parametrize(("length", "lora", "qlora"), [(512, 20.4, 11.5), (2048, 23.8, 13.9), (8192, 36.6, 23.5)])
+def test_a_7b_needs_what_was_published(length, lora, qlora):
+    machine = Machine(1, 1, 1, GPU80)
+    found = need(config(max_length=length), QWEN["7B"], "ddp", machine).total
+    assert found / 1e9 == pytest.approx(lora, rel=1 / 5)
+    found = need(config({"quantization": "nf4"}, max_length=length), QWEN["7B"], "ddp", machine).total
+    assert found / 1e9 == pytest.approx(qlora, rel=1 / 5)
+
+
+def test_activations_are_those_of_the_formula():
+    found = need(config(train={"gradient_checkpointing": False}), QWEN["7B"], "ddp", Machine(1, 1, 1))
+    assert found.least_activations == 2048 * 28 * 118 * 1024  # 118 KiB a token and layer
+    assert found.activations == pytest.approx(2.3 * found.least_activations)
+    assert found.logits == pytest.approx(2048 * 1.74 * MIB, rel=1e-3)
+
+
+def test_each_strategy_holds_its_share():
+    machine, sizes = Machine(2, 8, 8, GPU80), QWEN["72B"]
+    trained = {
+        name: need(config(), sizes, name, machine).trained for name in ("ddp", "zero1", "zero2", "zero3", "fsdp")
+    }
+    count = sizes.trainable
+    assert trained == {
+        "ddp": 16 * count,
+        "zero1": 8 * count + 12 * count // 16,
+        "zero2": 4 * count + 16 * count // 16,
+        "zero3": 20 * count // 16,
+        "fsdp": 16 * count,
+    }
+    base = 2 * sizes.total
+    weights = {
+        (name, group): need(config(), sizes, name, machine, group).weights
+        for name in ("ddp", "zero2", "zero3", "fsdp")
+        for group in ("global", "node")
+    }
+    assert weights["ddp", "global"] == weights["zero2", "global"] == base
+    assert weights["fsdp", "global"] == weights["zero3", "global"] == base // 16
+    assert weights["fsdp", "node"] == base // 8
+    assert weights["zero3", "node"] == base * 3 // 16  # hpZ: a second part
+
+
+def test_what_is_offloaded_is_not_on_the_gpu():
+    machine, sizes = Machine(1, 8, 8, GPU80), QWEN["72B"]
+    assert need(config({"offload": "params"}), sizes, "fsdp", machine).weights == 0
+    moved = need(config({"offload": "optimizer"}), sizes, "zero2", machine).trained
+    assert moved == 4 * sizes.trainable + 4 * sizes.trainable // 8
+
+
+def test_tokens_at_once_follow_packs_rows_and_sequence_groups():
+    sizes = QWEN["7B"]._replace(longest=700)
+    batch = {"per_device_train_batch_size": 4}
+    assert tokens(config(train=batch), sizes) == 4 * 2048
+    assert tokens(config(train=batch, packing="off"), sizes) == 4 * 700
+    assert tokens(config({"sequence_parallel": 8}, train=batch), sizes) == 4 * 700 / 8
+    assert tokens(config({"sequence_parallel": 8}, train=batch, packing="on"), sizes) == 1024
+
+
+def test_traffic_is_the_adapter_s_once_a_step_and_the_base_s_twice_a_micro_batch():
+    machine, sizes = Machine(2, 8, 8, GPU80), QWEN["72B"]
+    base = 2 * sizes.total
+    assert traffic(config(), sizes, "ddp", machine) == (int(2 * 15 / 16 * 4 * sizes.trainable), 0)
+    assert traffic(config(), sizes, "fsdp", machine).micro_batch == int(2 * 15 / 16 * base)
+    assert traffic(config(), sizes, "fsdp", machine, "node").micro_batch == int(2 * 7 / 8 * base)
+    assert traffic(config(), sizes, "zero3", machine, "node").micro_batch == int((7 / 8 + 15 / 16) * base)
+    assert break_even(config(), 370e9) == 2_156
+    assert break_even(config(), 50e9) == 15_960
+    assert break_even(config({"quantization": "nf4"}), 50e9) == 3_990
+
+
+DECISIONS = [
+    (
+        "7B",
+        {},
+        Machine(1, 8, 8, GPU80, True),
+        ("ddp", "global"),
+        "ddp, the base takes 15.2 GB of each GPU's 85.5 GB",
+    ),
+    (
+        "7B",
+        {},
+        Machine(1, 1, 1, GPU24, True),
+        ("ddp", "global"),
+        "ddp, the base takes 15.2 GB of each GPU's 25.8 GB",
+    ),
+    (
+        "7B",
+        {},
+        Machine(1, 4, 4, GPU40, True),
+        ("ddp", "global"),
+        "ddp, the base takes 15.2 GB of each GPU's 42.9 GB",
+    ),
+    (
+        "32B",
+        {},
+        Machine(1, 8, 8, GPU80, True),
+        ("ddp", "global"),
+        "ddp, the base takes 65.5 GB of each GPU's 85.5 GB",
+    ),
+    (
+        "32B",
+        {},
+        Machine(1, 4, 4, GPU40, True),
+        ("fsdp", "node"),
+        "fsdp over 4 GPUs, 16.4 GB of the base's 65.5 GB on each GPU of 42.9 GB; strategy.quantization: nf4 would allow"
+        " ddp",
+    ),
+    (
+        "72B",
+        {},
+        Machine(1, 8, 8, GPU80, True),
+        ("fsdp", "node"),
+        "fsdp over 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 85.5 GB; strategy.quantization: nf4 would"
+        " allow ddp",
+    ),
+    (
+        "72B",
+        {},
+        Machine(2, 8, 8, GPU80, True),
+        ("fsdp", "node"),
+        "fsdp in each node's 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 85.5 GB; strategy.quantization: nf4"
+        " would allow ddp",
+    ),
+    (
+        "72B",
+        {"quantization": "nf4"},
+        Machine(1, 1, 1, GPU80, True),
+        ("ddp", "global"),
+        "ddp, the base takes 41.2 GB of each GPU's 85.5 GB",
+    ),
+    (
+        "72B",
+        {},
+        Machine(2, 4, 4, GPU40, True),
+        ("fsdp", "global"),
+        "fsdp over 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 42.9 GB; it crosses between nodes twice a"
+        " micro-batch, which 15,960 tokens on a GPU would hide at 50 GB/s (here 2,048)",
+    ),
+    (
+        "72B",
+        {"quantization": "nf4"},
+        Machine(2, 4, 4, GPU24, True),
+        ("zero3", "global"),
+        "zero3 over 8 GPUs, 5.2 GB of the base's 41.2 GB on each GPU of 25.8 GB; it crosses between nodes twice a"
+        " micro-batch, which 3,990 tokens on a GPU would hide at 50 GB/s (here 2,048)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("size", "strategy", "machine", "choice", "sentence"), DECISIONS)
+def test_auto_decides(size, strategy, machine, choice, sentence):
+    decision = decide(config(strategy), QWEN[size], machine)
+    assert (decision.name, decision.shard_group) == choice
+    assert decision.sentence == f"strategy.name=auto: {sentence}"
+
+
+def test_without_a_gpu_or_its_memory_auto_is_ddp():
+    assert decide(config(), None, Machine(1, 2, 0)) == (
+        "ddp",
+        "global",
+        "strategy.name=auto: ddp, no GPU: the whole model in each process",
+    )
+    decision = decide(config(), QWEN["72B"], Machine(1, 2, 2, 0))
+    assert decision[:2] == ("ddp", "global")
+    assert "whose memory is unknown" in decision.sentence
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "fsdp"])
+def test_a_strategy_that_is_named_is_taken(name):
+    assert decide(config({"name": name}), QWEN["72B"], Machine(1, 1, 1, GPU24)) == (name, "global", "")
+
+
+def test_more_than_the_least_and_less_than_the_expected_is_tried():
+    plain = config(train={"gradient_checkpointing": False})
+    decision = decide(plain, QWEN["7B"], Machine(1, 1, 1, 32 * 1024 * MIB))
+    assert decision.sentence == (
+        "strategy.name=auto: ddp, the base takes 15.2 GB of each GPU's 34.4 GB; about 37.6 GB may be needed, which is"
+        " tight; train.gradient_checkpointing: true or strategy.quantization: nf4 would leave room"
+    )
+
+
+def test_what_cannot_be_in_parts_is_not_decided_to_be():
+    dora = config().model_copy(update={"lora": config().lora.model_copy(update={"use_dora": True})})
+    with pytest.raises(ValueError, match="even with ddp"):
+        decide(dora, QWEN["72B"], Machine(1, 8, 8, GPU80))
+    with pytest.raises(ValueError, match="even with ddp"):
+        decide(config({"quantization": "int8"}), QWEN["72B"], Machine(1, 8, 8, GPU40))
+
+
+def test_node_groups_that_were_asked_for_are_kept():
+    asked = config({"shard_group": "node"})
+    assert decide(asked, QWEN["7B"], Machine(2, 8, 8, GPU80))[:2] == ("ddp", "global")
+    assert decide(asked, QWEN["72B"], Machine(2, 8, 8, GPU80))[:2] == ("fsdp", "node")
+    with pytest.raises(ValueError, match="even with fsdp"):
+        decide(asked, QWEN["72B"], Machine(2, 4, 4, GPU40))
+
+
+REFUSED = "strategy.name=auto: model.name_or_path=Qwen/Qwen2.5 needs about "
+
+
+@pytest.mark.parametrize(
+    ("size", "train", "machine", "says"),
+    [
+        (
+            "72B",
+            {},
+            Machine(2, 4, 4, GPU24),
+            "39.5 GB on each of 8 GPUs even with fsdp, expected at most the 25.8 GB there are (26.7 GB base, 3.4 GB"
+            " adapter, 7.5 GB for 2,048 tokens); what would fit: strategy.quantization: nf4 (zero3) or 64 such GPUs"
+            " (fsdp); or set strategy.name: fsdp to try all the same",
+        ),
+        (
+            "7B",
+            {"gradient_checkpointing": False},
+            Machine(1, 1, 1, GPU24),
+            "37.6 GB on the GPU even with ddp, expected at most the 25.8 GB there are (15.2 GB base, 0.6 GB adapter,"
+            " 19.7 GB for 2,048 tokens); what would fit: train.gradient_checkpointing: true (ddp) or"
+            " data.max_length: 512 (ddp); or set strategy.name: ddp to try all the same",
+        ),
+        (
+            "72B",
+            {},
+            Machine(1, 1, 1, GPU24),
+            "158.2 GB on the GPU even with ddp, expected at most the 25.8 GB there are (145.4 GB base, 3.4 GB adapter,"
+            " 7.5 GB for 2,048 tokens); what would fit: a smaller base model or larger GPUs; or set strategy.name: ddp"
+            " to try all the same",
+        ),
+    ],
+)
+def test_what_fits_nowhere_is_refused_with_what_would_fit(size, train, machine, says):
+    with pytest.raises(ValueError, match=".") as caught:
+        decide(config(train=train), QWEN[size], machine)
+    assert str(caught.value) == REFUSED + says
+
+
+def test_auto_says_what_gathering_over_pcie_takes():
+    linked, unlinked = (
+        decide(config(), QWEN["72B"], Machine(1, 8, 8, GPU80, nvlink)).sentence for nvlink in (True, False)
+    )
+    assert "PCIe" not in linked
+    assert unlinked.startswith(linked.partition(";")[0] + "; without NVLink between them all it is gathered over PCIe")
+    assert "which 31,920 tokens on a GPU would hide at 25 GB/s (here 2,048)" in unlinked

@@ -1,0 +1,247 @@
+"""Small bases on disk, and what each of several ranks finds after loading one in parts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy
+from qwenlora.trainer import base_files, loading
+from qwenlora.trainer.model import add_lora
+
+# nothing divides by 2 or 4: every part has its padding
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 97,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.08,
+}
+
+
+def make_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a base of several safetensors files. kind: qwen2 (tied), qwen3 (not tied), moe."""
+    torch.manual_seed(0)
+    if kind == "qwen2":
+        config: Any = Qwen2Config(**SIZES, tie_word_embeddings=True)
+    elif kind == "qwen3":
+        config = Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False)
+    else:
+        few = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        config = Qwen3MoeConfig(**SIZES, **few, head_dim=16, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter in model.parameters():  # norms and biases start as ones and zeros, which any rank could guess
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+def config_of(base: Path, lora: dict[str, Any] | None = None, dtype: str = "float32", **strategy: Any) -> Config:
+    model = Model(name_or_path=str(base), dtype=dtype)
+    lora = {"lora_dropout": 0.0, "r": 4} | (lora or {})
+    return Config(
+        run_dir="unused", model=model, data=Data(train="unused"), lora=Lora(**lora), strategy=Strategy(**strategy)
+    )
+
+
+def tensors_in(base: Path) -> dict[str, Tensor]:
+    """Return all tensors of a base's files, read by safetensors."""
+    return {name: t for file in base.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+class Watched(base_files.BaseFiles):
+    """Notes what is read."""
+
+    reads: list[tuple[str, int, int]] = []  # noqa: RUF012
+    total = 0
+
+    def copy(self, name: str, start: int, to: Tensor) -> None:
+        self.reads.append((name, start, start + to.numel()))
+        before = self.bytes_read
+        super().copy(name, start, to)
+        type(self).total += self.bytes_read - before
+
+
+def part_of_fsdp(base: Path, shape: tuple[int, ...], lora: dict[str, Any] | None = None, dtype: str = "float32"):
+    """Return what a rank has after load_fsdp, and after training steps with an adapter."""
+    loading.BaseFiles = Watched
+    names = ("replicas", "parts")[-len(shape) :]
+    config = config_of(base, lora, dtype)
+    model = loading.load_fsdp(config, str(base), init_device_mesh("cpu", shape, mesh_dim_names=names))
+    found = {"held": _held(model), "reads": Watched.reads, "bytes": Watched.total}
+    found["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    found["frozen"] = not any(p.requires_grad for p in model.parameters())
+    found["buffers"] = {name: b.clone() for name, b in model.named_buffers()}
+    whole = {n: getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for n, p in model.named_parameters()}
+    found["whole"] = whole if dist.get_rank() == 0 else None
+    found |= _trained(model, config, base)
+    found["held after"] = sum(_bytes(p) for n, p in model.named_parameters() if "lora_" not in n)
+    return found
+
+
+def _bytes(parameter: Any) -> int:
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return local.untyped_storage().nbytes()
+
+
+def _held(model: Any) -> int:
+    return sum(_bytes(p) for p in model.parameters())
+
+
+def _trained(model: Any, config: Config, base: Path) -> dict[str, Any]:
+    """Compare two steps' losses and gradients, and an evaluation, with those of the whole model."""
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=next(model.parameters()).dtype)
+    models, answers = [model, plain], [[], []]
+    for index, one in enumerate(models):
+        one.config.use_cache = False
+        one.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(0)
+        models[index] = add_lora(one, config.lora)
+        random_lora(models[index])
+    batches = torch.randint(131, (3, 2, 12), generator=torch.Generator().manual_seed(dist.get_rank()))
+    for one, answer in zip(models, answers, strict=True):
+        one.train()
+        for batch in batches[:2]:
+            one.zero_grad()
+            loss = one(input_ids=batch, labels=batch).loss
+            loss.backward()
+            gradients = [p.grad.clone() for p in one.parameters() if p.requires_grad]
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+            answer.append((loss.item(), torch.cat([g.flatten() for g in gradients])))
+            one.eval()
+            with torch.no_grad():
+                answer.append((one(input_ids=batches[2], labels=batches[2]).loss.item(), torch.zeros(1)))
+            one.train()
+        one(input_ids=batches[2], labels=batches[2]).loss.backward()
+    ours, theirs = answers
+    return {
+        "loss differs": max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True)),
+        "gradient differs": max((a[1] - b[1]).abs().max().item() for a, b in zip(ours, theirs, strict=True)),
+        "gradient": max(b[1].abs().max().item() for b in theirs),
+        "adapter": sorted((n, str(p.dtype), tuple(p.shape)) for n, p in models[0].named_parameters() if "lora_" in n),
+        "plain adapter": sorted(
+            (n, str(p.dtype), tuple(p.shape)) for n, p in models[1].named_parameters() if "lora_" in n
+        ),
+        "plain buffers": {name: b.clone() for name, b in plain.named_buffers()},
+    }
+
+
+def random_lora(model: Any) -> None:
+    """Fill the trained parameters, B's zeros too; the same on all ranks and for any model of these shapes."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def part_of_zero3(base: Path, settings: dict[str, Any], dtype: str = "float32"):
+    """Return what a rank has after load_zero3, and after a step."""
+    from qwenlora.trainer.zero import start_communication
+
+    start_communication()
+    import deepspeed
+
+    loading.BaseFiles = Watched
+    sent = _counted(deepspeed.comm, "broadcast")
+    config = config_of(base, dtype=dtype)
+    zero = {"stage": 3} | settings
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if dtype == "bfloat16":
+        ds_config["bf16"] = {"enabled": True}
+    model = loading.load_zero3(config, str(base), ds_config)
+    found: dict[str, Any] = {"sent": len(sent), "reads": Watched.reads, "bytes": Watched.total}
+    found["held"] = sum(p.ds_tensor.untyped_storage().nbytes() + _bytes(p) for p in model.parameters())
+    found["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    found["buffers"] = {name: b.clone() for name, b in model.named_buffers()}
+    for turn in ("whole", "whole again"):  # the second time, hpZ gathers from a node's own copy
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            whole = {n: p.detach().clone() for n, p in model.named_parameters()}
+        found[turn] = whole if dist.get_rank() == 0 else None
+    found["secondary"] = [p.ds_secondary_tensor is not None for p in model.parameters()]
+    torch.manual_seed(dist.get_rank())  # DeepSpeed is to make rank 0's adapter everyone's
+    peft_model = add_lora(model, config.lora)
+    trained = [p for p in peft_model.parameters() if p.requires_grad]
+    engine = deepspeed.initialize(
+        model=peft_model,
+        optimizer=torch.optim.SGD(trained, lr=0.1),
+        model_parameters=trained,
+        config=ds_config,
+        dist_init_required=False,
+    )[0]
+    with deepspeed.zero.GatheredParameters(trained):
+        adapter = torch.cat([p.detach().float().flatten() for p in trained])
+    found["adapter"] = adapter
+    batch = torch.randint(131, (2, 12), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(3):
+        loss = engine(input_ids=batch, labels=batch, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    found["losses"] = losses
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=model.dtype)
+    with torch.no_grad():  # a new adapter changes nothing
+        found["plain loss"] = plain(input_ids=batch, labels=batch, use_cache=False).loss.item()
+    return found
+
+
+def _counted(module: Any, name: str) -> list[Any]:
+    calls, real = [], getattr(module, name)
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(name)
+        return real(*arguments, **named)
+
+    setattr(module, name, counted)
+    return calls
+
+
+def turns(base: Path, load: Callable[..., Any] | None = None):
+    """Return the whole parameters after load_fsdp, and the times at which this rank held a whole base."""
+    import time
+
+    times = []
+    real = loading.WholeBase
+
+    class Timed(real):
+        def __init__(self, *arguments: Any) -> None:
+            times.append(time.time())
+            super().__init__(*arguments)
+            time.sleep(0.2)
+            times.append(time.time())
+
+    loading.WholeBase = Timed
+    model = loading.load_fsdp(config_of(base), str(base), init_device_mesh("cpu", (dist.get_world_size(),)))
+    whole = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}
+    return {"times": times, "whole": whole, "held": _held(model)}
+
+
+def rename(base: Path) -> None:
+    """Have the files hold pytorch's own format only."""
+    tensors = tensors_in(base)
+    for file in base.glob("*.safetensors*"):
+        file.unlink()
+    torch.save(tensors, base / "pytorch_model.bin")
+
+
+def untie(base: Path) -> None:
+    """Give a tied base's files a head that differs from its embeddings."""
+    file = next(f for f in base.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(f))
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, {"format": "pt"})

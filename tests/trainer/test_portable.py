@@ -1,0 +1,110 @@
+"""A checkpoint of any strategy and number of ranks goes on under any other."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from safetensors.torch import load_file
+from spread import SAVED, STEPS, Cell, make_base, run_cells
+
+CLOSE = 1e-5
+SAVERS = (("ddp", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp", 2), ("zero3", 4))
+GOERS = tuple(itertools.product(("ddp", "zero1", "zero2", "zero3", "fsdp"), (1, 2, 4)))
+ALL = tuple(itertools.product(SAVERS, GOERS))
+
+
+def covering() -> list[tuple]:
+    """Return pairs in which each saver meets each strategy, some number of ranks, and itself."""
+    chosen = {(saver, goer) for saver, goer in ALL if saver == goer}
+    for number, saver in enumerate(SAVERS):
+        names = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+        chosen |= {(saver, (name, (1, 2, 4)[(number + place) % 3])) for place, name in enumerate(names)}
+    return sorted(chosen)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny):
+    """Return what each saver did over all steps, and where its checkpoint in mid-epoch is."""
+    folder = tmp_path_factory.mktemp("portable")
+    base = make_base(folder / "base", "qwen3", tied=True)
+    start = Cell(str(base), "", dropout=0.0)
+    done = {}
+    for count in (1, 2, 4):
+        mine = [saver for saver in SAVERS if saver[1] == count]
+        cells = [start.under(name, folder / f"{name}-{count}") for name, _ in mine]
+        results = run_ranks(run_cells, count, cells, str(tiny), timeout=400)
+        done |= {saver: (results[0][number], cells[number]) for number, saver in enumerate(mine)}
+    return folder, done, str(tiny)
+
+
+def go_on(made, pairs: list[tuple], folder: Path) -> dict[tuple, dict]:
+    """Return what was trained after the checkpoint, by pair; ranks are started once for all of a number of them."""
+    _, done, tokenizer = made
+    found = {}
+    for count in (1, 2, 4):
+        mine = [pair for pair in pairs if pair[1][1] == count]
+        cells = []
+        for saver, (name, _) in mine:
+            cell = done[saver][1]
+            saved = Path(cell.folder) / f"checkpoint-{SAVED}"
+            cells.append(cell.under(name, folder_of(folder, saver, (name, count)), resume=str(saved)))
+        results = run_ranks(run_cells, count, cells, tokenizer, timeout=560)
+        found |= {pair: results[0][number] for number, pair in enumerate(mine)}
+    return found
+
+
+def folder_of(folder: Path, saver: tuple, goer: tuple) -> Path:
+    return folder / f"{saver[0]}-{saver[1]}-to-{goer[0]}-{goer[1]}"
+
+
+def optimizers_apart(one: Path, other: Path) -> float:
+    """Return how far what two runs saved last differs: what a resume after the next would go on from."""
+    files = [load_file(run / f"checkpoint-{STEPS}" / "optimizer.safetensors") for run in (one, other)]
+    assert files[0].keys() == files[1].keys()
+    return max((files[0][key] - files[1][key]).abs().max().item() for key in files[0])
+
+
+def check(made, pairs: list[tuple], folder: Path) -> None:
+    _, done, _ = made
+    worst = 0.0
+    for (saver, goer), resumed in go_on(made, pairs, folder).items():
+        whole = done[saver][0]
+        assert sorted(resumed["losses"]) == list(range(SAVED + 1, STEPS + 1)), (saver, goer)
+        for field in ("losses", "eval"):
+            apart = max(abs(resumed[field][step] - whole[field][step]) for step in resumed[field])
+            assert apart <= CLOSE, f"{saver} -> {goer}: {field} differ by {apart:.2e}"
+            worst = max(worst, apart)
+        apart = optimizers_apart(folder_of(folder, saver, goer), Path(done[saver][1].folder))
+        assert apart <= CLOSE, f"{saver} -> {goer}: what the optimizer keeps differs by {apart:.2e}"
+        if saver == goer:
+            assert apart == 0
+            assert resumed["adapter"] == whole["adapter"], f"{saver} -> itself is not the same to the bit"
+            assert resumed["losses"] == {step: whole["losses"][step] for step in resumed["losses"]}
+    print(f"{len(pairs)} pairs, losses at most {worst:.1e} apart")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_each_strategy_goes_on_under_each_other(made, tmp_path):
+    pairs = covering()
+    assert len(pairs) >= 30
+    assert {saver for saver, _ in pairs} == set(SAVERS)
+    assert {goer for _, goer in pairs} == set(GOERS)
+    check(made, pairs, tmp_path)
+
+
+@pytest.mark.long
+def test_every_pair(made, tmp_path):
+    check(made, [pair for pair in ALL if pair not in covering()], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp"])
+def test_with_dropout_the_same_strategy_goes_on_to_the_bit(made, tmp_path, name):
+    _, done, tokenizer = made
+    cell = done["ddp", 2][1].under(name, tmp_path / "whole", dropout=0.1)
+    again = cell.under(name, tmp_path / "again", resume=str(tmp_path / "whole" / f"checkpoint-{SAVED}"))
+    results = run_ranks(run_cells, 2, [cell, again], tokenizer)
+    assert results[0][0]["adapter"] == results[0][1]["adapter"]
+    shutil.rmtree(tmp_path / "whole")
