@@ -1,0 +1,203 @@
+"""The files of a model's weights: those of a base, read by names and ranges, and those of a merged model, written so.
+
+`opened` reads safetensors or pytorch_model.bin; `MergedFiles` writes safetensors, tensor by tensor, in any order.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple, Protocol
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+
+from qwenlora.trainer.base_files import DTYPES, BaseFiles, Place
+from qwenlora.trainer.model import hub_errors
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+OTHER = 1.3  # numbers by this lie elsewhere between two that a dtype has
+
+
+class Files(Protocol):
+    """Where tensors lie, and their numbers: trainer/base_files.py:BaseFiles, or TorchFiles."""
+
+    places: dict[str, Place]
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return elements [start, stop) of a flattened tensor: 1-D, in host memory, in the file's dtype."""
+        ...
+
+
+class TorchFiles:
+    """The pytorch_model*.bin files of a base, mapped into memory: pages are read when they are needed."""
+
+    def __init__(self, base: str, revision: str | None) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self.places: dict[str, Place] = {}
+        for file in self._files(base, revision):
+            try:
+                held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+                why = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ValueError(f"{file} cannot be read: {why}; download it again") from None
+            self._tensors |= held
+            for name, values in held.items():
+                if values.dtype in DTYPES.values():
+                    self.places[name] = Place(file, 0, values.dtype, tuple(values.shape))
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return elements [start, stop) of a flattened tensor: 1-D, in host memory, in the file's dtype."""
+        return self._tensors[name].flatten()[start:stop]
+
+    @staticmethod
+    def _files(base: str, revision: str | None) -> list[Path]:
+        def find(name: str) -> str | None:
+            return cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)  # type: ignore[no-any-return]
+
+        if single := find(WEIGHTS_NAME):
+            return [Path(single)]
+        if not (index := find(WEIGHTS_INDEX_NAME)):
+            raise ValueError(
+                f"{base} has no weights: neither model*.safetensors nor pytorch_model*.bin; download it again"
+            )
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        return [Path(cached_file(base, name, revision=revision)) for name in names]
+
+
+@contextmanager
+def opened(base: str, revision: str | None = None) -> Iterator[Files]:
+    """Open the weights of a folder or hub name. Raises: ValueError when it has none, or they cannot be had."""
+    with hub_errors("base", base):
+        safetensors = BaseFiles(base, revision)
+    with safetensors:
+        if safetensors.places:
+            yield safetensors
+            return
+        with hub_errors("base", base):
+            files = TorchFiles(base, revision)
+        yield files
+
+
+def whole(files: Files, name: str) -> Tensor:
+    """Return a tensor of the files, in its dtype there."""
+    shape = files.places[name].shape
+    return files.read(name, 0, math.prod(shape)).view(shape)
+
+
+class Rounded:
+    """Files of which some tensors are rounded once more: by as much as they already were, but otherwise."""
+
+    def __init__(self, files: Files, names: set[str]) -> None:
+        self.files, self.names, self.places = files, names, files.places
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return elements [start, stop) of a flattened tensor: 1-D, in host memory."""
+        values = self.files.read(name, start, stop)
+        return (values.float() / OTHER).to(values.dtype).float() * OTHER if name in self.names else values
+
+
+def size_of(text: str) -> int:
+    """Return the bytes of a --max-shard-size. Raises: ValueError for what is no size."""
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        size = 0
+    if size <= 0 or text.strip()[-1:] not in "bB":
+        raise ValueError(f"--max-shard-size {text}: expected a size with its unit, as 5GB or 500MB")
+    return size
+
+
+class Entry(NamedTuple):
+    """A tensor to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Return its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class MergedFiles:
+    """model*.safetensors in a folder, and their index where there are several; a context manager, which closes them.
+
+    Source: https://huggingface.co/docs/safetensors#format
+    """
+
+    def __init__(self, folder: Path, entries: dict[str, Entry], max_shard_size: int) -> None:
+        split = split_state_dict_into_shards_factory(
+            entries,
+            get_storage_size=lambda entry: entry.size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        self.files = sorted(split.filename_to_tensors)
+        self.size = sum(entry.size for entry in entries.values())
+        self.numbers = sum(math.prod(entry.shape) for entry in entries.values())
+        self._entries, self._folder = entries, folder
+        self._weight_map: dict[str, str] = split.tensor_to_filename if split.is_sharded else {}
+        self._offsets: dict[str, tuple[int, int]] = {}
+        self._left = {name: math.prod(entry.shape) for name, entry in entries.items()}
+        self._open: list[int] = []
+        for file in self.files:
+            self._begin(folder / file, split.filename_to_tensors[file])
+
+    def _begin(self, path: Path, names: list[str]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            dtype, shape = self._entries[name]
+            start, end = end, end + self._entries[name].size
+            header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._open.append(descriptor)
+        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        os.truncate(descriptor, 8 + len(text) + end)
+        for name in names:
+            offsets = header[name]["data_offsets"]  # type: ignore[index]
+            self._offsets[name] = (descriptor, 8 + len(text) + offsets[0])
+
+    def __enter__(self) -> "MergedFiles":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for descriptor in self._open:
+            os.close(descriptor)
+
+    def write(self, name: str, values: Tensor, start: int = 0) -> None:
+        """Write elements from start on of a flattened tensor; rounded once, to the file's dtype.
+
+        Raises: ValueError when a number is not finite, or has become so.
+        """
+        dtype = self._entries[name].dtype
+        values = values.to(dtype).contiguous()
+        if not values.isfinite().all():
+            raise ValueError(
+                f"{name} would hold numbers that are not finite in {NAMES[dtype]}: broken in the files that are read,"
+                " or too large for it (fp32 holds them)"
+            )
+        self._left[name] -= values.numel()
+        descriptor, offset = self._offsets[name]
+        offset += start * dtype.itemsize
+        left = values.view(-1).view(torch.uint8).numpy().data
+        while left:  # one call writes 2 GB at most
+            count = os.pwrite(descriptor, left, offset)
+            left, offset = left[count:], offset + count
+
+    def finish(self) -> None:
+        """Write the index; all tensors are there."""
+        assert not any(self._left.values()), [name for name, left in self._left.items() if left]
+        if self._weight_map:
+            index = {"metadata": {"total_size": self.size}, "weight_map": self._weight_map}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (self._folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")

@@ -1,0 +1,85 @@
+"""What a user names after training is found, or refused in a line that says what to name instead."""
+
+import json
+import shutil
+
+import pytest
+
+from qwenlora.adapter.subject import find
+
+
+def name_base(adapter, base):
+    """Write another base into an adapter's config."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+
+
+@pytest.fixture(scope="module")
+def held(tiny_run, tmp_path_factory):
+    """Return a copy of a real run."""
+    folder = tmp_path_factory.mktemp("held") / "my run"
+    shutil.copytree(tiny_run[0], folder)
+    return folder
+
+
+def test_a_run_is_its_last_adapter(held):
+    found = find(str(held))
+    assert (found.label, found.adapter, found.base) == ("my run", held / "adapter", str(held / "base_model"))
+    assert found.config.lora.r == 32
+
+
+def test_a_checkpoint_and_an_adapter_know_their_run(held):
+    assert find(str(held / "checkpoint-40")).label == "my run/checkpoint-40"
+    assert find(str(held / "checkpoint-40")).run.path == held
+    assert find(str(held / "adapter")).label == "my run"
+
+
+def test_an_adapter_by_itself_names_its_base(held, tmp_path):
+    alone = shutil.copytree(held / "adapter", tmp_path / "alone")
+    config = json.loads((alone / "adapter_config.json").read_text())
+    (alone / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(held / "base_model")})
+    )
+    found = find(str(alone))
+    assert (found.label, found.base, found.run) == ("alone", str(held / "base_model"), None)
+    (alone / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/models/gone"}))
+    with pytest.raises(
+        ValueError, match="alone needs the base model /models/gone, and there is no model at /models/gone;"
+    ):
+        find(str(alone))
+    assert find(str(alone), base=str(held / "base_model")).base == str(held / "base_model")
+    name_base(alone, None)
+    with pytest.raises(ValueError, match="does not say which base it needs; name it with --base"):
+        find(str(alone))
+
+
+def test_a_model_is_a_model(held):
+    found = find(str(held / "base_model"))
+    assert (found.label, found.adapter, found.run) == ("base_model", None, None)
+    with pytest.raises(ValueError, match="is a model by itself"):
+        find(str(held / "base_model"), base="x")
+
+
+def test_a_folder_that_is_not_there_is_no_hub_name_where_its_parent_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find("Qwen/Qwen2.5-7B-Instruct").adapter is None
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match="runs/tinny: no such folder; name a run"):
+        find("runs/tinny")
+
+
+def test_what_is_none_of_these_is_refused(held, tmp_path):
+    with pytest.raises(ValueError, match="no such folder; name a run"):
+        find("nothing")
+    with pytest.raises(ValueError, match="is no run"):
+        find(str(tmp_path))
+    half = shutil.copytree(held, tmp_path / "half", ignore=shutil.ignore_patterns("adapter"))
+    with pytest.raises(ValueError, match=r"holds no finished run: .*name a checkpoint \(.*checkpoint-120, "):
+        find(str(half))
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ValueError, match="says peft_type=IA3; qwenlora knows LORA"):
+        find(str(tmp_path / "odd"))
+    (tmp_path / "odd" / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        find(str(tmp_path / "odd"))
