@@ -128,6 +128,8 @@ def train(
     sequence.share_attention(base, team)
     _beat_with(model, heart, trainer)
     metrics = MetricsFile(run.metrics, warn) if rank.first else None
+    if rank.first:  # before Metrics: who reads of an attempt's first step in progress.json finds it in attempts.jsonl
+        trainer.add_callback(chronicle)
     trainer.add_callback(
         Metrics(
             metrics,
@@ -148,7 +150,7 @@ def train(
         if checkpoint and checkpoint.parent == run.path:
             _restore_wandb_id(run, checkpoint)
         wandb, where = _start_wandb(config, run, facts, warn)
-        for callback in (wandb, progress, chronicle):
+        for callback in (wandb, progress):
             if callback:
                 trainer.add_callback(callback)
         trainer.wandb_id = run.wandb_id.read_text().strip() if run.wandb_id.exists() else ""
