@@ -157,6 +157,11 @@ CHANGE = "change one of them, or remove"
             "gradient_accumulation_steps=true, but train.global_batch_size=64 over all processes: expected 4; {change}",
         ),
         (
+            {"prescale_gradients": 0},  # 0 == False, for Python
+            "prescale_gradients=0, but gradients are averaged and clipped by qwenlora's rules: expected false;"
+            " {change}",
+        ),
+        (
             {"zero_optimization": {"reduce_bucket_size": "big"}},
             'zero_optimization.reduce_bucket_size="big": expected a number; write it without quotes',
         ),
