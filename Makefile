@@ -9,9 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find . -path './$(VENV)' -prune -o -path ./build -prune -o -path ./runs -prune \
-	-o -path ./tests -prune -o -path ./benchmarks -prune -o \( -name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' \
-	-o -name '*.html' -o -name '*.md' -o -name schema.json -o -name py.typed \) -print)
+SOURCES := README.md pyproject.toml setup.cfg __init__.py py.typed $(shell find adapter configs data jobs launch slurm trainer \
+	-name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' -o -name '*.html' -o -name '*.md' -o -name schema.json)
 
 .PHONY: train test test-slow gpu chaos slurm-up slurm-down check format schema clean system
 .DELETE_ON_ERROR:
@@ -20,9 +19,11 @@ train: $(VENV)/.installed
 	@echo '== training the embedded default: configs/tiny.yaml -> runs/tiny'
 	$(BIN)/qwenlora train configs/tiny.yaml
 	@echo '== asking the base model and the tuned one'
-	$(BIN)/qwenlora compare runs/tiny
+	$(BIN)/qwenlora compare runs/tiny --show 1
 	@echo '== writing the run up as a page'
 	$(BIN)/qwenlora report runs/tiny
+	@echo '== next: open runs/tiny/report.html in a browser, talk to it with `$(BIN)/qwenlora chat runs/tiny`,'
+	@echo '== and try your own rows: README.md, "Your data, one GPU"'
 
 test: $(VENV)/.installed-test
 	@echo '== running the tests that this machine can run, two at a time'

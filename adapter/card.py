@@ -124,7 +124,8 @@ def make(
         or None,
         tags=["lora", "qwenlora", "transformers", *([f"base_model:adapter:{on_hub}"] if on_hub else [])],
     )
-    notes = [*_notes(on_hub, label, license, obstacles), *(f"note: {unread}" for unread in held.unread)]
+    given = [f"note: nothing here compared {base} (--base) with the base that was trained on"] if base else []
+    notes = [*_notes(on_hub, label, license, obstacles), *(f"note: {unread}" for unread in held.unread), *given]
     return Card(f"---\n{data.to_yaml()}\n---\n\n{text}", label, on_hub is not None, notes)
 
 
@@ -187,7 +188,7 @@ def _training(held: Record, settings: dict[str, Any], step: int | None) -> list[
     lines += [(f"`{key}`", as_yaml(settings[key])) for key in SETTINGS if settings.get(key) not in (None, False)]
     parameters = held.facts.get("parameters", {})
     if {"trainable", "total"} <= parameters.keys():
-        lines.append(("trained parameters", f"{parameters['trainable']:,} of {parameters['total']:,}"))
+        lines.append(("trained parameters", f"{parameters['trainable']:,} beside the base's {parameters['total']:,}"))
     if last := next((attempt for attempt in reversed(held.attempts) if attempt.get("strategy")), None):
         ranks = last["processes"]
         lines.append(("ran as", f"{last['strategy']}, {ranks} process{'es' * (ranks != 1)}"))
@@ -262,7 +263,7 @@ def _notes(on_hub: str | None, label: str, license: str | None, obstacles: dict[
     if on_hub is None:
         notes.append(
             f"note: the base was a folder ({label}), so the card and {CONFIG} do not say where it is on the hub;"
-            " --base Qwen/Qwen2.5-7B-Instruct would"
+            " --base OWNER/NAME would, if it is there"
         )
     if license is None:
         notes.append("note: the card names no licence; --license apache-2.0 would")

@@ -52,7 +52,7 @@ def staging(out: Path, size: int, pack: Callable[[Path], Path] | None = None) ->
     start = f"{out.name}.staging-{os.uname().nodename}-"
     made = out.parent / f"{start}{os.getpid()}"
     before = {caught: signal.signal(caught, _leave) for caught in (signal.SIGTERM, signal.SIGHUP)}
-    done = made
+    size = 2 * size if pack else size  # the folder and its file
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for left in out.parent.iterdir():
@@ -75,10 +75,17 @@ def staging(out: Path, size: int, pack: Callable[[Path], Path] | None = None) ->
     except OSError as error:
         raise ValueError(f"{out} cannot be made: {error.strerror or error}; name another place") from error
     finally:
-        for left in {made, done}:
-            _remove(left)
+        _remove_all(made)
         for caught, handler in before.items():
             signal.signal(caught, handler)
+
+
+def _remove_all(made: Path) -> None:
+    """Remove the folder, and what was being packed of it."""
+    with suppress(OSError):  # it may be the folder above that could not be made
+        for left in made.parent.iterdir():
+            if left.name == made.name or left.name.startswith(f"{made.name}."):
+                _remove(left)
 
 
 def _remove(path: Path) -> None:

@@ -112,7 +112,8 @@ class Record:
         parameters = self.facts.get("parameters", {})
         if {"trainable", "total"} <= parameters.keys():
             trainable, total = parameters["trainable"], parameters["total"]
-            lines.append(("trained", f"{trainable:,} of {total:,} parameters ({trainable / max(total, 1):.2%})"))
+            share = trainable / max(trainable + total, 1)
+            lines.append(("trained", f"{trainable:,} parameters beside the base's {total:,} ({share:.2%} of all)"))
         weights = self.run.adapter / "adapter_model.safetensors"
         lines.append(("adapter", f"{weights.stat().st_size / 1e6:,.1f} MB" if weights.is_file() else "not there yet"))
         if folders := self.run.checkpoints():

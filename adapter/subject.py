@@ -50,14 +50,14 @@ def find(named: str, *, base: str | None = None, trust_remote_code: bool = False
             held = ", ".join(str(Path(named) / path.name) for path in run.checkpoints())
             instead = f"name a checkpoint ({held}), or train it to its end" if held else "train it first"
             raise ValueError(f"{named} holds no finished run: {run.adapter} is not there; {instead}")
-        return _of_run(named, run, run.adapter, base)
+        return _of_run(named, run, run.adapter, base, trust_remote_code)
     if (folder / CONFIG).is_file():
         if (folder.parent / "config.yaml").is_file():
-            return _of_run(named, RunFolder(folder.parent), folder, base)
+            return _of_run(named, RunFolder(folder.parent), folder, base, trust_remote_code)
         return _alone(named, folder, base, trust_remote_code)
     if (folder / "config.json").is_file():
         if base:
-            raise ValueError(f"{named} is a model by itself: --base {base} goes with an adapter")
+            raise _no_adapter(named, base)
         return Subject(named, _stand_in(str(folder), None, trust_remote_code), str(folder), None, None)
     if folder.exists():
         raise ValueError(
@@ -70,6 +70,8 @@ def find(named: str, *, base: str | None = None, trust_remote_code: bool = False
         held = find_adapter_config_file(named)
     if held:
         return _alone(named, Path(held).parent, base, trust_remote_code)
+    if base:
+        raise _no_adapter(named, base)
     return Subject(named, _stand_in(named, None, trust_remote_code), named, None, None)
 
 
@@ -85,17 +87,26 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _of_run(named: str, run: RunFolder, adapter: Path, base: str | None) -> Subject:
+def _no_adapter(named: str, base: str) -> ValueError:
+    return ValueError(f"{named} is a model by itself: --base {base} goes with an adapter")
+
+
+def _of_run(named: str, run: RunFolder, adapter: Path, base: str | None, trust_remote_code: bool) -> Subject:
     adapter_config(adapter)
     config = load_config(run.config)
+    model: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    if base and base != config.model.name_or_path:  # whose revision another one has not
+        model |= {"name_or_path": base, "revision": None}
+    config = config.model_copy(update={"model": config.model.model_copy(update=model)})
     if base:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": base})})
         return Subject(named, config, _base(base, f"--base {base}"), adapter, run)
     return Subject(named, config, models.base_of(config, run), adapter, run)
 
 
 def _alone(named: str, adapter: Path, base: str | None, trust_remote_code: bool) -> Subject:
-    said = adapter_config(adapter).get("base_model_name_or_path")
+    settings = adapter_config(adapter)
+    said = settings.get("base_model_name_or_path")
+    revision = settings.get("revision") if base in (None, said) else None
     if base:
         found = _base(base, f"--base {base}")
     elif said:
@@ -103,7 +114,7 @@ def _alone(named: str, adapter: Path, base: str | None, trust_remote_code: bool)
     else:
         raise ValueError(f"{named}: its {CONFIG} does not say which base it needs; name it with --base")
     tokenizer = str(adapter) if (adapter / "tokenizer.json").is_file() else None
-    return Subject(named, _stand_in(found, tokenizer, trust_remote_code), found, adapter, None)
+    return Subject(named, _stand_in(found, tokenizer, trust_remote_code, revision), found, adapter, None)
 
 
 def _base(name: str, said: str) -> str:
@@ -115,6 +126,6 @@ def _base(name: str, said: str) -> str:
     return name
 
 
-def _stand_in(base: str, tokenizer: str | None, trust_remote_code: bool) -> Config:
-    model = Model(name_or_path=base, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+def _stand_in(base: str, tokenizer: str | None, trust_remote_code: bool, revision: str | None = None) -> Config:
+    model = Model(name_or_path=base, revision=revision, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     return Config(run_dir=".", model=model, data=Data(train="example"))  # the rows are not looked at

@@ -69,7 +69,7 @@ class RunFolder:
         self.wandb_id = self.path / "wandb" / "run_id"
         self.wandb_url = self.path / "wandb" / "url"  # of a run that is online
         self._lock = self.path / ".lock"
-        self._held: dict[Path, str] = {}  # config.yaml and facts.json as they were before this attempt
+        self._held: dict[Path, str | None] = {}  # what says how it was trained, as it was before this attempt
 
     @property
     def submitted(self) -> Path:
@@ -166,15 +166,15 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         with self._locked(wait_s):
             changed = self._changes(config, allowed) if self.trained else Changes()
-            held = [file for file in (self.config, self.facts) if self.trained and file.exists()]
-            self._held = {file: file.read_text(encoding="utf-8") for file in held}
+            said = (self.config, self.facts, self.code, self.diff) if self.trained else ()
+            self._held = {file: file.read_text(encoding="utf-8") if file.exists() else None for file in said}
             with self._writing():
                 write_atomically(self.config, to_yaml(config))
                 code.record(self.code, self.diff)
             try:
                 yield changed
             except ValueError:
-                self.refused()
+                self.put_back()
                 raise
 
     def check(self, config: Config, *, fresh: bool = False, allowed: Sequence[str] = ()) -> None:
@@ -189,10 +189,13 @@ class RunFolder:
         if self._is_something_else():
             raise ValueError(f"run_dir={self.path} is not empty and holds no run; choose another run_dir")
 
-    def refused(self) -> None:
-        """Put back the config and facts of the attempts so far: what was refused is not this run's."""
+    def put_back(self) -> None:
+        """Put back config, facts and code of the attempts so far: one that trains nothing is not what made the run."""
         for file, text in self._held.items():
-            write_atomically(file, text)
+            if text is None:
+                file.unlink(missing_ok=True)
+            else:
+                write_atomically(file, text)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

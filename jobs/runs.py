@@ -98,7 +98,9 @@ def read(run: RunFolder) -> Version:
     if not is_run(run.path):
         if is_run(run.path.parent):
             raise ValueError(f"{run.path} is part of the run {run.path.parent}; name the run")
-        raise ValueError(f"{run.path} holds no run: it has no config.yaml; name a run folder, such as runs/tiny")
+        raise ValueError(
+            f"{run.path} holds no run: it has no config.yaml with code.json; name a run folder, such as runs/tiny"
+        )
     flaws: list[str] = []
 
     def tried(file: Path, how: Callable[[], _Read], otherwise: _Read, *, needed: bool = False) -> _Read:

@@ -79,7 +79,11 @@ def chat(
     subject: Subject,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this, and leave.")] = None,
     input_: Annotated[
-        Path | None, typer.Option("--input", help="Answer the questions of a file: rows as for training, or text.")
+        Path | None,
+        typer.Option(
+            "--input",
+            help="Answer the questions of a file: rows as for training (docs/data.md), or .txt with a question a line.",
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="With --input: where the answers go, as JSON lines.")] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,

@@ -145,6 +145,7 @@ class Node:
                     return self._only_check(told)
                 if folder.done and resume == "auto" and not changed.length:
                     refuse_other_data(config, folder)
+                    folder.put_back()
                     self.console.print(
                         f"{config.run_dir} is done ({folder.history.last_step()} steps): the adapter is in"
                         f" {config.run_dir}/adapter; --fresh trains anew, more train.max_steps or num_train_epochs"
@@ -188,7 +189,7 @@ class Node:
             fault = str(missing)
         code = conclude(folder, attempt, code, self.children, self.console, fault=fault, cause=watch.cause_of_the_end())
         if code == EXIT_CODES["refused"]:
-            folder.refused()
+            folder.put_back()
         if code == EXIT_CODES["failed"] and where.requeues:
             again, why = restarts.worth_another(
                 folder.history.attempts(), where.job_id, self.config.launch.max_restarts, _newest_step(folder)

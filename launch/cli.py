@@ -55,11 +55,12 @@ def train(
         options = {"nproc_per_node": nproc, "launcher": launcher, "hostfile": hostfile}
         said = [f"launch.{key}={value}" for key, value in options.items() if value is not None]
         chosen = [*(overrides or []), *said]
-        loaded = load_config(config, chosen)
+        loaded, allowed = load_config(config, chosen), allow_config_change or []
         if dry_run:
-            print(plan.dry_run(loaded, [str(config), *chosen]), end="")
+            said = [str(config), *chosen]
+            print(plan.dry_run(loaded, said, fresh=fresh, resume=resume, allowed=allowed), end="")
             return 0
-        return agent.run(loaded, fresh=fresh, resume=resume, allowed=allow_config_change or [])
+        return agent.run(loaded, fresh=fresh, resume=resume, allowed=allowed)
 
     guarded(command)
 

@@ -158,11 +158,21 @@ def check_keys(allowed: Sequence[str]) -> None:
             raise ValueError(f"--allow-config-change {key}: no such key{hint}")
 
 
-def dry_run(config: Config, arguments: list[str]) -> str:
+def dry_run(
+    config: Config, arguments: list[str], *, fresh: bool = False, resume: str = "auto", allowed: Sequence[str] = ()
+) -> str:
     """Return the resolved config, what follows from it, and the command that does it by hand. Reads the data files.
 
-    arguments: the config file and overrides that config was loaded from.
+    arguments: the config file and overrides that config was loaded from. Raises: ValueError for what a start would
+    refuse: here a run folder that holds another run.
     """
+    folder = RunFolder(config.run_dir)
+    fresh = fresh or resume == "none"
+    check_keys(allowed)
+    folder.check(config, fresh=fresh, allowed=allowed)
+    if not fresh:
+        check_resume(config, folder, resume, allowed)
+    done = f" (done: {folder.history.last_step()} steps)" if folder.done and not fresh else ""
     named = hosts.of(config)
     names = named.names if named else ("localhost",)
     accumulation = check(config, len(names))
@@ -191,7 +201,7 @@ def dry_run(config: Config, arguments: list[str]) -> str:
         f"{shared} x {train.per_device_train_batch_size} x {accumulation} accumulated\n"
         f"# steps               {steps}\n"
         f"# strategy            {_strategy(config, processes)}\n"
-        f"# run folder          {RunFolder(config.run_dir).path}\n"
+        f"# run folder          {folder.path}{done}\n"
         f"# command             {command}\n" + "".join(f"# warning             {note}\n" for note in rows.notes)
     ) + (_deepspeed(config, processes, accumulation) if config.strategy.name in ZERO else "")
 

@@ -92,7 +92,7 @@ def train(
     base = strategy.load_base(config, facts.base, spread)
     untrained = models.untrained_turn_tokens(base, tokenizer)
     torch.manual_seed(config.train.seed)  # the same adapter to begin with on every rank, however the base is spread
-    model = models.add_lora(base, config.lora)
+    model = models.add_lora(base, config.lora, config.model.revision)
     heart.beat(step)
     packs = prepared.open_packs(folder) if facts.packing else None
 

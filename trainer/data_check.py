@@ -40,8 +40,9 @@ def check(config: Config, page: Path | None, console: Console) -> int:
     data = config.data.model_copy(update={"on_bad_row": "skip"})  # all rows are looked at, whatever is done then
     rows = prepared.prepare(data, tokenizer, run.cache(config), console, console.print)
     notes = notes_of(config, rows)
+    listed = page.with_suffix(".bad_rows.txt")
+    listed.unlink(missing_ok=True)  # of an earlier check
     if rows.facts["bad"]:
-        listed = page.with_suffix(".bad_rows.txt")
         listed.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(listed, "".join(f"{line}\n" for line in rows.bad_lines()))
         notes.append(f"all bad rows are listed in {listed}")

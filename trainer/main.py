@@ -84,7 +84,7 @@ def _main(arguments: list[str], held: ExitStack, captured: bool) -> int:
             if rank.first:
                 run.end_attempt("refused" if code == 2 else "failed", message)
                 if code == 2:
-                    run.refused()
+                    run.put_back()
             console.print(f"error: {message}", style="red", soft_wrap=True)
 
     def give_up(message: str) -> None:

@@ -42,9 +42,9 @@ class Parameters(NamedTuple):
     head: int
     layers: int
     attention_width: int
-    hidden_size: int
-    intermediate_size: int
-    kv_width: int
+    hidden_size: int = 0  # these three: a run begun by an older qwenlora has none in its facts.json
+    intermediate_size: int = 0
+    kv_width: int = 0
 
 
 def base_of(config: Config, run: RunFolder) -> str:
@@ -260,16 +260,17 @@ def lora_config(lora: Lora, tied: bool) -> LoraConfig:
     )
 
 
-def add_lora(model: Any, lora: Lora) -> Any:
+def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
     """Return the model with its adapter, the only trainable part, in float32.
 
+    revision: of a base from the hub; adapter_config.json keeps it, so that peft loads the same one later.
     Raises: ValueError when the modules named are not there, or lora.init_from does not fit.
     """
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     _check_names("modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
     _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])
     try:
-        peft_model = get_peft_model(model, lora_config(lora, tied))
+        peft_model = get_peft_model(model, lora_config(lora, tied), revision=revision)
     except ValueError as error:  # peft names the modules it did not find
         raise ValueError(f"lora.target_modules={lora.target_modules}: {str(error).splitlines()[0]}") from error
     for parameter in peft_model.parameters():

@@ -155,7 +155,8 @@ def _refuse_another(run: RunFolder, then: Facts, now: Facts, allowed: tuple[str,
         was, would_be = ("on" if packing else "off" for packing in (then.packing, now.packing))
         raise ValueError(
             f"run_dir={run.path} was trained with packing {was}, here it would be {would_be} (data.packing: auto is on"
-            " with a GPU); go on where it was, choose another run_dir, or --fresh to set the old run aside"
+            " with a GPU, and off with strategy.sequence_parallel under sdpa); go on as it was, choose another run_dir,"
+            " or --fresh to set the old run aside"
         )
     if then.data_identity != now.data_identity and not allows("data", allowed):
         what, key = "other data: the files or the tokenizer changed since", "data"

@@ -90,7 +90,8 @@ def test_an_exported_adapter_is_the_runs_and_loads_in_plain_peft(run, tmp_path):
 def test_the_card_says_what_the_adapter_is_and_how_it_came_about(run, tmp_path):
     (run / "comparison.json").write_text(json.dumps(COMPARED))
     said = export(run, tmp_path / "out", base="Qwen/Qwen3-tiny", license="apache-2.0", name="Opening hours")
-    assert said.count("\n") == 0  # nothing is missing
+    note = "note: nothing here compared Qwen/Qwen3-tiny (--base) with the base that was trained on"
+    assert said.splitlines()[1:] == [note]  # nothing is missing
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "Qwen/Qwen3-tiny"
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
@@ -197,6 +198,18 @@ def test_a_file_that_tells_something_private_is_refused(run, tmp_path, on_a_mach
     seal(run / "adapter", but="adapter_config.json")
     with pytest.raises(ValueError, match=f"{file} would hold {kind}; take it out of what it comes from"):
         export(run, tmp_path / "out")
+
+
+def test_what_is_kept_for_logging_in_is_private_and_a_folder_under_all_its_names(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password of-the-netrc-file\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr("qwenlora.adapter.leaks.get_token", lambda: "of-the-token-file")  # its file's place is fixed
+    (tmp_path / "link").symlink_to(tmp_path)
+    private = Private.of_this_machine([tmp_path / "link"])
+    for kept in ("of-the-netrc-file", "of-the-token-file"):
+        assert private.found(f"log in with {kept}") == ["a key or password of this environment"]
+    for place in (tmp_path, tmp_path / "link"):
+        assert private.found(f"it is in {place}") == ["a path of this machine"]
 
 
 def test_metadata_of_the_weights_are_looked_at_too(run, tmp_path, on_a_machine):

@@ -366,6 +366,7 @@ def test_adapters_that_cannot_be_combined_are_refused(bases, base, adapter, tmp_
     for settings, why in {
         "use_dora": ({"use_dora": True}, "uses use_dora, which peft cannot weigh or add; merge it alone"),
         "whole": ({"modules_to_save": ["embed_tokens"]}, "uses modules_to_save, which peft cannot"),
+        "bias": ({"lora_bias": True, "target_modules": ["q_proj"]}, "uses lora_bias, which peft cannot"),
         "rank": ({"r": 8}, "--combine linear: All adapters must have the same r value"),
     }.values():
         shutil.rmtree(tmp_path / "second", ignore_errors=True)

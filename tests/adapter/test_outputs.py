@@ -1,5 +1,6 @@
 """A folder gets its name when it is whole, and what is there is left as it is."""
 
+import errno
 import os
 import signal
 from multiprocessing import get_context
@@ -35,6 +36,19 @@ def test_a_folder_can_become_a_file(tmp_path):
         (made / "a").write_text("1")
     assert [path.name for path in tmp_path.iterdir()] == ["out.tar"]
     assert (tmp_path / "out.tar").read_text() == "1"
+
+
+def test_a_file_that_finds_no_room_takes_the_folder_with_it(tmp_path):
+    def pack(folder):
+        folder.with_name(f"{folder.name}.zip").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        pytest.raises(ValueError, match="out.zip cannot be made: No space left"),
+        staging(tmp_path / "out.zip", 1, pack),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])

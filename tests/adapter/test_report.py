@@ -114,7 +114,7 @@ def test_a_real_run_is_written_up_with_its_curves_in_the_page_and_beside_it(tiny
         "done",
         "of 120, 20 epochs",
         "goodput",
-        "622,592 of 3,672,576 parameters",
+        "622,592 parameters beside the base's 3,672,576 (14.50% of all)",
         "training evaluation lowest",
     ):
         assert said in page.text

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 
 from qwenlora.adapter.subject import find
 
@@ -51,6 +52,23 @@ def test_an_adapter_by_itself_names_its_base(held, tmp_path):
     name_base(alone, None)
     with pytest.raises(ValueError, match="does not say which base it needs; name it with --base"):
         find(str(alone))
+
+
+def test_a_base_is_of_the_revision_that_was_trained_on(held, tmp_path):
+    alone = shutil.copytree(held / "adapter", tmp_path / "alone")
+    config = json.loads((alone / "adapter_config.json").read_text())
+    said = {"base_model_name_or_path": "Qwen/Qwen3-0.6B", "revision": "e6de91484c29"}
+    (alone / "adapter_config.json").write_text(json.dumps(config | said))
+    assert find(str(alone)).config.model.revision == "e6de91484c29"
+    assert find(str(alone), base="Qwen/Qwen3-0.6B").config.model.revision == "e6de91484c29"
+    assert find(str(alone), base=str(held / "base_model")).config.model.revision is None
+    run = shutil.copytree(held, tmp_path / "run")
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values["model"] |= {"name_or_path": "Qwen/Qwen3-0.6B", "revision": "e6de91484c29"}
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    assert find(str(run)).config.model.revision == "e6de91484c29"
+    assert find(str(run), base=str(held / "base_model")).config.model.revision is None
+    assert find(str(run), trust_remote_code=True).config.model.trust_remote_code
 
 
 def test_a_model_is_a_model(held):

@@ -126,16 +126,22 @@ def test_a_run_is_done_when_its_adapter_is_there(run):
 def test_what_is_refused_leaves_config_and_facts_as_they_were(run, config):
     run.metrics.touch()
     run.facts.write_text("{}")
+    run.code.write_text("of the commit that trained it")
+    run.diff.unlink(missing_ok=True)
 
     def refuse() -> None:
         with run.claim(config("train.max_steps=9")):
             run.facts.write_text("other")
+            run.diff.write_text("changed since")
+            assert run.code.read_text() != "of the commit that trained it"
             raise ValueError("no such checkpoint")
 
     with pytest.raises(ValueError, match="no such checkpoint"):
         refuse()
     assert load_config(run.config) == config()
     assert run.facts.read_text() == "{}"
+    assert run.code.read_text() == "of the commit that trained it"
+    assert not run.diff.exists()
 
 
 def test_fresh_behind_a_link_stays_on_that_disk(tmp_path, config):

@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 
 from qwenlora.configs import load_config
+from qwenlora.jobs.run import RunFolder
 from qwenlora.launch import hardware, plan
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Be where no run is: in a clone there may be a runs/tiny."""
+    monkeypatch.chdir(tmp_path)
 
 
 def test_the_torchrun_command_is_a_list_and_asks_for_a_free_port(tmp_path):
@@ -54,6 +61,24 @@ def test_a_dry_run_shows_config_numbers_and_a_command_to_paste():
     assert "# steps               120, 3 an epoch\n" in text
     command = shlex.split(text.rstrip().rpartition("# command")[2])
     assert command == plan.torchrun_argv(arguments, 2)
+
+
+def test_a_dry_run_refuses_what_a_start_would_refuse_and_says_what_is_done():
+    config = load_config(TINY)
+    run = RunFolder(config.run_dir)
+    with run.claim(config):
+        run.begin_attempt(1)
+        run.metrics.touch()
+        run.adapter.mkdir()
+        run.end_attempt("done")
+    assert f"# run folder          {run.path} (done: 0 steps)\n" in plan.dry_run(config, [str(TINY)])
+    other = load_config(TINY, ["lora.r=4"])
+    with pytest.raises(ValueError, match=r"holds a run with another config: lora\.r was 32, now 4"):
+        plan.dry_run(other, [str(TINY)])
+    assert f"# run folder          {run.path}\n" in plan.dry_run(other, [str(TINY)], fresh=True)
+    assert f"{run.path} (done" in plan.dry_run(other, [str(TINY)], allowed=["lora.r"])
+    with pytest.raises(ValueError, match=r"--allow-config-change lora\.rank: no such key"):
+        plan.dry_run(other, [str(TINY)], allowed=["lora.rank"])
 
 
 def test_a_dry_run_says_what_auto_is_without_a_gpu(monkeypatch):

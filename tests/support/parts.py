@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3Mo
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy
 from qwenlora.trainer import base_files, loading
+from qwenlora.trainer.faults import TrainingFault
 from qwenlora.trainer.model import add_lora
+from qwenlora.trainer.state import check_alike
 
 # nothing divides by 2 or 4: every part has its padding
 SIZES = {
@@ -26,6 +28,18 @@ SIZES = {
     "max_position_embeddings": 128,
     "initializer_range": 0.08,
 }
+
+
+def drifted(rank_with_other_bits: int) -> str:
+    """Return what a rank is told when one holds an adapter that differs in one bit."""
+    adapter = {"a": torch.ones(3, 5), "b": torch.zeros(7)}
+    if dist.get_rank() == rank_with_other_bits:
+        adapter["b"].view(torch.int32)[6] = 1
+    try:
+        check_alike(adapter, torch.device("cpu"))
+    except TrainingFault as fault:
+        return str(fault)
+    return ""
 
 
 def make_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:

@@ -1,5 +1,6 @@
 """The start-up table and its warnings say what follows from a config."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -119,6 +120,17 @@ def test_auto_packs_on_a_gpu(monkeypatch, packing, gpu, expected):
 def test_a_run_that_was_packed_elsewhere_is_told_so(tmp_path):
     with pytest.raises(ValueError, match=r"with packing on, here it would be off \(data\.packing: auto is on"):
         prepare._refuse_another(RunFolder(tmp_path), facts_of("t", packing=True), facts_of("t", packing=False))
+
+
+def test_facts_of_an_older_version_are_read(tmp_path):
+    run = RunFolder(tmp_path)
+    facts = facts_of("t", packing=False).as_dict()
+    for new in ("hidden_size", "intermediate_size", "kv_width"):
+        del facts["parameters"][new]
+    run.facts.write_text(json.dumps(facts))
+    then = prepare.read_facts(run)
+    assert then.parameters.total == facts["parameters"]["total"]
+    prepare._refuse_another(run, then, facts_of("t", packing=False))
 
 
 def test_what_was_done_to_rows_is_noted():

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from made import config_of, side_of, trainer_of
+from parts import drifted
+from ranks import run_ranks
 from transformers import Trainer, TrainerCallback
 
 from qwenlora.jobs.run import RunFolder
@@ -204,3 +206,10 @@ def test_metrics_of_a_skipped_step_are_plain_json(tiny, tmp_path):
     made.saver.wait()
     state = json.loads((RunFolder(tmp_path).checkpoint(6) / "state.json").read_text())
     assert all(loss == loss for loss in state["loss_so_far"])
+
+
+def test_ranks_whose_adapters_drifted_apart_by_a_bit_are_named():
+    assert run_ranks(drifted, 2, -1) == ["", ""]
+    for said in run_ranks(drifted, 2, 1):
+        assert said.startswith("rank 1 and rank 0 have different adapters")
+        assert said.endswith("no checkpoint was written")

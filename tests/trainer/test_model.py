@@ -297,3 +297,9 @@ def test_a_base_whose_files_lack_a_weight_is_refused(tiny, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"its files lack model\.layers\.1\.self_attn\.q_proj\.weight, which would be"):
         models.load_base(config_for(folder), str(folder))
+
+
+def test_an_adapter_keeps_the_revision_of_its_base_for_peft(tiny, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    models.add_lora(base, Lora(), "e6de91484c29").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "e6de91484c29"
