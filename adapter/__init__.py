@@ -1,4 +1,4 @@
-"""After training: what an adapter is worth."""
+"""After training: an adapter is verified, asked, compared, merged, written up and handed on."""
 
 import contextlib
 import io
