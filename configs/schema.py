@@ -259,7 +259,8 @@ class Strategy(Section):
         "none", description="Storage of the frozen base (bitsandbytes): nf4 is QLoRA's, with double quantisation."
     )
     offload: Literal["none", "optimizer", "params"] = Field(
-        "none", description="What is kept in host memory instead of the GPU's; params: the base (zero3: and the optimizer's)."
+        "none",
+        description="What is kept in host memory instead of the GPU's; params: the base (zero3: and the former).",
     )
     shard_group: Literal["global", "node"] = Field(
         "global", description="node: each node holds a whole base, in parts, so that none travels between nodes."
