@@ -21,6 +21,7 @@ from rich.console import Console
 from qwenlora.adapter import losses, measures, side_by_side, verify
 from qwenlora.adapter.answers import Answer, Sampling, answers
 from qwenlora.adapter.asked import TITLES, Asked, Set, choose
+from qwenlora.adapter.combined import STARTS
 from qwenlora.adapter.comparison import Answered, Comparison, Measure
 from qwenlora.adapter.comparison import Subject as Named
 from qwenlora.adapter.loaded import load
@@ -126,7 +127,9 @@ def columns_of(subjects: list[Subject]) -> list[Column]:
 
 def _without(subject: Subject) -> Subject:
     """Return what the base of a subject is loaded as: the subject, unless switching its adapter off leaves traces."""
-    if subject.adapter and adapter_config(subject.adapter).get("bias", "none") != "none":  # peft puts no bias back
+    config = adapter_config(subject.adapter) if subject.adapter else {}
+    # peft puts no bias back, and such starts change the base's own weights
+    if config.get("bias", "none") != "none" or str(config.get("init_lora_weights")).startswith(STARTS):
         return replace(subject, adapter=None)
     return subject
 
@@ -134,8 +137,7 @@ def _without(subject: Subject) -> Subject:
 def _base(subject: Subject) -> tuple[str, ...]:
     """Return what tells bases apart: weights and how they are loaded. Two runs of the tiny one have a copy each."""
     config = subject.config
-    weights = models.fingerprint(config, subject.base) if Path(subject.base).is_dir() else subject.base
-    return weights, str(config.model.revision), config.model.dtype, str(config.strategy.quantization)
+    return models.fingerprint(config, subject.base), config.model.dtype, str(config.strategy.quantization)
 
 
 def _ask(columns: list[Column], asked: Asked, how: How, first: Said | None, console: Console) -> list[Said]:

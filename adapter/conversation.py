@@ -24,6 +24,7 @@ from qwenlora.adapter.answers import (
     parts,
     prompt_of,
 )
+from qwenlora.adapter.combined import STARTS
 from qwenlora.data.rows import Message
 
 STOPPED = "stopped"  # why an answer is cut: it was asked to
@@ -83,6 +84,10 @@ class Conversation:
             raise ValueError("this is a model without an adapter: it is the base")
         if any(config.bias != "none" for config in self._model.peft_config.values()):  # peft puts no bias back
             raise ValueError("this adapter trained the base's biases, which cannot be taken off; chat with the base")
+        if any(str(config.init_lora_weights).startswith(STARTS) for config in self._model.peft_config.values()):
+            raise ValueError(
+                "loading this adapter changed the base's own weights (init_lora_weights); chat with the base"
+            )
         if not self._asked:
             raise ValueError("nothing was asked yet")
         return self._say(self._asked, show, base=True)

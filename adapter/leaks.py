@@ -19,11 +19,16 @@ from huggingface_hub import get_token
 # two folders deep, and not within a word, an address or a closing tag
 _PATH = re.compile(r"(?<![\w.:/<~\\-])/(?:[\w.@+-]+/)+[\w.@+=,-]+|(?<![\w/])~[\w.-]*/\w|(?<!\w)[A-Za-z]:\\+Users\\")
 _HOME = re.compile(r"(?<![\w.:/<~\\-])/(?:root|(?:home|Users)/[\w.@+-]+)(?![\w.@+-])")
-_SECRET_NAME = re.compile(r"(?:^|_)(?:API)?(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(?:_|S?$)")
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:API|ACCESS|PG|SSH)?(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS|PAT|AUTH|WEBHOOK|CREDENTIALS?)"
+    r"(?:_|S?$)|_PWD$"
+)
+_IN_ADDRESS = re.compile(r"://[^\s/:@]*:([^\s/@]+)@")  # a password, in an address such as a database's
 _SHORTEST_SECRET = 8
 _KEYS = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{30,}"
     r"|\bgithub_pat_\w{30,}|\bxox[abprs]-[\w-]{10,}|\bAIza[\w-]{35}|\bglpat-[\w-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.|\bnpm_[A-Za-z0-9]{30,}|\bsk_live_\w{16,}|\bLTAI\w{12,}|\bAKID\w{13,}"
 )
 # accounts that are no person's, and words that any card has
 _COMMON = {"root", "user", "admin", "ubuntu", "debian", "runner", "jovyan", "nobody", "localhost", "guest", "test"}
@@ -59,7 +64,7 @@ class Private:
         shortest = 2 * _SHORTEST_SECRET if vocabulary else 0  # a password that is a word is in every vocabulary
         if any(len(secret) >= shortest and secret in text for secret in self.secrets):
             kinds.append("a key or password of this environment")
-        if _KEYS.search(text):
+        if _KEYS.search(text) or (not vocabulary and _IN_ADDRESS.search(text)):
             kinds.append("what looks like a key")
         if any(re.search(rf"{re.escape(place)}(?![\w.@+-])", text) for place in self.places):
             kinds.append("a path of this machine")
@@ -79,6 +84,7 @@ class Private:
 def _secrets() -> Iterable[str]:
     """Yield the values of environment variables that are called like secrets, and what is kept for logging in."""
     values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())]
+    values += [password for value in os.environ.values() for password in _IN_ADDRESS.findall(value)]
     with suppress(OSError, netrc.NetrcParseError):
         known = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser())
         values += [password for _, _, password in known.hosts.values() if password]

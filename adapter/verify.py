@@ -27,8 +27,19 @@ from qwenlora.adapter.subject import CONFIG, Subject, adapter_config
 from qwenlora.jobs import checkpoints
 from qwenlora.jobs.disk import broken_seal, sha256
 from qwenlora.trainer import model as models
+from qwenlora.trainer.prepare import UNKNOWN
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# what no config of a run can set, and would change what an adapter does without changing a shape
+PLAIN = {
+    "alpha_pattern": {},
+    "rank_pattern": {},
+    "init_lora_weights": True,
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+    "fan_in_fan_out": False,
+}
+STACKED = "gate_up_proj"  # two matrices in one: peft gives it twice the rank by such a pattern
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # .bin: peft before 0.7
 
 
@@ -171,8 +182,13 @@ def _refuse_other_settings(subject: Subject, config: dict[str, Any]) -> None:
     """Refuse an adapter whose adapter_config.json no longer says what its run trained: no shape would tell."""
     if subject.run is None:
         return
-    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
-        if (found := config.get(key)) != (trained := getattr(subject.config.lora, key)):
+    lora = subject.config.lora
+    trained_with = {key: getattr(lora, key) for key in ("r", "lora_alpha", "use_rslora", "use_dora")} | PLAIN
+    for key, trained in trained_with.items():
+        found = config.get(key, trained)
+        if isinstance(found, dict):  # peft notes its own for experts, whose matrices are stacked
+            found = {module: value for module, value in found.items() if not module.endswith(STACKED)}
+        if found != trained:
             raise ValueError(
                 f"{subject.adapter}/{CONFIG} says {key}={found}, the run was trained with {trained}; copy the file anew"
             )
@@ -183,9 +199,11 @@ def _same_weights(subject: Subject) -> bool | None:
 
     Raises: ValueError when it has others.
     """
-    if subject.run is None or not subject.run.facts.is_file() or not Path(subject.base).is_dir():
+    if subject.run is None or not subject.run.facts.is_file():
         return None
     trained_on = json.loads(subject.run.facts.read_text(encoding="utf-8"))["base_fingerprint"]
+    if trained_on == UNKNOWN:
+        return None
     if (found := models.fingerprint(subject.config, subject.base)) != trained_on:
         raise ValueError(
             f"{subject.named} was trained on a base with other weights than {subject.base} has now (fingerprint"
@@ -206,7 +224,9 @@ def show(subject: Subject) -> int:
         f"whole: {facts.tensors} tensors, {facts.numbers:,} numbers, {size}",
     )
     table.add_row("kind", _kind(facts))
-    said = {None: "", True: ", and has the weights that it was trained on"}[facts.same_weights]
+    said = ", and has the weights that it was trained on (samples of each, or the hub's commit)" * bool(
+        facts.same_weights
+    )
     table.add_row("base", f"{subject.base} ({facts.architecture}): names and shapes fit{said}")
     table.add_row("sha256", facts.sha256)
     Console(markup=False, highlight=False).print(table)

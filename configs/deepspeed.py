@@ -221,7 +221,7 @@ def _contradictions(theirs: dict[str, Any], fixed: dict[str, Fixed]) -> list[str
         found.append(f"zero_optimization={_show(zero)}: expected an object; write {{...}}, or remove it")
     found += [_unknown(f"zero_optimization.{key}", key, ZERO_KEYS) for key in _of(zero) if key not in ZERO_KEYS]
     for key, value in _of(zero).items():
-        number = key.endswith(NUMBERS) and key not in ("zero_hpz_partition_size",)
+        number = key.endswith(NUMBERS) and key not in ("zero_hpz_partition_size", "ignore_unused_parameters")
         if number and value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float)):
             found.append(f"zero_optimization.{key}={_show(value)}: expected a number; write it without quotes")
     for key, instead in OTHERWISE.items():

@@ -18,6 +18,7 @@ from qwenlora.jobs.runs import Version, ago, as_yaml, digits, printable, read, s
 
 COUNTS = ("rows", "tokens", "trained_tokens", "packs", "longest", "truncated", "dropped", "split", "duplicates")
 NOTHING = "-"
+ASKED = ": questions"  # behind a set's name: how many; other numbers, other questions
 Value = str | float | None  # a number is compared as it is, and shown short
 
 
@@ -81,7 +82,7 @@ def results(version: Version) -> dict[str, Value]:
     """Return how far a run is, its last losses, its times, and whether it was compared."""
     trained = sum(one.get("trained_s") or 0.0 for one in version.attempts)
     share = goodput(version.attempts)
-    compared = len(measures(version))
+    compared = sum(not key.endswith(ASKED) for key in measures(version))
     return {
         "state": version.state,
         "steps": version.step,
@@ -111,6 +112,7 @@ def measures(version: Version) -> dict[str, Value]:
             value: Any = measure["values"][own[-1]]
             share = measure.get("kind") == "share" and isinstance(value, int | float)
             known[f"{measure.get('set')}: {measure.get('measure')}"] = f"{value:.1%}" if share else value
+            known[f"{measure.get('set')}{ASKED}"] = digits(measure.get("count"))
     return known
 
 

@@ -371,6 +371,8 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
         (staging / "README.md").unlink(missing_ok=True)  # peft's is an empty form
         seal(staging, but="adapter_config.json")  # which names the base, and that may move
         settle(staging)
+        if run.comparison.exists():  # of the adapter that goes
+            run.comparison.replace(run.comparison.with_suffix(".old.json"))
         old = run.path / ".adapter.old"
         shutil.rmtree(old, ignore_errors=True)
         if run.adapter.exists():

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from qwenlora.configs.schema import Config, Lora, Model
 from qwenlora.data.rows import TURN_END, TURN_START
@@ -154,7 +156,10 @@ def fingerprint(config: Config, base: str) -> str:
     Of each tensor in a safetensors file three samples are hashed, of another weight file 64: a 72B takes seconds.
     """
     if not Path(base).is_dir():
-        return str(getattr(load_config_of(config, base), "_commit_hash", None))
+        with hub_errors("model.name_or_path", config.model.name_or_path):
+            held = cached_file(base, CONFIG_NAME, revision=config.model.revision)
+        # as the hub's cache names it; a cache of another kind: the one file that is known
+        return extract_commit_hash(held, None) or hashlib.sha256(Path(held).read_bytes()).hexdigest()[:16]
     digest = hashlib.sha256((Path(base) / "config.json").read_bytes())
     for path in sorted(file for file in Path(base).iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth")):
         size = path.stat().st_size

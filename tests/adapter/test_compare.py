@@ -175,8 +175,9 @@ def test_the_batch_size_changes_nothing(run, tmp_path):
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"use_dora": True},
         {"bias": "lora_only"},
+        {"init_lora_weights": "pissa"},
     ],
-    ids=["lora", "embeddings trained", "lora on embeddings", "dora", "bias"],
+    ids=["lora", "embeddings trained", "lora on embeddings", "dora", "bias", "pissa"],
 )
 def test_the_base_is_asked_as_if_there_were_no_adapter(tiny, tmp_path, settings):
     if "bias" in settings:  # which Qwen3 has not

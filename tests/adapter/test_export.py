@@ -204,10 +204,14 @@ def test_what_is_kept_for_logging_in_is_private_and_a_folder_under_all_its_names
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password of-the-netrc-file\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setattr("qwenlora.adapter.leaks.get_token", lambda: "of-the-token-file")  # its file's place is fixed
+    monkeypatch.setenv("PGPASSWORD", "of-the-database")
+    monkeypatch.setenv("MYSQL_PWD", "of-the-other-one")
+    monkeypatch.setenv("DATABASE_URL", "postgres://me:of-the-address@db:5432/x")
     (tmp_path / "link").symlink_to(tmp_path)
     private = Private.of_this_machine([tmp_path / "link"])
-    for kept in ("of-the-netrc-file", "of-the-token-file"):
-        assert private.found(f"log in with {kept}") == ["a key or password of this environment"]
+    for kept in ("netrc-file", "token-file", "database", "other-one", "address"):
+        assert private.found(f"log in with of-the-{kept}") == ["a key or password of this environment"]
+    assert private.found("data from https://me:pass@rows.example") == ["what looks like a key"]
     for place in (tmp_path, tmp_path / "link"):
         assert private.found(f"it is in {place}") == ["a path of this machine"]
 

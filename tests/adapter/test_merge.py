@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -277,6 +278,21 @@ def test_a_half_precision_base_stays_so_and_its_merge_is_made_in_float32(base, t
     exact = unmerged(tmp_path / "half", adapter).merge_and_unload().state_dict()
     for name, values in tensors(tmp_path / "out").items():
         assert torch.equal(values, exact[name].bfloat16()), name
+
+
+def test_a_change_that_rounding_takes_away_is_told(base, tmp_path, capsys):
+    shutil.copytree(base, tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(base).bfloat16().save_pretrained(tmp_path / "half")
+    adapter = train(tmp_path / "adapter", tmp_path / "half")
+    for number, (smaller, told) in enumerate(((1.0, False), (1e-3, True))):
+        weights = load_file(adapter / "adapter_model.safetensors")
+        weights |= {name: values * smaller for name, values in weights.items() if "lora_B" in name}
+        save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        for dtype in ("auto", "fp32"):
+            merge([find(str(adapter))], tmp_path / f"{dtype}-{number}", dtype=dtype)
+            said = re.findall(r"rounding to bfloat16 leaves (\d+)% of what", capsys.readouterr().out)
+            assert bool(said) == (told and dtype == "auto")
+            assert all(int(share) < 80 for share in said)
 
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])

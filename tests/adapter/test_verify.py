@@ -1,6 +1,7 @@
 """`qwenlora verify`: an adapter that is not whole, does not fit or holds nothing is never taken for one that does."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -148,9 +149,14 @@ def test_a_runs_adapter_is_as_it_was_written_on_the_base_it_was_trained_on(tiny_
 
     shutil.copytree(tiny_run[0] / "adapter", run / "adapter", dirs_exist_ok=True)
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    for key, value in (("lora_alpha", 2 * config["lora_alpha"]), ("use_rslora", not config["use_rslora"])):
+    for key, value in (
+        ("lora_alpha", 2 * config["lora_alpha"]),
+        ("use_rslora", not config["use_rslora"]),
+        ("alpha_pattern", {"q_proj": 640}),
+        ("init_lora_weights", "pissa"),
+    ):
         (run / "adapter" / "adapter_config.json").write_text(json.dumps(config | {key: value}))
-        with pytest.raises(ValueError, match=f"says {key}={value}, the run was trained with {config[key]}"):
+        with pytest.raises(ValueError, match=re.escape(f"says {key}={value}, the run was trained with {config[key]}")):
             check(find(str(run)))
     (run / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
     assert check(find(str(run))).same_weights, "the base's name may be mended by hand"

@@ -244,6 +244,11 @@ def test_an_offload_block_without_a_device_gets_the_run_s(write):
     assert zero["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True, "ratio": 0.5}
 
 
+def test_a_yes_or_no_whose_name_ends_as_a_number_s_does_is_one(write):
+    zero = made({"zero_optimization": {"ignore_unused_parameters": False}}, write)["zero_optimization"]
+    assert zero["ignore_unused_parameters"] is False
+
+
 def test_blocks_that_are_off_may_stay(write):
     theirs = {"fp16": {"enabled": False}, "torch_autocast": {"enabled": False}, "autotuning": {"enabled": False}}
     assert made(theirs, write)["fp16"] == {"enabled": False}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -181,7 +182,30 @@ def test_other_weights_of_the_base_are_noticed(qwenlora, tmp_path, config):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     answer = qwenlora("train", config, "run_dir=run")
     assert answer.returncode == 2, answer.stdout
-    assert "was trained on a base model with other weights; restore them" in answer.stdout
+    assert re.search(r"on a base model with other weights \(then \w+, now \w+\); restore them", answer.stdout)
+
+
+def test_a_base_on_the_hub_that_moved_is_noticed(qwenlora, tmp_path, config, tiny):
+    repo, then, now = tmp_path / "hf" / "hub" / "models--me--TinyQ", "1" * 40, "2" * 40
+    for commit in (then, now):
+        shutil.copytree(tiny, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(then)
+    arguments = ["train", config, "run_dir=run", "model.name_or_path=me/TinyQ"]
+    answer = qwenlora(*arguments, "train.max_steps=4", HF_HOME=str(tmp_path / "hf"))
+    assert answer.returncode == 0, answer.stdout
+    assert json.loads((tmp_path / "run" / "facts.json").read_text())["base_fingerprint"] == then
+    assert "and has the weights" in qwenlora("verify", "run", HF_HOME=str(tmp_path / "hf")).stdout
+    (repo / "refs" / "main").write_text(now)
+    refused = qwenlora("verify", "run", HF_HOME=str(tmp_path / "hf"))
+    assert (refused.returncode, "was trained on a base with other weights" in refused.stderr) == (2, True)
+    answer = qwenlora(*arguments, HF_HOME=str(tmp_path / "hf"))
+    assert answer.returncode == 2, answer.stdout
+    assert f"a base model with other weights (then {then}, now {now}); restore them" in answer.stdout
+    pinned = [f"model.revision={then}", "--allow-config-change", "model.revision", "train.max_steps=6"]
+    answer = qwenlora(*arguments, *pinned, HF_HOME=str(tmp_path / "hf"))
+    assert answer.returncode == 0, answer.stdout
+    assert "resuming from checkpoint-4" in answer.stdout
 
 
 def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config):
@@ -266,12 +290,18 @@ def test_a_rank_that_is_killed_is_named_with_its_signal(tmp_path, config):
 
 def test_a_done_run_goes_on_for_longer_and_is_seen_by_status(qwenlora, tmp_path, config, whole):
     shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "comparison.json").write_text("of the adapter of step 14")
+    code = (tmp_path / "run" / "code.json").read_text()
     again = qwenlora("train", config, "run_dir=run", "--nproc", 2)
     assert "run is done (14 steps): the adapter is in run/adapter" in again.stdout
+    assert (tmp_path / "run" / "code.json").read_text() == code, "of what trained it, not of what was asked later"
+    assert (tmp_path / "run" / "comparison.json").exists()
     longer = qwenlora("train", config, "run_dir=run", "--nproc", 2, "train.max_steps=18", "--resume", "auto")
     assert longer.returncode == 0, longer.stdout
     assert "resuming from checkpoint-14" in longer.stdout
     assert "changed since: train.max_steps was 14, now 18" in longer.stdout
+    assert not (tmp_path / "run" / "comparison.json").exists()
+    assert (tmp_path / "run" / "comparison.old.json").read_text() == "of the adapter of step 14"
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 3, 6, 9, 12, 14, 15, 18]
     fewer = qwenlora("train", config, "run_dir=run", "train.max_steps=16")
     assert fewer.returncode == 2

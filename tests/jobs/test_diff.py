@@ -87,11 +87,13 @@ def test_results_differ_by_losses_and_by_what_was_compared(pair):
     for run, value in ((one, 1.0), (other, 0.975)):
         subjects = [{"label": "base", "adapter": None}, {"label": run.path.name, "adapter": "adapter", "own": True}]
         subjects += [{"label": run.path.name, "adapter": "adapter"}]
+        measure["count"] = 120 if run is one else 40
         compared = {"subjects": subjects, "measures": [measure | {"values": [0.0, value, 0.5]}], "answers": []}
         (run.path / "comparison.json").write_text(json.dumps(compared))
     text = "\n".join(shown(one, other))
     assert "7.5" in text
     assert [line.split()[-2:] for line in text.splitlines() if "training: exact" in line] == [["100.0%", "97.5%"]]
+    assert [line.split()[-2:] for line in text.splitlines() if "training: questions" in line] == [["120", "40"]]
 
 
 def test_a_damaged_run_is_compared_as_far_as_it_goes(pair):
@@ -109,7 +111,7 @@ def test_what_is_no_run_or_the_same_run_is_refused(pair, tmp_path):
     (one.path / "checkpoint-40").mkdir(exist_ok=True)
     with pytest.raises(ValueError, match="checkpoint-40 is part of the run .*one; name the run"):
         shown(RunFolder(one.path / "checkpoint-40"), other)
-    with pytest.raises(ValueError, match=r"holds no run: it has no config\.yaml; name a run folder"):
+    with pytest.raises(ValueError, match=r"holds no run: it has no config\.yaml with code\.json; name"):
         shown(one, RunFolder(tmp_path))
     with pytest.raises(ValueError, match="are one run; name two"):
         shown(one, one)
