@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from qwenlora.adapter import batch
 from qwenlora.adapter.answers import Sampling, check_text, context_of
 from qwenlora.adapter.conversation import STOPPED, Conversation, thinks
-from qwenlora.adapter.loaded import Loaded, as_asked, load
+from qwenlora.adapter.loaded import Loaded, as_asked, load, tokenizer_of
 from qwenlora.adapter.side_by_side import clean
 from qwenlora.adapter.subject import Subject
 from qwenlora.adapter.terminal import KEYS, said_of, shower, talk
@@ -48,7 +48,7 @@ def chat(
     asked = batch.read(input_file, subject.config.data, system) if input_file else []
     if not asked and prompt is None and (prompt := _from_stdin()) is None and not sys.stdout.isatty():
         raise ValueError("standard output is no terminal to talk in; give --prompt TEXT, or --input FILE")
-    tokenizer = models.load_tokenizer(subject.config, subject.base)
+    tokenizer = tokenizer_of(subject)
     thinking = thinks(tokenizer, thinking)
     if asked:
         limit = context_of(models.load_config_of(subject.config, subject.base))

@@ -35,13 +35,21 @@ def load(
     config = as_asked(subject.config, dtype, quantization)
     if subject.adapter:
         verify.check(subject)
-    tokenizer = tokenizer or models.load_tokenizer(config, subject.base)
+    tokenizer = tokenizer or tokenizer_of(subject)
     model = models.load_base(config, subject.base)
     model.generation_config = GenerationConfig()  # what its own asks for (suppressed tokens, beams) was not asked here
     if subject.adapter:
         model = PeftModel.from_pretrained(model, str(subject.adapter))
     model.config.use_cache = True
     return Loaded(model.eval(), tokenizer)
+
+
+def tokenizer_of(subject: Subject) -> Any:
+    """Return the tokenizer that the adapter was trained with: its own, else the run's or the base's."""
+    held = subject.adapter and (subject.adapter / "tokenizer.json").is_file()
+    own = str(subject.adapter) if held else subject.config.model.tokenizer
+    model = subject.config.model.model_copy(update={"name_or_path": subject.base, "tokenizer": own})
+    return models.load_tokenizer(subject.config.model_copy(update={"model": model}), subject.base)
 
 
 def as_asked(config: Config, dtype: str | None, quantization: str | None) -> Config:

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from qwenlora.adapter import combined, verify
 from qwenlora.adapter.answers import Question, check_text, prompt_of, questions
-from qwenlora.adapter.loaded import DTYPES
+from qwenlora.adapter.loaded import DTYPES, tokenizer_of
 from qwenlora.adapter.outputs import free_folder, staging
 from qwenlora.adapter.streamed import Compared, Streamed, compare
 from qwenlora.adapter.subject import Subject
@@ -68,7 +68,7 @@ def merge(
         verify.check(subject)
     combined.check(subjects, shares, combine)
     config = _config_of(first)
-    tokenizer = _tokenizer_of(first)
+    tokenizer = tokenizer_of(first)
     asked = _asked(first, prompts)
     batch = _batch(tokenizer, asked, config.get_text_config().vocab_size)
     trust, revision = first.config.model.trust_remote_code, first.config.model.revision
@@ -130,14 +130,6 @@ def _config_of(subject: Subject) -> Any:
             " model it was made from with --base"
         )
     return config
-
-
-def _tokenizer_of(subject: Subject) -> Any:
-    """Return the tokenizer that the adapter was trained with: its own, else the run's or the base's."""
-    held = subject.adapter and (subject.adapter / "tokenizer.json").is_file()
-    own = str(subject.adapter) if held else subject.config.model.tokenizer
-    model = subject.config.model.model_copy(update={"name_or_path": subject.base, "tokenizer": own})
-    return models.load_tokenizer(subject.config.model_copy(update={"model": model}), subject.base)
 
 
 # the merged weights

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+from qwenlora.adapter.loaded import tokenizer_of
 from qwenlora.adapter.subject import find
 
 
@@ -69,6 +70,15 @@ def test_a_base_is_of_the_revision_that_was_trained_on(held, tmp_path):
     assert find(str(run)).config.model.revision == "e6de91484c29"
     assert find(str(run), base=str(held / "base_model")).config.model.revision is None
     assert find(str(run), trust_remote_code=True).config.model.trust_remote_code
+
+
+def test_a_run_is_asked_in_the_words_it_was_trained_with(held, tmp_path):
+    run = shutil.copytree(held, tmp_path / "run")
+    (run / "base_model" / "chat_template.jinja").write_text("{{ 'changed since' }}")
+    trained_with = (run / "adapter" / "chat_template.jinja").read_text()
+    for named in (run, run / "checkpoint-40"):
+        assert tokenizer_of(find(str(named))).chat_template == trained_with
+    assert tokenizer_of(find(str(run / "base_model"))).chat_template == "{{ 'changed since' }}"
 
 
 def test_a_model_is_a_model(held):
