@@ -27,7 +27,6 @@ from qwenlora.adapter.subject import CONFIG, Subject, adapter_config
 from qwenlora.jobs import checkpoints
 from qwenlora.jobs.disk import broken_seal, sha256
 from qwenlora.trainer import model as models
-from qwenlora.trainer.prepare import UNKNOWN
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # what no config of a run can set, and would change what an adapter does without changing a shape
@@ -202,7 +201,7 @@ def _same_weights(subject: Subject) -> bool | None:
     if subject.run is None or not subject.run.facts.is_file():
         return None
     trained_on = json.loads(subject.run.facts.read_text(encoding="utf-8"))["base_fingerprint"]
-    if trained_on == UNKNOWN:
+    if trained_on == models.UNKNOWN:
         return None
     if (found := models.fingerprint(subject.config, subject.base)) != trained_on:
         raise ValueError(

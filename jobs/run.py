@@ -167,7 +167,7 @@ class RunFolder:
         with self._locked(wait_s):
             changed = self._changes(config, allowed) if self.trained else Changes()
             said = (self.config, self.facts, self.code, self.diff) if self.trained else ()
-            self._held = {file: file.read_text(encoding="utf-8") if file.exists() else None for file in said}
+            self._held = {file: file.read_text("utf-8", "replace") if file.exists() else None for file in said}
             with self._writing():
                 write_atomically(self.config, to_yaml(config))
                 code.record(self.code, self.diff)

@@ -29,6 +29,7 @@ from qwenlora.trainer.tiny import build_tiny
 TINY = "tiny"
 EMBEDDINGS = ("embed_tokens", "lm_head")
 SAMPLE_BYTES = 2**12
+UNKNOWN = "None"  # what older versions took for the fingerprint of a base from the hub
 LEAK = 0.02  # of the logits' spread: rows kept apart differ by rounding, or by int8's outlier columns; others by 0.4
 
 

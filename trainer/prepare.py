@@ -22,7 +22,6 @@ from qwenlora.trainer import model as models
 from qwenlora.trainer import sequence
 from qwenlora.trainer.training import check_settings
 
-UNKNOWN = "None"  # what older versions took for the fingerprint of a base from the hub
 # what a checkpoint holds for each trainable number: itself and Adam's two moments, in float32
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 SMALL_FILES_BYTES = 2**16
@@ -161,7 +160,7 @@ def _refuse_another(run: RunFolder, then: Facts, now: Facts, allowed: tuple[str,
         )
     if then.data_identity != now.data_identity and not allows("data", allowed):
         what, key = "other data: the files or the tokenizer changed since", "data"
-    elif then.base_fingerprint not in (now.base_fingerprint, UNKNOWN) and not allows("model", allowed):
+    elif then.base_fingerprint not in (now.base_fingerprint, models.UNKNOWN) and not allows("model", allowed):
         those = f"then {then.base_fingerprint}, now {now.base_fingerprint}"
         what, key = f"a base model with other weights ({those})", "model"
     else:
