@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT.parent / "shared" / "assets"
@@ -15,6 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "COLUMNS", "LINES"):  # pytest-xdist sets the last two
     os.environ.pop(name, None)
 os.environ["NETRC"] = os.devnull
+
+settings.load_profile("ci")  # the same examples each time; others: --hypothesis-profile default
 
 
 def pytest_collection_modifyitems(items):
