@@ -535,7 +535,7 @@ def test_a_killed_preparation_takes_its_processes_with_it(tmp_path, tiny):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
 
 

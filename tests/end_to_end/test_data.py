@@ -111,7 +111,7 @@ def test_a_stop_during_preparation_ends_all_of_it_and_the_next_start_is_right(qw
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 75, said
     assert "stopped before anything of this attempt was saved; the same command starts again" in said
-    _, alive = psutil.wait_procs(started, timeout=5)
+    _, alive = psutil.wait_procs(started, timeout=60)
     assert alive == []
     answer = qwenlora("train", "my.yaml")
     assert answer.returncode == 0, answer.stdout + answer.stderr

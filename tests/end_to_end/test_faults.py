@@ -71,7 +71,7 @@ def start(folder, *arguments):
 
 
 def wait_for_step(run, step, process) -> None:
-    for _ in range(3000):
+    for _ in range(9000):
         if run.history.progress.read(1).get("step", 0) >= step:
             return
         assert process.poll() is None, process.stdout.read()

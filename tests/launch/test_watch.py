@@ -61,7 +61,7 @@ def watches(config, folder):
 
 
 def until(what):
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not what():
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -87,7 +87,7 @@ class Life:
         """Wait until no process of this run is left: the kernel ends them one after the other."""
         import psutil
 
-        for _ in range(200):
+        for _ in range(1200):
             left = [
                 one for one in psutil.process_iter(["cmdline"]) if str(self.run.config) in (one.info["cmdline"] or [])
             ]

@@ -59,7 +59,7 @@ def test_an_unreachable_server_costs_seconds_and_one_warning(qwenlora, tmp_path)
     assert answer.stdout.count("warning:") == 1, answer.stdout
     assert "warning: W&B cannot be used (no answer from http://127.0.0.1:" in answer.stdout
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*")), "it is kept on disk"
-    assert seconds < 60
+    assert seconds < 85  # W&B itself would have tried for 90
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3
     for path in (tmp_path / "run").rglob("*"):
