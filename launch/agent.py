@@ -27,6 +27,7 @@ from qwenlora.jobs.run import PREFLIGHT, RunFolder, step_of
 from qwenlora.launch import elsewhere, hosts, preflight
 from qwenlora.launch.allocation import Allocation, allocation, free_port
 from qwenlora.launch.children import Children
+from qwenlora.launch.deaths import Deaths
 from qwenlora.launch.hardware import gpu_count
 from qwenlora.launch.meeting import Meeting, NotMet
 from qwenlora.launch.plan import (
@@ -344,13 +345,17 @@ class Node:
             log = held.enter_context(self.folder.log(handover.attempt, name).open("ab"))
             watch.beats = beats
             handover = replace(handover, beats=beats)
+            pause: Callable[[float], None] = time.sleep
             if deepspeed:
-                watch.log = log
+                watch.deaths = held.enter_context(Deaths(beats, log, self.processes))
+                pause = watch.deaths.pause
                 handover = replace(handover, screen=held.enter_context(lend(beats)) if where.first else "")
             environment = _environment(handover) | self._flight_recorder(handover.attempt)
             if deepspeed and self.processes > 1:  # as torchrun does: each would take all cores
                 environment.setdefault("OMP_NUM_THREADS", "1")
-            code = self.children.run(argv, environment, log, watch.while_training, apart=deepspeed)
+            code = self.children.run(argv, environment, log, watch.while_training, pause=pause, apart=deepspeed)
+            if watch.deaths:
+                watch.deaths.told(code)
             watch.after(code)
         return code
 

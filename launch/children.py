@@ -61,12 +61,13 @@ class Children:
         log: IO[bytes],
         watch: Callable[[], None] = lambda: None,
         *,
+        pause: Callable[[float], None] = time.sleep,
         apart: bool = False,
     ) -> int:
         """Run a command to its end; return its exit code. log: takes its standard error, the screen its output.
 
-        watch: is called several times a second, and may call kill. apart: for a command that has handlers of signals
-        and much to say: it hears none, and its output goes to the log, too.
+        watch: is called several times a second, after each pause, and may call kill. apart: for a command that has
+        handlers of signals and much to say: it hears none, and its output goes to the log, too.
         """
         self._end_now = False
         process = subprocess.Popen(
@@ -85,7 +86,7 @@ class Children:
             elif self.asked and time.monotonic() - last > REPEAT_S:
                 self._pass_on(process, first=last < 0)
                 last = time.monotonic()
-            time.sleep(POLL_S)
+            pause(POLL_S)
         return process.returncode
 
     def _pass_on(self, process: subprocess.Popen[bytes], *, first: bool) -> None:

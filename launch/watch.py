@@ -3,7 +3,7 @@
 import os
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
@@ -13,9 +13,9 @@ from qwenlora.jobs.heartbeat import STACKS_SIGNAL
 from qwenlora.jobs.run import RunFolder
 from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.children import Children
+from qwenlora.launch.deaths import Deaths
 from qwenlora.launch.meeting import Meeting, Message
 from qwenlora.launch.plan import processes_of
-from qwenlora.launch.verdict import killed_line
 from qwenlora.slurm import answers
 
 GRACE_S = 10.0  # for ranks to end by themselves, and to say why, when others have failed
@@ -31,8 +31,8 @@ _SLURM_ENDS = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "REQUEUED", "TIMEOUT")
 class Watch:
     """Of one attempt on one node. fault: what went wrong, where that is not for the ranks to say.
 
-    over: the first node has said that all is over; lost: another agent is gone; log: takes down which rank was killed,
-    for a launcher that does not say it.
+    over: the first node has said that all is over; lost: another agent is gone; deaths: of ranks here, for a launcher
+    that does not say them.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class Watch:
         self.config, self.where, self.meeting, self.children = config, where, meeting, children
         self.folder, self.attempt, self.processes = folder, attempt, processes_of(config)
         self.fault = self.beats = self.cause = ""
-        self.log: IO[bytes] | None = None
-        self._asked_slurm = self._stalled = self._killed = self.lost = self.over = False
+        self.deaths: Deaths | None = None
+        self._asked_slurm = self._stalled = self.lost = self.over = False
         self._end_by = float("inf")
         self._started = time.monotonic()
         self._ended: set[int] = set()
@@ -59,26 +59,16 @@ class Watch:
 
     def while_training(self) -> None:
         """Look once, several times a second."""
+        if self.deaths and self.deaths.look():
+            self._end_within(GRACE_S)  # the others wait for it
         self._ask_slurm()
         while message := self.meeting.hear():
             self._hear(message)
-        if self.log and not self._killed:
-            self._look_for_the_killed(self.log)
         if not self._stalled and self._anyone_is_behind():
             self._stalled = True
             self._on_stall()
         if time.monotonic() > self._end_by:
             self.children.kill()
-
-    def _look_for_the_killed(self, log: IO[bytes]) -> None:
-        """Note the first rank that a signal ended, and end the others: they wait for it."""
-        for beat in heartbeat.read(self.beats):
-            if number := _ended_by(beat.pid):
-                self._killed = True
-                log.write(killed_line(beat.rank, number).encode())
-                log.flush()
-                self._end_within(GRACE_S)
-                return
 
     def _hear(self, message: Message) -> None:
         node = message["node"]
@@ -249,18 +239,6 @@ def _state(beat: heartbeat.Beat) -> str:
         return _STATES.get(psutil.Process(beat.pid).status(), "")
     except psutil.NoSuchProcess:
         return "its process has ended"
-
-
-def _ended_by(pid: int) -> int:
-    """Return the signal that ended a process whose parent has not asked yet; 0 where there is none.
-
-    Source: proc_pid_stat(5), exit_code, as wait(2) has it: the last field.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return int(fields[-1]) & 0x7F if fields[0] == "Z" else 0
 
 
 def _poke(pipe: Path) -> None:

@@ -25,18 +25,19 @@ TERMINAL = os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "NO_COLO
 PASTE, PASTED, ENTER = "\x1b[200~", "\x1b[201~", "\r"
 CTRL_C, CTRL_D, ALT_ENTER = "\x03", "\x04", "\x1b\r"
 READY = r"\[\?2004h"  # prompt_toolkit asks for lines: pastes are to come in brackets
+ENDLESS = ("--seed", "2", "--max-new-tokens", "20000")  # the base's answers with other seeds may end at once
 STATISTICS = r"\d tokens?, [\d.,e+]+ a second"
 
 
 @pytest.fixture
 def terminal(tiny_run):
-    """Return what starts a chat with the run in a terminal."""
+    """Return what starts a chat in a terminal, with the run or what lies in it."""
     started = []
 
-    def start(*options, size=(24, 80)):
+    def start(*options, model="", size=(24, 80)):
         child = pexpect.spawn(
             sys.executable,
-            [*COMMAND, str(tiny_run[0]), *options],
+            [*COMMAND, str(tiny_run[0] / model), *options],
             env=TERMINAL,
             dimensions=size,
             encoding="utf-8",
@@ -97,7 +98,7 @@ def test_a_conversation_in_a_terminal(terminal):
 
 
 def test_an_answer_is_stopped_by_ctrl_c_and_the_conversation_by_another(terminal):
-    child = terminal("--temperature", "1", "--seed", "1", "--max-new-tokens", "30000", "--repetition-penalty", "1.5")
+    child = terminal(*ENDLESS, model="base_model")
     child.send(PAIRS[0][0] + ENTER)
     child.expect("reading.*[^\x00-\x7f]")  # it answers
     child.send("typed meanwhile" + ENTER + CTRL_C)
@@ -142,9 +143,8 @@ def test_a_piped_question_is_answered_and_nothing_else_is_said(tiny_run, qwenlor
 
 
 def test_an_answer_streams(tiny_run):
-    endless = ("--seed", "2", "--max-new-tokens", "20000")  # of other seeds, some end at once
     child = subprocess.Popen(
-        [sys.executable, *COMMAND, str(tiny_run[0] / "base_model"), "--prompt", "a", *endless],
+        [sys.executable, *COMMAND, str(tiny_run[0] / "base_model"), "--prompt", "a", *ENDLESS],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit it ignored

@@ -1,0 +1,90 @@
+"""Ranks that a signal ends are seen before their launcher asks after them, and nobody else is."""
+
+import io
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from qwenlora.jobs import heartbeat
+from qwenlora.launch.deaths import Deaths
+from qwenlora.launch.verdict import killed_line
+
+LONG_S = 60.0
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Two processes that give signs of life as ranks do, and the folder of those."""
+    sleepers = [subprocess.Popen(["sleep", "300"]) for _ in range(2)]
+    with heartbeat.make_folder() as folder:
+        for rank, process in enumerate(sleepers):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda pid=process.pid: pid)
+                heartbeat.Heart(folder, rank).beat(1)
+        yield sleepers, folder
+    for process in sleepers:
+        process.kill()
+        process.wait()
+
+
+def test_the_end_of_a_rank_wakes_who_waits_and_is_told_once(ranks):
+    sleepers, folder = ranks
+    with Deaths(folder, log := io.BytesIO(), 2) as deaths:
+        deaths.pause(0)
+        assert not deaths.look()
+        sleepers[1].send_signal(signal.SIGSEGV)
+        start = time.monotonic()
+        deaths.pause(LONG_S)
+        assert time.monotonic() - start < LONG_S / 2, "it was woken"
+        assert deaths.look()
+        assert not deaths.look()
+        sleepers[0].kill()
+        deaths.pause(LONG_S)
+        assert not deaths.look(), "the first one is why the others end"
+    assert log.getvalue().decode() == killed_line(1, signal.SIGSEGV)
+
+
+def test_a_rank_that_leaves_was_not_killed(monkeypatch):
+    leaver = subprocess.Popen(["sh", "-c", "read _; exit 3"], stdin=subprocess.PIPE)
+    with heartbeat.make_folder() as folder, Deaths(folder, log := io.BytesIO(), 1) as deaths:
+        monkeypatch.setattr(os, "getpid", lambda: leaver.pid)
+        heartbeat.Heart(folder, 0).beat(1)
+        leaver.stdin.close()
+        deaths.pause(LONG_S)
+        assert not deaths.look()
+        assert leaver.wait() == 3
+    assert log.getvalue() == b""
+
+
+@pytest.mark.parametrize(("code", "said"), [(247, killed_line(1, 9)), (1, ""), (75, ""), (-9, ""), (0, "")])
+def test_the_launchers_exit_code_tells_of_an_only_rank(ranks, code, said):
+    folder = ranks[1]
+    Path(folder, "0").unlink()
+    with Deaths(folder, log := io.BytesIO(), 1) as deaths:
+        deaths.told(code)
+    assert log.getvalue().decode() == said
+
+
+def test_the_launchers_exit_code_does_not_tell_which_of_two(ranks):
+    with Deaths(ranks[1], log := io.BytesIO(), 2) as deaths:
+        deaths.told(247)
+    assert log.getvalue() == b""
+
+
+def test_on_a_kernel_without_pidfd_it_waits_as_long_as_it_was_told(ranks, monkeypatch):
+    def missing(pid):
+        raise OSError
+
+    monkeypatch.setattr(os, "pidfd_open", missing)
+    sleepers, folder = ranks
+    with Deaths(folder, log := io.BytesIO(), 2) as deaths:
+        sleepers[0].kill()
+        start = time.monotonic()
+        deaths.pause(0.5)
+        assert time.monotonic() - start >= 0.5
+        assert deaths.look()
+    assert log.getvalue().decode() == killed_line(0, 9)
