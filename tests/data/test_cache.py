@@ -48,10 +48,10 @@ def test_two_that_start_together_build_once(tmp_path):
     assert first.stdout.readline() == "building\n"
     second = builder(folder, 0, "second")
     assert (
-        second.communicate(timeout=30)[0]
+        second.communicate(timeout=120)[0]
         == f"waiting for process {first.pid} on {os.uname().nodename}, which prepares the same data\nfirst\n"
     )
-    assert first.communicate(timeout=30)[0] == "first\n"
+    assert first.communicate(timeout=120)[0] == "first\n"
     assert others(folder) == []
 
 
@@ -63,7 +63,7 @@ def test_a_killed_builder_leaves_nothing_and_the_one_that_waits_takes_over(tmp_p
     assert "waiting for" in second.stdout.readline()
     first.send_signal(signal.SIGKILL)
     first.wait()
-    said = second.communicate(timeout=30)[0]
+    said = second.communicate(timeout=120)[0]
     assert said.endswith("has ended without finishing: preparing the data here\nbuilding\nsecond\n")
     assert (folder / "whole").read_text() == "second"
     assert others(folder) == [], "what the killed one left is swept away"

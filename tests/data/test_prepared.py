@@ -518,7 +518,7 @@ def test_of_two_preparations_one_is_killed_and_the_other_ends_right_and_a_third_
     first.wait()
     said = second.communicate(timeout=120)[0].splitlines()
     assert "has ended without finishing: preparing the data here" in said[0]
-    third = start().communicate(timeout=60)[0]
+    third = start().communicate(timeout=180)[0]
     expected = prepare(Data(train=file), tokenizer, tmp_path / "other").counts["train"]
     assert said[-1] == third.strip() == expected["sha256"]
     assert expected["rows"] == 60_000

@@ -97,7 +97,7 @@ def test_on_a_disk_of_one_and_a_half_checkpoints_the_run_goes_on_and_resumes(tmp
     with start(tmp_path, "train.save_total_limit=1") as process:
         wait_for_step(run, 12, process)
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=180)[0]
     assert process.returncode == 1, said
     assert "Traceback" not in said
     warning = "was not saved: No space left on device; the newest whole one is checkpoint-5"

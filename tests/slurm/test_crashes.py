@@ -79,7 +79,7 @@ def test_a_cancelled_job_saves_and_is_left_alone(cluster, tmp_path):
     job = sbatch(cluster, tmp_path, config, "run_dir=runs/run")
     wait_for_step(tmp_path / "runs/run", 1, 6)
     cluster.scancel(job)
-    cluster.wait(job, "CANCELLED", timeout=60)
+    cluster.wait(job, "CANCELLED", timeout=180)
     (attempt,) = attempts(tmp_path / "runs/run")
     assert (attempt.get("reason", "-"), attempt["cause"]) in [("stopped", "CANCELLED"), ("-", "CANCELLED")]
     time.sleep(10)

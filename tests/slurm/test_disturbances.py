@@ -40,7 +40,7 @@ class Disturber:
 
     def requeue_and_hold(self):
         self.cluster.scontrol("requeuehold", self.job)
-        self.cluster.wait(self.job, "PENDING", timeout=60)
+        self.cluster.wait(self.job, "PENDING", timeout=180)
         time.sleep(2)
         self.cluster.scontrol("release", self.job)
         return {"stopped", "killed"}, {"REQUEUED"}
@@ -48,7 +48,7 @@ class Disturber:
     def preempt(self):
         """A job of a higher partition wants both nodes; without grace, everything is killed after KillWait."""
         job = self.cluster.sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1", cwd="/")
-        self.cluster.wait(job, "COMPLETED", timeout=60)
+        self.cluster.wait(job, "COMPLETED", timeout=180)
         return {"stopped", "killed"}, {"PREEMPTED"}
 
     def take_a_node_down(self):

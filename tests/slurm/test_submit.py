@@ -31,7 +31,7 @@ def folder(cluster, tmp_path, monkeypatch):
     cluster.wait_idle()
 
 
-def wait_for(what, seconds: float = 90):
+def wait_for(what, seconds: float = 240):
     """Return what() as soon as it is true."""
     end = time.monotonic() + seconds
     while not (found := what()):

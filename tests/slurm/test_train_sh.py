@@ -32,7 +32,7 @@ def test_arguments_arrive_intact_from_any_folder(cluster, tmp_path):
     command.chmod(0o755)
     said = tmp_path / "said"
     job = cluster.sbatch(TRAIN, *HOSTILE, cwd=folder, env={"QWENLORA": str(command), "QWENLORA_SAID": str(said)})
-    cluster.wait(job, "COMPLETED", timeout=60)
+    cluster.wait(job, "COMPLETED", timeout=180)
     assert said.read_text().split("\0")[:-1] == ["train", *HOSTILE]
 
 
@@ -43,7 +43,7 @@ def test_the_site_file_sets_the_environment_and_the_container(cluster, tmp_path)
         f"export SITE='a b'\ncontainer=(env 'INSIDE=c d' bash -c 'echo \"$SITE|$INSIDE|$*\" >\"{said}\"' bash)\n"
     )
     job = cluster.sbatch(TRAIN, "my.yaml", cwd=tmp_path, env={"QWENLORA_ENV": str(site), "QWENLORA": "qwenlora"})
-    cluster.wait(job, "COMPLETED", timeout=60)
+    cluster.wait(job, "COMPLETED", timeout=180)
     assert said.read_text() == "a b|c d|qwenlora train my.yaml\n"
 
 
@@ -61,7 +61,7 @@ def test_the_site_file_sets_the_environment_and_the_container(cluster, tmp_path)
 def test_what_is_wrong_is_said_in_a_line_and_not_tried_again(cluster, tmp_path, arguments, env, message):
     write_config(tmp_path, 4)
     job = cluster.sbatch(TRAIN, *arguments, cwd=tmp_path, env={"QWENLORA": QWENLORA} | env)
-    cluster.wait(job, "FAILED", timeout=60)
+    cluster.wait(job, "FAILED", timeout=180)
     said = (tmp_path / f"slurm-{job}.out").read_text()
     assert message in said
     assert "Traceback" not in said
@@ -127,11 +127,11 @@ def test_a_signal_before_anything_listens_does_not_cost_the_job(cluster, tmp_pat
     cluster.wait(job, "RUNNING")
     time.sleep(1)
     cluster.scancel("--signal=USR1", job)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while "Restarts=1" not in cluster.scontrol("show", "job", job):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    cluster.wait(job, "COMPLETED", timeout=60)
+    cluster.wait(job, "COMPLETED", timeout=180)
 
 
 @pytest.mark.slow
@@ -151,8 +151,8 @@ def test_a_job_that_is_killed_at_its_time_limit_comes_back(cluster, tmp_path):
     cluster.wait(job, "RUNNING")
     time.sleep(1)
     cluster.scontrol("update", f"JobId={job}", "EndTime=now+3seconds")
-    deadline = time.monotonic() + 90  # Slurm looks every 30 s
+    deadline = time.monotonic() + 180  # Slurm looks every 30 s
     while "Restarts=1" not in cluster.scontrol("show", "job", job):
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    cluster.wait(job, "COMPLETED", timeout=60)
+    cluster.wait(job, "COMPLETED", timeout=180)
