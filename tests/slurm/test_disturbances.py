@@ -60,7 +60,11 @@ class Disturber:
 
     def power_a_node_off(self):
         self.cluster.kill_node("node2")
-        time.sleep(20)  # until Slurm sees it
+        end = time.monotonic() + 180
+        while "State=DOWN" not in self.cluster.scontrol("show", "node", "node2"):  # Slurm sees it after some 17 s
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        time.sleep(1)
         self.cluster.start_node("node2")
         return {"stopped", "killed", "failed"}, {"NODE_FAIL"}
 
