@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,7 @@ def attempt(folder, monkeypatch):
             folder = RunFolder(config.run_dir)
             folder.path.mkdir(parents=True)
             folder.begin_attempt(1)
+            time.sleep(0.002)  # an attempt of less than a millisecond has no goodput
             folder.end_attempt({0: "done", 75: "stopped", 2: "refused"}.get(code, "failed"), message)
             return code
 
