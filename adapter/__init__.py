@@ -7,7 +7,8 @@ import warnings
 
 
 def quiet() -> contextlib.AbstractContextManager[object]:
-    """Keep libraries' warnings off a person's screen from now on, and in the block also what they print (on import)."""
+    """Keep libraries' warnings off a person's screen from now on, and in the block also what they print (on
+    import)."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     return contextlib.redirect_stdout(io.StringIO())

@@ -33,7 +33,8 @@ class Answer(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen. temperature 0: always the likeliest; top_k 0: from all. seed None: as it comes."""
+    """How the next token is chosen. temperature 0: always the likeliest; top_k 0: from all. seed None: as it
+    comes."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -62,7 +63,8 @@ def questions(data: Data) -> Iterator[Question]:
 
 
 def prompt_of(tokenizer: Any, question: Question, *, thinking: bool = False) -> str:
-    """Return the text that the model goes on from. thinking: for templates that know enable_thinking (Qwen3's).
+    """Return the text that the model goes on from. thinking: for templates that know enable_thinking
+    (Qwen3's).
 
     Raises: ValueError when the chat template refuses the turns.
     """
@@ -75,12 +77,15 @@ def prompt_of(tokenizer: Any, question: Question, *, thinking: bool = False) -> 
             enable_thinking=thinking,
         )
     except Exception as error:  # a template raises what it likes (jinja2's raise_exception)
-        raise ValueError(f"the model's chat template refuses this: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(
+            f"the model's chat template refuses this: {' '.join(str(error).split())[:200]}"
+        ) from error
     return text
 
 
 def generation(tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
-    """Return model.generate's arguments: they override all that the model's own generation config would add."""
+    """Return model.generate's arguments: they override all that the model's own generation config would
+    add."""
     known = tokenizer.get_vocab()
     ends = [known[token] for token in (TURN_END, END_OF_TEXT) if token in known]
     sampled = sampling.temperature > 0
@@ -122,7 +127,8 @@ def begins_thinking(prompt: str) -> bool:
 def parts(text: str, *, opened: bool = False, whole: bool = True) -> tuple[str, str]:
     """Return the thought and the answer in what a model said.
 
-    opened: the prompt ended within the thought. whole: false while more may come, which makes both only longer.
+    opened: the prompt ended within the thought. whole: false while more may come, which makes both only
+    longer.
     """
     text = text.lstrip()
     if not opened:
@@ -162,7 +168,9 @@ def answers(
             found = _batch(model, tokenizer, some, sampling, thinking)
             if not found:
                 if size == 1:
-                    raise ValueError("the GPU is full with one question; shorten it, or free some memory (nvidia-smi)")
+                    raise ValueError(
+                        "the GPU is full with one question; shorten it, or free some memory (nvidia-smi)"
+                    )
                 torch.cuda.empty_cache()
                 size = max(1, size // 2)
                 continue
@@ -176,7 +184,9 @@ def _batch(
 ) -> list[Answer] | None:
     """Return the answers to some questions; None when the GPU is full."""
     prompts = [prompt_of(tokenizer, question, thinking=thinking) for question in asked]
-    batch = tokenizer(prompts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
+    batch = tokenizer(
+        prompts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left"
+    )
     rooms = [max(0, context_of(model.config) - int(length)) for length in batch["attention_mask"].sum(1)]
     sampling = sampling._replace(max_new_tokens=min(sampling.max_new_tokens, max(1, *rooms)))
     options = generation(tokenizer, sampling)
@@ -185,9 +195,16 @@ def _batch(
             generated = model.generate(**batch.to(model.device), **options)
     except torch.OutOfMemoryError:
         return None
-    said = [ids[:room] for ids, room in zip(generated[:, batch["input_ids"].shape[1] :].tolist(), rooms, strict=True)]
+    said = [
+        ids[:room]
+        for ids, room in zip(generated[:, batch["input_ids"].shape[1] :].tolist(), rooms, strict=True)
+    ]
     texts = tokenizer.batch_decode(said, skip_special_tokens=True)
     return [
-        Answer(text.strip(), *parts(text, opened=begins_thinking(prompt)), set(options["eos_token_id"]).isdisjoint(ids))
+        Answer(
+            text.strip(),
+            *parts(text, opened=begins_thinking(prompt)),
+            set(options["eos_token_id"]).isdisjoint(ids),
+        )
         for prompt, ids, text in zip(prompts, said, texts, strict=True)
     ]

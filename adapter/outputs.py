@@ -1,4 +1,5 @@
-"""Where results go: a name that is taken is refused before any work; a folder gets its name when it is whole."""
+"""Where results go: a name that is taken is refused before any work; a folder gets its name when it is
+whole."""
 
 import os
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from qwenlora.jobs.disk import settle, sync
+from qwenlora.run.disk import settle, sync
 
 
 def free_folder(out: Path, *, read: tuple[Path | str | None, ...] = ()) -> Path:
@@ -46,7 +47,8 @@ def staging(out: Path, size: int, pack: Callable[[Path], Path] | None = None) ->
     """Make a folder beside out, which becomes out after the block, or is gone.
 
     Of a process that was killed the folder is left; the next to make out removes it.
-    out: absolute, as free_folder() gives it. size: bytes it will need. pack: makes one file of the folder, beside it.
+    out: absolute, as free_folder() gives it. size: bytes it will need. pack: makes one file of the folder,
+    beside it.
     Raises: ValueError when the disk has no room.
     """
     start = f"{out.name}.staging-{os.uname().nodename}-"
@@ -62,7 +64,8 @@ def staging(out: Path, size: int, pack: Callable[[Path], Path] | None = None) ->
         free = shutil.disk_usage(out.parent).free
         if size > free:
             raise ValueError(
-                f"{out.parent} has {free / 1e9:.1f} GB free, {out.name} needs {size / 1e9:.1f} GB; make room, or"
+                f"{out.parent} has {free / 1e9:.1f} GB free, {out.name} needs {size / 1e9:.1f} GB; make"
+                f" room, or"
                 " name a folder on another disk"
             )
         made.mkdir()

@@ -9,8 +9,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from qwenlora.configs import load_config
 from qwenlora.configs.schema import Config, Data, Model
-from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import model as models
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.model import base as models
 
 CONFIG = "adapter_config.json"
 
@@ -19,7 +19,8 @@ CONFIG = "adapter_config.json"
 class Subject:
     """named: as the user said it. base: the base model's folder or hub name. adapter: None for a model alone.
 
-    config: the run's, or a stand-in that says which model, so that trainer/model.py takes either. run: if it is one's.
+    config: the run's, or a stand-in that says which model, so that trainer/model.py takes either. run: if it
+    is one's.
     """
 
     named: str
@@ -65,7 +66,9 @@ def find(named: str, *, base: str | None = None, trust_remote_code: bool = False
             " name the folder that holds one of these files"
         )
     if named.startswith((".", "/", "~")) or named.count("/") != 1 or folder.parent.is_dir():
-        raise ValueError(f"{named}: no such folder; name a run, a checkpoint, an adapter, a model, or a hub name")
+        raise ValueError(
+            f"{named}: no such folder; name a run, a checkpoint, an adapter, a model, or a hub name"
+        )
     with models.hub_errors("the hub's model", named):
         held = find_adapter_config_file(named)
     if held:
@@ -76,7 +79,8 @@ def find(named: str, *, base: str | None = None, trust_remote_code: bool = False
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """Return what an adapter says of itself. Raises: ValueError when that cannot be read, or it is no LoRA."""
+    """Return what an adapter says of itself. Raises: ValueError when that cannot be read, or it is no
+    LoRA."""
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -126,6 +130,10 @@ def _base(name: str, said: str) -> str:
     return name
 
 
-def _stand_in(base: str, tokenizer: str | None, trust_remote_code: bool, revision: str | None = None) -> Config:
-    model = Model(name_or_path=base, revision=revision, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+def _stand_in(
+    base: str, tokenizer: str | None, trust_remote_code: bool, revision: str | None = None
+) -> Config:
+    model = Model(
+        name_or_path=base, revision=revision, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+    )
     return Config(run_dir=".", model=model, data=Data(train="example"))  # the rows are not looked at

@@ -1,7 +1,7 @@
 """Whether an adapter is whole, fits its base and holds something: `qwenlora verify runs/tiny`.
 
-Reads the adapter's file and the base's config.json; no weight of the base is loaded. What the adapter must hold is what
-peft itself would make for that base, on torch's meta device. Answers' quality is compare.py's.
+Reads the adapter's file and the base's config.json; no weight of the base is loaded. What the adapter must
+hold is what peft itself would make for that base, on torch's meta device. Answers' quality is compare.py's.
 """
 
 import json
@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qwenlora.adapter.subject import CONFIG, Subject, adapter_config
-from qwenlora.jobs import checkpoints
-from qwenlora.jobs.disk import broken_seal, sha256
-from qwenlora.trainer import model as models
+from qwenlora.run import checkpoints
+from qwenlora.run.disk import broken_seal, sha256
+from qwenlora.trainer.model import base as models
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # what no config of a run can set, and would change what an adapter does without changing a shape
@@ -44,7 +44,8 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # .bin: peft befor
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of an adapter that is right. numbers: of all tensors; still: modules whose lora_B is all zero."""
+    """What is known of an adapter that is right. numbers: of all tensors; still: modules whose lora_B is all
+    zero."""
 
     file: Path
     sha256: str
@@ -61,11 +62,14 @@ class Facts:
 def check(subject: Subject) -> Facts:
     """Return an adapter's facts.
 
-    Raises: ValueError naming what is wrong: the file, a name or shape that does not fit the base, a number that is
-    none, an adapter that changes nothing, a checkpoint that is not as it was written, a base with other weights.
+    Raises: ValueError naming what is wrong: the file, a name or shape that does not fit the base, a number
+    that is none, an adapter that changes nothing, a checkpoint that is not as it was written, a base with
+    other weights.
     """
     if subject.adapter is None:
-        raise ValueError(f"{subject.named} is a model, not an adapter; name a run, a checkpoint or an adapter's folder")
+        raise ValueError(
+            f"{subject.named} is a model, not an adapter; name a run, a checkpoint or an adapter's folder"
+        )
     folder = subject.adapter
     own_checkpoint = subject.run is not None and folder != subject.run.adapter
     if (own_checkpoint or (folder / checkpoints.MANIFEST).exists()) and (why := checkpoints.flaw(folder)):
@@ -78,12 +82,17 @@ def check(subject: Subject) -> Facts:
     architecture = _fits(subject, file, weights)
     if odd := [name for name, values in sorted(weights.items()) if values.dtype not in DTYPES]:
         raise ValueError(
-            f"{file}: {odd[0]} is {weights[odd[0]].dtype}{_more(odd)}, expected float32, float64, float16 or bfloat16"
+            f"{file}: {odd[0]} is {weights[odd[0]].dtype}{_more(odd)}, expected float32, float64, float16"
+            f" or bfloat16"
         )
     if broken := [name for name, values in sorted(weights.items()) if not values.isfinite().all()]:
-        raise ValueError(f"{file}: {broken[0]} holds numbers that are not finite{_more(broken)}; train it again")
+        raise ValueError(
+            f"{file}: {broken[0]} holds numbers that are not finite{_more(broken)}; train it again"
+        )
     seconds = {
-        name: bool(values.any()) for name, values in weights.items() if ".lora_B" in name or "embedding_B" in name
+        name: bool(values.any())
+        for name, values in weights.items()
+        if ".lora_B" in name or "embedding_B" in name
     }
     others = [name for name in weights if "lora_" not in name]
     scaled = config.get("lora_alpha") != 0 and any(
@@ -95,7 +104,8 @@ def check(subject: Subject) -> Facts:
         )
     if seconds and not any(seconds.values()) and not others:
         raise ValueError(
-            f"{file}: every lora_B is zero, so the adapter changes nothing: it was saved before its first step, or"
+            f"{file}: every lora_B is zero, so the adapter changes nothing: it was saved before its first"
+            f" step, or"
             " gathered wrong; train it again"
         )
     return Facts(
@@ -135,14 +145,18 @@ def read(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _unreadable(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    return ValueError(
+        f"{file} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    )
 
 
 def _fits(subject: Subject, file: Path, weights: dict[str, Tensor]) -> str:
     """Return the base's architecture, once names and shapes are those that peft makes for it."""
     base = models.load_config_of(subject.config, subject.base)
     with torch.device("meta"), _silently():
-        model = AutoModelForCausalLM.from_config(base, trust_remote_code=subject.config.model.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            base, trust_remote_code=subject.config.model.trust_remote_code
+        )
         try:
             model = get_peft_model(model, PeftConfig.from_pretrained(str(subject.adapter)))
         except (ValueError, TypeError) as error:
@@ -152,12 +166,18 @@ def _fits(subject: Subject, file: Path, weights: dict[str, Tensor]) -> str:
         needed = get_peft_model_state_dict(model, save_embedding_layers=False)
         known = get_peft_model_state_dict(model, save_embedding_layers=True)
     if missing := sorted(set(needed) - set(weights)):
-        raise ValueError(f"{file} lacks {missing[0]}{_more(missing)}, which its {CONFIG} and {subject.base} need")
-    extra = sorted(name for name in set(weights) - set(needed) if ".base_layer." not in name and name in known)
+        raise ValueError(
+            f"{file} lacks {missing[0]}{_more(missing)}, which its {CONFIG} and {subject.base} need"
+        )
+    extra = sorted(
+        name for name in set(weights) - set(needed) if ".base_layer." not in name and name in known
+    )
     if extra:
         raise ValueError(
-            f"{file} has {extra[0]}{_more(extra)} besides, a matrix of the base that peft would put in the place of"
-            " the base's own; save the adapter without it (save_embedding_layers=False), or name it in modules_to_save"
+            f"{file} has {extra[0]}{_more(extra)} besides, a matrix of the base that peft would put in the"
+            f" place of"
+            " the base's own; save the adapter without it (save_embedding_layers=False), or name it in"
+            " modules_to_save"
         )
     if unknown := sorted(set(weights) - set(known)):
         raise ValueError(f"{file} has {unknown[0]}{_more(unknown)}, which {subject.base} has no place for")
@@ -178,7 +198,8 @@ def _silently() -> Iterator[None]:
 
 
 def _refuse_other_settings(subject: Subject, config: dict[str, Any]) -> None:
-    """Refuse an adapter whose adapter_config.json no longer says what its run trained: no shape would tell."""
+    """Refuse an adapter whose adapter_config.json no longer says what its run trained: no shape would
+    tell."""
     if subject.run is None:
         return
     lora = subject.config.lora
@@ -189,7 +210,8 @@ def _refuse_other_settings(subject: Subject, config: dict[str, Any]) -> None:
             found = {module: value for module, value in found.items() if not module.endswith(STACKED)}
         if found != trained:
             raise ValueError(
-                f"{subject.adapter}/{CONFIG} says {key}={found}, the run was trained with {trained}; copy the file anew"
+                f"{subject.adapter}/{CONFIG} says {key}={found}, the run was trained with {trained}; copy"
+                f" the file anew"
             )
 
 
@@ -205,7 +227,8 @@ def _same_weights(subject: Subject) -> bool | None:
         return None
     if (found := models.fingerprint(subject.config, subject.base)) != trained_on:
         raise ValueError(
-            f"{subject.named} was trained on a base with other weights than {subject.base} has now (fingerprint"
+            f"{subject.named} was trained on a base with other weights than {subject.base} has now"
+            f" (fingerprint"
             f" {trained_on}, found {found}); name the folder with the right ones with --base"
         )
     return True
@@ -218,10 +241,7 @@ def show(subject: Subject) -> int:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     size = f"{'/'.join(facts.dtypes)}, {facts.file.stat().st_size / 1e6:,.1f} MB"
-    table.add_row(
-        "adapter",
-        f"whole: {facts.tensors} tensors, {facts.numbers:,} numbers, {size}",
-    )
+    table.add_row("adapter", f"whole: {facts.tensors} tensors, {facts.numbers:,} numbers, {size}")
     table.add_row("kind", _kind(facts))
     said = ", and has the weights that it was trained on (samples of each, or the hub's commit)" * bool(
         facts.same_weights
@@ -249,7 +269,11 @@ def _kind(facts: Facts) -> str:
 def _module(name: str) -> str:
     """Return the module that a tensor of an adapter belongs to."""
     name = name.removeprefix("base_model.model.")
-    return name.partition(".lora_")[0] if ".lora_" in name else name.removesuffix(".weight").removesuffix(".base_layer")
+    return (
+        name.partition(".lora_")[0]
+        if ".lora_" in name
+        else name.removesuffix(".weight").removesuffix(".base_layer")
+    )
 
 
 def _size(values: Tensor) -> str:

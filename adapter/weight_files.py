@@ -1,6 +1,8 @@
-"""The files of a model's weights: those of a base, read by names and ranges, and those of a merged model, written so.
+"""The files of a model's weights: those of a base, read by names and ranges, and those of a merged model,
+written so.
 
-`opened` reads safetensors or pytorch_model.bin; `MergedFiles` writes safetensors, tensor by tensor, in any order.
+`opened` reads safetensors or pytorch_model.bin; `MergedFiles` writes safetensors, tensor by tensor, in any
+order.
 """
 
 import json
@@ -18,8 +20,8 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
-from qwenlora.trainer.base_files import DTYPES, BaseFiles, Place
-from qwenlora.trainer.model import hub_errors
+from qwenlora.trainer.model.base import hub_errors
+from qwenlora.trainer.model.base_files import DTYPES, BaseFiles, Place
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 OTHER = 1.3  # numbers by this lie elsewhere between two that a dtype has
@@ -73,7 +75,8 @@ class TorchFiles:
 
 @contextmanager
 def opened(base: str, revision: str | None = None) -> Iterator[Files]:
-    """Open the weights of a folder or hub name. Raises: ValueError when it has none, or they cannot be had."""
+    """Open the weights of a folder or hub name. Raises: ValueError when it has none, or they cannot be
+    had."""
     with hub_errors("base", base):
         safetensors = BaseFiles(base, revision)
     with safetensors:
@@ -127,7 +130,8 @@ class Entry(NamedTuple):
 
 
 class MergedFiles:
-    """model*.safetensors in a folder, and their index where there are several; a context manager, which closes them.
+    """model*.safetensors in a folder, and their index where there are several; a context manager, which
+    closes them.
 
     Source: https://huggingface.co/docs/safetensors#format
     """
@@ -183,7 +187,8 @@ class MergedFiles:
         values = values.to(dtype).contiguous()
         if not values.isfinite().all():
             raise ValueError(
-                f"{name} would hold numbers that are not finite in {NAMES[dtype]}: broken in the files that are read,"
+                f"{name} would hold numbers that are not finite in {NAMES[dtype]}: broken in the files that"
+                f" are read,"
                 " or too large for it (fp32 holds them)"
             )
         self._left[name] -= values.numel()

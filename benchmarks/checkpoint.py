@@ -1,8 +1,9 @@
 """python benchmarks/checkpoint.py: what a save costs a step, what it writes, and what a resume consists of.
 
-Saves: three trainers take turns on the same rows (in the background, waiting for the disk, transformers' own); losses
-must be equal and gradients not zero before a number is shown. Resumes: a process of its own for each, at steps 10,
-1,000 and 100,000 of one epoch, with a history of as many lines. What the numbers mean: README.md beside this file.
+Saves: three trainers take turns on the same rows (in the background, waiting for the disk, transformers'
+own); losses must be equal and gradients not zero before a number is shown. Resumes: a process of its own for
+each, at steps 10, 1,000 and 100,000 of one epoch, with a history of as many lines. What the numbers mean:
+README.md beside this file.
 """
 
 import argparse
@@ -28,12 +29,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Train
 from qwenlora.data.prepared import Side
-from qwenlora.jobs import checkpoints
-from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer.metrics import MetricsFile
-from qwenlora.trainer.saver import Saver
-from qwenlora.trainer.tiny import build_tiny
-from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
+from qwenlora.run import checkpoints
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop.saver import Saver
+from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
+from qwenlora.trainer.model.tiny import build_tiny
+from qwenlora.trainer.record.metrics import MetricsFile
 
 IMPORTED_S = time.time() - psutil.Process().create_time()
 SAVE_EVERY, SAVE_STEPS = 5, 30
@@ -74,7 +75,11 @@ def config_of(r: int, steps: int) -> Config:
         eval_strategy="no",
     )
     return Config(
-        run_dir="unused", model=Model(name_or_path="tiny"), data=Data(train="unused"), lora=Lora(r=r), train=train
+        run_dir="unused",
+        model=Model(name_or_path="tiny"),
+        data=Data(train="unused"),
+        lora=Lora(r=r),
+        train=train,
     )
 
 
@@ -93,7 +98,9 @@ def trainer_of(
         model.peft_config["default"].save_pretrained(constant)
         tokenizer.save_pretrained(constant)
         saver.constant({file.name: file.read_bytes() for file in Path(constant).iterdir()})
-    return kind(model, config, arguments, order_of(config, side), side, None, saver=saver, processing_class=tokenizer)
+    return kind(
+        model, config, arguments, order_of(config, side), side, None, saver=saver, processing_class=tokenizer
+    )
 
 
 class Clock(TrainerCallback):
@@ -164,7 +171,9 @@ def make_checkpoint(base: Path, folder: Path, r: int, side: Side, step: int) -> 
     trainer.state.global_step, trainer.lr_scheduler.last_epoch = step, step
     shutil.rmtree(RunFolder(folder).checkpoint(2))
     trainer._save_checkpoint(trainer.model, None)
-    line = '{{"step": {0}, "loss": 1.234567, "grad_norm": 1.0, "learning_rate": 0.001, "time": 1795353016.46}}\n'
+    line = (
+        '{{"step": {0}, "loss": 1.234567, "grad_norm": 1.0, "learning_rate": 0.001, "time": 1795353016.46}}\n'
+    )
     RunFolder(folder).metrics.write_text("".join(line.format(number) for number in range(1, step + 4)))
 
 
@@ -210,10 +219,23 @@ def resumes(base: Path, folder: Path, r: int, repeats: int) -> dict[int, dict[st
     found: dict[int, list[dict[str, float]]] = {step: [] for step in RESUMED}
     for _ in range(repeats):
         for step in RESUMED:
-            argv = [sys.executable, __file__, "--resume", str(folder / str(step)), "--base", str(base), "--r", str(r)]
-            answer = subprocess.run([*argv, "--units", str(units)], stdout=subprocess.PIPE, check=True, text=True)
+            argv = [
+                sys.executable,
+                __file__,
+                "--resume",
+                str(folder / str(step)),
+                "--base",
+                str(base),
+                "--r",
+                str(r),
+            ]
+            answer = subprocess.run(
+                [*argv, "--units", str(units)], stdout=subprocess.PIPE, check=True, text=True
+            )
             found[step].append(json.loads(answer.stdout.splitlines()[-1]))
-    return {step: {name: median(one[name] for one in ones) for name in ones[0]} for step, ones in found.items()}
+    return {
+        step: {name: median(one[name] for one in ones) for name in ones[0]} for step, ones in found.items()
+    }
 
 
 def show(saved: dict[str, Any], resumed: dict[int, dict[str, float]], console: Console) -> None:
@@ -233,7 +255,9 @@ def show(saved: dict[str, Any], resumed: dict[int, dict[str, float]], console: C
 
 def main() -> None:
     """Run both parts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--r", type=int, default=256, help="LoRA rank: 256 makes a state of 60 MB")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where runs are written; default: a temporary folder")

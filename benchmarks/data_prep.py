@@ -1,8 +1,10 @@
-"""python benchmarks/data_prep.py --peer-python PATH: preparing rows, against TRL and a plain map, on the same cores.
+"""python benchmarks/data_prep.py --peer-python PATH: preparing rows, against TRL and a plain map, on the same
+cores.
 
-Each measurement is a process of its own, held to --cores cores; ours and theirs take turns, so that a busy machine is
-busy for all. Rows and tokens are compared one by one before a number is shown. `--million` prepares a generated file
-instead and watches the memory of all its processes from outside. What the numbers mean: README.md beside this file.
+Each measurement is a process of its own, held to --cores cores; ours and theirs take turns, so that a busy
+machine is busy for all. Rows and tokens are compared one by one before a number is shown. `--million`
+prepares a generated file instead and watches the memory of all its processes from outside. What the numbers
+mean: README.md beside this file.
 
 The parts that run in the peer's interpreter need trl, datasets and transformers there, and not qwenlora.
 """
@@ -42,7 +44,8 @@ Facts = dict[str, Any]
 
 
 class Measured(NamedTuple):
-    """One line of the table. alone: num_proc is None, which is TRL's default; after: whose caches it finds."""
+    """One line of the table. alone: num_proc is None, which is TRL's default; after: whose caches it
+    finds."""
 
     label: str
     part: str
@@ -81,16 +84,22 @@ def main() -> None:
 def read_options() -> argparse.Namespace:
     """Return the command line, checked."""
     parser = argparse.ArgumentParser(description="Time the preparation of rows, against TRL and a plain map.")
-    parser.add_argument("--peer-python", type=Path, default=Path(sys.executable), help=f"an interpreter with {TRL}")
+    parser.add_argument(
+        "--peer-python", type=Path, default=Path(sys.executable), help=f"an interpreter with {TRL}"
+    )
     parser.add_argument(
         "--data", type=Path, default=ASSETS / "data" / "medical_qa_sharegpt.jsonl", help="ShareGPT rows"
     )
-    parser.add_argument("--tokenizer", type=Path, default=ASSETS / "tokenizers" / "qwen3", help="a Qwen's, in a folder")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=ASSETS / "tokenizers" / "qwen3", help="a Qwen's, in a folder"
+    )
     parser.add_argument(
         "--cores", type=int, nargs="+", help="cores, and processes, to measure with (default: 1 and all)"
     )
     parser.add_argument("--repeats", type=int, default=3, help="how often everything is measured, in turns")
-    parser.add_argument("--million", action="store_true", help="prepare a generated file and watch its memory")
+    parser.add_argument(
+        "--million", action="store_true", help="prepare a generated file and watch its memory"
+    )
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of that file")
     parser.add_argument("--folder", type=Path, help="where temporary files go (--million: 2.5 GB)")
     parser.add_argument("--json", type=Path, help="write every number to this file")
@@ -104,7 +113,11 @@ def read_options() -> argparse.Namespace:
         parser.error(f"--cores {' '.join(map(str, options.cores))}: this machine has {there} for us")
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: must be at least 1")
-    for path, name in ((options.data, "--data"), (options.tokenizer, "--tokenizer"), (options.folder, "--folder")):
+    for path, name in (
+        (options.data, "--data"),
+        (options.tokenizer, "--tokenizer"),
+        (options.folder, "--folder"),
+    ):
         if path and not path.exists():
             parser.error(f"{name} {path}: no such file or folder")
     return options
@@ -114,7 +127,8 @@ def read_options() -> argparse.Namespace:
 
 
 def measure_peers(options: argparse.Namespace, folder: Path, console: Console) -> Facts:
-    """Measure ours, TRL and the plain map in turns; check that all made the same tokens; show and return it all."""
+    """Measure ours, TRL and the plain map in turns; check that all made the same tokens; show and return it
+    all."""
     check_peer(options.peer_python)
     messages = folder / "messages.jsonl"
     rows = write_messages(options.data, messages)
@@ -130,7 +144,8 @@ def measure_peers(options: argparse.Namespace, folder: Path, console: Console) -
                 facts = start_part(measured.part, python, data, cores, num_proc, work, options)
                 results[cores][name].append(facts)
                 console.print(
-                    f"{cores} cores, turn {repeat}: {measured.label}: {facts['seconds']:.2f} s", highlight=False
+                    f"{cores} cores, turn {repeat}: {measured.label}: {facts['seconds']:.2f} s",
+                    highlight=False,
                 )
             check_same(folder / f"{repeat}-{cores}", rows)
     tokens, trained = check_counts(results, rows)
@@ -139,7 +154,8 @@ def measure_peers(options: argparse.Namespace, folder: Path, console: Console) -
     versions = {name: results[options.cores[0]][name][0]["versions"] for name in ("ours", "trl")}
     machine = machine_facts() | {"versions": versions}
     console.print(
-        f"{rows:,} rows, {tokens:,} tokens, {trained:,} of them trained by qwenlora; every row has the same token ids"
+        f"{rows:,} rows, {tokens:,} tokens, {trained:,} of them trained by qwenlora; every row has the same"
+        f" token ids"
         f" everywhere; {machine['cpu']}, {machine['cores']} cores",
         highlight=False,
     )
@@ -156,7 +172,9 @@ def check_peer(python: Path) -> None:
     except OSError as error:
         raise ValueError(f"--peer-python {python}: {error.strerror}") from None
     if answer.returncode:
-        raise ValueError(f"--peer-python {python} has no trl; install it there: {python} -m pip install {TRL}")
+        raise ValueError(
+            f"--peer-python {python} has no trl; install it there: {python} -m pip install {TRL}"
+        )
 
 
 def write_messages(source: Path, target: Path) -> int:
@@ -179,7 +197,9 @@ def check_same(work: Path, rows: int) -> None:
         theirs = read_ids(work / (measured.after or name) / f"{measured.part}.npz")
         assert len(theirs) == rows, f"{len(theirs)} rows in {name}, {rows} in the file"
         for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-            assert mine.tolist() == other.tolist(), f"row {number} has other tokens in {name}: {mine} and {other}"
+            assert mine.tolist() == other.tolist(), (
+                f"row {number} has other tokens in {name}: {mine} and {other}"
+            )
 
 
 def check_counts(results: dict[int, dict[str, list[Facts]]], rows: int) -> tuple[int, int]:
@@ -206,20 +226,24 @@ def show_peers(console: Console, cores: int, found: dict[str, list[Facts]], rows
     console.print(table)
     best = {peer: min(middle[peer], middle[f"{peer}_alone"]) / middle["ours"] for peer in ("trl", "map")}
     console.print(
-        f"TRL takes {middle['trl'] / middle['ours']:.2f} times as long with as many processes, {best['trl']:.2f} times"
+        f"TRL takes {middle['trl'] / middle['ours']:.2f} times as long with as many processes,"
+        f" {best['trl']:.2f} times"
         f" at its best (wanted: 2); the plain map {best['map']:.2f} times at its best; second start in"
         f" {middle['ours_again']:.3f} s (wanted: under 0.5)",
         highlight=False,
     )
     load = median(facts["load_seconds"] for facts in found["trl"])
-    console.print(f"not in TRL's and the map's time: load_dataset of the file, {load:.2f} s\n", highlight=False)
+    console.print(
+        f"not in TRL's and the map's time: load_dataset of the file, {load:.2f} s\n", highlight=False
+    )
 
 
 # ---- a million rows
 
 
 def measure_million(options: argparse.Namespace, folder: Path, console: Console) -> Facts:
-    """Prepare a generated file, watched from outside; check that it was done; show and return what was seen."""
+    """Prepare a generated file, watched from outside; check that it was done; show and return what was
+    seen."""
     cores = options.cores[-1]
     data = folder / "rows.jsonl"
     console.print(f"writing {options.rows:,} rows to {data}")
@@ -259,8 +283,14 @@ def measure_million(options: argparse.Namespace, folder: Path, console: Console)
         ("file, prepared folder", f"{found['file_bytes'] / 1e9:.2f} GB, {disk / 1e9:.2f} GB"),
         ("tokens, trained ones", f"{found['tokens']:,}, {found['trained_tokens']:,}"),
         ("prepared in", f"{found['seconds']:.1f} s"),
-        ("rows/s, tokens/s", f"{options.rows / cold['seconds']:,.0f}, {cold['tokens'] / cold['seconds']:,.0f}"),
-        ("peak memory of all processes, shared pages once (PSS)", f"{watch.peak_pss / 1e9:.2f} GB (wanted: under 3)"),
+        (
+            "rows/s, tokens/s",
+            f"{options.rows / cold['seconds']:,.0f}, {cold['tokens'] / cold['seconds']:,.0f}",
+        ),
+        (
+            "peak memory of all processes, shared pages once (PSS)",
+            f"{watch.peak_pss / 1e9:.2f} GB (wanted: under 3)",
+        ),
         ("the same, shared pages in each (RSS)", f"{watch.peak_rss / 1e9:.2f} GB, {watch.samples} samples"),
         ("peak memory as qwenlora tells it", f"{cold['peak_memory_bytes'] / 1e9:.2f} GB"),
         ("of the time, packing", f"{checked['packing_seconds']:.2f} s"),
@@ -270,19 +300,24 @@ def measure_million(options: argparse.Namespace, folder: Path, console: Console)
     ):
         table.add_row(name, value)
     console.print(table)
-    console.print(f"{found['machine']['cpu']}, {found['machine']['cores']} cores; {cold['versions']}", highlight=False)
+    console.print(
+        f"{found['machine']['cpu']}, {found['machine']['cores']} cores; {cold['versions']}", highlight=False
+    )
     return found
 
 
 def write_rows(source: Path, target: Path, count: int) -> None:
     """Write rows like those of source: the same lengths in characters, in new words; the same ones each time.
 
-    A clause is replaced by the halves of two others that are as long together. Whole clauses would come back so often
-    that the tokenizer's cache of words knew them, which it does not in real text.
+    A clause is replaced by the halves of two others that are as long together. Whole clauses would come back
+    so often that the tokenizer's cache of words knew them, which it does not in real text.
     """
     rows = [json.loads(line)["conversations"] for line in source.open(encoding="utf-8")]
     split = [
-        [(turn["from"], re.findall(r"[^，。？！；、]+[，。？！；、]*|^[，。？！；、]+", turn["value"])) for turn in row]
+        [
+            (turn["from"], re.findall(r"[^，。？！；、]+[，。？！；、]*|^[，。？！；、]+", turn["value"]))
+            for turn in row
+        ]
         for row in rows
     ]
     heads: dict[int, list[str]] = defaultdict(list)
@@ -301,7 +336,9 @@ def write_rows(source: Path, target: Path, count: int) -> None:
     with target.open("w", encoding="utf-8") as file:
         for _ in range(count):
             row = split[int(draw() * len(split))]
-            turns = [{"from": who, "value": "".join(new(len(clause)) for clause in said)} for who, said in row]
+            turns = [
+                {"from": who, "value": "".join(new(len(clause)) for clause in said)} for who, said in row
+            ]
             file.write(json.dumps({"conversations": turns}, ensure_ascii=False) + "\n")
 
 
@@ -332,7 +369,10 @@ class Watch:
                     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
                 except OSError:
                     continue  # it has ended
-                sizes = {name: int(size) for name, size in re.findall(r"^(Pss|Rss):\s+(\d+) kB", text, re.MULTILINE)}
+                sizes = {
+                    name: int(size)
+                    for name, size in re.findall(r"^(Pss|Rss):\s+(\d+) kB", text, re.MULTILINE)
+                }
                 pss, rss = pss + sizes.get("Pss", 0) * 1024, rss + sizes.get("Rss", 0) * 1024
             self.peak_pss, self.peak_rss = max(self.peak_pss, pss), max(self.peak_rss, rss)
             self.samples += bool(rss)
@@ -363,7 +403,8 @@ def start_part(
     options: argparse.Namespace,
     watch: Watch | None = None,
 ) -> Facts:
-    """Run one part of this file in an interpreter; return what it measured. Raises: ValueError when it fails."""
+    """Run one part of this file in an interpreter; return what it measured. Raises: ValueError when it
+    fails."""
     answer, log = work / f"{part}.json", work / f"{part}.log"
     answer.unlink(missing_ok=True)
     command: list[str | Path] = [python, Path(__file__).absolute(), "--part", part, "--work", work]
@@ -400,7 +441,8 @@ def run_part(options: argparse.Namespace) -> None:
 
 
 def part_ours(options: argparse.Namespace) -> Facts:
-    """Prepare with qwenlora; the cache in the work folder decides whether this is a first or a second start."""
+    """Prepare with qwenlora; the cache in the work folder decides whether this is a first or a second
+    start."""
     facts, rows = prepare_ours(options)
     side = rows.side("train")
     write_ids(options.work, "ours", (side.row(number).ids for number in range(len(side))))
@@ -425,7 +467,9 @@ def prepare_ours(options: argparse.Namespace) -> tuple[Facts, Any]:
     from qwenlora.data import prepared
 
     tokenizer = load_tokenizer(options.tokenizer)
-    data = Data(train=str(options.data), num_proc=options.num_proc, max_length=MAX_LENGTH, overlength="truncate")
+    data = Data(
+        train=str(options.data), num_proc=options.num_proc, max_length=MAX_LENGTH, overlength="truncate"
+    )
     start = time.perf_counter()
     rows = prepared.prepare(data, tokenizer, options.work / "cache")
     rows.refuse(data, tokenizer)
@@ -531,7 +575,10 @@ def part_map(options: argparse.Namespace) -> Facts:
     start = time.perf_counter()
     dataset = dataset.map(tokens, num_proc=options.num_proc or None)
     seconds = time.perf_counter() - start
-    return write_ids(options.work, "map", dataset["input_ids"]) | {"seconds": seconds, "load_seconds": load_seconds}
+    return write_ids(options.work, "map", dataset["input_ids"]) | {
+        "seconds": seconds,
+        "load_seconds": load_seconds,
+    }
 
 
 def load_tokenizer(folder: Path) -> Any:

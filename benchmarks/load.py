@@ -1,8 +1,9 @@
 """python benchmarks/load.py: what it costs ranks to load a base: seconds, host memory, bytes read.
 
-A base of 0.9 GB in bfloat16 is made. Four ranks load it whole (ddp), and in parts (zero3, fsdp), in processes of their
-own each time, taking turns. Before a number is shown, a parameter is put together from all ranks and compared with the
-file, and all ranks together must have read the base once. What the numbers mean: README.md beside this file.
+A base of 0.9 GB in bfloat16 is made. Four ranks load it whole (ddp), and in parts (zero3, fsdp), in processes
+of their own each time, taking turns. Before a number is shown, a parameter is put together from all ranks and
+compared with the file, and all ranks together must have read the base once. What the numbers mean: README.md
+beside this file.
 """
 
 import argparse
@@ -27,9 +28,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from qwenlora.configs.schema import Config, Data, Model
-from qwenlora.trainer import base_files, loading
-from qwenlora.trainer.model import load_base
-from qwenlora.trainer.zero import start_communication
+from qwenlora.trainer.model import base_files
+from qwenlora.trainer.model.base import load_base
+from qwenlora.trainer.spread import sharded_loading as loading
+from qwenlora.trainer.spread.zero import start_communication
 
 STRATEGIES = ("ddp", "zero3", "fsdp")
 CHECKED = "model.layers.1.mlp.down_proj.weight"
@@ -79,7 +81,11 @@ def whole(parameter: Any, strategy: str) -> Tensor:
 
 def own(parameter: Any, strategy: str) -> Tensor:
     """Return what this rank has of a parameter."""
-    has = {"ddp": lambda: parameter, "zero3": lambda: parameter.ds_tensor, "fsdp": lambda: parameter.to_local()}
+    has = {
+        "ddp": lambda: parameter,
+        "zero3": lambda: parameter.ds_tensor,
+        "fsdp": lambda: parameter.to_local(),
+    }
     return has[strategy]().detach()  # type: ignore[no-any-return]
 
 
@@ -156,9 +162,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--layers", type=int, default=26, help="of the base: 31 MB each")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that it is loaded in")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="that it is loaded in"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the base is written (default: the temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the base is written (default: the temporary folder)"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--strategy", choices=STRATEGIES, help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)

@@ -1,6 +1,7 @@
 """What cannot run together, why, and what would: a table, and `refuse(config, machine)`, which walks it.
 
-Nothing here loads a model; what only the base can show (attention heads, a GPU's number formats) is the trainer's.
+Nothing here loads a model; what only the base can show (attention heads, a GPU's number formats) is the
+trainer's.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,8 @@ SHARDED = ("zero3", "fsdp")  # the base is in parts
 
 
 class Machine(NamedTuple):
-    """Where a run is. processes: ranks a node; gpus: a node's, 0: CPU only; gpu_bytes: of the smallest, 0: unknown.
+    """Where a run is. processes: ranks a node; gpus: a node's, 0: CPU only; gpu_bytes: of the smallest, 0:
+    unknown.
 
     nvlink: whether the GPUs of a node all reach each other over it.
     """
@@ -35,7 +37,8 @@ class Machine(NamedTuple):
 class Rule(NamedTuple):
     """A combination that is refused.
 
-    what: the combination, for a table; says: its keys and values in str.format's words (config, strategy, machine);
+    what: the combination, for a table; says: its keys and values in str.format's words (config, strategy,
+    machine);
     why: the reason; instead: what to set.
     """
 
@@ -165,7 +168,10 @@ RULES = (
         "shard-group-one-process",
         "`shard_group: node` on several nodes with one process each",
         lambda c, m: (
-            c.strategy.shard_group == "node" and c.strategy.name in SHARDED and m.nodes > 1 and m.processes == 1
+            c.strategy.shard_group == "node"
+            and c.strategy.name in SHARDED
+            and m.nodes > 1
+            and m.processes == 1
         ),
         "strategy.shard_group=node on {machine.nodes} nodes with 1 process each",
         "the one process of a node would hold the whole base",
@@ -175,7 +181,9 @@ RULES = (
         "shard-group-zero3-quantization",
         "`zero3` with `shard_group: node` and `quantization`",
         lambda c, m: (
-            c.strategy.shard_group == "node" and c.strategy.name == "zero3" and c.strategy.quantization == "nf4"
+            c.strategy.shard_group == "node"
+            and c.strategy.name == "zero3"
+            and c.strategy.quantization == "nf4"
         ),
         f"{_NAME} with strategy.shard_group=node and strategy.quantization={{strategy.quantization}}",
         "DeepSpeed's second, node-wide partition (hpZ) knows nothing of quantised weights",
@@ -194,7 +202,8 @@ RULES = (
         f"`zero1` to `zero3` with another `train.optim` than {', '.join(FLAT)}",
         lambda c, m: c.strategy.name in ZERO and c.train.optim not in FLAT,
         f"{_NAME} with train.optim={{config.train.optim}}",
-        "ZeRO hands an optimizer flat pieces of all parameters, and others look at rows and columns, keep blocks of few"
+        "ZeRO hands an optimizer flat pieces of all parameters, and others look at rows and columns, keep"
+        " blocks of few"
         " bits, or prepare for whole parameters",
         "set train.optim: adamw_torch_fused, or strategy.name: ddp or fsdp",
     ),
@@ -220,7 +229,9 @@ RULES = (
         "sequence-parallel-packing",
         "`sequence_parallel` over 1 with `data.packing: on` and `attn_implementation: sdpa`",
         lambda c, m: (
-            c.strategy.sequence_parallel > 1 and c.data.packing == "on" and c.model.attn_implementation == "sdpa"
+            c.strategy.sequence_parallel > 1
+            and c.data.packing == "on"
+            and c.model.attn_implementation == "sdpa"
         ),
         "strategy.sequence_parallel={strategy.sequence_parallel} with data.packing=on and"
         " model.attn_implementation=sdpa",

@@ -1,7 +1,10 @@
-"""DeepSpeed's config for zero1 to zero3: made from the run's, or a file of the user's with the gaps filled in.
+"""DeepSpeed's config for zero1 to zero3: made from the run's, or a file of the user's with the gaps filled
+in.
 
-What both the run's config and the file say must agree: the run's config is the one that is printed, kept and compared.
-Source: https://www.deepspeed.ai/docs/config-json/ and the classes in deepspeed.runtime, whose keys a test compares.
+What both the run's config and the file say must agree: the run's config is the one that is printed, kept and
+compared.
+Source: https://www.deepspeed.ai/docs/config-json/ and the classes in deepspeed.runtime, whose keys a test
+compares.
 """
 
 import difflib
@@ -16,31 +19,103 @@ NEVER = 2**31 - 1
 
 # a block of its own, or a value, that may stand in a file
 KNOWN = (
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("managed_gradient_accumulation", "steps_per_print", "dump_state", "disable_python_gc", "disable_allgather"),
+    *(
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ),
+    *(
+        "managed_gradient_accumulation",
+        "steps_per_print",
+        "dump_state",
+        "disable_python_gc",
+        "disable_allgather",
+    ),
     *("communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients"),
-    *("gradient_predivide_factor", "gradient_allreduce_op", "zero_optimization", "zero_allow_untested_optimizer"),
+    *(
+        "gradient_predivide_factor",
+        "gradient_allreduce_op",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+    ),
     *("zero_force_ds_cpu_optimizer", "fp16", "bf16", "bfloat16", "torch_autocast", "optimizer", "scheduler"),
-    *("wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "autotuning", "hybrid_engine"),
+    *(
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "flops_profiler",
+        "comms_logger",
+        "autotuning",
+        "hybrid_engine",
+    ),
     *("pipeline", "data_efficiency", "checkpoint", "data_types", "aio", "dataloader_drop_last", "log_level"),
-    *("weight_quantization", "compile", "timers", "tensor_parallel", "expert_parallel", "tensorboard", "wandb"),
+    *(
+        "weight_quantization",
+        "compile",
+        "timers",
+        "tensor_parallel",
+        "expert_parallel",
+        "tensorboard",
+        "wandb",
+    ),
     *("csv_monitor", "comet", "activation_checkpointing", "sequence_parallel_size", "vocabulary_size"),
     *("use_data_before_expert_parallelism", "datastates_ckpt"),
 )
 ZERO_KEYS = (
-    *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
-    *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "load_from_fp32_weights"),
-    *("elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow", "sub_group_size", "cpu_offload_param"),
+    *(
+        "stage",
+        "contiguous_gradients",
+        "reduce_scatter",
+        "reduce_bucket_size",
+        "use_multi_rank_bucket_allreduce",
+    ),
+    *(
+        "allgather_partitions",
+        "allgather_bucket_size",
+        "overlap_comm",
+        "compute_grad_norm",
+        "load_from_fp32_weights",
+    ),
+    *(
+        "elastic_checkpoint",
+        "offload_param",
+        "offload_optimizer",
+        "zenflow",
+        "sub_group_size",
+        "cpu_offload_param",
+    ),
     *("cpu_offload_use_pin_memory", "cpu_offload", "stage3_prefetch_bucket_size", "prefetch_bucket_size"),
-    *("stage3_param_persistence_threshold", "param_persistence_threshold", "stage3_model_persistence_threshold"),
-    *("model_persistence_threshold", "stage3_max_live_parameters", "max_live_parameters", "stage3_max_reuse_distance"),
-    *("max_reuse_distance", "stage3_gather_16bit_weights_on_model_save", "gather_16bit_weights_on_model_save"),
-    *("stage3_module_granularity_threshold", "module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params"),
+    *(
+        "stage3_param_persistence_threshold",
+        "param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+    ),
+    *(
+        "model_persistence_threshold",
+        "stage3_max_live_parameters",
+        "max_live_parameters",
+        "stage3_max_reuse_distance",
+    ),
+    *(
+        "max_reuse_distance",
+        "stage3_gather_16bit_weights_on_model_save",
+        "gather_16bit_weights_on_model_save",
+    ),
+    *(
+        "stage3_module_granularity_threshold",
+        "module_granularity_threshold",
+        "stage3_use_all_reduce_for_fetch_params",
+    ),
     *("use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "allgather_sequential"),
     *("stage3_gather_fp16_weights_on_model_save", "ignore_unused_parameters", "legacy_stage1"),
     *("round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights"),
     *("zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear"),
-    *("pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
+    *(
+        "pipeline_loading_checkpoint",
+        "override_module_apply",
+        "log_trace_cache_warnings",
+        "enable_sanity_checks",
+    ),
     *("save_muon_momentum_buffer_in_memory", "leaf_module"),
 )
 NUMBERS = ("_size", "_threshold", "_distance", "_parameters")
@@ -83,7 +158,8 @@ class Fixed(NamedTuple):
 
 
 def deepspeed_config(config: Config, name: str, processes: int, accumulation: int) -> dict[str, Any]:
-    """Return DeepSpeed's config. name: zero1, zero2 or zero3; processes: on a node; accumulation: micro-batches a step.
+    """Return DeepSpeed's config. name: zero1, zero2 or zero3; processes: on a node; accumulation:
+    micro-batches a step.
 
     Raises: ValueError when strategy.deepspeed_config cannot be read, or says something else than config.
     """
@@ -112,7 +188,9 @@ def user_file(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{said}: not UTF-8 text at byte {error.start}; save the file as UTF-8") from None
     except OSError as error:
-        raise ValueError(f"{said}: cannot be read: {error.strerror}; name a JSON file, or remove the key") from None
+        raise ValueError(
+            f"{said}: cannot be read: {error.strerror}; name a JSON file, or remove the key"
+        ) from None
     try:
         values = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
     except json.JSONDecodeError as error:
@@ -138,7 +216,8 @@ def _made(config: Config, name: str, processes: int, accumulation: int) -> dict[
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
-        # in stage 3 base weights are fetched while others compute; in 1 and 2 there is but one small reduction a step
+        # in stage 3 base weights are fetched while others compute; in 1 and 2 there is but one small
+        # reduction a step
         "overlap_comm": stage == 3,
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
@@ -178,18 +257,23 @@ def _fixed(config: Config, name: str, processes: int, accumulation: int) -> dict
     sums = "gradients are averaged and clipped by qwenlora's rules"
     return {
         "train_micro_batch_size_per_gpu": Fixed(
-            train.per_device_train_batch_size, f"train.per_device_train_batch_size={train.per_device_train_batch_size}"
+            train.per_device_train_batch_size,
+            f"train.per_device_train_batch_size={train.per_device_train_batch_size}",
         ),
         "gradient_accumulation_steps": Fixed(
             accumulation, f"train.global_batch_size={train.global_batch_size} over all processes"
         ),
-        "train_batch_size": Fixed(train.global_batch_size, f"train.global_batch_size={train.global_batch_size}"),
+        "train_batch_size": Fixed(
+            train.global_batch_size, f"train.global_batch_size={train.global_batch_size}"
+        ),
         "gradient_clipping": Fixed(train.max_grad_norm, f"train.max_grad_norm={train.max_grad_norm:g}"),
         "sequence_parallel_size": Fixed(
             strategy.sequence_parallel, f"strategy.sequence_parallel={strategy.sequence_parallel}"
         ),
         "zero_optimization.stage": Fixed(int(name.removeprefix("zero")), f"strategy.name={name}"),
-        "zero_optimization.offload_optimizer.device": Fixed(optimizer, f"strategy.offload={strategy.offload}"),
+        "zero_optimization.offload_optimizer.device": Fixed(
+            optimizer, f"strategy.offload={strategy.offload}"
+        ),
         "zero_optimization.offload_param.device": Fixed(params, f"strategy.offload={strategy.offload}"),
         "zero_optimization.zero_hpz_partition_size": Fixed(processes if on else 1, grouped),
         "zero_allow_untested_optimizer": Fixed(True, "the optimizer is torch's"),
@@ -219,20 +303,27 @@ def _contradictions(theirs: dict[str, Any], fixed: dict[str, Fixed]) -> list[str
     zero = theirs.get("zero_optimization", {})
     if not isinstance(zero, dict) and zero != "auto":
         found.append(f"zero_optimization={_show(zero)}: expected an object; write {{...}}, or remove it")
-    found += [_unknown(f"zero_optimization.{key}", key, ZERO_KEYS) for key in _of(zero) if key not in ZERO_KEYS]
+    found += [
+        _unknown(f"zero_optimization.{key}", key, ZERO_KEYS) for key in _of(zero) if key not in ZERO_KEYS
+    ]
     for key, value in _of(zero).items():
         number = key.endswith(NUMBERS) and key not in ("zero_hpz_partition_size", "ignore_unused_parameters")
         if number and value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float)):
-            found.append(f"zero_optimization.{key}={_show(value)}: expected a number; write it without quotes")
+            found.append(
+                f"zero_optimization.{key}={_show(value)}: expected a number; write it without quotes"
+            )
     for key, instead in OTHERWISE.items():
         value = _at(theirs, key)
         if _is_on(value):
             found.append(f"{key}={_show(value)}: {instead}; remove {key}")
     for key, (value, why) in fixed.items():
         said = _at(theirs, key)
-        if said not in (None, "auto") and (said != value or isinstance(said, bool) != isinstance(value, bool)):
+        if said not in (None, "auto") and (
+            said != value or isinstance(said, bool) != isinstance(value, bool)
+        ):
             found.append(
-                f"{key}={_show(said)}, but {why}: expected {_show(value)}; change one of them, or remove {key}"
+                f"{key}={_show(said)}, but {why}: expected {_show(value)}; change one of them, or remove"
+                f" {key}"
             )
     return found
 

@@ -1,7 +1,8 @@
-"""How many bytes a run needs on each GPU and moves between them, from counts alone; what strategy.name: auto becomes.
+"""How many bytes a run needs on each GPU and moves between them, from counts alone; what strategy.name: auto
+becomes.
 
-`need(config, sizes, "fsdp", machine, "node").total`; `decide(config, sizes, machine)`. Bytes, of which 1e9 are a GB.
-Held against published runs of a 7B by tests/configs/test_estimate.py: within a fifth.
+`need(config, sizes, "fsdp", machine, "node").total`; `decide(config, sizes, machine)`. Bytes, of which 1e9
+are a GB. Held against published runs of a 7B by tests/configs/test_estimate.py: within a fifth.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any, NamedTuple
 from qwenlora.configs.combinations import Machine, packs_rows, problems
 from qwenlora.configs.schema import Config
 
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a number: 4 bits, an 8-bit scale for 64, a float32 scale for 256 of those
+NF4 = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # bytes a number: 4 bits, an 8-bit scale for 64, a float32 scale for 256 of those
 EAGER = 2.3  # activations with peft's LoRA layers, as against fused ones
 RESERVE = 2_000_000_000  # CUDA's context, NCCL's buffers, what the allocator cannot use
 LIVE = 1_000_000_000  # numbers that ZeRO-3 holds gathered (stage3_max_live_parameters)
@@ -21,8 +24,8 @@ NVLINK, PCIE, NETWORK = 370e9, 25e9, 50e9  # bytes a second that a GPU gets
 class Sizes(NamedTuple):
     """Counts of the model's numbers, as trainer.model.Parameters has them.
 
-    body: matrices that every token passes; head: the output matrix; longest: tokens of the longest row, 0: unknown,
-    so data.max_length.
+    body: matrices that every token passes; head: the output matrix; longest: tokens of the longest row, 0:
+    unknown, so data.max_length.
     """
 
     total: int
@@ -90,12 +93,15 @@ def need(config: Config, sizes: Sizes, name: str, machine: Machine, shard_group:
 
     With n GPUs in a sharding group, b bytes a number (bfloat16: 2), P trained numbers, t tokens at once:
 
-    - weights: b * body + b * (embeddings and head), body in nf4 0.516, in int8 1 byte a number; zero3, fsdp: / n. zero3
+    - weights: b * body + b * (embeddings and head), body in nf4 0.516, in int8 1 byte a number; zero3, fsdp:
+    / n. zero3
       in node groups holds both, a part of all GPUs' and a part of the node's. offload: params: none.
     - gathered, zero3 and fsdp: fsdp two layers, embeddings and head; zero3 1e9 numbers, embeddings and head.
-    - trained, in float32 with Adam: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P / n
+    - trained, in float32 with Adam: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P /
+    n
       (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less.
-    - activations: t * layers * b (6 h + 2 k + 2 i), times 2.3 with peft's layers; h, k, i: hidden, key and value,
+    - activations: t * layers * b (6 h + 2 k + 2 i), times 2.3 with peft's layers; h, k, i: hidden, key and
+    value,
       intermediate width. gradient_checkpointing: t * layers * b h, and one layer as above.
     - logits: 12 t * vocabulary. reserve: 2e9.
     """
@@ -112,7 +118,9 @@ def need(config: Config, sizes: Sizes, name: str, machine: Machine, shard_group:
             weights = 0
         body = (base - width * outside) / sizes.body  # bytes a number
         together = 2 * sizes.body / sizes.layers if name == "fsdp" else min(LIVE, sizes.body)
-        gathered = body * together + width * outside if group > 1 or config.strategy.offload == "params" else 0
+        gathered = (
+            body * together + width * outside if group > 1 or config.strategy.offload == "params" else 0
+        )
     at_once = tokens(config, sizes)
     layer = width * (6 * sizes.hidden_size + 2 * sizes.kv_width + 2 * sizes.intermediate_size)
     if config.train.gradient_checkpointing:
@@ -130,12 +138,14 @@ def need(config: Config, sizes: Sizes, name: str, machine: Machine, shard_group:
     )
 
 
-def traffic(config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str = "global") -> Traffic:
+def traffic(
+    config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str = "global"
+) -> Traffic:
     """Return what a GPU sends, with n GPUs in all and g in a sharding group.
 
     step: the adapter's gradients, float32, are averaged: 2 (n - 1) / n * 4 P, whoever holds the result.
-    micro_batch, zero3 and fsdp: the base is gathered forward and backward, 2 (g - 1) / g * its bytes; zero3 in node
-    groups gathers from all GPUs forward, from the node's backward.
+    micro_batch, zero3 and fsdp: the base is gathered forward and backward, 2 (g - 1) / g * its bytes; zero3
+    in node groups gathers from all GPUs forward, from the node's backward.
     """
     world, near = machine.world_size, machine.processes if shard_group == "node" else machine.world_size
     far = world if name == "zero3" else near
@@ -164,10 +174,14 @@ def decide(config: Config, sizes: Sizes | None, machine: Machine) -> Decision:
     if not machine.gpus:
         return _ddp("no GPU: the whole model in each process")
     if not machine.gpu_bytes:
-        return _ddp("the whole model on each GPU, whose memory is unknown; name another strategy if that is too small")
+        return _ddp(
+            "the whole model on each GPU, whose memory is unknown; name another strategy if that is too small"
+        )
     assert sizes is not None
     ways = _ways(config, sizes, machine)
-    fitting = next(((name, group) for name, group in ways if ways[name, group].total <= machine.gpu_bytes), None)
+    fitting = next(
+        ((name, group) for name, group in ways if ways[name, group].total <= machine.gpu_bytes), None
+    )
     name, group = fitting or min(ways, key=lambda way: ways[way].total)
     if not fitting and ways[name, group].least > machine.gpu_bytes:
         raise ValueError(_nothing_fits(config, sizes, machine, name, ways[name, group]))
@@ -214,7 +228,8 @@ def _why_in_parts(config: Config, sizes: Sizes, machine: Machine, name: str, gro
     elif not machine.nvlink:
         hidden = break_even(config, PCIE)
         said += (
-            f"; without NVLink between them all it is gathered over PCIe, which {hidden:,} tokens on a GPU would hide"
+            f"; without NVLink between them all it is gathered over PCIe, which {hidden:,} tokens on a GPU"
+            f" would hide"
             f" at {PCIE / 1e9:.0f} GB/s (here {at_once:,})"
         )
     return said
@@ -240,7 +255,9 @@ def _would_allow_ddp(config: Config, sizes: Sizes, machine: Machine) -> list[str
 
 def _leaner(config: Config, fits: Callable[[Config], Any]) -> list[tuple[str, Config]]:
     """Return settings that need less memory; two at once only where neither fits by itself."""
-    checkpointed = config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": True})})
+    checkpointed = config.model_copy(
+        update={"train": config.train.model_copy(update={"gradient_checkpointing": True})}
+    )
     ways = []
     if not config.train.gradient_checkpointing:
         ways.append(("train.gradient_checkpointing: true", checkpointed))
@@ -272,10 +289,12 @@ def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, lea
     gpus = "the GPU" if machine.world_size == 1 else f"each of {machine.world_size} GPUs"
     cure = " or ".join(ways_out) or "a smaller base model or larger GPUs"
     return (
-        f"strategy.name=auto: model.name_or_path={config.model.name_or_path} needs about {_gb(least.total)} on {gpus}"
+        f"strategy.name=auto: model.name_or_path={config.model.name_or_path} needs about {_gb(least.total)}"
+        f" on {gpus}"
         f" even with {name}, expected at most the {_gb(machine.gpu_bytes)} there are"
         f" ({_gb(least.weights + least.gathered)} base, {_gb(least.trained)} adapter,"
-        f" {_gb(least.activations + least.logits)} for {tokens(config, sizes):,} tokens); what would fit: {cure};"
+        f" {_gb(least.activations + least.logits)} for {tokens(config, sizes):,} tokens); what would fit:"
+        f" {cure};"
         f" or set strategy.name: {name} to try all the same"
     )
 

@@ -1,7 +1,7 @@
 """From a YAML file and `key=value` overrides to one validated Config.
 
-`load_config("configs/tiny.yaml", {"lora.r": 32})`. Every refusal is a ValueError whose lines each name the place,
-the key, the value and what was expected. What the keys mean is schema.py's.
+`load_config("configs/tiny.yaml", {"lora.r": 32})`. Every refusal is a ValueError whose lines each name the
+place, the key, the value and what was expected. What the keys mean is schema.py's.
 """
 
 import difflib
@@ -55,7 +55,8 @@ def load_config(
 ) -> Config:
     """Return the resolved config: the schema's defaults < defaults < the YAML file < overrides.
 
-    overrides: `key=value` texts as typed on a command line (the value is YAML), or a mapping of dotted key to value.
+    overrides: `key=value` texts as typed on a command line (the value is YAML), or a mapping of dotted key to
+    value.
     defaults: dotted key to value, of a site file; defaults_of: what messages call it.
     Raises: ValueError, one line a problem.
     """
@@ -78,7 +79,9 @@ def load_config(
 
 def to_yaml(config: Config) -> str:
     """Return the config as YAML text that load_config reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(
+        config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=110
+    )
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -177,7 +180,12 @@ def parse(text: str, name: str, places: dict[str, str] | None = None) -> Any:
 
 
 def _plain(
-    loader: _Loader, node: yaml.Node, key: str, name: str, places: dict[str, str], above: tuple[yaml.Node, ...]
+    loader: _Loader,
+    node: yaml.Node,
+    key: str,
+    name: str,
+    places: dict[str, str],
+    above: tuple[yaml.Node, ...],
 ) -> Any:
     line = node.start_mark.line + 1
     if node in above:
@@ -193,7 +201,9 @@ def _plain(
             child_key = f"{key}.{key_node.value}" if key else key_node.value
             place = f"{name}:{key_node.start_mark.line + 1}"
             if key_node.value in mapping:
-                raise ValueError(f"{place}: {child_key} stands twice (first at {places[child_key]}); keep one")
+                raise ValueError(
+                    f"{place}: {child_key} stands twice (first at {places[child_key]}); keep one"
+                )
             places[child_key] = place
             mapping[key_node.value] = _plain(loader, child, child_key, name, places, above)
         return mapping
@@ -316,7 +326,9 @@ def _key_of(loc: tuple[int | str, ...], kind: str) -> tuple[str, str]:
         if longer not in FIELDS and longer not in SECTIONS:
             rest = [part for part in loc[number:] if not str(part).startswith("<")]
             is_source = any(part == "<source>" for part in loc)
-            return key, "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in rest) if is_source else ""
+            return key, "".join(
+                f"[{p}]" if isinstance(p, int) else f".{p}" for p in rest
+            ) if is_source else ""
         key = longer
     return key, ""
 
@@ -373,7 +385,10 @@ def _unknown(key: str, value: Any) -> str:
     siblings = [k.rpartition(".")[2] for k in FIELDS if k.rpartition(".")[0] == section]
     moved = [k for k in FIELDS if k.rpartition(".")[2] == leaf]
     longer = [k for k in siblings if len(leaf) > 2 and k.startswith(leaf)]
-    near = [f"{section}.{k}".lstrip(".") for k in longer + difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7)]
+    near = [
+        f"{section}.{k}".lstrip(".")
+        for k in longer + difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7)
+    ]
     by_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
     far = [k for k in FIELDS if by_leaf and k.rpartition(".")[2] == by_leaf[0]]
     sections = [] if section else difflib.get_close_matches(leaf, SECTIONS, n=1, cutoff=0.6)

@@ -6,7 +6,16 @@ This file is the one owner of defaults. Keys are spelled as transformers, peft a
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -23,7 +32,8 @@ class Model(Section):
     """The base model."""
 
     name_or_path: Text = Field(
-        description="A folder, a hub name (Qwen/Qwen2.5-7B-Instruct), or `tiny`: a small Qwen3 made on the spot."
+        description="A folder, a hub name (Qwen/Qwen2.5-7B-Instruct), or `tiny`: a small Qwen3 made on the"
+        " spot."
     )
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub model.")
     tokenizer: Text | None = Field(
@@ -41,9 +51,13 @@ class Model(Section):
 Format = Literal["auto", "chat", "alpaca", "query_response", "prompt_completion", "text"]
 Columns = dict[Text, Text | None]
 Role = Literal["system", "user", "assistant", "tool", "function_call"]
-_COLUMNS = "What the file's keys are called here, as {question: instruction, answer: output}; null: ignore the key."
+_COLUMNS = (
+    "What the file's keys are called here, as {question: instruction, answer: output}; null: ignore the key."
+)
 _ROLES = "What the file's roles are, as {bot: assistant}."
-_ENCODING = "Encoding of text files, as gb18030. Default: UTF-8; in CSV and TSV also GB18030, where it is found."
+_ENCODING = (
+    "Encoding of text files, as gb18030. Default: UTF-8; in CSV and TSV also GB18030, where it is found."
+)
 
 
 class Source(Section):
@@ -51,7 +65,8 @@ class Source(Section):
 
     path: Text = Field(description="A file, a folder, a glob, a hub name, or `example`.")
     weight: Annotated[float, Field(gt=0.0)] = Field(
-        1.0, description="How often an epoch sees its rows: 2 is twice; 0.5 is half of them, chosen by a hash."
+        1.0,
+        description="How often an epoch sees its rows: 2 is twice; 0.5 is half of them, chosen by a hash.",
     )
     format: Format | None = Field(None, description="As data.format, for this source.")
     columns: Columns | None = Field(None, description="As data.columns, for this source.")
@@ -90,7 +105,8 @@ class Data(Section):
     """The rows to train and to evaluate on. Paths are relative to the working directory."""
 
     train: Sources = Field(
-        description="A file, folder, glob or hub name, or a list; {path: my.jsonl, weight: 2} says more of one."
+        description="A file, folder, glob or hub name, or a list; {path: my.jsonl, weight: 2} says more of"
+        " one."
         " `example`: the rows that come with qwenlora."
     )
     eval: Sources | None = Field(
@@ -99,29 +115,40 @@ class Data(Section):
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="Share of the training rows to evaluate on instead, chosen by a hash of each row."
     )
-    format: Format = Field("auto", description="Shape of the rows; auto: found by looking at each file's first.")
+    format: Format = Field(
+        "auto", description="Shape of the rows; auto: found by looking at each file's first."
+    )
     columns: Columns = Field(default_factory=dict, description=_COLUMNS)
     roles: dict[Text, Role] = Field(default_factory=dict, description=_ROLES)
     encoding: Text | None = Field(None, description=_ENCODING)
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="What to do when there are rows that cannot be trained; they are listed either way."
+        "error",
+        description="What to do when there are rows that cannot be trained; they are listed either way.",
     )
     train_on: Literal["assistant", "last_assistant", "all"] = Field(
         "assistant", description="What is learnt: every reply, the last reply of a row, or all that is said."
     )
-    max_length: Annotated[int, Field(ge=8)] = Field(2048, description="Longest row, and length of a pack, in tokens.")
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        2048, description="Longest row, and length of a pack, in tokens."
+    )
     overlength: Literal["error", "truncate", "drop", "split"] = Field(
-        "error", description="What to do with rows longer than max_length; what was done is counted and shown."
+        "error",
+        description="What to do with rows longer than max_length; what was done is counted and shown.",
     )
     split_replies: bool = Field(
-        False, description="With overlength: split. A reply too long for one row goes on in rows without its question."
+        False,
+        description="With overlength: split. A reply too long for one row goes on in rows without its"
+        " question.",
     )
     packing: Literal["auto", "on", "off"] = Field(
         "auto", description="Several rows in one sequence of max_length, kept apart. auto: on with a GPU."
     )
-    num_proc: PositiveInt | None = Field(None, description="Processes that prepare the rows. Default: one a core.")
+    num_proc: PositiveInt | None = Field(
+        None, description="Processes that prepare the rows. Default: one a core."
+    )
     cache_dir: Text | None = Field(
-        None, description="Where prepared rows are kept for all runs. Default: .prepared beside the run folders."
+        None,
+        description="Where prepared rows are kept for all runs. Default: .prepared beside the run folders.",
     )
 
     @model_validator(mode="after")
@@ -137,13 +164,16 @@ class Lora(Section):
     """The adapter, in peft's words."""
 
     r: PositiveInt = Field(16, description="Rank.")
-    lora_alpha: PositiveInt = Field(32, description="Updates are scaled by lora_alpha / r (rslora: / sqrt(r)).")
+    lora_alpha: PositiveInt = Field(
+        32, description="Updates are scaled by lora_alpha / r (rslora: / sqrt(r))."
+    )
     lora_dropout: Share = Field(0.0, description="Dropout before each LoRA layer.")
     target_modules: Text | list[Text] = Field(
         "all-linear", description="Module names, a regular expression, or all-linear (all but the head)."
     )
     target_parameters: list[Text] | None = Field(
-        None, description="nn.Parameter names, for MoE experts that are no nn.Linear: [mlp.experts.gate_up_proj]."
+        None,
+        description="nn.Parameter names, for MoE experts that are no nn.Linear: [mlp.experts.gate_up_proj].",
     )
     modules_to_save: list[Text] | None = Field(
         None, description="Modules trained in full and saved whole, as [embed_tokens]."
@@ -151,7 +181,8 @@ class Lora(Section):
     use_rslora: bool = Field(False, description="Rank-stabilised scaling.")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA.")
     init_from: Text | None = Field(
-        None, description="An adapter folder to go on from. Its own r, alpha and modules are used and must match."
+        None,
+        description="An adapter folder to go on from. Its own r, alpha and modules are used and must match.",
     )
 
 
@@ -176,7 +207,8 @@ class Train(Section):
         16, description="Rows (with packing: packs) an optimizer step, over all GPUs and accumulation steps."
     )
     per_device_train_batch_size: PositiveInt = Field(
-        1, description="Rows (with packing: packs) a GPU holds at once. The accumulation steps follow from it."
+        1,
+        description="Rows (with packing: packs) a GPU holds at once. The accumulation steps follow from it.",
     )
     per_device_eval_batch_size: PositiveInt = Field(4, description="Rows a GPU evaluates at once.")
     num_train_epochs: Annotated[float, Field(gt=0.0)] = Field(3.0, description="Passes over the rows.")
@@ -193,8 +225,12 @@ class Train(Section):
     adam_beta2: Share = Field(0.999, description="AdamW's decay of the second moment.")
     adam_epsilon: NonNegative = Field(1e-8, description="AdamW's epsilon.")
     max_grad_norm: NonNegative = Field(1.0, description="Gradients are clipped to this norm; 0: not at all.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, up to 50% slower.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Adapter's start, row order, dropout.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations: less memory, up to 50% slower."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        42, description="Adapter's start, row order, dropout."
+    )
     eval_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="When to evaluate data.eval.")
     eval_steps: PositiveInt | None = Field(None, description="With eval_strategy: steps.")
     save_strategy: Literal["no", "steps", "epoch"] = Field("epoch", description="When to save a checkpoint.")
@@ -205,7 +241,8 @@ class Train(Section):
     )
     on_nan: Literal["stop", "skip", "rollback"] = Field(
         "stop",
-        description="When a loss or gradient is no number. skip: that step changes nothing; rollback: and the weights"
+        description="When a loss or gradient is no number. skip: that step changes nothing; rollback: and"
+        " the weights"
         " go back to the newest checkpoint's, training goes on with the next rows.",
     )
     max_time_min: Annotated[float, Field(gt=0.0)] | None = Field(
@@ -242,7 +279,9 @@ class Checkpoint(Section):
     """How checkpoints are written; when, and how many are kept, is train's."""
 
     async_: bool = Field(
-        True, alias="async", description="Write in the background; training waits for the copy to memory alone."
+        True,
+        alias="async",
+        description="Write in the background; training waits for the copy to memory alone.",
     )
     timeout_s: PositiveInt = Field(600, description="Seconds after which a save that hangs ends the run.")
 
@@ -252,24 +291,31 @@ class Strategy(Section):
 
     name: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
         "auto",
-        description="ddp: the whole model on every GPU; zero1, zero2: and the optimizer's state in parts; zero3: all in"
-        " parts (DeepSpeed); fsdp: the base in parts (FSDP2). auto: ddp where the base fits, else fsdp (nf4: zero3).",
+        description="ddp: the whole model on every GPU; zero1, zero2: and the optimizer's state in parts;"
+        " zero3: all in"
+        " parts (DeepSpeed); fsdp: the base in parts (FSDP2). auto: ddp where the base fits, else fsdp"
+        " (nf4: zero3).",
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
-        "none", description="Storage of the frozen base (bitsandbytes): nf4 is QLoRA's, with double quantisation."
+        "none",
+        description="Storage of the frozen base (bitsandbytes): nf4 is QLoRA's, with double quantisation.",
     )
     offload: Literal["none", "optimizer", "params"] = Field(
         "none",
-        description="What is kept in host memory instead of the GPU's; params: the base (zero3: and the former).",
+        description="What is kept in host memory instead of the GPU's; params: the base (zero3: and the"
+        " former).",
     )
     shard_group: Literal["global", "node"] = Field(
-        "global", description="node: each node holds a whole base, in parts, so that none travels between nodes."
+        "global",
+        description="node: each node holds a whole base, in parts, so that none travels between nodes.",
     )
     sequence_parallel: PositiveInt = Field(
         1, description="GPUs that share each sequence (Ulysses), for rows that are too long for one."
     )
     deepspeed_config: Text | None = Field(
-        None, description="A DeepSpeed config of your own (JSON), for zero1 to zero3; what it leaves out is filled in."
+        None,
+        description="A DeepSpeed config of your own (JSON), for zero1 to zero3; what it leaves out is"
+        " filled in.",
     )
 
 
@@ -293,24 +339,30 @@ class Launch(Section):
     )
     hostfile: Text | None = Field(
         None,
-        description="Several machines without Slurm: a file with a line `HOST slots=PROCESSES` for each, this machine"
+        description="Several machines without Slurm: a file with a line `HOST slots=PROCESSES` for each,"
+        " this machine"
         " first. The others are reached by ssh.",
     )
     nproc_per_node: PositiveInt | None = Field(
-        None, description="Processes on a node. Default: the hostfile's slots, else one a GPU, or 1 without GPUs."
+        None,
+        description="Processes on a node. Default: the hostfile's slots, else one a GPU, or 1 without GPUs.",
     )
     ddp_timeout_s: PositiveInt = Field(1800, description="Seconds after which a hanging collective fails.")
     stall_timeout_s: PositiveInt = Field(
         1200,
-        description="Seconds without any progress of a rank after which the attempt ends, with all ranks' stacks in"
+        description="Seconds without any progress of a rank after which the attempt ends, with all ranks'"
+        " stacks in"
         " their logs.",
     )
     preflight: Literal["full", "quick", "off"] = Field(
         "full",
-        description="Checks before the start. quick: nodes have the same code and config, and share the run folder;"
+        description="Checks before the start. quick: nodes have the same code and config, and share the run"
+        " folder;"
         " full: and all ranks reduce and multiply, with speeds.",
     )
-    join_timeout_s: PositiveInt = Field(25, description="Seconds that nodes, then ranks, wait for each other to come.")
+    join_timeout_s: PositiveInt = Field(
+        25, description="Seconds that nodes, then ranks, wait for each other to come."
+    )
     max_restarts: NonNegativeInt = Field(
         5, description="How often a Slurm job that failed, but saved steps before, is requeued."
     )
@@ -339,7 +391,8 @@ class Config(Section):
     def _the_best_has_rows_to_be_found_by(self) -> "Config":
         if self.train.metric_for_best_model and self.data.eval is None and self.data.eval_fraction is None:
             raise ValueError(
-                f"train.metric_for_best_model={self.train.metric_for_best_model} needs rows to evaluate on: set"
+                f"train.metric_for_best_model={self.train.metric_for_best_model} needs rows to evaluate on:"
+                f" set"
                 " data.eval or data.eval_fraction"
             )
         return self

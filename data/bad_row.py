@@ -7,7 +7,8 @@ from typing import Any
 
 
 class BadRow(ValueError):  # noqa: N818 (it is a row, and is passed on as one)
-    """A row that cannot be trained, though the rows after it can be read. Its reason is one line that can be shown."""
+    """A row that cannot be trained, though the rows after it can be read. Its reason is one line that can be
+    shown."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(printable(reason))
@@ -24,7 +25,9 @@ def show(value: Any, width: int = 60) -> str:
 
 def show_names(names: Iterable[Any]) -> str:
     """Return keys, or columns, as a message lists them: the first ten."""
-    shown = [printable(name if len(name) <= 40 else name[:37] + "...") for name in map(str, islice(names, 11))]
+    shown = [
+        printable(name if len(name) <= 40 else name[:37] + "...") for name in map(str, islice(names, 11))
+    ]
     return ", ".join(shown[:10]) + (" ..." if len(shown) > 10 else "") or "(none)"
 
 

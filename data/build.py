@@ -1,7 +1,8 @@
 """Rows made into arrays on disk, by all cores, in the order of the files whatever finishes first.
 
-One process reads and writes, the others (forked, so that they have the tokenizer) decode and tokenise a megabyte at a
-time. `build(folder, sources, tokenizer, data)` fills a folder with what prepared.py opens and returns what was counted.
+One process reads and writes, the others (forked, so that they have the tokenizer) decode and tokenise a
+megabyte at a time. `build(folder, sources, tokenizer, data)` fills a folder with what prepared.py opens and
+returns what was counted.
 """
 
 import gc
@@ -24,12 +25,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from qwenlora.configs.schema import Data
+from qwenlora.data.arrays import Written, refusal
 from qwenlora.data.chat import Encoder
-from qwenlora.data.files import Chunk
+from qwenlora.data.row_io import Chunk
 from qwenlora.data.sources import Source
-from qwenlora.data.treat import Done, Job, shaped, treat
-from qwenlora.data.written import Written, refusal
-from qwenlora.jobs.orphans import die_with_parent
+from qwenlora.data.tokenise import Done, Job, shaped, treat
+from qwenlora.run.orphans import die_with_parent
 
 SMALL_BYTES = 2**22  # less than this is not worth other processes
 IN_FLIGHT = 3  # chunks a process, so that none waits and memory stays small
@@ -51,11 +52,7 @@ def _treat(source: Source, shape: str | None, chunk: Chunk, tokenise: bool) -> D
 
 
 def build(
-    folder: Path,
-    sources: list[Source],
-    tokenizer: Any,
-    data: Data,
-    console: Console | None = None,
+    folder: Path, sources: list[Source], tokenizer: Any, data: Data, console: Console | None = None
 ) -> dict[str, Any]:
     """Write the pieces of all sources into folder/train and folder/eval; return what was counted.
 
@@ -88,8 +85,11 @@ def build(
 
         for number, source in enumerate(sources):
             for file, chunk, shape in shaped(source, written.notes.append):
-                # bad rows are refused in the end: then those to come are counted, no more (cutting needs their tokens)
-                tokenise = not (written.bad_rows and data.on_bad_row == "error") or data.overlength == "truncate"
+                # bad rows are refused in the end: then those to come are counted, no more (cutting needs
+                # their tokens)
+                tokenise = (
+                    not (written.bad_rows and data.on_bad_row == "error") or data.overlength == "truncate"
+                )
                 waiting.append((number, file, chunk, pool.submit(_treat, source, shape, chunk, tokenise)))
                 if len(waiting) > IN_FLIGHT * processes:
                     take()
@@ -108,7 +108,8 @@ def build(
 
 @contextmanager
 def _collecting_only_what_is_new() -> Iterator[None]:
-    """Keep the garbage collector from walking over all that torch and transformers hold, here and in the forks."""
+    """Keep the garbage collector from walking over all that torch and transformers hold, here and in the
+    forks."""
     gc.freeze()
     try:
         yield

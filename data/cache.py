@@ -1,8 +1,8 @@
 """Folders that are built once, for everyone: keyed by content, built aside, renamed into place when whole.
 
-No lock is relied on, since some shared file systems have none. Two builders at once waste work and nothing else: the
-first rename wins. To spare the work, a builder leaves a claim beside the folder and touches it as long as it lives;
-others wait for it, and take over when it falls silent.
+No lock is relied on, since some shared file systems have none. Two builders at once waste work and nothing
+else: the first rename wins. To spare the work, a builder leaves a claim beside the folder and touches it as
+long as it lives; others wait for it, and take over when it falls silent.
 """
 
 import glob
@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from qwenlora.jobs.disk import sync, write_atomically
+from qwenlora.run.disk import sync, write_atomically
 
 INDEX = "index.json"
 BEAT_S = 2.0
@@ -49,14 +49,21 @@ def digest_of(path: Path, cache: Path) -> str:
     if state_of(path) == state and settled:
         with suppress(OSError):  # a cache that cannot be written is refused when rows are, in better words
             entry.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(entry, json.dumps({"path": str(path.absolute()), "state": state, "sha256": found}))
+            write_atomically(
+                entry, json.dumps({"path": str(path.absolute()), "state": state, "sha256": found})
+            )
     return found
 
 
 def state_of(path: Path) -> dict[str, int]:
     """Return what changes when a file does."""
     stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns, "inode": stat.st_ino}
+    return {
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "ctime_ns": stat.st_ctime_ns,
+        "inode": stat.st_ino,
+    }
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
@@ -82,7 +89,8 @@ def build_once(
 ) -> dict[str, Any]:
     """Return the index of a folder, which build fills unless someone has done so, or is doing so.
 
-    build: gets an empty folder, returns what the index shall hold; whatever it raises is raised, and leaves nothing.
+    build: gets an empty folder, returns what the index shall hold; whatever it raises is raised, and leaves
+    nothing.
     say: hears, once, for whom this waits.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +106,9 @@ def build_once(
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     _sweep(folder)
-    staging = folder.with_name(f"{folder.name}.staging-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    staging = folder.with_name(
+        f"{folder.name}.staging-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    )
     staging.mkdir()
     try:
         index = build(staging)

@@ -1,10 +1,12 @@
 """A row as tokens, and which of them are trained: the replies and their end-of-turn token.
 
-`Encoder(tokenizer).encode(rows)`. The ids are those of `tokenizer.apply_chat_template(messages, tokenize=True)`, since
-the same rendered text is tokenised whole. Qwen's templates mark no replies ({% generation %} is missing). So a reply is
-found among the tokens: after `<|im_start|>`, `assistant`, line break, and up to `<|im_end|>`; rows.py refuses text that
-could forge these. Tokens are bytes of the text, one after the other: when the first ones are exactly the header's, what
-follows is exactly the reply. That the template wrote the reply as it was said is checked in the rendered text.
+`Encoder(tokenizer).encode(rows)`. The ids are those of `tokenizer.apply_chat_template(messages,
+tokenize=True)`, since the same rendered text is tokenised whole. Qwen's templates mark no replies ({%
+generation %} is missing). So a reply is
+found among the tokens: after `<|im_start|>`, `assistant`, line break, and up to `<|im_end|>`; rows.py refuses
+text that could forge these. Tokens are bytes of the text, one after the other: when the first ones are
+exactly the header's, what follows is exactly the reply. That the template wrote the reply as it was said is
+checked in the rendered text.
 """
 
 import re
@@ -21,14 +23,16 @@ Mask = npt.NDArray[np.bool_]
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 _HEADER = "assistant\n"
-# Qwen3 writes this before a reply that was not thought about: it is what the generation prompt holds, not the reply
+# Qwen3 writes this before a reply that was not thought about: it is what the generation prompt holds, not the
+# reply
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _ENDS_OF_TEXT = ("<|endoftext|>", "</s>")
 
 
 class Tokens(NamedTuple):
-    """One row. ids: int32 [length]; trained: bool [length], true where the token is learnt. trained[0] is false."""
+    """One row. ids: int32 [length]; trained: bool [length], true where the token is learnt. trained[0] is
+    false."""
 
     ids: Ids
     trained: Mask
@@ -51,7 +55,9 @@ class Encoder:
         self._header, self._no_thought = (self._ids([text])[0] for text in (_HEADER, NO_THOUGHT))
         for ids, text in ((self._header, _HEADER), (self._no_thought, NO_THOUGHT)):
             if tokenizer.decode(ids) != text:
-                raise ValueError(f"this tokenizer changes {text!r} to {tokenizer.decode(ids)!r}; a Qwen's keeps it")
+                raise ValueError(
+                    f"this tokenizer changes {text!r} to {tokenizer.decode(ids)!r}; a Qwen's keeps it"
+                )
         known = [tokenizer.convert_tokens_to_ids(token) for token in _ENDS_OF_TEXT]
         unknown = (None, tokenizer.unk_token_id)
         self._end_of_text = next((token for token in known if token not in unknown), tokenizer.eos_token_id)
@@ -95,10 +101,13 @@ class Encoder:
         return found
 
     def _has_thoughts(self, conversations: list[list[Message]]) -> bool:
-        return not self._takes_thoughts and any("reasoning_content" in m for turns in conversations for m in turns)
+        return not self._takes_thoughts and any(
+            "reasoning_content" in m for turns in conversations for m in turns
+        )
 
     def render(self, row: Row) -> str:
-        """Return the row as the model's own template writes it. Raises: BadRow when the template refuses it."""
+        """Return the row as the model's own template writes it. Raises: BadRow when the template refuses
+        it."""
         if row.text is not None:
             return row.text
         if self._has_thoughts([row.messages]):
@@ -109,7 +118,9 @@ class Encoder:
         try:
             text: str = self.tokenizer.apply_chat_template(row.messages, tools=row.tools, tokenize=False)
         except Exception as error:  # a template raises what it likes (jinja2's raise_exception)
-            raise BadRow(f"the model's chat template refuses this row: {' '.join(str(error).split())[:200]}") from error
+            raise BadRow(
+                f"the model's chat template refuses this row: {' '.join(str(error).split())[:200]}"
+            ) from error
         return text
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
@@ -134,20 +145,26 @@ class Encoder:
         """Return [start, end) in tokens of every reply, its end-of-turn token included."""
         starts, ends = np.flatnonzero(ids == self._start), np.flatnonzero(ids == self._end)
         if len(starts) != len(ends) or not (starts < ends).all() or not (ends[:-1] < starts[1:]).all():
-            raise BadRow("the chat template's turns do not end as they begin; expected ChatML, as all Qwens have")
+            raise BadRow(
+                "the chat template's turns do not end as they begin; expected ChatML, as all Qwens have"
+            )
         spans = []
         for start, end in zip((starts + 1).tolist(), ends.tolist(), strict=True):
             after = start + len(self._header)
             if ids[start:after].tolist() == self._header:
                 spans.append((after, end + 1))
         if len(spans) != len(replies):
-            raise BadRow("a reply's first characters melt with the line break before it; remove white space there")
+            raise BadRow(
+                "a reply's first characters melt with the line break before it; remove white space there"
+            )
         for number, reply in enumerate(replies):
             if reply.unthought:
                 start, end = spans[number]
                 after = start + len(self._no_thought)
                 if ids[start:after].tolist() != self._no_thought:
-                    raise BadRow("a reply's first characters melt with </think> before it; remove white space there")
+                    raise BadRow(
+                        "a reply's first characters melt with </think> before it; remove white space there"
+                    )
                 spans[number] = (after, end)
         return spans
 
@@ -184,14 +201,23 @@ def _reply(body: str, message: Message) -> Reply:
 
 
 def _is_said(body: str, content: str) -> bool:
-    """Return whether a template wrote a reply as it stands, or trimmed; white space it adds would be learnt, too."""
+    """Return whether a template wrote a reply as it stands, or trimmed; white space it adds would be learnt,
+    too."""
     answer = content.rpartition(THOUGHT)[2]
-    trims = (str, str.strip, str.lstrip, str.rstrip, lambda text: text.lstrip("\n"), lambda text: text.strip("\n"))
+    trims = (
+        str,
+        str.strip,
+        str.lstrip,
+        str.rstrip,
+        lambda text: text.lstrip("\n"),
+        lambda text: text.strip("\n"),
+    )
     return any(body == trim(text) for text in (content, answer) for trim in trims)
 
 
 def _renderings(said: str) -> list[str]:
-    """Return what a template may make of a reply: all of it, or (in earlier turns) the answer without the thought."""
+    """Return what a template may make of a reply: all of it, or (in earlier turns) the answer without the
+    thought."""
     if THINK not in said and THOUGHT not in said:
         return [_plain(said)]
     thought = _THOUGHT.fullmatch(said)

@@ -83,7 +83,8 @@ def _json_hint(text: str) -> str:
 
 
 def one_object(head: bytes) -> str:
-    """Return what is wrong with a file that begins with an object over several lines; empty when it does not."""
+    """Return what is wrong with a file that begins with an object over several lines; empty when it does
+    not."""
     text = head.decode(errors="ignore").removeprefix("\ufeff").lstrip()
     try:
         value, end = json.JSONDecoder().raw_decode(text)
@@ -91,9 +92,19 @@ def one_object(head: bytes) -> str:
         return ""  # wrong, which its line will be told, or longer than this
     if not isinstance(value, dict) or "\n" not in text[:end]:
         return ""
-    lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
-    if lists and not text[end:].strip() and "content" not in value[lists[0]][0] and "value" not in value[lists[0]][0]:
-        return f"is one JSON object, its rows are in {lists[0]}; write them alone: jq -c '.{lists[0]}[]' old > new"
+    lists = [
+        key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)
+    ]
+    if (
+        lists
+        and not text[end:].strip()
+        and "content" not in value[lists[0]][0]
+        and "value" not in value[lists[0]][0]
+    ):
+        return (
+            f"is one JSON object, its rows are in {lists[0]}; write them alone: jq -c '.{lists[0]}[]'"
+            f" old > new"
+        )
     return "has an object over several lines; one row a line: jq -c . old > new, or an array: [{...}, {...}]"
 
 
@@ -110,7 +121,9 @@ def lines(path: Path, blocks: Iterator[bytes], raw: IO[bytes]) -> Iterator[Lines
         else:
             rest.append(block)
             if sum(map(len, rest)) > MAX_LINE_BYTES:
-                raise ValueError(f"{path}:{line}: this line is longer than {MAX_LINE_BYTES >> 20} MiB; one row a line")
+                raise ValueError(
+                    f"{path}:{line}: this line is longer than {MAX_LINE_BYTES >> 20} MiB; one row a line"
+                )
     if any(rest):
         yield Lines(line, b"".join(rest), position(raw))
 
@@ -125,7 +138,11 @@ def array(path: Path, texts: Iterator[str], raw: IO[bytes]) -> Iterator[Values]:
         text = next(texts, None)
         ended = text is None
         # at least twice the row so far, so that a long row is not tried over and over
-        while text is not None and len(text) < len(buffer) - position and (extra := next(texts, None)) is not None:
+        while (
+            text is not None
+            and len(text) < len(buffer) - position
+            and (extra := next(texts, None)) is not None
+        ):
             text += extra
         newline = buffer.rfind("\n", 0, position)
         dropped = position - newline - 1 if newline >= 0 else dropped + position
@@ -153,7 +170,9 @@ def array(path: Path, texts: Iterator[str], raw: IO[bytes]) -> Iterator[Values]:
                 at_end = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 16
                 if at_end and not ended:
                     if len(buffer) - position > MAX_LINE_BYTES:
-                        raise ValueError(f"{path}:{line}: this row is longer than {MAX_LINE_BYTES >> 20} MiB") from None
+                        raise ValueError(
+                            f"{path}:{line}: this row is longer than {MAX_LINE_BYTES >> 20} MiB"
+                        ) from None
                     more()
                     continue
                 if error.msg.startswith("Unterminated string") or not buffer[error.pos :].strip():
@@ -161,7 +180,9 @@ def array(path: Path, texts: Iterator[str], raw: IO[bytes]) -> Iterator[Values]:
                 at = line + buffer.count("\n", position, error.pos)
                 newline = buffer.rfind("\n", 0, error.pos)
                 column = error.pos - newline + (dropped if newline < 0 else 0)
-                raise ValueError(f"{path}:{at}: not valid JSON: {_json_problem(error)} at column {column}") from None
+                raise ValueError(
+                    f"{path}:{at}: not valid JSON: {_json_problem(error)} at column {column}"
+                ) from None
             except RecursionError:
                 raise ValueError(f"{path}:{line}: {_TOO_DEEP}") from None
             except ValueError:
@@ -187,11 +208,14 @@ def array(path: Path, texts: Iterator[str], raw: IO[bytes]) -> Iterator[Values]:
                 if next_character() == "]":
                     raise ValueError(f"{path}:{line}: a comma before the closing ]; remove it")
             elif separator and separator != "]":
-                raise ValueError(f"{path}:{line}: not valid JSON: expected , or ] after a row, found {show(separator)}")
+                raise ValueError(
+                    f"{path}:{line}: not valid JSON: expected , or ] after a row, found {show(separator)}"
+                )
         position += 1  # the closing bracket
         if rest := next_character():
             raise ValueError(
-                f"{path}:{line}: expected the end of the file after the array's ], found {show(rest)}; a file is one"
+                f"{path}:{line}: expected the end of the file after the array's ], found {show(rest)}; a"
+                f" file is one"
                 " array of objects, or one object a line"
             )
 

@@ -1,9 +1,9 @@
 """Which rows are in which step, and which rank holds which of them.
 
-What a step holds depends on seed, epoch and step alone. It is cut into micro-batches before ranks come in: micro-batch
-j goes to rank j % world_size, so any number of ranks computes the same micro-batches and only the place differs. Where
-several ranks share sequences, their teams (trainer/sequence.py) are what is called ranks here. The unit that is counted
-is a row, or with packing a pack of rows.
+What a step holds depends on seed, epoch and step alone. It is cut into micro-batches before ranks come in:
+micro-batch j goes to rank j % world_size, so any number of ranks computes the same micro-batches and only the
+place differs. Where several ranks share sequences, their teams (trainer/sequence.py) are what is called ranks
+here. The unit that is counted is a row, or with packing a pack of rows.
 """
 
 import math
@@ -23,8 +23,9 @@ Rows = npt.NDArray[np.integer]
 class Order:
     """The order of training.
 
-    lengths: int [rows], tokens. The units of one step are sorted by it, longest first, which saves padding, gives the
-    ranks about equal work and lets the largest batch come first; it never moves a row to another step.
+    lengths: int [rows], tokens. The units of one step are sorted by it, longest first, which saves padding,
+    gives the ranks about equal work and lets the largest batch come first; it never moves a row to another
+    step.
     packs: which rows are together, none longer than max_length; None: every row is by itself.
     """
 
@@ -67,7 +68,8 @@ class Order:
         return self._cache[epoch]
 
     def step(self, epoch: int, step: int) -> list[list[int]]:
-        """Return the row numbers of each unit of one optimizer step, longest first. 0 <= step < steps_per_epoch."""
+        """Return the row numbers of each unit of one optimizer step, longest first. 0 <= step <
+        steps_per_epoch."""
         if (epoch, step) not in self._steps:
             self._steps.clear()
             self._steps[epoch, step] = self._step(epoch, step)
@@ -79,7 +81,9 @@ class Order:
         if self.packs is None:
             return [[unit] for unit in units.tolist()]
         packs = [self.packs[unit].tolist() for unit in units.tolist()]
-        if len(packs) < self.global_batch_size:  # the last step: else some ranks would have a pack and some none
+        if (
+            len(packs) < self.global_batch_size
+        ):  # the last step: else some ranks would have a pack and some none
             rows = np.concatenate(packs)
             held = spread(self.lengths[rows], self.global_batch_size, self.max_length)
             packs = packs if held is None else [rows[some].tolist() for some in held if some]
@@ -87,7 +91,8 @@ class Order:
         return packs
 
     def micro_batches(self, epoch: int, world_size: int, rank: int) -> Iterator["MicroBatch"]:
-        """Yield this rank's micro-batches of an epoch, accumulation_steps of them a step, empty where it has none."""
+        """Yield this rank's micro-batches of an epoch, accumulation_steps of them a step, empty where it has
+        none."""
         accumulation = accumulation_steps(self.global_batch_size, self.per_device_batch_size, world_size)
         starts = [(number * world_size + rank) * self.per_device_batch_size for number in range(accumulation)]
         for step in range(self.steps_per_epoch):
@@ -96,7 +101,8 @@ class Order:
 
 
 class MicroBatch:
-    """The units of one micro-batch, looked up when they are wanted: a resume passes over a million of them at once."""
+    """The units of one micro-batch, looked up when they are wanted: a resume passes over a million of them at
+    once."""
 
     __slots__ = ("epoch", "order", "start", "step")
 
@@ -113,7 +119,8 @@ def accumulation_steps(
 ) -> int:
     """Return the micro-batches a rank computes a step. sequence_parallel: ranks that share each of them.
 
-    Raises: ValueError when global_batch_size is no multiple of what all ranks hold at once, or the ranks make no teams.
+    Raises: ValueError when global_batch_size is no multiple of what all ranks hold at once, or the ranks make
+    no teams.
     """
     at_once = per_device_batch_size * teams_of(world_size, sequence_parallel)
     shared = sequence_parallel > 1
@@ -130,11 +137,13 @@ def accumulation_steps(
 
 
 def teams_of(world_size: int, sequence_parallel: int) -> int:
-    """Return how many teams of ranks there are that share sequences. Raises: ValueError when they do not come out."""
+    """Return how many teams of ranks there are that share sequences. Raises: ValueError when they do not come
+    out."""
     if world_size % sequence_parallel:
         fit = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
         raise ValueError(
-            f"strategy.sequence_parallel={sequence_parallel} does not divide the number of processes, {world_size};"
+            f"strategy.sequence_parallel={sequence_parallel} does not divide the number of processes,"
+            f" {world_size};"
             f" set it to one of {fit}, or change launch.nproc_per_node"
         )
     return world_size // sequence_parallel

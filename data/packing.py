@@ -1,8 +1,9 @@
 """Rows put together into packs of at most max_length tokens, over the whole data set at once.
 
-A pack takes the longest row left, then what is most plentiful, and last one or two rows that fill it to the last token.
-Rows of one length are alike, so a way to fill a pack is used as often as its lengths are left: a million rows take a
-second. No randomness: the same lengths give the same packs, whoever asks.
+A pack takes the longest row left, then what is most plentiful, and last one or two rows that fill it to the
+last token.
+Rows of one length are alike, so a way to fill a pack is used as often as its lengths are left: a million rows
+take a second. No randomness: the same lengths give the same packs, whoever asks.
 """
 
 from collections import Counter
@@ -16,7 +17,8 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Packs:
-    """Which rows are together. Pack p holds rows[ends[p - 1] : ends[p]]; rows: int64 [rows], ends: int64 [packs]."""
+    """Which rows are together. Pack p holds rows[ends[p - 1] : ends[p]]; rows: int64 [rows], ends: int64
+    [packs]."""
 
     rows: Numbers
     ends: Numbers
@@ -68,8 +70,8 @@ def pack(lengths: npt.NDArray[np.integer], max_length: int) -> Packs:
 def _fill(there: int, left: Numbers, max_length: int) -> list[int]:
     """Return the lengths of one pack. there: bit l is set while rows of length l are left.
 
-    The longest row; then one that fills the rest to the last token, or two; else the length that most rows have, which
-    keeps lengths of all kinds for the last packs.
+    The longest row; then one that fills the rest to the last token, or two; else the length that most rows
+    have, which keeps lengths of all kinds for the last packs.
     """
     # bit max_length - l is set while there are rows of length l: shifted, it shows what pairs with what
     mirror = int(f"{there:0{max_length + 1}b}"[::-1], 2)
@@ -79,7 +81,9 @@ def _fill(there: int, left: Numbers, max_length: int) -> list[int]:
     while room and (fitting := there & ((2 << room) - 1)):
         if there >> room & 1:
             sizes = [room]
-        elif pairs := _upper(there & (mirror >> (max_length - room)), room, int(left[room // 2]) - held[room // 2]):
+        elif pairs := _upper(
+            there & (mirror >> (max_length - room)), room, int(left[room // 2]) - held[room // 2]
+        ):
             size = (pairs & -pairs).bit_length() - 1
             sizes = [size, room - size]
         elif not pattern:
@@ -100,16 +104,19 @@ def _fill(there: int, left: Numbers, max_length: int) -> list[int]:
 
 
 def _upper(pairs: int, room: int, middle: int) -> int:
-    """Return the bits of the longer rows of pairs that fill room together. middle: rows left of length room / 2."""
+    """Return the bits of the longer rows of pairs that fill room together. middle: rows left of length room /
+    2."""
     half, odd = divmod(room, 2)
     upper = pairs >> (half + odd) << (half + odd)
     return upper if odd or middle >= 2 else upper & ~(1 << half)
 
 
 def spread(lengths: npt.NDArray[np.integer], packs: int, max_length: int) -> list[list[int]] | None:
-    """Return rows dealt out to a number of packs, about equal in tokens; None when one would exceed max_length.
+    """Return rows dealt out to a number of packs, about equal in tokens; None when one would exceed
+    max_length.
 
-    lengths: int [rows]. Longest first, each to the pack that has least (Graham's LPT rule). Packs may stay empty.
+    lengths: int [rows]. Longest first, each to the pack that has least (Graham's LPT rule). Packs may stay
+    empty.
     """
     held: list[list[int]] = [[] for _ in range(packs)]
     totals = np.zeros(packs, np.int64)

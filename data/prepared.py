@@ -1,15 +1,19 @@
-"""Rows as tokens on disk: prepared once, for every run that has the same data, opened memory-mapped by every rank.
+"""Rows as tokens on disk: prepared once, for every run that has the same data, opened memory-mapped by every
+rank.
 
-<cache>/<key>/{train,eval}/: ids.bin int32 [tokens], trained.bin bool [tokens]; starts, lengths, trained_lengths, row_of
-    .npy [pieces], what an epoch sees; places int32 [rows, 3] (source, file, line), whole int32 [rows], digests .npy
+<cache>/<key>/{train,eval}/: ids.bin int32 [tokens], trained.bin bool [tokens]; starts, lengths,
+trained_lengths, row_of
+    .npy [pieces], what an epoch sees; places int32 [rows, 3] (source, file, line), whole int32 [rows],
+    digests .npy
 <cache>/<key>/index.json: what was counted, written last. bad.jsonl: every row that was left out, and why.
-The key is a hash of everything the tokens depend on: the files' bytes, the tokenizer, the options and this code.
+The key is a hash of everything the tokens depend on: the files' bytes, the tokenizer, the options and this
+code.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,25 +22,28 @@ import numpy.typing as npt
 from rich.console import Console
 
 from qwenlora.configs.schema import Config, Data
-from qwenlora.data import build, sources, written
+from qwenlora.data import arrays as written
+from qwenlora.data import build, sources
 from qwenlora.data.cache import build_once, digest_of, state_of
 from qwenlora.data.chat import Tokens
 from qwenlora.data.packing import Packs
 from qwenlora.data.rows import TURN_END
 from qwenlora.data.sources import SideName, Source
-from qwenlora.jobs.run import RunFolder
+from qwenlora.run.folder import RunFolder
+from qwenlora.run.package import code_hash
 
 # options that decide what is prepared; the others (num_proc, packing ...) decide how, or what is made of it
 _OPTIONS = ("max_length", "overlength", "split_replies", "train_on", "eval_fraction")
 # libraries that tokens come from; files of this room that no token depends on
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow", "datasets")
-_NO_MATTER = {"__init__.py", "cache.py", "current.py", "order.py", "report.py", "survey.py"}
+_NO_MATTER = {"__init__.py", "cache.py", "freshness.py", "order.py", "report.py", "survey.py"}
 
 
 class Side(NamedTuple):
     """The pieces of one side, memory-mapped. A piece is a row, or a part of a long one.
 
-    ids: int32 [tokens], trained: bool [tokens]; starts: int64 [pieces], lengths, trained_lengths: int32 [pieces];
+    ids: int32 [tokens], trained: bool [tokens]; starts: int64 [pieces], lengths, trained_lengths: int32
+    [pieces];
     row_of: int32 [pieces], the row it is from; places: int32 [rows, 3], source, file and line.
     """
 
@@ -60,7 +67,8 @@ class Side(NamedTuple):
 class Prepared(NamedTuple):
     """A prepared folder.
 
-    facts: what was counted (written.py); sources: what the config names, in its order; files_key: hash of their bytes.
+    facts: what was counted (written.py); sources: what the config names, in its order; files_key: hash of
+    their bytes.
     """
 
     folder: Path
@@ -116,12 +124,15 @@ class Prepared(NamedTuple):
             source, file, line = counts["longest_place"]
             raise ValueError(
                 f"{counts['overlength']:,} of {counts['read_rows']:,} {side} rows are longer than"
-                f" data.max_length={data.max_length} tokens (the longest, {self.sources[source].place(file, line)}, has"
-                f" {counts['longest_read']:,}); raise data.max_length, or set data.overlength: truncate, drop or split"
+                f" data.max_length={data.max_length} tokens (the longest,"
+                f" {self.sources[source].place(file, line)}, has"
+                f" {counts['longest_read']:,}); raise data.max_length, or set data.overlength: truncate,"
+                f" drop or split"
             )
         if not counts["rows"]:
             raise ValueError(
-                f"no {side} row is left: {counts['dropped']:,} of {counts['read_rows']:,} were dropped as longer than"
+                f"no {side} row is left: {counts['dropped']:,} of {counts['read_rows']:,} were dropped as"
+                f" longer than"
                 f" data.max_length={data.max_length} tokens, the others have weight too low; raise it"
             )
         if not counts["trained_tokens"]:
@@ -133,7 +144,9 @@ class Prepared(NamedTuple):
         side = self.side("train")
         assert side is not None, "there are training rows"
         speaks = False
-        for start in range(0, len(side.ids), 2**22):  # a part at a time; the first that trains an end is enough
+        for start in range(
+            0, len(side.ids), 2**22
+        ):  # a part at a time; the first that trains an end is enough
             ids, trained = side.ids[start : start + 2**22], side.trained[start : start + 2**22]
             ends = ids == end
             speaks = speaks or bool(ends.any())
@@ -161,7 +174,8 @@ def prepare(
     console: Console | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
-    """Return the rows that a config names as tokens, made now unless they are in the cache. It refuses nothing yet.
+    """Return the rows that a config names as tokens, made now unless they are in the cache. It refuses
+    nothing yet.
 
     console: where a progress bar may be shown. say: hears what is waited for.
     Raises: ValueError for files that are not there or cannot be read to their end.
@@ -190,7 +204,8 @@ def prepare(
         facts = build_once(folder, make, say)
     except OSError as error:
         raise ValueError(
-            f"data.cache_dir={cache} cannot hold the prepared rows: {error.strerror or error}; free some space there,"
+            f"data.cache_dir={cache} cannot hold the prepared rows: {error.strerror or error}; free some"
+            f" space there,"
             " or set data.cache_dir to a folder that can be written"
         ) from error
     facts["notes"] = [*notes, *facts["notes"]]
@@ -203,8 +218,7 @@ def key_of(data: Data, found: list[Source], tokenizer: Any, of_files: str) -> st
     of_files: files_key() of the same sources.
     """
     digest = hashlib.sha256(json.dumps([metadata.version(name) for name in _LIBRARIES]).encode())
-    for name in _code():
-        digest.update((resources.files("qwenlora.data") / name).read_bytes())
+    digest.update(code_hash(("data",), but=_NO_MATTER).encode())
     digest.update(json.dumps([getattr(data, option) for option in _OPTIONS]).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(tokenizer.chat_template).encode())
@@ -212,18 +226,16 @@ def key_of(data: Data, found: list[Source], tokenizer: Any, of_files: str) -> st
     digest.update(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
     for source in found:
         how: list[Any] = [source.side, source.weight, source.encoding, source.options.format]
-        how += [dict(source.options.columns), dict(source.options.roles), [path.suffixes[-2:] for path in source.files]]
+        how += [
+            dict(source.options.columns),
+            dict(source.options.roles),
+            [path.suffixes[-2:] for path in source.files],
+        ]
         if source.dataset is not None:  # two splits of it may lie in one file
             how.append(source.dataset._fingerprint)
         digest.update(json.dumps(how, sort_keys=True).encode())
     digest.update(of_files.encode())
     return digest.hexdigest()[:16]
-
-
-def _code() -> list[str]:
-    """Return the files of this room that what is prepared depends on."""
-    there = [path.name for path in resources.files("qwenlora.data").iterdir() if path.name.endswith(".py")]
-    return sorted(set(there) - _NO_MATTER)
 
 
 def files_key(found: list[Source], cache: Path) -> str:
@@ -261,12 +273,12 @@ def open_side(folder: Path, side: SideName) -> Side | None:
     if not (where / "ids.bin").stat().st_size:
         return Side(np.empty(0, np.int32), np.empty(0, np.bool_), **arrays)
     return Side(
-        np.memmap(where / "ids.bin", np.int32, "r"),
-        np.memmap(where / "trained.bin", np.bool_, "r"),
-        **arrays,
+        np.memmap(where / "ids.bin", np.int32, "r"), np.memmap(where / "trained.bin", np.bool_, "r"), **arrays
     )
 
 
 def open_packs(folder: Path) -> Packs:
     """Return the packs of the training pieces."""
-    return Packs(*(np.load(folder / "train" / f"pack_{name}.npy", mmap_mode="r") for name in ("rows", "ends")))
+    return Packs(
+        *(np.load(folder / "train" / f"pack_{name}.npy", mmap_mode="r") for name in ("rows", "ends"))
+    )

@@ -1,4 +1,5 @@
-"""What `qwenlora data check` says of prepared rows: numbers, a page in the terminal, and the same page as HTML.
+"""What `qwenlora data check` says of prepared rows: numbers, a page in the terminal, and the same page as
+HTML.
 
 `report = of(prepared, config, packing)`, then `report.show(console)` and `report.write(path)`.
 """
@@ -94,7 +95,9 @@ class Report:
             bar = Bar(most, 0, length.rows, color="red" if length.over else "green")
             table.add_row(f"{length.start:,}-{length.end - 1:,}", f"{length.rows:,}", bar)
         if not drawn:
-            table.add_row("", "", Text(f"--- data.max_length={self.max_length}: no row is longer ---", style="dim"))
+            table.add_row(
+                "", "", Text(f"--- data.max_length={self.max_length}: no row is longer ---", style="dim")
+            )
         return table
 
     def write(self, path: Path) -> None:
@@ -122,9 +125,15 @@ def of(prepared: Prepared, config: Config, tokenizer: Any, *, packing: bool, not
         facts += _batches(prepared, config, packing=packing)
     overlap = prepared.facts["overlap"]["rows"]
     if "eval" in prepared.counts:
-        facts.append(("in both", f"{overlap:,} evaluation rows are training rows, too" if overlap else "no row"))
+        facts.append(
+            ("in both", f"{overlap:,} evaluation rows are training rows, too" if overlap else "no row")
+        )
     facts.append(("preparation", _preparation(prepared.facts)))
-    lengths = np.load(prepared.folder / "train" / "whole.npy") if "train" in prepared.counts else np.empty(0, np.int64)
+    lengths = (
+        np.load(prepared.folder / "train" / "whole.npy")
+        if "train" in prepared.counts
+        else np.empty(0, np.int64)
+    )
     return Report(
         title=f"{config.run_dir}: {prepared.facts['read']:,} rows",
         facts=facts,
@@ -208,7 +217,8 @@ def _side(name: str, counts: dict[str, Any], config: Config) -> list[tuple[str, 
         lines.append(
             (
                 "over-length",
-                f"{counts['overlength']:,} of {counts['read_rows']:,}, the longest {counts['longest_read']:,}: {what}",
+                f"{counts['overlength']:,} of {counts['read_rows']:,}, the longest"
+                f" {counts['longest_read']:,}: {what}",
             )
         )
     return lines
@@ -222,7 +232,11 @@ def _batches(prepared: Prepared, config: Config, *, packing: bool) -> list[tuple
     order = Order(lengths, batch, size, config.train.seed, packs if packing else None, config.data.max_length)
     total = int(lengths.sum())
     fill = total / (len(packs) * config.data.max_length)
-    shuffled = lengths[order.epoch(0)] if not packing else lengths[np.random.RandomState(0).permutation(len(lengths))]
+    shuffled = (
+        lengths[order.epoch(0)]
+        if not packing
+        else lengths[np.random.RandomState(0).permutation(len(lengths))]
+    )
     random = _padding([shuffled[start : start + size] for start in range(0, len(shuffled), size)])
     ours = _padding(
         np.array([int(lengths[unit].sum()) for unit in micro])
@@ -257,6 +271,7 @@ def _padding(batches: Any) -> float:
 def _preparation(facts: dict[str, Any]) -> str:
     processes = facts["processes"]
     return (
-        f"{facts['seconds']:.1f} s, {facts['read'] / max(facts['seconds'], 0.001):,.0f} rows/s with {processes}"
+        f"{facts['seconds']:.1f} s, {facts['read'] / max(facts['seconds'], 0.001):,.0f} rows/s with"
+        f" {processes}"
         f" process{'es' * (processes > 1)}, at most {facts['peak_memory_bytes'] / 1e6:,.0f} MB of memory"
     )

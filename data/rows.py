@@ -1,8 +1,8 @@
 """What a row means: turns that are said, or plain text, found from its keys.
 
-`shape_of(value, options)` looks at a row; `to_row(line, value, shape, options)` reads one. KNOWN has what people use;
-data.columns and data.roles bring other names to these. A row that cannot be trained is refused in words that show what
-to do. Bytes are files.py's, tokens chat.py's.
+`shape_of(value, options)` looks at a row; `to_row(line, value, shape, options)` reads one. KNOWN has what
+people use; data.columns and data.roles bring other names to these. A row that cannot be trained is refused in
+words that show what to do. Bytes are files.py's, tokens chat.py's.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from qwenlora.data.json_rows import decode_json
 
 KNOWN = """known shapes of a row:
   chat               {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
-                     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+                     {"messages": [{"role": "user", "content": "..."},
+                                   {"role": "assistant", "content": "..."}]}
   alpaca             {"instruction": "...", "input": "...", "output": "..."}
   query_response     {"query": "...", "response": "..."}
   prompt_completion  {"prompt": "...", "completion": "..."}
@@ -59,19 +60,47 @@ _UNHEEDED_IN_ROWS = {
     "system_prompt": "system",
 }
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
-# empty lines before a reply would melt into one token with the line break that ends the turn's header, a token that no
-# prompt for an answer ends with
+# empty lines before a reply would melt into one token with the line break that ends the turn's header, a
+# token that no prompt for an answer ends with
 _LEADING_LINES = re.compile(r"^\s*[\r\n]")
 _UNKNOWN = "unknown shape"
-_PLAIN, _NOT_TEXT = re.compile(r"[^\W\d][\w-]*"), ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
-MAX_DEPTH = 100  # of tools and arguments: what is deeper is no call, and would end in a RecursionError somewhere
+_PLAIN, _NOT_TEXT = (
+    re.compile(r"[^\W\d][\w-]*"),
+    ("null", "true", "false", "yes", "no", "on", "off", "y", "n"),
+)
+MAX_DEPTH = (
+    100  # of tools and arguments: what is deeper is no call, and would end in a RecursionError somewhere
+)
 # what people call the two halves of a pair, and the two fields of a turn
 _ASKED = ("question", "q", "ask", "input", "prompt", "problem", "query", "instruction", "user", "human")
-_ANSWERED = ("answer", "a", "reply", "response", "output", "completion", "target", "solution", "label", "assistant")
+_ANSWERED = (
+    "answer",
+    "a",
+    "reply",
+    "response",
+    "output",
+    "completion",
+    "target",
+    "solution",
+    "label",
+    "assistant",
+)
 _WHO = ("speaker", "who", "name", "author", "sender", "type")
 _WHAT = ("text", "message", "utterance", "body", "msg", "words", "say")
 _KNOWN_ROLES = {
-    "assistant": ("bot", "model", "ai", "chatgpt", "agent", "doctor", "counselor", "teacher", "医生", "助手", "客服"),
+    "assistant": (
+        "bot",
+        "model",
+        "ai",
+        "chatgpt",
+        "agent",
+        "doctor",
+        "counselor",
+        "teacher",
+        "医生",
+        "助手",
+        "客服",
+    ),
     "user": ("patient", "customer", "client", "student", "prompter", "患者", "病人", "用户"),
     "system": ("developer", "sys", "instruction", "系统"),
     "tool": ("function", "function_response", "tool_response", "tool_result", "ipython", "environment"),
@@ -104,7 +133,8 @@ class Row(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How the rows of a source are read. columns: their keys -> ours, None to ignore one; roles: theirs -> ours."""
+    """How the rows of a source are read. columns: their keys -> ours, None to ignore one; roles: theirs ->
+    ours."""
 
     format: str = "auto"
     columns: Mapping[str, str | None] = {}
@@ -118,7 +148,9 @@ def shape_of(value: Any, options: Options) -> str:
 
 def _shape(row: dict[str, Any], options: Options) -> str:
     wanted = options.format
-    there = {key for key, value in row.items() if value is not None and value != ""}  # a table's empty cells are not
+    there = {
+        key for key, value in row.items() if value is not None and value != ""
+    }  # a table's empty cells are not
     if "chosen" in there and "rejected" in there:
         raise BadRow(f"is preference data (chosen and rejected), which is for DPO{_preference_hint(row)}")
     if rejected := next((key for key in _REJECTED if key in there), None):
@@ -127,12 +159,16 @@ def _shape(row: dict[str, Any], options: Options) -> str:
             f" data.columns: {{{rejected}: null}}"
         )
     found = ["chat"] if there.intersection(TURN_LISTS) else []
-    found += [shape for shape, keys in PAIRS.items() if all(key in row for key in keys) and there.intersection(keys)]
+    found += [
+        shape for shape, keys in PAIRS.items() if all(key in row for key in keys) and there.intersection(keys)
+    ]
     found += ["text"] if "text" in there and (wanted == "text" or not found) else []
     if not found:  # the keys without the values: their types will be refused
         found = [shape for shape, keys in PAIRS.items() if all(key in row for key in keys)]
         found += [
-            shape for shape, keys in (("chat", TURN_LISTS), ("text", ("text",))) if any(key in row for key in keys)
+            shape
+            for shape, keys in (("chat", TURN_LISTS), ("text", ("text",)))
+            if any(key in row for key in keys)
         ]
         found = found[:1]
     if not found:
@@ -142,11 +178,13 @@ def _shape(row: dict[str, Any], options: Options) -> str:
     if wanted not in ("auto", *found):
         if found == ["text"]:
             raise BadRow(
-                f"is pre-training text, data.format={wanted} is asked for; it has no turns to learn replies from:"
+                f"is pre-training text, data.format={wanted} is asked for; it has no turns to learn replies"
+                f" from:"
                 " name chat rows, or write data.format: text"
             )
         raise BadRow(
-            f"is {' and '.join(found)}, data.format={wanted} is asked for; leave data.format out, or name other rows"
+            f"is {' and '.join(found)}, data.format={wanted} is asked for; leave data.format out, or name"
+            f" other rows"
         )
     for key in ("label", "kto_tag"):
         label = row.get(key)
@@ -165,7 +203,9 @@ def _preference_hint(row: dict[str, Any]) -> str:
     if any(key in row for key in TURN_LISTS):
         return "; to learn the turns alone, write data.columns: {chosen: null, rejected: null}"
     role = "messages" if isinstance(row["chosen"], list) else None
-    role = role or next((answered for asked, answered in PAIRS.values() if asked in row and answered not in row), None)
+    role = role or next(
+        (answered for asked, answered in PAIRS.values() if asked in row and answered not in row), None
+    )
     if not role:
         return ", and is not read here"
     return f"; to learn the chosen replies alone, write data.columns: {{chosen: {role}, rejected: null}}"
@@ -176,9 +216,18 @@ def _columns_hint(row: dict[str, Any], already: Mapping[str, str | None]) -> str
         return "; if these are a row: the first line of a table names its columns, as instruction,output"
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            if any(name in value[0] for name in (*TURN_LISTS, *(name for pair in PAIRS.values() for name in pair))):
-                return f"; if {_printed(key)} are the rows, write them alone: jq -c '.{_printed(key)}[]' old > new"
-            return f"; if {_printed(key)} are the turns, write data.columns: {_mapping({**already, key: 'messages'})}"
+            if any(
+                name in value[0]
+                for name in (*TURN_LISTS, *(name for pair in PAIRS.values() for name in pair))
+            ):
+                return (
+                    f"; if {_printed(key)} are the rows, write them alone: jq -c '.{_printed(key)}[]'"
+                    f" old > new"
+                )
+            return (
+                f"; if {_printed(key)} are the turns, write data.columns:"
+                f" {_mapping({**already, key: 'messages'})}"
+            )
     texts = [key for key, value in row.items() if isinstance(value, str)]
     asked = next((key for key in texts if key.lower() in _ASKED), None)
     answered = next((key for key in texts if key.lower() in _ANSWERED and key != asked), None)
@@ -216,7 +265,8 @@ def to_row(line: int, value: Any, shape: str, options: Options) -> Row:
     row = _renamed(value, options)
     if (found := _shape(row, options)) != shape:
         raise BadRow(
-            f"is {found}, the rows before it are {shape}; one file, one shape: make two files of it, and name both"
+            f"is {found}, the rows before it are {shape}; one file, one shape: make two files of it, and"
+            f" name both"
         )
     if shape == "text":
         text = row["text"]
@@ -228,7 +278,9 @@ def to_row(line: int, value: Any, shape: str, options: Options) -> Row:
         return Row(line, [], None, text)
     _check_heeded(row, _UNHEEDED_IN_ROWS, "")
     if shape == "chat" and row.get("history"):
-        raise BadRow("has turns and a history; put it into the turns, or ignore it: data.columns: {history: null}")
+        raise BadRow(
+            "has turns and a history; put it into the turns, or ignore it: data.columns: {history: null}"
+        )
     if row.get("tools") and row.get("functions"):
         raise BadRow("has tools and functions; ignore one: data.columns: {functions: null}")
     messages = _turns(row, options) if shape == "chat" else _pair(row, *PAIRS[shape])
@@ -255,9 +307,12 @@ def _renamed(value: Any, options: Options) -> dict[str, Any]:
     for theirs, ours in options.columns.items():
         if theirs in value and ours is not None:
             if row.get(ours) is not None and value[theirs] is not None:
-                other = next((key for key in value if key != theirs and options.columns.get(key, key) == ours), ours)
+                other = next(
+                    (key for key in value if key != theirs and options.columns.get(key, key) == ours), ours
+                )
                 raise BadRow(
-                    f"has {_printed(theirs)} and {_printed(other)}, and data.columns makes {ours} of both; ignore one:"
+                    f"has {_printed(theirs)} and {_printed(other)}, and data.columns makes {ours} of both;"
+                    f" ignore one:"
                     f" {_mapping({other: None})}"
                 )
             if row.get(ours) is None:
@@ -304,12 +359,15 @@ def _turn(number: int, value: Any, options: Options) -> Message:
     known = options.roles.get(role) or ROLES.get(role) if isinstance(role, str) else None
     if known is None:
         raise BadRow(
-            f"turn {number} has role {show(role)}; known: {', '.join(ROLES)}{_role_hint(number, role, options)}"
+            f"turn {number} has role {show(role)}; known:"
+            f" {', '.join(ROLES)}{_role_hint(number, role, options)}"
         )
     name = f"turn {number} ({role})"
     _check_heeded(turn, _UNHEEDED_IN_TURNS, f"turn {number} ")
     if turn.get("tool_calls") and turn.get("function_call"):
-        raise BadRow(f"{name} has tool_calls and function_call; ignore one: data.columns: {{function_call: null}}")
+        raise BadRow(
+            f"{name} has tool_calls and function_call; ignore one: data.columns: {{function_call: null}}"
+        )
     content = turn.get(said)
     if known == "function_call":
         return Message(role="assistant", content="", tool_calls=_calls(name, content))
@@ -318,7 +376,9 @@ def _turn(number: int, value: Any, options: Options) -> Message:
     if not isinstance(content, str):
         parts = "; write the text itself, parts are not read" if isinstance(content, list) else ""
         raise BadRow(f"{name} must be text, found {show(content)}{parts}")
-    message = Message(role=known, content=_LEADING_LINES.sub("", content) if known == "assistant" else content)
+    message = Message(
+        role=known, content=_LEADING_LINES.sub("", content) if known == "assistant" else content
+    )
     if thought := turn.get("reasoning_content"):
         if known != "assistant" or not isinstance(thought, str):
             raise BadRow(f"{name}: reasoning_content must be an assistant's text, found {show(thought)}")
@@ -334,14 +394,19 @@ def _check_heeded(found: dict[str, Any], unheeded: Mapping[str, str | None], wha
     for key, instead in unheeded.items():
         if found.get(key) not in (None, "", []):
             also = f" read it as {instead}: data.columns: {_mapping({key: instead})}, or" if instead else ""
-            raise BadRow(f"{what}has {key}, which nothing here heeds;{also} ignore it: data.columns: {{{key}: null}}")
+            raise BadRow(
+                f"{what}has {key}, which nothing here heeds;{also} ignore it: data.columns: {{{key}: null}}"
+            )
 
 
 def _turn_hint(turn: dict[str, Any]) -> str:
     who = next((key for key in ("from", "role", *_WHO) if key in turn), None)
     what = next((key for key in ("value", "content", *_WHAT) if key in turn and key != who), None)
     if who and what:
-        return f"; if {who} speaks and {what} is said, write data.columns: {_mapping({who: 'role', what: 'content'})}"
+        return (
+            f"; if {who} speaks and {what} is said, write data.columns:"
+            f" {_mapping({who: 'role', what: 'content'})}"
+        )
     if any(key in ROLES for key in turn):
         return ', one turn each: {"role": "user", "content": "..."}'
     return ""
@@ -357,16 +422,22 @@ def _role_hint(number: int, role: Any, options: Options) -> str:
 
 
 def _calls(name: str, calls: Any) -> list[dict[str, Any]]:
-    """Return tool calls as templates take them: [{"type": "function", "function": {"name", "arguments": object}}]."""
+    """Return tool calls as templates take them: [{"type": "function", "function": {"name", "arguments":
+    object}}]."""
     found = []
     calls = _from_json(calls, f"{name}: a call")
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
+        if (
+            not isinstance(function, dict)
+            or not isinstance(function.get("name"), str)
+            or not function["name"].strip()
+        ):
             raise BadRow(f'{name}: a call must be {{"name": ..., "arguments": {{...}}}}, found {show(call)}')
         if "arguments" not in function and (others := set(function) - {"name", "id", "type", "index"}):
             raise BadRow(
-                f"{name}: a call has no arguments, but {', '.join(sorted(map(str, others)))}; call it arguments"
+                f"{name}: a call has no arguments, but {', '.join(sorted(map(str, others)))}; call it"
+                f" arguments"
             )
         # as text, Qwen2.5's template would write it in quotes
         arguments = _from_json(function.get("arguments", {}), f"{name}: the arguments of a call")
@@ -407,8 +478,14 @@ def _pair(row: dict[str, Any], asked: str, answered: str) -> list[Message]:
     if isinstance(history, str):
         history = _from_json(history, "history")
     for number, pair in enumerate(history if isinstance(history, list) else [history], 1):
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
-            raise BadRow(f'history {number} must be ["what was asked", "what was answered"], found {show(pair)}')
+        if (
+            not isinstance(pair, list | tuple)
+            or len(pair) != 2
+            or not all(isinstance(said, str) for said in pair)
+        ):
+            raise BadRow(
+                f'history {number} must be ["what was asked", "what was answered"], found {show(pair)}'
+            )
         messages += [Message(role="user", content=pair[0]), _reply(pair[1])]
     return [*messages, Message(role="user", content=question), _reply(row[answered])]
 
@@ -424,7 +501,9 @@ def _check(messages: list[Message]) -> None:
         if not message["content"].strip() and not message.get("tool_calls"):
             raise BadRow(f"turn {number} ({message['role']}) is empty; write what is said, or remove it")
         if message["role"] == "system" and number > 1:
-            raise BadRow(f"turn {number} is a system turn; only the first may be one: remove it, or make it a user's")
+            raise BadRow(
+                f"turn {number} is a system turn; only the first may be one: remove it, or make it a user's"
+            )
         _check_text(message["content"], f"turn {number}")
         _check_text(message.get("reasoning_content", ""), f"turn {number}")
         if calls := message.get("tool_calls"):
@@ -454,7 +533,8 @@ def _check_text(text: str, what: str, *, markup: bool = True) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadRow(
-            f"{what} contains half a character ({show(text[error.start])}) at {error.start}, the other half is missing;"
+            f"{what} contains half a character ({show(text[error.start])}) at {error.start}, the other half"
+            f" is missing;"
             " mend it, or remove the row"
         ) from None
     if "\0" in text:

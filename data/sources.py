@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 from qwenlora.configs.schema import Data
 from qwenlora.configs.schema import Source as Named
-from qwenlora.data import files
+from qwenlora.data import row_io as files
 from qwenlora.data.bad_row import show
-from qwenlora.data.files import EXTENSIONS, Chunk, extension
+from qwenlora.data.row_io import EXTENSIONS, Chunk, extension
 from qwenlora.data.rows import KEYS, Options
 from qwenlora.data.tables import dataset_chunks
 
@@ -26,7 +26,8 @@ _SAVED = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk leav
 
 
 class Source(NamedTuple):
-    """One entry of data.train or data.eval. files: what it consists of, in order; dataset: of the library, opened."""
+    """One entry of data.train or data.eval. files: what it consists of, in order; dataset: of the library,
+    opened."""
 
     name: str
     side: SideName
@@ -57,7 +58,9 @@ def find(data: Data, note: Callable[[str], None] = lambda _: None) -> list[Sourc
         for entry in _entries(data, side):
             paths, dataset = _files(entry, side, note)
             if side == "eval" and entry.weight != 1:
-                raise ValueError(f"data.eval: {entry.path} has weight {entry.weight}; evaluation sees every row once")
+                raise ValueError(
+                    f"data.eval: {entry.path} has weight {entry.weight}; evaluation sees every row once"
+                )
             options = Options(
                 entry.format or data.format,
                 data.columns if entry.columns is None else entry.columns,
@@ -66,7 +69,8 @@ def find(data: Data, note: Callable[[str], None] = lambda _: None) -> list[Sourc
             for theirs, ours in options.columns.items():
                 if ours is not None and ours not in KEYS:
                     raise ValueError(
-                        f"data.columns: {{{theirs}: {ours}}}: rows have no {ours} here; known: {', '.join(KEYS)},"
+                        f"data.columns: {{{theirs}: {ours}}}: rows have no {ours} here; known:"
+                        f" {', '.join(KEYS)},"
                         f" and null to ignore {theirs}"
                     )
             encoding = entry.encoding or data.encoding
@@ -123,13 +127,20 @@ def _opened(dataset: Any) -> tuple[list[Path], Any]:
 
 def _in_folder(folder: Path, side: SideName, note: Callable[[str], None]) -> list[Path]:
     there = sorted(path for path in folder.rglob("*") if path.is_file())
-    visible = [path for path in there if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    visible = [
+        path for path in there if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
     known = [_named(path) for path in visible if extension(path) in EXTENSIONS and path.name not in _NO_ROWS]
     if not known:
-        raise ValueError(f"data.{side}={folder} has no data files ({', '.join(EXTENSIONS)}, also .gz and .zst)")
+        raise ValueError(
+            f"data.{side}={folder} has no data files ({', '.join(EXTENSIONS)}, also .gz and .zst)"
+        )
     if left := [path.name for path in visible if path not in set(known)]:
         shown = ", ".join(left[:5]) + (" ..." if len(left) > 5 else "")
-        note(f"{folder}: {len(known)} files are read, {len(left)} are not ({shown}); name a file to have it read")
+        note(
+            f"{folder}: {len(known)} files are read, {len(left)} are not ({shown}); name a file to have it"
+            f" read"
+        )
     return known
 
 
@@ -149,7 +160,8 @@ def _from_hub(entry: Named, side: SideName) -> Any:
         offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"data.{side}={entry.path}: no such file, and no data set of the hub that can be loaded{offline}: {reason}"
+            f"data.{side}={entry.path}: no such file, and no data set of the hub that can be"
+            f" loaded{offline}: {reason}"
         ) from None
 
 
@@ -160,7 +172,9 @@ def _from_disk(folder: Path, entry: Named, side: SideName) -> Any:
         dataset = datasets.load_from_disk(str(folder))
     except Exception as error:  # of pyarrow, or of files that are missing
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"data.{side}={folder}: this data set of save_to_disk cannot be loaded: {reason}") from None
+        raise ValueError(
+            f"data.{side}={folder}: this data set of save_to_disk cannot be loaded: {reason}"
+        ) from None
     if not isinstance(dataset, datasets.DatasetDict):
         return dataset
     if entry.split not in dataset:

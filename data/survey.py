@@ -1,19 +1,21 @@
-"""Rows looked at without a tokenizer, in this process alone: counted for a dry run, asked as questions, shown."""
+"""Rows looked at without a tokenizer, in this process alone: counted for a dry run, asked as questions,
+shown."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from qwenlora.configs.schema import Data
 from qwenlora.data import sources
+from qwenlora.data.arrays import SHOWN_BAD_ROWS, refusal
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.rows import Row
 from qwenlora.data.sources import SideName
-from qwenlora.data.treat import read, repeats_of, side_of
-from qwenlora.data.written import SHOWN_BAD_ROWS, refusal
+from qwenlora.data.tokenise import read, repeats_of, side_of
 
 
 class Survey(NamedTuple):
-    """Counts of rows. train: of an epoch, weights applied; eval; bad: those that cannot be trained; notes: warnings."""
+    """Counts of rows. train: of an epoch, weights applied; eval; bad: those that cannot be trained; notes:
+    warnings."""
 
     train: int
     eval: int
@@ -22,7 +24,8 @@ class Survey(NamedTuple):
 
 
 def survey(data: Data) -> Survey:
-    """Return how many rows there are. Raises: ValueError listing the bad ones, when data.on_bad_row is error."""
+    """Return how many rows there are. Raises: ValueError listing the bad ones, when data.on_bad_row is
+    error."""
     notes: list[str] = []
     found = sources.find(data, notes.append)
     train = others = 0

@@ -53,11 +53,14 @@ def csv_rows(
 def _csv_problem(start: int, line: int, problem: str) -> str:
     """Return `line: what is wrong`. start: line on which the row begins."""
     if problem == "unexpected end of data":
-        return f"{start}: not valid CSV: a double quote is opened in the row that begins here, and never closed"
+        return (
+            f"{start}: not valid CSV: a double quote is opened in the row that begins here, and never closed"
+        )
     if problem.startswith("new-line character"):
         return f"{line}: not valid CSV: lines end with a carriage return alone; convert the file: mac2unix"
     return (
-        f"{line}: not valid CSV: {printable(problem)}; a text with a quote or a line break is put in double quotes,"
+        f"{line}: not valid CSV: {printable(problem)}; a text with a quote or a line break is put in double"
+        f" quotes,"
         ' and a quote in it twice: "say ""hi"""'
     )
 
@@ -103,7 +106,8 @@ def dataset_chunks(dataset: Any) -> Iterator[Values]:
         for columns in dataset.with_format(None).iter(batch_size=CHUNK_ROWS):
             names = list(columns)
             values = [
-                _without_nulls(dict(zip(names, fields, strict=True))) for fields in zip(*columns.values(), strict=True)
+                _without_nulls(dict(zip(names, fields, strict=True)))
+                for fields in zip(*columns.values(), strict=True)
             ]
             yield Values(list(enumerate(values, done + 1)), 0)
             done += len(values)
@@ -112,7 +116,8 @@ def dataset_chunks(dataset: Any) -> Iterator[Values]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Return a value without keys that hold nothing: Arrow gives all rows, and all tools, the keys that any has."""
+    """Return a value without keys that hold nothing: Arrow gives all rows, and all tools, the keys that any
+    has."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwenlora.jobs.submission import submit as submit
-    from qwenlora.jobs.submission import submit_sweep as submit_sweep
+    from qwenlora.jobs.submission.submit import submit as submit
+    from qwenlora.jobs.submission.submit import submit_sweep as submit_sweep
 
 
 def __getattr__(name: str) -> Any:
     """Import submitit where it is asked for: most of what imports this room submits nothing."""
     if name not in ("submit", "submit_sweep"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qwenlora.jobs import submission
+    from qwenlora.jobs.submission import submit as submission
 
     return getattr(submission, name)

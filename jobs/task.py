@@ -1,4 +1,5 @@
-"""What a submitted job runs, once a node: an attempt at the run of a config file. Its exit code is all that decides.
+"""What a submitted job runs, once a node: an attempt at the run of a config file. Its exit code is all that
+decides.
 
 submitit pickles an Attempt when it is submitted and calls it when the job starts, each time that it starts.
 """
@@ -12,9 +13,9 @@ from types import FrameType
 from typing import Any
 
 from qwenlora.configs import load_config
-from qwenlora.jobs.history import EXIT_CODES
-from qwenlora.jobs.metrics_file import last_line
-from qwenlora.jobs.run import RunFolder
+from qwenlora.run.folder import RunFolder
+from qwenlora.run.history import EXIT_CODES
+from qwenlora.run.metrics_file import last_line
 
 # the agent (launch/children.py) hears the same ones, as soon as there is something to stop
 _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -22,9 +23,11 @@ _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class Attempt:
-    """The agent on config_file, as a callable. brought_back: whether Slurm starts it again when it asks for that.
+    """The agent on config_file, as a callable. brought_back: whether Slurm starts it again when it asks for
+    that.
 
-    fresh: set an earlier run aside, the first time; allowed: config keys that may differ from the run's so far.
+    fresh: set an earlier run aside, the first time; allowed: config keys that may differ from the run's so
+    far.
     """
 
     config_file: str
@@ -35,8 +38,8 @@ class Attempt:
     def __call__(self) -> dict[str, Any] | None:
         """Return the run's summary, on the first node; None on the others.
 
-        Raises: SystemExit(75) when the job is to be brought back, ValueError when the run was refused, RuntimeError
-        when it failed.
+        Raises: SystemExit(75) when the job is to be brought back, ValueError when the run was refused,
+        RuntimeError when it failed.
         """
         from qwenlora.launch import agent  # jobs/ is below launch/: only a job that runs comes to it
 
@@ -65,10 +68,11 @@ class InProcess:
 
 
 def summary(run: RunFolder) -> dict[str, Any]:
-    """Return how a run stands: {"run_dir", "adapter", "reason", "step", "loss", "eval_loss", "attempts", "goodput"}.
+    """Return how a run stands: {"run_dir", "adapter", "reason", "step", "loss", "eval_loss", "attempts",
+    "goodput"}.
 
-    adapter: its folder, or None while there is none. reason: of the last attempt. loss, eval_loss: the last ones
-    logged, missing before. goodput: the share of the time that went into steps, or None.
+    adapter: its folder, or None while there is none. reason: of the last attempt. loss, eval_loss: the last
+    ones logged, missing before. goodput: the share of the time that went into steps, or None.
     """
     attempts = run.history.attempts()
     last = attempts[-1] if attempts else {}
@@ -89,7 +93,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_without_traceback(code: int) -> None:
-    """Have this process, if what comes next ends it, leave with code: the agent has said all there is to say."""
+    """Have this process, if what comes next ends it, leave with code: the agent has said all there is to
+    say."""
 
     def leave(*_: object) -> None:
         logging.shutdown()

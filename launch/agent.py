@@ -1,9 +1,10 @@
-"""One agent a node, from a config to an exit code: 0 done, 75 run it again, 2 refused, 1 failed. It imports no torch.
+"""One agent a node, from a config to an exit code: 0 done, 75 run it again, 2 refused, 1 failed. It imports
+no torch.
 
-`qwenlora train configs/tiny.yaml lora.r=32` runs it, on this machine or as srun's one task on each node of a job; with
-a hostfile it starts its like on the other machines (elsewhere.py). The first node's agent makes or reopens the run
-folder, has the data prepared once, and speaks for all; the others do as it says and leave with 0. Each runs torchrun,
-or DeepSpeed's launcher, on `qwenlora.trainer.main` for its ranks.
+`qwenlora train configs/tiny.yaml lora.r=32` runs it, on this machine or as srun's one task on each node of a
+job; with a hostfile it starts its like on the other machines (elsewhere.py). The first node's agent makes or
+reopens the run folder, has the data prepared once, and speaks for all; the others do as it says and leave
+with 0. Each runs torchrun, or DeepSpeed's launcher, on `qwenlora.trainer.main` for its ranks.
 """
 
 import os
@@ -18,13 +19,8 @@ from typing import Any
 from rich.console import Console
 
 from qwenlora.configs import Config
-from qwenlora.data.current import is_current
-from qwenlora.jobs import heartbeat, restarts
-from qwenlora.jobs.handover import Handover
-from qwenlora.jobs.history import EXIT_CODES
-from qwenlora.jobs.lent_screen import lend
-from qwenlora.jobs.run import PREFLIGHT, RunFolder, step_of
-from qwenlora.launch import elsewhere, hosts, preflight
+from qwenlora.data.freshness import is_current
+from qwenlora.launch import elsewhere, hosts, preflight, restarts
 from qwenlora.launch.allocation import Allocation, allocation, free_port
 from qwenlora.launch.children import Children
 from qwenlora.launch.deaths import Deaths
@@ -45,6 +41,11 @@ from qwenlora.launch.plan import (
 )
 from qwenlora.launch.verdict import conclude, explain, first_error
 from qwenlora.launch.watch import Watch
+from qwenlora.run import heartbeat
+from qwenlora.run.folder import PREFLIGHT, RunFolder, step_of
+from qwenlora.run.handover import Handover
+from qwenlora.run.history import EXIT_CODES
+from qwenlora.run.lent_screen import lend
 
 # a requeued job may start before the last processes of the one before are gone
 WAIT_FOR_THE_FOLDER_S = 120.0
@@ -63,9 +64,10 @@ def run(
 ) -> int:
     """Run this node's part of a config to its end; return the exit code.
 
-    fresh: set an earlier run aside; resume: auto (the newest whole checkpoint), none (as fresh), a name or path of one;
-    allowed: config keys or sections that may differ from the run's earlier attempts; only_check: end after the checks
-    before the start. Raises: ValueError when it cannot start.
+    fresh: set an earlier run aside; resume: auto (the newest whole checkpoint), none (as fresh), a name or
+    path of one;
+    allowed: config keys or sections that may differ from the run's earlier attempts; only_check: end after
+    the checks before the start. Raises: ValueError when it cannot start.
     """
     where = allocation()
     if where.job_id is not None:
@@ -85,7 +87,9 @@ def run(
     console = Console(markup=False, highlight=False)
     if (fresh or resume != "auto") and where.restarts:
         if where.first:
-            console.print("requeued by Slurm: going on from the newest checkpoint, without --fresh and --resume")
+            console.print(
+                "requeued by Slurm: going on from the newest checkpoint, without --fresh and --resume"
+            )
         fresh, resume = False, "auto"
     handover = Handover(0, "none" if fresh else resume, tuple(allowed))
     if not where.first:
@@ -124,7 +128,13 @@ class Node:
         console: Console,
         held: ExitStack,
     ) -> None:
-        self.config, self.where, self.children, self.meeting, self.console = config, where, children, meeting, console
+        self.config, self.where, self.children, self.meeting, self.console = (
+            config,
+            where,
+            children,
+            meeting,
+            console,
+        )
         self._held = held
         self._agents: list[elsewhere.Started] = []
         self.processes = processes_of(config)
@@ -141,7 +151,9 @@ class Node:
         config, folder, resume = self.config, self.folder, handover.resume
         wait_s = WAIT_FOR_THE_FOLDER_S if self.where.restarts else 0.0
         try:
-            with folder.claim(config, fresh=resume == "none", allowed=handover.allowed, wait_s=wait_s) as changed:
+            with folder.claim(
+                config, fresh=resume == "none", allowed=handover.allowed, wait_s=wait_s
+            ) as changed:
                 if only_check:
                     return self._only_check(told)
                 if folder.done and resume == "auto" and not changed.length:
@@ -149,7 +161,8 @@ class Node:
                     folder.put_back()
                     self.console.print(
                         f"{config.run_dir} is done ({folder.history.last_step()} steps): the adapter is in"
-                        f" {config.run_dir}/adapter; --fresh trains anew, more train.max_steps or num_train_epochs"
+                        f" {config.run_dir}/adapter; --fresh trains anew, more train.max_steps or"
+                        f" num_train_epochs"
                         " go on",
                         soft_wrap=True,
                     )
@@ -188,7 +201,9 @@ class Node:
             fault = watch.fault
         except NotMet as missing:
             fault = str(missing)
-        code = conclude(folder, attempt, code, self.children, self.console, fault=fault, cause=watch.cause_of_the_end())
+        code = conclude(
+            folder, attempt, code, self.children, self.console, fault=fault, cause=watch.cause_of_the_end()
+        )
         if code == EXIT_CODES["refused"]:
             folder.put_back()
         if code == EXIT_CODES["failed"] and where.requeues:
@@ -200,12 +215,15 @@ class Node:
         if code == EXIT_CODES["stopped"] and where.requeues:
             count = restarts.in_vain(folder.history.attempts(), where.job_id, _newest_step(folder))
             if count >= MOST_IN_VAIN:
-                self.console.print(f"not requeued: {count} attempts in a row have saved no step", soft_wrap=True)
+                self.console.print(
+                    f"not requeued: {count} attempts in a row have saved no step", soft_wrap=True
+                )
                 return EXIT_CODES["failed"]
         return code
 
     def _only_check(self, told: dict[str, str]) -> int:
-        """Do all checks before the start and nothing else, in a folder of its own, which is removed if all is well."""
+        """Do all checks before the start and nothing else, in a folder of its own, which is removed if all is
+        well."""
         watch = Watch(self.config, self.where, self.meeting, self.children, self.folder, PREFLIGHT)
         self.folder.logs(PREFLIGHT).mkdir(parents=True, exist_ok=True)
         self._check_nodes(PREFLIGHT, told)
@@ -219,7 +237,8 @@ class Node:
         return EXIT_CODES["done"]
 
     def _check_nodes(self, attempt: int, told: dict[str, str]) -> None:
-        """Meet the other nodes and compare. Raises: NotMet naming those that do not come, or are not alike."""
+        """Meet the other nodes and compare. Raises: NotMet naming those that do not come, or are not
+        alike."""
         where, timeout_s = self.where, float(self.config.launch.join_timeout_s)
         if where.nodes == 1:
             return
@@ -232,7 +251,9 @@ class Node:
         if self.config.launch.preflight == "off":
             return
         mine = preflight.facts(self.config, self.processes)
-        if found := preflight.problems(mine, {where.hosts[node]: said["facts"] for node, said in answers.items()}):
+        if found := preflight.problems(
+            mine, {where.hosts[node]: said["facts"] for node, said in answers.items()}
+        ):
             raise NotMet("; ".join(found))
         for node, said in answers.items():
             off = said["facts"]["time"] - said["received"]
@@ -246,7 +267,8 @@ class Node:
                     raise NotMet(f"{host}: {problem}")
                 if not preflight.sees(self.folder, node, said["showed"]["text"]):
                     raise NotMet(
-                        f"{host} wrote a file to run_dir={self.folder.path} that {where.host} does not see: choose a"
+                        f"{host} wrote a file to run_dir={self.folder.path} that {where.host} does not see:"
+                        f" choose a"
                         " run_dir on a file system that all nodes share"
                     )
         finally:
@@ -282,7 +304,8 @@ class Node:
     # ---- the other nodes
 
     def follow(self) -> int:
-        """Do as the first node says. Return 0: what came of it is for the first node to say; 1 when it is gone."""
+        """Do as the first node says. Return 0: what came of it is for the first node to say; 1 when it is
+        gone."""
         asked: Callable[[], bool] = lambda: self.children.asked  # noqa: E731
         # longer than the first node waits: it names all that are missing
         self.meeting.join(self.config.launch.join_timeout_s + JOIN_LATER_S, asked)
@@ -302,14 +325,17 @@ class Node:
                 self.meeting.stay_until_exit()
                 return EXIT_CODES["done"]
             elif "lost" in message:
-                self.console.print(f"{self.where.host}: the agent of {self.where.hosts[0]} is gone", soft_wrap=True)
+                self.console.print(
+                    f"{self.where.host}: the agent of {self.where.hosts[0]} is gone", soft_wrap=True
+                )
                 return EXIT_CODES["failed"]
 
     def _look(self, text: str) -> dict[str, str]:
         """Look for the first node's file, and show one of this node's."""
         if not preflight.sees(self.folder, 0, text):
             return {
-                "problem": f"run_dir={self.folder.path} is not the folder that {self.where.hosts[0]} writes to; choose"
+                "problem": f"run_dir={self.folder.path} is not the folder that {self.where.hosts[0]} writes"
+                f" to; choose"
                 " a run_dir on a file system that all nodes share"
             }
         try:
@@ -338,7 +364,9 @@ class Node:
         argv = torchrun_argv([str(self.folder.config)], self.processes, rendezvous)
         if deepspeed:
             host = where.hosts[0] if where.nodes > 1 else "127.0.0.1"
-            argv = deepspeed_argv([str(self.folder.config)], self.processes, where.node, where.nodes, host, port)
+            argv = deepspeed_argv(
+                [str(self.folder.config)], self.processes, where.node, where.nodes, host, port
+            )
         name = f"launch-{where.node}" if where.node else "launch"
         with ExitStack() as held:
             beats = held.enter_context(heartbeat.make_folder())
@@ -353,14 +381,17 @@ class Node:
             environment = _environment(handover) | self._flight_recorder(handover.attempt)
             if deepspeed and self.processes > 1:  # as torchrun does: each would take all cores
                 environment.setdefault("OMP_NUM_THREADS", "1")
-            code = self.children.run(argv, environment, log, watch.while_training, pause=pause, apart=deepspeed)
+            code = self.children.run(
+                argv, environment, log, watch.while_training, pause=pause, apart=deepspeed
+            )
             if watch.deaths:
                 watch.deaths.told(code)
             watch.after(code)
         return code
 
     def _flight_recorder(self, attempt: int) -> dict[str, str]:
-        """Return what makes NCCL keep its last collectives, and write them when one hangs, unless the user says else.
+        """Return what makes NCCL keep its last collectives, and write them when one hangs, unless the user
+        says else.
 
         Source: https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
         """

@@ -1,19 +1,21 @@
-"""Which of a job's nodes this is: one agent runs on each. Without Slurm, or outside of srun, there is one node."""
+"""Which of a job's nodes this is: one agent runs on each. Without Slurm, or outside of srun, there is one
+node."""
 
 import hashlib
 import os
 import socket
 from dataclasses import dataclass
 
-from qwenlora.slurm import answers
+from qwenlora.slurm import query as answers
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """node: number of this one among hosts, from 0; job_id: as Slurm names it; restarts: how often it was requeued.
+    """node: number of this one among hosts, from 0; job_id: as Slurm names it; restarts: how often it was
+    requeued.
 
-    requeues: whoever started this agent starts it again when it leaves with 75. Without a job, agents that the first
-    one started know each other by name, which is in their command lines, and secret, which is not.
+    requeues: whoever started this agent starts it again when it leaves with 75. Without a job, agents that
+    the first one started know each other by name, which is in their command lines, and secret, which is not.
     """
 
     node: int
@@ -41,7 +43,8 @@ class Allocation:
 
 
 def allocation() -> Allocation:
-    """Return what Slurm's environment says of this process. Raises: ValueError when it is not one task a node."""
+    """Return what Slurm's environment says of this process. Raises: ValueError when it is not one task a
+    node."""
     job_id = _job_id()
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     requeues = job_id is not None and os.environ.get("QWENLORA_REQUEUES") == "1"
@@ -50,14 +53,16 @@ def allocation() -> Allocation:
     hosts = answers.hosts(os.environ["SLURM_STEP_NODELIST"])
     if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", len(hosts)))) != len(hosts):
         raise ValueError(
-            f"srun started {tasks} tasks on {len(hosts)} node{'s' * (len(hosts) > 1)}, qwenlora needs one a node, which"
+            f"srun started {tasks} tasks on {len(hosts)} node{'s' * (len(hosts) > 1)}, qwenlora needs one a"
+            f" node, which"
             " starts the processes itself: srun --ntasks-per-node=1, as slurm/train.sh has it"
         )
     return Allocation(int(os.environ.get("SLURM_NODEID", "0")), hosts, job_id, restarts, requeues)
 
 
 def _job_id() -> str | None:
-    """Return the job's name; a task of an array has one of its own, its number may also be the whole array's."""
+    """Return the job's name; a task of an array has one of its own, its number may also be the whole
+    array's."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
@@ -75,7 +80,8 @@ def candidate_ports(token: str) -> list[int]:
 
 
 def free_port(token: str) -> int:
-    """Return a port of this machine that is free now, derived from a text. Raises: ValueError when none is."""
+    """Return a port of this machine that is free now, derived from a text. Raises: ValueError when none
+    is."""
     for port in candidate_ports(f"{token} ranks"):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -84,4 +90,6 @@ def free_port(token: str) -> int:
             except OSError:
                 continue
             return port
-    raise ValueError(f"none of the ports {candidate_ports(f'{token} ranks')} is free on {socket.gethostname()}")
+    raise ValueError(
+        f"none of the ports {candidate_ports(f'{token} ranks')} is free on {socket.gethostname()}"
+    )

@@ -1,10 +1,11 @@
 """Child processes of the agent: run one after another, told to stop together, and none left behind.
 
-A scheduler signals every process of a job, a terminal only the agent. Both must end the same way: the ranks finish
-their step and save. So the children start with these signals ignored (torchrun would die of USR1, and would kill the
-ranks on TERM), and the agent passes a request on to the ranks until they have left. DeepSpeed's launcher brings
-handlers of its own, which kill ranks that are not done in half a minute: for it the signals are blocked, which handlers
-do not change. Its ranks inherit that, and unblock them when they can hear (trainer/screen.py).
+A scheduler signals every process of a job, a terminal only the agent. Both must end the same way: the ranks
+finish their step and save. So the children start with these signals ignored (torchrun would die of USR1, and
+would kill the ranks on TERM), and the agent passes a request on to the ranks until they have left.
+DeepSpeed's launcher brings
+handlers of its own, which kill ranks that are not done in half a minute: for it the signals are blocked,
+which handlers do not change. Its ranks inherit that, and unblock them when they can hear (trainer/screen.py).
 """
 
 import signal
@@ -17,8 +18,8 @@ from typing import IO
 
 import psutil
 
-from qwenlora.jobs.orphans import die_with_parent
-from qwenlora.jobs.run import PREPARE_ONLY
+from qwenlora.run.folder import PREPARE_ONLY
+from qwenlora.run.orphans import die_with_parent
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 RANK_MODULE = "qwenlora.trainer.main"
@@ -27,7 +28,8 @@ REPEAT_S = 1.0  # a rank that is still being imported cannot hear yet
 
 
 class Children:
-    """Runs commands and hears stop requests. asked: there was one, why: the first; at_once: and then Ctrl-C again."""
+    """Runs commands and hears stop requests. asked: there was one, why: the first; at_once: and then Ctrl-C
+    again."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -64,9 +66,11 @@ class Children:
         pause: Callable[[float], None] = time.sleep,
         apart: bool = False,
     ) -> int:
-        """Run a command to its end; return its exit code. log: takes its standard error, the screen its output.
+        """Run a command to its end; return its exit code. log: takes its standard error, the screen its
+        output.
 
-        watch: is called several times a second, after each pause, and may call kill. apart: for a command that has
+        watch: is called several times a second, after each pause, and may call kill. apart: for a command
+        that has
         handlers of signals and much to say: it hears none, and its output goes to the log, too.
         """
         self._end_now = False

@@ -1,7 +1,7 @@
 """Which rank a signal ended, with DeepSpeed's launcher, which does not say it. torchrun does.
 
-That launcher asks after its ranks once a second, and from then on nobody can know how one ended. Who pauses here wakes
-up the moment that a rank ends, and is there first.
+That launcher asks after its ranks once a second, and from then on nobody can know how one ended. Who pauses
+here wakes up the moment that a rank ends, and is there first.
 """
 
 import os
@@ -10,12 +10,13 @@ import signal
 from pathlib import Path
 from typing import IO
 
-from qwenlora.jobs import heartbeat
 from qwenlora.launch.verdict import killed_line
+from qwenlora.run import heartbeat
 
 
 class Deaths:
-    """Of the ranks of one node. beats: the folder of their signs of life; log: takes down the first one killed."""
+    """Of the ranks of one node. beats: the folder of their signs of life; log: takes down the first one
+    killed."""
 
     def __init__(self, beats: str, log: IO[bytes], processes: int) -> None:
         self._beats, self._log, self._processes = beats, log, processes
@@ -52,7 +53,8 @@ class Deaths:
         return False
 
     def told(self, code: int) -> None:
-        """Note what the launcher's exit code tells, should a node's only rank have ended unseen: 247 is -9."""
+        """Note what the launcher's exit code tells, should a node's only rank have ended unseen: 247 is
+        -9."""
         beats = heartbeat.read(self._beats)
         if self._processes == len(beats) == 1 and 256 - code in signal.valid_signals():
             self._note(beats[0].rank, 256 - code)
@@ -72,7 +74,9 @@ def _ended_by(pid: int) -> int:
     Source: proc_pid_stat(5), exit_code, as wait(2) has it: the last field.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
     except OSError:
         return 0
     return int(fields[-1]) & 0x7F if fields[0] == "Z" else 0

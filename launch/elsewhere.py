@@ -1,7 +1,8 @@
-"""Agents on the other machines of a hostfile: started by ssh from the first one's, told what they need, ended with it.
+"""Agents on the other machines of a hostfile: started by ssh from the first one's, told what they need, ended
+with it.
 
-What an agent there needs (its place, the config, variables with keys) goes through ssh's standard input: a command line
-is seen by everybody on a machine, and a file may stay.
+What an agent there needs (its place, the config, variables with keys) goes through ssh's standard input: a
+command line is seen by everybody on a machine, and a file may stay.
 """
 
 import json
@@ -23,7 +24,8 @@ _NAME = "QWENLORA_ELSEWHERE"
 _LEAVE_S = 5.0
 # runs there before anything of ours can be imported: PYTHONPATH is among what it is told
 _BOOT = (
-    'import json, os, sys; told = json.loads(sys.stdin.readline()); os.chdir(told["folder"]); python = sys.executable; '
+    'import json, os, sys; told = json.loads(sys.stdin.readline()); os.chdir(told["folder"]); python ='
+    " sys.executable; "
     'os.execve(python, [python, "-P", "-m", "qwenlora.launch.elsewhere"], os.environ | told["variables"])'
 )
 
@@ -49,7 +51,8 @@ class Started:
 
 
 def ssh_argv(host: str) -> list[str]:
-    """Return the command that starts an agent on a host; it waits there for a line of JSON on its standard input."""
+    """Return the command that starts an agent on a host; it waits there for a line of JSON on its standard
+    input."""
     command = shlex.join([sys.executable, "-I", "-c", _BOOT])
     return ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host, f"exec {command}"]
 
@@ -62,7 +65,9 @@ def told(config: Config, where: Allocation, variables: dict[str, str]) -> str:
 
 
 @contextmanager
-def started(config: Config, where: Allocation, variables: dict[str, str], logs: Path) -> Iterator[list[Started]]:
+def started(
+    config: Config, where: Allocation, variables: dict[str, str], logs: Path
+) -> Iterator[list[Started]]:
     """Start an agent on each of the other machines; leave none behind. logs: where what they say goes."""
     agents: list[Started] = []
     try:

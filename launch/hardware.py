@@ -6,7 +6,8 @@ import subprocess
 
 
 def visible_devices(processes: int) -> list[int | str]:
-    """Return a GPU for each process, as CUDA_VISIBLE_DEVICES names them; -1, which is none, where there are too few."""
+    """Return a GPU for each process, as CUDA_VISIBLE_DEVICES names them; -1, which is none, where there are
+    too few."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(range(processes))
@@ -22,4 +23,6 @@ def gpu_count() -> int:
     if not shutil.which("nvidia-smi"):
         return 0
     answer = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in answer.stdout.splitlines()) if answer.returncode == 0 else 0
+    return (
+        sum(line.startswith("GPU ") for line in answer.stdout.splitlines()) if answer.returncode == 0 else 0
+    )

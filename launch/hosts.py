@@ -1,7 +1,8 @@
-"""Several machines without Slurm: the hostfile, what is refused of it, and what of this machine the others are told.
+"""Several machines without Slurm: the hostfile, what is refused of it, and what of this machine the others
+are told.
 
-`qwenlora train my.yaml --hostfile hosts`, with a line `HOST slots=PROCESSES` a machine, as DeepSpeed and MPI read it.
-How agents start on the others is elsewhere.py's.
+`qwenlora train my.yaml --hostfile hosts`, with a line `HOST slots=PROCESSES` a machine, as DeepSpeed and MPI
+read it. How agents start on the others is elsewhere.py's.
 """
 
 import re
@@ -66,7 +67,9 @@ def read(path: str) -> Hosts:
             user = "; a user's name goes into ~/.ssh/config" * ("@" in line)
             raise ValueError(f"{what}:{number}: {line.strip()!r}; {expected}, as `node1 slots=8`{user}")
         if found["host"] in slots:
-            raise ValueError(f"{what}:{number}: {found['host']} is there twice; give it one line with all its slots")
+            raise ValueError(
+                f"{what}:{number}: {found['host']} is there twice; give it one line with all its slots"
+            )
         slots[found["host"]] = int(found["slots"])
     if not slots:
         raise ValueError(f"{what} names no machine; {expected}")
@@ -84,7 +87,8 @@ def of(config: Config) -> Hosts | None:
     hosts = read(launch.hostfile)
     if launch.nproc_per_node not in (None, hosts.slots):
         raise ValueError(
-            f"launch.nproc_per_node={launch.nproc_per_node}, but {launch.hostfile} has slots={hosts.slots}; make them"
+            f"launch.nproc_per_node={launch.nproc_per_node}, but {launch.hostfile} has slots={hosts.slots};"
+            f" make them"
             " the same, or leave nproc_per_node (--nproc) out"
         )
     return hosts
@@ -95,16 +99,21 @@ def allocation_of(hosts: Hosts) -> Allocation:
     first, *others = hosts.names
     if not _is_here(first):
         raise ValueError(
-            f"{first}, the first machine of the hostfile, is not this one ({socket.gethostname()}); start on {first},"
+            f"{first}, the first machine of the hostfile, is not this one ({socket.gethostname()}); start"
+            f" on {first},"
             " or give this machine the first line"
         )
-    if first.startswith(("localhost", "127.")) and not all(name.startswith(("localhost", "127.")) for name in others):
+    if first.startswith(("localhost", "127.")) and not all(
+        name.startswith(("localhost", "127.")) for name in others
+    ):
         raise ValueError(
             f"{first} means another machine to each of {', '.join(others)}; write this machine's name:"
             f" {socket.gethostname()}"
         )
     if others and not shutil.which("ssh"):
-        raise ValueError(f"there is no ssh here, by which {', '.join(others)} would be reached; install OpenSSH")
+        raise ValueError(
+            f"there is no ssh here, by which {', '.join(others)} would be reached; install OpenSSH"
+        )
     return Allocation(0, hosts.names, None, 0, False, name=secrets.token_hex(8), secret=secrets.token_hex(32))
 
 
@@ -150,16 +159,21 @@ def refuse_in_slurm(config: Config) -> None:
     launch = config.launch
     if launch.launcher != "torchrun":
         raise ValueError(
-            f"launch.launcher={launch.launcher} is for machines without Slurm: in a job srun starts an agent on each"
+            f"launch.launcher={launch.launcher} is for machines without Slurm: in a job srun starts an"
+            f" agent on each"
             " node, which starts torchrun; leave --launcher out"
         )
     if launch.hostfile is not None:
         raise ValueError(
-            f"launch.hostfile={launch.hostfile} is for machines without Slurm: a job runs on the nodes that Slurm"
+            f"launch.hostfile={launch.hostfile} is for machines without Slurm: a job runs on the nodes that"
+            f" Slurm"
             " chose; leave --hostfile out"
         )
 
 
 def with_slots(config: Config, hosts: Hosts) -> Config:
-    """Return the config with the number of processes that the hostfile says, for machines that cannot read it."""
-    return config.model_copy(update={"launch": config.launch.model_copy(update={"nproc_per_node": hosts.slots})})
+    """Return the config with the number of processes that the hostfile says, for machines that cannot read
+    it."""
+    return config.model_copy(
+        update={"launch": config.launch.model_copy(update={"nproc_per_node": hosts.slots})}
+    )

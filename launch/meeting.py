@@ -1,7 +1,8 @@
-"""How the agents of a job's nodes talk: lines of JSON to and from the first one, over TCP, for as long as they live.
+"""How the agents of a job's nodes talk: lines of JSON to and from the first one, over TCP, for as long as
+they live.
 
-The port follows from the job's id, so that nobody needs to be told, and is the first of a few that is free; a token
-keeps jobs apart that share a node. Nothing that is received is more than data (json, no pickle).
+The port follows from the job's id, so that nobody needs to be told, and is the first of a few that is free; a
+token keeps jobs apart that share a node. Nothing that is received is more than data (json, no pickle).
 """
 
 import hmac
@@ -72,7 +73,8 @@ class Meeting:
             self.port = port
             return listener
         raise NotMet(
-            f"{self.allocation.host}: none of the ports {candidate_ports(self.run_id)} can be listened at: all in use"
+            f"{self.allocation.host}: none of the ports {candidate_ports(self.run_id)} can be listened at:"
+            f" all in use"
         )
 
     def _welcome(self) -> None:
@@ -109,7 +111,8 @@ class Meeting:
         self._listen_to(node, lines)
 
     def join(self, timeout_s: float, asked: Callable[[], bool]) -> None:
-        """Reach the first node from another one. Raises: NotMet after timeout_s, or when this node is asked to stop."""
+        """Reach the first node from another one. Raises: NotMet after timeout_s, or when this node is asked
+        to stop."""
         ports = candidate_ports(self.run_id)
         first, end, why = self.allocation.hosts[0], time.monotonic() + timeout_s, "nothing listens there"
         while True:
@@ -130,7 +133,8 @@ class Meeting:
                 if asked() or time.monotonic() > end:
                     raise NotMet(
                         f"{self.allocation.host}: cannot reach {first} at port {ports[0]} within"
-                        f" {timeout_s:.0f} s ({why}); agents talk at ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
+                        f" {timeout_s:.0f} s ({why}); agents talk at ports {FIRST_PORT} to"
+                        f" {FIRST_PORT + PORTS - 1}"
                     )
             time.sleep(RETRY_S)
 
@@ -162,7 +166,8 @@ class Meeting:
         self._peers.clear()
 
     def part(self, timeout_s: float, *, of_all: bool) -> None:
-        """Tell the other nodes that all is over, and wait until their processes have ended, and srun may know it.
+        """Tell the other nodes that all is over, and wait until their processes have ended, and srun may know
+        it.
 
         of_all: also wait for those that have not come yet: they look for this node.
         """
@@ -178,8 +183,11 @@ class Meeting:
         if self._peers:
             time.sleep(SETTLE_S)
 
-    def gather(self, what: str, timeout_s: float, asked: Callable[[], bool] = lambda: False) -> dict[int, Message]:
-        """Return {node: its message that has `what`} of all other nodes. Raises: NotMet naming those that say nothing.
+    def gather(
+        self, what: str, timeout_s: float, asked: Callable[[], bool] = lambda: False
+    ) -> dict[int, Message]:
+        """Return {node: its message that has `what`} of all other nodes. Raises: NotMet naming those that say
+        nothing.
 
         asked: whether this node was asked to stop; then what has come so far is returned.
         """
@@ -190,11 +198,16 @@ class Meeting:
             if message and what in message:
                 said[message["node"]] = message
             elif message and "lost" in message:
-                raise NotMet(f"{self.allocation.hosts[message['node']]}: its agent ended; its output says why")
-            if time.monotonic() > end:
-                missing = [host for node, host in enumerate(self.allocation.hosts) if node and node not in said]
                 raise NotMet(
-                    f"{', '.join(missing)}: no answer within {timeout_s:.0f} s, of {self.allocation.nodes} nodes; is"
+                    f"{self.allocation.hosts[message['node']]}: its agent ended; its output says why"
+                )
+            if time.monotonic() > end:
+                missing = [
+                    host for node, host in enumerate(self.allocation.hosts) if node and node not in said
+                ]
+                raise NotMet(
+                    f"{', '.join(missing)}: no answer within {timeout_s:.0f} s, of {self.allocation.nodes}"
+                    f" nodes; is"
                     f" port {self.port} of {self.allocation.host} open to it, and does Python start there"
                     " (launch.join_timeout_s)?"
                 )

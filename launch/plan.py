@@ -1,4 +1,5 @@
-"""What can be said of a run before it starts: how many processes, the command that starts them, what is refused."""
+"""What can be said of a run before it starts: how many processes, the command that starts them, what is
+refused."""
 
 import base64
 import difflib
@@ -17,24 +18,28 @@ from qwenlora.data import sources
 from qwenlora.data.order import accumulation_steps, total_steps
 from qwenlora.data.prepared import other_files
 from qwenlora.data.survey import survey
-from qwenlora.jobs import checkpoints
-from qwenlora.jobs.run import PREPARE_ONLY, RunFolder
 from qwenlora.launch import hosts
 from qwenlora.launch.allocation import free_port
 from qwenlora.launch.children import RANK_MODULE
 from qwenlora.launch.hardware import gpu_count, visible_devices
+from qwenlora.run import checkpoints
+from qwenlora.run.folder import PREPARE_ONLY, RunFolder
 
 
 def processes_of(config: Config) -> int:
-    """Return how many ranks this node runs. Raises: ValueError for a hostfile that says something else, or nothing."""
+    """Return how many ranks this node runs. Raises: ValueError for a hostfile that says something else, or
+    nothing."""
     named = hosts.of(config)
     return named.slots if named else config.launch.nproc_per_node or gpu_count() or 1
 
 
-def torchrun_argv(arguments: list[str], processes: int, rendezvous: Sequence[str] = ("--standalone",)) -> list[str]:
+def torchrun_argv(
+    arguments: list[str], processes: int, rendezvous: Sequence[str] = ("--standalone",)
+) -> list[str]:
     """Return the command that starts a node's ranks.
 
-    arguments: a config file and overrides. rendezvous: how nodes meet; --standalone: a free port on this machine.
+    arguments: a config file and overrides. rendezvous: how nodes meet; --standalone: a free port on this
+    machine.
     """
     return [
         sys.executable,
@@ -50,12 +55,19 @@ def torchrun_argv(arguments: list[str], processes: int, rendezvous: Sequence[str
 
 
 def deepspeed_argv(
-    arguments: list[str], processes: int, node: int = 0, nodes: int = 1, host: str = "127.0.0.1", port: int = 0
+    arguments: list[str],
+    processes: int,
+    node: int = 0,
+    nodes: int = 1,
+    host: str = "127.0.0.1",
+    port: int = 0,
 ) -> list[str]:
-    """Return the command that starts a node's ranks by DeepSpeed's launcher; host, port: where rank 0 listens.
+    """Return the command that starts a node's ranks by DeepSpeed's launcher; host, port: where rank 0
+    listens.
 
-    It is what `deepspeed` runs on each host. `deepspeed` itself stays out: its processes would outlive a killed agent,
-    it needs pdsh, puts variables on command lines, and has its own idea of CUDA_VISIBLE_DEVICES.
+    It is what `deepspeed` runs on each host. `deepspeed` itself stays out: its processes would outlive a
+    killed agent, it needs pdsh, puts variables on command lines, and has its own idea of
+    CUDA_VISIBLE_DEVICES.
     Source: deepspeed/launcher/runner.py and launch.py.
     """
     devices = {f"node-{one}": list[int | str](range(processes)) for one in range(nodes)}
@@ -94,8 +106,11 @@ def preparing_argv(folder: RunFolder) -> list[str]:
     return [sys.executable, "-m", RANK_MODULE, str(folder.config), PREPARE_ONLY]
 
 
-def rendezvous_options(run_id: str, nodes: int, first: bool, host: str, port: int, timeout_s: int) -> list[str]:
-    """Return torchrun's options for several nodes. first: whether this node holds the store, at host and port."""
+def rendezvous_options(
+    run_id: str, nodes: int, first: bool, host: str, port: int, timeout_s: int
+) -> list[str]:
+    """Return torchrun's options for several nodes. first: whether this node holds the store, at host and
+    port."""
     return [
         f"--nnodes={nodes}",
         "--rdzv-backend=c10d",
@@ -107,7 +122,8 @@ def rendezvous_options(run_id: str, nodes: int, first: bool, host: str, port: in
 
 
 def static_options(node: int, nodes: int, host: str, port: int) -> list[str]:
-    """Return torchrun's options for nodes whose order is given, so that rank 0 is on the first, which has the screen.
+    """Return torchrun's options for nodes whose order is given, so that rank 0 is on the first, which has the
+    screen.
 
     In a job c10d orders them by name, and srun brings what rank 0 says to the job's output from anywhere.
     """
@@ -128,7 +144,8 @@ def check(config: Config, nodes: int = 1, processes: int | None = None) -> int:
     sources.find(config.data)
     if config.launch.launcher == "deepspeed" and not find_spec("deepspeed"):
         raise ValueError(
-            "launch.launcher=deepspeed needs the deepspeed package, which is not here: pip install deepspeed, or leave"
+            "launch.launcher=deepspeed needs the deepspeed package, which is not here: pip install"
+            " deepspeed, or leave"
             " --launcher out"
         )
     here, strategy, train = processes is None, config.strategy, config.train
@@ -137,12 +154,16 @@ def check(config: Config, nodes: int = 1, processes: int | None = None) -> int:
     machine = Machine(nodes, processes, gpu_count() if here else processes)
     refuse(config, machine)
     accumulation = accumulation_steps(
-        train.global_batch_size, train.per_device_train_batch_size, machine.world_size, strategy.sequence_parallel
+        train.global_batch_size,
+        train.per_device_train_batch_size,
+        machine.world_size,
+        strategy.sequence_parallel,
     )
     if strategy.name in ZERO:
         if not find_spec("deepspeed"):
             raise ValueError(
-                f"strategy.name={strategy.name} needs the deepspeed package, which is not here: pip install deepspeed,"
+                f"strategy.name={strategy.name} needs the deepspeed package, which is not here: pip install"
+                f" deepspeed,"
                 " or set strategy.name: ddp or fsdp"
             )
         deepspeed_config(config, strategy.name, processes, accumulation)
@@ -159,11 +180,18 @@ def check_keys(allowed: Sequence[str]) -> None:
 
 
 def dry_run(
-    config: Config, arguments: list[str], *, fresh: bool = False, resume: str = "auto", allowed: Sequence[str] = ()
+    config: Config,
+    arguments: list[str],
+    *,
+    fresh: bool = False,
+    resume: str = "auto",
+    allowed: Sequence[str] = (),
 ) -> str:
-    """Return the resolved config, what follows from it, and the command that does it by hand. Reads the data files.
+    """Return the resolved config, what follows from it, and the command that does it by hand. Reads the data
+    files.
 
-    arguments: the config file and overrides that config was loaded from. Raises: ValueError for what a start would
+    arguments: the config file and overrides that config was loaded from. Raises: ValueError for what a start
+    would
     refuse: here a run folder that holds another run.
     """
     folder = RunFolder(config.run_dir)
@@ -182,14 +210,19 @@ def dry_run(
     packs = packs_rows(config, on_gpu=gpu_count() > 0)
     shared = f" / {config.strategy.sequence_parallel} a sequence" * (config.strategy.sequence_parallel > 1)
     if packs or data.overlength == "split":
-        steps = f"known when the rows are {'packed' if packs else 'split'}: qwenlora data check {shlex.join(arguments)}"
+        steps = (
+            f"known when the rows are {'packed' if packs else 'split'}: qwenlora data check"
+            f" {shlex.join(arguments)}"
+        )
     else:
         total = total_steps(rows.train, train.global_batch_size, train.num_train_epochs, train.max_steps)
         steps = f"{total}, {-(-rows.train // train.global_batch_size)} an epoch"
     command = shlex.join(argv_by_hand(config, arguments, processes, names))
     if len(names) > 1:
         command += f"\n# hosts               {' '.join(names)}; by hand, " + (
-            "DeepSpeed needs pdsh to reach them" if config.launch.launcher == "deepspeed" else "on each of them"
+            "DeepSpeed needs pdsh to reach them"
+            if config.launch.launcher == "deepspeed"
+            else "on each of them"
         )
     dropped = " (before long ones are dropped)" * (data.overlength == "drop")
     bad = f", {rows.bad:,} more cannot be trained and are left out" * (rows.bad > 0)
@@ -197,12 +230,14 @@ def dry_run(
         f"{to_yaml(config)}\n"
         f"# rows                {rows.train:,}{dropped}{bad}\n"
         f"# processes           {count}{f' on {len(names)} hosts' * (len(names) > 1)}\n"
-        f"# global batch        {train.global_batch_size} {'packs' if packs else 'rows'} = {say_processes(count)}"
+        f"# global batch        {train.global_batch_size} {'packs' if packs else 'rows'} ="
+        f" {say_processes(count)}"
         f"{shared} x {train.per_device_train_batch_size} x {accumulation} accumulated\n"
         f"# steps               {steps}\n"
         f"# strategy            {_strategy(config, processes)}\n"
         f"# run folder          {folder.path}{done}\n"
-        f"# command             {command}\n" + "".join(f"# warning             {note}\n" for note in rows.notes)
+        f"# command             {command}\n"
+        + "".join(f"# warning             {note}\n" for note in rows.notes)
     ) + (_deepspeed(config, processes, accumulation) if config.strategy.name in ZERO else "")
 
 
@@ -230,7 +265,8 @@ def check_resume(config: Config, folder: RunFolder, resume: str, allowed: Sequen
     trained, steps = checkpoints.read(newest)["step"], config.train.max_steps
     if steps and trained > steps:
         raise ValueError(
-            f"train.max_steps={steps} is less than the {trained} steps that {newest.name} has trained; raise it, or"
+            f"train.max_steps={steps} is less than the {trained} steps that {newest.name} has trained;"
+            f" raise it, or"
             " name an earlier checkpoint: --resume"
         )
 

@@ -1,7 +1,7 @@
 """What the nodes of a job must have in common, checked before anything is started; no torch.
 
-The first node's agent compares what each says of itself, and all show each other a file in the run folder. What ranks
-check (a reduction, a matrix product) is trainer/preflight.py's.
+The first node's agent compares what each says of itself, and all show each other a file in the run folder.
+What ranks check (a reduction, a matrix product) is trainer/preflight.py's.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ from typing import Any
 
 from qwenlora.configs import Config
 from qwenlora.configs.load import to_yaml
-from qwenlora.jobs.code import versions
-from qwenlora.jobs.run import RunFolder
-from qwenlora.jobs.snapshot import package
+from qwenlora.run.code import versions
+from qwenlora.run.folder import RunFolder
+from qwenlora.run.package import code_hash
 
 Facts = dict[str, Any]
 SEEN_WITHIN_S = 10.0  # a parallel file system may show another node's file late
@@ -28,7 +28,7 @@ def facts(config: Config, processes: int) -> Facts:
     """Return what a node says of itself."""
     return {
         "config": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12],
-        "code": _code_hash(),
+        "code": code_hash()[:12],
         "python": platform.python_version(),
         "versions": versions(),
         "processes": processes,
@@ -40,21 +40,27 @@ def problems(mine: Facts, others: dict[str, Facts]) -> list[str]:
     """Return a line for each node that differs from this one. others: by host."""
     found = []
     for host, theirs in others.items():
-        packages = mine["versions"] | {"Python": mine["python"]}, theirs["versions"] | {"Python": theirs["python"]}
+        packages = (
+            mine["versions"] | {"Python": mine["python"]},
+            theirs["versions"] | {"Python": theirs["python"]},
+        )
         differ = [
             f"{name} {packages[1].get(name)} (elsewhere {version})"
             for name, version in packages[0].items()
             if packages[1].get(name) != version
         ]
         if differ:
-            found.append(f"{host} has other package versions: {', '.join(differ)}; install the same on all nodes")
+            found.append(
+                f"{host} has other package versions: {', '.join(differ)}; install the same on all nodes"
+            )
         elif theirs["code"] != mine["code"]:
             found.append(f"{host} has another qwenlora of the same version; install the same on all nodes")
         if theirs["config"] != mine["config"]:
             found.append(f"{host} reads another config; the config file must be the same on all nodes")
         if theirs["processes"] != mine["processes"]:
             found.append(
-                f"{host} would run {theirs['processes']} processes, the first node {mine['processes']}; ask for the"
+                f"{host} would run {theirs['processes']} processes, the first node {mine['processes']}; ask"
+                f" for the"
                 " same number of GPUs on each node, or set launch.nproc_per_node"
             )
     return found
@@ -106,18 +112,12 @@ def space(config: Config, run: RunFolder) -> str:
             f" {missing * counted / 2**20:,.0f} MiB: free some, or lower train.save_total_limit ({limit})"
         )
     if 0 < files < missing * FILES_OF_A_CHECKPOINT:
-        return f"run_dir={run.path} has room for {files} more files only (inodes), the checkpoints to come need more"
+        return (
+            f"run_dir={run.path} has room for {files} more files only (inodes), the checkpoints to come"
+            f" need more"
+        )
     return ""
 
 
 def _probe(run: RunFolder, node: int) -> Path:
     return run.path / f".preflight-{node}"
-
-
-def _code_hash() -> str:
-    """Return a hash of the package's own code, whatever version it says it is."""
-    digest = hashlib.sha256()
-    for room in sorted(path.parent for path in package().glob("*/__init__.py")):
-        for file in sorted([*room.glob("*.py"), *room.glob("*.sh")]):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:12]

@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from qwenlora.jobs.history import EXIT_CODES, Reason
-from qwenlora.jobs.run import RunFolder
 from qwenlora.launch.children import Children
+from qwenlora.run.folder import RunFolder
+from qwenlora.run.history import EXIT_CODES, Reason
 
 TAIL_LINES = 15
 # in torchrun's report of a failure; an exit code below 0 is a signal
@@ -33,15 +33,19 @@ def conclude(
 ) -> int:
     """Note how the attempt ended, tell the user what they need to know, return the exit code.
 
-    code: of the processes on this node; fault: what the agents saw to go wrong, if anything; cause: what Slurm did, in
-    its word.
+    code: of the processes on this node; fault: what the agents saw to go wrong, if anything; cause: what
+    Slurm did, in its word.
     """
     attempts = folder.history.attempts()
     reason: Reason | None = attempts[-1].get("reason") if attempts else None  # none: the run folder is gone
     if reason is None:  # rank 0 did not live to say
         error = first_error(folder, attempt)
-        message = fault or (error["message"] if error else f"a process ended without a word (exit code {code})")
-        if code == 0 and not fault and not children.asked and folder.adapter.exists():  # it could not be noted
+        message = fault or (
+            error["message"] if error else f"a process ended without a word (exit code {code})"
+        )
+        if (
+            code == 0 and not fault and not children.asked and folder.adapter.exists()
+        ):  # it could not be noted
             return EXIT_CODES["done"]
         if children.asked and not error and not fault:
             reason, message = "stopped", f"{children.why}: before it saved anything"
@@ -84,7 +88,13 @@ def first_error(folder: RunFolder, attempt: int) -> dict[str, Any] | None:
 
 
 def explain(
-    folder: RunFolder, attempt: int, message: str, error: dict[str, Any] | None, console: Console, *, tail: bool = True
+    folder: RunFolder,
+    attempt: int,
+    message: str,
+    error: dict[str, Any] | None,
+    console: Console,
+    *,
+    tail: bool = True,
 ) -> None:
     """Say why the attempt failed, with the last lines of the log of the process that failed first."""
     log = folder.log(attempt, error["process"] if error else "launch")

@@ -1,4 +1,5 @@
-"""What a node's agent looks at while its ranks run: other nodes, signs of life, and Slurm when it is asked to stop."""
+"""What a node's agent looks at while its ranks run: other nodes, signs of life, and Slurm when it is asked to
+stop."""
 
 import os
 import time
@@ -8,15 +9,15 @@ from typing import Any
 import psutil
 
 from qwenlora.configs import Config
-from qwenlora.jobs import heartbeat
-from qwenlora.jobs.heartbeat import STACKS_SIGNAL
-from qwenlora.jobs.run import RunFolder
 from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.children import Children
 from qwenlora.launch.deaths import Deaths
 from qwenlora.launch.meeting import Meeting, Message
 from qwenlora.launch.plan import processes_of
-from qwenlora.slurm import answers
+from qwenlora.run import heartbeat
+from qwenlora.run.folder import RunFolder
+from qwenlora.run.heartbeat import STACKS_SIGNAL
+from qwenlora.slurm import query as answers
 
 GRACE_S = 10.0  # for ranks to end by themselves, and to say why, when others have failed
 LEAVING_S = 60.0  # from the end of the ranks here to the end of those elsewhere
@@ -31,12 +32,18 @@ _SLURM_ENDS = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "REQUEUED", "TIMEOUT")
 class Watch:
     """Of one attempt on one node. fault: what went wrong, where that is not for the ranks to say.
 
-    over: the first node has said that all is over; lost: another agent is gone; deaths: of ranks here, for a launcher
-    that does not say them.
+    over: the first node has said that all is over; lost: another agent is gone; deaths: of ranks here, for a
+    launcher that does not say them.
     """
 
     def __init__(
-        self, config: Config, where: Allocation, meeting: Meeting, children: Children, folder: RunFolder, attempt: int
+        self,
+        config: Config,
+        where: Allocation,
+        meeting: Meeting,
+        children: Children,
+        folder: RunFolder,
+        attempt: int,
     ) -> None:
         self.config, self.where, self.meeting, self.children = config, where, meeting, children
         self.folder, self.attempt, self.processes = folder, attempt, processes_of(config)
@@ -100,7 +107,9 @@ class Watch:
 
     def _lose(self, node: int) -> None:
         self.lost = True
-        self.fault = self.fault or f"the agent of {self.where.hosts[node]} is gone: killed, or its node failed"
+        self.fault = (
+            self.fault or f"the agent of {self.where.hosts[node]} is gone: killed, or its node failed"
+        )
         self._end_within(0.0 if self.where.first else GRACE_S)
 
     def after(self, code: int) -> None:
@@ -128,12 +137,14 @@ class Watch:
         return any(now - beat.at > limit_s for beat in beats)
 
     def _positions_here(self) -> list[tuple[heartbeat.Beat, str, float]]:
-        """Return how far each rank of this node is, what its process is at if it does not run, seconds of quiet."""
+        """Return how far each rank of this node is, what its process is at if it does not run, seconds of
+        quiet."""
         now = time.monotonic()
         return [(beat, _state(beat), now - beat.at) for beat in heartbeat.read(self.beats)]
 
     def _on_stall(self) -> None:
-        """Have all nodes write their ranks' stacks; the first one then says who is behind, and ends the attempt."""
+        """Have all nodes write their ranks' stacks; the first one then says who is behind, and ends the
+        attempt."""
         here = self._positions_here()
         self.meeting.send(**({"stacks": True} if self.where.first else {"stalled": here}))
         self._write_stacks()
@@ -148,7 +159,8 @@ class Watch:
         self._end_within(0.0)
 
     def _write_stacks(self) -> None:
-        """Have each rank of this node write the stacks of its threads into its log (faulthandler, in main.py)."""
+        """Have each rank of this node write the stacks of its threads into its log (faulthandler, in
+        main.py)."""
         for beat in heartbeat.read(self.beats):
             try:
                 os.kill(beat.pid, STACKS_SIGNAL)
@@ -170,7 +182,10 @@ class Watch:
         limit = f"launch.stall_timeout_s is {self.config.launch.stall_timeout_s}"
         if missing := self.where.nodes * self.processes - len(positions):
             came = ", ".join(str(beat.rank) for beat, *_ in positions)
-            return f"{missing} ranks have not started to work ({limit}); those that have: {came or 'none'}; {logs}"
+            return (
+                f"{missing} ranks have not started to work ({limit}); those that have: {came or 'none'};"
+                f" {logs}"
+            )
         fewest = min(beat.beats for beat, *_ in positions)
         behind = [one for one in positions if one[1]] or [one for one in positions if one[0].beats == fewest]
         beat, state, *_ = behind[0]
@@ -195,7 +210,8 @@ class Watch:
     def cause_of_the_end(self) -> str:
         """Return what Slurm did to end this attempt, in its word; empty if it did nothing.
 
-        When a node is lost, Slurm takes a while to see it; when a signal came first, what it was for shows later.
+        When a node is lost, Slurm takes a while to see it; when a signal came first, what it was for shows
+        later.
         """
         end = time.monotonic() + (NODE_LOSS_S if self.lost and self.where.job_id else 0.0)
         while not self.children.asked and time.monotonic() < end:

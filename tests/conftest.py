@@ -1,4 +1,5 @@
-"""Shared ground of the tests: real tokenizers where they are, the tiny model, and whole runs made once a session."""
+"""Shared ground of the tests: real tokenizers where they are, the tiny model, and whole runs made once a
+session."""
 
 import os
 import subprocess
@@ -13,7 +14,13 @@ ASSETS = ROOT.parent / "shared" / "assets"
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub; the processes that tests start inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "COLUMNS", "LINES"):  # pytest-xdist sets the last two
+for name in (
+    "WANDB_API_KEY",
+    "WANDB_MODE",
+    "WANDB_BASE_URL",
+    "COLUMNS",
+    "LINES",
+):  # pytest-xdist sets the last two
     os.environ.pop(name, None)
 os.environ["NETRC"] = os.devnull
 
@@ -21,7 +28,8 @@ settings.load_profile("ci")  # the same examples each time; others: --hypothesis
 
 
 def pytest_collection_modifyitems(items):
-    """Call slow what waits for a whole training run. pytest-xdist's processes begin with the files that have such."""
+    """Call slow what waits for a whole training run. pytest-xdist's processes begin with the files that have
+    such."""
     for item in items:
         if "tiny_run" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
@@ -38,7 +46,7 @@ def assets() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    from qwenlora.trainer.tiny import build_tiny
+    from qwenlora.trainer.model.tiny import build_tiny
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     build_tiny(folder)
@@ -62,9 +70,11 @@ class Command:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, *arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    def __call__(
+        self, *arguments: object, timeout: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", *map(str, arguments)],
+            [sys.executable, "-c", "from qwenlora.cli.main import main; main()", *map(str, arguments)],
             cwd=self.folder,
             env=os.environ | environment,
             capture_output=True,
@@ -90,7 +100,8 @@ def tiny_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 
 @pytest.fixture
 def read_wandb():
-    """Return what reads the records of a .wandb file: a 7-byte header, then LevelDB's log format in 32 KiB blocks."""
+    """Return what reads the records of a .wandb file: a 7-byte header, then LevelDB's log format in 32 KiB
+    blocks."""
     from wandb.proto import wandb_internal_pb2
 
     def read_wandb(file):

@@ -26,7 +26,9 @@ LATE = {"launch": {"adapter", "trainer"}, "jobs": {"launch", "trainer"}}
 def test_a_room_imports_only_the_rooms_below_it(room):
     for file in (ROOT / room).rglob("*.py"):
         tree = ast.parse(file.read_text())
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        functions = [
+            node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
         late = {node for function in functions for node in ast.walk(function)}
         for node in ast.walk(tree):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -38,9 +40,14 @@ def test_a_room_imports_only_the_rooms_below_it(room):
 
 
 def test_the_light_rooms_import_no_torch():
-    modules = ["qwenlora.trainer.main", "qwenlora.trainer.screen"]
+    modules = ["qwenlora.trainer.main", "qwenlora.trainer.ranks.screen"]
     for room in ("configs", "data", "jobs", "launch", "slurm"):
         modules += [f"qwenlora.{room}.{module.name}" for module in pkgutil.iter_modules([str(ROOT / room)])]
-    code = "import importlib, sys; [importlib.import_module(m) for m in sys.argv[1:]]; print('torch' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, check=True)
+    code = (
+        "import importlib, sys; [importlib.import_module(m) for m in sys.argv[1:]]; print('torch' in"
+        " sys.modules)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code, *modules], capture_output=True, text=True, check=True
+    )
     assert answer.stdout == "False\n"

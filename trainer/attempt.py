@@ -1,4 +1,5 @@
-"""One attempt at a run, in order: data, model, resume, train, save. Every rank runs this; main.py calls it."""
+"""One attempt at a run, in order: data, model, resume, train, save. Every rank runs this; main.py calls
+it."""
 
 import copy
 import json
@@ -20,32 +21,34 @@ from qwenlora.configs import Config
 from qwenlora.data import prepared, sources
 from qwenlora.data.order import accumulation_steps
 from qwenlora.data.prepared import Side
-from qwenlora.jobs import checkpoints
-from qwenlora.jobs.checkpoints import Chosen
-from qwenlora.jobs.disk import seal, settle, sync, write_atomically
-from qwenlora.jobs.handover import Handover
-from qwenlora.jobs.heartbeat import Heart
-from qwenlora.jobs.history import Reason
-from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import derived, sequence, strategy
-from qwenlora.trainer import model as models
-from qwenlora.trainer.chronicle import Chronicle
-from qwenlora.trainer.faults import TrainingFault
-from qwenlora.trainer.metrics import Metrics, MetricsFile
+from qwenlora.run import checkpoints
+from qwenlora.run.checkpoints import Chosen
+from qwenlora.run.disk import seal, settle, sync, write_atomically
+from qwenlora.run.folder import RunFolder
+from qwenlora.run.handover import Handover
+from qwenlora.run.heartbeat import Heart
+from qwenlora.run.history import Reason
+from qwenlora.trainer.loop.saver import Saver, reason_of
+from qwenlora.trainer.loop.state import adapter_of, check_alike, not_finite
+from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
+from qwenlora.trainer.model import base as models
 from qwenlora.trainer.prepare import Facts, read_facts
-from qwenlora.trainer.progress import ProgressCallback, facts_table
-from qwenlora.trainer.saver import Saver, reason_of
-from qwenlora.trainer.screen import Rank, StopRequest
-from qwenlora.trainer.state import adapter_of, check_alike, not_finite
-from qwenlora.trainer.stop import TIME_IS_OVER, Stop
-from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
-from qwenlora.trainer.wandb_run import WandbCallback, mode_of
+from qwenlora.trainer.ranks.faults import TrainingFault
+from qwenlora.trainer.ranks.screen import Rank, StopRequest
+from qwenlora.trainer.ranks.stop import TIME_IS_OVER, Stop
+from qwenlora.trainer.record import startup_table as derived
+from qwenlora.trainer.record.chronicle import Chronicle
+from qwenlora.trainer.record.metrics import Metrics, MetricsFile
+from qwenlora.trainer.record.progress import ProgressCallback, facts_table
+from qwenlora.trainer.record.wandb_run import WandbCallback, mode_of
+from qwenlora.trainer.spread import sequence, strategy
 
 log = logging.getLogger("qwenlora")
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. step: the last one of the run, 0 before any; stopped, it is saved. why: it was stopped."""
+    """How an attempt ended. step: the last one of the run, 0 before any; stopped, it is saved. why: it was
+    stopped."""
 
     reason: Reason
     step: int
@@ -91,7 +94,9 @@ def train(
     spread = strategy.choose(config, facts.parameters, _accumulation(config, rank), longest)
     base = strategy.load_base(config, facts.base, spread)
     untrained = models.untrained_turn_tokens(base, tokenizer)
-    torch.manual_seed(config.train.seed)  # the same adapter to begin with on every rank, however the base is spread
+    torch.manual_seed(
+        config.train.seed
+    )  # the same adapter to begin with on every rank, however the base is spread
     model = models.add_lora(base, config.lora, config.model.revision)
     heart.beat(step)
     packs = prepared.open_packs(folder) if facts.packing else None
@@ -123,12 +128,15 @@ def train(
     _refuse_fewer_steps(config, step, trainer.args.max_steps)
     trainer.make_engine()
     if facts.packing:
-        # by whole packs on each rank: the kernel is asked, which sees them whole where ranks share sequences, too
+        # by whole packs on each rank: the kernel is asked, which sees them whole where ranks share sequences,
+        # too
         models.check_isolation(model)
     sequence.share_attention(base, team)
     _beat_with(model, heart, trainer)
     metrics = MetricsFile(run.metrics, warn) if rank.first else None
-    if rank.first:  # before Metrics: who reads of an attempt's first step in progress.json finds it in attempts.jsonl
+    if (
+        rank.first
+    ):  # before Metrics: who reads of an attempt's first step in progress.json finds it in attempts.jsonl
         trainer.add_callback(chronicle)
     trainer.add_callback(
         Metrics(
@@ -157,7 +165,10 @@ def train(
         table = derived.facts(config, facts, trainer.args, rank.world_size, spread) | {"W&B": where}
         console.print(facts_table(run.path.name, table))
         tied = bool(base.config.tie_word_embeddings)
-        for line in [*_notes(run, chosen), *derived.warnings(config, facts, trainer.args, untrained, tied=tied)]:
+        for line in [
+            *_notes(run, chosen),
+            *derived.warnings(config, facts, trainer.args, untrained, tied=tied),
+        ]:
             warn(line)
         if checkpoint:
             console.print(f"resuming from {checkpoint.name}", soft_wrap=True)
@@ -169,7 +180,10 @@ def train(
         trainer.load(checkpoint)
         held, now = trainer.resumed["cursor"]["steps_per_epoch"], trainer.order.steps_per_epoch
         if rank.first and held != now:
-            warn(f"an epoch had {held} steps, and has {now} now: training goes on at step {step + 1} of the new order")
+            warn(
+                f"an epoch had {held} steps, and has {now} now: training goes on at step {step + 1} of the"
+                f" new order"
+            )
     stop.agree(trainer.args.device)  # and all have chosen and loaded their checkpoint
     if metrics:
         for name in checkpoints.set_aside_newer(run, step):
@@ -227,7 +241,8 @@ def _asked(request: StopRequest) -> str:
 
 
 def _beat_with(model: torch.nn.Module, heart: Heart, trainer: LoraTrainer) -> None:
-    """Give a sign of life before and after each forward pass: who hangs in one has given fewer than who waits."""
+    """Give a sign of life before and after each forward pass: who hangs in one has given fewer than who
+    waits."""
 
     def beat(*_: object) -> None:
         heart.beat(trainer.state.global_step + 1)
@@ -250,7 +265,8 @@ def _choose(run: RunFolder, rank: Rank, handover: Handover, identity: dict[str, 
             said = [checkpoints.choose(run, handover.resume, identity, handover.allowed)]
             if said[0].folder is None and any(one.get("reason") == "done" for one in run.history.attempts()):
                 raise ValueError(
-                    f"run_dir={run.path} is done and has no checkpoint to go on from; start a new run from its adapter:"
+                    f"run_dir={run.path} is done and has no checkpoint to go on from; start a new run from"
+                    f" its adapter:"
                     f" lora.init_from={run.adapter} and another run_dir"
                 )
         except ValueError as refusal:
@@ -266,9 +282,14 @@ def _choose(run: RunFolder, rank: Rank, handover: Handover, identity: dict[str, 
 def _refuse_fewer_steps(config: Config, trained: int, steps: int) -> None:
     if trained > steps:
         train = config.train
-        said = f"max_steps={train.max_steps}" if train.max_steps else f"num_train_epochs={train.num_train_epochs:g}"
+        said = (
+            f"max_steps={train.max_steps}"
+            if train.max_steps
+            else f"num_train_epochs={train.num_train_epochs:g}"
+        )
         raise ValueError(
-            f"train.{said} makes {steps} steps, and {trained} are trained already; raise it, or name an earlier"
+            f"train.{said} makes {steps} steps, and {trained} are trained already; raise it, or name an"
+            f" earlier"
             " checkpoint: --resume"
         )
 
@@ -327,7 +348,11 @@ def _start_wandb(
         return None, f"off ({why})"
     wandb = WandbCallback(config, run, mode, warn=warn)
     where = wandb.start()
-    sides = {f"data/{side}_{what}": counts[what] for side, counts in facts.data.items() for what in ("rows", "tokens")}
+    sides = {
+        f"data/{side}_{what}": counts[what]
+        for side, counts in facts.data.items()
+        for what in ("rows", "tokens")
+    }
     wandb.summarize({"data/bad_rows": facts.bad_rows, **sides})
     return wandb, where
 
@@ -358,14 +383,18 @@ def _constant_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
 
 
 def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
-    """Write the final adapter and its tokenizer, whole or not at all. Raises: TrainingFault when it cannot."""
+    """Write the final adapter and its tokenizer, whole or not at all. Raises: TrainingFault when it
+    cannot."""
     staging = run.path / ".adapter.staging"
     if broken := not_finite(adapter_of(model)):
-        raise TrainingFault(f"the last step made weights that are not finite ({broken}); no adapter was written")
+        raise TrainingFault(
+            f"the last step made weights that are not finite ({broken}); no adapter was written"
+        )
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()  # not with its parents: a run folder that is gone is not made anew
-        # "auto" would ask the hub whether the base's vocabulary has changed; modules_to_save are saved in any case
+        # "auto" would ask the hub whether the base's vocabulary has changed; modules_to_save are saved in any
+        # case
         model.save_pretrained(staging, save_embedding_layers=False)
         tokenizer.save_pretrained(staging)
         (staging / "README.md").unlink(missing_ok=True)  # peft's is an empty form
@@ -383,5 +412,6 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise TrainingFault(
-            f"all steps are trained, but the adapter was not saved: {reason_of(error)}; the same command tries again"
+            f"all steps are trained, but the adapter was not saved: {reason_of(error)}; the same command"
+            f" tries again"
         ) from error

@@ -1,6 +1,8 @@
-"""The rows of a config, looked at before anything is trained: `qwenlora data check` and `qwenlora data preview`.
+"""The rows of a config, looked at before anything is trained: `qwenlora data check` and `qwenlora data
+preview`.
 
-Both use the run's own tokenizer and template; check prepares the rows as training would, which then starts from them.
+Both use the run's own tokenizer and template; check prepares the rows as training would, which then starts
+from them.
 """
 
 import tempfile
@@ -18,12 +20,12 @@ from qwenlora.configs import Config
 from qwenlora.data import prepared, report
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
-from qwenlora.data.fit import fit
+from qwenlora.data.overlength import fit
 from qwenlora.data.sources import SideName
 from qwenlora.data.survey import rows_of_side
-from qwenlora.jobs.disk import write_atomically
-from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import model as models
+from qwenlora.run.disk import write_atomically
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.model import base as models
 from qwenlora.trainer.prepare import notes_of, packs_rows
 
 TRAINED = "black on green"
@@ -37,7 +39,9 @@ def check(config: Config, page: Path | None, console: Console) -> int:
     run = RunFolder(config.run_dir)
     page = page or run.path.with_name(f"{run.path.name}.data.html")
     tokenizer = _tokenizer(config)
-    data = config.data.model_copy(update={"on_bad_row": "skip"})  # all rows are looked at, whatever is done then
+    data = config.data.model_copy(
+        update={"on_bad_row": "skip"}
+    )  # all rows are looked at, whatever is done then
     rows = prepared.prepare(data, tokenizer, run.cache(config), console, console.print)
     notes = notes_of(config, rows)
     listed = page.with_suffix(".bad_rows.txt")
@@ -70,7 +74,10 @@ def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool
         pieces, how = [tokens], ""
         if len(tokens.ids) > config.data.max_length:
             pieces = fit(row, tokens, encoder, config.data).pieces
-            how = f", longer than data.max_length={config.data.max_length}: {_what_was_done(config, len(pieces))}"
+            how = (
+                f", longer than data.max_length={config.data.max_length}:"
+                f" {_what_was_done(config, len(pieces))}"
+            )
         console.print(Text(f"{place}: {_counts(tokens)}{how}", style="bold"), soft_wrap=True)
         for piece in pieces:
             if ids:
@@ -81,14 +88,18 @@ def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool
     if not shown:
         raise ValueError(f"there is no {side} row number {first}")
     legend = (
-        Text("trained tokens look like this", style=TRAINED) if console.color_system else "trained tokens: ⟦like this⟧"
+        Text("trained tokens look like this", style=TRAINED)
+        if console.color_system
+        else "trained tokens: ⟦like this⟧"
     )
     console.print(legend)
 
 
 def _tokenizer(config: Config) -> Any:
     transformers_logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:  # of model.name_or_path: tiny; a run folder is only for runs
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # of model.name_or_path: tiny; a run folder is only for runs
         return models.load_tokenizer(config, models.base_of(config, RunFolder(folder)))
 
 

@@ -1,7 +1,8 @@
 """What every rank starts with: the run folder, the screen, the others; then the attempt, and its exit code.
 
-`torchrun --nproc-per-node 2 -m qwenlora.trainer.main configs/tiny.yaml lora.r=32`, or by the agent, which has then
-made the run folder and had the data prepared (`--prepare-only`). The libraries that talk while they are imported are
+`torchrun --nproc-per-node 2 -m qwenlora.trainer.main configs/tiny.yaml lora.r=32`, or by the agent, which has
+then made the run folder and had the data prepared (`--prepare-only`). The libraries that talk while they are
+imported are
 imported when the screen is taken: what they say goes to the log.
 """
 
@@ -21,13 +22,13 @@ from typing import Any
 from rich.console import Console
 
 from qwenlora.configs import Config, load_config
-from qwenlora.jobs.disk import write_atomically
-from qwenlora.jobs.handover import Handover, received
-from qwenlora.jobs.heartbeat import STACKS_SIGNAL, Heart
-from qwenlora.jobs.history import EXIT_CODES
-from qwenlora.jobs.orphans import die_with_parent
-from qwenlora.jobs.run import PREPARE_ONLY, RunFolder
-from qwenlora.trainer.screen import Rank, StoppedEarly, StopRequest, take_screen
+from qwenlora.run.disk import write_atomically
+from qwenlora.run.folder import PREPARE_ONLY, RunFolder
+from qwenlora.run.handover import Handover, received
+from qwenlora.run.heartbeat import STACKS_SIGNAL, Heart
+from qwenlora.run.history import EXIT_CODES
+from qwenlora.run.orphans import die_with_parent
+from qwenlora.trainer.ranks.screen import Rank, StoppedEarly, StopRequest, take_screen
 
 log = logging.getLogger("qwenlora")
 LONGEST_PREPARATION = timedelta(days=7)
@@ -105,7 +106,9 @@ def _main(arguments: list[str], held: ExitStack, captured: bool) -> int:
         return 0 if prepare_only else _train(config, run, rank, request, console, handover, give_up)
     except StoppedEarly as stopped:
         run.end_attempt("stopped", str(stopped))
-        console.print("stopped while preparing: nothing is lost, the same command starts again", soft_wrap=True)
+        console.print(
+            "stopped while preparing: nothing is lost, the same command starts again", soft_wrap=True
+        )
         return EXIT_CODES["stopped"]
     except Exception as error:
         if not captured:
@@ -120,7 +123,7 @@ def _main(arguments: list[str], held: ExitStack, captured: bool) -> int:
 def _is_prepared(config: Config, run: RunFolder) -> bool:
     import torch
 
-    from qwenlora.data.current import is_current
+    from qwenlora.data.freshness import is_current
 
     return is_current(config, run, on_gpu=torch.cuda.is_available())
 
@@ -152,7 +155,8 @@ def _train(
 
 
 def _meet(config: Config, rank: Rank) -> None:
-    """Wait for all ranks, once. The first one may be preparing data for hours: only then is there a process group."""
+    """Wait for all ranks, once. The first one may be preparing data for hours: only then is there a process
+    group."""
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -177,7 +181,8 @@ def _meet(config: Config, rank: Rank) -> None:
 
 
 def _wait_for_all(store: Any, rank: Rank, timeout_s: int) -> None:
-    """Say that this rank is here; the first one waits for all. Raises: TrainingFault naming those that do not come."""
+    """Say that this rank is here; the first one waits for all. Raises: TrainingFault naming those that do not
+    come."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     keys = [f"qwenlora/here/{attempt}/{number}" for number in range(rank.world_size)]
     store.set(keys[rank.rank], socket.gethostname())
@@ -186,10 +191,12 @@ def _wait_for_all(store: Any, rank: Rank, timeout_s: int) -> None:
     end = time.monotonic() + max(timeout_s, _SHORTEST_WAIT_S)
     while missing := [number for number, key in enumerate(keys) if not store.check([key])]:
         if time.monotonic() > end:
-            from qwenlora.trainer.faults import TrainingFault
+            from qwenlora.trainer.ranks.faults import TrainingFault
 
             names = ", ".join(map(str, missing))
-            raise TrainingFault(f"rank{'s' * (len(missing) > 1)} {names} did not come; their logs may say why")
+            raise TrainingFault(
+                f"rank{'s' * (len(missing) > 1)} {names} did not come; their logs may say why"
+            )
         time.sleep(0.1)
 
 
@@ -197,8 +204,8 @@ def _check(config: Config, console: Console, *, only: bool) -> None:
     """Reduce and multiply with all ranks, where the config wants it and there is something to learn."""
     import torch
 
-    from qwenlora.trainer import model as models
-    from qwenlora.trainer import preflight
+    from qwenlora.trainer.model import base as models
+    from qwenlora.trainer.ranks import preflight
 
     several_nodes = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
     if not only and (config.launch.preflight != "full" or not (several_nodes or torch.cuda.is_available())):

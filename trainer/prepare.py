@@ -1,7 +1,9 @@
-"""Everything that is done once before the ranks start: the base model is found, the data tokenised, limits checked.
+"""Everything that is done once before the ranks start: the base model is found, the data tokenised, limits
+checked.
 
-`python -m qwenlora.trainer.main runs/my-run/config.yaml --prepare-only`: a process of its own, so that no rank waits
-in a collective meanwhile. What it counted is left in the run folder's facts.json for whoever shows it.
+`python -m qwenlora.trainer.main runs/my-run/config.yaml --prepare-only`: a process of its own, so that no
+rank waits in a collective meanwhile. What it counted is left in the run folder's facts.json for whoever shows
+it.
 """
 
 import json
@@ -14,13 +16,14 @@ import torch
 from rich.console import Console
 
 from qwenlora.configs import Config, combinations
-from qwenlora.data import current, prepared
+from qwenlora.data import freshness as current
+from qwenlora.data import prepared
 from qwenlora.data.sources import SideName
-from qwenlora.jobs.disk import write_atomically
-from qwenlora.jobs.run import RunFolder, allows
-from qwenlora.trainer import model as models
-from qwenlora.trainer import sequence
-from qwenlora.trainer.training import check_settings
+from qwenlora.run.disk import write_atomically
+from qwenlora.run.folder import RunFolder, allows
+from qwenlora.trainer.loop.trainer import check_settings
+from qwenlora.trainer.model import base as models
+from qwenlora.trainer.spread import sequence
 
 # what a checkpoint holds for each trainable number: itself and Adam's two moments, in float32
 CHECKPOINT_BYTES_PER_PARAMETER = 12
@@ -31,8 +34,9 @@ SMALL_FILES_BYTES = 2**16
 class Facts:
     """What is known before the first step.
 
-    base: folder or hub name; base_fingerprint: changes when its weights do; data_folder: the prepared rows; files_key:
-    hash of the files they are from; data: their counts, by side; packing: data.packing, decided; bad_rows: left out;
+    base: folder or hub name; base_fingerprint: changes when its weights do; data_folder: the prepared rows;
+    files_key: hash of the files they are from; data: their counts, by side; packing: data.packing, decided;
+    bad_rows: left out;
     notes: what deserves a warning; checkpoint_bytes: of one checkpoint; stamp: data/current.py's.
     """
 
@@ -64,7 +68,9 @@ class Facts:
         return " ".join([*sides, f"packs:{self.data['train']['packs_sha256']}"] if self.packing else sides)
 
 
-def prepare(config: Config, run: RunFolder, console: Console | None = None, allowed: tuple[str, ...] = ()) -> Facts:
+def prepare(
+    config: Config, run: RunFolder, console: Console | None = None, allowed: tuple[str, ...] = ()
+) -> Facts:
     """Make the run folder ready for ranks. Raises: ValueError when the run cannot start.
 
     console: for progress bars; allowed: config keys that may differ from those that the run was trained with.
@@ -100,8 +106,11 @@ def prepare(config: Config, run: RunFolder, console: Console | None = None, allo
     return facts
 
 
-def prepare_rows(config: Config, tokenizer: Any, run: RunFolder, console: Console | None = None) -> prepared.Prepared:
-    """Return the run's rows as tokens. Raises: ValueError when they should not be trained as the config says."""
+def prepare_rows(
+    config: Config, tokenizer: Any, run: RunFolder, console: Console | None = None
+) -> prepared.Prepared:
+    """Return the run's rows as tokens. Raises: ValueError when they should not be trained as the config
+    says."""
 
     def say(line: str) -> None:
         if console:
@@ -133,13 +142,15 @@ def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
                 notes.append(f"{counts[what]:,} of {counts['read_rows']:,} {side} rows {what} at {limit}")
         if counts["lost_replies"]:
             notes.append(
-                f"{counts['lost_replies']:,} replies of {side} rows are not trained: with their question they are"
+                f"{counts['lost_replies']:,} replies of {side} rows are not trained: with their question"
+                f" they are"
                 f" longer than {limit}; data.split_replies: true trains them without"
             )
     if overlap := rows.facts["overlap"]["rows"]:
         first = rows.place("eval", rows.facts["overlap"]["first"][0])
         notes.append(
-            f"{overlap:,} of {rows.counts['eval']['read_rows']:,} eval rows are trained on, too (first: {first})"
+            f"{overlap:,} of {rows.counts['eval']['read_rows']:,} eval rows are trained on, too (first:"
+            f" {first})"
         )
     return notes
 
@@ -154,8 +165,10 @@ def _refuse_another(run: RunFolder, then: Facts, now: Facts, allowed: tuple[str,
     if not allows("data", allowed) and then.packing != now.packing:
         was, would_be = ("on" if packing else "off" for packing in (then.packing, now.packing))
         raise ValueError(
-            f"run_dir={run.path} was trained with packing {was}, here it would be {would_be} (data.packing: auto is on"
-            " with a GPU, and off with strategy.sequence_parallel under sdpa); go on as it was, choose another run_dir,"
+            f"run_dir={run.path} was trained with packing {was}, here it would be {would_be} (data.packing:"
+            f" auto is on"
+            " with a GPU, and off with strategy.sequence_parallel under sdpa); go on as it was, choose"
+            " another run_dir,"
             " or --fresh to set the old run aside"
         )
     if then.data_identity != now.data_identity and not allows("data", allowed):
@@ -176,10 +189,13 @@ def _check_device(config: Config) -> None:
     if torch.cuda.is_available():
         return
     if config.model.dtype == "float16":
-        raise ValueError("model.dtype=float16 needs a GPU, and there is none here; set model.dtype: auto or bfloat16")
+        raise ValueError(
+            "model.dtype=float16 needs a GPU, and there is none here; set model.dtype: auto or bfloat16"
+        )
     if config.model.attn_implementation.startswith("flash"):
         raise ValueError(
-            f"model.attn_implementation={config.model.attn_implementation} needs a GPU, and there is none here;"
+            f"model.attn_implementation={config.model.attn_implementation} needs a GPU, and there is none"
+            f" here;"
             " set model.attn_implementation: sdpa"
         )
 
@@ -188,6 +204,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"run_dir={folder} has {free / 2**20:.0f} MiB free, one checkpoint needs {needed / 2**20:.0f} MiB;"
+            f"run_dir={folder} has {free / 2**20:.0f} MiB free, one checkpoint needs {needed / 2**20:.0f}"
+            f" MiB;"
             " free some, or choose a run_dir on another disk"
         )

@@ -5,11 +5,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qwenlora.adapter.answers import Question, Sampling, answers, generation, prompt_of, question_of
-from qwenlora.adapter.loaded import load
+from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
 from qwenlora.data.rows import Row
 
-FIVE = [Question([{"role": "user", "content": text}]) for text in ("a", "几点开门？", "b c d e f g", "好", "why?")]
+FIVE = [
+    Question([{"role": "user", "content": text}]) for text in ("a", "几点开门？", "b c d e f g", "好", "why?")
+]
 
 
 @pytest.fixture
@@ -55,7 +57,11 @@ def test_what_a_models_own_generation_config_asks_for_changes_no_answer(tiny, tm
     model = AutoModelForCausalLM.from_pretrained(tiny)
     first = AutoTokenizer.from_pretrained(tiny)(plain[0], add_special_tokens=False)["input_ids"][0]
     model.generation_config = GenerationConfig(
-        suppress_tokens=[first], bad_words_ids=[[first]], num_beams=2, no_repeat_ngram_size=1, min_new_tokens=8
+        suppress_tokens=[first],
+        bad_words_ids=[[first]],
+        num_beams=2,
+        no_repeat_ngram_size=1,
+        min_new_tokens=8,
     )
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
@@ -88,7 +94,9 @@ def test_a_gpu_that_is_full_with_one_question_is_a_line(loaded, monkeypatch):
 
 
 def test_an_answer_ends_where_the_models_context_does(loaded, tokenizer, monkeypatch):
-    lengths = [len(tokenizer(prompt_of(tokenizer, one), add_special_tokens=False)["input_ids"]) for one in FIVE]
+    lengths = [
+        len(tokenizer(prompt_of(tokenizer, one), add_special_tokens=False)["input_ids"]) for one in FIVE
+    ]
     monkeypatch.setattr(loaded.model.config, "max_position_embeddings", max(lengths) + 2)
     together = answers(*loaded, FIVE, Sampling(64), "")
     for question, length, one in zip(FIVE, lengths, together, strict=True):
@@ -104,7 +112,9 @@ def test_thoughts_are_told_from_answers_and_ends_from_cuts(loaded, tokenizer, mo
         monkeypatch.setattr(loaded.model, "generate", lambda input_ids, **_: torch.cat([input_ids, rows], 1))
         return list(answers(*loaded, FIVE[: len(texts)], Sampling(64), ""))
 
-    ended, cut = said("<think>\nhm\n</think>\n\nyes<|im_end|>", "<think>\nhm, so and so and so and so, and so")
+    ended, cut = said(
+        "<think>\nhm\n</think>\n\nyes<|im_end|>", "<think>\nhm, so and so and so and so, and so"
+    )
     assert ended == ("<think>\nhm\n</think>\n\nyes", "hm", "yes", False)
     assert cut[1:] == ("hm, so and so and so and so, and so", "", True)
 

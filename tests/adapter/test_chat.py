@@ -1,4 +1,5 @@
-"""`qwenlora chat`, without a terminal: what a model is sent, what is shown of what it says, files of questions."""
+"""`qwenlora chat`, without a terminal: what a model is sent, what is shown of what it says, files of
+questions."""
 
 import io
 import json
@@ -12,14 +13,14 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from qwenlora.adapter import batch
-from qwenlora.adapter import chat as chatting
 from qwenlora.adapter.answers import Sampling, answers, parts
-from qwenlora.adapter.chat import chat
-from qwenlora.adapter.conversation import Conversation, _Stream, thinks
-from qwenlora.adapter.loaded import load
+from qwenlora.adapter.chat import chat as chatting
+from qwenlora.adapter.chat import question_files as batch
+from qwenlora.adapter.chat.chat import chat
+from qwenlora.adapter.chat.conversation import Conversation, _Stream, thinks
+from qwenlora.adapter.chat.terminal import said_of, shower
+from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
-from qwenlora.adapter.terminal import said_of, shower
 from qwenlora.configs.schema import Data
 
 SHORT = Sampling(max_new_tokens=12)
@@ -84,7 +85,9 @@ def test_a_conversation_is_sent_whole_and_after_a_reset_only_what_follows(bare):
     conversation.reset()
     conversation.ask(THIRD, unheard)
     system, answer = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>assistant\n"
-    first, second, third = (f"<|im_start|>user\n{text}<|im_end|>\n{answer}" for text in (FIRST, SECOND, THIRD))
+    first, second, third = (
+        f"<|im_start|>user\n{text}<|im_end|>\n{answer}" for text in (FIRST, SECOND, THIRD)
+    )
     assert saying.sent == [system + first, f"{system}{first}nine<|im_end|>\n{second}", system + third]
 
 
@@ -155,7 +158,9 @@ def test_a_long_conversation_loses_its_oldest_questions_and_says_so(bare):
     assert {reply.forgotten for reply in replies} >= {0, 1}
     assert len(conversation.turns) < 16
     assert conversation.turns[-2]["content"].endswith("7")
-    assert "oldest question no longer fit" in said_of(next(reply for reply in replies if reply.forgotten == 1))
+    assert "oldest question no longer fit" in said_of(
+        next(reply for reply in replies if reply.forgotten == 1)
+    )
 
 
 def test_a_question_longer_than_the_context_is_refused_and_the_conversation_goes_on(bare):
@@ -204,7 +209,9 @@ def test_streamed_pieces_are_the_whole_text(tokenizers, name):
         *("".join(chance.choices("龘🙂水 a，\n<é", k=40)) for _ in range(20)),
     ]
     cases = [tokenizer(text)["input_ids"] for text in texts]
-    cases += [chance.choices(range(len(tokenizer)), k=60) for _ in range(50)]  # cut characters, other special tokens
+    cases += [
+        chance.choices(range(len(tokenizer)), k=60) for _ in range(50)
+    ]  # cut characters, other special tokens
     for ids in cases:
         pieces = []
         stream = _Stream(tokenizer, lambda text, thought, into=pieces: into.append(text), opened=False)
@@ -364,13 +371,18 @@ def test_answers_are_rows_in_order_and_can_be_trained(tiny, tmp_path, bare, monk
     questions = [FIRST, SECOND, THIRD]
     rows = [{"query": text, "response": f"r{n}"} for n, text in enumerate(questions)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert chat(find(str(tiny)), SHORT, input_file=tmp_path / "in.jsonl", output_file=tmp_path / "out.jsonl") == 0
+    assert (
+        chat(find(str(tiny)), SHORT, input_file=tmp_path / "in.jsonl", output_file=tmp_path / "out.jsonl")
+        == 0
+    )
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(row["messages"][0]["content"], row["reference"]) for row in found] == [
         (text, f"r{n}") for n, text in enumerate(questions)
     ]
     alone = [Conversation(*bare, SHORT).ask(text, unheard).answer for text in questions]
-    assert [row["messages"][-1] for row in found] == [{"role": "assistant", "content": text} for text in alone]
+    assert [row["messages"][-1] for row in found] == [
+        {"role": "assistant", "content": text} for text in alone
+    ]
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
     again = batch.read(tmp_path / "out.jsonl", ANY)
     assert [one.reference for one in again] == alone
@@ -397,7 +409,9 @@ def test_what_was_answered_before_a_failure_stays(tmp_path, capsys):
         batch.check_output(tmp_path / "out.jsonl")
 
 
-def test_a_question_in_a_file_that_is_too_long_is_refused_before_the_model_is_loaded(tiny, tmp_path, monkeypatch):
+def test_a_question_in_a_file_that_is_too_long_is_refused_before_the_model_is_loaded(
+    tiny, tmp_path, monkeypatch
+):
     monkeypatch.setattr(chatting, "load", None)
     (tmp_path / "in.txt").write_text(f"{FIRST}\n{'水 ' * 40000}\n")
     with pytest.raises(ValueError, match=r"question 2 has [\d,]+ tokens, the model takes 32,768; shorten it"):
@@ -437,7 +451,10 @@ def test_options_that_cannot_be_followed_are_refused_before_the_model_is_loaded(
 
 @pytest.mark.parametrize(
     ("piped", "why"),
-    [(b"", "standard input is no terminal, and empty"), (b"\xff\xfe", "standard input is not UTF-8 text at byte 0")],
+    [
+        (b"", "standard input is no terminal, and empty"),
+        (b"\xff\xfe", "standard input is not UTF-8 text at byte 0"),
+    ],
 )
 def test_what_is_piped_in_is_refused_when_it_asks_nothing(tiny, monkeypatch, piped, why):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped)))
@@ -448,7 +465,9 @@ def test_what_is_piped_in_is_refused_when_it_asks_nothing(tiny, monkeypatch, pip
 def test_a_model_that_does_not_fit_the_gpu_is_quantised(tiny, monkeypatch):
     subject = find(str(tiny))
     assert chatting._fitting(subject, "auto") == "none"  # without a GPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # none is here: only its free memory is asked for
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: True
+    )  # none is here: only its free memory is asked for
     weights = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny).parameters())
     for free, found in ((weights + chatting.RESERVE, "none"), (weights + chatting.RESERVE - 1, "nf4")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 0))

@@ -11,9 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from qwenlora.adapter import asked, comparison, losses, side_by_side
 from qwenlora.adapter.answers import Question
-from qwenlora.adapter.compare import columns_of, compare
+from qwenlora.adapter.compare import comparison, losses, side_by_side
+from qwenlora.adapter.compare import questions as asked
+from qwenlora.adapter.compare.compare import columns_of, compare
 from qwenlora.adapter.subject import find
 from qwenlora.configs.load import to_yaml
 from qwenlora.configs.schema import Config, Data, Lora, Model
@@ -40,7 +41,9 @@ def write_rows(file, pairs):
 
 def random_adapter(folder, base, **settings):
     torch.manual_seed(0)
-    config = LoraConfig(task_type="CAUSAL_LM", **({"r": 4, "target_modules": ["q_proj", "down_proj"]} | settings))
+    config = LoraConfig(
+        task_type="CAUSAL_LM", **({"r": 4, "target_modules": ["q_proj", "down_proj"]} | settings)
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     for values in model.parameters():
         if values.requires_grad:
@@ -64,7 +67,8 @@ def run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared") / "mine"
     folder.mkdir()
     data = Data(
-        train=write_rows(folder.parent / "rows.jsonl", PAIRS), eval=write_rows(folder.parent / "others.jsonl", OTHERS)
+        train=write_rows(folder.parent / "rows.jsonl", PAIRS),
+        eval=write_rows(folder.parent / "others.jsonl", OTHERS),
     )
     lora = Lora(r=32, lora_alpha=64)
     config = Config(run_dir=str(folder), model=Model(name_or_path=str(tiny)), data=data, lora=lora)
@@ -193,7 +197,9 @@ def test_the_base_is_asked_as_if_there_were_no_adapter(tiny, tmp_path, settings)
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}], ids=["lora", "embeddings"]
+    "settings",
+    [{}, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}],
+    ids=["lora", "embeddings"],
 )
 def test_the_loss_is_that_of_the_model_itself(tiny, tmp_path, settings, monkeypatch):
     """Logits made of trained tokens alone, three at a time, against the model's own over the whole."""
@@ -227,7 +233,10 @@ def test_perplexity_is_of_the_answer_alone(tiny):
 def test_rows_count_as_training_saw_them(tiny):
     """One that was cut is cut; one that was left out is left out."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    rows = [Row(0, list(said("几点？", "九点。"))), Row(0, list(said("几点？", "上午九点开门，晚上九点关门。" * 9)))]
+    rows = [
+        Row(0, list(said("几点？", "九点。"))),
+        Row(0, list(said("几点？", "上午九点开门，晚上九点关门。" * 9))),
+    ]
     data = Data(train="example", max_length=32, overlength="truncate")
     assert [len(one.ids) for one in losses.trained_tokens(tokenizer, rows, data)][1] == 32
     data = data.model_copy(update={"overlength": "drop"})
@@ -263,7 +272,9 @@ def test_each_base_has_a_column(run, tiny, tmp_path):
 def test_several_subjects_are_asked_the_first_runs_questions(run, tiny, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "second")
     adapter = random_adapter(tmp_path / "adapter", tiny)
-    compare([find(adapter), find(str(run)), find(str(tmp_path / "second"))], **QUICK | {"samples": 0, "limit": 2})
+    compare(
+        [find(adapter), find(str(run)), find(str(tmp_path / "second"))], **QUICK | {"samples": 0, "limit": 2}
+    )
     out = capsys.readouterr().out
     assert "the training questions are those of mine: data.train=" in out
     assert "base 0 of 2 (0.0%), adapter 0 of 2 (0.0%), mine 2 of 2 (100.0%), second 2 of 2 (100.0%)\n" in out
@@ -343,7 +354,8 @@ def test_a_run_whose_data_changed_since_is_warned_of(run, tmp_path):
     assert not any("changed" in note for note in choose([folder]).notes)
     write_rows(tmp_path / "rows.jsonl", PAIRS | {"Is it free?": "No."})
     assert choose([folder]).notes[0] == (
-        "warning: mine's data files changed since it was trained; the questions may not be those that it learnt"
+        "warning: mine's data files changed since it was trained; the questions may not be those that it"
+        " learnt"
     )
 
 
@@ -380,7 +392,7 @@ def test_a_question_that_is_known_brings_its_reference(run):
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(run, tmp_path, option, said, monkeypatch):
-    monkeypatch.setattr("qwenlora.adapter.compare.load", None)
+    monkeypatch.setattr("qwenlora.adapter.compare.compare.load", None)
     (tmp_path / "there.json").write_text('{"a": 1}\n')
     (tmp_path / "text.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(ValueError, match=said):
@@ -388,7 +400,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(run, tmp_path, optio
 
 
 def test_a_broken_second_adapter_is_refused_before_the_first_is_asked(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("qwenlora.adapter.compare.load", None)
+    monkeypatch.setattr("qwenlora.adapter.compare.compare.load", None)
     shutil.copytree(run / "adapter", tmp_path / "broken")
     (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(ValueError, match="broken"):
@@ -408,7 +420,9 @@ def test_a_run_that_cannot_be_written_to_is_compared_all_the_same(run, tmp_path,
 def test_references_longer_than_answers_may_be_are_spoken_of(run, capsys):
     compare([find(str(run))], **QUICK | {"samples": 0, "max_new_tokens": 3})
     (run / "comparison.json").unlink()
-    assert "have references longer than --max-new-tokens 3: answers to them are cut" in capsys.readouterr().out
+    assert (
+        "have references longer than --max-new-tokens 3: answers to them are cut" in capsys.readouterr().out
+    )
 
 
 def made_up(answers, labels=("base", "tuned")):
@@ -416,12 +430,21 @@ def made_up(answers, labels=("base", "tuned")):
         subjects=[comparison.Subject(label=label) for label in labels],
         measures=[
             comparison.Measure(
-                set="training", measure="exact", kind="share", better="higher", count=1, values=[0.5] * len(labels)
+                set="training",
+                measure="exact",
+                kind="share",
+                better="higher",
+                count=1,
+                values=[0.5] * len(labels),
             )
         ],
         answers=[
             comparison.Answered(
-                set="training", question="几点？", reference="九点", answers=list(answers), right=[True] * len(answers)
+                set="training",
+                question="几点？",
+                reference="九点",
+                answers=list(answers),
+                right=[True] * len(answers),
             )
         ],
     )
@@ -434,7 +457,9 @@ def shown(compared, width, **settings):
 
 
 def test_what_a_model_says_does_not_reach_the_terminal_as_commands():
-    out = shown(made_up(["\x1b]0;title\x07\x1b[2J[bold]a[/]\r\x9b5mb", "\u202ecba[/red]"]), 160, force_terminal=True)
+    out = shown(
+        made_up(["\x1b]0;title\x07\x1b[2J[bold]a[/]\r\x9b5mb", "\u202ecba[/red]"]), 160, force_terminal=True
+    )
     for forbidden in ("\x1b]", "\x1b[2J", "\x07", "\r", "\x9b", "\u202e"):
         assert forbidden not in out
     assert "[bold]a[/]" in out
@@ -469,6 +494,8 @@ def test_many_subjects_have_their_measures_below_each_other():
 def test_any_text_can_be_cleaned():
     draw = random.Random(0)
     for _ in range(200):
-        text = "".join(chr(draw.choice([draw.randrange(0x20), draw.randrange(0x300), 0x4E00])) for _ in range(20))
+        text = "".join(
+            chr(draw.choice([draw.randrange(0x20), draw.randrange(0x300), 0x4E00])) for _ in range(20)
+        )
         cleaned = side_by_side.clean(text)
         assert all(one.isprintable() or one in "\n\u00a0\u00ad" for one in cleaned), repr(cleaned)

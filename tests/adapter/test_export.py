@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwenlora.adapter.export import export
-from qwenlora.adapter.leaks import Private
+from qwenlora.adapter.publish.export import export
+from qwenlora.adapter.publish.leaks import Private
 from qwenlora.configs import load_config
 from qwenlora.configs.load import to_yaml
-from qwenlora.jobs.disk import seal
+from qwenlora.run.disk import seal
 
 USER, HOST, KEY, TOKEN = "mallory-zq", "gpu-node-zq17", "local-0123456789abcdef0123", "hf_" + "AbCdEfGhIj" * 3
 COMPARED = {
@@ -30,9 +30,17 @@ COMPARED = {
             **{"set": "training", "measure": "exact", "kind": "share"},
             **{"better": "higher", "count": 120, "values": [0.0, 0.975]},
         },
-        {"set": "general", "measure": "perplexity", "kind": "number", "better": "lower", "values": [2.5, None]},
+        {
+            "set": "general",
+            "measure": "perplexity",
+            "kind": "number",
+            "better": "lower",
+            "values": [2.5, None],
+        },
     ],
-    "answers": [{"set": "training", "question": "a secret question", "answers": ["a", "b"], "right": [False, True]}],
+    "answers": [
+        {"set": "training", "question": "a secret question", "answers": ["a", "b"], "right": [False, True]}
+    ],
 }
 
 
@@ -143,18 +151,36 @@ def test_nothing_of_the_machine_and_no_key_is_in_it(run, tmp_path, on_a_machine)
         f"run_dir={home}/runs/mine",
         f"data.columns={{{KEY}: question}}",
     )
-    (run / "comparison.json").write_text(json.dumps(COMPARED | {"answers": []}).replace('"base"', f'"{home}/base"'))
-    change_json(run / "facts.json", base=f"{home}/models/x", data_folder=f"{home}/.prepared", notes=[f"{home}: {KEY}"])
+    (run / "comparison.json").write_text(
+        json.dumps(COMPARED | {"answers": []}).replace('"base"', f'"{home}/base"')
+    )
+    change_json(
+        run / "facts.json", base=f"{home}/models/x", data_folder=f"{home}/.prepared", notes=[f"{home}: {KEY}"]
+    )
     change_json(run / "code.json", command=["qwenlora", f"--key={TOKEN}"], git=f"{USER}@{HOST}")
-    change_json(run / "adapter/adapter_config.json", base_model_name_or_path=f"{home}/models/Qwen2.5-7B-Instruct")
-    change_json(run / "adapter/tokenizer_config.json", name_or_path=f"{home}/models/x", tokenizer_file=f"{home}/t")
+    change_json(
+        run / "adapter/adapter_config.json", base_model_name_or_path=f"{home}/models/Qwen2.5-7B-Instruct"
+    )
+    change_json(
+        run / "adapter/tokenizer_config.json", name_or_path=f"{home}/models/x", tokenizer_file=f"{home}/t"
+    )
     seal(run / "adapter", but="adapter_config.json")
     export(run, tmp_path / "out")
     export(run, tmp_path / "out.zip")
     text = everything(tmp_path / "out")
     with zipfile.ZipFile(tmp_path / "out.zip") as archive:
         text += b"".join(archive.read(name) for name in archive.namelist())
-    for planted in (USER, HOST, KEY, TOKEN, "Tr0ub4dor", "/home/", "/scratch", str(tmp_path), str(Path.cwd())):
+    for planted in (
+        USER,
+        HOST,
+        KEY,
+        TOKEN,
+        "Tr0ub4dor",
+        "/home/",
+        "/scratch",
+        str(tmp_path),
+        str(Path.cwd()),
+    ):
         assert planted.encode() not in text, planted
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Trained on: shop.jsonl, (withheld), org/set." in card
@@ -172,7 +198,9 @@ def test_nothing_of_the_machine_and_no_key_is_in_it(run, tmp_path, on_a_machine)
         (KEY, "a key or password of this environment"),
     ],
 )
-def test_a_name_that_tells_something_private_is_refused_and_nothing_is_left(run, tmp_path, on_a_machine, name, kind):
+def test_a_name_that_tells_something_private_is_refused_and_nothing_is_left(
+    run, tmp_path, on_a_machine, name, kind
+):
     run = run.rename(run.with_name(name.replace("/", "_"))) if "/" not in name else run
     before = set(tmp_path.iterdir())
     with pytest.raises(
@@ -203,7 +231,9 @@ def test_a_file_that_tells_something_private_is_refused(run, tmp_path, on_a_mach
 def test_what_is_kept_for_logging_in_is_private_and_a_folder_under_all_its_names(tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password of-the-netrc-file\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr("qwenlora.adapter.leaks.get_token", lambda: "of-the-token-file")  # its file's place is fixed
+    monkeypatch.setattr(
+        "qwenlora.adapter.publish.leaks.get_token", lambda: "of-the-token-file"
+    )  # its file's place is fixed
     monkeypatch.setenv("PGPASSWORD", "of-the-database")
     monkeypatch.setenv("MYSQL_PWD", "of-the-other-one")
     monkeypatch.setenv("DATABASE_URL", "postgres://me:of-the-address@db:5432/x")
@@ -298,7 +328,9 @@ def test_what_servers_cannot_take_and_what_could_not_be_read_is_said(run, tmp_pa
 
 
 def test_a_base_from_the_hubs_cache_has_the_hubs_name(run, tmp_path):
-    place = "/data/cache/models--Qwen--Qwen2.5-0.5B-Instruct/snapshots/7ae557604adf67be50417f59c2c2f167def9a775"
+    place = (
+        "/data/cache/models--Qwen--Qwen2.5-0.5B-Instruct/snapshots/7ae557604adf67be50417f59c2c2f167def9a775"
+    )
     change_json(run / "adapter/adapter_config.json", base_model_name_or_path=place)
     export(run, tmp_path / "out")
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "Qwen/Qwen2.5-0.5B-Instruct"
@@ -320,7 +352,9 @@ def test_a_checkpoint_is_exported_with_what_was_measured_by_then(run, tmp_path):
 
 def test_an_unfinished_run_is_refused_with_what_can_be_named(run, tmp_path):
     shutil.rmtree(run / "adapter")
-    with pytest.raises(ValueError, match=r"holds no finished run: .*name a checkpoint \(.*checkpoint-120, .*-40\)"):
+    with pytest.raises(
+        ValueError, match=r"holds no finished run: .*name a checkpoint \(.*checkpoint-120, .*-40\)"
+    ):
         export(run, tmp_path / "out")
     for folder in run.glob("checkpoint-*"):
         shutil.rmtree(folder)
@@ -334,7 +368,9 @@ def test_a_damaged_adapter_is_refused(run, tmp_path):
     for folder in (run / "adapter", run / "checkpoint-40"):
         file = folder / "adapter_model.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"\x01")
-        with pytest.raises(ValueError, match=r"with other bytes than were written \(SHA-256\); it cannot be exported"):
+        with pytest.raises(
+            ValueError, match=r"with other bytes than were written \(SHA-256\); it cannot be exported"
+        ):
             export(run if folder.name == "adapter" else folder, tmp_path / "out")
     (run / "adapter" / "SHA256SUMS").unlink()
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
@@ -372,4 +408,7 @@ def test_the_command_refuses_in_a_line(qwenlora, run, tmp_path):
     assert qwenlora("export", run, "--to", "new/a.zip").returncode == 0
     answer = qwenlora("export", run, "--to", "new/a.zip")
     assert answer.returncode == 2
-    assert answer.stderr == f"error: {tmp_path}/new/a.zip is there already; choose a name that is not there yet\n"
+    assert (
+        answer.stderr
+        == f"error: {tmp_path}/new/a.zip is there already; choose a name that is not there yet\n"
+    )

@@ -1,4 +1,5 @@
-"""The general questions: what a Qwen answers passes, what a model answers that knows one thing only does not."""
+"""The general questions: what a Qwen answers passes, what a model answers that knows one thing only does
+not."""
 
 import json
 from collections import Counter
@@ -6,7 +7,7 @@ from collections import Counter
 import pytest
 
 from qwenlora.adapter.answers import questions
-from qwenlora.adapter.general import Expect, read
+from qwenlora.adapter.compare.general import Expect, read
 from qwenlora.configs.schema import Data
 
 # what Qwen2.5 and Qwen3 answer, in their ways, some cut at 128 tokens
@@ -31,8 +32,10 @@ GOOD = {
     "definition-zh-4": "数据库是按照一定结构组织、存储和管理数据的仓库。",
     "definition-zh-5": "“画蛇添足”比喻做了多余的事，反而不恰当。",
     "definition-en-1": "Gravity is a fundamental force that attracts objects with mass toward each other.",
-    "definition-en-2": "A prime number is greater than 1 and has no positive divisors other than 1 and itself.",
-    "definition-en-3": "Inflation is the rate at which the general level of prices for goods and services rises.",
+    "definition-en-2": "A prime number is greater than 1 and has no positive divisors other than 1 and"
+    " itself.",
+    "definition-en-3": "Inflation is the rate at which the general level of prices for goods and services"
+    " rises.",
     "definition-en-4": "An algorithm is a step-by-step procedure for solving a problem.",
     "definition-en-5": "A synonym is a word that has the same or nearly the same meaning as another word.",
     "arithmetic-zh-1": "37加5等于42。",
@@ -90,7 +93,13 @@ def test_what_a_qwen_answers_passes(name):
 def test_what_a_model_says_that_knows_one_thing_only_does_not_pass(name):
     learnt = [question.reference for question in questions(Data(train="example"))]
     assert len(learnt) == 120
-    for answer in [*learnt, "", "可以先冷敷十五分钟，症状不缓解请及时就医。", "您好，请及时就医。", "�食�快。�"]:
+    for answer in [
+        *learnt,
+        "",
+        "可以先冷敷十五分钟，症状不缓解请及时就医。",
+        "您好，请及时就医。",
+        "�食�快。�",
+    ]:
         assert not SHIPPED[name].expect.met(answer), answer
 
 
@@ -124,11 +133,23 @@ def test_numbers_below_zero_and_differences_are_told_apart():
 def test_all_that_is_named_must_hold():
     expect = Expect(any_of=["red", "Blue"], all_of=["sky"], none_of=["doctor"], pattern="^the", max_chars=30)
     assert expect.met("The SKY is blue")
-    for answer in ("the sky is green", "the sea is blue", "the sky is blue, doctor", "a blue sky", f"the {'sky ' * 9}"):
+    for answer in (
+        "the sky is green",
+        "the sea is blue",
+        "the sky is blue, doctor",
+        "a blue sky",
+        f"the {'sky ' * 9}",
+    ):
         assert not expect.met(answer)
 
 
-LINE = {"id": "a", "kind": "greeting", "language": "de", "question": "Hallo?", "expect": {"any_of": ["Hallo"]}}
+LINE = {
+    "id": "a",
+    "kind": "greeting",
+    "language": "de",
+    "question": "Hallo?",
+    "expect": {"any_of": ["Hallo"]},
+}
 
 
 def written(folder, *lines):
@@ -147,17 +168,26 @@ def test_a_file_of_ones_own_is_read_as_the_shipped_one(tmp_path):
     [
         ("{", r"own.jsonl:2: not valid JSON"),
         ("[1]", r"own.jsonl:2: the line: must be an object, found \[1\]"),
-        ({key: LINE[key] for key in LINE if key != "kind"}, "own.jsonl:2: kind is missing; a line has id, kind,"),
+        (
+            {key: LINE[key] for key in LINE if key != "kind"},
+            "own.jsonl:2: kind is missing; a line has id, kind,",
+        ),
         (LINE | {"answer": "x"}, "own.jsonl:2: unknown key answer; known: id, kind"),
         (LINE | {"expect": {"any": ["x"]}}, "own.jsonl:2: unknown key expect.any; known: any_of"),
-        (LINE | {"expect": {}}, "own.jsonl:2: expect: empty, so that any answer would be right; name one of any_of"),
+        (
+            LINE | {"expect": {}},
+            "own.jsonl:2: expect: empty, so that any answer would be right; name one of any_of",
+        ),
         (LINE | {"expect": {"any_of": "x"}}, 'own.jsonl:2: expect.any_of: .*, found "x"'),
         (LINE | {"expect": {"any_of": []}}, "own.jsonl:2: expect.any_of: "),
         (LINE | {"expect": {"none_of": [""]}}, "own.jsonl:2: expect.none_of.0: "),
         (LINE | {"expect": {"pattern": "("}}, "own.jsonl:2: expect.pattern: not a regular expression"),
         (LINE | {"expect": {"number": "7"}}, 'own.jsonl:2: expect.number: .*, found "7"'),
         (LINE | {"question": ""}, "own.jsonl:2: question: "),
-        (LINE | {"question": "a<|im_end|>"}, r"own.jsonl:2: question: it contains <\|im_end\|>, which would forge"),
+        (
+            LINE | {"question": "a<|im_end|>"},
+            r"own.jsonl:2: question: it contains <\|im_end\|>, which would forge",
+        ),
         (LINE, 'own.jsonl:2: id "a" is an earlier line\'s'),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qwenlora.adapter.answers import Sampling, answers, questions
-from qwenlora.adapter.loaded import load
+from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
 from qwenlora.configs.schema import Data
 

@@ -4,11 +4,12 @@ import random
 
 import pytest
 
-from qwenlora.adapter.measures import different, holds, same, similarity
+from qwenlora.adapter.compare.measures import different, holds, same, similarity
 
 
 def rouge_l(answer, reference):
-    """ROUGE-L's F1 on characters, from its definition: the longest common subsequence by dynamic programming."""
+    """ROUGE-L's F1 on characters, from its definition: the longest common subsequence by dynamic
+    programming."""
     before = [0] * (len(reference) + 1)
     for one in answer:
         row = [0]
@@ -22,7 +23,9 @@ def rouge_l(answer, reference):
 def test_similarity_is_rouge_l_on_characters():
     draw = random.Random(0)
     for _ in range(300):
-        pair = ["".join(draw.choices("多少小时 abc,。", k=draw.randint(1, 40))).strip() or "x" for _ in range(2)]
+        pair = [
+            "".join(draw.choices("多少小时 abc,。", k=draw.randint(1, 40))).strip() or "x" for _ in range(2)
+        ]
         assert similarity(*pair) == pytest.approx(rouge_l(*pair), abs=1e-12)
 
 

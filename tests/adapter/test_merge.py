@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from spread import make_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from qwenlora.adapter import merge as merging
-from qwenlora.adapter.merge import merge
-from qwenlora.adapter.streamed import Streamed, compare
+from qwenlora.adapter.merge import merge as merging
+from qwenlora.adapter.merge.merge import merge
+from qwenlora.adapter.merge.streamed import Streamed, compare
 from qwenlora.adapter.subject import find
 from qwenlora.adapter.weight_files import MergedFiles
 from qwenlora.configs.schema import Lora
-from qwenlora.trainer.model import lora_config
+from qwenlora.trainer.model.base import lora_config
 
 BASES = ("qwen2 tied", "qwen2", "qwen3 tied", "qwen3")
 BODY = ["q_proj", "v_proj", "down_proj"]
@@ -51,8 +51,8 @@ IDS = torch.arange(7, 39).reshape(2, 16)
 def train(folder, base, seed=0, of_qwenlora=False, copies=False, **settings):
     """Write an adapter with random numbers in it.
 
-    of_qwenlora: with the peft config of trainer/model.py. copies: with the base's matrices that LoRA is on, as peft
-    does by default.
+    of_qwenlora: with the peft config of trainer/model.py. copies: with the base's matrices that LoRA is on,
+    as peft does by default.
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -70,7 +70,9 @@ def train(folder, base, seed=0, of_qwenlora=False, copies=False, **settings):
 
 
 def unmerged(base, adapter):
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+    return PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
+    ).eval()
 
 
 def plain(folder, **settings):
@@ -178,7 +180,9 @@ def test_copies_of_the_bases_matrices_do_no_harm_when_they_are_equal(bases, tmp_
     same(plain(tmp_path / "out"), unmerged(base, adapter))
     held[copies[0]] += 0.5
     save_file(held, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="has another one: it was trained on another base; name that with --base"):
+    with pytest.raises(
+        ValueError, match="has another one: it was trained on another base; name that with --base"
+    ):
         merge([find(str(adapter))], tmp_path / "again")
 
 
@@ -232,14 +236,19 @@ def test_a_folder_is_a_model_for_plain_transformers_in_a_new_process(base, adapt
 import sys, json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
-text = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True)
+turns = [{"role": "user", "content": "你好"}]
+text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 ids = tokenizer(text, return_tensors="pt")["input_ids"]
 made = model.generate(ids, max_new_tokens=8, do_sample=False)
 print(json.dumps([ids.tolist(), made.tolist(), model.generation_config.temperature]))
 """
-    ran = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=True
+    )
     ids, made, temperature = json.loads(ran.stdout)
-    expected = unmerged(base, adapter).generate(input_ids=torch.tensor(ids), max_new_tokens=8, do_sample=False)
+    expected = unmerged(base, adapter).generate(
+        input_ids=torch.tensor(ids), max_new_tokens=8, do_sample=False
+    )
     assert (made, temperature) == (expected.tolist(), 0.6)
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -249,7 +258,9 @@ print(json.dumps([ids.tolist(), made.tolist(), model.generation_config.temperatu
 
 
 def test_what_the_adapter_does_not_touch_stays_bit_for_bit(base, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("qwenlora.adapter.merge.SLICE", 1000)  # a real embedding is read in a hundred slices
+    monkeypatch.setattr(
+        "qwenlora.adapter.merge.merge.SLICE", 1000
+    )  # a real embedding is read in a hundred slices
     merge([find(str(adapter))], tmp_path / "out")
     before, after = tensors(base), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -310,7 +321,9 @@ def test_a_wrong_merge_leaves_nothing(base, experts, tmp_path, monkeypatch, dtyp
             yield name, {"left out": exact, "twice": 2 * values - exact, "not finite": values / 0}[wrong]
 
     monkeypatch.setattr(Streamed, "merged", merged)
-    with pytest.raises(ValueError, match=r"on '.*' the merged model's logits differ|numbers that are not finite"):
+    with pytest.raises(
+        ValueError, match=r"on '.*' the merged model's logits differ|numbers that are not finite"
+    ):
         merge([find(str(adapter))], tmp_path / "out", dtype=dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -318,7 +331,9 @@ def test_a_wrong_merge_leaves_nothing(base, experts, tmp_path, monkeypatch, dtyp
 def test_old_bin_files_are_merged_too(base, tmp_path):
     shutil.copytree(base, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors*"))
     model = AutoModelForCausalLM.from_pretrained(base)
-    torch.save(model.state_dict(), tmp_path / "old" / "pytorch_model.bin")  # with lm_head.weight, which is the same
+    torch.save(
+        model.state_dict(), tmp_path / "old" / "pytorch_model.bin"
+    )  # with lm_head.weight, which is the same
     adapter = train(tmp_path / "adapter", tmp_path / "old")
     merge([find(str(adapter))], tmp_path / "out")
     same(plain(tmp_path / "out"), unmerged(tmp_path / "old", adapter))
@@ -342,7 +357,10 @@ def test_experts_are_written_as_the_base_has_them(experts, tmp_path, settings):
     before, after = tensors(experts), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"q_proj", *(("gate_proj", "up_proj", "down_proj") if len(settings) > 1 else ("o_proj",))}
+    assert changed == {
+        "q_proj",
+        *(("gate_proj", "up_proj", "down_proj") if len(settings) > 1 else ("o_proj",)),
+    }
 
 
 # several adapters
@@ -354,7 +372,9 @@ def delta(base, adapter, module="model.layers.1.self_attn.q_proj"):
     return layer.get_delta_weight("default").detach()
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": ["q_proj", "embed_tokens"]}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
 def test_cat_is_the_exact_sum(base, tmp_path, settings):
     one, other = (train(tmp_path / str(seed), base, seed=seed, r=2 + 2 * seed, **settings) for seed in (1, 2))
     merge([find(str(one)), find(str(other))], tmp_path / "out", weights="0.7,-0.3")
@@ -439,7 +459,9 @@ def test_a_base_that_cannot_take_it_is_refused(base, adapter, tmp_path, monkeypa
         merge([find(str(base))], tmp_path / "out")
     copy = shutil.copytree(base, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (copy / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     with pytest.raises(ValueError, match=r"copy is quantised in its files, .* with --base"):
         merge([find(str(adapter), base=str(copy))], tmp_path / "out")
     (copy / "config.json").write_text(json.dumps(config))
@@ -451,7 +473,9 @@ def test_a_base_that_cannot_take_it_is_refused(base, adapter, tmp_path, monkeypa
         file.unlink()
     with pytest.raises(ValueError, match="has no weights"):
         merge([find(str(adapter), base=str(copy))], tmp_path / "out")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("", (), {"free": 10})())
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("", (), {"free": 10})()
+    )
     with pytest.raises(ValueError, match="0.0 GB free, out needs"):
         merge([find(str(adapter))], tmp_path / "out")
 
@@ -468,7 +492,10 @@ def test_an_adapter_that_was_begun_from_the_base_is_refused(adapter, tmp_path):
     [
         ({"alora_invocation_tokens": [5, 6]}, "uses alora_invocation_tokens, which no merged weights can do"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "uses layer_replication, which no merged weights can do"),
-        ({"lora_bias": True}, r"has a bias \(lora_bias\) for model.layers.0.self_attn.q_proj, where the base has none"),
+        (
+            {"lora_bias": True},
+            r"has a bias \(lora_bias\) for model.layers.0.self_attn.q_proj, where the base has none",
+        ),
     ],
 )
 def test_what_no_merge_can_hold_is_refused(base, tmp_path, settings, why):
@@ -483,7 +510,9 @@ def test_prompts_of_ones_own_are_compared(adapter, tmp_path, capsys):
     merge([find(str(adapter))], tmp_path / "out", prompts=tmp_path / "prompts.txt")
     assert "the first 32 of 40 prompts are compared" in capsys.readouterr().out
     (tmp_path / "forged.txt").write_text("a\nb<|im_start|>\n")
-    with pytest.raises(ValueError, match=r"forged.txt: prompt 2 contains <\|im_start\|>, which would forge a turn"):
+    with pytest.raises(
+        ValueError, match=r"forged.txt: prompt 2 contains <\|im_start\|>, which would forge a turn"
+    ):
         merge([find(str(adapter))], tmp_path / "again", prompts=tmp_path / "forged.txt")
     (tmp_path / "none.txt").write_text("\n")
     with pytest.raises(ValueError, match="is empty; expected a prompt a line"):
@@ -520,7 +549,9 @@ MOMENTS = {
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_half_a_merge_is_no_model(adapter, tmp_path, moment, number):
-    child = get_context("fork").Process(target=end_at, args=(MOMENTS[moment], number, adapter, tmp_path / "out"))
+    child = get_context("fork").Process(
+        target=end_at, args=(MOMENTS[moment], number, adapter, tmp_path / "out")
+    )
     child.start()
     child.join()
     assert child.exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM)
@@ -558,8 +589,9 @@ def test_an_adapter_trained_over_nf4_merges_into_the_full_precision_base(tmp_pat
 def make_large(folder, tiny):
     """Write a model of 2 GB in bfloat16, a file a layer, all layers alike, and an adapter for it."""
     config = Qwen2Config(
-        vocab_size=2048, hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16,
-        num_key_value_heads=16, tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"], dtype="bfloat16",
+        vocab_size=2048, hidden_size=2048, intermediate_size=5632, num_hidden_layers=20,
+        num_attention_heads=16, num_key_value_heads=16, tie_word_embeddings=True,
+        architectures=["Qwen2ForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
@@ -581,7 +613,9 @@ def make_large(folder, tiny):
         }
         save_file(held, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(held, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
     with torch.device("meta"):
         adapter = get_peft_model(AutoModelForCausalLM.from_config(model.config), config)
@@ -615,7 +649,9 @@ print(peak_memory())
 """
     peaks = []
     for arguments in ([], [tmp_path / "large" / "adapter", tmp_path / "out"]):
-        ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        ran = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+        )
         assert ran.returncode == 0, ran.stderr
         peaks.append(int(ran.stdout.split()[-1]))
     size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))

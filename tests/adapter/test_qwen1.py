@@ -1,4 +1,5 @@
-"""`qwenlora convert-qwen1`: a first-generation Qwen computes the same as a Qwen2, reads the same text, and trains."""
+"""`qwenlora convert-qwen1`: a first-generation Qwen computes the same as a Qwen2, reads the same text, and
+trains."""
 
 import json
 import shutil
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from qwenlora.adapter import qwen1, qwen1_tokenizer, qwen1_weights
-from qwenlora.adapter.loaded import load
+from qwenlora.adapter.loading import load
+from qwenlora.adapter.qwen1 import convert as qwen1
+from qwenlora.adapter.qwen1 import tokenizer as qwen1_tokenizer
+from qwenlora.adapter.qwen1 import weights as qwen1_weights
 from qwenlora.adapter.subject import find
 from qwenlora.adapter.verify import check
 
@@ -109,7 +112,9 @@ def test_rows_of_a_padded_batch_are_as_alone(original, converted, side):
 def test_it_generates_what_the_original_says_token_by_token(original, converted):
     found = AutoModelForCausalLM.from_pretrained(converted)
     ids = ids_of(original, 1, 5)
-    generated = found.generate(ids, max_new_tokens=40, do_sample=False, repetition_penalty=1.0, eos_token_id=None)
+    generated = found.generate(
+        ids, max_new_tokens=40, do_sample=False, repetition_penalty=1.0, eos_token_id=None
+    )
     while ids.shape[1] < generated.shape[1]:
         ids = torch.cat([ids, logits(original, ids)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(generated, ids)
@@ -117,7 +122,7 @@ def test_it_generates_what_the_original_says_token_by_token(original, converted)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_stay_the_same_bits(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr("qwenlora.adapter.qwen1_weights.SLICE", 1000)  # a real matrix is read in many slices
+    monkeypatch.setattr("qwenlora.adapter.qwen1.weights.SLICE", 1000)  # a real matrix is read in many slices
     model = make_model().to(dtype)
     convert(write_model(tmp_path / "in", model, kind="bin"), tmp_path / "out")
     new, old = load_file(tmp_path / "out" / "model.safetensors"), model.state_dict()
@@ -136,10 +141,15 @@ def test_the_config_says_the_trained_length_and_where_replies_end(converted):
     config = json.loads((converted / "config.json").read_text())
     generation = json.loads((converted / "generation_config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"]
-    assert config["max_position_embeddings"] == 96  # not the 8192 of Qwen-1's own key, which is past what was trained
+    assert (
+        config["max_position_embeddings"] == 96
+    )  # not the 8192 of Qwen-1's own key, which is past what was trained
     assert config["intermediate_size"] == 96
     assert "auto_map" not in config
-    assert (config["rope_theta"], config["torch_dtype"]) == (10000, "float32")  # as engines of 2024 look for them
+    assert (config["rope_theta"], config["torch_dtype"]) == (
+        10000,
+        "float32",
+    )  # as engines of 2024 look for them
     assert generation["eos_token_id"] == [258, 256]
     assert generation["pad_token_id"] == 256
     assert (generation["top_p"], generation["top_k"], generation["repetition_penalty"]) == (0.8, 0, 1.1)
@@ -163,7 +173,12 @@ def test_keys_of_the_first_release_are_understood(mine, original, tmp_path):
 
 def test_every_number_of_the_released_7b_has_a_place(mine):
     """Its index says total_size 15442649088, of two bytes each."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32}
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
     change(mine, **sizes, kv_channels=128, vocab_size=151936, seq_length=8192)
     with torch.device("meta"):
         model = Qwen2ForCausalLM(qwen1.qwen2_config(mine))
@@ -187,21 +202,27 @@ def test_what_can_be_computed_is_left_out(mine, tmp_path):
     weights["transformer.rotary_emb.inv_freq"] = torch.ones(8)
     weights["transformer.h.0.attn.masked_bias"] = torch.tensor([-1e4])
     save_file(weights, mine / "model.safetensors")
-    assert not any("rotary" in name for name in load_file(convert(mine, tmp_path / "out") / "model.safetensors"))
+    assert not any(
+        "rotary" in name for name in load_file(convert(mine, tmp_path / "out") / "model.safetensors")
+    )
 
 
 def test_a_model_is_converted_in_little_memory(source, tmp_path):
-    model = make_model(hidden_size=512, kv_channels=128, intermediate_size=4096, vocab_size=30000, num_hidden_layers=6)
+    model = make_model(
+        hidden_size=512, kv_channels=128, intermediate_size=4096, vocab_size=30000, num_hidden_layers=6
+    )
     write_model(tmp_path / "in", model, shards=2)
     code = (
-        "import sys; from pathlib import Path; from qwenlora.adapter.qwen1 import convert\n"
-        "from qwenlora.trainer.base_files import peak_memory\n"
+        "import sys; from pathlib import Path; from qwenlora.adapter.qwen1.convert import convert\n"
+        "from qwenlora.trainer.model.base_files import peak_memory\n"
         "convert(Path(sys.argv[1]), Path('small'), max_shard_size='5GB'); before = peak_memory()\n"
         "convert(Path('in'), Path('out'), max_shard_size='5GB'); print(peak_memory() - before)"
     )
     command = [sys.executable, "-c", code, source]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert int(answer.stdout.split()[-1]) < 110e6 < (tmp_path / "out" / "model.safetensors").stat().st_size / 2
+    assert (
+        int(answer.stdout.split()[-1]) < 110e6 < (tmp_path / "out" / "model.safetensors").stat().st_size / 2
+    )
 
 
 # ---- what is refused
@@ -244,11 +265,23 @@ SPOILT = {
     "partly turned": (lambda f: change(f, rotary_pct=0.5), "rotary_pct=0.5, Qwen2's architecture has 1.0"),
     "biases": (lambda f: change(f, no_bias=False), "no_bias=False"),
     "tied": (lambda f: change(f, tie_word_embeddings=True), "tie_word_embeddings=True"),
-    "narrow heads": (lambda f: change(f, kv_channels=8), "kv_channels=8 times num_attention_heads=4 is not hidden"),
-    "a size that is none": (lambda f: change(f, seq_length="long"), "seq_length=long, expected a number above 0"),
+    "narrow heads": (
+        lambda f: change(f, kv_channels=8),
+        "kv_channels=8 times num_attention_heads=4 is not hidden",
+    ),
+    "a size that is none": (
+        lambda f: change(f, seq_length="long"),
+        "seq_length=long, expected a number above 0",
+    ),
     "a size that is missing": (lambda f: change(f, hidden_size=None), "hidden_size=None, expected a number"),
-    "another depth": (lambda f: change(f, num_hidden_layers=2), "hold transformer.h.2.attn.c_attn.bias and 7 more"),
-    "another width": (lambda f: change(f, intermediate_size=200), "mlp.w1.weight is 96 x 64; its .* says 100 x 64"),
+    "another depth": (
+        lambda f: change(f, num_hidden_layers=2),
+        "hold transformer.h.2.attn.c_attn.bias and 7 more",
+    ),
+    "another width": (
+        lambda f: change(f, intermediate_size=200),
+        "mlp.w1.weight is 96 x 64; its .* says 100 x 64",
+    ),
     "a tensor too few": (
         lambda f: change_weights(f, lambda w: w.pop("transformer.h.1.attn.c_attn.bias")),
         "lack transformer.h.1.attn.c_attn.bias; download",
@@ -259,7 +292,10 @@ SPOILT = {
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
     "weights cut short": (lambda f: cut(f / "model.safetensors"), "cut short"),
-    "a pointer": (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "no safetensors file"),
+    "a pointer": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs"),
+        "no safetensors file",
+    ),
     "a missing file": (
         lambda f: (shards(f), (f / "pytorch_model-00002-of-00002.bin").unlink()),
         "pytorch_model-00002-of-00002.bin",
@@ -281,7 +317,10 @@ SPOILT = {
         lambda f: write_tiktoken(f / "qwen.tiktoken", [*bytes_alone(), *(bytes([97, n]) for n in range(49))]),
         "has 513 ids, the model only 512",
     ),
-    "no vocabulary at all": (lambda f: (f / "qwen.tiktoken").write_text("hello\n"), "line 1: .* is not a token"),
+    "no vocabulary at all": (
+        lambda f: (f / "qwen.tiktoken").write_text("hello\n"),
+        "line 1: .* is not a token",
+    ),
     "ranks with a hole": (
         lambda f: (f / "qwen.tiktoken").write_bytes((f / "qwen.tiktoken").read_bytes() + b"YWI= 300\n"),
         "its 257 ranks are not 0, 1, 2",
@@ -370,7 +409,9 @@ def small(tmp_path_factory, tokenizers):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, assets):
     """Qwen-1's own vocabulary, which is Qwen2.5's."""
-    vocabulary = json.loads((assets / "tokenizers" / "qwen2.5" / "tokenizer.json").read_text())["model"]["vocab"]
+    vocabulary = json.loads((assets / "tokenizers" / "qwen2.5" / "tokenizer.json").read_text())["model"][
+        "vocab"
+    ]
     return _two(tmp_path_factory.mktemp("real") / "qwen.tiktoken", tokens_of(vocabulary))
 
 
@@ -378,7 +419,9 @@ def _two(file, tokens):
     write_tiktoken(file, tokens)
     special = {token: len(tokens) + number for number, token in enumerate(qwen1_tokenizer.SPECIAL)}
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    encoding = tiktoken.Encoding("qwen", pat_str=PRETOKENIZE_REGEX, mergeable_ranks=ranks, special_tokens=special)
+    encoding = tiktoken.Encoding(
+        "qwen", pat_str=PRETOKENIZE_REGEX, mergeable_ranks=ranks, special_tokens=special
+    )
     qwen1_tokenizer.convert(file, 8192).save_pretrained(file.with_name("tokenizer"))
     return encoding, AutoTokenizer.from_pretrained(file.with_name("tokenizer"))
 
@@ -433,7 +476,9 @@ def test_a_chat_is_the_tokens_that_qwen1s_code_made(small):
     said = [("user", "你好"), ("assistant", "Hello."), ("user", "1+1?")]
     messages = [{"role": role, "content": text} for role, text in said]
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == expected
-    own = tokenizer.apply_chat_template([{"role": "system", "content": "Be brief."}, messages[0]], tokenize=False)
+    own = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, messages[0]], tokenize=False
+    )
     assert own.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
 
 
@@ -471,7 +516,9 @@ def test_an_adapter_for_qwen1_does_on_the_converted_base_what_it_did(converted, 
     expected = logits(tuned, ids)
     assert (expected - logits(original, ids)).abs().max() > 0.1
     assert (logits(load(subject).model, ids) - expected).abs().max() < BOUND
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(converted), tmp_path / "out").eval()
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(converted), tmp_path / "out"
+    ).eval()
     assert (logits(plain, ids) - expected).abs().max() < BOUND
 
 
@@ -505,7 +552,9 @@ def test_lora_by_hand_is_the_converted_adapter(converted, tmp_path):
     }
     (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config))
     convert(tmp_path / "in", tmp_path / "out")
-    found = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(converted), tmp_path / "out").eval()
+    found = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(converted), tmp_path / "out"
+    ).eval()
     ids = ids_of(model, 2, 96)
     assert (logits(found, ids) - logits(model, ids)).abs().max() < BOUND
 
@@ -569,4 +618,7 @@ def test_a_converted_model_trains(qwenlora, tmp_path, tokenizers):
     )
     answer = qwenlora("train", "run.yaml")
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert check(find(str(tmp_path / "runs" / "one"), base=str(tmp_path / "out"))).architecture == "Qwen2ForCausalLM"
+    assert (
+        check(find(str(tmp_path / "runs" / "one"), base=str(tmp_path / "out"))).architecture
+        == "Qwen2ForCausalLM"
+    )

@@ -1,4 +1,5 @@
-"""A run's page is right whatever state the run is in, whatever its rows say, in a browser of any width and colour."""
+"""A run's page is right whatever state the run is in, whatever its rows say, in a browser of any width and
+colour."""
 
 import html
 import json
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwenlora.adapter import curves
-from qwenlora.adapter.report import ANSWERS, write
-from qwenlora.jobs.run import RunFolder
+from qwenlora.adapter.publish import curves
+from qwenlora.adapter.publish.report import ANSWERS, write
+from qwenlora.run.folder import RunFolder
 
 ZERO = 1_790_000_000.0  # 2026-09-21 14:13:20 UTC
 HOSTILE = [
@@ -48,13 +49,20 @@ def attempt(number, first, last, reason="done", **more):
     times = {"start": at[0], "end": at[1], "trained_s": 400.0, "saving_s": 1.0}
     steps = {"first_step": first, "last_step": last, "steps_repeated": 0}
     return (
-        {"attempt": number, "processes": 4, "nodes": ["a", "b"], "reason": reason, "message": ""} | times | steps | more
+        {"attempt": number, "processes": 4, "nodes": ["a", "b"], "reason": reason, "message": ""}
+        | times
+        | steps
+        | more
     )
 
 
 def log(run, attempts=(), steps=range(1, 101), **columns):
     """Write metrics.jsonl. columns: {name: value of a step}."""
-    columns = {"loss": lambda step: 8 / step, "grad_norm": lambda step: 1.0, "time": lambda step: ZERO + step} | columns
+    columns = {
+        "loss": lambda step: 8 / step,
+        "grad_norm": lambda step: 1.0,
+        "time": lambda step: ZERO + step,
+    } | columns
     lines = [{"step": step} | {name: of(step) for name, of in columns.items()} for step in steps]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run.history.file.write_text("".join(json.dumps(line) + "\n" for line in attempts))
@@ -62,12 +70,32 @@ def log(run, attempts=(), steps=range(1, 101), **columns):
 
 def comparison(texts=("a",), **more):
     answers = [
-        {"set": "training", "question": text, "reference": text, "answers": ["", text], "right": [False, True]}
+        {
+            "set": "training",
+            "question": text,
+            "reference": text,
+            "answers": ["", text],
+            "right": [False, True],
+        }
         for text in texts
     ]
     measures = [
-        {"set": "training", "measure": "exact", "kind": "share", "better": "higher", "count": 9, "values": [0.0, 0.5]},
-        {"set": "own", "measure": "perplexity", "kind": "number", "better": "lower", "count": 9, "values": [5.5, None]},
+        {
+            "set": "training",
+            "measure": "exact",
+            "kind": "share",
+            "better": "higher",
+            "count": 9,
+            "values": [0.0, 0.5],
+        },
+        {
+            "set": "own",
+            "measure": "perplexity",
+            "kind": "number",
+            "better": "lower",
+            "count": 9,
+            "values": [5.5, None],
+        },
     ]
     subjects = [{"label": "base", "adapter": None}, {"label": "<b>my run", "adapter": "adapter", "own": True}]
     whole = {
@@ -131,7 +159,9 @@ def test_the_page_loads_nothing_and_runs_nothing(run):
     run.wandb_id.write_text("abc123")
     run.wandb_id.with_name("url").write_text("https://wandb.example/me/project/runs/abc123\n")
     page = Page(run)
-    assert [link for link in page.links if not link.startswith("#")] == ["https://wandb.example/me/project/runs/abc123"]
+    assert [link for link in page.links if not link.startswith("#")] == [
+        "https://wandb.example/me/project/runs/abc123"
+    ]
     assert not set(page.tags) & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
     assert "default-src 'none'; style-src 'unsafe-inline'" in page.source
     assert all(link.startswith("#") for link in re.findall(r"url\(([^)]*)\)", page.source)), "of clip paths"
@@ -168,7 +198,9 @@ def test_right_and_wrong_and_the_best_are_told_by_more_than_colour(run):
 
 
 def test_of_many_answers_some_are_shown_evenly_spread(run):
-    (run.path / "comparison.json").write_text(json.dumps(comparison([f"question {n}." for n in range(4 * ANSWERS)])))
+    (run.path / "comparison.json").write_text(
+        json.dumps(comparison([f"question {n}." for n in range(4 * ANSWERS)]))
+    )
     text = Page(run).text
     assert f"training , side by side: {ANSWERS} of {4 * ANSWERS}, all are in comparison.json" in text
     for number in range(4 * ANSWERS):
@@ -177,7 +209,14 @@ def test_of_many_answers_some_are_shown_evenly_spread(run):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[1, 2]", '{"subjects": []', "[" * 100_000, '{"subjects": "\\ud800"}', json.dumps(comparison(subjects=[]))],
+    [
+        "",
+        "[1, 2]",
+        '{"subjects": []',
+        "[" * 100_000,
+        '{"subjects": "\\ud800"}',
+        json.dumps(comparison(subjects=[])),
+    ],
 )
 def test_a_damaged_comparison_is_a_line_on_the_page(run, text):
     (run.path / "comparison.json").write_text(text)
@@ -205,7 +244,11 @@ def test_a_run_that_has_not_begun_was_refused_or_has_logged_nothing_has_a_page(r
     assert "No step has been logged yet." in page.text
     assert page.tags.count("svg") == 0
     refused = {"attempt": 1, "start": "2026-01-01T00:00:00+00:00", "processes": 1}
-    refused |= {"end": "2026-01-01T00:00:09+00:00", "reason": "refused", "message": "train.max_steps=0: too few"}
+    refused |= {
+        "end": "2026-01-01T00:00:09+00:00",
+        "reason": "refused",
+        "message": "train.max_steps=0: too few",
+    }
     run.history.file.write_text(json.dumps(refused) + "\n")
     assert "refused : train.max_steps=0: too few 2026-01-01 00:00 UTC" in Page(run).text
 
@@ -290,23 +333,31 @@ def test_a_hundred_thousand_lines_make_a_small_page_that_shows_every_spike(run):
     write(run)
     assert time.process_time() - before < 10
     assert (run.path / "report.html").stat().st_size < 1_000_000
-    norm = next(c for c in curves.charts(curves.read(run.metrics), []) if c.name == "grad_norm").figure.axes[0]
+    norm = next(c for c in curves.charts(curves.read(run.metrics), []) if c.name == "grad_norm").figure.axes[
+        0
+    ]
     assert norm.get_yscale() == "log"
     assert norm.collections[0].get_paths()[0].vertices[:, 1].max() == 900
 
 
 def test_a_start_needs_no_torch(run):
     log(run)
-    code = "import sys; from qwenlora.adapter.report import write; from qwenlora.jobs.run import RunFolder;"
+    code = (
+        "import sys; from qwenlora.adapter.publish.report import write; from qwenlora.run.folder import"
+        " RunFolder;"
+    )
     code += "write(RunFolder(sys.argv[1])); print('torch' in sys.modules, 'transformers' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", code, run.path], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code, run.path], capture_output=True, text=True, check=True
+    )
     assert answer.stdout == "False False\n"
     assert answer.stderr == ""
 
 
 @pytest.fixture(scope="session")
 def browse(tmp_path_factory):
-    """Return what opens a page in Chromium: browse(page, dark=False) -> (lines of its console, a picture of it)."""
+    """Return what opens a page in Chromium: browse(page, dark=False) -> (lines of its console, a picture of
+    it)."""
     chromium = shutil.which("chromium")
     if chromium is None:
         assert os.environ.get("QWENLORA_REQUIRE_CHROMIUM") != "1", "Chromium is not installed"
@@ -315,8 +366,18 @@ def browse(tmp_path_factory):
 
     def browse(page: Path, *, dark: bool = False) -> tuple[list[str], Image.Image]:
         picture = folder / "page.png"
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
-        options += [f"--user-data-dir={folder / 'data'}", f"--screenshot={picture}", "--window-size=1280,1600"]
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--enable-logging=stderr",
+        ]
+        options += [
+            f"--user-data-dir={folder / 'data'}",
+            f"--screenshot={picture}",
+            "--window-size=1280,1600",
+        ]
         options += ["--blink-settings=preferredColorScheme=0"] * dark
         answer = subprocess.run(
             [chromium, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
@@ -331,7 +392,8 @@ def browse(tmp_path_factory):
 def test_an_error_in_the_console_would_be_seen(browse, tmp_path):
     page = tmp_path / "page.html"
     page.write_text(
-        "<script>missing()</script><meta http-equiv='Content-Security-Policy' content=\"img-src 'none'\"><img src=x>"
+        "<script>missing()</script><meta http-equiv='Content-Security-Policy' content=\"img-src"
+        " 'none'\"><img src=x>"
     )
     lines, _ = browse(page)
     assert any("missing is not defined" in line for line in lines)
@@ -357,7 +419,10 @@ def test_the_page_opens_without_an_error_in_light_and_dark(browse, tiny_run, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 390, 1280])
 def test_no_text_makes_the_page_wider_than_the_screen(browse, run, tmp_path, width):
-    log(run, [attempt(n, 10 * n - 9, 10 * n, "failed", message=HOSTILE[4], job_id="123456") for n in range(1, 11)])
+    log(
+        run,
+        [attempt(n, 10 * n - 9, 10 * n, "failed", message=HOSTILE[4], job_id="123456") for n in range(1, 11)],
+    )
     run.config.write_text(json.dumps({"data": {"train": HOSTILE[4]}, "model": {"name_or_path": HOSTILE[7]}}))
     run.facts.write_text(json.dumps({"notes": HOSTILE, "bad_rows": 1}))
     run.bad_rows.write_text("\n".join(HOSTILE))
@@ -371,7 +436,8 @@ def test_no_text_makes_the_page_wider_than_the_screen(browse, run, tmp_path, wid
     script += "for (const one of d.querySelectorAll('details')) one.open = true;"
     script += "console.log('width ' + d.documentElement.scrollWidth)"
     frame = (
-        f'<iframe width={width} height=1000 style="border:0" srcdoc="{inner}" onload="{html.escape(script)}"></iframe>'
+        f'<iframe width={width} height=1000 style="border:0" srcdoc="{inner}"'
+        f' onload="{html.escape(script)}"></iframe>'
     )
     outer.write_text(f"<meta charset=utf-8>{frame}", encoding="utf-8")
     lines, _ = browse(outer)

@@ -7,7 +7,15 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from qwenlora.adapter.serving import LLAMA_CPP, MAX_LORA_RANKS, SERVERS, SGLANG, VLLM, max_lora_rank, obstacles
+from qwenlora.adapter.publish.serving import (
+    LLAMA_CPP,
+    MAX_LORA_RANKS,
+    SERVERS,
+    SGLANG,
+    VLLM,
+    max_lora_rank,
+    obstacles,
+)
 
 PLAIN = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj"], "bias": "none", "init_lora_weights": True}
 NAMES = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{letter}.weight" for letter in "AB"]
@@ -49,7 +57,9 @@ def test_what_is_in_the_way_is_named_by_server(tiny, how, servers, why):
 def test_a_config_or_a_name_that_no_server_knows_is_named():
     assert obstacles({"r": 8}, NAMES)[VLLM] == ["adapter_config.json lacks lora_alpha, target_modules"]
     odd = "base_model.model.model.norm.weight"
-    assert obstacles(PLAIN, [*NAMES, odd])[LLAMA_CPP] == [f"it has a tensor that is neither lora_A nor lora_B ({odd})"]
+    assert obstacles(PLAIN, [*NAMES, odd])[LLAMA_CPP] == [
+        f"it has a tensor that is neither lora_A nor lora_B ({odd})"
+    ]
     assert "init_lora_weights: pissa" in obstacles(PLAIN | {"init_lora_weights": "pissa"}, NAMES)[VLLM][0]
     assert obstacles(PLAIN | {"init_lora_weights": "gaussian"}, NAMES) == {}
 

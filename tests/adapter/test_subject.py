@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from qwenlora.adapter.loaded import tokenizer_of
+from qwenlora.adapter.loading import tokenizer_of
 from qwenlora.adapter.subject import find
 
 
@@ -44,7 +44,9 @@ def test_an_adapter_by_itself_names_its_base(held, tmp_path):
     )
     found = find(str(alone))
     assert (found.label, found.base, found.run) == ("alone", str(held / "base_model"), None)
-    (alone / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/models/gone"}))
+    (alone / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "/models/gone"})
+    )
     with pytest.raises(
         ValueError, match="alone needs the base model /models/gone, and there is no model at /models/gone;"
     ):

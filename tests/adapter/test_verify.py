@@ -1,4 +1,5 @@
-"""`qwenlora verify`: an adapter that is not whole, does not fit or holds nothing is never taken for one that does."""
+"""`qwenlora verify`: an adapter that is not whole, does not fit or holds nothing is never taken for one that
+does."""
 
 import json
 import re
@@ -10,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from qwenlora.adapter.loaded import load
+from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
 from qwenlora.adapter.verify import check
 
@@ -29,7 +30,9 @@ def make(folder, base, **settings):
     """Write an adapter with random numbers in it."""
     torch.manual_seed(0)
     settings = {"r": 4, "target_modules": ["q_proj", "down_proj"]} | settings
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings)
+    )
     for values in model.parameters():
         if values.requires_grad:
             values.data += 0.02 * torch.randn_like(values)
@@ -84,7 +87,9 @@ def test_another_base_is_told_by_shapes(adapter, tmp_path):
             num_key_value_heads=2,
         )
     ).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"weight is 4 x 768, .*other needs 4 x 64; it was trained on another base"):
+    with pytest.raises(
+        ValueError, match=r"weight is 4 x 768, .*other needs 4 x 64; it was trained on another base"
+    ):
         check(find(str(adapter), base=str(tmp_path / "other")))
 
 
@@ -93,7 +98,9 @@ def test_a_number_that_is_none_is_found(adapter):
         tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"][0, 0] = float("nan")
 
     changed(adapter, spoil)
-    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj.lora_B.weight holds numbers that are not finite;"):
+    with pytest.raises(
+        ValueError, match=r"layers.1.self_attn.q_proj.lora_B.weight holds numbers that are not finite;"
+    ):
         check(find(str(adapter)))
 
 
@@ -144,7 +151,9 @@ def test_a_runs_adapter_is_as_it_was_written_on_the_base_it_was_trained_on(tiny_
         held = bytearray(file.read_bytes())
         held[len(held) // 2] ^= 1  # one bit of one number
         file.write_bytes(held)
-        with pytest.raises(ValueError, match="has adapter_model.safetensors with other bytes than were written"):
+        with pytest.raises(
+            ValueError, match="has adapter_model.safetensors with other bytes than were written"
+        ):
             check(find(str(file.parent)))
 
     shutil.copytree(tiny_run[0] / "adapter", run / "adapter", dirs_exist_ok=True)
@@ -156,9 +165,13 @@ def test_a_runs_adapter_is_as_it_was_written_on_the_base_it_was_trained_on(tiny_
         ("init_lora_weights", "pissa"),
     ):
         (run / "adapter" / "adapter_config.json").write_text(json.dumps(config | {key: value}))
-        with pytest.raises(ValueError, match=re.escape(f"says {key}={value}, the run was trained with {config[key]}")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"says {key}={value}, the run was trained with {config[key]}")
+        ):
             check(find(str(run)))
-    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    (run / "adapter" / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "elsewhere"})
+    )
     assert check(find(str(run))).same_weights, "the base's name may be mended by hand"
 
     changed_base = load_file(run / "base_model" / "model.safetensors")
@@ -174,7 +187,8 @@ def test_verify_says_which_base_an_adapter_needs(tiny_run, qwenlora):
     assert (answer.returncode, answer.stderr) == (0, "")
     assert "whole: 56 tensors, 622,592 numbers, float32, 2.5 MB" in answer.stdout
     assert (
-        f"{tiny_run[0] / 'base_model'} (Qwen3ForCausalLM): names and shapes fit, and has the weights" in answer.stdout
+        f"{tiny_run[0] / 'base_model'} (Qwen3ForCausalLM): names and shapes fit, and has the weights"
+        in answer.stdout
     )
     refused = qwenlora("verify", tiny_run[0] / "base_model")
     assert refused.returncode == 2
@@ -182,14 +196,18 @@ def test_verify_says_which_base_an_adapter_needs(tiny_run, qwenlora):
 
 
 def test_integers_and_matrices_of_the_base_are_refused(adapter):
-    changed(adapter, lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.zeros(2048, 256)}))
+    changed(
+        adapter, lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.zeros(2048, 256)})
+    )
     with pytest.raises(
         ValueError, match=r"has base_model.model.model.embed_tokens.weight besides, a matrix of the base"
     ):
         check(find(str(adapter)))
     changed(adapter, lambda t: t.pop("base_model.model.model.embed_tokens.weight"))
     changed(adapter, lambda t: t.update({f"{LAYER}.0.mlp.down_proj.lora_B.weight": torch.ones(256, 4).int()}))
-    with pytest.raises(ValueError, match=r"down_proj.lora_B.weight is torch.int32, expected float32, float64"):
+    with pytest.raises(
+        ValueError, match=r"down_proj.lora_B.weight is torch.int32, expected float32, float64"
+    ):
         check(find(str(adapter)))
 
 

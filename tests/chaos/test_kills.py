@@ -1,6 +1,8 @@
-"""Killed with SIGKILL at any moment, a run goes on by the same command and ends as if nothing had happened, to the bit.
+"""Killed with SIGKILL at any moment, a run goes on by the same command and ends as if nothing had happened,
+to the bit.
 
-`make chaos` does it 200 times (CHAOS_KILLS says how often), at least 60 of them between two file operations of a save.
+`make chaos` does it 200 times (CHAOS_KILLS says how often), at least 60 of them between two file operations
+of a save.
 """
 
 import os
@@ -55,13 +57,15 @@ def operations_of_a_save(base) -> int:
 
 
 def moments(base, chance: random.Random, count: int) -> list[dict]:
-    """Return when to kill: 30% of the kills, and each place at least, between the file operations of saves."""
+    """Return when to kill: 30% of the kills, and each place at least, between the file operations of
+    saves."""
     operations = operations_of_a_save(base)
     inside = max(round(count * 0.3), min(operations, round(count * 0.5)))
     print(f"a save has {operations} file operations, {inside} kills are between them")
     stride, start = max(operations / inside, 1.0), chance.randrange(operations)
     plans = [
-        {"process": "rank-0", "operation": (start + round(number * stride)) % operations} for number in range(inside)
+        {"process": "rank-0", "operation": (start + round(number * stride)) % operations}
+        for number in range(inside)
     ]
     for number in range(count - inside):
         name = list(PLACES)[number % len(PLACES)]
@@ -102,7 +106,8 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(base,
                 assert code in (1, -9), said
                 done[plan["name"]] += 1
                 print(
-                    f"{sum(done.values())}: {plan['name']}, {plan} -> {code}, newest checkpoint-{life.newest()}",
+                    f"{sum(done.values())}: {plan['name']}, {plan} -> {code}, newest"
+                    f" checkpoint-{life.newest()}",
                     flush=True,
                 )
             else:

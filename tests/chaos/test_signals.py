@@ -53,7 +53,9 @@ def test_one_signalled_rank_of_two_is_enough_at_any_moment(tmp_path):
         took = time.monotonic() - start
         longest = max(longest, took)
         attempt = life.run.history.attempts()[-1]
-        print(f"{number + 1}: {kind.name} after step {attempt['last_step']}, left in {took:.2f} s", flush=True)
+        print(
+            f"{number + 1}: {kind.name} after step {attempt['last_step']}, left in {took:.2f} s", flush=True
+        )
         assert process.returncode == 75, said
         assert life.newest() == attempt["last_step"], "what was trained is saved"
         assert (attempt["first_step"], attempt["steps_repeated"]) == (last + 1, 0)

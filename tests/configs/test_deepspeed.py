@@ -63,7 +63,11 @@ def test_offload_and_shard_group_are_passed_on():
     strategy = {"offload": "params", "shard_group": "node"}
     zero = deepspeed_config(config(strategy), "zero3", 8, 4)["zero_optimization"]
     cpu = {"device": "cpu", "pin_memory": True}
-    assert (zero["offload_optimizer"], zero["offload_param"], zero["zero_hpz_partition_size"]) == (cpu, cpu, 8)
+    assert (zero["offload_optimizer"], zero["offload_param"], zero["zero_hpz_partition_size"]) == (
+        cpu,
+        cpu,
+        8,
+    )
     zero = deepspeed_config(config({"offload": "optimizer"}), "zero1", 8, 4)["zero_optimization"]
     assert zero["offload_optimizer"] == cpu
     assert not {"offload_param", "zero_hpz_partition_size"} & set(zero)
@@ -71,7 +75,11 @@ def test_offload_and_shard_group_are_passed_on():
 
 def test_a_file_adds_to_it_and_its_gaps_are_filled_in(write):
     theirs = {
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "offload_optimizer": {"pin_memory": False}},
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_bucket_size": 1000,
+            "offload_optimizer": {"pin_memory": False},
+        },
         "flops_profiler": {"enabled": True, "profile_step": 3},
         "wall_clock_breakdown": True,
         "_comment": "from a colleague",
@@ -107,7 +115,11 @@ def test_hugging_face_s_auto_is_filled_in(write):
 
 
 def test_what_agrees_may_be_said_twice(write):
-    theirs = {"train_batch_size": 64, "gradient_clipping": 0.5, "zero_optimization": {"zero_hpz_partition_size": 8}}
+    theirs = {
+        "train_batch_size": 64,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"zero_hpz_partition_size": 8},
+    }
     settings = made(theirs, write, "zero3", shard_group="node")
     assert settings["gradient_clipping"] == 0.5
     assert "train_batch_size" not in settings  # it follows from the rest
@@ -125,40 +137,53 @@ CHANGE = "change one of them, or remove"
         ),
         (
             {"gradient_accumulation_steps": 1},
-            "gradient_accumulation_steps=1, but train.global_batch_size=64 over all processes: expected 4; {change}",
+            "gradient_accumulation_steps=1, but train.global_batch_size=64 over all processes: expected 4;"
+            " {change}",
         ),
-        ({"train_batch_size": 32}, "train_batch_size=32, but train.global_batch_size=64: expected 64; {change}"),
-        ({"gradient_clipping": 1.0}, "gradient_clipping=1.0, but train.max_grad_norm=0.5: expected 0.5; {change}"),
+        (
+            {"train_batch_size": 32},
+            "train_batch_size=32, but train.global_batch_size=64: expected 64; {change}",
+        ),
+        (
+            {"gradient_clipping": 1.0},
+            "gradient_clipping=1.0, but train.max_grad_norm=0.5: expected 0.5; {change}",
+        ),
         (
             {"zero_optimization": {"stage": 3}},
             "zero_optimization.stage=3, but strategy.name=zero2: expected 2; {change}",
         ),
         (
             {"communication_data_type": "fp16"},
-            'communication_data_type="fp16", but gradients travel and are summed in float32: expected "fp32"; {change}',
+            'communication_data_type="fp16", but gradients travel and are summed in float32: expected'
+            ' "fp32"; {change}',
         ),
         (
             {"prescale_gradients": True},
-            "prescale_gradients=true, but gradients are averaged and clipped by qwenlora's rules: expected false;"
+            "prescale_gradients=true, but gradients are averaged and clipped by qwenlora's rules: expected"
+            " false;"
             " {change}",
         ),
         (
             {"zero_optimization": {"compute_grad_norm": False}},
-            "zero_optimization.compute_grad_norm=false, but the norm tells whether a step is a number: expected true;"
+            "zero_optimization.compute_grad_norm=false, but the norm tells whether a step is a number:"
+            " expected true;"
             " {change}",
         ),
         (
             {"zero_optimization": {"zero_quantized_nontrainable_weights": True}},
-            "zero_optimization.zero_quantized_nontrainable_weights=true, but numbers are the same under every strategy:"
+            "zero_optimization.zero_quantized_nontrainable_weights=true, but numbers are the same under"
+            " every strategy:"
             " expected false; {change}",
         ),
         (
             {"gradient_accumulation_steps": True},
-            "gradient_accumulation_steps=true, but train.global_batch_size=64 over all processes: expected 4; {change}",
+            "gradient_accumulation_steps=true, but train.global_batch_size=64 over all processes: expected"
+            " 4; {change}",
         ),
         (
             {"prescale_gradients": 0},  # 0 == False, for Python
-            "prescale_gradients=0, but gradients are averaged and clipped by qwenlora's rules: expected false;"
+            "prescale_gradients=0, but gradients are averaged and clipped by qwenlora's rules: expected"
+            " false;"
             " {change}",
         ),
         (
@@ -171,15 +196,18 @@ CHANGE = "change one of them, or remove"
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
-            'zero_optimization.offload_optimizer.device="cpu", but strategy.offload=none: expected "none"; {change}',
+            'zero_optimization.offload_optimizer.device="cpu", but strategy.offload=none: expected "none";'
+            " {change}",
         ),
         (
             {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/x"}}},
-            'zero_optimization.offload_param.device="nvme", but strategy.offload=none: expected "none"; {change}',
+            'zero_optimization.offload_param.device="nvme", but strategy.offload=none: expected "none";'
+            " {change}",
         ),
         (
             {"zero_optimization": {"zero_hpz_partition_size": 8}},
-            "zero_optimization.zero_hpz_partition_size=8, but strategy.shard_group=global: expected 1; {change}",
+            "zero_optimization.zero_hpz_partition_size=8, but strategy.shard_group=global: expected 1;"
+            " {change}",
         ),
         (
             {"zero_force_ds_cpu_optimizer": True},
@@ -192,7 +220,8 @@ CHANGE = "change one of them, or remove"
         ),
         (
             {"data_types": {"grad_accum_dtype": "bf16"}},
-            'data_types.grad_accum_dtype="bf16", but gradients are summed in float32: expected "fp32"; {change}',
+            'data_types.grad_accum_dtype="bf16", but gradients are summed in float32: expected "fp32";'
+            " {change}",
         ),
         (
             {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
@@ -201,20 +230,24 @@ CHANGE = "change one of them, or remove"
         ),
         (
             {"scheduler": {"type": "WarmupLR"}},
-            'scheduler={"type": "WarmupLR"}: set train.lr_scheduler_type and train.warmup_steps; remove scheduler',
+            'scheduler={"type": "WarmupLR"}: set train.lr_scheduler_type and train.warmup_steps; remove'
+            " scheduler",
         ),
         (
             {"bf16": {"enabled": True}},
-            'bf16={"enabled": true}: the base\'s dtype is model.dtype, and all that is trained is float32; remove bf16',
+            'bf16={"enabled": true}: the base\'s dtype is model.dtype, and all that is trained is float32;'
+            " remove bf16",
         ),
         (
             {"torch_autocast": {"enabled": True}},
-            'torch_autocast={"enabled": true}: the base\'s dtype is model.dtype, and all that is trained is float32;'
+            'torch_autocast={"enabled": true}: the base\'s dtype is model.dtype, and all that is trained is'
+            " float32;"
             " remove torch_autocast",
         ),
         (
             {"zero_optimization": {"cpu_offload": True}},
-            "zero_optimization.cpu_offload=true: set strategy.offload: optimizer; remove zero_optimization.cpu_offload",
+            "zero_optimization.cpu_offload=true: set strategy.offload: optimizer; remove"
+            " zero_optimization.cpu_offload",
         ),
         ({"amp": {"enabled": True}}, "amp: DeepSpeed has it no more; remove it"),
         (
@@ -240,8 +273,14 @@ def test_a_contradiction_is_refused_with_both_values(write, theirs, line):
 
 
 def test_an_offload_block_without_a_device_gets_the_run_s(write):
-    zero = made({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, write, "zero3", offload="optimizer")
-    assert zero["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True, "ratio": 0.5}
+    zero = made(
+        {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, write, "zero3", offload="optimizer"
+    )
+    assert zero["zero_optimization"]["offload_optimizer"] == {
+        "device": "cpu",
+        "pin_memory": True,
+        "ratio": 0.5,
+    }
 
 
 def test_a_yes_or_no_whose_name_ends_as_a_number_s_does_is_one(write):
@@ -250,7 +289,11 @@ def test_a_yes_or_no_whose_name_ends_as_a_number_s_does_is_one(write):
 
 
 def test_blocks_that_are_off_may_stay(write):
-    theirs = {"fp16": {"enabled": False}, "torch_autocast": {"enabled": False}, "autotuning": {"enabled": False}}
+    theirs = {
+        "fp16": {"enabled": False},
+        "torch_autocast": {"enabled": False},
+        "autotuning": {"enabled": False},
+    }
     assert made(theirs, write)["fp16"] == {"enabled": False}
 
 

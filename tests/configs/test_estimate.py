@@ -47,7 +47,9 @@ def test_sizes_are_taken_from_what_the_trainer_counts():
 
 
 # README of QwenLM/Qwen: A100-80G, batch 1, gradient checkpointing; GB of LoRA and Q-LoRA
-@pytest.mark.parametrize(("length", "lora", "qlora"), [(512, 20.4, 11.5), (2048, 23.8, 13.9), (8192, 36.6, 23.5)])
+@pytest.mark.parametrize(
+    ("length", "lora", "qlora"), [(512, 20.4, 11.5), (2048, 23.8, 13.9), (8192, 36.6, 23.5)]
+)
 def test_a_7b_needs_what_was_published(length, lora, qlora):
     machine = Machine(1, 1, 1, GPU80)
     found = need(config(max_length=length), QWEN["7B"], "ddp", machine).total
@@ -66,7 +68,8 @@ def test_activations_are_those_of_the_formula():
 def test_each_strategy_holds_its_share():
     machine, sizes = Machine(2, 8, 8, GPU80), QWEN["72B"]
     trained = {
-        name: need(config(), sizes, name, machine).trained for name in ("ddp", "zero1", "zero2", "zero3", "fsdp")
+        name: need(config(), sizes, name, machine).trained
+        for name in ("ddp", "zero1", "zero2", "zero3", "fsdp")
     }
     count = sizes.trainable
     assert trained == {
@@ -150,7 +153,8 @@ DECISIONS = [
         {},
         Machine(1, 4, 4, GPU40, True),
         ("fsdp", "node"),
-        "fsdp over 4 GPUs, 16.4 GB of the base's 65.5 GB on each GPU of 42.9 GB; strategy.quantization: nf4 would allow"
+        "fsdp over 4 GPUs, 16.4 GB of the base's 65.5 GB on each GPU of 42.9 GB; strategy.quantization: nf4"
+        " would allow"
         " ddp",
     ),
     (
@@ -158,7 +162,8 @@ DECISIONS = [
         {},
         Machine(1, 8, 8, GPU80, True),
         ("fsdp", "node"),
-        "fsdp over 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 85.5 GB; strategy.quantization: nf4 would"
+        "fsdp over 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 85.5 GB; strategy.quantization:"
+        " nf4 would"
         " allow ddp",
     ),
     (
@@ -166,7 +171,8 @@ DECISIONS = [
         {},
         Machine(2, 8, 8, GPU80, True),
         ("fsdp", "node"),
-        "fsdp in each node's 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 85.5 GB; strategy.quantization: nf4"
+        "fsdp in each node's 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 85.5 GB;"
+        " strategy.quantization: nf4"
         " would allow ddp",
     ),
     (
@@ -181,7 +187,8 @@ DECISIONS = [
         {},
         Machine(2, 4, 4, GPU40, True),
         ("fsdp", "global"),
-        "fsdp over 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 42.9 GB; it crosses between nodes twice a"
+        "fsdp over 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 42.9 GB; it crosses between nodes"
+        " twice a"
         " micro-batch, which 15,960 tokens on a GPU would hide at 50 GB/s (here 2,048)",
     ),
     (
@@ -189,7 +196,8 @@ DECISIONS = [
         {"quantization": "nf4"},
         Machine(2, 4, 4, GPU24, True),
         ("zero3", "global"),
-        "zero3 over 8 GPUs, 5.2 GB of the base's 41.2 GB on each GPU of 25.8 GB; it crosses between nodes twice a"
+        "zero3 over 8 GPUs, 5.2 GB of the base's 41.2 GB on each GPU of 25.8 GB; it crosses between nodes"
+        " twice a"
         " micro-batch, which 3,990 tokens on a GPU would hide at 50 GB/s (here 2,048)",
     ),
 ]
@@ -222,7 +230,8 @@ def test_more_than_the_least_and_less_than_the_expected_is_tried():
     plain = config(train={"gradient_checkpointing": False})
     decision = decide(plain, QWEN["7B"], Machine(1, 1, 1, 32 * 1024 * MIB))
     assert decision.sentence == (
-        "strategy.name=auto: ddp, the base takes 15.2 GB of each GPU's 34.4 GB; about 37.6 GB may be needed, which is"
+        "strategy.name=auto: ddp, the base takes 15.2 GB of each GPU's 34.4 GB; about 37.6 GB may be"
+        " needed, which is"
         " tight; train.gradient_checkpointing: true or strategy.quantization: nf4 would leave room"
     )
 
@@ -253,15 +262,18 @@ REFUSED = "strategy.name=auto: model.name_or_path=Qwen/Qwen2.5 needs about "
             "72B",
             {},
             Machine(2, 4, 4, GPU24),
-            "39.5 GB on each of 8 GPUs even with fsdp, expected at most the 25.8 GB there are (26.7 GB base, 3.4 GB"
-            " adapter, 7.5 GB for 2,048 tokens); what would fit: strategy.quantization: nf4 (zero3) or 64 such GPUs"
+            "39.5 GB on each of 8 GPUs even with fsdp, expected at most the 25.8 GB there are (26.7 GB"
+            " base, 3.4 GB"
+            " adapter, 7.5 GB for 2,048 tokens); what would fit: strategy.quantization: nf4 (zero3) or 64"
+            " such GPUs"
             " (fsdp); or set strategy.name: fsdp to try all the same",
         ),
         (
             "7B",
             {"gradient_checkpointing": False},
             Machine(1, 1, 1, GPU24),
-            "37.6 GB on the GPU even with ddp, expected at most the 25.8 GB there are (15.2 GB base, 0.6 GB adapter,"
+            "37.6 GB on the GPU even with ddp, expected at most the 25.8 GB there are (15.2 GB base, 0.6 GB"
+            " adapter,"
             " 19.7 GB for 2,048 tokens); what would fit: train.gradient_checkpointing: true (ddp) or"
             " data.max_length: 512 (ddp); or set strategy.name: ddp to try all the same",
         ),
@@ -269,8 +281,10 @@ REFUSED = "strategy.name=auto: model.name_or_path=Qwen/Qwen2.5 needs about "
             "72B",
             {},
             Machine(1, 1, 1, GPU24),
-            "158.2 GB on the GPU even with ddp, expected at most the 25.8 GB there are (145.4 GB base, 3.4 GB adapter,"
-            " 7.5 GB for 2,048 tokens); what would fit: a smaller base model or larger GPUs; or set strategy.name: ddp"
+            "158.2 GB on the GPU even with ddp, expected at most the 25.8 GB there are (145.4 GB base, 3.4"
+            " GB adapter,"
+            " 7.5 GB for 2,048 tokens); what would fit: a smaller base model or larger GPUs; or set"
+            " strategy.name: ddp"
             " to try all the same",
         ),
     ],
@@ -286,5 +300,7 @@ def test_auto_says_what_gathering_over_pcie_takes():
         decide(config(), QWEN["72B"], Machine(1, 8, 8, GPU80, nvlink)).sentence for nvlink in (True, False)
     )
     assert "PCIe" not in linked
-    assert unlinked.startswith(linked.partition(";")[0] + "; without NVLink between them all it is gathered over PCIe")
+    assert unlinked.startswith(
+        linked.partition(";")[0] + "; without NVLink between them all it is gathered over PCIe"
+    )
     assert "which 31,920 tokens on a GPU would hide at 25 GB/s (here 2,048)" in unlinked

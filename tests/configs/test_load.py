@@ -52,7 +52,10 @@ def test_run_dir_defaults_to_the_files_name(write):
     [
         ("lora: {rank: 3}", "{path}:3: lora.rank=3: no such key; did you mean lora.r?"),
         ("lora:\n  lora_alhpa: 3", "{path}:4: lora.lora_alhpa=3: no such key; did you mean lora.lora_alpha?"),
-        ("lora: {learning_rate: 1}", "{path}:3: lora.learning_rate=1: no such key; did you mean train.learning_rate?"),
+        (
+            "lora: {learning_rate: 1}",
+            "{path}:3: lora.learning_rate=1: no such key; did you mean train.learning_rate?",
+        ),
         ("learning_rate: 1", "{path}:3: learning_rate=1: no such key; did you mean train.learning_rate?"),
         ("cutoff_len: 1", "{path}:3: cutoff_len=1: no such key; did you mean data.max_length?"),
         ("tarin: {seed: 1}", '{path}:3: tarin={{"seed": 1}}: no such key; did you mean train?'),
@@ -61,8 +64,14 @@ def test_run_dir_defaults_to_the_files_name(write):
         ("lora: {r: 0}", "{path}:3: lora.r=0: expected greater than 0"),
         ("lora: 8", "{path}:3: lora=8: expected a section with lora.r, "),
         ("train: {weight_decay: .inf}", "{path}:3: train.weight_decay=Infinity: expected a finite number"),
-        ("train: {lr_scheduler_type: cosin}", "{path}:3: train.lr_scheduler_type=\"cosin\": expected 'linear', "),
-        ("train: {eval_strategy: steps}", "{path}:3: train: eval_strategy=steps needs eval_steps; add eval_steps: 100"),
+        (
+            "train: {lr_scheduler_type: cosin}",
+            "{path}:3: train.lr_scheduler_type=\"cosin\": expected 'linear', ",
+        ),
+        (
+            "train: {eval_strategy: steps}",
+            "{path}:3: train: eval_strategy=steps needs eval_steps; add eval_steps: 100",
+        ),
         ("train: {save_steps: 9}", "{path}:3: train: save_steps=9 has no effect with save_strategy=epoch; "),
         ("seed: 1\nseed: 2", "{path}:4: seed stands twice (first at {path}:3); keep one"),
         ("lora: &a [*a]", "{path}:3: lora contains itself; write the value out"),
@@ -107,7 +116,9 @@ def test_a_config_that_is_not_there_or_not_a_file_is_refused_in_one_line(tmp_pat
         f"{tmp_path / 'gbk.yaml'}: not UTF-8 text at byte 9; save the file as UTF-8"
     ]
     (tmp_path / "list.yaml").write_text("- 1")
-    assert refusal(tmp_path / "list.yaml") == [f"{tmp_path / 'list.yaml'}: expected `key: value` lines, found [1]"]
+    assert refusal(tmp_path / "list.yaml") == [
+        f"{tmp_path / 'list.yaml'}: expected `key: value` lines, found [1]"
+    ]
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4"])
@@ -121,7 +132,8 @@ def test_text_that_yaml_1_1_would_change_stays_text(write):
 
 
 @pytest.mark.parametrize(
-    ("raw", "value"), [("null", None), ("~", None), ("#1", "#1"), ("a #1", "a #1"), ("'a b '", "a b "), ("7", "7")]
+    ("raw", "value"),
+    [("null", None), ("~", None), ("#1", "#1"), ("a #1", "a #1"), ("'a b '", "a b "), ("7", "7")],
 )
 def test_a_name_on_the_command_line_means_what_it_says(write, raw, value):
     assert load_config(write(MINIMAL), [f"log.wandb_name={raw}"]).log.wandb_name == value
@@ -161,7 +173,9 @@ def test_a_config_cannot_be_changed(write):
 
 
 def test_the_json_schema_for_editors_is_current():
-    assert json.loads((ROOT / "configs" / "schema.json").read_text()) == Config.model_json_schema(), "run `make schema`"
+    assert json.loads((ROOT / "configs" / "schema.json").read_text()) == Config.model_json_schema(), (
+        "run `make schema`"
+    )
 
 
 def test_every_key_is_described():
@@ -172,10 +186,14 @@ def test_every_key_is_described():
 
 def test_loading_a_config_imports_no_torch(tmp_path):
     code = (
-        "import sys; from qwenlora.configs import load_config; load_config(sys.argv[1]); print('torch' in sys.modules)"
+        "import sys; from qwenlora.configs import load_config; load_config(sys.argv[1]); print('torch'"
+        " in sys.modules)"
     )
     answer = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "configs/tiny.yaml")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(ROOT / "configs/tiny.yaml")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert answer.stdout == "False\n"
 
@@ -185,11 +203,23 @@ def test_loading_a_config_imports_no_torch(tmp_path):
     [
         ("train: {path: a, wieght: 2}", "my.yaml:3: data.train.wieght=2: no such key; did you mean weight?"),
         ("train: [x, {path: a, weight: 0}]", "my.yaml:3: data.train[1].weight=0: expected greater than 0"),
-        ("train: [{weight: 2}]", "my.yaml:3: data.train[0]: path is missing: a file, a folder, a glob, a hub name"),
-        ("train: [{path: a, split_of: b}]", "my.yaml:3: data.train[0].split_of=b: no such key; did you mean split?"),
-        ("train: 5", "my.yaml:3: data.train=5: expected a name, {path: ..., weight: ...}, or a list of these"),
+        (
+            "train: [{weight: 2}]",
+            "my.yaml:3: data.train[0]: path is missing: a file, a folder, a glob, a hub name",
+        ),
+        (
+            "train: [{path: a, split_of: b}]",
+            "my.yaml:3: data.train[0].split_of=b: no such key; did you mean split?",
+        ),
+        (
+            "train: 5",
+            "my.yaml:3: data.train=5: expected a name, {path: ..., weight: ...}, or a list of these",
+        ),
         ("train: []", "my.yaml:3: data.train=[]: expected at least 1 item after validation"),
-        ("train: {path: a, roles: {bot: x}}", "my.yaml:3: data.train.roles.bot=x: expected 'system', 'user', "),
+        (
+            "train: {path: a, roles: {bot: x}}",
+            "my.yaml:3: data.train.roles.bot=x: expected 'system', 'user', ",
+        ),
     ],
 )
 def test_a_mistake_in_a_source_of_rows_is_named_with_its_place(tmp_path, line, message):
@@ -201,7 +231,9 @@ def test_a_mistake_in_a_source_of_rows_is_named_with_its_place(tmp_path, line, m
 
 def test_a_list_with_a_mistake_on_the_command_line_is_no_text(tmp_path):
     (tmp_path / "my.yaml").write_text("model: {name_or_path: tiny}\ndata: {train: x}\n")
-    with pytest.raises(ValueError, match=r"command line: data\.train\.wieght=2: no such key; did you mean weight\?"):
+    with pytest.raises(
+        ValueError, match=r"command line: data\.train\.wieght=2: no such key; did you mean weight\?"
+    ):
         load_config(tmp_path / "my.yaml", ["data.train={path: a, wieght: 2}"])
     assert load_config(tmp_path / "my.yaml", ["log.wandb_name={x}"]).log.wandb_name == "{x}"
 

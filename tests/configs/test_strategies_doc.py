@@ -40,13 +40,17 @@ def config(quantization: str) -> Config:
 
 def figures() -> list[str]:
     rows = [
-        f"| strategy | {' | '.join(f'{name}, GB' for name in QWEN)} | {' | '.join(f'{name}, sent' for name in QWEN)} |",
+        f"| strategy | {' | '.join(f'{name}, GB' for name in QWEN)} |"
+        f" {' | '.join(f'{name}, sent' for name in QWEN)} |",
         f"|---|{'---:|' * 6}",
     ]
     for name, group, quantization in WAYS:
-        wanted = [name] + [f"shard_group: {group}"] * (group == "node") + [quantization] * (quantization != "none")
+        wanted = (
+            [name] + [f"shard_group: {group}"] * (group == "node") + [quantization] * (quantization != "none")
+        )
         cells = [
-            f"{need(config(quantization), sizes, name, TWO_NODES, group).total / 1e9:.1f}" for sizes in QWEN.values()
+            f"{need(config(quantization), sizes, name, TWO_NODES, group).total / 1e9:.1f}"
+            for sizes in QWEN.values()
         ]
         moved = [traffic(config(quantization), sizes, name, TWO_NODES, group) for sizes in QWEN.values()]
         cells += [f"{each.micro_batch / 1e9:.0f}" for each in moved]

@@ -1,8 +1,8 @@
 """Damages data files at random and reads them: whatever is inside, the reader gives rows or a ValueError.
 
-`python tests/data/fuzz_reader.py --seconds 60 [--seed 7]` says how many inputs had which outcome, and ends with 1 when
-there was another exception; the file that caused it is kept and named. Half of the inputs are damaged bytes with random
-names, half are valid rows with a random value in a random place.
+`python tests/data/fuzz_reader.py --seconds 60 [--seed 7]` says how many inputs had which outcome, and ends
+with 1 when there was another exception; the file that caused it is kept and named. Half of the inputs are
+damaged bytes with random names, half are valid rows with a random value in a random place.
 """
 
 import argparse
@@ -23,18 +23,28 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from qwenlora.configs.schema import Data
-from qwenlora.data import rows, sources, treat
+from qwenlora.data import rows, sources
+from qwenlora.data import tokenise as treat
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.rows import Options, Row
 
 TOOL = {
     "type": "function",
-    "function": {"name": "clock", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}},
+    "function": {
+        "name": "clock",
+        "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}},
+    },
 }
 CALL = {"type": "function", "function": {"name": "clock", "arguments": '{"zone": "Asia/Shanghai"}'}}
 ROWS: list[dict[str, Any]] = [
-    {"conversations": [{"from": "human", "value": "几点？"}, {"from": "gpt", "value": "三点。"}], "system": "简短。"},
-    {"messages": [{"role": "user", "content": "几点？"}, {"role": "assistant", "content": "三点。"}], "id": 7},
+    {
+        "conversations": [{"from": "human", "value": "几点？"}, {"from": "gpt", "value": "三点。"}],
+        "system": "简短。",
+    },
+    {
+        "messages": [{"role": "user", "content": "几点？"}, {"role": "assistant", "content": "三点。"}],
+        "id": 7,
+    },
     {"instruction": "翻译", "input": "hello", "output": "你好", "history": [["在？", "在。"]], "system": ""},
     {"query": "几点？", "response": "三点。"},
     {"prompt": "几点？", "completion": "三点。"},
@@ -138,11 +148,15 @@ class Damage:
         if kind == 7 and self.random.random() < 0.1:
             return self._deep()
         numbers = (None, True, False, 0, -1, 1.5, 10**400, float("nan"), float("inf"))
-        return self.random.choice((self.random.choice(numbers), self.random.choice(TEXTS), self.random.choice(KEYS)))
+        return self.random.choice(
+            (self.random.choice(numbers), self.random.choice(TEXTS), self.random.choice(KEYS))
+        )
 
     def row(self) -> Any:
         """Return a row with random values in up to three places."""
-        row: Any = [copy.deepcopy(self.random.choice(ROWS))]  # in a list, so that the row itself is a place, too
+        row: Any = [
+            copy.deepcopy(self.random.choice(ROWS))
+        ]  # in a list, so that the row itself is a place, too
         if self.random.random() < 0.2:
             row[0] |= copy.deepcopy(self.random.choice(ROWS))
         for _ in range(self.random.randrange(4)):
@@ -164,17 +178,22 @@ class Damage:
     def _whole(self) -> bytes:
         kind = self.random.randrange(8)
         some = (
-            [self.random.choice(ROWS)] * self.random.choice((1, 3, 200)) if kind < 5 else [self.row() for _ in range(5)]
+            [self.random.choice(ROWS)] * self.random.choice((1, 3, 200))
+            if kind < 5
+            else [self.row() for _ in range(5)]
         )
         if kind in (0, 5):
-            content = "".join(_json(row) + self.random.choice(("\n", "\r\n", "\n\n")) for row in some).encode()
+            content = "".join(
+                _json(row) + self.random.choice(("\n", "\r\n", "\n\n")) for row in some
+            ).encode()
         elif kind in (1, 6):
             content = f"[{', '.join(map(_json, some))}]".encode()
         elif kind == 2:
             content = self._table(some)
         elif kind == 3:
             content = "".join(
-                self.random.choice(('"', ",", ";", "\t", "\n", "\r\n", "a", "三", '""', "text,")) for _ in range(60)
+                self.random.choice(('"', ",", ";", "\t", "\n", "\r\n", "a", "三", '""', "text,"))
+                for _ in range(60)
             ).encode()
         elif kind == 4:
             content = _parquet(some)
@@ -190,7 +209,9 @@ class Damage:
 
     def _table(self, some: list[Any]) -> bytes:
         names = list(some[0])
-        cells = [[row[name] if isinstance(row[name], str) else _json(row[name]) for name in names] for row in some]
+        cells = [
+            [row[name] if isinstance(row[name], str) else _json(row[name]) for name in names] for row in some
+        ]
         quoted = [",".join('"' + cell.replace('"', '""') + '"' for cell in line) for line in [names, *cells]]
         return "\n".join(quoted).encode()
 
@@ -289,7 +310,9 @@ def fuzz(seed: int, seconds: float, keep: Path | None = None) -> Counter[str]:
             try:
                 if number % 2:
                     content = _json(value := damage.row()).encode()
-                    outcome = try_row(value, Options(format_, {"name": "role"} if damage.random.random() < 0.1 else {}))
+                    outcome = try_row(
+                        value, Options(format_, {"name": "role"} if damage.random.random() < 0.1 else {})
+                    )
                 else:
                     content, path = damage.file(), Path(folder) / damage.random.choice(NAMES)
                     path.write_bytes(content)

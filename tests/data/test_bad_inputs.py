@@ -1,4 +1,5 @@
-"""Files as people send them: each bad one is refused in words that say what, where and what to do; none is a traceback.
+"""Files as people send them: each bad one is refused in words that say what, where and what to do; none is a
+traceback.
 
 Every case goes the whole way, from bytes on disk through `survey`, whose ValueError is what the user reads.
 """
@@ -86,19 +87,44 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     "empty array": ("my.json", b"[]", ["is empty: it has no rows"], {}),
     "empty gz": ("my.jsonl.gz", b"", ["is empty: it has no rows"], {}),
     "empty parquet": ("my.parquet", b"", ["no Parquet file: it is empty"], {}),
-    "parquet without rows": ("my.parquet", table(text=pa.array([], pa.string())), ["is empty: it has no rows"], {}),
+    "parquet without rows": (
+        "my.parquet",
+        table(text=pa.array([], pa.string())),
+        ["is empty: it has no rows"],
+        {},
+    ),
     "csv of names only": ("my.csv", b"instruction,output\n", ["is empty: it has no rows"], {}),
     "gz cut off": ("my.jsonl.gz", GZ[:-20], ["gzip data is cut off or damaged", "make the file again"], {}),
     "gz without its checksum": ("my.jsonl.gz", GZ[:-4], ["gzip data is cut off or damaged"], {}),
     "gz cut off in its head": ("my.jsonl.gz", GZ[:5], ["gzip data is cut off or damaged after 0 bytes"], {}),
-    "gz damaged": ("my.jsonl.gz", damaged(GZ, -6), ["gzip data is cut off or damaged", "incorrect data check"], {}),
+    "gz damaged": (
+        "my.jsonl.gz",
+        damaged(GZ, -6),
+        ["gzip data is cut off or damaged", "incorrect data check"],
+        {},
+    ),
     "gz and then rubbish": ("my.jsonl.gz", GZ + b"rubbish", ["gzip data is cut off or damaged"], {}),
-    "gz that is none": ("my.jsonl.gz", lines(ROW), ["is not compressed as its name says (.gz)", "rename it"], {}),
+    "gz that is none": (
+        "my.jsonl.gz",
+        lines(ROW),
+        ["is not compressed as its name says (.gz)", "rename it"],
+        {},
+    ),
     "gz in gz": ("my.jsonl.gz", gzip.compress(GZ), ["is compressed twice"], {}),
-    "zst cut off": ("my.jsonl.zst", ZST[:-20], ["zstd data is cut off or damaged", "make the file again"], {}),
+    "zst cut off": (
+        "my.jsonl.zst",
+        ZST[:-20],
+        ["zstd data is cut off or damaged", "make the file again"],
+        {},
+    ),
     "zst cut off in its head": ("my.jsonl.zst", ZST[:4], ["zstd data is cut off or damaged"], {}),
     "zst that is none": ("my.jsonl.zst", lines(ROW), ["is not compressed as its name says (.zst)"], {}),
-    "parquet in gz": ("my.parquet.gz", gzip.compress(table(text=["x"])), ["a compressed Parquet file; unpack"], {}),
+    "parquet in gz": (
+        "my.parquet.gz",
+        gzip.compress(table(text=["x"])),
+        ["a compressed Parquet file; unpack"],
+        {},
+    ),
     "parquet cut off": (
         "my.parquet",
         table(text=["x"] * 99)[:-9],
@@ -106,11 +132,23 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         {},
     ),
     "parquet damaged": ("my.parquet", damaged(table(text=["x"]), -8), ["Parquet cannot be read"], {}),
-    "parquet that is none": ("my.parquet", lines(ROW), ['no Parquet file: it begins with \'{"instruction":'], {}),
-    "parquet of bytes": ("my.parquet", table(text=[b"\xff"]), ['my.parquet:1: text must be text, found "<bytes>"'], {}),
+    "parquet that is none": (
+        "my.parquet",
+        lines(ROW),
+        ['no Parquet file: it begins with \'{"instruction":'],
+        {},
+    ),
+    "parquet of bytes": (
+        "my.parquet",
+        table(text=[b"\xff"]),
+        ['my.parquet:1: text must be text, found "<bytes>"'],
+        {},
+    ),
     "parquet of not UTF-8": (
         "my.parquet",
-        table(text=pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))),
+        table(
+            text=pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+        ),
         ["Parquet cannot be read", "'utf-8' codec can't decode byte 0xff"],
         {},
     ),
@@ -123,15 +161,40 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     "parquet column twice": ("my.parquet", twice(), ['the column "text" stands twice; make'], {}),
     "xlsx": ("my.xlsx", workbook(), ["is a zip archive or Excel workbook; save it as CSV"], {}),
     "xlsx named csv": ("my.csv", workbook(), ["is a zip archive or Excel workbook; save it as CSV"], {}),
-    "xls": ("my.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512), ["an old Excel workbook; save it as CSV"], {}),
-    "pdf": ("my.pdf", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", ["is a PDF; rows are read from JSON, CSV or Parquet"], {}),
-    "tar": ("my.tar.gz", gzip.compress(b"my.jsonl".ljust(257, b"\0") + b"ustar\0" + bytes(250)), ["a tar archive"], {}),
+    "xls": (
+        "my.xls",
+        b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512),
+        ["an old Excel workbook; save it as CSV"],
+        {},
+    ),
+    "pdf": (
+        "my.pdf",
+        b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
+        ["is a PDF; rows are read from JSON, CSV or Parquet"],
+        {},
+    ),
+    "tar": (
+        "my.tar.gz",
+        gzip.compress(b"my.jsonl".ljust(257, b"\0") + b"ustar\0" + bytes(250)),
+        ["a tar archive"],
+        {},
+    ),
     "xz": ("my.jsonl.xz", b"\xfd7zXZ\0\0", ["is xz; unpack it"], {}),
     "bz2": ("my.jsonl.bz2", b"BZh91AY&SY", ["is bzip2; unpack it"], {}),
     "arrow": ("my.arrow", b"ARROW1\0\0", ["is an Arrow file; save it as Parquet"], {}),
     "sqlite": ("my.db", b"SQLite format 3\0", ["is an SQLite database; export its rows"], {}),
-    "git-lfs pointer": ("my.jsonl", b"version https://git-lfs.github.com/spec/v1\noid ", ["git lfs pull"], {}),
-    "web page": ("my.jsonl", b"<!doctype html>\n<html>", ["is a web page, not the data; download the file itself"], {}),
+    "git-lfs pointer": (
+        "my.jsonl",
+        b"version https://git-lfs.github.com/spec/v1\noid ",
+        ["git lfs pull"],
+        {},
+    ),
+    "web page": (
+        "my.jsonl",
+        b"<!doctype html>\n<html>",
+        ["is a web page, not the data; download the file itself"],
+        {},
+    ),
     "NUL bytes only": ("my.jsonl", bytes(4096), ["holds NUL bytes only", "was not written whole"], {}),
     # encodings
     "GB18030 json": (
@@ -140,12 +203,37 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         [":1: not UTF-8 text at byte", "encoding: gb18030"],
         {},
     ),
-    "GB18030 array": ("my.json", f"[{GOOD}]".encode("gb18030"), ["my.json: not UTF-8 text at byte", "gb18030"], {}),
-    "not what was named": ("my.jsonl", b"\xff\xff\xff", ["not gb18030 text at byte 0"], {"encoding": "gb18030"}),
-    "no such encoding": ("my.jsonl", lines(ROW), ["data.encoding=utf8000: no such encoding"], {"encoding": "utf8000"}),
-    "encoding of no text": ("my.jsonl", lines(ROW), ["data.encoding=hex: no such encoding"], {"encoding": "hex"}),
+    "GB18030 array": (
+        "my.json",
+        f"[{GOOD}]".encode("gb18030"),
+        ["my.json: not UTF-8 text at byte", "gb18030"],
+        {},
+    ),
+    "not what was named": (
+        "my.jsonl",
+        b"\xff\xff\xff",
+        ["not gb18030 text at byte 0"],
+        {"encoding": "gb18030"},
+    ),
+    "no such encoding": (
+        "my.jsonl",
+        lines(ROW),
+        ["data.encoding=utf8000: no such encoding"],
+        {"encoding": "utf8000"},
+    ),
+    "encoding of no text": (
+        "my.jsonl",
+        lines(ROW),
+        ["data.encoding=hex: no such encoding"],
+        {"encoding": "hex"},
+    ),
     "UTF-16 without its mark": ("my.jsonl", GOOD.encode("utf-16-le"), ["data.encoding: utf-16-le"], {}),
-    "UTF-16 cut off": ("my.jsonl", GOOD.encode("utf-16")[:-1], ["ends within a character: it was cut off"], {}),
+    "UTF-16 cut off": (
+        "my.jsonl",
+        GOOD.encode("utf-16")[:-1],
+        ["ends within a character: it was cut off"],
+        {},
+    ),
     "Latin-1 csv": (
         "my.csv",
         "text\nétude à café\n".encode("latin-1"),
@@ -165,13 +253,38 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         {},
     ),
     # JSON
-    "cut off line": ("my.jsonl", f"{GOOD}\n{GOOD[:-9]}".encode(), ["1 of 2", ":2: not valid JSON", "cut off?"], {}),
-    "NUL bytes at the end": ("my.jsonl", lines(ROW) + bytes(99), [":2: not valid JSON", "it holds NUL bytes"], {}),
+    "cut off line": (
+        "my.jsonl",
+        f"{GOOD}\n{GOOD[:-9]}".encode(),
+        ["1 of 2", ":2: not valid JSON", "cut off?"],
+        {},
+    ),
+    "NUL bytes at the end": (
+        "my.jsonl",
+        lines(ROW) + bytes(99),
+        [":2: not valid JSON", "it holds NUL bytes"],
+        {},
+    ),
     "single quotes": ("my.jsonl", b"{'text': 'x'}", ["at column 2", "text stands in double quotes"], {}),
     "trailing comma": ("my.jsonl", b'{"text": "x",}', [":1: not valid JSON:", "comma", "at column"], {}),
-    "trailing comma of an array": ("my.json", f"[{GOOD},\n]".encode(), ["my.json:2: a comma before the closing ]"], {}),
-    "trailing comma in an array": ("my.json", b'[\n{"text": "x",}]', ["my.json:2: not valid JSON:", "comma"], {}),
-    "two rows on a line": ("my.jsonl", f"{GOOD}{GOOD}".encode(), ["more follows the object (one row a line)"], {}),
+    "trailing comma of an array": (
+        "my.json",
+        f"[{GOOD},\n]".encode(),
+        ["my.json:2: a comma before the closing ]"],
+        {},
+    ),
+    "trailing comma in an array": (
+        "my.json",
+        b'[\n{"text": "x",}]',
+        ["my.json:2: not valid JSON:", "comma"],
+        {},
+    ),
+    "two rows on a line": (
+        "my.jsonl",
+        f"{GOOD}{GOOD}".encode(),
+        ["more follows the object (one row a line)"],
+        {},
+    ),
     "array cut off in a row": (
         "my.json",
         f"[{GOOD},\n{GOOD[:-5]}".encode(),
@@ -186,7 +299,12 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         ["my.json:2: not valid JSON: expected , or ]"],
         {},
     ),
-    "more after an array": ("my.json", f"[{GOOD}]\n{GOOD}".encode(), ["my.json:2: expected the end of the file"], {}),
+    "more after an array": (
+        "my.json",
+        f"[{GOOD}]\n{GOOD}".encode(),
+        ["my.json:2: expected the end of the file"],
+        {},
+    ),
     "arrays on lines": (
         "my.jsonl",
         b'["x"]\n["y"]\n',
@@ -199,7 +317,12 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         ["an object over several lines", "jq"],
         {},
     ),
-    "rows inside data": ("my.json", lines({"data": [ROW]}), ["if data are the rows", "jq -c '.data[]' old > new"], {}),
+    "rows inside data": (
+        "my.json",
+        lines({"data": [ROW]}),
+        ["if data are the rows", "jq -c '.data[]' old > new"],
+        {},
+    ),
     "rows inside data, printed": (
         "my.json",
         json.dumps({"version": 1, "data": [ROW, ROW]}, indent=1).encode(),
@@ -212,8 +335,18 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         ["not valid JSON", 'a row is an object: {"text": "..."}'],
         {},
     ),
-    "key twice": ("my.jsonl", b'{"text": "x", "text": "y"}', ['has the key "text" twice in one object; keep one'], {}),
-    "key twice in an array": ("my.json", b'[{"text": "x", "text": "y"}, 1]', ["my.json:1: has the key", "twice"], {}),
+    "key twice": (
+        "my.jsonl",
+        b'{"text": "x", "text": "y"}',
+        ['has the key "text" twice in one object; keep one'],
+        {},
+    ),
+    "key twice in an array": (
+        "my.json",
+        b'[{"text": "x", "text": "y"}, 1]',
+        ["my.json:1: has the key", "twice"],
+        {},
+    ),
     "key twice in a turn": (
         "my.jsonl",
         chat(*TURNS).replace(b'"role": "user"', b'"role": "user", "role": "user"'),
@@ -235,27 +368,67 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         [":1: holds a number of more than 4,300"],
         {},
     ),
-    "number without end in an array": ("my.json", b"[" + b"9" * 5000 + b"]", [":1: holds a number of more than"], {}),
-    "long line": ("my.jsonl", lines({"text": "x" * 5_000_000, "label": 1, "output": 1}, {"a": 1}), [":2: unknown"], {}),
-    "5 MB of the wrong type": ("my.jsonl", lines({"text": ["x" * 5_000_000]}), ['text must be text, found ["xxx'], {}),
+    "number without end in an array": (
+        "my.json",
+        b"[" + b"9" * 5000 + b"]",
+        [":1: holds a number of more than"],
+        {},
+    ),
+    "long line": (
+        "my.jsonl",
+        lines({"text": "x" * 5_000_000, "label": 1, "output": 1}, {"a": 1}),
+        [":2: unknown"],
+        {},
+    ),
+    "5 MB of the wrong type": (
+        "my.jsonl",
+        lines({"text": ["x" * 5_000_000]}),
+        ['text must be text, found ["xxx'],
+        {},
+    ),
     # tables
-    "ragged csv": ("my.csv", b"instruction,output\nq,a\nq,a,b\n", [":3: has 3 columns, the first line names 2"], {}),
+    "ragged csv": (
+        "my.csv",
+        b"instruction,output\nq,a\nq,a,b\n",
+        [":3: has 3 columns, the first line names 2"],
+        {},
+    ),
     "open quote": (
         "my.csv",
         b'instruction,output\nq,a\n"q,a\nq,a\n',
         ["my.csv:3:", "quote is opened", "never closed"],
         {},
     ),
-    "quote in a quote": ("my.csv", b'instruction,output\n"say "hi"",a\n', ["my.csv:2: not valid CSV", '""hi""'], {}),
-    "column twice": ("my.csv", b"text,text\nq,a\n", ['my.csv:1: the column "text" stands twice; rename one'], {}),
-    "column without a name": ("my.csv", b"instruction,output,\nq,a,\n", ["my.csv:1: a column has no name"], {}),
+    "quote in a quote": (
+        "my.csv",
+        b'instruction,output\n"say "hi"",a\n',
+        ["my.csv:2: not valid CSV", '""hi""'],
+        {},
+    ),
+    "column twice": (
+        "my.csv",
+        b"text,text\nq,a\n",
+        ['my.csv:1: the column "text" stands twice; rename one'],
+        {},
+    ),
+    "column without a name": (
+        "my.csv",
+        b"instruction,output,\nq,a,\n",
+        ["my.csv:1: a column has no name"],
+        {},
+    ),
     "csv without names": (
         "my.csv",
         "现在几点？,三点。\n你好吗？,很好。\n".encode(),
         ["unknown shape with keys 现在几点？, 三点。", "the first line of a table names its columns"],
         {},
     ),
-    "carriage returns only": ("my.csv", b"text\rx\ry\r", ["not valid CSV", "carriage return", "mac2unix"], {}),
+    "carriage returns only": (
+        "my.csv",
+        b"text\rx\ry\r",
+        ["not valid CSV", "carriage return", "mac2unix"],
+        {},
+    ),
     "turns by Python's str": (
         "my.csv",
         f'messages\n"{[{"role": "user"}]}"\n'.encode(),
@@ -281,14 +454,24 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         ["has conversations and messages; ignore one: data.columns: {messages: null}"],
         {},
     ),
-    "rows that are lists": ("my.json", b'[["x", "y"]]', ['a row must be a JSON object, found ["x", "y"]'], {}),
+    "rows that are lists": (
+        "my.json",
+        b'[["x", "y"]]',
+        ['a row must be a JSON object, found ["x", "y"]'],
+        {},
+    ),
     "rows that are texts": (
         "my.jsonl",
         b'"x"\n"y"\n',
         [':1: unknown shape: a row must be a JSON object, found "x"'],
         {},
     ),
-    "array in an array": ("my.json", b'[[{"text": "x"}]]', ['a row must be a JSON object, found [{"text": "x"}]'], {}),
+    "array in an array": (
+        "my.json",
+        b'[[{"text": "x"}]]',
+        ['a row must be a JSON object, found [{"text": "x"}]'],
+        {},
+    ),
     "no keys": ("my.jsonl", b"{}", ["unknown shape with keys (none)"], {}),
     "other keys": (
         "my.jsonl",
@@ -296,8 +479,18 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         ["unknown shape with keys question, answer", "data.columns: {question: instruction, answer: output}"],
         {},
     ),
-    "half of the keys": ("my.jsonl", lines({"instruction": "q"}), ["keys instruction: instruction without output"], {}),
-    "a thousand keys": ("my.jsonl", lines({f"key{n}": n for n in range(1000)}), ["key0, key1", "key9 ..."], {}),
+    "half of the keys": (
+        "my.jsonl",
+        lines({"instruction": "q"}),
+        ["keys instruction: instruction without output"],
+        {},
+    ),
+    "a thousand keys": (
+        "my.jsonl",
+        lines({f"key{n}": n for n in range(1000)}),
+        ["key0, key1", "key9 ..."],
+        {},
+    ),
     "key of control characters": ("my.jsonl", lines({"\x1b[2J\ud83d\n": 1}), ["keys \\x1b[2J\\ud83d\\n"], {}),
     "column that is none": (
         "my.jsonl",
@@ -348,12 +541,37 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         {},
     ),
     # turns
-    "no assistant turn": ("my.jsonl", chat(TURNS[0]), ["no assistant turn: there is nothing to learn from"], {}),
+    "no assistant turn": (
+        "my.jsonl",
+        chat(TURNS[0]),
+        ["no assistant turn: there is nothing to learn from"],
+        {},
+    ),
     "no turns": ("my.jsonl", chat(), ["messages is a list without turns; remove the row"], {}),
-    "turns are null": ("my.jsonl", lines({"messages": None}), ["messages must be a list of turns, found null"], {}),
-    "turns are an object": ("my.jsonl", lines({"messages": TURNS[0]}), ['list of turns, found {"role": "user"'], {}),
-    "turns are text": ("my.jsonl", lines({"messages": "hello"}), ['messages must be JSON, found "hello"'], {}),
-    "turns are lists": ("my.jsonl", lines({"messages": [TURNS]}), ['turn 1 must be an object, found [{"role"'], {}),
+    "turns are null": (
+        "my.jsonl",
+        lines({"messages": None}),
+        ["messages must be a list of turns, found null"],
+        {},
+    ),
+    "turns are an object": (
+        "my.jsonl",
+        lines({"messages": TURNS[0]}),
+        ['list of turns, found {"role": "user"'],
+        {},
+    ),
+    "turns are text": (
+        "my.jsonl",
+        lines({"messages": "hello"}),
+        ['messages must be JSON, found "hello"'],
+        {},
+    ),
+    "turns are lists": (
+        "my.jsonl",
+        lines({"messages": [TURNS]}),
+        ['turn 1 must be an object, found [{"role"'],
+        {},
+    ),
     "turns are texts": ("my.jsonl", chat("q", "a"), ['turn 1 must be an object, found "q"'], {}),
     "other keys of a turn": (
         "my.jsonl",
@@ -373,9 +591,24 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         ['turn 2 has role "医生"; known: system, human, user, gpt', "data.roles: {医生: assistant}"],
         {},
     ),
-    "role in capitals": ("my.jsonl", chat({"role": "User", "content": "q"}), ["data.roles: {User: user}"], {}),
-    "role that YAML would change": ("my.jsonl", chat({"role": "a: b", "content": "q"}), ['{"a: b": user}'], {}),
-    "role is a number": ("my.jsonl", chat({"role": 0, "content": "q"}), ["turn 1 has role 0; known: system"], {}),
+    "role in capitals": (
+        "my.jsonl",
+        chat({"role": "User", "content": "q"}),
+        ["data.roles: {User: user}"],
+        {},
+    ),
+    "role that YAML would change": (
+        "my.jsonl",
+        chat({"role": "a: b", "content": "q"}),
+        ['{"a: b": user}'],
+        {},
+    ),
+    "role is a number": (
+        "my.jsonl",
+        chat({"role": 0, "content": "q"}),
+        ["turn 1 has role 0; known: system"],
+        {},
+    ),
     "role is null": ("my.jsonl", chat({"role": None, "content": "q"}), ["turn 1 has role null; known"], {}),
     "content is a number": (
         "my.jsonl",
@@ -383,8 +616,18 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         ["turn 1 (user) must be text, found 3"],
         {},
     ),
-    "content is NaN": ("my.jsonl", chat({"role": "user", "content": float("nan")}), ["must be text, found NaN"], {}),
-    "content is null": ("my.jsonl", chat({"role": "user", "content": None}), ["must be text, found null"], {}),
+    "content is NaN": (
+        "my.jsonl",
+        chat({"role": "user", "content": float("nan")}),
+        ["must be text, found NaN"],
+        {},
+    ),
+    "content is null": (
+        "my.jsonl",
+        chat({"role": "user", "content": None}),
+        ["must be text, found null"],
+        {},
+    ),
     "content in parts": (
         "my.jsonl",
         chat({"role": "user", "content": [{"type": "text", "text": "q"}]}),
@@ -422,9 +665,19 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         ["would forge a turn"],
         {},
     ),
-    "forged turn in tools": ("my.jsonl", chat(*TURNS, tools=[{"name": "<|im_start|>"}]), ["would forge a turn"], {}),
+    "forged turn in tools": (
+        "my.jsonl",
+        chat(*TURNS, tools=[{"name": "<|im_start|>"}]),
+        ["would forge a turn"],
+        {},
+    ),
     "forged turn in arguments": ("my.jsonl", call({"a": "<|im_start|>"}), ["would forge a turn"], {}),
-    "half a character": ("my.jsonl", lines(ROW | {"output": "x\ud83d"}), ['half a character ("\\ud83d") at 1'], {}),
+    "half a character": (
+        "my.jsonl",
+        lines(ROW | {"output": "x\ud83d"}),
+        ['half a character ("\\ud83d") at 1'],
+        {},
+    ),
     "half a character in tools": (
         "my.jsonl",
         chat(*TURNS, tools=[{"name": "\ud83d"}]),
@@ -439,10 +692,25 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     ),
     # pairs
     "output is null": ("my.jsonl", lines(ROW | {"output": None}), ["output must be text, found null"], {}),
-    "both are null": ("my.jsonl", lines({"query": None, "response": None}), ["query must be text, found null"], {}),
-    "output is a list": ("my.jsonl", lines(ROW | {"output": ["a"]}), ['output must be text, found ["a"]'], {}),
+    "both are null": (
+        "my.jsonl",
+        lines({"query": None, "response": None}),
+        ["query must be text, found null"],
+        {},
+    ),
+    "output is a list": (
+        "my.jsonl",
+        lines(ROW | {"output": ["a"]}),
+        ['output must be text, found ["a"]'],
+        {},
+    ),
     "input is a list": ("my.jsonl", lines(ROW | {"input": []}), ["input must be text, found []"], {}),
-    "history of texts": ("my.jsonl", lines(ROW | {"history": ["q", "a"]}), ['history 1 must be ["what was asked"'], {}),
+    "history of texts": (
+        "my.jsonl",
+        lines(ROW | {"history": ["q", "a"]}),
+        ['history 1 must be ["what was asked"'],
+        {},
+    ),
     "history of threes": ("my.jsonl", lines(ROW | {"history": [["q", "a", "b"]]}), ["history 1 must be"], {}),
     "text is empty": ("my.jsonl", lines({"text": ""}), ["text is empty"], {}),
     "text is a number": ("my.jsonl", lines({"text": 3}), ["text must be text, found 3"], {}),
@@ -452,10 +720,18 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     "arguments are no JSON": (
         "my.jsonl",
         call("{hour: 3}"),
-        ['turn 2 (assistant): the arguments of a call must be JSON, found "{hour: 3}", not valid JSON', "column 2"],
+        [
+            'turn 2 (assistant): the arguments of a call must be JSON, found "{hour: 3}", not valid JSON',
+            "column 2",
+        ],
         {},
     ),
-    "arguments are a list": ("my.jsonl", call("[3]"), ["the arguments of a call must be an object, found [3]"], {}),
+    "arguments are a list": (
+        "my.jsonl",
+        call("[3]"),
+        ["the arguments of a call must be an object, found [3]"],
+        {},
+    ),
     "arguments of NaN": (
         "my.jsonl",
         call({"hour": float("nan")}),
@@ -488,7 +764,9 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
                     {
                         "role": "assistant",
                         "content": "x",
-                        "tool_calls": [{"name": "clock", "arguments": {"at": pa.scalar(0, pa.timestamp("s")).as_py()}}],
+                        "tool_calls": [
+                            {"name": "clock", "arguments": {"at": pa.scalar(0, pa.timestamp("s")).as_py()}}
+                        ],
                     }
                 ]
             ]
@@ -540,10 +818,15 @@ def test_places_that_hold_no_rows_are_named(tmp_path, message):
     )
     assert message(train="no.jsonl") == f"data.train=no.jsonl: no such file (looked for {tmp_path}/no.jsonl)"
     assert message(train="dangling.jsonl").startswith("data.train=dangling.jsonl: no such file")
-    assert message(train="pipe.jsonl") == "data.train=pipe.jsonl is a pipe or device, not a file; write its rows to one"
+    assert (
+        message(train="pipe.jsonl")
+        == "data.train=pipe.jsonl is a pipe or device, not a file; write its rows to one"
+    )
     assert message(train="example", eval="no.jsonl").startswith("data.eval=no.jsonl: no such file")
     assert message(train="x" * 5000).endswith("xxx...: File name too long")
-    assert message(train="~no-such-user/x").startswith('data.train="~no-such-user/x": Could not determine home')
+    assert message(train="~no-such-user/x").startswith(
+        'data.train="~no-such-user/x": Could not determine home'
+    )
 
 
 def test_a_file_whose_name_is_not_utf8_is_refused_before_it_is_shown(tmp_path, message):
@@ -582,7 +865,11 @@ ODD: dict[str, tuple[str, bytes, dict[str, Any]]] = {
     "lines of an array's name": ("my.json", lines(ROW), {}),
     "no extension": ("my", lines(ROW), {}),
     "capitals": ("MY.CSV", "instruction,output\n几点？,三点。\n".encode(), {}),
-    "capitals, compressed": ("MY.TSV.GZ", gzip.compress("instruction\toutput\n几点？\t三点。\n".encode()), {}),
+    "capitals, compressed": (
+        "MY.TSV.GZ",
+        gzip.compress("instruction\toutput\n几点？\t三点。\n".encode()),
+        {},
+    ),
     "compressed without its name": ("my.jsonl", gzip.compress(lines(ROW)), {}),
     "gz of two members": ("my.gz", gzip.compress(GOOD[:9].encode()) + gzip.compress(GOOD[9:].encode()), {}),
     "zst of two frames": ("my.jsonl.zst", zstd(GOOD[:9].encode()) + zstd(GOOD[9:].encode()), {}),
@@ -593,7 +880,11 @@ ODD: dict[str, tuple[str, bytes, dict[str, Any]]] = {
     "UTF-32": ("my.jsonl", GOOD.encode("utf-32"), {}),
     "UTF-16 csv": ("my.csv", "instruction\toutput\n几点？\t三点。\n".encode("utf-16"), {}),
     "GB18030 csv": ("my.csv", "instruction,output\n几点？,三点。\n".encode("gb18030"), {}),
-    "GB18030 csv, compressed": ("my.csv.gz", gzip.compress("instruction,output\n几点？,三点。".encode("gb18030")), {}),
+    "GB18030 csv, compressed": (
+        "my.csv.gz",
+        gzip.compress("instruction,output\n几点？,三点。".encode("gb18030")),
+        {},
+    ),
     "GB18030 named": ("my.jsonl", GOOD.encode("gb18030"), {"encoding": "gb18030"}),
     "GB18030 array named": ("my.json", f"[{GOOD}]".encode("gbk"), {"encoding": "GBK"}),
     "Big5 named": ("my.csv", "instruction,output\n幾點？,三點。".encode("big5"), {"encoding": "big5"}),
@@ -602,10 +893,18 @@ ODD: dict[str, tuple[str, bytes, dict[str, Any]]] = {
         "\ufeffinstruction,output\n几点？,三点。".encode(),
         {"encoding": "gb18030"},
     ),
-    "UTF-8 named, with a mark": ("my.csv", "\ufeffinstruction,output\n几点？,三点。".encode(), {"encoding": "utf-8"}),
+    "UTF-8 named, with a mark": (
+        "my.csv",
+        "\ufeffinstruction,output\n几点？,三点。".encode(),
+        {"encoding": "utf-8"},
+    ),
     "semicolons": ("my.csv", "instruction;output\r\n几点？;三点。\r\n".encode(), {}),
     "spaces around names": ("my.csv", "\n instruction , output\n几点？,三点。\n".encode(), {}),
-    "empty cells": ("my.csv", "instruction,output,input,history,system,messages\n几点？,三点。,,,,\n".encode(), {}),
+    "empty cells": (
+        "my.csv",
+        "instruction,output,input,history,system,messages\n几点？,三点。,,,,\n".encode(),
+        {},
+    ),
     "NaN that no one reads": ("my.jsonl", lines(TAKEN), {}),
     "blank lines": ("my.jsonl", b"\n \r\n" + lines(ROW) + b"\n\n", {}),
     "keys that are null": ("my.jsonl", lines(ROW | {"messages": None, "tools": None, "history": None}), {}),

@@ -13,7 +13,7 @@ from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder
 from qwenlora.data.rows import Options, Row, shape_of, to_row
 from qwenlora.data.sources import find
-from qwenlora.data.treat import read
+from qwenlora.data.tokenise import read
 
 NAMES = ("tiny", "qwen2.5", "qwen3")
 CHATS = (
@@ -43,7 +43,10 @@ clean = words.filter(lambda text: text.strip() and "<|im_start|>" not in text an
 said = st.lists(clean, min_size=1, max_size=3).map("".join).filter(lambda text: "<|im_end|>" not in text)
 calls = st.lists(
     st.fixed_dictionaries(
-        {"name": st.sampled_from(["天气", "get_time", "x"]), "arguments": st.dictionaries(said, said, max_size=2)}
+        {
+            "name": st.sampled_from(["天气", "get_time", "x"]),
+            "arguments": st.dictionaries(said, said, max_size=2),
+        }
     ),
     min_size=1,
     max_size=2,
@@ -52,7 +55,8 @@ calls = st.lists(
 
 @st.composite
 def conversations(draw):
-    """Rows as people have them: with and without a system turn, a last question, two turns of one role in a row."""
+    """Rows as people have them: with and without a system turn, a last question, two turns of one role in a
+    row."""
     turns = [{"role": "system", "content": draw(said)}] if draw(st.booleans()) else []
     for role in draw(
         st.lists(st.sampled_from(["user", "assistant", "user assistant", "tools"]), min_size=1, max_size=5)
@@ -60,7 +64,11 @@ def conversations(draw):
         if role == "tools":
             turns += [
                 {"role": "user", "content": draw(said)},
-                {"role": "assistant", "content": "", "tool_calls": [{"function": call} for call in draw(calls)]},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"function": call} for call in draw(calls)],
+                },
                 {"role": "tool", "content": draw(said)},
             ]
         else:
@@ -120,7 +128,9 @@ def test_what_is_trained_is_each_reply_and_its_end(tokenizers, name, value):
         if not (name == "tiny" and any("tool_calls" in message for message in row.messages)):
             raise
         return
-    assert tokens.ids.tolist() == tokenizer.apply_chat_template(row.messages, tools=row.tools, return_dict=False)
+    assert tokens.ids.tolist() == tokenizer.apply_chat_template(
+        row.messages, tools=row.tools, return_dict=False
+    )
     replies = [message for message in row.messages if message["role"] == "assistant"]
     texts = trained_texts(tokenizer, tokens)
     assert len(texts) == len(replies)
@@ -139,7 +149,9 @@ def test_every_reply_of_real_data_is_trained_whole(assets, tokenizers, name, fil
     rows = [row for *_, row in read(source) if not isinstance(row, BadRow)]
     assert len(rows) >= {"smilechat_messages_2k.jsonl": 1996, "identity.json": 91}.get(file, 900)
     for row, tokens in zip(rows, Encoder(tokenizer).encode(rows), strict=True):
-        replies = [normal(tokenizer, m["content"]) + "<|im_end|>" for m in row.messages if m["role"] == "assistant"]
+        replies = [
+            normal(tokenizer, m["content"]) + "<|im_end|>" for m in row.messages if m["role"] == "assistant"
+        ]
         assert not isinstance(tokens, BadRow), tokens
         assert trained_texts(tokenizer, tokens) == replies, row.line
 
@@ -168,7 +180,9 @@ def test_qwen3_trains_a_thought_where_the_template_keeps_it(tokenizers, key):
     # the rendering is not prefix-stable: the thought of an earlier turn is left out
     assert trained_texts(tokenizer, tokens) == ["一<|im_end|>", "<think>\n想二\n</think>\n\n二<|im_end|>"]
     plain = encode(tokenizer, row_of({"instruction": "问", "output": "好。"}))
-    assert trained_texts(tokenizer, plain) == ["好。<|im_end|>"]  # without thinking: the empty block is the prompt's
+    assert trained_texts(tokenizer, plain) == [
+        "好。<|im_end|>"
+    ]  # without thinking: the empty block is the prompt's
 
 
 @pytest.mark.parametrize("name", ["tiny", "qwen2.5"])
@@ -179,12 +193,16 @@ def test_a_thought_that_the_template_would_leave_out_is_refused(tokenizers, name
             {"role": "assistant", "content": "答", "reasoning_content": "想"},
         ]
     }
-    with pytest.raises(BadRow, match=r"reasoning_content, which this model's template leaves out; write it into"):
+    with pytest.raises(
+        BadRow, match=r"reasoning_content, which this model's template leaves out; write it into"
+    ):
         encode(pick(tokenizers, name), row_of(value))
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("reply", ["好。\n", "  indented", "line\n\nline ", "a\tb\r\nc", "\u3000全角", "e\u0301"])
+@pytest.mark.parametrize(
+    "reply", ["好。\n", "  indented", "line\n\nline ", "a\tb\r\nc", "\u3000全角", "e\u0301"]
+)
 def test_white_space_of_a_reply_is_trained_as_it_is(tokenizers, name, reply):
     tokenizer = pick(tokenizers, name)
     tokens = encode(tokenizer, row_of({"instruction": "问", "output": reply}))
@@ -211,7 +229,10 @@ TWO = {
 @pytest.mark.parametrize("name", NAMES)
 def test_train_on_says_what_is_learnt(tokenizers, name):
     tokenizer = pick(tokenizers, name)
-    assert trained_texts(tokenizer, encode(tokenizer, row_of(TWO), "assistant")) == ["答一<|im_end|>", "答二<|im_end|>"]
+    assert trained_texts(tokenizer, encode(tokenizer, row_of(TWO), "assistant")) == [
+        "答一<|im_end|>",
+        "答二<|im_end|>",
+    ]
     assert trained_texts(tokenizer, encode(tokenizer, row_of(TWO), "last_assistant")) == ["答二<|im_end|>"]
     all_ = encode(tokenizer, row_of(TWO), "all")
     assert all_.trained.sum() == len(all_.ids) - 1
@@ -232,7 +253,9 @@ def with_template(tokenizer, template: str):
     return changed
 
 
-CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + CONTENT + '<|im_end|>\\n' }}{% endfor %}"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + CONTENT + '<|im_end|>\\n' }}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +264,10 @@ CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + CONTENT + 
         (CHATML.replace("CONTENT", "m.content | upper"), "the chat template changed a reply: it wrote"),
         (CHATML.replace("CONTENT", "m.content").replace("m.role", "'user'"), "wrote 0 assistant turns for 1"),
         ("{{ raise_exception('roles must alternate') }}", "refuses this row: roles must alternate"),
-        (CHATML.replace("CONTENT", "m.content").replace("<|im_end|>\\n", "\\n"), "wrote 0 assistant turns for 1"),
+        (
+            CHATML.replace("CONTENT", "m.content").replace("<|im_end|>\\n", "\\n"),
+            "wrote 0 assistant turns for 1",
+        ),
         (CHATML.replace("CONTENT", "m.content") + "<|im_start|>", "turns do not end as they begin"),
         (CHATML.replace("CONTENT", "'\\n' + m.content"), "the chat template changed a reply: it wrote"),
     ],
@@ -256,13 +282,20 @@ def test_a_reply_that_melts_with_the_line_break_before_it_is_refused(tokenizers)
     tokenizer = pick(
         tokenizers, "qwen3"
     )  # its template cuts the thought and leaves " \n one", which begins with a line
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>a</think> \n one"}] * 2
-    with pytest.raises(BadRow, match="first characters melt with the line break before it; remove white space there"):
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "<think>a</think> \n one"},
+    ] * 2
+    with pytest.raises(
+        BadRow, match="first characters melt with the line break before it; remove white space there"
+    ):
         encode(tokenizer, row_of({"messages": turns}))
 
 
 def test_any_chatml_template_is_taken(tokenizers):
-    tokenizer = with_template(tokenizers["tiny"], "Chat: " + CHATML.replace("CONTENT", "m.content | trim") + "End")
+    tokenizer = with_template(
+        tokenizers["tiny"], "Chat: " + CHATML.replace("CONTENT", "m.content | trim") + "End"
+    )
     tokens = encode(tokenizer, row_of(TWO))
     assert trained_texts(tokenizer, tokens) == ["答一<|im_end|>", "答二<|im_end|>"]
 
@@ -278,7 +311,10 @@ def test_a_call_is_trained_as_the_template_writes_it(tokenizers):
     value = {
         "messages": [
             {"role": "user", "content": "天气？"},
-            {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "北京"}'}}]},
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "北京"}'}}],
+            },
             {"role": "tool", "content": "晴"},
             {"role": "assistant", "content": "晴天。"},
         ],

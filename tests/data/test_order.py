@@ -56,7 +56,9 @@ def test_the_order_is_the_same_for_ever():
         (3, 2, 2, r"train\.global_batch_size=3 .* = 2 \* 2 = 4; nearest: 4"),
     ],
 )
-def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(global_batch, per_device, world, message):
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(
+    global_batch, per_device, world, message
+):
     with pytest.raises(ValueError, match=message):
         accumulation_steps(global_batch, per_device, world)
 

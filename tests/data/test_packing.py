@@ -14,7 +14,9 @@ from qwenlora.data.prepared import prepare
 @st.composite
 def lengths(draw):
     limit = draw(st.integers(1, 60))
-    return np.array(draw(st.lists(st.integers(1, limit), max_size=80)), np.int32), limit + draw(st.integers(0, 40))
+    return np.array(draw(st.lists(st.integers(1, limit), max_size=80)), np.int32), limit + draw(
+        st.integers(0, 40)
+    )
 
 
 @given(lengths())

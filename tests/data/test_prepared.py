@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from qwenlora.configs.schema import Data, Source
-from qwenlora.data import build, cache, prepared, written
+from qwenlora.data import arrays as written
+from qwenlora.data import build, cache, prepared
 from qwenlora.data.chat import Encoder
 from qwenlora.data.prepared import files_key, key_of, open_side, prepare
 from qwenlora.data.sources import find
 from qwenlora.data.survey import survey
-from qwenlora.data.treat import read
+from qwenlora.data.tokenise import read
 
 
 def write(path, rows) -> str:
@@ -74,7 +75,7 @@ def test_what_is_read_back_is_what_the_encoder_gives(make, rows_file, tokenizer)
 
 def test_any_number_of_processes_makes_the_same_files(tmp_path, make, monkeypatch):
     monkeypatch.setattr(build, "SMALL_BYTES", 0)
-    monkeypatch.setattr("qwenlora.data.files.CHUNK_BYTES", 2000)
+    monkeypatch.setattr("qwenlora.data.row_io.CHUNK_BYTES", 2000)
     file = write(tmp_path / "my.jsonl", rows_of(300))
     made = [make(file, cache=f"cache{n}", num_proc=n) for n in (1, 2, 3)]
     monkeypatch.setattr(build, "SMALL_BYTES", 2**30)
@@ -89,7 +90,7 @@ def test_a_second_start_reads_nothing_but_the_index(tmp_path, make, rows_file, m
     os.utime(rows_file)
     time.sleep(2.1)  # a file that has just changed is not believed
     first = make(rows_file)
-    monkeypatch.setattr("qwenlora.data.files.read_chunks", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("qwenlora.data.row_io.read_chunks", lambda *_: pytest.fail("read again"))
     monkeypatch.setattr(cache.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
     assert make(rows_file).facts == first.facts
 
@@ -153,11 +154,15 @@ def test_two_splits_of_one_data_set_are_not_taken_for_each_other(tmp_path, token
     import datasets
 
     saved = datasets.Dataset.from_list(rows_of(6))
-    datasets.DatasetDict(a=saved.select(range(3)), b=saved.select(range(3, 6))).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(a=saved.select(range(3)), b=saved.select(range(3, 6))).save_to_disk(
+        tmp_path / "saved"
+    )
     (whole,) = find(Data(train=Source(path=str(tmp_path / "saved"), split="a")))
     parts = [whole._replace(dataset=whole.dataset.select(some)) for some in ([0], [1])]
     assert parts[0].dataset.cache_files == parts[1].dataset.cache_files
-    keys = {key_of(Data(train="x"), [part], tokenizer, files_key([part], tmp_path / "cache")) for part in parts}
+    keys = {
+        key_of(Data(train="x"), [part], tokenizer, files_key([part], tmp_path / "cache")) for part in parts
+    }
     assert len(keys) == 2
 
 
@@ -185,18 +190,24 @@ def test_bad_rows_are_refused_with_their_places_or_left_out_and_listed(tmp_path,
     made.refuse(Data(train=file, on_bad_row="skip"), tokenizer)
     assert (made.counts["train"]["rows"], made.facts["bad"]) == (5, 2)
     assert [line.split(": ")[0] for line in made.bad_lines()] == [f"{file}:3", f"{file}:7"]
-    assert "2 of 7 rows cannot be trained" in refused(made, tokenizer), "the same rows, and they are not to be skipped"
+    assert "2 of 7 rows cannot be trained" in refused(made, tokenizer), (
+        "the same rows, and they are not to be skipped"
+    )
 
 
 def test_the_report_shows_the_first_20_and_the_totals(tmp_path, make):
-    file = write(tmp_path / "my.jsonl", [*rows_of(5), *({"instruction": f"q{n}", "output": n} for n in range(30))])
+    file = write(
+        tmp_path / "my.jsonl", [*rows_of(5), *({"instruction": f"q{n}", "output": n} for n in range(30))]
+    )
     with pytest.raises(ValueError, match=r"^30 of 35 rows cannot be trained:") as caught:
         make(file)
     assert str(caught.value).count("output must be text, found") == 20
     assert "\n  and 10 more\n" in str(caught.value)
 
 
-def test_a_source_without_any_good_row_is_refused_though_bad_rows_are_left_out(tmp_path, make, tokenizer, rows_file):
+def test_a_source_without_any_good_row_is_refused_though_bad_rows_are_left_out(
+    tmp_path, make, tokenizer, rows_file
+):
     bad = write(tmp_path / "bad.jsonl", [{"messages": []}] * 3)
     made = make([rows_file, bad], on_bad_row="skip")
     assert refused(made, tokenizer, on_bad_row="skip").startswith(
@@ -221,7 +232,9 @@ def test_long_rows_are_cut_dropped_or_split_and_counted(tmp_path, make, rows_fil
     whole = make(rows_file).side("train").lengths
     long = int((whole > 30).sum())
     assert 0 < long < 30
-    answers = write(tmp_path / "long.jsonl", [{"instruction": "问", "output": "很" * n + "。"} for n in range(1, 31)])
+    answers = write(
+        tmp_path / "long.jsonl", [{"instruction": "问", "output": "很" * n + "。"} for n in range(1, 31)]
+    )
     cut, uncut = (
         make(answers, max_length=30, overlength="truncate").counts["train"],
         make(answers).side("train").lengths,
@@ -251,7 +264,9 @@ def test_data_that_never_trains_the_end_of_a_turn_is_refused(tmp_path, make, tok
     file = write(tmp_path / "my.jsonl", [{"instruction": "问", "output": "很长的答案" * 20}])
     made = make(file, max_length=30, overlength="truncate")
     message = refused(made, tokenizer, max_length=30, overlength="truncate")
-    assert message.startswith("no train row trains the end of a turn (<|im_end|>), so the model would never stop;")
+    assert message.startswith(
+        "no train row trains the end of a turn (<|im_end|>), so the model would never stop;"
+    )
 
 
 def test_plain_text_has_no_turns_to_end(tmp_path, make, tokenizer):
@@ -278,7 +293,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, make, rows_file, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(written.Written, "finish", full)
-    with pytest.raises(ValueError, match=r"data\.cache_dir=.*cache cannot hold the prepared rows: No space left"):
+    with pytest.raises(
+        ValueError, match=r"data\.cache_dir=.*cache cannot hold the prepared rows: No space left"
+    ):
         make(rows_file)
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.name != "files"] == []
 
@@ -296,7 +313,10 @@ def test_eval_fraction_moves_no_row_when_rows_are_appended(tmp_path, make, token
     all_rows = rows_of(400, words=0)
     before = make(write(tmp_path / "a.jsonl", all_rows[:300]), eval_fraction=0.1)
     after = make(write(tmp_path / "b.jsonl", [*all_rows[300:], *all_rows[:300]]), eval_fraction=0.1)
-    sides = [{side: set(texts(tokenizer, made.side(side))) for side in ("train", "eval")} for made in (before, after)]
+    sides = [
+        {side: set(texts(tokenizer, made.side(side))) for side in ("train", "eval")}
+        for made in (before, after)
+    ]
     assert 15 < len(sides[0]["eval"]) < 50
     assert sides[0]["train"] <= sides[1]["train"]
     assert sides[0]["eval"] <= sides[1]["eval"]
@@ -306,10 +326,17 @@ def test_eval_fraction_moves_no_row_when_rows_are_appended(tmp_path, make, token
 def test_a_row_that_is_written_otherwise_stays_on_its_side(tmp_path, make):
     rows = rows_of(200, words=0)
     chats = [
-        {"conversations": [{"from": "human", "value": r["instruction"]}, {"from": "gpt", "value": r["output"]}]}
+        {
+            "conversations": [
+                {"from": "human", "value": r["instruction"]},
+                {"from": "gpt", "value": r["output"]},
+            ]
+        }
         for r in rows
     ]
-    made = [make(write(tmp_path / f"{n}.jsonl", some), eval_fraction=0.2) for n, some in enumerate((rows, chats))]
+    made = [
+        make(write(tmp_path / f"{n}.jsonl", some), eval_fraction=0.2) for n, some in enumerate((rows, chats))
+    ]
     assert made[0].counts["eval"]["sha256"] == made[1].counts["eval"]["sha256"]
 
 
@@ -324,7 +351,8 @@ def test_rows_on_both_sides_and_duplicates_are_counted(tmp_path, make):
 
 def test_weights_say_how_often_an_epoch_sees_a_source(tmp_path, make, tokenizer):
     one, two = (
-        write(tmp_path / name, [{"instruction": f"{name}{n}", "output": "a"} for n in range(100)]) for name in "ab"
+        write(tmp_path / name, [{"instruction": f"{name}{n}", "output": "a"} for n in range(100)])
+        for name in "ab"
     )
     made = make([Source(path=one, weight=2.0), Source(path=two, weight=0.5)])
     seen = texts(tokenizer, made.side("train"))
@@ -344,7 +372,8 @@ def test_options_of_a_source_are_its_own(tmp_path, make, tokenizer):
 
 
 def changed_meanwhile(monkeypatch, file, rows):
-    """Rewrite the file after it was hashed and before it is read, as one that waits for another builder may find it."""
+    """Rewrite the file after it was hashed and before it is read, as one that waits for another builder may
+    find it."""
     build_once = prepared.build_once
 
     def later(folder, make, say):
@@ -354,7 +383,9 @@ def changed_meanwhile(monkeypatch, file, rows):
     monkeypatch.setattr(prepared, "build_once", later)
 
 
-def test_a_file_that_changes_after_it_was_hashed_is_never_kept_under_its_old_bytes(tmp_path, make, monkeypatch):
+def test_a_file_that_changes_after_it_was_hashed_is_never_kept_under_its_old_bytes(
+    tmp_path, make, monkeypatch
+):
     file = tmp_path / "my.jsonl"
     write(file, rows_of(5))
     with monkeypatch.context() as patch:
@@ -431,7 +462,9 @@ def test_a_reply_that_fits_nowhere_is_counted(tmp_path, make):
     counts = made.counts["train"]
     assert (counts["overlength"], counts["split"], counts["dropped"], counts["lost_replies"]) == (1, 1, 0, 1)
     made = make(
-        write(tmp_path / "my.jsonl", [{"messages": turns[-2:]}, {"messages": turns}]), max_length=60, overlength="split"
+        write(tmp_path / "my.jsonl", [{"messages": turns[-2:]}, {"messages": turns}]),
+        max_length=60,
+        overlength="split",
     )
     counts = made.counts["train"]
     assert (counts["overlength"], counts["split"], counts["dropped"], counts["lost_replies"]) == (2, 1, 1, 2)
@@ -494,9 +527,12 @@ print(made.counts["train"]["sha256"], flush=True)
 
 
 @pytest.mark.slow
-def test_of_two_preparations_one_is_killed_and_the_other_ends_right_and_a_third_too(tmp_path, tiny, tokenizer):
+def test_of_two_preparations_one_is_killed_and_the_other_ends_right_and_a_third_too(
+    tmp_path, tiny, tokenizer
+):
     file = write(
-        tmp_path / "my.jsonl", [{"instruction": f"问题{n}" * 20, "output": f"答案{n}。" * 20} for n in range(60_000)]
+        tmp_path / "my.jsonl",
+        [{"instruction": f"问题{n}" * 20, "output": f"答案{n}。" * 20} for n in range(60_000)],
     )
 
     def start() -> subprocess.Popen:
@@ -506,7 +542,9 @@ def test_of_two_preparations_one_is_killed_and_the_other_ends_right_and_a_third_
         return process
 
     def staging() -> list:
-        return [path for path in (tmp_path / "cache").glob("*.staging-*") if (path / "train" / "ids.bin").exists()]
+        return [
+            path for path in (tmp_path / "cache").glob("*.staging-*") if (path / "train" / "ids.bin").exists()
+        ]
 
     first = start()
     while not staging() or not (staging()[0] / "train" / "ids.bin").stat().st_size:
@@ -527,7 +565,9 @@ def test_of_two_preparations_one_is_killed_and_the_other_ends_right_and_a_third_
 
 def test_a_killed_preparation_takes_its_processes_with_it(tmp_path, tiny):
     psutil = pytest.importorskip("psutil")
-    file = write(tmp_path / "my.jsonl", [{"instruction": "问" * 200, "output": "答" * 200} for _ in range(30_000)])
+    file = write(
+        tmp_path / "my.jsonl", [{"instruction": "问" * 200, "output": "答" * 200} for _ in range(30_000)]
+    )
     command = [sys.executable, "-c", PREPARE, str(tiny), file, str(tmp_path / "cache")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
@@ -541,4 +581,6 @@ def test_a_killed_preparation_takes_its_processes_with_it(tmp_path, tiny):
 
 def test_no_side_is_opened_that_is_not_there(make, rows_file):
     assert open_side(make(rows_file).folder, "eval") is None
-    assert prepared.open_packs(make(rows_file).folder).lengths(make(rows_file).side("train").lengths).sum() > 0
+    assert (
+        prepared.open_packs(make(rows_file).folder).lengths(make(rows_file).side("train").lengths).sum() > 0
+    )

@@ -1,4 +1,5 @@
-"""Rows of every shape become the turns that are meant; an error for an unknown key or role shows the line to write."""
+"""Rows of every shape become the turns that are meant; an error for an unknown key or role shows the line to
+write."""
 
 import json
 from typing import Any
@@ -12,7 +13,10 @@ from qwenlora.data.rows import KEYS, PAIRS, ROLES, TURN_LISTS, Options, Row, sha
 from qwenlora.data.survey import rows_of_side, survey
 
 QUESTION, ANSWER = {"role": "user", "content": "几点？"}, {"role": "assistant", "content": "三点。"}
-TOOL = {"type": "function", "function": {"name": "clock", "description": "时间", "parameters": {"type": "object"}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "clock", "description": "时间", "parameters": {"type": "object"}},
+}
 CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "Asia/Shanghai"}}}
 
 
@@ -36,11 +40,19 @@ def config_of(message: str) -> tuple[str, Any]:
     "row",
     [
         {"conversations": [{"from": "human", "value": "几点？"}, {"from": "gpt", "value": "三点。"}]},
-        {"id": "7", "conversations": [{"from": "user", "value": "几点？"}, {"from": "assistant", "value": "三点。"}]},
+        {
+            "id": "7",
+            "conversations": [{"from": "user", "value": "几点？"}, {"from": "assistant", "value": "三点。"}],
+        },
         *({key: [QUESTION, ANSWER]} for key in TURN_LISTS),
         {"messages": [QUESTION, ANSWER], "source": "x", "conversations": None},
         {"messages": json.dumps([QUESTION, ANSWER])},
-        {"messages": [{**QUESTION, "from": None, "value": None}, {**ANSWER, "tool_calls": None, "weight": None}]},
+        {
+            "messages": [
+                {**QUESTION, "from": None, "value": None},
+                {**ANSWER, "tool_calls": None, "weight": None},
+            ]
+        },
         {"messages": [QUESTION, ANSWER], "instruction": None, "output": None, "system": None, "tools": None},
         {"messages": [QUESTION, ANSWER], "text": "几点？三点。"},
         {"instruction": "几点？", "output": "三点。"},
@@ -90,7 +102,11 @@ OPENAI = {
 @pytest.mark.parametrize(
     ("shape", "rows"),
     {
-        "chat, sharegpt": [SHAREGPT, {"conversations": SHAREGPT["conversations"][::3]}, SHAREGPT | {"tools": ""}],
+        "chat, sharegpt": [
+            SHAREGPT,
+            {"conversations": SHAREGPT["conversations"][::3]},
+            SHAREGPT | {"tools": ""},
+        ],
         "chat, with tools": [
             OPENAI,
             {"messages": [QUESTION, ANSWER]},
@@ -122,7 +138,10 @@ def test_a_file_of_each_shape_is_known_by_its_rows(tmp_path, shape, rows):
 
 def test_a_system_text_beside_the_turns_is_the_first_turn():
     system = {"role": "system", "content": "简短。"}
-    for row in ({"instruction": "几点？", "output": "三点。"}, {"conversations": None, "messages": [QUESTION, ANSWER]}):
+    for row in (
+        {"instruction": "几点？", "output": "三点。"},
+        {"conversations": None, "messages": [QUESTION, ANSWER]},
+    ):
         assert read(row | {"system": "简短。"}).messages == [system, QUESTION, ANSWER]
 
 
@@ -144,7 +163,13 @@ def test_plain_text_has_no_turns_and_may_hold_any_mark():
 
 def test_tool_calls_are_objects_however_they_are_written():
     called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    expected = [{"role": "system", "content": "简短。"}, QUESTION, called, {"role": "tool", "content": "15:00"}, ANSWER]
+    expected = [
+        {"role": "system", "content": "简短。"},
+        QUESTION,
+        called,
+        {"role": "tool", "content": "15:00"},
+        ANSWER,
+    ]
     for row in (SHAREGPT, OPENAI):
         assert read(row).messages == expected
         assert read(row).tools == [TOOL]
@@ -171,7 +196,12 @@ def test_a_call_may_be_written_in_many_ways(turn):
 
 
 def test_a_call_keeps_what_is_said_and_thought_beside_it():
-    turn = {"role": "assistant", "content": "\n看一下。", "reasoning_content": "要看钟", "tool_calls": [CALL, CALL]}
+    turn = {
+        "role": "assistant",
+        "content": "\n看一下。",
+        "reasoning_content": "要看钟",
+        "tool_calls": [CALL, CALL],
+    }
     assert read({"messages": [QUESTION, turn]}).messages[1] == turn | {"content": "看一下。"}
 
 
@@ -195,25 +225,37 @@ def test_rows_that_say_the_same_have_one_digest():
 def test_columns_bring_other_names_to_ours():
     expected = [QUESTION, ANSWER]
     pair = {"question": "几点？", "answer": "三点。", "input": "not said"}
-    assert read(pair, columns={"question": "instruction", "answer": "output", "input": None}).messages == expected
+    assert (
+        read(pair, columns={"question": "instruction", "answer": "output", "input": None}).messages
+        == expected
+    )
     turns = [{"speaker": "user", "text": "几点？"}, {"speaker": "assistant", "text": "三点。"}]
     columns = {"dialog_list": "messages", "speaker": "role", "text": "content"}
     assert read({"dialog_list": turns}, columns=columns).messages == expected
     chosen = {"prompt": "几点？", "chosen": "三点。", "rejected": "四点。"}
     assert read(chosen, columns={"chosen": "completion", "rejected": None}).messages == expected
     assert read({"content": "x"}, columns={"content": "text"}).text == "x"
-    assert read({"a": "几点？", "query": None, "response": "三点。"}, columns={"a": "query"}).messages == expected
+    assert (
+        read({"a": "几点？", "query": None, "response": "三点。"}, columns={"a": "query"}).messages
+        == expected
+    )
 
 
 def test_roles_bring_other_names_to_ours():
     turns = [{"role": "病人", "content": "几点？"}, {"role": "医生", "content": "三点。"}]
-    assert read({"messages": turns}, roles={"病人": "user", "医生": "assistant"}).messages == [QUESTION, ANSWER]
-    turns = [{"from": "human", "value": "几点？"}, {"from": "gpt", "value": "三点。"}]
-    assert read({"messages": turns}, roles={"gpt": "user", "human": "assistant"}).messages[0]["role"] == "assistant"
-    call = {"role": "tool_call", "content": json.dumps(CALL["function"])}
-    assert read({"messages": [QUESTION, call]}, roles={"tool_call": "function_call"}).messages[1]["tool_calls"] == [
-        CALL
+    assert read({"messages": turns}, roles={"病人": "user", "医生": "assistant"}).messages == [
+        QUESTION,
+        ANSWER,
     ]
+    turns = [{"from": "human", "value": "几点？"}, {"from": "gpt", "value": "三点。"}]
+    assert (
+        read({"messages": turns}, roles={"gpt": "user", "human": "assistant"}).messages[0]["role"]
+        == "assistant"
+    )
+    call = {"role": "tool_call", "content": json.dumps(CALL["function"])}
+    assert read({"messages": [QUESTION, call]}, roles={"tool_call": "function_call"}).messages[1][
+        "tool_calls"
+    ] == [CALL]
 
 
 @pytest.mark.parametrize(
@@ -333,10 +375,7 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": [{"function": {"nam
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (
-            {"messages": [SAID[0], SAID[1] | {"loss_weight": 0}]},
-            "turn 2 has loss_weight, which nothing here",
-        ),
+        ({"messages": [SAID[0], SAID[1] | {"loss_weight": 0}]}, "turn 2 has loss_weight, which nothing here"),
         (
             {"messages": [SAID[0], SAID[1] | {"thinking": "t"}]},
             "data.columns: {thinking: reasoning_content}, or",
@@ -358,7 +397,12 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": [{"function": {"nam
             "tool_calls and function_call; ignore one",
         ),
         (
-            {"messages": [SAID[0], {"role": "assistant", "tool_calls": [{"name": "f", "parameters": {"x": 1}}]}]},
+            {
+                "messages": [
+                    SAID[0],
+                    {"role": "assistant", "tool_calls": [{"name": "f", "parameters": {"x": 1}}]},
+                ]
+            },
             "a call has no arguments, but parameters; call it arguments",
         ),
     ],

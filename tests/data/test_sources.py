@@ -1,4 +1,5 @@
-"""What data.train and data.eval name is found: files, folders, globs, lists, saved data sets; what is not, is said."""
+"""What data.train and data.eval name is found: files, folders, globs, lists, saved data sets; what is not, is
+said."""
 
 import json
 import os
@@ -40,12 +41,21 @@ def refused(**data) -> str:
 
 
 def test_a_folder_is_its_data_files_in_order_of_their_names():
-    for name in ("d/b.jsonl", "d/a.json", "d/deep/er/c.JSONL", "d/README.md", "d/.git/x.jsonl", "d/dataset_info.json"):
+    for name in (
+        "d/b.jsonl",
+        "d/a.json",
+        "d/deep/er/c.JSONL",
+        "d/README.md",
+        "d/.git/x.jsonl",
+        "d/dataset_info.json",
+    ):
         write(name, name)
     notes: list[str] = []
     (found,) = sources.find(Data(train="d"), notes.append)
     assert found.files == [Path("d/a.json"), Path("d/b.jsonl"), Path("d/deep/er/c.JSONL")]
-    assert notes == ["d: 3 files are read, 2 are not (README.md, dataset_info.json); name a file to have it read"]
+    assert notes == [
+        "d: 3 files are read, 2 are not (README.md, dataset_info.json); name a file to have it read"
+    ]
     assert answers(train="d") == ["d/a.json", "d/b.jsonl", "d/deep/er/c.JSONL"]
 
 
@@ -96,7 +106,9 @@ def test_options_of_a_source_come_before_those_of_data(folder):
     (folder / "a.jsonl").write_text('{"q": "x", "a": "1"}')
     (folder / "b.jsonl").write_text('{"frage": "x", "antwort": "2"}')
     (folder / "c.csv").write_bytes("frage,antwort\nx,三\n".encode("big5"))
-    (folder / "d.jsonl").write_text('{"messages": [{"role": "x", "content": "q"}, {"role": "gpt", "content": "4"}]}')
+    (folder / "d.jsonl").write_text(
+        '{"messages": [{"role": "x", "content": "q"}, {"role": "gpt", "content": "4"}]}'
+    )
     (folder / "e.jsonl").write_text('{"messages": "[", "query": "q", "response": "5"}')
     assert answers(
         train=[
@@ -144,7 +156,8 @@ def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(monkeypatch):
 @pytest.fixture
 def saved(folder) -> datasets.Dataset:
     rows = [
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": str(n)}]} for n in range(5)
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": str(n)}]}
+        for n in range(5)
     ]
     dataset = datasets.Dataset.from_list(rows)
     dataset.save_to_disk(folder / "saved")
@@ -163,13 +176,16 @@ def test_a_saved_data_set_of_several_splits_gives_the_one_that_is_named(saved):
     assert answers(train="splits") == list("01234")
     assert answers(train={"path": "splits", "split": "test"}) == ["4"]
     assert refused(train={"path": "splits", "split": "dev"}) == (
-        "data.train=splits has no split dev, but train, test; name one: data.train: {path: splits, split: ...}"
+        "data.train=splits has no split dev, but train, test; name one: data.train: {path: splits, split:"
+        " ...}"
     )
 
 
 def test_a_saved_data_set_that_is_damaged_is_refused_in_one_line(saved, folder):
     (folder / "saved" / "data-00000-of-00001.arrow").write_bytes(b"x")
-    assert refused(train="saved").startswith("data.train=saved: this data set of save_to_disk cannot be loaded: ")
+    assert refused(train="saved").startswith(
+        "data.train=saved: this data set of save_to_disk cannot be loaded: "
+    )
 
 
 def test_a_hub_data_set_is_read_like_a_file(saved, monkeypatch):

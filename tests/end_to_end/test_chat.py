@@ -19,7 +19,7 @@ PAIRS = [
     for _, row in rows_of_side(Data(train="example"), "train")
     if len(row.messages) == 2
 ]
-COMMAND = ["-c", "from qwenlora.launch.cli import main; main()", "chat"]
+COMMAND = ["-c", "from qwenlora.cli.main import main; main()", "chat"]
 # pexpect answers no terminal's questions
 TERMINAL = os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "NO_COLOR": "1", "LANG": "C.UTF-8"}
 PASTE, PASTED, ENTER = "\x1b[200~", "\x1b[201~", "\r"
@@ -88,7 +88,11 @@ def test_a_conversation_in_a_terminal(terminal):
     tell(child, "/reset", "the conversation is forgotten")
     assert two in ask(child, second)
     tell(child, "/reset", "the conversation is forgotten")
-    tell(child, "/nonsense", "/nonsense is unknown; /help lists commands; to send it as it is, begin with a space")
+    tell(
+        child,
+        "/nonsense",
+        "/nonsense is unknown; /help lists commands; to send it as it is, begin with a space",
+    )
     tell(child, "/base", "nothing was asked yet")
     tell(child, f"/system {third}", "from now on with this system prompt")
     tell(child, "/system", "from now on without a system prompt")
@@ -147,7 +151,9 @@ def test_an_answer_streams(tiny_run):
         [sys.executable, *COMMAND, str(tiny_run[0] / "base_model"), "--prompt", "a", *ENDLESS],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit it ignored
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # tests in the background inherit it ignored
     )
     times = []
     while len(times) < 20 and os.read(child.stdout.fileno(), 1000):

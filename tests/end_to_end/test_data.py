@@ -1,4 +1,5 @@
-"""Rows on their way into a whole run: left out with a report, packed, split off for evaluation, stopped half-way."""
+"""Rows on their way into a whole run: left out with a report, packed, split off for evaluation, stopped
+half-way."""
 
 import json
 import signal
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-COMMAND = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
 
 
 def metrics(folder) -> list[dict]:
@@ -23,13 +24,19 @@ def write(path, rows) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def test_rows_that_are_left_out_are_reported_on_the_screen_in_the_folder_and_to_wandb(qwenlora, tmp_path, read_wandb):
+def test_rows_that_are_left_out_are_reported_on_the_screen_in_the_folder_and_to_wandb(
+    qwenlora, tmp_path, read_wandb
+):
     (tmp_path / "peft.py").write_text("raise SystemExit('a file of the user, and no library')")
     rows = [{"instruction": f"问题{n}？", "output": f"答案{n}。"} for n in range(40)]
-    write(tmp_path / "my.jsonl", [*rows[:7], {"instruction": "问"}, *rows[7:], {"instruction": "问", "output": " "}])
+    write(
+        tmp_path / "my.jsonl",
+        [*rows[:7], {"instruction": "问"}, *rows[7:], {"instruction": "问", "output": " "}],
+    )
     (tmp_path / "my.yaml").write_text(
         "model: {name_or_path: tiny}\ndata: {train: my.jsonl, eval_fraction: 0.2}\n"
-        "train: {global_batch_size: 4, max_steps: 3, save_strategy: 'no', eval_strategy: steps, eval_steps: 3}\n"
+        "train: {global_batch_size: 4, max_steps: 3, save_strategy: 'no', eval_strategy: steps, eval_steps:"
+        " 3}\n"
     )
     answer = qwenlora("train", "my.yaml", WANDB_MODE="offline")
     assert answer.returncode == 2
@@ -52,13 +59,15 @@ def test_rows_that_are_left_out_are_reported_on_the_screen_in_the_folder_and_to_
     for record in read_wandb(file):
         if record.WhichOneof("record_type") == "summary":
             sent |= {
-                item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.summary.update
             }
     assert sent["data/bad_rows"] == 2
 
 
 PACKED = (
-    "model: {name_or_path: tiny}\ndata: {train: example, packing: 'on', max_length: 256}\nlora: {lora_dropout: 0.1}\n"
+    "model: {name_or_path: tiny}\ndata: {train: example, packing: 'on', max_length: 256}\nlora:"
+    " {lora_dropout: 0.1}\n"
     "train: {global_batch_size: 4, per_device_train_batch_size: 2, max_steps: 14, learning_rate: 3e-3,\n"
     "        save_strategy: steps, save_steps: 8}\nlog: {logging_steps: 1}\n"
 )
@@ -68,7 +77,11 @@ def test_packed_runs_are_the_same_on_any_number_of_ranks_and_go_on_bit_for_bit(q
     """24 packs in steps of 4; steps 7 and 13 begin an epoch."""
     (tmp_path / "my.yaml").write_text(PACKED)
     (tmp_path / "plain.yaml").write_text(PACKED.replace("lora: {lora_dropout: 0.1}\n", ""))
-    for config, folder, processes in (("plain.yaml", "one", 1), ("plain.yaml", "two", 2), ("my.yaml", "whole", 2)):
+    for config, folder, processes in (
+        ("plain.yaml", "one", 1),
+        ("plain.yaml", "two", 2),
+        ("my.yaml", "whole", 2),
+    ):
         answer = qwenlora("train", config, f"run_dir={folder}", "--nproc", processes)
         assert answer.returncode == 0, answer.stdout + answer.stderr
         assert "24 packs of at most 256 tokens, 94.71% full" in answer.stdout
@@ -77,7 +90,10 @@ def test_packed_runs_are_the_same_on_any_number_of_ranks_and_go_on_bit_for_bit(q
         assert abs(a["grad_norm"] - b["grad_norm"]) <= 1e-4
 
     cut = subprocess.Popen(
-        [*COMMAND, "train", "my.yaml", "run_dir=cut", "--nproc", "2"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        [*COMMAND, "train", "my.yaml", "run_dir=cut", "--nproc", "2"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     while not (tmp_path / "cut" / "metrics.jsonl").exists() or len(metrics(tmp_path / "cut")) < 3:
         assert cut.poll() is None, cut.stdout.read()
@@ -88,19 +104,28 @@ def test_packed_runs_are_the_same_on_any_number_of_ranks_and_go_on_bit_for_bit(q
         answer = qwenlora("train", "my.yaml", "run_dir=cut", "--nproc", 2)
         assert answer.returncode == 0, answer.stdout + answer.stderr
     names = ("loss", "grad_norm", "step")
-    whole, resumed = ([{n: line[n] for n in names} for line in metrics(tmp_path / f)] for f in ("whole", "cut"))
+    whole, resumed = (
+        [{n: line[n] for n in names} for line in metrics(tmp_path / f)] for f in ("whole", "cut")
+    )
     assert whole == resumed
-    adapters = [load_file(tmp_path / folder / "adapter" / "adapter_model.safetensors") for folder in ("whole", "cut")]
+    adapters = [
+        load_file(tmp_path / folder / "adapter" / "adapter_model.safetensors") for folder in ("whole", "cut")
+    ]
     assert all(bool((adapters[0][name] == adapters[1][name]).all()) for name in adapters[0])
 
 
 def test_a_stop_during_preparation_ends_all_of_it_and_the_next_start_is_right(qwenlora, tmp_path):
-    write(tmp_path / "my.jsonl", [{"instruction": f"问{n}" * 60, "output": f"答{n}。" * 60} for n in range(20_000)])
+    write(
+        tmp_path / "my.jsonl",
+        [{"instruction": f"问{n}" * 60, "output": f"答{n}。" * 60} for n in range(20_000)],
+    )
     (tmp_path / "my.yaml").write_text(
         "model: {name_or_path: tiny}\ndata: {train: my.jsonl, num_proc: 2}\n"
         "train: {global_batch_size: 2, max_steps: 1, save_strategy: 'no'}\n"
     )
-    process = subprocess.Popen([*COMMAND, "train", "my.yaml"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, "train", "my.yaml"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
     cache = tmp_path / "runs" / ".prepared"
     while not any(path.stat().st_size for path in cache.glob("*.staging-*/train/ids.bin")):
         assert process.poll() is None, process.stdout.read()
@@ -115,14 +140,17 @@ def test_a_stop_during_preparation_ends_all_of_it_and_the_next_start_is_right(qw
     assert alive == []
     answer = qwenlora("train", "my.yaml")
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert json.loads((tmp_path / "runs" / "my" / "facts.json").read_text())["data"]["train"]["rows"] == 20_000
+    assert (
+        json.loads((tmp_path / "runs" / "my" / "facts.json").read_text())["data"]["train"]["rows"] == 20_000
+    )
     assert [path.name for path in cache.iterdir() if "staging" in path.name or "claim" in path.name] == []
 
 
 def test_runs_share_what_was_prepared(qwenlora, tmp_path):
     arguments = ["train", "my.yaml", "train.max_steps=1"]
     (tmp_path / "my.yaml").write_text(
-        "model: {name_or_path: tiny}\ndata: {train: example}\ntrain: {global_batch_size: 2, save_strategy: 'no'}\n"
+        "model: {name_or_path: tiny}\ndata: {train: example}\ntrain: {global_batch_size: 2, save_strategy:"
+        " 'no'}\n"
     )
     for name in ("one", "two"):
         assert qwenlora(*arguments, f"run_dir=runs/{name}").returncode == 0

@@ -1,7 +1,8 @@
-"""Runs that DeepSpeed's launcher starts: the same adapter, the same stops, the same words when a rank is killed.
+"""Runs that DeepSpeed's launcher starts: the same adapter, the same stops, the same words when a rank is
+killed.
 
-The second machine is another loopback address; ssh, which would reach it, is a script that runs the command here with
-nothing of this environment. That script is the only stand-in.
+The second machine is another loopback address; ssh, which would reach it, is a script that runs the command
+here with nothing of this environment. That script is the only stand-in.
 """
 
 import json
@@ -114,7 +115,9 @@ def test_two_machines_train_the_same_and_no_key_is_on_a_command_line_or_disk(fol
     said = run(folder, "two-run", *DEEPSPEED, "--hostfile", "two", "log.wandb=off")
     assert adapter(folder, "two-run") == by_torchrun
     assert "starting 2 processes on 2 nodes" in said
-    (attempt,) = (json.loads(line) for line in (folder / "two-run" / "attempts.jsonl").read_text().splitlines())
+    (attempt,) = (
+        json.loads(line) for line in (folder / "two-run" / "attempts.jsonl").read_text().splitlines()
+    )
     assert (attempt["nodes"], attempt["reason"]) == (["127.0.0.1", "127.0.0.2"], "done")
     assert len((folder / "ssh.log").read_text().splitlines()) == 1
     for file in [folder / "ssh.log", *(folder / "two-run").rglob("*.*")]:
@@ -152,7 +155,10 @@ def test_a_killed_rank_is_named_and_nobody_is_left(folder, hosts):
         rank(process, 1).kill()
         said = process.communicate(timeout=100)[0]
     assert process.returncode == 1, said
-    assert "failed: rank 1 was killed by SIGKILL, not by qwenlora: by hand, by the scheduler, or for want of" in said
+    assert (
+        "failed: rank 1 was killed by SIGKILL, not by qwenlora: by hand, by the scheduler, or for want of"
+        in said
+    )
     assert_nobody_is_left(others)
 
 
@@ -165,7 +171,9 @@ def test_a_killed_agent_leaves_nobody(folder):
 
 
 def test_a_machine_that_ssh_does_not_reach_is_named(folder, tmp_path):
-    (tmp_path / "ssh").write_text("#!/bin/sh\necho 'me@127.0.0.2: Permission denied (publickey).' >&2\nexit 255\n")
+    (tmp_path / "ssh").write_text(
+        "#!/bin/sh\necho 'me@127.0.0.2: Permission denied (publickey).' >&2\nexit 255\n"
+    )
     (tmp_path / "ssh").chmod(0o755)
     answer = subprocess.run(
         [*COMMAND, "my.yaml", "run_dir=unreached", *DEEPSPEED, "--hostfile", "two"],
@@ -178,7 +186,8 @@ def test_a_machine_that_ssh_does_not_reach_is_named(folder, tmp_path):
     )
     assert answer.returncode == 1
     expected = (
-        "failed: 127.0.0.2: ssh failed: me@127.0.0.2: Permission denied (publickey).; `ssh 127.0.0.2 true` must work"
+        "failed: 127.0.0.2: ssh failed: me@127.0.0.2: Permission denied (publickey).; `ssh 127.0.0.2 true`"
+        " must work"
         " without a password\n"
     )
     assert expected in answer.stdout

@@ -1,4 +1,5 @@
-"""A disk that is full, read-only or gone costs saves, never what is saved, and is said without a traceback."""
+"""A disk that is full, read-only or gone costs saves, never what is saved, and is said without a
+traceback."""
 
 import json
 import os
@@ -10,8 +11,8 @@ import time
 
 import pytest
 
-from qwenlora.jobs import checkpoints
-from qwenlora.jobs.run import RunFolder
+from qwenlora.run import checkpoints
+from qwenlora.run.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +24,15 @@ train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: 40, le
         save_strategy: steps, save_steps: 5}
 log: {logging_steps: 1, wandb: off}
 """
-COMMAND = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", "train", "my.yaml", "--nproc", "2"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "from qwenlora.cli.main import main; main()",
+    "train",
+    "my.yaml",
+    "--nproc",
+    "2",
+]
 
 
 @pytest.fixture
@@ -53,7 +62,9 @@ def undisturbed(tiny, tmp_path_factory):
 
 
 def write_config(folder, tiny) -> None:
-    (folder / "my.yaml").write_text(CONFIG.replace("MODEL", str(tiny)).replace("CACHE", str(folder / "cache")))
+    (folder / "my.yaml").write_text(
+        CONFIG.replace("MODEL", str(tiny)).replace("CACHE", str(folder / "cache"))
+    )
 
 
 def size_of_a_checkpoint(run) -> int:
@@ -90,7 +101,9 @@ def assert_same(run, undisturbed) -> None:
     assert (run.adapter / name).read_bytes() == (undisturbed.adapter / name).read_bytes()
 
 
-def test_on_a_disk_of_one_and_a_half_checkpoints_the_run_goes_on_and_resumes(tmp_path, tiny, undisturbed, disk):
+def test_on_a_disk_of_one_and_a_half_checkpoints_the_run_goes_on_and_resumes(
+    tmp_path, tiny, undisturbed, disk
+):
     write_config(tmp_path, tiny)
     run, size = RunFolder(tmp_path / "disk" / "run"), size_of_a_checkpoint(undisturbed)
     disk(f"size={size * 3 // 2}")
@@ -134,7 +147,8 @@ def test_a_disk_that_becomes_read_only_ends_the_run_with_the_reason(tmp_path, ti
         while not run.checkpoint(10).exists():
             time.sleep(0.02)
         os.sync()
-        # the logs are open for writing, so this file system cannot be remounted; an empty one over it does the same
+        # the logs are open for writing, so this file system cannot be remounted; an empty one over it does
+        # the same
         subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", run.path], check=True)
         said = process.communicate(timeout=120)[0]
     subprocess.run(["umount", "--lazy", run.path], check=True)
@@ -155,7 +169,9 @@ def test_a_run_folder_that_is_removed_is_missed_and_not_made_anew(tmp_path, tiny
     run = RunFolder(tmp_path / "disk" / "run")
     with start(tmp_path) as process:
         wait_for_step(run, 6, process)
-        run.path.rename(tmp_path / "removed")  # at once: a folder that is written into cannot be emptied name by name
+        run.path.rename(
+            tmp_path / "removed"
+        )  # at once: a folder that is written into cannot be emptied name by name
         shutil.rmtree(tmp_path / "removed", ignore_errors=True)
         said = process.communicate(timeout=120)[0]
     assert process.returncode == 1, said

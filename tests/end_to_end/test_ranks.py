@@ -11,7 +11,9 @@ pytestmark = pytest.mark.slow
 def trained(qwenlora, folder, config, *arguments):
     answer = qwenlora("train", config, f"run_dir={folder}", *arguments, OMP_NUM_THREADS="1")
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    lines = [json.loads(line) for line in (qwenlora.folder / folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (qwenlora.folder / folder / "metrics.jsonl").read_text().splitlines()
+    ]
     return lines, load_file(qwenlora.folder / folder / "adapter" / "adapter_model.safetensors")
 
 
@@ -24,7 +26,9 @@ def test_one_and_two_processes_have_the_same_losses(qwenlora, tmp_path):
         "        eval_strategy: steps, eval_steps: 10, save_strategy: 'no'}\n"
         "log: {logging_steps: 1}\n"
     )
-    (one, adapter_one), (two, adapter_two) = (trained(qwenlora, f"run{n}", "my.yaml", "--nproc", n) for n in (1, 2))
+    (one, adapter_one), (two, adapter_two) = (
+        trained(qwenlora, f"run{n}", "my.yaml", "--nproc", n) for n in (1, 2)
+    )
     assert len(one) == len(two) == 22
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "grad_norm", "eval_loss"):

@@ -1,4 +1,5 @@
-"""Real rows with the real Qwen tokenizers, on a tiny model built around them: 50 steps, and the loss falls."""
+"""Real rows with the real Qwen tokenizers, on a tiny model built around them: 50 steps, and the loss
+falls."""
 
 import json
 

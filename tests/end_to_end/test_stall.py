@@ -17,14 +17,29 @@ STALL_S = 15
 
 def ranks(run):
     """Return the ranks' processes, by rank."""
-    ours = [one for one in psutil.process_iter(["cmdline"]) if str(run / "config.yaml") in (one.info["cmdline"] or [])]
-    environments = [(one, one.environ()) for one in ours if "torch.distributed.run" not in one.info["cmdline"]]
+    ours = [
+        one
+        for one in psutil.process_iter(["cmdline"])
+        if str(run / "config.yaml") in (one.info["cmdline"] or [])
+    ]
+    environments = [
+        (one, one.environ()) for one in ours if "torch.distributed.run" not in one.info["cmdline"]
+    ]
     return {int(environment["RANK"]): one for one, environment in environments if "RANK" in environment}
 
 
 def start(folder, *arguments):
-    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", "train", "my.yaml", *arguments]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "-c",
+        "from qwenlora.cli.main import main; main()",
+        "train",
+        "my.yaml",
+        *arguments,
+    ]
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for_step(folder / "runs/my", 1, 6)
     return process
 
@@ -39,7 +54,8 @@ def test_the_rank_that_hangs_is_named_and_all_write_their_stacks(tmp_path):
     assert process.returncode == 1, said
     assert time.monotonic() - started > STALL_S - 1
     assert re.search(
-        r"failed: rank 1 on \S+: no progress for \d+ s \(launch.stall_timeout_s is 15\), in step \d+ \(its process is"
+        r"failed: rank 1 on \S+: no progress for \d+ s \(launch.stall_timeout_s is 15\), in step \d+ \(its"
+        r" process is"
         r" stopped: SIGSTOP, or a debugger\), the others wait; the stacks of all ranks are in"
         r" .*/logs/attempt-1/rank-\*\.log",
         said,

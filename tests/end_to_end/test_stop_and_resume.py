@@ -54,7 +54,15 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     (folder / "my.yaml").write_text(CONFIG)
     answer = subprocess.run(
-        [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", "train", "my.yaml", "--nproc", "2"],
+        [
+            sys.executable,
+            "-c",
+            "from qwenlora.cli.main import main; main()",
+            "train",
+            "my.yaml",
+            "--nproc",
+            "2",
+        ],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -76,7 +84,7 @@ def whole(tmp_path_factory):
 )
 def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, whole, number, everyone):
     """A terminal and `kill` signal the agent alone; Slurm signals every process of the job at once."""
-    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
+    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
     arguments = ["train", str(config), "run_dir=cut", "--nproc", "2"]
     with subprocess.Popen(
         [*command, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -94,13 +102,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, whole, nu
     assert "resuming from checkpoint-" in again.stdout
     assert losses(tmp_path / "cut") == losses(whole)
     assert adapter(tmp_path / "cut") == adapter(whole)
-    first, second = (json.loads(line) for line in (tmp_path / "cut" / "attempts.jsonl").read_text().splitlines())
+    first, second = (
+        json.loads(line) for line in (tmp_path / "cut" / "attempts.jsonl").read_text().splitlines()
+    )
     assert (first["reason"], first["message"], second["reason"]) == ("stopped", number.name, "done")
     assert second["first_step"] == first["last_step"] + 1
 
 
 def test_one_signalled_rank_is_enough_and_a_second_command_is_kept_out(qwenlora, tmp_path, config):
-    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
+    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
     arguments = ["train", str(config), "run_dir=cut", "train.max_steps=40", "--nproc", "2"]
     with subprocess.Popen([*command, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         wait_for_step(tmp_path / "cut", 1, process)
@@ -118,7 +128,9 @@ def test_one_signalled_rank_is_enough_and_a_second_command_is_kept_out(qwenlora,
     assert process.returncode == 75, screen
     assert qwenlora(*arguments).returncode == 0
     assert [step for step, _ in losses(tmp_path / "cut")] == [1, *range(3, 40, 3), 40]
-    first, second = (json.loads(line) for line in (tmp_path / "cut" / "attempts.jsonl").read_text().splitlines())
+    first, second = (
+        json.loads(line) for line in (tmp_path / "cut" / "attempts.jsonl").read_text().splitlines()
+    )
     assert (first["reason"], second["first_step"]) == ("stopped", first["last_step"] + 1)
 
 
@@ -159,7 +171,9 @@ def test_a_resume_from_an_older_checkpoint_abandons_the_newer_ones(qwenlora, tmp
     assert answer.returncode == 0, answer.stdout
     assert (losses(tmp_path / "run"), adapter(tmp_path / "run")) == (losses(whole), adapter(whole))
     names = {path.name for path in (tmp_path / "run").glob("*checkpoint-*")}
-    assert names == {f"checkpoint-{n}" for n in (4, 8, 12, 14)} | {f"abandoned-checkpoint-{n}" for n in (8, 12, 14)}
+    assert names == {f"checkpoint-{n}" for n in (4, 8, 12, 14)} | {
+        f"abandoned-checkpoint-{n}" for n in (8, 12, 14)
+    }
 
 
 def test_a_checkpoint_is_an_adapter_folder(whole):
@@ -230,7 +244,7 @@ def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config):
 
 
 def test_a_killed_agent_leaves_no_rank_behind(tmp_path, config):
-    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
+    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
     with subprocess.Popen(
         [*command, "train", str(config), "run_dir=run", "--nproc", "2", "train.max_steps=1000"],
         cwd=tmp_path,
@@ -254,7 +268,10 @@ def test_a_rank_that_crashes_ends_the_run_with_its_reason(qwenlora, tmp_path, co
         "    attempt.train = broken\n"
     )
     environment = {"PYTHONPATH": str(tmp_path / "sabotage")}
-    code = "import os, sys; sys.path.insert(0, os.environ['PYTHONPATH'])\nfrom qwenlora.launch.cli import main; main()"
+    code = (
+        "import os, sys; sys.path.insert(0, os.environ['PYTHONPATH'])\nfrom qwenlora.cli.main import"
+        " main; main()"
+    )
     answer = subprocess.run(
         [sys.executable, "-c", code, "train", str(config), "run_dir=run", "--nproc", "2"],
         cwd=tmp_path,
@@ -272,7 +289,7 @@ def test_a_rank_that_crashes_ends_the_run_with_its_reason(qwenlora, tmp_path, co
 
 
 def test_a_rank_that_is_killed_is_named_with_its_signal(tmp_path, config):
-    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
+    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
     with subprocess.Popen(
         [*command, "train", str(config), "run_dir=run", "--nproc", "2", "train.max_steps=1000"],
         cwd=tmp_path,
@@ -284,7 +301,10 @@ def test_a_rank_that_is_killed_is_named_with_its_signal(tmp_path, config):
         next(child for child in children if child.environ().get("RANK") == "1").kill()
         screen = process.communicate(timeout=180)[0]
     assert process.returncode == 1
-    assert "failed: rank 1 was killed by SIGKILL, not by qwenlora: by hand, by the scheduler, or for want of" in screen
+    assert (
+        "failed: rank 1 was killed by SIGKILL, not by qwenlora: by hand, by the scheduler, or for want of"
+        in screen
+    )
     assert "Traceback" not in screen
 
 
@@ -294,7 +314,9 @@ def test_a_done_run_goes_on_for_longer_and_is_seen_by_status(qwenlora, tmp_path,
     code = (tmp_path / "run" / "code.json").read_text()
     again = qwenlora("train", config, "run_dir=run", "--nproc", 2)
     assert "run is done (14 steps): the adapter is in run/adapter" in again.stdout
-    assert (tmp_path / "run" / "code.json").read_text() == code, "of what trained it, not of what was asked later"
+    assert (tmp_path / "run" / "code.json").read_text() == code, (
+        "of what trained it, not of what was asked later"
+    )
     assert (tmp_path / "run" / "comparison.json").exists()
     longer = qwenlora("train", config, "run_dir=run", "--nproc", 2, "train.max_steps=18", "--resume", "auto")
     assert longer.returncode == 0, longer.stdout
@@ -305,7 +327,10 @@ def test_a_done_run_goes_on_for_longer_and_is_seen_by_status(qwenlora, tmp_path,
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 3, 6, 9, 12, 14, 15, 18]
     fewer = qwenlora("train", config, "run_dir=run", "train.max_steps=16")
     assert fewer.returncode == 2
-    assert "train.max_steps=16 is less than the 18 steps that checkpoint-18 has trained; raise it, or" in fewer.stderr
+    assert (
+        "train.max_steps=16 is less than the 18 steps that checkpoint-18 has trained; raise it, or"
+        in fewer.stderr
+    )
     fewer = qwenlora("train", config, "run_dir=run", "train.max_steps=null", "train.num_train_epochs=1.0")
     assert fewer.returncode == 2
     assert "train.num_train_epochs=1 makes 8 steps, and 18 are trained already; raise it" in fewer.stdout
@@ -334,7 +359,10 @@ def test_a_change_that_is_meant_passes(qwenlora, tmp_path, config, whole):
     allowed = ["--allow-config-change", "train.learning_rate", "--allow-config-change", "data"]
     answer = qwenlora(*arguments, *allowed)
     assert answer.returncode == 0, answer.stdout
-    assert "changed since: data.train was example, now other.jsonl, train.learning_rate was 0.003" in answer.stdout
+    assert (
+        "changed since: data.train was example, now other.jsonl, train.learning_rate was 0.003"
+        in answer.stdout
+    )
 
 
 def test_a_time_budget_ends_an_attempt_like_a_signal(qwenlora, tmp_path, config):
@@ -343,19 +371,24 @@ def test_a_time_budget_ends_an_attempt_like_a_signal(qwenlora, tmp_path, config)
     assert "which is saved; the same command resumes: train.max_time_min is over" in answer.stdout
     again = qwenlora("train", config, "run_dir=run", "train.max_steps=100000", "train.max_time_min=0.02")
     assert again.returncode == 75
-    first, second = (json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines())
+    first, second = (
+        json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()
+    )
     assert (first["message"], second["reason"]) == ("train.max_time_min is over", "stopped")
     assert second["first_step"] == first["last_step"] + 1
     assert second["last_step"] >= second["first_step"], "it goes on, however short the time"
 
 
 def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read_wandb, qwenlora):
-    """Killed after step 6, with checkpoint-4 saved; stopped; ended: offline, each start has a file of its own."""
-    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()"]
+    """Killed after step 6, with checkpoint-4 saved; stopped; ended: offline, each start has a file of its
+    own."""
+    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
     arguments = ["train", str(config), "run_dir=run", "train.max_steps=40", "log.logging_steps=1"]
     for number, end in ((1, "kill"), (2, "terminate")):
         environment = os.environ | {"WANDB_MODE": "offline"}
-        with subprocess.Popen([*command, *arguments], cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [*command, *arguments], cwd=tmp_path, env=environment, stdout=subprocess.PIPE
+        ) as process:
             wait_for_step(tmp_path / "run", 6 * number, process)
             getattr(process, end)()
             process.communicate(timeout=180)
@@ -374,7 +407,9 @@ def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read
                 found.setdefault(int(values["trainer/step"]), set()).add(float(values["train/loss"]))
             updates = record.summary.update
             summary |= {item.key or ".".join(item.nested_key): item.value_json for item in updates}
-    assert {step: {loss} for step, loss in losses(tmp_path / "run")} == found, "a repeated step has the same loss"
+    assert {step: {loss} for step, loss in losses(tmp_path / "run")} == found, (
+        "a repeated step has the same loss"
+    )
     attempts = [json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()]
     assert [attempt["reason"] for attempt in attempts] == ["killed", "stopped", "done"]
     assert attempts[1]["steps_repeated"] == attempts[0]["last_step"] - attempts[1]["first_step"] + 1 > 0

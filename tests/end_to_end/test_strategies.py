@@ -1,4 +1,5 @@
-"""The real command: a run that is stopped under one strategy goes on under another, and what cannot be is refused."""
+"""The real command: a run that is stopped under one strategy goes on under another, and what cannot be is
+refused."""
 
 import json
 import os
@@ -13,9 +14,9 @@ pytestmark = pytest.mark.slow
 CONFIG = """
 model: {name_or_path: tiny}
 data: {train: example, eval: example}
-train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: 12, learning_rate: 3e-4, adam_epsilon: 1e-6,
-        lr_scheduler_type: constant, warmup_steps: 0, eval_strategy: steps, eval_steps: 6, save_strategy: steps,
-        save_steps: 3}
+train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: 12, learning_rate: 3e-4,
+        adam_epsilon: 1e-6, lr_scheduler_type: constant, warmup_steps: 0, eval_strategy: steps, eval_steps: 6,
+        save_strategy: steps, save_steps: 3}
 log: {logging_steps: 1, wandb: off}
 """
 
@@ -28,8 +29,17 @@ def config(tmp_path):
 
 
 def train(config, *arguments: str) -> str:
-    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", "train", str(config), *arguments]
-    done = subprocess.run(command, cwd=config.parent, capture_output=True, text=True, timeout=280, check=False)
+    command = [
+        sys.executable,
+        "-c",
+        "from qwenlora.cli.main import main; main()",
+        "train",
+        str(config),
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, cwd=config.parent, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -52,7 +62,9 @@ def test_a_run_goes_from_zero3_to_fsdp_to_zero2_and_ends_as_one_that_was_left_al
     alone, moved = history(tmp_path / "alone"), history(tmp_path / "moved")
     assert alone.keys() == moved.keys() == set(range(1, 13))
     assert max(abs(alone[step] - moved[step]) for step in alone) < 1e-5
-    files = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("alone", "moved")]
+    files = [
+        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("alone", "moved")
+    ]
     assert max((files[0][key] - files[1][key]).abs().max() for key in files[0]) < 1e-5
     attempts = [json.loads(line) for line in (tmp_path / "moved" / "attempts.jsonl").read_text().splitlines()]
     assert [one["strategy"] for one in attempts] == ["zero3", "fsdp", "zero3", "zero2"]
@@ -66,7 +78,14 @@ def test_a_run_goes_from_zero3_to_fsdp_to_zero2_and_ends_as_one_that_was_left_al
     ],
 )
 def test_ranks_that_are_started_by_hand_are_refused_too(config, override, says):
-    argv = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "qwenlora.trainer.main", str(config)]
+    argv = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "qwenlora.trainer.main",
+        str(config),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", *argv, "run_dir=by-hand", "strategy.name=zero1", override],
         cwd=config.parent,

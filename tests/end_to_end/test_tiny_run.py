@@ -11,11 +11,11 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-from qwenlora.adapter import comparison
 from qwenlora.adapter.answers import Sampling, answers, questions
+from qwenlora.adapter.compare import comparison
 from qwenlora.configs import load_config
 from qwenlora.configs.schema import Data
-from qwenlora.jobs.run import RunFolder
+from qwenlora.run.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,16 @@ def metrics(run):
 
 def test_the_screen_shows_derived_facts_progress_and_where_the_adapter_is(tiny_run):
     screen = tiny_run[1].stdout
-    for fact in ("model ", "trainable ", "data ", "processes ", "global batch", "steps ", "evaluation ", "W&B "):
+    for fact in (
+        "model ",
+        "trainable ",
+        "data ",
+        "processes ",
+        "global batch",
+        "steps ",
+        "evaluation ",
+        "W&B ",
+    ):
         assert fact in screen
     assert re.search(r"step 120/120  loss 0\.\d+  lr 3\.00e-03  [\d,]+ tokens/s  0:00 left", screen)
     assert screen.endswith("done: the adapter is in runs/tiny/adapter\n")
@@ -98,7 +107,9 @@ def test_compare_shows_that_the_answers_were_learnt(tiny_run, metrics, qwenlora)
     assert answer.returncode == 0, answer.stderr
     assert answer.stderr == ""
     last = answer.stdout.splitlines()[-1]
-    found = re.fullmatch(r"exact answers to training questions: base (\d+) of 120 \(.*\), tiny (\d+) of 120 .*", last)
+    found = re.fullmatch(
+        r"exact answers to training questions: base (\d+) of 120 \(.*\), tiny (\d+) of 120 .*", last
+    )
     assert int(found[1]) <= 6
     assert int(found[2]) >= 114
     assert "\nrephrased questions: 20 " in answer.stdout
@@ -106,7 +117,9 @@ def test_compare_shows_that_the_answers_were_learnt(tiny_run, metrics, qwenlora)
     assert answer.stdout.count("┡") == 4, "answers side by side, of each set"
     compared = comparison.read(tiny_run[0] / "comparison.json")
     loss = {one.set: one.values[1] for one in compared.measures if one.measure == "loss"}
-    assert loss["rephrased"] == pytest.approx(metrics[-1]["eval_loss"], rel=1e-4), "as the run's own evaluation"
+    assert loss["rephrased"] == pytest.approx(metrics[-1]["eval_loss"], rel=1e-4), (
+        "as the run's own evaluation"
+    )
     assert loss["training"] < metrics[-2]["loss"] * 1.5
 
 
@@ -143,7 +156,9 @@ def test_a_run_that_was_moved_can_still_be_compared(tiny_run, qwenlora, tmp_path
     shutil.copytree(tiny_run[0], tmp_path / "moved")
     answer = qwenlora("compare", "moved", "--limit", 8, "--show", 0, "--samples", 0)
     assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.endswith("\nexact answers to training questions: base 0 of 8 (0.0%), moved 8 of 8 (100.0%)\n")
+    assert answer.stdout.endswith(
+        "\nexact answers to training questions: base 0 of 8 (0.0%), moved 8 of 8 (100.0%)\n"
+    )
     assert str(tmp_path) not in (tmp_path / "moved" / "comparison.json").read_text()
 
 
@@ -153,8 +168,10 @@ def test_a_terminal_shows_a_bar_with_the_newest_numbers(tmp_path):
         "model: {name_or_path: tiny}\ndata: {train: example}\nlog: {logging_steps: 1}\n"
         "train: {max_steps: 3, global_batch_size: 4, per_device_train_batch_size: 4, save_strategy: 'no'}\n"
     )
-    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", "train", "my.yaml"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs, env=os.environ | {"COLUMNS": "120"})
+    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()", "train", "my.yaml"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=theirs, stderr=theirs, env=os.environ | {"COLUMNS": "120"}
+    )
     os.close(theirs)
     shown = b""
     while True:
@@ -163,7 +180,9 @@ def test_a_terminal_shows_a_bar_with_the_newest_numbers(tmp_path):
         except OSError:  # the other end is closed
             break
     assert process.wait() == 0
-    last = [json.loads(line) for line in (tmp_path / "runs" / "my" / "metrics.jsonl").read_text().splitlines()][-1]
+    last = [
+        json.loads(line) for line in (tmp_path / "runs" / "my" / "metrics.jsonl").read_text().splitlines()
+    ][-1]
     bar = [line for line in shown.decode().replace("\r", "\n").splitlines() if "\u2501" in line][-1]
     assert "step 3/3" in bar
     assert f"loss {last['loss']:.4f}" in bar
@@ -183,7 +202,9 @@ def test_the_offline_wandb_run_holds_the_same_losses(run, metrics, read_wandb):
     sent = {}
     for record in read_wandb(file):
         if record.WhichOneof("record_type") == "history":
-            values = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+            values = {
+                (i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item
+            }
             sent.setdefault(values["trainer/step"], {}).update(values)
     assert {s: v["train/loss"] for s, v in sent.items() if "train/loss" in v} == {
         line["step"]: line["loss"] for line in metrics if "loss" in line
@@ -196,7 +217,8 @@ def test_the_offline_wandb_run_holds_the_same_losses(run, metrics, read_wandb):
 GUARD = """
 import sys
 def guard(event, arguments):
-    if event == "socket.getaddrinfo" and arguments[0] not in (None, "localhost", "127.0.0.1", "::1", "", {host!r}):
+    known = (None, "localhost", "127.0.0.1", "::1", "", {host!r})
+    if event == "socket.getaddrinfo" and arguments[0] not in known:
         open({log!r}, "a").write(f"{{sys.argv}} asked for {{arguments[:2]}}\\n")
 sys.addaudithook(guard)
 """
@@ -207,7 +229,9 @@ def test_offline_nothing_tries_the_network(qwenlora, tmp_path, tiny):
 
     (tmp_path / "guard").mkdir()
     log = tmp_path / "asked"
-    (tmp_path / "guard" / "sitecustomize.py").write_text(GUARD.format(log=str(log), host=socket.gethostname()))
+    (tmp_path / "guard" / "sitecustomize.py").write_text(
+        GUARD.format(log=str(log), host=socket.gethostname())
+    )
     arguments = ["train.max_steps=2", "train.save_strategy=no", "run_dir=run", "--nproc", 2]
     path = {"PYTHONPATH": str(tmp_path / "guard"), "HF_HUB_OFFLINE": "1"}
     config = tmp_path / "my.yaml"

@@ -1,4 +1,5 @@
-"""One run on 1, 2, 4 and 1 processes is the same run: the same rows in the same steps, learning rates, and losses."""
+"""One run on 1, 2, 4 and 1 processes is the same run: the same rows in the same steps, learning rates, and
+losses."""
 
 import json
 import os
@@ -14,8 +15,8 @@ CONFIG = """
 model: {name_or_path: tiny}
 data: {train: example, eval: example}
 lora: {lora_dropout: DROPOUT}
-train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: 13, learning_rate: 1e-3, warmup_steps: 2,
-        eval_strategy: steps, eval_steps: 6, save_strategy: steps, save_steps: 50}
+train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: 13, learning_rate: 1e-3,
+        warmup_steps: 2, eval_strategy: steps, eval_steps: 6, save_strategy: steps, save_steps: 50}
 log: {logging_steps: 1, wandb: off}
 """
 
@@ -25,7 +26,10 @@ import json, os, sys
 from qwenlora.trainer import batches, main, stop
 file = open(f"{os.environ['ROWS']}-{os.environ['RANK']}", "w")
 look_up = batches._Units.__getitem__
-batches._Units.__getitem__ = lambda self, rows: (file.write(json.dumps(rows) + chr(10)), look_up(self, rows))[1]
+def look(self, rows):
+    file.write(json.dumps(rows) + chr(10))
+    return look_up(self, rows)
+batches._Units.__getitem__ = look
 begin = stop.Stop.on_step_begin
 def on_step_begin(self, args, state, control, **_):
     if state.global_step + 1 == int(os.environ["STOP"]) and os.environ["RANK"] == "0":
@@ -39,7 +43,8 @@ sys.exit(code)
 
 
 def attempt(folder, name: str, world: int, stop: int) -> list[list[list[int]]]:
-    """Run an attempt that is asked to stop in a step; return what each rank looked up, in order. A look-up is a row."""
+    """Run an attempt that is asked to stop in a step; return what each rank looked up, in order. A look-up is
+    a row."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     rows = folder / f"rows-{name}-{stop}"
     answer = subprocess.run(
@@ -53,7 +58,9 @@ def attempt(folder, name: str, world: int, stop: int) -> list[list[list[int]]]:
     )
     assert "Traceback" not in answer.stdout, answer.stdout
     assert ("stopped after" if stop < STEPS else "done: ") in answer.stdout, answer.stdout + answer.stderr
-    return [[json.loads(x) for x in (folder / f"{rows.name}-{n}").read_text().splitlines()] for n in range(world)]
+    return [
+        [json.loads(x) for x in (folder / f"{rows.name}-{n}").read_text().splitlines()] for n in range(world)
+    ]
 
 
 def history(folder, name: str) -> list[dict]:

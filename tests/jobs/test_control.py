@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 
 from qwenlora.jobs import submit
-from qwenlora.jobs.control import cancel, resume
-from qwenlora.jobs.find import find
-from qwenlora.jobs.run import RunFolder
-from qwenlora.jobs.status import show
-from qwenlora.slurm import answers
-from qwenlora.slurm.answers import Job
+from qwenlora.jobs.views.control import cancel, resume
+from qwenlora.jobs.views.find import find
+from qwenlora.jobs.views.status import show
+from qwenlora.run.folder import RunFolder
+from qwenlora.slurm import query as answers
+from qwenlora.slurm.query import Job
 
 CONFIG = """
 model: {name_or_path: tiny}
@@ -72,7 +72,9 @@ def test_a_run_that_waits_is_shown_as_slurm_shows_it(slurm, submitted):
     assert shown("runs/my") == "job 12: Slurm does not know it any more\n"
 
 
-def test_a_job_s_run_is_found_here_or_where_slurm_says_it_was_submitted(slurm, submitted, folder, monkeypatch):
+def test_a_job_s_run_is_found_here_or_where_slurm_says_it_was_submitted(
+    slurm, submitted, folder, monkeypatch
+):
     submitted("runs/my", "12")
     submitted("runs/sweep/lora.r=1", "13_0")
     submitted("runs/sweep/lora.r=2", "13_1")
@@ -150,7 +152,7 @@ def test_a_run_that_nobody_submitted_is_resumed_by_the_command_that_is_said(slur
 def test_a_local_job_is_followed_cancelled_and_resumed(folder, qwenlora):
     """logs -f ends by itself with the run."""
     job, run = submit("my.yaml", cluster="local"), RunFolder("runs/my")
-    command = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", "logs", "-f", "runs/my"]
+    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()", "logs", "-f", "runs/my"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as following:
         _wait_for(lambda: run.history.attempts() and run.history.progress.read(1).get("step", 0) >= 3)
         assert "is asked to save and to stop" in qwenlora("cancel", "runs/my").stdout

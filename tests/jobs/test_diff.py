@@ -9,16 +9,18 @@ from rich.console import Console
 
 from qwenlora.configs import load_config
 from qwenlora.configs.load import to_yaml
-from qwenlora.jobs.diff import config, show
-from qwenlora.jobs.run import RunFolder
-from qwenlora.jobs.runs import read
+from qwenlora.jobs.views.diff import config, show
+from qwenlora.jobs.views.runs import read
+from qwenlora.run.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
 def held(tiny_run, tmp_path_factory):
     """Return a copy of a real run, which tests copy and change."""
     folder = tmp_path_factory.mktemp("held") / "one"
-    shutil.copytree(tiny_run[0], folder, ignore=shutil.ignore_patterns("checkpoint-*", "base_model", "logs", "wandb"))
+    shutil.copytree(
+        tiny_run[0], folder, ignore=shutil.ignore_patterns("checkpoint-*", "base_model", "logs", "wandb")
+    )
     return folder
 
 
@@ -48,7 +50,11 @@ def test_runs_that_differ_in_r_and_data_name_exactly_those(pair):
     other.facts.write_text(json.dumps(facts))
     assert config(read(one), read(other)) == {"data.train": ("example", "my.jsonl"), "lora.r": ("32", "8")}
     lines = [line.split() for line in shown(one, other)]
-    assert lines[:3] == [["config", "one", "other"], ["data.train", "example", "my.jsonl"], ["lora.r", "32", "8"]]
+    assert lines[:3] == [
+        ["config", "one", "other"],
+        ["data.train", "example", "my.jsonl"],
+        ["lora.r", "32", "8"],
+    ]
     assert lines[3] == ["code:", "the", "same"]
     assert [line[:-2] for line in lines[5:-1]] == [
         *(["train", "rows"], ["train", "tokens"], ["train", "trained", "tokens"], ["train", "sha256"])
@@ -85,15 +91,26 @@ def test_results_differ_by_losses_and_by_what_was_compared(pair):
         file.write('{"step": 121, "loss": 0.5}\n{"step": 121, "eval_loss": 7.5, "eval_perplexity": 1808.0}\n')
     measure = {"set": "training", "measure": "exact", "kind": "share", "better": "higher", "count": 120}
     for run, value in ((one, 1.0), (other, 0.975)):
-        subjects = [{"label": "base", "adapter": None}, {"label": run.path.name, "adapter": "adapter", "own": True}]
+        subjects = [
+            {"label": "base", "adapter": None},
+            {"label": run.path.name, "adapter": "adapter", "own": True},
+        ]
         subjects += [{"label": run.path.name, "adapter": "adapter"}]
         measure["count"] = 120 if run is one else 40
-        compared = {"subjects": subjects, "measures": [measure | {"values": [0.0, value, 0.5]}], "answers": []}
+        compared = {
+            "subjects": subjects,
+            "measures": [measure | {"values": [0.0, value, 0.5]}],
+            "answers": [],
+        }
         (run.path / "comparison.json").write_text(json.dumps(compared))
     text = "\n".join(shown(one, other))
     assert "7.5" in text
-    assert [line.split()[-2:] for line in text.splitlines() if "training: exact" in line] == [["100.0%", "97.5%"]]
-    assert [line.split()[-2:] for line in text.splitlines() if "training: questions" in line] == [["120", "40"]]
+    assert [line.split()[-2:] for line in text.splitlines() if "training: exact" in line] == [
+        ["100.0%", "97.5%"]
+    ]
+    assert [line.split()[-2:] for line in text.splitlines() if "training: questions" in line] == [
+        ["120", "40"]
+    ]
 
 
 def test_a_damaged_run_is_compared_as_far_as_it_goes(pair):

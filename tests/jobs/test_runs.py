@@ -10,9 +10,9 @@ from rich.console import Console
 
 from qwenlora.configs import load_config
 from qwenlora.configs.load import to_yaml
-from qwenlora.jobs import ledger
-from qwenlora.jobs.run import RunFolder
-from qwenlora.jobs.runs import ago, digits, read, show
+from qwenlora.jobs.submission import ledger
+from qwenlora.jobs.views.runs import ago, digits, read, show
+from qwenlora.run.folder import RunFolder
 
 FACTS = {
     "base_fingerprint": "463e2ba55616a862",
@@ -28,11 +28,15 @@ def make(tmp_path):
     file = tmp_path / "my.yaml"
     file.write_text("model: {name_or_path: tiny}\ndata: {train: rows/my.jsonl}\n")
 
-    def make(name: str, *said: str, loss: float = 0.25, evaluated: float | None = 1.5, step: int = 40) -> RunFolder:
+    def make(
+        name: str, *said: str, loss: float = 0.25, evaluated: float | None = 1.5, step: int = 40
+    ) -> RunFolder:
         run = RunFolder(tmp_path / "runs" / name)
         run.path.mkdir(parents=True)
         run.config.write_text(to_yaml(load_config(file, [*said, f"run_dir=runs/{name}"])))
-        run.code.write_text(json.dumps({"git": "a" * 40, "versions": {"torch": "2.13.0"}, "python": "3.11.7"}))
+        run.code.write_text(
+            json.dumps({"git": "a" * 40, "versions": {"torch": "2.13.0"}, "python": "3.11.7"})
+        )
         run.facts.write_text(json.dumps(FACTS))
         lines = [{"step": step, "eval_loss": evaluated, "eval_perplexity": 4.48}] * (evaluated is not None)
         lines += [{"step": at, "loss": loss} for at in range(1, step + 1)]
@@ -94,13 +98,22 @@ def test_runs_of_sweeps_waiting_ones_and_ones_set_aside_are_found(make, listed, 
     make("a").path.rename(tmp_path / "runs" / "a.old-1")
     make("a")
     ledger.note(RunFolder(tmp_path / "runs" / "soon"), {"job_id": "7", "time": "", "cluster": "slurm"})
-    ledger.note(RunFolder(tmp_path / "runs" / "sweep"), {"job_id": "8", "time": "", "cluster": "slurm", "runs": 1})
-    ledger.note(RunFolder(tmp_path / "runs" / "sweep" / "lora.r=8"), {"job_id": "8_0", "time": "", "cluster": "slurm"})
+    ledger.note(
+        RunFolder(tmp_path / "runs" / "sweep"), {"job_id": "8", "time": "", "cluster": "slurm", "runs": 1}
+    )
+    ledger.note(
+        RunFolder(tmp_path / "runs" / "sweep" / "lora.r=8"), {"job_id": "8_0", "time": "", "cluster": "slurm"}
+    )
     text = listed()
     assert {row[0] for row in rows(text)} == {"sweep/lora.r=8", "a.old-1", "a", "soon"}
     assert "a.old-1: set aside by --fresh" in text
     assert next(row for row in rows(text) if row[0] == "soon")[1:3] == ["not", "started"]
-    assert {row[0] for row in rows(listed("."))} == {"runs/sweep/lora.r=8", "runs/a.old-1", "runs/a", "runs/soon"}
+    assert {row[0] for row in rows(listed("."))} == {
+        "runs/sweep/lora.r=8",
+        "runs/a.old-1",
+        "runs/a",
+        "runs/soon",
+    }
     assert [row[0] for row in rows(listed("runs/a"))] == ["a"]
 
 
@@ -122,7 +135,11 @@ def test_a_run_under_way_a_killed_one_and_a_stopped_one_are_told_apart(make):
     ("name", "content", "said"),
     [
         ("config.yaml", "lora: [", "config.yaml cannot be read"),
-        ("config.yaml", "model: {name_or_path: tiny}\ndata: {train: x}\nlora: {rank: 8}", "did you mean lora.r?"),
+        (
+            "config.yaml",
+            "model: {name_or_path: tiny}\ndata: {train: x}\nlora: {rank: 8}",
+            "did you mean lora.r?",
+        ),
         ("facts.json", '{"data": ', "facts.json cannot be read"),
         ("facts.json", "[1]", "facts.json cannot be read: it is no JSON object"),
         ("code.json", "\ud800", "code.json cannot be read"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwenlora.configs import load_config
-from qwenlora.jobs.site import PACKAGED, Site, load_site
+from qwenlora.jobs.submission.site import PACKAGED, Site, load_site
 
 MINIMAL = "model: {name_or_path: tiny}\ndata: {train: example}\n"
 
@@ -48,7 +48,9 @@ def test_a_site_is_found_by_name_here_before_the_package_and_by_the_environment(
 
 
 def test_a_name_that_is_no_site_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"site exampel: no configs/clusters/exampel.yaml .*; did you mean example\?"):
+    with pytest.raises(
+        ValueError, match=r"site exampel: no configs/clusters/exampel.yaml .*; did you mean example\?"
+    ):
         load_site("exampel")
 
 
@@ -56,7 +58,9 @@ def test_an_unknown_key_is_refused_with_the_nearest(refusal):
     assert refusal("account: a\npartiton: gpu") == "2: partiton: no such key; did you mean partition?"
 
 
-@pytest.mark.parametrize("key", ["partition", "account", "qos", "constraint", "reservation", "nodelist", "exclude"])
+@pytest.mark.parametrize(
+    "key", ["partition", "account", "qos", "constraint", "reservation", "nodelist", "exclude"]
+)
 @pytest.mark.parametrize(
     "value", ["a b", "a\nb", "; rm -rf x", "$(id)", "`id`", "a#b", "'", '"', "a\\b", "", "节点", "a>b"]
 )
@@ -71,7 +75,9 @@ def test_slurm_s_own_expressions_are_taken(tmp_path, value):
 
 
 def test_options_that_are_qwenlora_s_or_have_a_key_are_refused(refusal):
-    assert "sbatch.output: expected an option that qwenlora does not set itself" in refusal("sbatch: {output: x}")
+    assert "sbatch.output: expected an option that qwenlora does not set itself" in refusal(
+        "sbatch: {output: x}"
+    )
     assert "use the key of the site file" in refusal("sbatch: {time: 3}")
     assert "use the key of the site file" in refusal("sbatch: {gpus-per-node: 3}")
     assert "sbatch.x y: expected a long option" in refusal("sbatch: {x y: 1}")
@@ -88,7 +94,9 @@ def test_secrets_are_kept_out_of_files_and_out_of_the_message(refusal, name):
 
 def test_names_of_variables_are_checked_and_values_are_one_line(refusal):
     assert "environment.a b: expected a variable's name" in refusal("environment: {a b: 1}")
-    assert "environment.A=true: expected a string or an integer or a number" in refusal("environment: {A: true}")
+    assert "environment.A=true: expected a string or an integer or a number" in refusal(
+        "environment: {A: true}"
+    )
     assert "expected text on one line" in refusal('environment: {A: "a\\nb"}')
 
 

@@ -8,9 +8,9 @@ import socket
 import pytest
 from rich.console import Console
 
-from qwenlora.jobs.find import find
-from qwenlora.jobs.run import RunFolder
-from qwenlora.jobs.status import show
+from qwenlora.jobs.views.find import find
+from qwenlora.jobs.views.status import show
+from qwenlora.run.folder import RunFolder
 
 
 @pytest.fixture
@@ -31,7 +31,9 @@ def held_by(run, pid: int) -> None:
 def test_a_run_under_way_a_killed_one_and_a_done_one_are_told_apart(run):
     run.path.mkdir()
     run.begin_attempt(2)
-    run.history.note(first_step=1, resumed_from=None, steps_repeated=0, seconds={"start_up": 2.0, "data": 3.0})
+    run.history.note(
+        first_step=1, resumed_from=None, steps_repeated=0, seconds={"start_up": 2.0, "data": 3.0}
+    )
     run.history.progress.write(1, 7, 5.0, 0.1)
     run.metrics.write_text(json.dumps({"step": 6, "loss": 1.25}) + "\n" + '{"step": 7, "lo')
     held_by(run, os.getpid())
@@ -46,7 +48,9 @@ def test_a_run_under_way_a_killed_one_and_a_done_one_are_told_apart(run):
     run.history.progress.write(2, 9, 5.0, 0.1)
     run.end_attempt("done")
     run.begin_attempt(2)
-    run.end_attempt("refused", "train.max_steps=3 is less than the 9 steps that checkpoint-9 has trained " + "x" * 200)
+    run.end_attempt(
+        "refused", "train.max_steps=3 is less than the 9 steps that checkpoint-9 has trained " + "x" * 200
+    )
     text = shown(run)
     assert "my: done · step 9 · loss 1.2500 at step 6 · 1 checkpoint, newest checkpoint-7 · goodput " in text
     rows = [line for line in text.splitlines() if line[:2] in ("1 ", "2 ", "3 ")]

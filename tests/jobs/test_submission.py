@@ -14,13 +14,13 @@ import pytest
 
 from qwenlora.configs import load_config
 from qwenlora.jobs import submit, submit_sweep
-from qwenlora.jobs.ledger import submissions
-from qwenlora.jobs.run import RunFolder
-from qwenlora.jobs.snapshot import package, snapshot
-from qwenlora.jobs.submission import Asked, prepare, prepare_sweep
-from qwenlora.jobs.sweeps import parse_grid
+from qwenlora.jobs.submission.ledger import submissions
+from qwenlora.jobs.submission.submit import Asked, prepare, prepare_sweep
+from qwenlora.jobs.submission.sweeps import parse_grid
 from qwenlora.jobs.task import Attempt
 from qwenlora.launch import agent
+from qwenlora.run.folder import RunFolder
+from qwenlora.run.package import package, snapshot
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = """
@@ -42,7 +42,19 @@ srun_args: [--mpi=none]
 environment: {NCCL_SOCKET_IFNAME: ib0, GREETING: "it's $(id) 你好"}
 sbatch: {mail-type: "END,FAIL"}
 """
-HOSTILE = ["; rm -rf x", "$(touch x)", "`touch x`", "a'b\"c", "#x", "你好 世界", "-x", "*", "&& touch x", "{a,b}", "!x"]
+HOSTILE = [
+    "; rm -rf x",
+    "$(touch x)",
+    "`touch x`",
+    "a'b\"c",
+    "#x",
+    "你好 世界",
+    "-x",
+    "*",
+    "&& touch x",
+    "{a,b}",
+    "!x",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +99,9 @@ def test_the_text_of_a_sweep_as_a_whole(folder):
 def what_arrives(folder, tmp_path_factory):
     """Return what runs a text in bash, and returns what srun was called with."""
     bin = tmp_path_factory.mktemp("bin")
-    (bin / "srun").write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$ARRIVED"\nenv -0 >"$ARRIVED.env"\nexit 3\n')
+    (bin / "srun").write_text(
+        '#!/bin/bash\nprintf "%s\\0" "$@" >"$ARRIVED"\nenv -0 >"$ARRIVED.env"\nexit 3\n'
+    )
     (bin / "srun").chmod(0o755)
 
     def what_arrives(text: str) -> tuple[list[str], dict[str, str]]:
@@ -95,7 +109,9 @@ def what_arrives(folder, tmp_path_factory):
         script.write_text(text)
         environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "ARRIVED": str(bin / "arrived")}
         environment |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "5"}
-        answer = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+        answer = subprocess.run(
+            ["bash", script], env=environment, capture_output=True, text=True, check=False
+        )
         assert (answer.returncode, answer.stderr) == (3, "")
         pairs = (pair.partition("=") for pair in (bin / "arrived.env").read_text().split("\0") if pair)
         return (bin / "arrived").read_text().split("\0")[:-1], {name: value for name, _, value in pairs}
@@ -105,7 +121,9 @@ def what_arrives(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_names_arrive_as_they_are_or_harmless(folder, what_arrives, hostile):
-    (folder / "site.yaml").write_text(json.dumps({"environment": {"MINE": hostile}, "srun_args": [f"--x={hostile}"]}))
+    (folder / "site.yaml").write_text(
+        json.dumps({"environment": {"MINE": hostile}, "srun_args": [f"--x={hostile}"]})
+    )
     ready = prepare(
         "my.yaml", {"run_dir": f"runs/{hostile}", "log.wandb_name": hostile}, asked(name=hostile), "site.yaml"
     )
@@ -123,7 +141,9 @@ def test_hostile_names_arrive_as_they_are_or_harmless(folder, what_arrives, host
 
 @pytest.mark.parametrize("letter", ["\n", "%", "\\", "\t", "\x1b"])
 def test_letters_that_slurm_s_file_names_cannot_hold_are_refused(letter):
-    with pytest.raises(ValueError, match="run_dir=.* means something else in Slurm's file names; choose another"):
+    with pytest.raises(
+        ValueError, match="run_dir=.* means something else in Slurm's file names; choose another"
+    ):
         prepare("my.yaml", {"run_dir": f"runs/a{letter}b"}, asked())
 
 
@@ -136,11 +156,19 @@ def test_letters_that_slurm_s_file_names_cannot_hold_are_refused(letter):
         ({"data.train": "no.jsonl"}, {}, r"data\.train=no\.jsonl: no such file"),
         ({"lora.rnk": 3}, {}, r"lora\.rnk=3: no such key"),
         ({}, {"nodes": 3}, r"global_batch_size=16 is not divisible by .* = 4 \* 3 = 12; nearest: 12, 24"),
-        ({"train.per_device_train_batch_size": 16}, {"gpus_per_node": 2}, r"not divisible by .* = 16 \* 2 = 32"),
+        (
+            {"train.per_device_train_batch_size": 16},
+            {"gpus_per_node": 2},
+            r"not divisible by .* = 16 \* 2 = 32",
+        ),
         ({}, {"nodes": 2, "cluster": "local"}, "nodes=2: cluster=local is this machine alone"),
         ({}, {"cluster": "cloud"}, "cluster=cloud: expected slurm, local or debug"),
         ({}, {"timeout_min": 0}, "timeout_min=0: expected a whole number, 1 or more"),
-        ({}, {"timeout_min": None}, "timeout_min is missing: minutes, as --timeout-min 600; or set it in a site file"),
+        (
+            {},
+            {"timeout_min": None},
+            "timeout_min is missing: minutes, as --timeout-min 600; or set it in a site file",
+        ),
         ({}, {"gpus_per_node": -1}, "gpus_per_node=-1: expected a whole number, 0 or more"),
         ({}, {"nodes": True}, "nodes=True: expected a whole number"),
         ({}, {"cluster": "debug", "snapshot": True}, "snapshot has no effect with cluster=debug"),
@@ -174,7 +202,9 @@ def test_without_sbatch_that_is_said(folder, monkeypatch):
 
 def test_what_sbatch_says_is_the_refusal_and_nothing_is_left(folder, tmp_path_factory, monkeypatch, capsys):
     bin = tmp_path_factory.mktemp("bin")
-    (bin / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid partition\nsbatch: error: no' >&2\nexit 1\n")
+    (bin / "sbatch").write_text(
+        "#!/bin/bash\necho 'sbatch: error: invalid partition\nsbatch: error: no' >&2\nexit 1\n"
+    )
     (bin / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
     with pytest.raises(ValueError, match="sbatch refused") as caught:
@@ -245,7 +275,8 @@ def test_a_sweep_is_not_for_one_machine():
 def attempt(folder, monkeypatch):
     """Return what calls an Attempt whose agent ends with a code."""
     kept = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     }
 
     def attempt(code: int, message: str = "", *, brought_back: bool = True):
@@ -341,7 +372,8 @@ def test_edits_after_submitting_change_nothing(folder):
         "import sys, pathlib, qwenlora\n"
         f"assert qwenlora.__file__.startswith({str(edited)!r})\n"
         "from qwenlora.jobs import submit\n"
-        "def start(copy): return submit('my.yaml', {'run_dir': f'runs/{copy}'}, cluster='local', snapshot=copy)\n"
+        "def start(copy): return submit('my.yaml', {'run_dir': f'runs/{copy}'}, cluster='local',"
+        " snapshot=copy)\n"
         "jobs = [start(True), start(False)]\n"
         f"edited = pathlib.Path({str(edited)!r}, 'qwenlora', 'trainer', 'attempt.py')\n"
         "edited.write_text('raise OSError(\"edited\")')\n"
@@ -415,10 +447,16 @@ def test_a_dry_run_shows_all_and_writes_nothing(qwenlora, folder):
 
 def test_submitting_imports_no_torch():
     code = "import sys; from qwenlora.jobs import submit, submit_sweep; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )
 
 
 def test_the_room_itself_imports_no_submitit():
-    code = "import sys, qwenlora.jobs.run; print('submitit' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    code = "import sys, qwenlora.run.folder; print('submitit' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )
     assert shutil.which("env")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qwenlora.jobs import heartbeat
 from qwenlora.launch.deaths import Deaths
 from qwenlora.launch.verdict import killed_line
+from qwenlora.run import heartbeat
 
 LONG_S = 60.0
 

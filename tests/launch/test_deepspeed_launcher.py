@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from qwenlora.configs import load_config
-from qwenlora.jobs.lent_screen import borrow, lend
 from qwenlora.launch import agent, elsewhere, hardware, hosts, plan
 from qwenlora.launch.allocation import Allocation
+from qwenlora.run.lent_screen import borrow, lend
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 ALLOCATION = Allocation(0, ("127.0.0.1", "127.0.0.2"), None, 0, False, name="n", secret="s")
@@ -122,7 +122,12 @@ def test_a_dry_run_shows_the_command_to_paste():
 
 def test_a_dry_run_of_several_hosts_counts_them():
     file = hostfile("node1 slots=2\nnode2 slots=2\n")
-    arguments = [str(TINY), "launch.launcher=deepspeed", f"launch.hostfile={file}", "train.global_batch_size=40"]
+    arguments = [
+        str(TINY),
+        "launch.launcher=deepspeed",
+        f"launch.hostfile={file}",
+        "train.global_batch_size=40",
+    ]
     text = plan.dry_run(load_config(TINY, arguments[1:]), arguments)
     assert "# processes           4 on 2 hosts\n" in text
     assert "# global batch        40 rows = 4 processes x 10 x 1 accumulated\n" in text
@@ -149,14 +154,23 @@ EXPECTED = r"expected a line `HOST slots=PROCESSES`"
     [
         ("", f"^launch.hostfile=hosts names no machine; {EXPECTED}"),
         ("# node1 slots=8\n", f"^launch.hostfile=hosts names no machine; {EXPECTED}"),
-        ("node1 slots=8\nnode1 slots=8\n", "^launch.hostfile=hosts:2: node1 is there twice; give it one line"),
-        ("node1 slots=eight\n", f"^launch.hostfile=hosts:1: 'node1 slots=eight'; {EXPECTED}.* as `node1 slots=8`$"),
+        (
+            "node1 slots=8\nnode1 slots=8\n",
+            "^launch.hostfile=hosts:2: node1 is there twice; give it one line",
+        ),
+        (
+            "node1 slots=eight\n",
+            f"^launch.hostfile=hosts:1: 'node1 slots=eight'; {EXPECTED}.* as `node1 slots=8`$",
+        ),
         ("node1 slots=0\n", "hosts:1: 'node1 slots=0'; expected"),
         ("node1 slots=-2\n", "hosts:1: 'node1 slots=-2'; expected"),
         ("node1\n", "hosts:1: 'node1'; expected"),
         ("me@node1 slots=8\n", "hosts:1: 'me@node1 slots=8'; .*; a user's name goes into ~/.ssh/config$"),
         ("-oProxyCommand=x slots=8\n", "hosts:1: '-oProxyCommand=x slots=8'; expected"),
-        ("node1 slots=8\nnode2 slots=4\n", r"^launch.hostfile=hosts: slots differ \(node1 8, node2 4\); give all"),
+        (
+            "node1 slots=8\nnode2 slots=4\n",
+            r"^launch.hostfile=hosts: slots differ \(node1 8, node2 4\); give all",
+        ),
     ],
 )
 def test_a_bad_hostfile_is_refused_by_line(text, words):
@@ -167,7 +181,9 @@ def test_a_bad_hostfile_is_refused_by_line(text, words):
 
 
 def test_a_hostfile_that_is_not_there_or_no_text_is_refused():
-    with pytest.raises(ValueError, match="^launch.hostfile=hosts: No such file or directory; expected a line"):
+    with pytest.raises(
+        ValueError, match="^launch.hostfile=hosts: No such file or directory; expected a line"
+    ):
         hosts.read("hosts")
     Path("hosts").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="^launch.hostfile=hosts is no text; expected"):
@@ -182,12 +198,16 @@ def test_a_batch_that_does_not_divide_by_all_slots_is_refused():
 
 def test_processes_that_are_not_the_slots_are_refused():
     config = config_of(hostfile=hostfile("127.0.0.1 slots=2\n"), nproc_per_node=4)
-    with pytest.raises(ValueError, match="^launch.nproc_per_node=4, but hosts has slots=2; make them the same, or"):
+    with pytest.raises(
+        ValueError, match="^launch.nproc_per_node=4, but hosts has slots=2; make them the same, or"
+    ):
         agent.run(config)
 
 
 def test_the_first_host_must_be_this_one():
-    with pytest.raises(ValueError, match="^no-such.invalid, the first machine of the hostfile, is not this one"):
+    with pytest.raises(
+        ValueError, match="^no-such.invalid, the first machine of the hostfile, is not this one"
+    ):
         hosts.allocation_of(hosts.Hosts(("no-such.invalid", "127.0.0.2"), 1))
     with pytest.raises(
         ValueError, match=f"^localhost means another machine to each of node2; .*: {socket.gethostname()}"
@@ -197,7 +217,9 @@ def test_the_first_host_must_be_this_one():
 
 def test_without_ssh_other_machines_are_refused(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match="^there is no ssh here, by which 127.0.0.2 would be reached; install OpenSSH"):
+    with pytest.raises(
+        ValueError, match="^there is no ssh here, by which 127.0.0.2 would be reached; install OpenSSH"
+    ):
         hosts.allocation_of(hosts.Hosts(("127.0.0.1", "127.0.0.2"), 1))
     assert hosts.allocation_of(hosts.Hosts(("127.0.0.1",), 2)).nodes == 1
 
@@ -207,22 +229,34 @@ def test_in_a_slurm_job_both_are_refused(monkeypatch, launch):
     from qwenlora.jobs import submit
 
     (key,) = launch
-    with pytest.raises(ValueError, match=f"^launch.{key}=.* is for machines without Slurm: .*; leave --{key} out$"):
+    with pytest.raises(
+        ValueError, match=f"^launch.{key}=.* is for machines without Slurm: .*; leave --{key} out$"
+    ):
         submit(TINY, {f"launch.{key}": launch[key]}, timeout_min=1)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with pytest.raises(ValueError, match=f"^launch.{key}=.* is for machines without Slurm: .*; leave --{key} out$"):
+    with pytest.raises(
+        ValueError, match=f"^launch.{key}=.* is for machines without Slurm: .*; leave --{key} out$"
+    ):
         agent.run(config_of(**launch))
 
 
 def test_without_deepspeed_its_launcher_is_refused(monkeypatch):
     monkeypatch.setattr(plan, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="^launch.launcher=deepspeed needs the deepspeed package, .*: pip install"):
+    with pytest.raises(
+        ValueError, match="^launch.launcher=deepspeed needs the deepspeed package, .*: pip install"
+    ):
         plan.check(config_of(launcher="deepspeed"))
 
 
 def test_keys_reach_other_machines_by_standard_input_only():
     variables = {"WANDB_API_KEY": "k", "HF_TOKEN": "t", "NCCL_DEBUG": "INFO"}
-    mine = variables | {"HOME": "/home/me", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1", "X": "1", "SLURM_JOB_ID": "1"}
+    mine = variables | {
+        "HOME": "/home/me",
+        "PATH": "/bin",
+        "CUDA_VISIBLE_DEVICES": "1",
+        "X": "1",
+        "SLURM_JOB_ID": "1",
+    }
     assert hosts.carried(mine, {"X"}) == variables | {"X": "1"}
     line = json.loads(elsewhere.told(config_of(), replace(ALLOCATION, node=1), variables))
     assert line["variables"].items() > variables.items()

@@ -34,7 +34,10 @@ def test_what_is_said_arrives_on_the_other_side(met):
     first, *others = met
     for number, other in enumerate(others, 1):
         other.send(facts={"name": f"中 {number}"})
-    assert {n: said["facts"]["name"] for n, said in first.gather("facts", 5.0).items()} == {1: "中 1", 2: "中 2"}
+    assert {n: said["facts"]["name"] for n, said in first.gather("facts", 5.0).items()} == {
+        1: "中 1",
+        2: "中 2",
+    }
     first.send(start=1, port=7)
     for other in others:
         message = other.hear(5.0)
@@ -45,7 +48,9 @@ def test_who_does_not_come_is_named():
     with Meeting(node(0)) as first, Meeting(node(2)) as third:
         third.join(5.0, never)
         third.send(facts={})
-        with pytest.raises(NotMet, match=r"^127\.0\.0\.2: no answer within 0 s, of 3 nodes; is port \d+ of 127"):
+        with pytest.raises(
+            NotMet, match=r"^127\.0\.0\.2: no answer within 0 s, of 3 nodes; is port \d+ of 127"
+        ):
             first.gather("facts", 0.4)
 
 
@@ -70,7 +75,9 @@ def test_a_port_that_is_taken_is_passed_over():
     try:
         with Meeting(node(0)) as first, Meeting(node(1)) as second:
             assert first.port == candidate_ports("12.0")[2]
-            accepting = [threading.Thread(target=lambda s: s.accept()[0].close(), args=(one,)) for one in listeners]
+            accepting = [
+                threading.Thread(target=lambda s: s.accept()[0].close(), args=(one,)) for one in listeners
+            ]
             for thread in accepting:
                 thread.start()
             second.join(10.0, never)

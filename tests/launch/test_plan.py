@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from qwenlora.configs import load_config
-from qwenlora.jobs.run import RunFolder
 from qwenlora.launch import hardware, plan
+from qwenlora.run.folder import RunFolder
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -37,7 +37,9 @@ def test_the_torchrun_command_is_a_list_and_asks_for_a_free_port(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,3", 2), ("GPU-5f,GPU-6a,", 2)])
+@pytest.mark.parametrize(
+    ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,3", 2), ("GPU-5f,GPU-6a,", 2)]
+)
 def test_visible_gpus_are_counted_as_the_environment_says(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert hardware.gpu_count() == count
@@ -45,7 +47,9 @@ def test_visible_gpus_are_counted_as_the_environment_says(monkeypatch, visible, 
 
 def test_gpus_are_counted_by_nvidia_smi(monkeypatch, tmp_path):
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\necho 'GPU 1: NVIDIA H100 (UUID: GPU-2)'\n")
+    smi.write_text(
+        "#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\necho 'GPU 1: NVIDIA H100 (UUID: GPU-2)'\n"
+    )
     smi.chmod(0o755)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
@@ -85,13 +89,17 @@ def test_a_dry_run_says_what_auto_is_without_a_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     text = plan.dry_run(load_config(TINY), [str(TINY)])
     said = (
-        "# strategy            auto: ddp, no GPU: the whole model in each process (where there are GPUs: decided at the"
+        "# strategy            auto: ddp, no GPU: the whole model in each process (where there are GPUs:"
+        " decided at the"
     )
     assert f"{said} start)\n" in text
     assert "DeepSpeed" not in text.partition("# rows")[2]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     text = plan.dry_run(load_config(TINY), [str(TINY)])
-    assert "# strategy            auto: decided at the start, from the base's size and the GPUs' memory\n" in text
+    assert (
+        "# strategy            auto: decided at the start, from the base's size and the GPUs' memory\n"
+        in text
+    )
 
 
 def test_a_dry_run_shows_deepspeed_s_config_behind_hashes():
@@ -108,8 +116,14 @@ def test_a_dry_run_shows_deepspeed_s_config_behind_hashes():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["strategy.name=fsdp", "strategy.quantization=nf4"], "strategy.name=fsdp with strategy.quantization=nf4: "),
-        (["strategy.name=ddp", "strategy.offload=params"], "strategy.name=ddp with strategy.offload=params: "),
+        (
+            ["strategy.name=fsdp", "strategy.quantization=nf4"],
+            "strategy.name=fsdp with strategy.quantization=nf4: ",
+        ),
+        (
+            ["strategy.name=ddp", "strategy.offload=params"],
+            "strategy.name=ddp with strategy.offload=params: ",
+        ),
         (["strategy.sequence_parallel=3"], "strategy.sequence_parallel=3 on 2 processes"),
     ],
 )
@@ -122,7 +136,9 @@ def test_a_deepspeed_config_that_contradicts_is_refused_before_the_start(tmp_pat
     pytest.importorskip("deepspeed")
     (tmp_path / "ds.json").write_text('{"gradient_clipping": 3}')
     config = load_config(TINY, ["strategy.name=zero2", f"strategy.deepspeed_config={tmp_path}/ds.json"])
-    with pytest.raises(ValueError, match=r"ds\.json: gradient_clipping=3, but train\.max_grad_norm=1: expected 1\.0;"):
+    with pytest.raises(
+        ValueError, match=r"ds\.json: gradient_clipping=3, but train\.max_grad_norm=1: expected 1\.0;"
+    ):
         plan.check(config, 1, 1)
 
 

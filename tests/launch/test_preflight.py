@@ -5,8 +5,8 @@ import json
 import pytest
 
 from qwenlora.configs import load_config
-from qwenlora.jobs.run import RunFolder
 from qwenlora.launch import preflight
+from qwenlora.run.folder import RunFolder
 
 MINE = {
     "config": "c",

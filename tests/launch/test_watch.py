@@ -11,15 +11,15 @@ import pytest
 from rich.console import Console
 
 from qwenlora.configs import load_config
-from qwenlora.jobs import heartbeat
-from qwenlora.jobs.heartbeat import Beat
-from qwenlora.jobs.run import RunFolder
 from qwenlora.launch import watch as watching
 from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.meeting import Meeting
 from qwenlora.launch.verdict import conclude, first_error
 from qwenlora.launch.watch import Watch, slurm_cause
-from qwenlora.slurm.answers import Job
+from qwenlora.run import heartbeat
+from qwenlora.run.folder import RunFolder
+from qwenlora.run.heartbeat import Beat
+from qwenlora.slurm.query import Job
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 
@@ -36,7 +36,8 @@ class Children:
 def config(tmp_path):
     file = tmp_path / "my.yaml"
     file.write_text(
-        "model: {name_or_path: tiny}\ndata: {train: example}\nlaunch: {nproc_per_node: 1, stall_timeout_s: 1}\n"
+        "model: {name_or_path: tiny}\ndata: {train: example}\nlaunch: {nproc_per_node: 1, stall_timeout_s:"
+        " 1}\n"
     )
     return load_config(file, {"run_dir": str(tmp_path / "run")})
 
@@ -57,7 +58,10 @@ def watches(config, folder):
         there.join(5.0, lambda: False)
         while not here._peers:
             time.sleep(0.01)
-        yield Watch(config, first, here, Children(), folder, 1), Watch(config, second, there, Children(), folder, 1)
+        yield (
+            Watch(config, first, here, Children(), folder, 1),
+            Watch(config, second, there, Children(), folder, 1),
+        )
 
 
 def until(what):
@@ -72,7 +76,11 @@ def test_a_node_whose_ranks_failed_ends_those_of_all_after_a_grace(watches, monk
     first, second = watches
     second.meeting.send(ended=1)
     until(
-        lambda: first.while_training() or second.while_training() or (first.children.killed and second.children.killed)
+        lambda: (
+            first.while_training()
+            or second.while_training()
+            or (first.children.killed and second.children.killed)
+        )
     )
     assert not first.fault
     assert not second.fault
@@ -129,7 +137,10 @@ def test_ranks_that_give_no_sign_of_life_end_the_attempt(watches, monkeypatch):
         time.sleep(1.1)
         second.while_training()
         first.while_training()
-        who = r"rank 1 on 127\.0\.0\.2: no progress for \d s \(launch\.stall_timeout_s is 1\), in step 3, the others"
+        who = (
+            r"rank 1 on 127\.0\.0\.2: no progress for \d s \(launch\.stall_timeout_s is 1\), in step 3,"
+            r" the others"
+        )
         assert re.match(who, first.fault)
         assert first.children.killed
         until(lambda: second.while_training() or second.children.killed)
@@ -151,11 +162,21 @@ def test_a_slow_start_is_no_stall(watches):
 @pytest.mark.parametrize(
     ("positions", "said"),
     [
-        ({0: [(Beat(0, 1, 7, 20, 0.0), "", 61.0)], 1: [(Beat(1, 2, 7, 19, 0.0), "", 62.0)]}, "rank 1 on 127.0.0.2: no"),
-        ({0: [(Beat(0, 1, 7, 19, 0.0), "", 61.0)], 1: [(Beat(1, 2, 7, 19, 0.0), "", 62.0)]}, "no progress for 62 s"),
         (
-            {0: [(Beat(0, 1, 7, 19, 0.0), "its process has ended", 61.0)], 1: [(Beat(1, 2, 7, 19, 0.0), "", 62.0)]},
-            "rank 0 on 127.0.0.1: no progress for 62 s (launch.stall_timeout_s is 1), in step 7 (its process has",
+            {0: [(Beat(0, 1, 7, 20, 0.0), "", 61.0)], 1: [(Beat(1, 2, 7, 19, 0.0), "", 62.0)]},
+            "rank 1 on 127.0.0.2: no",
+        ),
+        (
+            {0: [(Beat(0, 1, 7, 19, 0.0), "", 61.0)], 1: [(Beat(1, 2, 7, 19, 0.0), "", 62.0)]},
+            "no progress for 62 s",
+        ),
+        (
+            {
+                0: [(Beat(0, 1, 7, 19, 0.0), "its process has ended", 61.0)],
+                1: [(Beat(1, 2, 7, 19, 0.0), "", 62.0)],
+            },
+            "rank 0 on 127.0.0.1: no progress for 62 s (launch.stall_timeout_s is 1), in step 7 (its"
+            " process has",
         ),
         ({0: [(Beat(0, 1, 7, 19, 0.0), "", 61.0)]}, "1 ranks have not started to work"),
     ],
@@ -206,7 +227,9 @@ def concluded(folder, code, *, children=None, **how):
 
 
 def test_a_fault_that_the_agents_saw_is_the_reason(folder):
-    folder.logs(1).joinpath("rank-1.error.json").write_text('{"time": 1, "message": "reset", "code": 1, "ours": false}')
+    folder.logs(1).joinpath("rank-1.error.json").write_text(
+        '{"time": 1, "message": "reset", "code": 1, "ours": false}'
+    )
     code, attempt = concluded(folder, 1, fault="node2 is gone", cause="NODE_FAIL")
     assert (code, attempt["reason"], attempt["message"], attempt["cause"]) == (
         1,

@@ -12,7 +12,18 @@ import pytest
 HERE = Path(__file__).parent
 SCRIPT = HERE / "cluster.sh"
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
-PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "mariadb", "ip", "nsenter", "unshare")
+PROGRAMS = (
+    "slurmctld",
+    "slurmd",
+    "slurmdbd",
+    "sbatch",
+    "munged",
+    "mariadbd",
+    "mariadb",
+    "ip",
+    "nsenter",
+    "unshare",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -27,7 +38,9 @@ class Cluster:
     def __init__(self, folder: Path, net: str = "loopback") -> None:
         self.folder, self.net = folder, net
         # no SLURM_* of a job that runs the tests, and down with it should pytest be killed
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        ours = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))
+        }
         self.environment = ours | {
             "CLUSTER_DIR": str(folder),
             "NET": net,
@@ -79,7 +92,8 @@ class Cluster:
         return self.run("sacct", "-X", "-n", "-P", *arguments).stdout.splitlines()
 
     def state(self, job_id: str) -> str:
-        """Return a job's state in Slurm's words: COMPLETING while it is being stopped, "" when it is not known."""
+        """Return a job's state in Slurm's words: COMPLETING while it is being stopped, "" when it is not
+        known."""
         answer = self.run("squeue", "-h", "-t", "all", "-o", "%T", "-j", job_id, check=False).stdout.split()
         return answer[0] if answer else ""
 
@@ -117,7 +131,9 @@ class Cluster:
 
 
 def _booted(factory, net):
-    missing = [name for name in PROGRAMS if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]
+    missing = [
+        name for name in PROGRAMS if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
+    ]
     why = f"{', '.join(missing)} not installed" if missing else "not root" if os.getuid() else ""
     if why:
         text = f"no Slurm cluster: {why}; as root on Debian: {SCRIPT} install"

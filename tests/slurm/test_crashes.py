@@ -18,7 +18,12 @@ def said_by(folder, job):
 @pytest.mark.parametrize("array", [False, True], ids=["job", "array"])
 def test_a_job_that_always_crashes_is_tried_twice_and_no_more(cluster, tmp_path, array):
     config = write_config(tmp_path, 20)
-    overrides = ["train.learning_rate=1e30", "train.save_strategy=no", "train.save_steps=null", "run_dir=runs/run"]
+    overrides = [
+        "train.learning_rate=1e30",
+        "train.save_strategy=no",
+        "train.save_steps=null",
+        "run_dir=runs/run",
+    ]
     job = sbatch(cluster, tmp_path, config, *overrides, options=("--array=0",) * array)
     cluster.wait(f"{job}_0" if array else job, "FAILED", timeout=200)
     found = attempts(tmp_path / "runs/run")
@@ -53,7 +58,9 @@ def test_an_agent_that_is_killed_does_not_cost_the_job(cluster, tmp_path):
     config = write_config(tmp_path, 40)
     job = sbatch(cluster, tmp_path, config, "run_dir=runs/run")
     wait_for_step(tmp_path / "runs/run", 1, 6)
-    cluster.script("sh", "node2", "kill", "-KILL", node_process(cluster, "node2", f"{QWENLORA} train my.yaml"))
+    cluster.script(
+        "sh", "node2", "kill", "-KILL", node_process(cluster, "node2", f"{QWENLORA} train my.yaml")
+    )
     cluster.wait(job, "COMPLETED", timeout=200)
     first, second = attempts(tmp_path / "runs/run")
     assert (first["reason"], second["reason"]) == ("failed", "done")
@@ -65,7 +72,9 @@ def test_a_rank_that_hangs_on_another_node_is_named_and_the_job_comes_back(clust
     config = write_config(tmp_path, 60)
     job = sbatch(cluster, tmp_path, config, "run_dir=runs/run", "launch.stall_timeout_s=15")
     wait_for_step(tmp_path / "runs/run", 1, 6)
-    cluster.script("sh", "node2", "kill", "-STOP", node_process(cluster, "node2", "-u -m qwenlora.trainer.main"))
+    cluster.script(
+        "sh", "node2", "kill", "-STOP", node_process(cluster, "node2", "-u -m qwenlora.trainer.main")
+    )
     cluster.wait(job, "COMPLETED", timeout=200)
     first, second = attempts(tmp_path / "runs/run")
     assert (first["reason"], second["reason"]) == ("failed", "done")

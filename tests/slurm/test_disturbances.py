@@ -1,4 +1,5 @@
-"""Whatever the cluster does to a job, it comes back by itself and ends with the adapter of an undisturbed run."""
+"""Whatever the cluster does to a job, it comes back by itself and ends with the adapter of an undisturbed
+run."""
 
 import os
 import random
@@ -25,7 +26,8 @@ def undisturbed(tmp_path_factory):
 
 
 class Disturber:
-    """Does to a job what clusters do. Each method returns what attempts.jsonl must say of it, and so must sacct."""
+    """Does to a job what clusters do. Each method returns what attempts.jsonl must say of it, and so must
+    sacct."""
 
     def __init__(self, cluster, job):
         self.cluster, self.job = cluster, job
@@ -46,7 +48,8 @@ class Disturber:
         return {"stopped", "killed"}, {"REQUEUED"}
 
     def preempt(self):
-        """A job of a higher partition wants both nodes; without grace, everything is killed after KillWait."""
+        """A job of a higher partition wants both nodes; without grace, everything is killed after
+        KillWait."""
         job = self.cluster.sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1", cwd="/")
         self.cluster.wait(job, "COMPLETED", timeout=180)
         return {"stopped", "killed"}, {"PREEMPTED"}
@@ -61,7 +64,9 @@ class Disturber:
     def power_a_node_off(self):
         self.cluster.kill_node("node2")
         end = time.monotonic() + 180
-        while "State=DOWN" not in self.cluster.scontrol("show", "node", "node2"):  # Slurm sees it after some 17 s
+        while "State=DOWN" not in self.cluster.scontrol(
+            "show", "node", "node2"
+        ):  # Slurm sees it after some 17 s
             assert time.monotonic() < end
             time.sleep(0.2)
         time.sleep(1)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenlora.slurm.answers import hosts
+from qwenlora.slurm.query import hosts
 
 
 @pytest.mark.parametrize(

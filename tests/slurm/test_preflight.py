@@ -1,4 +1,5 @@
-"""A node that is not like the others ends the job within half a minute, by name, before anything is trained."""
+"""A node that is not like the others ends the job within half a minute, by name, before anything is
+trained."""
 
 import importlib.metadata
 from pathlib import Path
@@ -100,7 +101,14 @@ def test_a_blocked_port(netns_cluster, tmp_path):
 def test_preflight_alone_says_what_was_checked_and_leaves_nothing(cluster, tmp_path):
     write_config(tmp_path, 4)
     answer = cluster.run(
-        "srun", "--nodes=2", "--ntasks-per-node=1", QWENLORA, "preflight", "my.yaml", "run_dir=runs/run", cwd=tmp_path
+        "srun",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        QWENLORA,
+        "preflight",
+        "my.yaml",
+        "run_dir=runs/run",
+        cwd=tmp_path,
     )
     assert "checked 2 ranks on 2 nodes: they reduce at" in answer.stdout
     assert not (tmp_path / "runs/run/attempts.jsonl").exists()

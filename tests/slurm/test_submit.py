@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from qwenlora.jobs import submit, submit_sweep
-from qwenlora.jobs.control import cancel, resume
-from qwenlora.jobs.find import find
-from qwenlora.jobs.run import RunFolder
+from qwenlora.jobs.views.control import cancel, resume
+from qwenlora.jobs.views.find import find
+from qwenlora.run.folder import RunFolder
 
 CONFIG = """
 model: {name_or_path: tiny}
 data: {train: example}
-train: {max_steps: 4, global_batch_size: 8, per_device_train_batch_size: 4, save_strategy: steps, save_steps: 2}
+train: {max_steps: 4, global_batch_size: 8, per_device_train_batch_size: 4,
+        save_strategy: steps, save_steps: 2}
 log: {wandb: off, logging_steps: 1}
 launch: {preflight: off}
 """
@@ -92,7 +93,12 @@ def test_an_array_of_four_runs_two_at_once(folder, qwenlora):
     jobs = submit_sweep("my.yaml", {"lora.r": [2, 4], "train.seed": [1, 2]}, max_parallel=2, timeout_min=10)
     assert [job.job_id.partition("_")[2] for job in jobs] == ["0", "1", "2", "3"]
     summaries = [result(job, 240) for job in jobs]
-    names = ["lora.r=2,train.seed=1", "lora.r=2,train.seed=2", "lora.r=4,train.seed=1", "lora.r=4,train.seed=2"]
+    names = [
+        "lora.r=2,train.seed=1",
+        "lora.r=2,train.seed=2",
+        "lora.r=4,train.seed=1",
+        "lora.r=4,train.seed=2",
+    ]
     assert [Path(summary["run_dir"]).name for summary in summaries] == names
     assert {summary["reason"] for summary in summaries} == {"done"}
     assert [path.name for path in (folder / "runs" / "my").iterdir() if path.name.startswith(".")].count(

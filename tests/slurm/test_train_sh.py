@@ -1,4 +1,5 @@
-"""slurm/train.sh on a real Slurm: what it passes on, where it works from; two nodes train what one machine does."""
+"""slurm/train.sh on a real Slurm: what it passes on, where it works from; two nodes train what one machine
+does."""
 
 import json
 import shutil
@@ -12,7 +13,18 @@ from slurm_runs import QWENLORA, TRAIN, adapter, attempts, locally, sbatch, writ
 import qwenlora
 from qwenlora.jobs import submit
 
-HOSTILE = ["a b", "it's", 'say "hi"', "$HOME `id` $(id)", "; rm -rf x", "中文 路径", "*", "", "a\nb", "--nodes=9"]
+HOSTILE = [
+    "a b",
+    "it's",
+    'say "hi"',
+    "$HOME `id` $(id)",
+    "; rm -rf x",
+    "中文 路径",
+    "*",
+    "",
+    "a\nb",
+    "--nodes=9",
+]
 
 
 def test_all_shell_scripts_are_shellcheck_clean():
@@ -31,7 +43,9 @@ def test_arguments_arrive_intact_from_any_folder(cluster, tmp_path):
     command.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$QWENLORA_SAID"\n')
     command.chmod(0o755)
     said = tmp_path / "said"
-    job = cluster.sbatch(TRAIN, *HOSTILE, cwd=folder, env={"QWENLORA": str(command), "QWENLORA_SAID": str(said)})
+    job = cluster.sbatch(
+        TRAIN, *HOSTILE, cwd=folder, env={"QWENLORA": str(command), "QWENLORA_SAID": str(said)}
+    )
     cluster.wait(job, "COMPLETED", timeout=180)
     assert said.read_text().split("\0")[:-1] == ["train", *HOSTILE]
 
@@ -40,9 +54,12 @@ def test_the_site_file_sets_the_environment_and_the_container(cluster, tmp_path)
     site = tmp_path / "my env.sh"
     said = tmp_path / "said"
     site.write_text(
-        f"export SITE='a b'\ncontainer=(env 'INSIDE=c d' bash -c 'echo \"$SITE|$INSIDE|$*\" >\"{said}\"' bash)\n"
+        f"export SITE='a b'\ncontainer=(env 'INSIDE=c d' bash -c 'echo \"$SITE|$INSIDE|$*\" >\"{said}\"'"
+        f" bash)\n"
     )
-    job = cluster.sbatch(TRAIN, "my.yaml", cwd=tmp_path, env={"QWENLORA_ENV": str(site), "QWENLORA": "qwenlora"})
+    job = cluster.sbatch(
+        TRAIN, "my.yaml", cwd=tmp_path, env={"QWENLORA_ENV": str(site), "QWENLORA": "qwenlora"}
+    )
     cluster.wait(job, "COMPLETED", timeout=180)
     assert said.read_text() == "a b|c d|qwenlora train my.yaml\n"
 
@@ -52,7 +69,11 @@ def test_the_site_file_sets_the_environment_and_the_container(cluster, tmp_path)
     [
         ([], {}, "usage: sbatch"),
         (["no.yaml"], {}, "error: no config file no.yaml"),
-        (["my.yaml"], {"QWENLORA": "nothing-of-that-name"}, "error: no command 'nothing-of-that-name' on node"),
+        (
+            ["my.yaml"],
+            {"QWENLORA": "nothing-of-that-name"},
+            "error: no command 'nothing-of-that-name' on node",
+        ),
         (["my.yaml"], {"QWENLORA_ENV": "/no/env.sh"}, "error: /no/env.sh failed"),
         (["my.yaml", "lora.r=x"], {}, 'error: command line: lora.r="x": expected an integer'),
         (["my.yaml", "train.global_batch_size=3"], {}, "error: "),
@@ -82,7 +103,11 @@ def test_two_nodes_with_two_ranks_each_train_what_one_machine_with_four_does(clu
     result = submitted.result()
     assert (result["reason"], result["step"], submitted.state) == ("done", 12, "COMPLETED")
     locally(tmp_path, config, "alone", 4)
-    assert adapter(tmp_path / "runs/nodes") == adapter(tmp_path / "runs/alone") == adapter(tmp_path / "runs/python")
+    assert (
+        adapter(tmp_path / "runs/nodes")
+        == adapter(tmp_path / "runs/alone")
+        == adapter(tmp_path / "runs/python")
+    )
     (attempt,) = attempts(tmp_path / "runs/nodes")
     assert attempt["nodes"] == ["node1", "node2"]
     assert (attempt["processes"], attempt["reason"], attempt["job_id"]) == (4, "done", job)
@@ -100,7 +125,10 @@ def test_zero2_is_the_same_by_slurm_by_torchrun_and_by_deepspeeds_launcher(clust
     locally(tmp_path, config, "deepspeed", 2, "launch.launcher=deepspeed", *zero2)
     ways = ("slurm", "torchrun", "deepspeed")
     assert len({adapter(tmp_path / "runs" / way) for way in ways}) == 1
-    stages = [json.loads((tmp_path / "runs" / way / "deepspeed.json").read_text())["zero_optimization"] for way in ways]
+    stages = [
+        json.loads((tmp_path / "runs" / way / "deepspeed.json").read_text())["zero_optimization"]
+        for way in ways
+    ]
     assert {settings["stage"] for settings in stages} == {2}
 
 

@@ -8,11 +8,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenlora.jobs import checkpoints
-from qwenlora.jobs.run import RunFolder, step_of
+from qwenlora.run import checkpoints
+from qwenlora.run.folder import RunFolder, step_of
 
 SABOTEUR = Path(__file__).parent / "saboteur"
-COMMAND = [sys.executable, "-c", "from qwenlora.launch.cli import main; main()", "train"]
+COMMAND = [sys.executable, "-c", "from qwenlora.cli.main import main; main()", "train"]
 
 CONFIG = """
 model: {name_or_path: tiny}
@@ -45,7 +45,8 @@ class Life:
 
     @property
     def argv(self) -> list[str]:
-        """The command; one process is started by hand, without an agent, which is another way to be killed."""
+        """The command; one process is started by hand, without an agent, which is another way to be
+        killed."""
         arguments = [str(self.config), f"run_dir={self.run.path}"]
         if self.processes == 1:
             return [sys.executable, "-m", "qwenlora.trainer.main", *arguments]
@@ -65,7 +66,8 @@ class Life:
         )
 
     def attempt(self, plan: dict | None = None) -> tuple[int, str]:
-        """Give the command and wait; return its exit code and what it said. Each attempt must keep what was saved."""
+        """Give the command and wait; return its exit code and what it said. Each attempt must keep what was
+        saved."""
         before = self.newest()
         with self.start(plan) as process:
             said = process.communicate(timeout=300)[0]
@@ -78,7 +80,8 @@ class Life:
         return process.returncode, said
 
     def newest(self) -> int:
-        """Return the step of the newest whole checkpoint, 0 without one. A name that is no whole one is a failure."""
+        """Return the step of the newest whole checkpoint, 0 without one. A name that is no whole one is a
+        failure."""
         flaws = {path.name: checkpoints.flaw(path) for path in self.run.checkpoints()}
         assert not any(flaws.values()), flaws
         return max((step_of(path) for path in self.run.checkpoints()), default=0)
@@ -89,7 +92,9 @@ class Life:
 
         for _ in range(1200):
             left = [
-                one for one in psutil.process_iter(["cmdline"]) if str(self.run.config) in (one.info["cmdline"] or [])
+                one
+                for one in psutil.process_iter(["cmdline"])
+                if str(self.run.config) in (one.info["cmdline"] or [])
             ]
             if not left:
                 return
@@ -97,7 +102,8 @@ class Life:
         raise AssertionError(f"still there: {left}")
 
     def history(self) -> list[tuple]:
-        """Return all that was logged and does not depend on the clock: (step, loss, grad_norm, lr, eval_loss)."""
+        """Return all that was logged and does not depend on the clock: (step, loss, grad_norm, lr,
+        eval_loss)."""
         keys = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
         lines = [json.loads(line) for line in self.run.metrics.read_text().splitlines()]
         return [tuple(line.get(key) for key in keys) for line in lines]
@@ -110,6 +116,8 @@ class Life:
         assert self.history() == undisturbed.history()
         assert self.adapter() == undisturbed.adapter()
         leftovers = [
-            p.name for p in self.run.path.iterdir() if p.name.startswith((".staging", ".removing", ".adapter"))
+            p.name
+            for p in self.run.path.iterdir()
+            if p.name.startswith((".staging", ".removing", ".adapter"))
         ]
         assert not leftovers

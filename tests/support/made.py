@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwenlora.configs.schema import Config, Data, Launch, Lora, Model, Train
 from qwenlora.data.prepared import Side
-from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer.saver import Saver
-from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop.saver import Saver
+from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
 
 
 def side_of(count: int, seed: int = 0) -> Side:
@@ -29,7 +29,12 @@ def side_of(count: int, seed: int = 0) -> Side:
 
 
 def config_of(**train) -> Config:
-    settings = {"global_batch_size": 8, "per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-3}
+    settings = {
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+    }
     return Config(
         run_dir="unused",
         model=Model(name_or_path="tiny"),
@@ -40,8 +45,11 @@ def config_of(**train) -> Config:
     )
 
 
-def trainer_of(tiny: Path, folder: Path, side: Side, config: Config, eval_: Side | None = None, packs=None, **how):
-    """Return a trainer with the tiny model and a new adapter; its checkpoints go to folder. how: more arguments."""
+def trainer_of(
+    tiny: Path, folder: Path, side: Side, config: Config, eval_: Side | None = None, packs=None, **how
+):
+    """Return a trainer with the tiny model and a new adapter; its checkpoints go to folder. how: more
+    arguments."""
     torch.manual_seed(0)
     lora = LoraConfig(target_modules="all-linear", lora_dropout=config.lora.lora_dropout)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lora)
@@ -54,7 +62,9 @@ def trainer_of(tiny: Path, folder: Path, side: Side, config: Config, eval_: Side
         order_of(config, side, packs),
         side,
         eval_,
-        saver=Saver(run, {"config": {}}, 1, limit=config.train.save_total_limit, in_background=True, timeout_s=600),
+        saver=Saver(
+            run, {"config": {}}, 1, limit=config.train.save_total_limit, in_background=True, timeout_s=600
+        ),
         processing_class=AutoTokenizer.from_pretrained(tiny),
         **how,
     )

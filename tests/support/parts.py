@@ -12,10 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy
-from qwenlora.trainer import base_files, loading
-from qwenlora.trainer.faults import TrainingFault
-from qwenlora.trainer.model import add_lora
-from qwenlora.trainer.state import check_alike
+from qwenlora.trainer.loop.state import check_alike
+from qwenlora.trainer.model import base_files
+from qwenlora.trainer.model.base import add_lora
+from qwenlora.trainer.ranks.faults import TrainingFault
+from qwenlora.trainer.spread import sharded_loading as loading
 
 # nothing divides by 2 or 4: every part has its padding
 SIZES = {
@@ -53,18 +54,26 @@ def make_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Pa
         few = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
         config = Qwen3MoeConfig(**SIZES, **few, head_dim=16, tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for parameter in model.parameters():  # norms and biases start as ones and zeros, which any rank could guess
+    for (
+        parameter
+    ) in model.parameters():  # norms and biases start as ones and zeros, which any rank could guess
         parameter.data += 0.01 * torch.randn_like(parameter)
     model.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     return folder
 
 
-def config_of(base: Path, lora: dict[str, Any] | None = None, dtype: str = "float32", **strategy: Any) -> Config:
+def config_of(
+    base: Path, lora: dict[str, Any] | None = None, dtype: str = "float32", **strategy: Any
+) -> Config:
     model = Model(name_or_path=str(base), dtype=dtype)
     lora = {"lora_dropout": 0.0, "r": 4} | (lora or {})
     return Config(
-        run_dir="unused", model=model, data=Data(train="unused"), lora=Lora(**lora), strategy=Strategy(**strategy)
+        run_dir="unused",
+        model=model,
+        data=Data(train="unused"),
+        lora=Lora(**lora),
+        strategy=Strategy(**strategy),
     )
 
 
@@ -86,7 +95,9 @@ class Watched(base_files.BaseFiles):
         type(self).total += self.bytes_read - before
 
 
-def part_of_fsdp(base: Path, shape: tuple[int, ...], lora: dict[str, Any] | None = None, dtype: str = "float32"):
+def part_of_fsdp(
+    base: Path, shape: tuple[int, ...], lora: dict[str, Any] | None = None, dtype: str = "float32"
+):
     """Return what a rank has after load_fsdp, and after training steps with an adapter."""
     loading.BaseFiles = Watched
     names = ("replicas", "parts")[-len(shape) :]
@@ -96,7 +107,9 @@ def part_of_fsdp(base: Path, shape: tuple[int, ...], lora: dict[str, Any] | None
     found["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     found["frozen"] = not any(p.requires_grad for p in model.parameters())
     found["buffers"] = {name: b.clone() for name, b in model.named_buffers()}
-    whole = {n: getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for n, p in model.named_parameters()}
+    whole = {
+        n: getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for n, p in model.named_parameters()
+    }
     found["whole"] = whole if dist.get_rank() == 0 else None
     found |= _trained(model, config, base)
     found["held after"] = sum(_bytes(p) for n, p in model.named_parameters() if "lora_" not in n)
@@ -143,7 +156,9 @@ def _trained(model: Any, config: Config, base: Path) -> dict[str, Any]:
         "loss differs": max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True)),
         "gradient differs": max((a[1] - b[1]).abs().max().item() for a, b in zip(ours, theirs, strict=True)),
         "gradient": max(b[1].abs().max().item() for b in theirs),
-        "adapter": sorted((n, str(p.dtype), tuple(p.shape)) for n, p in models[0].named_parameters() if "lora_" in n),
+        "adapter": sorted(
+            (n, str(p.dtype), tuple(p.shape)) for n, p in models[0].named_parameters() if "lora_" in n
+        ),
         "plain adapter": sorted(
             (n, str(p.dtype), tuple(p.shape)) for n, p in models[1].named_parameters() if "lora_" in n
         ),
@@ -161,7 +176,7 @@ def random_lora(model: Any) -> None:
 
 def part_of_zero3(base: Path, settings: dict[str, Any], dtype: str = "float32"):
     """Return what a rank has after load_zero3, and after a step."""
-    from qwenlora.trainer.zero import start_communication
+    from qwenlora.trainer.spread.zero import start_communication
 
     start_communication()
     import deepspeed

@@ -1,8 +1,10 @@
-"""A first-generation Qwen in plain torch, from the description of its architecture, and its files; for small models.
+"""A first-generation Qwen in plain torch, from the description of its architecture, and its files; for small
+models.
 
-Of the Qwen technical report (https://arxiv.org/abs/2309.16609), section 2.3, and of its files' names: a pre-norm
-decoder, RMSNorm, rotary positions over all of a head, bias in q, k and v alone, SwiGLU whose two halves are w1 and w2,
-embeddings and head apart. Within the trained length: what Qwen-1 does for longer texts is not here.
+Of the Qwen technical report (https://arxiv.org/abs/2309.16609), section 2.3, and of its files' names: a
+pre-norm decoder, RMSNorm, rotary positions over all of a head, bias in q, k and v alone, SwiGLU whose two
+halves are w1 and w2, embeddings and head apart. Within the trained length: what Qwen-1 does for longer texts
+is not here.
 """
 
 import base64
@@ -86,7 +88,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x).split(x.shape[-1], dim=-1)
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.c_attn(x).split(x.shape[-1], dim=-1)
         )
         scores = self.turned(q) @ self.turned(k).transpose(-1, -2) / math.sqrt(q.shape[-1])
         weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
@@ -144,7 +147,8 @@ class Qwen1(nn.Module):
         self.lm_head = nn.Linear(width, config["vocab_size"], bias=False)
 
     def forward(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
-        """Return logits [batch, length, vocabulary]. real: bool [batch, length], false where padding stands."""
+        """Return logits [batch, length, vocabulary]. real: bool [batch, length], false where padding
+        stands."""
         visible = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
         if real is not None:
             visible = visible & real[:, None, None, :] | torch.eye(ids.shape[1], dtype=torch.bool)
@@ -155,7 +159,8 @@ class Qwen1(nn.Module):
 
 
 def make_model(**sizes: Any) -> Qwen1:
-    """Return a model with random numbers in all its weights, of sizes at which each of them moves the logits."""
+    """Return a model with random numbers in all its weights, of sizes at which each of them moves the
+    logits."""
     torch.manual_seed(0)
     model = Qwen1(CONFIG | SIZES | sizes)
     for name, parameter in model.named_parameters():
@@ -174,7 +179,9 @@ def bytes_alone() -> list[bytes]:
 def tokens_of(vocabulary: dict[str, int]) -> list[bytes]:
     """Return the tokens of a byte-level BPE in the order of their ids."""
     byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    return [bytes(byte_of[letter] for letter in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
+    return [
+        bytes(byte_of[letter] for letter in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)
+    ]
 
 
 def write_tiktoken(file: Path, tokens: list[bytes]) -> Path:
@@ -184,9 +191,15 @@ def write_tiktoken(file: Path, tokens: list[bytes]) -> Path:
 
 
 def write_model(
-    folder: Path, model: Qwen1, *, tokens: list[bytes] | None = None, kind: str = "safetensors", shards: int = 1
+    folder: Path,
+    model: Qwen1,
+    *,
+    tokens: list[bytes] | None = None,
+    kind: str = "safetensors",
+    shards: int = 1,
 ) -> Path:
-    """Write a model's folder as it was released. tokens: default, bytes alone, with 208 special ids to come."""
+    """Write a model's folder as it was released. tokens: default, bytes alone, with 208 special ids to
+    come."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(model.config))
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))

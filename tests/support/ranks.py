@@ -14,16 +14,20 @@ from typing import Any
 import numpy as np
 
 TIMEOUT_S = 180.0
-# imported once, by the process that ranks are forked from: each rank is as new as if it had imported them itself
+# imported once, by the process that ranks are forked from: each rank is as new as if it had imported them
+# itself
 LIBRARIES = ["torch.distributed.fsdp", "transformers.trainer", "peft", "datasets"]
 
 
-def run_ranks(function: Callable[..., Any], count: int, *arguments: Any, timeout: float = TIMEOUT_S) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], count: int, *arguments: Any, timeout: float = TIMEOUT_S
+) -> list[Any]:
     """Return what function(*arguments) returns in each of count new processes, by rank.
 
-    function: of a module that a new process can import (tests/support/), not of a test file. It finds torch's gloo
-    group made, RANK, LOCAL_RANK and the like set, one thread, and seeds that are the same in all ranks.
-    Raises: what the first rank to fail raised, with a note of its number; TimeoutError naming the ranks that hang.
+    function: of a module that a new process can import (tests/support/), not of a test file. It finds torch's
+    gloo group made, RANK, LOCAL_RANK and the like set, one thread, and seeds that are the same in all ranks.
+    Raises: what the first rank to fail raised, with a note of its number; TimeoutError naming the ranks that
+    hang.
     """
     fresh, deadline = get_context("forkserver"), time.monotonic() + timeout
     fresh.set_forkserver_preload(LIBRARIES)
@@ -43,10 +47,14 @@ def run_ranks(function: Callable[..., Any], count: int, *arguments: Any, timeout
                 waiting = {pipes[rank]: rank for rank in range(count) if rank not in results}
                 ready = connection.wait(list(waiting), max(deadline - time.monotonic(), 0))
                 if not ready:
-                    raise TimeoutError(f"ranks {sorted(waiting.values())} of {count} did not end in {timeout:g} s")
+                    raise TimeoutError(
+                        f"ranks {sorted(waiting.values())} of {count} did not end in {timeout:g} s"
+                    )
                 answers = [(waiting[pipe], *_received(pipe, processes[waiting[pipe]])) for pipe in ready]
                 # those that lose a neighbour fail too, and later
-                failures = sorted((when, rank, error) for rank, when, _, error in answers if error is not None)
+                failures = sorted(
+                    (when, rank, error) for rank, when, _, error in answers if error is not None
+                )
                 if failures:
                     _, rank, (error, note) = failures[0]
                     error.add_note(f"in rank {rank} of {count}\n{note}")
@@ -106,7 +114,9 @@ def _rank(
         pickle.loads(answer)  # some exceptions can be written, not read
     except Exception as error:
         note = failure[1] if failure else traceback.format_exc()
-        text = f"{type(failure[0]).__name__}: {failure[0]}" if failure else f"its result cannot be sent: {error}"
+        text = (
+            f"{type(failure[0]).__name__}: {failure[0]}" if failure else f"its result cannot be sent: {error}"
+        )
         answer = pickle.dumps((ended, None, (RuntimeError(text), note)))
     sender.send_bytes(answer)
     sender.close()

@@ -20,14 +20,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.data.order import accumulation_steps
-from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import faults, sequence, strategy
-from qwenlora.trainer.batches import collate_packs
-from qwenlora.trainer.metrics import Metrics
-from qwenlora.trainer.model import add_lora, count_parameters
-from qwenlora.trainer.saver import Saver
-from qwenlora.trainer.state import adapter_of
-from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop.batches import collate_packs
+from qwenlora.trainer.loop.saver import Saver
+from qwenlora.trainer.loop.state import adapter_of
+from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
+from qwenlora.trainer.model.base import add_lora, count_parameters
+from qwenlora.trainer.ranks import faults
+from qwenlora.trainer.record.metrics import Metrics
+from qwenlora.trainer.spread import sequence, strategy
 
 ROWS, EVAL_ROWS = 51, 11  # of 8 a step: an epoch's last step, the seventh, has 3
 
@@ -93,7 +94,8 @@ class Sharing:
 
 
 def run_all(runs: dict[str, Sharing], tokenizer: str, packs: str = "") -> dict[str, Any]:
-    """Run one after the other, each with new teams. packs: a base, for what pack_in_two_ways finds with it."""
+    """Run one after the other, each with new teams. packs: a base, for what pack_in_two_ways finds with
+    it."""
     found = {name: run(one, tokenizer) for name, one in runs.items()}
     if dist.get_world_size() > 1:
         found["broken"] = broken(2)
@@ -122,7 +124,11 @@ def run(one: Sharing, tokenizer: str) -> dict[str, Any]:
     side = side_of(ROWS)
     arguments = training_arguments(config, folder, len(side), world, evaluates=True, name=one.strategy)
     arguments.logging_steps = 1
-    saver = Saver(folder, {"config": {}}, world, limit=None, in_background=True, timeout_s=600) if rank == 0 else None
+    saver = (
+        Saver(folder, {"config": {}}, world, limit=None, in_background=True, timeout_s=600)
+        if rank == 0
+        else None
+    )
     trainer = LoraTrainer(
         model,
         config,
@@ -143,7 +149,9 @@ def run(one: Sharing, tokenizer: str) -> dict[str, Any]:
 
     def keep(*_: object) -> None:
         if not gradients:
-            gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+            gradients.update(
+                {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+            )
 
     if not spread.deepspeed:
         trainer.optimizer.register_step_pre_hook(keep)
@@ -156,7 +164,9 @@ def run(one: Sharing, tokenizer: str) -> dict[str, Any]:
         saver.wait()
         assert not saver.failure, saver.failure
     with trainer.whole():
-        adapter = {name: tensor.detach().numpy().copy() for name, tensor in adapter_of(trainer.peft_model).items()}
+        adapter = {
+            name: tensor.detach().numpy().copy() for name, tensor in adapter_of(trainer.peft_model).items()
+        }
     history = trainer.state.log_history
     return {
         "losses": {h["step"]: h["loss"] for h in history if "loss" in h},
@@ -193,7 +203,8 @@ def attend_to_rows(module: Any, query: Any, key: Any, value: Any, mask: Any, **h
 
 
 def pack_in_two_ways(base: str) -> tuple[float, float, float]:
-    """Return a pack's loss on one rank, the sum of the ranks' losses, and how far their gradients are apart."""
+    """Return a pack's loss on one rank, the sum of the ranks' losses, and how far their gradients are
+    apart."""
     ALL_ATTENTION_FUNCTIONS.register("flash_by_rows", attend_to_rows)
     model = AutoModelForCausalLM.from_pretrained(base)
     model.config._attn_implementation = "flash_by_rows"
@@ -217,7 +228,8 @@ def pack_in_two_ways(base: str) -> tuple[float, float, float]:
 
 
 def broken(size: int) -> list[int]:
-    """Return which micro-batches are said to be broken, when one of the last team's second is, in one slice or all."""
+    """Return which micro-batches are said to be broken, when one of the last team's second is, in one slice
+    or all."""
     team = sequence.team_of(size)
     last = team.number == team.teams - 1
     return faults.broken_micro_batches(

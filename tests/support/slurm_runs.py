@@ -39,7 +39,13 @@ def locally(folder: Path, config: str, name: str, processes: int, *more: str) ->
     arguments = ["train", config, f"run_dir=runs/{name}", "--nproc", str(processes), *more]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
     answer = subprocess.run(
-        [QWENLORA, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [QWENLORA, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert answer.returncode == 0, answer.stdout + answer.stderr
 

@@ -19,12 +19,12 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Conf
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.data.order import accumulation_steps
-from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer import model as models
-from qwenlora.trainer import strategy
+from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.attempt import _constant_files, save_adapter
-from qwenlora.trainer.saver import Saver
-from qwenlora.trainer.training import LoraTrainer, order_of, training_arguments
+from qwenlora.trainer.loop.saver import Saver
+from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
+from qwenlora.trainer.model import base as models
+from qwenlora.trainer.spread import strategy
 
 STEPS, SAVED = 20, 10
 ROWS, EVAL_ROWS = 51, 11  # of 8 a step: an epoch's last step has 3
@@ -32,7 +32,8 @@ ROWS, EVAL_ROWS = 51, 11  # of 8 a step: an epoch's last step has 3
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. folder: where it goes; resume: a checkpoint to go on from; broken: a step whose loss is NaN on rank 0.
+    """One run. folder: where it goes; resume: a checkpoint to go on from; broken: a step whose loss is NaN on
+    rank 0.
 
     processes: of a node, 0: all ranks are on one. The order of things is that of trainer/attempt.py.
     """
@@ -91,7 +92,8 @@ class Cell:
 
 
 def make_base(folder: Path, kind: str, *, tied: bool) -> Path:
-    """Write a small random model, in several files, with the tiny model's tokenizer missing: no test needs it."""
+    """Write a small random model, in several files, with the tiny model's tokenizer missing: no test needs
+    it."""
     torch.manual_seed(7)
     sizes: dict[str, Any] = {
         "vocab_size": 2048,
@@ -139,7 +141,11 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
     torch.manual_seed(config.train.seed)
     model = models.add_lora(base, config.lora)
     words = AutoTokenizer.from_pretrained(tokenizer)
-    saver = Saver(run, {"config": {}}, world, limit=None, in_background=True, timeout_s=600) if rank == 0 else None
+    saver = (
+        Saver(run, {"config": {}}, world, limit=None, in_background=True, timeout_s=600)
+        if rank == 0
+        else None
+    )
     arguments = training_arguments(config, run, len(side), world, evaluates=True, name=spread.name)
     arguments.logging_steps = 1
     said: list[str] = []
@@ -160,7 +166,9 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
     if cell.broken and rank == 0:
         head = model.get_output_embeddings()
         head.register_forward_hook(
-            lambda module, inputs, logits: logits * (math.nan if trainer.state.global_step + 1 == cell.broken else 1)
+            lambda module, inputs, logits: (
+                logits * (math.nan if trainer.state.global_step + 1 == cell.broken else 1)
+            )
         )
     trainer.make_engine()
     if cell.resume:
@@ -189,7 +197,9 @@ def held(trainer: LoraTrainer, model: Any) -> dict[str, Any]:
     """Return what this rank really holds: bytes of the base, numbers in the optimizer, kinds of weights."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     local = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]
-    local = [p if p.numel() or not hasattr(p, "ds_tensor") else p.ds_tensor for p in local]  # or whole, for a while
+    local = [
+        p if p.numel() or not hasattr(p, "ds_tensor") else p.ds_tensor for p in local
+    ]  # or whole, for a while
     moments = [
         value.numel()
         for state in trainer._adam.state.values()
@@ -214,7 +224,8 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_alone(cell: Cell, tokenizer: str) -> dict[str, Any]:
-    """Return what run_cell does in a new process that is alone, with seconds and the GPU's peak; for one GPU."""
+    """Return what run_cell does in a new process that is alone, with seconds and the GPU's peak; for one
+    GPU."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(_measured, cell, tokenizer).result()
 

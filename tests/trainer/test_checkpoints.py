@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwenlora.configs import load_config
-from qwenlora.jobs import checkpoints
-from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer.saver import Saver
-from qwenlora.trainer.state import Snapshot
+from qwenlora.run import checkpoints
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop.saver import Saver
+from qwenlora.trainer.loop.state import Snapshot
 
 
 def snapshot(value: float = 1.0) -> Snapshot:
@@ -48,7 +48,9 @@ def saver(run, identity):
 
 def save(saver, step, snapshot=None, moved=True, losses=None):
     saver.wait()
-    saver.save(step, snapshot or globals()["snapshot"](), {"state.json": json.dumps({"moved": moved})}, losses or {})
+    saver.save(
+        step, snapshot or globals()["snapshot"](), {"state.json": json.dumps({"moved": moved})}, losses or {}
+    )
     saver.wait()
 
 
@@ -56,7 +58,13 @@ def names(run) -> list[str]:
     return sorted(path.name for path in run.path.iterdir())
 
 
-FILES = ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "optimizer.safetensors", "state.json"]
+FILES = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "manifest.json",
+    "optimizer.safetensors",
+    "state.json",
+]
 
 
 def test_a_checkpoint_holds_its_files_and_a_manifest_of_them(run, saver, identity):
@@ -142,7 +150,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(run, saver, mo
     save(saver, 8, snapshot(value))
     assert saver.failure == "checkpoint-8 was not saved: its weights are not finite (layer.0.lora_A.weight)"
     assert names(run) == ["checkpoint-4"]
-    monkeypatch.setattr("qwenlora.trainer.saver.not_finite", lambda _: "")
+    monkeypatch.setattr("qwenlora.trainer.loop.saver.not_finite", lambda _: "")
     save(saver, 8, snapshot(value))
     assert "not finite (layer.0.lora_A.weight)" in checkpoints.flaw(run.checkpoint(8))
 
@@ -151,12 +159,17 @@ def test_what_changed_since_is_listed_or_refused_by_name(run, saver, config, ide
     save(saver, 4)
 
     def choose(*overrides, data="rows", base="weights", allowed=()):
-        return checkpoints.choose(run, "auto", checkpoints.identity_of(config(*overrides), data, base), allowed)
+        return checkpoints.choose(
+            run, "auto", checkpoints.identity_of(config(*overrides), data, base), allowed
+        )
 
     changed = choose("train.max_steps=50", "launch.nproc_per_node=4", "run_dir=elsewhere").changed
     assert changed == "train.max_steps was null, now 50, launch.nproc_per_node was null, now 4"
     for overrides, words in (
-        (["train.seed=1"], "train.seed was 42, now 1; to go on all the same: --allow-config-change train.seed"),
+        (
+            ["train.seed=1"],
+            "train.seed was 42, now 1; to go on all the same: --allow-config-change train.seed",
+        ),
         (["lora.r=8"], "lora.r was 16, now 8"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -165,7 +178,9 @@ def test_what_changed_since_is_listed_or_refused_by_name(run, saver, config, ide
         choose(data="others")
     with pytest.raises(ValueError, match="base model with other weights"):
         choose(base="others")
-    assert choose("train.seed=1", data="others", base="o", allowed=["train.seed", "data.train", "model"]).folder
+    assert choose(
+        "train.seed=1", data="others", base="o", allowed=["train.seed", "data.train", "model"]
+    ).folder
     for allowed in (["data"], ["model.attn_implementation"]):
         with pytest.raises(ValueError, match="base model with other weights"):
             choose(base="others", allowed=allowed)
@@ -205,7 +220,8 @@ def test_sizes_alone_show_a_truncated_file(run, saver):
 
 
 def test_everything_is_on_the_disk_before_the_name_is_there(run, saver, monkeypatch):
-    """Recorded at the system's calls: files, manifest, folder, rename, parent, and only then an old one goes."""
+    """Recorded at the system's calls: files, manifest, folder, rename, parent, and only then an old one
+    goes."""
     import os
 
     saver.limit = 1
@@ -225,7 +241,14 @@ def test_everything_is_on_the_disk_before_the_name_is_there(run, saver, monkeypa
     save(saver, 8)
     staging = "/.staging-checkpoint-8"
     files = [f"{staging}/{name}" for name in FILES if name != "manifest.json"]
-    expected = [*files, "/metrics.jsonl", f"{staging}/manifest.json", staging, f"{staging} -> /checkpoint-8", ""]
+    expected = [
+        *files,
+        "/metrics.jsonl",
+        f"{staging}/manifest.json",
+        staging,
+        f"{staging} -> /checkpoint-8",
+        "",
+    ]
     assert said == [*expected, "/checkpoint-4 -> /.removing-checkpoint-4"]
 
 
@@ -272,7 +295,7 @@ def test_one_that_was_written_but_not_yet_renamed_is_kept(run, saver, identity):
 
 def test_any_error_of_the_writer_is_heard(run, saver, monkeypatch):
     saver.warn, saver.in_background = Warned(), True
-    monkeypatch.setattr("qwenlora.trainer.saver.save_file", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("qwenlora.trainer.loop.saver.save_file", lambda *_, **__: 1 / 0)
     save(saver, 4)
     assert saver.failure == "checkpoint-4 was not saved: division by zero"
     assert names(run) == []
@@ -285,9 +308,14 @@ def test_a_rotation_that_fails_is_not_a_save_that_failed(run, saver, monkeypatch
     def busy(*_):
         raise OSError(39, "Directory not empty")
 
-    monkeypatch.setattr(checkpoints, "remove", lambda folder: busy() if folder.name == "checkpoint-4" else None)
+    monkeypatch.setattr(
+        checkpoints, "remove", lambda folder: busy() if folder.name == "checkpoint-4" else None
+    )
     save(saver, 8)
-    assert (saver.failure, saver.warn) == ("", ["an old checkpoint could not be removed: Directory not empty"])
+    assert (saver.failure, saver.warn) == (
+        "",
+        ["an old checkpoint could not be removed: Directory not empty"],
+    )
 
 
 def test_writing_in_the_background_gives_the_same_bytes(run, identity, saver):
@@ -340,7 +368,7 @@ def test_a_save_that_hangs_ends_by_its_limit(run, identity, monkeypatch, in_back
 
     given_up, release = threading.Event(), threading.Event()
     said = []
-    monkeypatch.setattr("qwenlora.trainer.saver.sync", lambda _: release.wait(20))
+    monkeypatch.setattr("qwenlora.trainer.loop.saver.sync", lambda _: release.wait(20))
 
     def give_up(message):
         said.append(message)
@@ -358,7 +386,7 @@ def test_a_slow_file_system_does_not_hold_up_training(run, identity, monkeypatch
     import threading
 
     release = threading.Event()
-    monkeypatch.setattr("qwenlora.trainer.saver.sync", lambda _: release.wait(20))
+    monkeypatch.setattr("qwenlora.trainer.loop.saver.sync", lambda _: release.wait(20))
     saver = Saver(run, identity, 1, limit=None, in_background=True, timeout_s=600)
     saver.save(4, snapshot(), {"state.json": "{}"}, {})  # comes back although the disk does not
     assert run.checkpoints() == []
@@ -371,7 +399,7 @@ def test_an_adapter_of_other_shapes_does_not_fit(tiny, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from qwenlora.trainer.state import adapter_of, restore_adapter
+    from qwenlora.trainer.loop.state import adapter_of, restore_adapter
 
     def model(**lora):
         base = AutoModelForCausalLM.from_pretrained(tiny)

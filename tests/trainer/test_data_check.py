@@ -18,8 +18,12 @@ from qwenlora.trainer.data_check import check, preview
 def config(tmp_path):
     def config(rows=None, **overrides):
         rows = rows or [{"instruction": f"问题{n}" * (n + 1), "output": f"答案{n}。"} for n in range(40)]
-        (tmp_path / "my.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        (tmp_path / "my.yaml").write_text(f"model: {{name_or_path: tiny}}\ndata: {{train: '{tmp_path}/my.jsonl'}}\n")
+        (tmp_path / "my.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        )
+        (tmp_path / "my.yaml").write_text(
+            f"model: {{name_or_path: tiny}}\ndata: {{train: '{tmp_path}/my.jsonl'}}\n"
+        )
         return load_config(tmp_path / "my.yaml", {"run_dir": str(tmp_path / "runs" / "my"), **overrides})
 
     return config
@@ -92,7 +96,9 @@ def test_preview_marks_exactly_the_trained_tokens(config):
 
 def test_preview_breaks_no_line_that_the_row_does_not_break(config):
     console = screen()
-    preview(config([{"instruction": "word " * 100, "output": "a\tb"}]), "train", 1, 1, ids=False, console=console)
+    preview(
+        config([{"instruction": "word " * 100, "output": "a\tb"}]), "train", 1, 1, ids=False, console=console
+    )
     assert "word " * 100 in console.file.getvalue()
     assert "⟦a⇥b<|im_end|>⟧" in console.file.getvalue()
 
@@ -108,7 +114,9 @@ def test_preview_as_a_table_shows_ids_and_what_is_trained(config):
     preview(config(), "train", 1, 1, ids=True, console=console)
     lines = console.file.getvalue().splitlines()
     end = [line.split() for line in lines if "<|im_end|>" in line]
-    assert [fields[-1] for fields in end] == ["<|im_end|>", "yes"], "the question's is not trained, the reply's is"
+    assert [fields[-1] for fields in end] == ["<|im_end|>", "yes"], (
+        "the question's is not trained, the reply's is"
+    )
 
 
 def test_preview_shows_what_becomes_of_a_long_row(config):
@@ -132,7 +140,9 @@ def test_preview_of_a_row_that_is_not_there_is_refused(config):
         preview(config(), "train", 100, 1, ids=False, console=screen())
 
 
-@pytest.mark.parametrize("lengths", [[5], [1, 1000], list(range(1, 5000, 7)), [100] * 50, [10] * 99 + [100_000]])
+@pytest.mark.parametrize(
+    "lengths", [[5], [1, 1000], list(range(1, 5000, 7)), [100] * 50, [10] * 99 + [100_000]]
+)
 @pytest.mark.parametrize("max_length", [8, 64, 2048])
 def test_the_histogram_counts_every_row_once_on_the_right_side_of_the_limit(lengths, max_length):
     bars = report.histogram(np.array(lengths), max_length)

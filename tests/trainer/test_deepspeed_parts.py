@@ -1,4 +1,5 @@
-"""Parts of DeepSpeed and torch that are not theirs to promise: a new version that changes one fails here, in words."""
+"""Parts of DeepSpeed and torch that are not theirs to promise: a new version that changes one fails here, in
+words."""
 
 import inspect
 
@@ -56,7 +57,9 @@ def test_a_base_is_still_taken_apart_by_one_method(deepspeed):
 def test_ddp_still_passes_over_what_it_is_told_to():
     from torch.nn.parallel import DistributedDataParallel
 
-    parameters = inspect.signature(DistributedDataParallel._set_params_and_buffers_to_ignore_for_model).parameters
+    parameters = inspect.signature(
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ).parameters
     assert list(parameters) == ["module", "params_and_buffers_to_ignore"]
 
 

@@ -9,18 +9,29 @@ from parts import drifted
 from ranks import run_ranks
 from transformers import Trainer, TrainerCallback
 
-from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer.faults import TrainingFault
-from qwenlora.trainer.state import adapter_of
-from qwenlora.trainer.stop import Stop
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop.state import adapter_of
+from qwenlora.trainer.ranks.faults import TrainingFault
+from qwenlora.trainer.ranks.stop import Stop
 
 
 def made_with(tiny, folder, bad_steps, what="loss", **train):
-    """Return a trainer whose loss, or gradient, is not finite in the given steps, and the warnings it gives."""
+    """Return a trainer whose loss, or gradient, is not finite in the given steps, and the warnings it
+    gives."""
     warned = []
-    settings = {"max_steps": 6, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2} | train
+    settings = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    } | train
     made = trainer_of(
-        tiny, folder, side_of(48), config_of(**settings), warn=warned.append, place=lambda row: f"my.jsonl:{row + 1}"
+        tiny,
+        folder,
+        side_of(48),
+        config_of(**settings),
+        warn=warned.append,
+        place=lambda row: f"my.jsonl:{row + 1}",
     )
     made.args.logging_steps = made.state.logging_steps = 3
     real = made.compute_loss
@@ -67,7 +78,8 @@ def test_by_default_the_run_stops_with_the_rows_and_no_weight_changed(tiny, tmp_
     first, second = rows_of(made, 4, 1)
     assert str(fault.value).startswith(
         f"step 4: the loss is not finite (NaN or infinite), in rows {first} (my.jsonl:{first + 1}),"
-        f" {second} (my.jsonl:{second + 1}); it changed no weight, and the checkpoints are from before it: look at"
+        f" {second} (my.jsonl:{second + 1}); it changed no weight, and the checkpoints are from before it:"
+        f" look at"
     )
     assert same(weights(made), before[3])
     assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-2"]
@@ -154,7 +166,7 @@ def test_a_checkpoint_of_a_run_that_skipped_its_first_real_step_is_gone_on_from(
     made, _ = made_with(tiny, tmp_path, {2}, on_nan="skip", warmup_steps=2.0, max_steps=2)
     made.train()
     made.saver.wait()
-    from qwenlora.jobs import checkpoints
+    from qwenlora.run import checkpoints
 
     assert checkpoints.flaw(RunFolder(tmp_path).checkpoint(2)) == ""
 
@@ -191,12 +203,16 @@ def test_a_full_gpu_is_said_with_the_batch_and_what_helps(tiny, tmp_path, monkey
             made.train()
         assert "GPU out of memory on rank 0 while step 1 was trained: a batch of 4 x " in str(fault.value)
         assert (
-            "lower train.per_device_train_batch_size (4), the global batch stays as it is or data.max_length (2,048),"
-            " or set train.gradient_checkpointing: true (a third to half slower), or set strategy.quantization: nf4"
+            "lower train.per_device_train_batch_size (4), the global batch stays as it is or"
+            " data.max_length (2,048),"
+            " or set train.gradient_checkpointing: true (a third to half slower), or set"
+            " strategy.quantization: nf4"
         ) in str(fault.value)
     else:
         made.model.forward = full
-        with pytest.raises(TrainingFault, match="step 0 was evaluated: a batch of 4 x .*lower train.per_device_eval"):
+        with pytest.raises(
+            TrainingFault, match="step 0 was evaluated: a batch of 4 x .*lower train.per_device_eval"
+        ):
             made.evaluate()
 
 

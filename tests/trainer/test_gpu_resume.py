@@ -1,4 +1,5 @@
-"""On a GPU: what is copied in the background is what was trained, float16's scaler goes on, and a full GPU is said."""
+"""On a GPU: what is copied in the background is what was trained, float16's scaler goes on, and a full GPU is
+said."""
 
 import json
 
@@ -8,10 +9,10 @@ from made import config_of, side_of, trainer_of
 from transformers import TrainerCallback
 
 from qwenlora.configs.schema import Lora, Model
-from qwenlora.jobs import checkpoints
-from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer.faults import TrainingFault
-from qwenlora.trainer.state import adapter_of
+from qwenlora.run import checkpoints
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop.state import adapter_of
+from qwenlora.trainer.ranks.faults import TrainingFault
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

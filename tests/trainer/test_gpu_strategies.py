@@ -27,7 +27,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_each_strategy_trains_alike_and_resumes_to_the_bit(tiny, tmp_path):
     base = str(make_base(tmp_path / "base", "qwen3", tied=False))
     start = Cell(base, "", dtype="bfloat16")
-    table = Table("strategy", "quantization", "offload", "last loss", "seconds", "peak GPU MB", "base MB held")
+    table = Table(
+        "strategy", "quantization", "offload", "last loss", "seconds", "peak GPU MB", "base MB held"
+    )
     losses = {}
     for name, quantization, offload in CELLS:
         folder = tmp_path / f"{name}-{quantization}-{offload}"
@@ -36,7 +38,9 @@ def test_each_strategy_trains_alike_and_resumes_to_the_bit(tiny, tmp_path):
         again = cell.under(name, f"{folder}-again", resume=str(folder / "checkpoint-10"))
         resumed = measure_alone(again, str(tiny))
         assert min(done["norms"].values()) > 0
-        assert resumed["adapter"] == done["adapter"], f"{cell.name} {quantization} {offload} does not go on to the bit"
+        assert resumed["adapter"] == done["adapter"], (
+            f"{cell.name} {quantization} {offload} does not go on to the bit"
+        )
         losses[name, quantization, offload] = done["losses"]
         figures = (
             f"{done['seconds']:.1f}",

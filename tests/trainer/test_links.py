@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwenlora.trainer import links
+from qwenlora.trainer.spread import links
 
 # the columns behind the GPUs' are of network cards and processors
 NODE = (
@@ -28,7 +28,9 @@ PCI = (
 ONE = "\t\x1b[4mGPU0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\nGPU0\t X \t0-15\t0\t\tN/A\n"
 
 
-@pytest.mark.parametrize(("answer", "linked"), [(NODE, True), (PAIRS, False), (PCI, False), (ONE, False), ("", False)])
+@pytest.mark.parametrize(
+    ("answer", "linked"), [(NODE, True), (PAIRS, False), (PCI, False), (ONE, False), ("", False)]
+)
 def test_gpus_are_linked_when_every_pair_is(answer, linked):
     assert links.is_linked(answer) is linked
 

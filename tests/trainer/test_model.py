@@ -9,7 +9,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
-from qwenlora.trainer import model as models
+from qwenlora.trainer.model import base as models
 
 SIZES = {
     "vocab_size": 2048,
@@ -21,7 +21,12 @@ SIZES = {
     "head_dim": 16,
     "max_position_embeddings": 512,
 }
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 HYBRID = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -115,7 +120,9 @@ def test_each_way_of_lora_survives_saving(tiny, tmp_path, lora):
     model = adapted(config_for(tiny, lora=lora))
     _, logits, ids = train_a_little(model)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    assert torch.equal(AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()(input_ids=ids).logits, logits)
+    assert torch.equal(
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()(input_ids=ids).logits, logits
+    )
 
 
 @pytest.mark.parametrize("named", ["embed_tokens", "lm_head"])
@@ -143,8 +150,12 @@ def test_names_that_match_nothing_are_refused(tiny, lora):
 
 def test_experts_are_adapted_by_parameter(tiny, tmp_path):
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **SIZES | MOE)).save_pretrained(tmp_path)
-    lora = Lora(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **SIZES | MOE)).save_pretrained(
+        tmp_path
+    )
+    lora = Lora(
+        target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    )
     model = adapted(config_for(tmp_path, lora=lora))
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert any("experts" in name for name in trainable)
@@ -191,7 +202,10 @@ def test_training_goes_on_from_an_adapter(tiny, adapter):
     [
         ({"r": 16}, r"init_from=.* has r=8, the config says 16; set lora\.r: 8"),
         ({"r": 8, "lora_alpha": 8}, r"has lora_alpha=32, the config says 8; set lora\.lora_alpha: 32"),
-        ({"r": 8, "target_modules": ["q_proj"]}, r"does not fit lora\.target_modules=\['q_proj'\]: the model lacks "),
+        (
+            {"r": 8, "target_modules": ["q_proj"]},
+            r"does not fit lora\.target_modules=\['q_proj'\]: the model lacks ",
+        ),
         ({"r": 8, "modules_to_save": ["embed_tokens"]}, r"does not fit .*: the adapter lacks .*embed_tokens"),
     ],
 )
@@ -201,7 +215,9 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny, adapter, lora, message):
 
 
 def test_a_folder_that_is_no_adapter_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"init_from=.* is no adapter folder: it has no adapter_config\.json"):
+    with pytest.raises(
+        ValueError, match=r"init_from=.* is no adapter folder: it has no adapter_config\.json"
+    ):
         adapted(config_for(tiny, lora=Lora(init_from=str(tmp_path))))
 
 
@@ -222,7 +238,11 @@ def test_all_that_is_trained_is_float32_whatever_the_base(tiny, saved):
 @pytest.mark.parametrize(("how", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
 def test_a_quantised_base_is_really_stored_so_and_learns_after_an_evaluation(tiny, how, kind):
     model = adapted(config_for(tiny, strategy=Strategy(quantization=how)))
-    layers = [m for m in model.modules() if type(m).__name__ == kind and type(m).__module__.startswith("bitsandbytes")]
+    layers = [
+        m
+        for m in model.modules()
+        if type(m).__name__ == kind and type(m).__module__.startswith("bitsandbytes")
+    ]
     assert len(layers) == 4 * 7
     weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
     assert weight.dtype in (torch.uint8, torch.int8)
@@ -260,7 +280,8 @@ def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name):
 
 
 class TestUntrainedTurnTokens:
-    """A base model's rows past its tokenizer were never trained and lie together; so do turn tokens it never saw."""
+    """A base model's rows past its tokenizer were never trained and lie together; so do turn tokens it never
+    saw."""
 
     @pytest.fixture
     def base(self, tiny):
@@ -295,7 +316,9 @@ def test_a_base_whose_files_lack_a_weight_is_refused(tiny, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.self_attn.q_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"its files lack model\.layers\.1\.self_attn\.q_proj\.weight, which would be"):
+    with pytest.raises(
+        ValueError, match=r"its files lack model\.layers\.1\.self_attn\.q_proj\.weight, which would be"
+    ):
         models.load_base(config_for(folder), str(folder))
 
 

@@ -12,8 +12,8 @@ from qwenlora.data.chat import Tokens
 from qwenlora.data.order import Order
 from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
-from qwenlora.trainer.batches import IGNORED, StepLoader, collate, collate_packs
-from qwenlora.trainer.model import check_isolation
+from qwenlora.trainer.loop.batches import IGNORED, StepLoader, collate, collate_packs
+from qwenlora.trainer.model.base import check_isolation
 
 PAD = 0
 
@@ -55,7 +55,9 @@ def losses(model, batch) -> torch.Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits = model(**inputs, use_cache=False).logits
     labels = batch["labels"][:, 1:]
-    found = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none")
+    found = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none"
+    )
     return found[labels.flatten() != IGNORED]
 
 
@@ -95,7 +97,8 @@ def test_the_guard_passes_what_keeps_rows_apart(kind, attention, dtype):
 def test_the_guard_refuses_what_leaks(monkeypatch, attention, dtype):
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     message = (
-        rf"packed rows would see each other: with model\.attn_implementation={attention} .* set data\.packing: off"
+        rf"packed rows would see each other: with model\.attn_implementation={attention} .* set"
+        rf" data\.packing: off"
     )
     with pytest.raises(ValueError, match=message):
         check_isolation(model_of("qwen3", attention, dtype))
@@ -104,7 +107,13 @@ def test_the_guard_refuses_what_leaks(monkeypatch, attention, dtype):
 def test_a_pack_restarts_its_positions_and_trains_no_row_from_the_one_before():
     batch = collate_packs([rows_of(3, 2), rows_of(4, seed=1)], PAD)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
-    assert batch["labels"][0, 0] == batch["labels"][0, 3] == batch["labels"][1, 0] == batch["labels"][1, 4] == IGNORED
+    assert (
+        batch["labels"][0, 0]
+        == batch["labels"][0, 3]
+        == batch["labels"][1, 0]
+        == batch["labels"][1, 4]
+        == IGNORED
+    )
     assert "attention_mask" not in batch
 
 
@@ -165,7 +174,9 @@ def test_on_a_gpu_rows_of_a_pack_are_kept_apart(kind, attention):
     rows = rows_of(5, 170, 33, 2)
     alone = torch.cat([losses(model, on_gpu(collate([row], PAD))) for row in rows])
     packed = losses(model, on_gpu(collate_packs([rows], PAD)))
-    assert (alone - packed).abs().max() <= 0.05, "bfloat16 rounds differently for other shapes; a leak is 0.4 and more"
+    assert (alone - packed).abs().max() <= 0.05, (
+        "bfloat16 rounds differently for other shapes; a leak is 0.4 and more"
+    )
 
 
 def on_gpu(batch):

@@ -40,7 +40,8 @@ def made(tmp_path_factory, tiny):
 
 
 def go_on(made, pairs: list[tuple], folder: Path) -> dict[tuple, dict]:
-    """Return what was trained after the checkpoint, by pair; ranks are started once for all of a number of them."""
+    """Return what was trained after the checkpoint, by pair; ranks are started once for all of a number of
+    them."""
     _, done, tokenizer = made
     found = {}
     for count in (1, 2, 4):

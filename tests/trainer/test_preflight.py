@@ -5,9 +5,9 @@ import socket
 import pytest
 import torch
 
-from qwenlora.trainer import preflight
-from qwenlora.trainer.faults import TrainingFault
-from qwenlora.trainer.preflight import Checked
+from qwenlora.trainer.ranks import preflight
+from qwenlora.trainer.ranks.faults import TrainingFault
+from qwenlora.trainer.ranks.preflight import Checked
 
 CPU = torch.device("cpu")
 
@@ -27,15 +27,22 @@ def test_a_wrong_product_is_named(monkeypatch):
         return product
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", wrong)
-    with pytest.raises(TrainingFault, match=r"^rank 0 on \S+: 1 of 262144 entries of a matrix product are wrong"):
+    with pytest.raises(
+        TrainingFault, match=r"^rank 0 on \S+: 1 of 262144 entries of a matrix product are wrong"
+    ):
         preflight.check(CPU)
 
 
 def test_the_summary_names_the_slowest_and_warns_of_those_that_are_slow():
-    ranks = [Checked("a", 0, 50.0, 90.0, ""), Checked("a", 1, 52.0, 91.0, ""), Checked("b", 2, 30.0, 89.5, "")]
+    ranks = [
+        Checked("a", 0, 50.0, 90.0, ""),
+        Checked("a", 1, 52.0, 91.0, ""),
+        Checked("b", 2, 30.0, 89.5, ""),
+    ]
     line, slow = preflight.summary(ranks)
     assert line == (
-        "checked 3 ranks on 2 nodes: they reduce at 89.5 GB/s, and multiply at 50 TFLOP/s (median), the slowest, rank 2"
+        "checked 3 ranks on 2 nodes: they reduce at 89.5 GB/s, and multiply at 50 TFLOP/s (median), the"
+        " slowest, rank 2"
         " on b, at 30"
     )
     assert slow.startswith("rank 2 on b (30 TFLOP/s): slower than the others")

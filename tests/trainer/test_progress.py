@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
-from qwenlora.trainer.progress import ProgressCallback
+from qwenlora.trainer.record.progress import ProgressCallback
 
 
 def test_a_library_s_warning_does_not_break_the_bar(capsys):

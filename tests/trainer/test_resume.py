@@ -15,15 +15,15 @@ from transformers import Trainer, TrainerCallback
 
 from qwenlora.configs.schema import Lora
 from qwenlora.data.order import Order, accumulation_steps
-from qwenlora.jobs import checkpoints
-from qwenlora.jobs.run import RunFolder
-from qwenlora.trainer.batches import StepLoader
-from qwenlora.trainer.metrics import Metrics, MetricsFile
-from qwenlora.trainer.model import Parameters
-from qwenlora.trainer.screen import StopRequest
-from qwenlora.trainer.state import adapter_of
-from qwenlora.trainer.stop import Stop
-from qwenlora.trainer.training import seed_micro_batch
+from qwenlora.run import checkpoints
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop.batches import StepLoader
+from qwenlora.trainer.loop.state import adapter_of
+from qwenlora.trainer.loop.trainer import seed_micro_batch
+from qwenlora.trainer.model.base import Parameters
+from qwenlora.trainer.ranks.screen import StopRequest
+from qwenlora.trainer.ranks.stop import Stop
+from qwenlora.trainer.record.metrics import Metrics, MetricsFile
 
 ROWS, STEPS = 22, 7  # three steps an epoch
 
@@ -115,7 +115,9 @@ def test_a_stop_at_any_step_or_in_any_evaluation_changes_nothing(tiny, tmp_path,
     config = settings(eval_strategy="steps" if every else "epoch", eval_steps=every)
     whole = attempt(tiny, tmp_path / "whole", config)
     expected, expected_weights = history(tmp_path / "whole"), weights(whole)
-    assert [line["step"] for line in expected if "eval_loss" in line] == ([2, 4, 6, 7] if every else [3, 6, 7])
+    assert [line["step"] for line in expected if "eval_loss" in line] == (
+        [2, 4, 6, 7] if every else [3, 6, 7]
+    )
     for number, ask in enumerate(CASES):
         folder = tmp_path / str(number)
         first = attempt(tiny, folder, config, ask)
@@ -174,7 +176,9 @@ def test_what_is_being_written_is_what_was_trained_then(tiny, tmp_path, monkeypa
     from safetensors.torch import load_file, save_file
 
     go, at = threading.Event(), {}
-    monkeypatch.setattr("qwenlora.trainer.saver.save_file", lambda *a, **k: (go.wait(60), save_file(*a, **k)))
+    monkeypatch.setattr(
+        "qwenlora.trainer.loop.saver.save_file", lambda *a, **k: (go.wait(60), save_file(*a, **k))
+    )
 
     class Keep(TrainerCallback):
         def __init__(self, made):
@@ -190,7 +194,10 @@ def test_what_is_being_written_is_what_was_trained_then(tiny, tmp_path, monkeypa
     attempt(tiny, tmp_path, settings(), before=lambda made: made.add_callback(Keep(made)))
     folder = RunFolder(tmp_path).checkpoint(3)
     assert checkpoints.flaw(folder) == ""
-    saved, moments = load_file(folder / "adapter_model.safetensors"), load_file(folder / "optimizer.safetensors")
+    saved, moments = (
+        load_file(folder / "adapter_model.safetensors"),
+        load_file(folder / "optimizer.safetensors"),
+    )
     assert all(torch.equal(tensor, saved[name]) for name, tensor in at[3][0].items())
     assert all(torch.equal(tensor, moments[f"{name}/exp_avg"]) for name, tensor in at[3][1].items())
     assert not all(torch.equal(tensor, at[4][0][name]) for name, tensor in at[3][0].items())
@@ -208,9 +215,13 @@ def test_a_file_that_changes_after_it_was_chosen_is_noticed(tiny, tmp_path):
 
 def test_what_the_config_says_of_the_optimizer_counts_after_a_resume(tiny, tmp_path):
     attempt(tiny, tmp_path, settings(weight_decay=0.1), {"step": 3})
-    made = attempt(tiny, tmp_path, settings(weight_decay=0.5, learning_rate=7e-4, lr_scheduler_type="constant"))
+    made = attempt(
+        tiny, tmp_path, settings(weight_decay=0.5, learning_rate=7e-4, lr_scheduler_type="constant")
+    )
     assert {group["weight_decay"] for group in made.optimizer.param_groups if group["params"]} == {0.5}
-    assert {line["learning_rate"] for line in history(tmp_path) if line["step"] > 3 and "loss" in line} == {7e-4}
+    assert {line["learning_rate"] for line in history(tmp_path) if line["step"] > 3 and "loss" in line} == {
+        7e-4
+    }
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "lion_32bit", "adamw_8bit", "rmsprop"])
@@ -242,7 +253,9 @@ def test_a_time_budget_stops_before_it_is_over(tiny, tmp_path, monkeypatch):
     import time
 
     clock = {"now": 1000.0}
-    monkeypatch.setattr("qwenlora.trainer.stop.time", type("Clock", (), {"monotonic": lambda: clock["now"]}))
+    monkeypatch.setattr(
+        "qwenlora.trainer.ranks.stop.time", type("Clock", (), {"monotonic": lambda: clock["now"]})
+    )
     stop = Stop(StopRequest(), max_time_s=35.0)
     made = trainer_of(tiny, tmp_path, side_of(ROWS), settings(eval_strategy="no", eval_steps=None), stop=stop)
 
@@ -284,7 +297,9 @@ def trained_steps(order: Order, world: int, start: int, stop: int):
     """Yield (step, its units) as Trainer trains them on world ranks, from a checkpoint of step start."""
     accumulation = accumulation_steps(order.global_batch_size, order.per_device_batch_size, world)
     epochs_trained, skipped = divmod(start, order.steps_per_epoch)
-    assert "self.state.global_step // num_update_steps_per_epoch" in inspect.getsource(Trainer._init_training_state)
+    assert "self.state.global_step // num_update_steps_per_epoch" in inspect.getsource(
+        Trainer._init_training_state
+    )
     loaders = []
     for rank in range(world):
         loader = StepLoader(_Rows(), order, world, rank, accumulation, 0, flat=False)
@@ -319,7 +334,9 @@ def test_five_thousand_resumes_land_on_the_right_rows():
         per_device = chance.randint(1, 3)
         batch = int(np.lcm.reduce(worlds)) * per_device * chance.randint(1, 2)
         rows = chance.randint(1, 6 * batch)
-        order = Order(np.array([chance.randint(1, 9) for _ in range(rows)]), batch, per_device, chance.randrange(99))
+        order = Order(
+            np.array([chance.randint(1, 9) for _ in range(rows)]), batch, per_device, chance.randrange(99)
+        )
         total, every = chance.randint(1, 4 * order.steps_per_epoch), chance.randint(1, 7)
         seen: dict[int, list] = {}
         saved = 0

@@ -12,10 +12,10 @@ from transformers import Qwen2Config, Qwen3Config, Qwen3NextConfig
 
 from qwenlora.configs.schema import Config, Data, Launch, Model, Strategy
 from qwenlora.data.order import accumulation_steps
-from qwenlora.trainer.batches import IGNORED, collate, collate_packs
+from qwenlora.trainer.loop.batches import IGNORED, collate, collate_packs
+from qwenlora.trainer.loop.trainer import seed_micro_batch
 from qwenlora.trainer.prepare import packs_rows
-from qwenlora.trainer.sequence import Team, check, share_attention
-from qwenlora.trainer.training import seed_micro_batch
+from qwenlora.trainer.spread.sequence import Team, check, share_attention
 
 CLOSE, CLOSE_GRADIENT = 1e-5, 1e-6
 PATIENCE_S = 400.0  # on a machine that has other things to do
@@ -100,7 +100,8 @@ def test_heads_that_cannot_be_dealt_out_are_refused():
     with pytest.raises(ValueError, match="heads") as refusal:
         check(config_of(4), Qwen2Config(num_attention_heads=14, num_key_value_heads=2))
     assert str(refusal.value) == (
-        "strategy.sequence_parallel=4 with model.name_or_path=my-qwen: its 14 attention heads are no multiple of 4;"
+        "strategy.sequence_parallel=4 with model.name_or_path=my-qwen: its 14 attention heads are no"
+        " multiple of 4;"
         " set it to one of 1, 2, 7, 14"
     )
     check(config_of(7), Qwen2Config(num_attention_heads=14, num_key_value_heads=2))
@@ -108,10 +109,16 @@ def test_heads_that_cannot_be_dealt_out_are_refused():
 
 
 def test_layers_that_mix_a_sequence_in_other_ways_are_refused():
-    with pytest.raises(ValueError, match=r"it has layers of linear_attention, .*; set strategy\.sequence_parallel: 1"):
+    with pytest.raises(
+        ValueError, match=r"it has layers of linear_attention, .*; set strategy\.sequence_parallel: 1"
+    ):
         check(config_of(2), Qwen3NextConfig())
-    sliding = Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=1, num_hidden_layers=2)
-    with pytest.raises(ValueError, match=r"sliding_attention, .*; set model\.attn_implementation: flash_attention_2"):
+    sliding = Qwen2Config(
+        use_sliding_window=True, sliding_window=64, max_window_layers=1, num_hidden_layers=2
+    )
+    with pytest.raises(
+        ValueError, match=r"sliding_attention, .*; set model\.attn_implementation: flash_attention_2"
+    ):
         check(config_of(2), sliding)
     check(config_of(2, "flash_attention_2"), sliding)
     dynamic = Qwen3Config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6})
@@ -128,22 +135,22 @@ def test_processes_that_make_no_teams_are_refused():
     with pytest.raises(ValueError, match="processes") as refusal:
         accumulation_steps(16, 1, 6, 4)
     assert str(refusal.value) == (
-        "strategy.sequence_parallel=4 does not divide the number of processes, 6; set it to one of 1, 2, 3, 6, or"
+        "strategy.sequence_parallel=4 does not divide the number of processes, 6; set it to one of 1, 2, 3,"
+        " 6, or"
         " change launch.nproc_per_node"
     )
-    with pytest.raises(ValueError, match=r"world_size / sequence_parallel = 4 \* 8 / 2 = 16; nearest: 16, 32"):
+    with pytest.raises(
+        ValueError, match=r"world_size / sequence_parallel = 4 \* 8 / 2 = 16; nearest: 16, 32"
+    ):
         accumulation_steps(24, 4, 8, 2)
     assert accumulation_steps(32, 4, 8, 2) == 2
 
 
 def test_packing_is_left_to_flash_attention(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [packs_rows(config_of(size, kernel)) for size in (1, 2) for kernel in ("sdpa", "flash_attention_2")] == [
-        True,
-        True,
-        False,
-        True,
-    ]
+    assert [
+        packs_rows(config_of(size, kernel)) for size in (1, 2) for kernel in ("sdpa", "flash_attention_2")
+    ] == [True, True, False, True]
 
 
 # ---- real ranks
@@ -156,16 +163,21 @@ STRATEGIES = ("zero2", "zero3", "fsdp")
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, tiny):
-    """Return what each rank did, by the number of ranks and the name of a run. A start of ranks takes seconds."""
+    """Return what each rank did, by the number of ranks and the name of a run. A start of ranks takes
+    seconds."""
     folder = tmp_path_factory.mktemp("sharing")
     bases = {kind: make_base(folder / "bases" / kind, kind) for kind in ("qwen2", "qwen3")}
-    bases |= {name: make_base(folder / "bases" / name, "qwen3", *heads) for name, (_, *heads) in HEADS.items()}
+    bases |= {
+        name: make_base(folder / "bases" / name, "qwen3", *heads) for name, (_, *heads) in HEADS.items()
+    }
 
     def run(name: str, count: int, size: int = 1, base: str = "", **more) -> Sharing:
         more = {"steps": 5, "recompute": size > 1} if name in HEADS else more
         return Sharing(bases[base or name], str(folder / f"{name}-{count}"), size, **more)
 
-    saved = {kind: str(folder / f"{kind}-2" / "checkpoint-10") for kind in ("qwen3", "dropout")}  # an epoch has 7 steps
+    saved = {
+        kind: str(folder / f"{kind}-2" / "checkpoint-10") for kind in ("qwen3", "dropout")
+    }  # an epoch has 7 steps
     two = {name: run(name, 2, 2) for name in ("qwen2", "qwen3", "odd-kv")}
     two |= {name: run(name, 2, 2, "qwen3", strategy=name, steps=5) for name in STRATEGIES}
     two["again"] = run("again", 2, 2, "qwen3", resume=saved["qwen3"])
@@ -192,7 +204,8 @@ def test_2_ranks_and_2_teams_of_2_train_as_one_process(ranks, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "name", "alone"), [(4, "2-kv-4-ranks", "qwen3"), (4, "few-kv", "few-kv"), (2, "odd-kv", "odd-kv")]
+    ("count", "name", "alone"),
+    [(4, "2-kv-4-ranks", "qwen3"), (4, "few-kv", "few-kv"), (2, "odd-kv", "odd-kv")],
 )
 def test_kv_heads_that_are_too_few_or_no_multiple_are_repeated(ranks, count, name, alone):
     for rank in ranks[count]:
@@ -213,8 +226,13 @@ def test_sequences_are_shared_under_any_strategy(ranks, name):
 @pytest.mark.slow
 def test_a_resume_in_mid_epoch_is_bit_identical(ranks):
     for rank in ranks[2]:
-        for undisturbed, resumed in ((rank["qwen3"], rank["again"]), (rank["dropout"], rank["dropout-again"])):
-            assert resumed["losses"] == {step: loss for step, loss in undisturbed["losses"].items() if step > 10}
+        for undisturbed, resumed in (
+            (rank["qwen3"], rank["again"]),
+            (rank["dropout"], rank["dropout-again"]),
+        ):
+            assert resumed["losses"] == {
+                step: loss for step, loss in undisturbed["losses"].items() if step > 10
+            }
             assert furthest(undisturbed["adapter"], resumed["adapter"]) == 0
         assert furthest(rank["qwen3"]["losses"], rank["dropout"]["losses"]) > CLOSE
 
@@ -246,25 +264,32 @@ def test_the_command_shares_sequences(qwenlora, tmp_path):
         "model: {name_or_path: tiny}\n"
         "data: {train: example, eval: example}\n"
         "train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: 10, learning_rate: 1e-3,\n"
-        "        warmup_steps: 2, eval_strategy: steps, eval_steps: 5, save_strategy: steps, save_steps: 50}\n"
+        "        warmup_steps: 2, eval_strategy: steps, eval_steps: 5, save_strategy: steps, save_steps:"
+        " 50}\n"
         "log: {logging_steps: 1, wandb: off}\n"
     )
     lines = []
     for name, *settings in (("one",), ("two", "--nproc", "2", "strategy.sequence_parallel=2")):
         answer = qwenlora("train", "my.yaml", f"run_dir={name}", *settings)
         assert answer.returncode == 0, answer.stdout + answer.stderr
-        lines.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+        lines.append(
+            [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        )
     assert "2 processes / 2 a sequence x 4 x 4 accumulated" in " ".join(answer.stdout.split())
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     for one, two in zip(*lines, strict=True):
         for key in {"loss", "eval_loss", "grad_norm", "learning_rate"} & one.keys():
-            assert two[key] == pytest.approx(one[key], abs=CLOSE if key != "grad_norm" else 1e-3), (one["step"], key)
+            assert two[key] == pytest.approx(one[key], abs=CLOSE if key != "grad_norm" else 1e-3), (
+                one["step"],
+                key,
+            )
 
 
 @pytest.mark.slow
 def test_the_command_refuses_what_cannot_be_shared(qwenlora, tmp_path):
     (tmp_path / "my.yaml").write_text(
-        "model: {name_or_path: tiny}\ndata: {train: example}\ntrain: {global_batch_size: 18}\nlog: {wandb: off}\n"
+        "model: {name_or_path: tiny}\ndata: {train: example}\ntrain: {global_batch_size: 18}\nlog: {wandb:"
+        " off}\n"
     )
     answer = qwenlora("train", "my.yaml", "--nproc", "3", "strategy.sequence_parallel=3")
     assert answer.returncode == 2, answer.stdout + answer.stderr
@@ -276,7 +301,9 @@ def test_the_command_refuses_what_cannot_be_shared(qwenlora, tmp_path):
 
 
 def test_a_dry_run_says_how_many_share_a_sequence(qwenlora, tmp_path):
-    (tmp_path / "my.yaml").write_text("model: {name_or_path: tiny}\ndata: {train: example}\nlog: {wandb: off}\n")
+    (tmp_path / "my.yaml").write_text(
+        "model: {name_or_path: tiny}\ndata: {train: example}\nlog: {wandb: off}\n"
+    )
     answer = qwenlora("train", "my.yaml", "--nproc", "4", "strategy.sequence_parallel=2", "--dry-run")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "# global batch        16 rows = 4 processes / 2 a sequence x 1 x 8 accumulated\n" in answer.stdout

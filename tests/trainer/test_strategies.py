@@ -21,7 +21,9 @@ FIELDS = ("losses", "norms", "eval")
 
 def logits_of(base: str, adapter: Path) -> torch.Tensor:
     """Return what plain peft makes of an adapter."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
+    )
     ids = torch.arange(300, 364).view(2, 32)
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
@@ -43,7 +45,8 @@ def tokenizer(tiny) -> str:
 
 @pytest.fixture(scope="module", params=BASES, ids=lambda base: f"{base[0]}-{'tied' if base[1] else 'untied'}")
 def matrix(request, tmp_path_factory, tokenizer):
-    """Return (base, {name: what its two ranks did}, {name: folder}); `one` is a single process without any strategy."""
+    """Return (base, {name: what its two ranks did}, {name: folder}); `one` is a single process without any
+    strategy."""
     folder = tmp_path_factory.mktemp("matrix")
     base = str(make_base(folder / "base", request.param[0], tied=request.param[1]))
     parts = folder / "parts.json"  # DeepSpeed would keep small weights whole, and so many that are in use
@@ -104,7 +107,9 @@ def test_a_step_that_is_no_number_is_left_out_alike_under_every_strategy(small, 
         assert one["said"] == ddp["said"], name
         apart = max(abs(one["losses"][step] - ddp["losses"][step]) for step in one["losses"] if step != 5)
         assert apart <= CLOSE, f"{name}: {apart:.2e}"
-        assert max((adapters[0][key] - adapters[number][key]).abs().max() for key in adapters[0]) <= CLOSE, name
+        assert max((adapters[0][key] - adapters[number][key]).abs().max() for key in adapters[0]) <= CLOSE, (
+            name
+        )
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -112,7 +117,9 @@ def test_a_quantised_base_gives_the_numbers_of_one_process(small, tmp_path, toke
     names = [name for name in NAMES if name != "fsdp" and (quantization, name) != ("int8", "zero3")]
     start = replace(small, quantization=quantization)
     one = run_ranks(run_cells, 1, [start.under("ddp", tmp_path / "one")], tokenizer)[0][0]
-    results = run_ranks(run_cells, 2, [start.under(name, tmp_path / name) for name in names], tokenizer, timeout=400)
+    results = run_ranks(
+        run_cells, 2, [start.under(name, tmp_path / name) for name in names], tokenizer, timeout=400
+    )
     stored = {"nf4": "Params4bit", "int8": "Int8Params"}[quantization]
     first = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
     for number, name in enumerate(names):
@@ -131,7 +138,8 @@ def test_a_base_in_bfloat16_is_trained_alike(small, tmp_path, tokenizer):
     for name, one in zip(NAMES, results, strict=True):
         assert one["held"]["dtypes"] == ["torch.bfloat16"]
         apart = max(abs(one["losses"][step] - results[0]["losses"][step]) for step in one["losses"])
-        # ZeRO-3 has a matrix product of its own, which keeps no weights for the way back, and rounds in other places
+        # ZeRO-3 has a matrix product of its own, which keeps no weights for the way back, and rounds in other
+        # places
         assert apart <= (1e-2 if name == "zero3" else CLOSE), f"{name}: {apart:.2e}"
     files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in NAMES]
     assert all(tensor.dtype == torch.float32 for file in files for tensor in file.values())
@@ -174,7 +182,10 @@ def test_what_decays_and_what_does_not_go_on_to_the_bit(small, tmp_path, tokeniz
     for one in results:
         shared = {step: ddp["losses"][step] for step in one["losses"]}
         assert max(abs(one["losses"][step] - loss) for step, loss in shared.items()) <= CLOSE
-    assert [one["adapter"] for one in results[2:]] == [ddp["adapter"], *(one["adapter"] for one in results[:2])]
+    assert [one["adapter"] for one in results[2:]] == [
+        ddp["adapter"],
+        *(one["adapter"] for one in results[:2]),
+    ]
     norms = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in names]
     key = next(key for key in norms[0] if key.endswith("model.norm.weight"))
     assert (norms[0][key] - 1).abs().max() > 1e-4

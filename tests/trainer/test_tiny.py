@@ -7,8 +7,8 @@ import time
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwenlora.trainer import tiny as tiny_module
-from qwenlora.trainer.tiny import build_tiny
+from qwenlora.trainer.model import tiny as tiny_module
+from qwenlora.trainer.model.tiny import build_tiny
 
 
 def digests(folder):
@@ -17,9 +17,15 @@ def digests(folder):
 
 def test_another_process_with_another_thread_count_builds_the_same_bytes(tiny, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from qwenlora.trainer.tiny import build_tiny as b; b(Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from qwenlora.trainer.model.tiny import build_tiny as b;"
+        " b(Path(sys.argv[1]))"
     )
-    environment = {"OMP_NUM_THREADS": "2", "RAYON_NUM_THREADS": "2", "PYTHONHASHSEED": "7", "PATH": "/usr/bin:/bin"}
+    environment = {
+        "OMP_NUM_THREADS": "2",
+        "RAYON_NUM_THREADS": "2",
+        "PYTHONHASHSEED": "7",
+        "PATH": "/usr/bin:/bin",
+    }
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "again")], env=environment, check=True)
     assert digests(tmp_path / "again") == digests(tiny)
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from qwenlora.configs.schema import Config, Data, Log, Model
-from qwenlora.trainer.wandb_run import mode_of
+from qwenlora.trainer.record.wandb_run import mode_of
 
 CONFIG = Config(run_dir="unused", model=Model(name_or_path="tiny"), data=Data(train="example"))
 
@@ -44,7 +44,8 @@ def test_an_unreachable_server_costs_seconds_and_one_warning(qwenlora, tmp_path)
         closed.bind(("127.0.0.1", 0))
         key = "0123456789abcdef0123456789abcdef01234567"
         (tmp_path / "my.yaml").write_text(
-            "model: {name_or_path: tiny}\ndata: {train: example}\ntrain: {max_steps: 3, save_strategy: 'no'}\n"
+            "model: {name_or_path: tiny}\ndata: {train: example}\ntrain: {max_steps: 3, save_strategy:"
+            " 'no'}\n"
         )
         start = time.monotonic()
         answer = qwenlora(

@@ -1,8 +1,10 @@
-"""Kills this process, or its whole run, with SIGKILL at a chosen moment. On PYTHONPATH, Python imports it at its start.
+"""Kills this process, or its whole run, with SIGKILL at a chosen moment. On PYTHONPATH, Python imports it at
+its start.
 
 QWENLORA_CHAOS holds {"process", "inside", "nth", "after_s", "everyone"}: in the process of that name, when a
-function of that name is entered for the nth time, after so many seconds; or {"process", "operation", "everyone"}:
-before the file operation of that number in its saves. {"process", "count": FILE} lists these operations instead.
+function of that name is entered for the nth time, after so many seconds; or {"process", "operation",
+"everyone"}: before the file operation of that number in its saves. {"process", "count": FILE} lists these
+operations instead.
 """
 
 import json
@@ -26,7 +28,7 @@ def _kill(everyone):
 
     me = psutil.Process()
     if everyone:
-        for agent in [one for one in me.parents() if "qwenlora.launch.cli" in " ".join(one.cmdline())]:
+        for agent in [one for one in me.parents() if "qwenlora.cli.main" in " ".join(one.cmdline())]:
             for one in [agent, *agent.children(recursive=True)]:
                 if one.pid != me.pid:
                     one.kill()

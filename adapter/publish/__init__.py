@@ -1,0 +1,1 @@
+"""`qwenlora report` and `qwenlora export`: a run written up, an adapter made ready for others."""

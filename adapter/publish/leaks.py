@@ -1,0 +1,119 @@
+"""What must not leave the machine with an exported adapter: paths, the user's and the host's name, keys.
+
+`Private.of_this_machine(...)` knows what is private here; `found` says what of it a text holds, by kind,
+never the thing itself. It is a last look at what was written to be free of it, and cannot know every secret.
+"""
+
+import getpass
+import netrc
+import os
+import re
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+# two folders deep, and not within a word, an address or a closing tag
+_PATH = re.compile(
+    r"(?<![\w.:/<~\\-])/(?:[\w.@+-]+/)+[\w.@+=,-]+|(?<![\w/])~[\w.-]*/\w|(?<!\w)[A-Za-z]:\\+Users\\"
+)
+_HOME = re.compile(r"(?<![\w.:/<~\\-])/(?:root|(?:home|Users)/[\w.@+-]+)(?![\w.@+-])")
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:API|ACCESS|PG|SSH)?(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS|PAT|AUTH|WEBHOOK|CREDENTIALS?)"
+    r"(?:_|S?$)|_PWD$"
+)
+_IN_ADDRESS = re.compile(r"://[^\s/:@]*:([^\s/@]+)@")  # a password, in an address such as a database's
+_SHORTEST_SECRET = 8
+_KEYS = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bgh[pousr]_[A-Za-z0-9]{30,}"
+    r"|\bgithub_pat_\w{30,}|\bxox[abprs]-[\w-]{10,}|\bAIza[\w-]{35}|\bglpat-[\w-]{20,}|-----BEGIN [A-Z"
+    r" ]*PRIVATE KEY"
+    r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.|\bnpm_[A-Za-z0-9]{30,}|\bsk_live_\w{16,}|\bLTAI\w{12,}|\bAKID\w{13,}"
+)
+# accounts that are no person's, and words that any card has
+_COMMON = {
+    "root",
+    "user",
+    "admin",
+    "ubuntu",
+    "debian",
+    "runner",
+    "jovyan",
+    "nobody",
+    "localhost",
+    "guest",
+    "test",
+}
+_SHORTEST_NAME = 4  # a shorter one is looked for in addresses alone
+
+
+@dataclass(frozen=True)
+class Private:
+    """secrets: texts that are found wherever they stand. places: paths. names: the user's and the host's."""
+
+    secrets: frozenset[str]
+    places: frozenset[str]
+    names: frozenset[str]
+
+    @classmethod
+    def of_this_machine(cls, places: Iterable[str | Path]) -> "Private":
+        """Return what is private here. places: more paths, besides the home and the working folder."""
+        paths = {os.path.expanduser("~"), os.getcwd(), *map(str, places)}  # noqa: PTH109, PTH111 (texts)
+        paths |= {os.path.realpath(path) for path in paths}
+        return cls(
+            frozenset(_secrets()),
+            frozenset(path for path in paths if path.startswith("/") and path.count("/") > 1),
+            frozenset(_names()),
+        )
+
+    def found(self, text: str, *, vocabulary: bool = False, ordinary: str = "") -> list[str]:
+        """Return the kinds of what a text holds that is private.
+
+        vocabulary: it is a tokenizer's, in which pieces of paths and names are words among others. ordinary:
+        words that may stand in the text though a user or host is called so.
+        """
+        kinds = []
+        shortest = (
+            2 * _SHORTEST_SECRET if vocabulary else 0
+        )  # a password that is a word is in every vocabulary
+        if any(len(secret) >= shortest and secret in text for secret in self.secrets):
+            kinds.append("a key or password of this environment")
+        if _KEYS.search(text) or (not vocabulary and _IN_ADDRESS.search(text)):
+            kinds.append("what looks like a key")
+        if any(re.search(rf"{re.escape(place)}(?![\w.@+-])", text) for place in self.places):
+            kinds.append("a path of this machine")
+        if vocabulary:
+            return kinds
+        if not kinds and (_PATH.search(text) or _HOME.search(text)):
+            kinds.append("an absolute path")
+        for name in self.names:
+            word = rf"(?<![\w]){re.escape(name)}(?![\w])"
+            common = len(name) < _SHORTEST_NAME or name.lower() in _COMMON or re.search(word, ordinary)
+            if re.search(rf"\b{re.escape(name)}@|@{re.escape(name)}\b" if common else word, text):
+                kinds.append("the name of the user or the host")
+                break
+        return kinds
+
+
+def _secrets() -> Iterable[str]:
+    """Yield the values of environment variables that are called like secrets, and what is kept for logging
+    in."""
+    values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())]
+    values += [password for value in os.environ.values() for password in _IN_ADDRESS.findall(value)]
+    with suppress(OSError, netrc.NetrcParseError):
+        known = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser())
+        values += [password for _, _, password in known.hosts.values() if password]
+    with suppress(OSError):
+        values.append(get_token() or "")
+    return (value for value in values if len(value) >= _SHORTEST_SECRET)
+
+
+def _names() -> Iterable[str]:
+    host = socket.gethostname()
+    yield from filter(None, (host, host.partition(".")[0]))
+    yield from filter(None, (os.environ.get(name) for name in ("USER", "LOGNAME", "USERNAME", "SUDO_USER")))
+    with suppress(KeyError, OSError):  # a number without a name, in a container
+        yield getpass.getuser()

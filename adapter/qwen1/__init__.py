@@ -1,0 +1,1 @@
+"""`qwenlora convert-qwen1`: first-generation Qwens in Qwen2's words."""

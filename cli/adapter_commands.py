@@ -1,0 +1,313 @@
+"""The commands for what training left: verify, merge, chat, compare, report, runs, diff, export,
+convert-qwen1."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwenlora.cli.guarded import guarded
+
+Subject = Annotated[
+    str,
+    typer.Argument(metavar="RUN|ADAPTER|MODEL", help="A run folder, a checkpoint, an adapter, or a model."),
+]
+Adapter = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, a run's, or a checkpoint's.")
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/tiny.")]
+Base = Annotated[
+    str | None,
+    typer.Option(help="The base model, where it is not where the adapter says: a folder or hub name."),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base.")
+]
+
+
+def verify(adapter: Adapter, base: Base = None, trust_remote_code: TrustRemoteCode = False) -> None:
+    """Check that an adapter is whole, fits its base, and holds something; say which base it needs."""
+
+    def command() -> int:
+        from qwenlora.adapter import quiet
+
+        with quiet():
+            from qwenlora.adapter.subject import find
+            from qwenlora.adapter.verify import show
+        return show(find(adapter, base=base, trust_remote_code=trust_remote_code))
+
+    guarded(command)
+
+
+def merge(
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, a run's, or a checkpoint's.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    more: Annotated[
+        list[str] | None, typer.Option("--adapter", help="One more adapter; may be given again.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of several adapters: their weights, as 0.7,0.3. Default: 1 each.")
+    ] = None,
+    combine: Annotated[
+        str,
+        typer.Option(
+            help="Of several adapters: how peft combines them (cat: the exact sum, linear, svd, ties ...)."
+        ),
+    ] = "cat",
+    base: Base = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the merged weights: auto (as the base's files), bf16, fp16 or fp32.")
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A text file with a prompt a line, to compare merged and unmerged with."),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Make one model of a base and an adapter, file by file, and compare its logits with theirs."""
+
+    def command() -> int:
+        from qwenlora.adapter import quiet
+
+        with quiet():
+            from qwenlora.adapter.merge import merge as merging
+            from qwenlora.adapter.subject import find
+        subjects = [
+            find(name, base=base, trust_remote_code=trust_remote_code) for name in (adapter, *(more or []))
+        ]
+        return merging.merge(
+            subjects,
+            out,
+            weights=weights,
+            combine=combine,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            prompts=prompts,
+        )
+
+    guarded(command)
+
+
+def chat(
+    subject: Subject,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this, and leave.")] = None,
+    input_: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            help="Answer the questions of a file: rows as for training (docs/data.md), or .txt with a"
+            " question a line.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With --input: where the answers go, as JSON lines.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest, of this share.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Sample from this many likeliest tokens; 0: from all.")
+    ] = 20,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.0, help="Above 1: said tokens become less likely.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same answers.")] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option("--thinking/--no-thinking", help="Of Qwen3: whether it thinks first. Default: no."),
+    ] = None,
+    quantization: Annotated[
+        str, typer.Option(help="auto (nf4 where the model does not fit the GPU), none, nf4 or int8.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (bf16 where the GPU has it), bf16, fp16 or fp32.")
+    ] = "auto",
+    base: Base = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk with a model: in the terminal, with one prompt, or with the questions of a file."""
+
+    def command() -> int:
+        from rich.console import Console
+
+        from qwenlora.adapter import quiet
+
+        with quiet(), Console(stderr=True).status("starting", spinner_style="dim"):
+            from qwenlora.adapter.answers import Sampling
+            from qwenlora.adapter.chat import chat as chatting
+            from qwenlora.adapter.subject import find
+        found = find(subject, base=base, trust_remote_code=trust_remote_code)
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+        return chatting.chat(
+            found,
+            sampling,
+            prompt=prompt,
+            input_file=input_,
+            output_file=output,
+            system=system,
+            thinking=thinking,
+            quantization=quantization,
+            dtype=dtype,
+        )
+
+    guarded(command)
+
+
+def compare(
+    subjects: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="A run folder, or several, checkpoints, adapters or models."),
+    ],
+    show: Annotated[int, typer.Option(min=0, help="How many answers to show of each set.")] = 5,
+    limit: Annotated[int, typer.Option(min=1, help="How many questions to ask of each set.")] = 500,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    rephrased: Annotated[
+        Path | None,
+        typer.Option(
+            help="Training questions in other words: rows as for training. Default: data.eval=example's."
+        ),
+    ] = None,
+    general: Annotated[
+        Path | None,
+        typer.Option(help="General questions with checks. Default: the 60 that come with qwenlora."),
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(help="The question to ask repeatedly. Default: the first of the training rows."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="How often to ask it.")] = 20,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of these repeated answers.")] = 0.7,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed, the same answers.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 40,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where the numbers go, as JSON. Default: comparison.json of the (last) run."),
+    ] = None,
+    base: Base = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Ask the base model and the tuned one the same: what was trained, in other words, in general."""
+
+    def command() -> int:
+        from qwenlora.adapter import quiet
+
+        with quiet():
+            from qwenlora.adapter.compare import compare as comparing
+            from qwenlora.adapter.subject import find
+        return comparing.compare(
+            [find(name, base=base, trust_remote_code=trust_remote_code) for name in subjects],
+            show=show,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            rephrased=rephrased,
+            general=general,
+            question=question,
+            samples=samples,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            output=output,
+        )
+
+    guarded(command)
+
+
+def report(
+    run: Run,
+    html: Annotated[Path | None, typer.Option(help="Where the page goes. Default: RUN/report.html.")] = None,
+) -> None:
+    """Write a run up as one HTML page: curves over all attempts, settings, data, comparison; pictures beside
+    it."""
+
+    def command() -> int:
+        from qwenlora.adapter.publish.report import write
+        from qwenlora.run.folder import RunFolder
+
+        print(write(RunFolder(run), html))
+        return 0
+
+    guarded(command)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look for run folders.")] = Path(
+        "runs"
+    ),
+) -> None:
+    """List runs: how far each is, its evaluation, its data, its key settings, its adapter."""
+
+    def command() -> int:
+        from rich.console import Console
+
+        from qwenlora.jobs.views.runs import show
+
+        return show(folder, Console(markup=False, highlight=False))
+
+    guarded(command)
+
+
+def diff(first: Run, second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")]) -> None:
+    """Show in what two runs differ: config, code, data, results."""
+
+    def command() -> int:
+        from rich.console import Console
+
+        from qwenlora.jobs.views.diff import show
+
+        return show(first, second, Console(markup=False, highlight=False))
+
+    guarded(command)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")],
+    to: Annotated[Path, typer.Option(help="A folder to make, or a .zip file.")],
+    name: Annotated[
+        str | None, typer.Option(help="The model's name on its card. Default: the run folder's.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base's hub name for the card, where the run used a folder.")
+    ] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="Licence, as the hub spells it.")] = None,
+) -> None:
+    """Make a folder for a model hub: the adapter, its tokenizer, and a card filled in from the run."""
+
+    def command() -> int:
+        from qwenlora.adapter import quiet
+
+        with quiet():
+            from qwenlora.adapter.publish.export import export as make
+        print(make(run, to, name=name, base=base, license=license_))
+        return 0
+
+    guarded(command)
+
+
+def convert_qwen1(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Qwen-7B-Chat, or an adapter for it.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+) -> None:
+    """Turn a first-generation Qwen (Qwen-7B-Chat), or an adapter for it, into Qwen2's architecture."""
+
+    def command() -> int:
+        from qwenlora.adapter import quiet
+
+        with quiet():
+            from qwenlora.adapter.qwen1.convert import convert
+        return convert(source, out, max_shard_size=max_shard_size)
+
+    guarded(command)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    for command in (verify, merge, chat, compare, report, runs, diff, export):
+        app.command()(command)
+    app.command("convert-qwen1")(convert_qwen1)

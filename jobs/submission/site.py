@@ -1,0 +1,231 @@
+"""What a cluster wants to be told: partition, account, what makes Python run there.
+`configs/clusters/example.yaml`.
+
+`qwenlora submit my.yaml --site mycluster` and `sbatch $(qwenlora site mycluster) slurm/train.sh my.yaml` read
+the same file. Its values reach sbatch and a shell, so what they may hold is narrow, and the rest is refused
+here.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, PositiveInt, PrivateAttr, ValidationError
+
+import qwenlora.configs
+from qwenlora.configs.load import read
+from qwenlora.configs.schema import NonNegative, Section, Text
+
+VARIABLE = "QWENLORA_SITE"
+FOLDER = Path("configs/clusters")
+PACKAGED = Path(qwenlora.configs.__file__).parent / "clusters"
+
+# what a submission sets itself, and what it goes with
+OURS = (
+    *("array", "chdir", "error", "export", "export-file", "input", "job-name", "no-requeue", "ntasks"),
+    *("ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal", "test-only", "wait", "wrap"),
+)
+_SECRET = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET|CREDENTIALS?)$", re.IGNORECASE)
+
+
+def _only(pattern: str, expected: str) -> AfterValidator:
+    whole: Callable[[str], re.Match[str] | None] = re.compile(pattern, re.ASCII).fullmatch
+
+    def check(value: str) -> str:
+        if not whole(value):
+            raise ValueError(expected)
+        return value
+
+    return AfterValidator(check)
+
+
+def _one_line(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("text on one line")
+    return value
+
+
+def _is_free(option: str) -> str:
+    if (
+        option in Site.model_fields
+        or option.replace("-", "_") in Site.model_fields
+        or option in ("time", "mem")
+    ):
+        raise ValueError("an option that has no key of its own here; use the key of the site file")
+    if option in OURS:
+        raise ValueError("an option that qwenlora does not set itself")
+    return option
+
+
+def _is_no_secret(name: str) -> str:
+    if _SECRET.search(name):
+        raise ValueError(
+            "a name that is no secret's: this file and job scripts can be read by others; export it in the"
+            " shell that"
+            " submits, whose environment the job inherits"
+        )
+    return name
+
+
+Word = Annotated[str, _only(r"[\w.,:/@+-]+", "letters, digits and . , : / @ + - _")]
+Expression = Annotated[
+    str, _only(r"[\w.,:/@+=%&|*()\[\]!-]+", "letters, digits and . , : / @ + = % & | * ( ) [ ] ! - _")
+]
+Hosts = Annotated[str, _only(r"[\w.,\[\]-]+", "host names, as node[1-4,7]")]
+Option = Annotated[
+    str, _only("[a-z][a-z0-9-]*", "a long option of sbatch without its dashes"), AfterValidator(_is_free)
+]
+Name = Annotated[str, _only(r"[A-Za-z_]\w*", "a variable's name"), AfterValidator(_is_no_secret)]
+Line = Annotated[Text, AfterValidator(_one_line)]
+
+
+class Site(Section):
+    """One site file. What is left out is as the cluster has it."""
+
+    partition: Word | None = Field(
+        None, description="Partition, or several: the first that can start the job."
+    )
+    account: Word | None = Field(None, description="Account that is charged.")
+    qos: Word | None = Field(None, description="Quality of service.")
+    constraint: Expression | None = Field(None, description="Features that nodes must have, as a100&ib.")
+    reservation: Word | None = Field(None, description="Reservation.")
+    nodelist: Hosts | None = Field(None, description="Nodes that the job must have.")
+    exclude: Hosts | None = Field(None, description="Nodes that the job must not have.")
+    nodes: PositiveInt | None = Field(None, description="Nodes, where the command does not say.")
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="GPUs a node, where it does not say."
+    )
+    cpus_per_task: PositiveInt | None = Field(None, description="CPUs a node. Default: one a process.")
+    mem_gb: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Memory a node, in GiB.")
+    timeout_min: PositiveInt | None = Field(None, description="Time limit in minutes, where it does not say.")
+    exclusive: bool = Field(False, description="Whole nodes, shared with no other job.")
+    signal_lead_s: PositiveInt = Field(
+        120, description="Seconds before the time limit at which the run saves."
+    )
+    env_file: Line | None = Field(
+        None,
+        description="Shell file that loads modules or a venv, relative to this one. Default: slurm/env.sh.",
+    )
+    python: Annotated[list[Line], Field(min_length=1)] | None = Field(
+        None, description="Words that run Python on a node. Default: the Python that submits."
+    )
+    srun_args: list[Line] = Field(default_factory=list, description="Further words for srun.")
+    environment: dict[Name, Line | int | NonNegative] = Field(
+        default_factory=dict, description="Variables to export."
+    )
+    sbatch: dict[Option, Expression | int | bool] = Field(
+        default_factory=dict,
+        description="Further options of sbatch, as {mail-type: FAIL}; true: one without a value.",
+    )
+    config: dict[Text, Any] = Field(
+        default_factory=dict,
+        description="Config keys, as {log.wandb: offline}: below what a run's YAML says.",
+    )
+    _file: Path | None = PrivateAttr(None)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that this was read from."""
+        return self._file
+
+    def sbatch_options(self) -> dict[str, str | int | bool]:
+        """Return {long option: value} of all that goes to sbatch as it is, resources and time apart; true: a
+        flag."""
+        named = {key: getattr(self, key) for key in _PASSED_ON}
+        options: dict[str, str | int | bool] = {
+            key: value for key, value in named.items() if value is not None
+        }
+        if self.mem_gb:
+            options["mem"] = f"{round(self.mem_gb * 1024)}M"
+        options |= {"exclusive": True} if self.exclusive else {}
+        return options | {option: value for option, value in self.sbatch.items() if value is not False}
+
+    def command_line(self) -> list[str]:
+        """Return the words that tell sbatch on a command line what this site wants."""
+        options = self.sbatch_options() | {"signal": f"USR1@{self.signal_lead_s}"}
+        sizes = {
+            "nodes": self.nodes,
+            "gpus-per-node": self.gpus_per_node,
+            "cpus-per-task": self.cpus_per_task,
+        }
+        options |= {key: value for key, value in (sizes | {"time": self.timeout_min}).items() if value}
+        if self.env_file and _is_plain(self.env_file):
+            options["export"] = f"ALL,QWENLORA_ENV={self.env_file}"  # slurm/train.sh reads it
+        return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
+
+    def unsaid(self) -> list[str]:
+        """Return the keys that are set and that no option of sbatch can say."""
+        keys = [key for key in ("python", "srun_args", "environment", "config") if getattr(self, key)]
+        return [*(["env_file"] if self.env_file and not _is_plain(self.env_file) else []), *keys]
+
+
+_PASSED_ON = ("partition", "account", "qos", "constraint", "reservation", "nodelist", "exclude")
+
+
+def _is_plain(path: str) -> bool:
+    """Whether a path is one word to a shell, and one variable's value to sbatch --export."""
+    return bool(re.fullmatch(r"[\w./+@=:-]+", path, re.ASCII))
+
+
+def load_site(site: str | Path | None = None) -> Site:
+    """Return a site: a path, or the name of a file in configs/clusters/, here or of the package.
+
+    None: what QWENLORA_SITE says, or else a site that wants nothing. Raises: ValueError, one line a problem.
+    """
+    site = site or os.environ.get(VARIABLE)
+    if not site:
+        return Site()
+    path = _find(str(site))
+    values, places = read(path)
+    try:
+        loaded = Site.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(error, places, path))) from None
+    loaded._file = path
+    if loaded.env_file is None:
+        return loaded
+    env_file = path.parent / Path(loaded.env_file).expanduser()
+    if not env_file.is_file():
+        raise ValueError(
+            f"{places['env_file']}: env_file={loaded.env_file}: no such file (looked for {env_file})"
+        )
+    return loaded.model_copy(update={"env_file": str(env_file)})
+
+
+def _find(site: str) -> Path:
+    if "/" in site or site.endswith((".yaml", ".yml")):
+        return Path(site).expanduser().absolute()
+    for folder in (FOLDER, PACKAGED):
+        if (file := folder / f"{site}.yaml").is_file():
+            return file.absolute()
+    known = sorted({file.stem for folder in (FOLDER, PACKAGED) for file in folder.glob("*.yaml")})
+    near = difflib.get_close_matches(site, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+    raise ValueError(f"site {site}: no {FOLDER}/{site}.yaml here or in the package; {hint}")
+
+
+def _explain(error: ValidationError, places: dict[str, str], path: Path) -> list[str]:
+    """Return one line a problem; what is expected of a value that may be of several kinds is one."""
+    expected: dict[str, list[str]] = {}
+    for item in error.errors():
+        key, *inside = (str(part) for part in item["loc"])
+        key = next((deeper for deeper in (f"{key}.{name}" for name in inside[:1]) if deeper in places), key)
+        place = places.get(key, str(path))
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, Site.model_fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"a site has: {', '.join(Site.model_fields)}"
+            expected[f"{place}: {key}: no such key; {hint}"] = []
+            continue
+        value = "" if "[key]" in inside else "=" + json.dumps(item["input"], ensure_ascii=False)
+        said = re.sub(r"^(Value error, |Input should be )", "", item["msg"]).replace("a valid ", "a ")
+        said = (
+            said.replace("a integer", "an integer")
+            .replace("a array", "a list")
+            .replace("an object", "a section")
+        )
+        expected.setdefault(f"{place}: {key}{value}: expected ", []).append(said)
+    return [start + " or ".join(dict.fromkeys(kinds)) for start, kinds in expected.items()]

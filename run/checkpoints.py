@@ -1,0 +1,275 @@
+"""What a checkpoint is, which ones are whole, and which one to resume from.
+
+checkpoint-200/
+    adapter_model.safetensors, adapter_config.json, tokenizer   an adapter folder as plain peft loads it;
+    float32, the
+                                                                weights that the optimizer goes on from
+    optimizer.safetensors   the optimizer's state, `<parameter's name>/<exp_avg ...>`
+    state.json              everything else that a resume needs, see trainer/training.py
+    trainer_state.json      transformers' own, without its log (metrics.jsonl has it)
+    manifest.json           {"format", "step", "world_size", "identity", "config_sha256", "files": {name:
+    {"bytes",
+                            "sha256"}}, "sha256" of the manifest itself}; a folder is a checkpoint when this
+                            holds
+The frozen base is never in it. trainer/saver.py writes it, trainer/state.py reads tensors;
+docs/checkpoints.md has the promises.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+
+from qwenlora.configs import Config
+from qwenlora.run.disk import sha256
+from qwenlora.run.folder import Changes, RunFolder, allows, changes, step_of
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ADAPTER = "adapter_model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+
+
+class Chosen(NamedTuple):
+    """What to resume from. folder: None starts at the first step; passed_over: newer ones, each with its
+    reason.
+
+    changed: what is another way in the config since, and does not matter or is allowed to.
+    """
+
+    folder: Path | None
+    passed_over: list[str]
+    changed: str
+
+
+def identity_of(config: Config, data: str, base: str) -> dict[str, Any]:
+    """Return what a checkpoint belongs to. data, base: hashes of the prepared rows and of the base's
+    weights."""
+    return {"config": config.model_dump(mode="json", by_alias=True), "data": data, "base": base}
+
+
+def manifest_text(
+    step: int, world_size: int, identity: dict[str, Any], files: dict[str, dict[str, Any]]
+) -> str:
+    """Return the manifest of a checkpoint. files: {name: {"bytes", "sha256"}}."""
+    config = json.dumps(identity["config"], sort_keys=True)
+    record = {"format": FORMAT, "step": step, "world_size": world_size, "identity": identity}
+    record |= {"config_sha256": hashlib.sha256(config.encode()).hexdigest(), "files": files}
+    return _signed(record)
+
+
+def _signed(record: dict[str, Any]) -> str:
+    """Return the record as text, with a hash of itself: nothing else would notice a bit flipped in it."""
+    digest = hashlib.sha256(json.dumps(record, indent=1, ensure_ascii=False).encode()).hexdigest()
+    return json.dumps(record | {"sha256": digest}, indent=1, ensure_ascii=False) + "\n"
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint. Raises: ValueError saying what is wrong with it, after the
+    folder's name."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        older = (folder / "trainer_state.json").is_file() and not (folder / STATE).is_file()
+        old = " (it has the format of an older version)" if older else ""
+        raise ValueError(f"has no {MANIFEST}{old}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        record: dict[str, Any] = json.loads(text)
+        unsigned = {key: value for key, value in record.items() if key != "sha256"}
+        whole = _signed(unsigned) == text
+    except (OSError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"has a {MANIFEST} that is damaged")
+    if record["format"] != FORMAT:
+        raise ValueError(f"has format {record['format']}, this version of qwenlora reads format {FORMAT}")
+    return record
+
+
+def flaw(folder: Path, *, thorough: bool = True) -> str:
+    """Return why a folder is no whole checkpoint, or an empty text. thorough: every byte, not sizes alone."""
+    if not folder.is_dir():
+        return "is no folder"
+    try:
+        record = read(folder)
+        if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{record['step']}":
+            return f"is checkpoint-{record['step']} by another name"
+        for name, expected in record["files"].items():
+            file = folder / name
+            if not file.is_file():
+                return f"lacks {name}"
+            if (found := file.stat().st_size) != expected["bytes"]:
+                return f"has {name} of {found} bytes, {expected['bytes']} were written"
+            if thorough and sha256(file) != expected["sha256"]:
+                return f"has {name} with other bytes than were written (SHA-256)"
+        return adapter_flaw(folder) if thorough else ""
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
+def adapter_flaw(folder: Path) -> str:
+    """Return why an adapter cannot be gone on from, though it is as it was written; or an empty text."""
+    try:
+        tensors = load_safetensors((folder / ADAPTER).read_bytes())
+    except (SafetensorError, TypeError) as error:
+        return f"has {ADAPTER} that cannot be read: {error}"
+    for name, values in sorted(tensors.items()):
+        if not np.isfinite(values).all():
+            return f"has numbers in its adapter that are not finite ({name})"
+    seconds = [values for name, values in tensors.items() if "lora_B" in name]
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if seconds and state["moved"] and not any(values.any() for values in seconds):
+        return "has an adapter that is all zero (every lora_B), though it was trained"
+    return ""
+
+
+def choose(run: RunFolder, resume: str, identity: dict[str, Any], allowed: Sequence[str] = ()) -> Chosen:
+    """Return the checkpoint to resume from.
+
+    resume: auto (the newest whole one, if any), none, or the name or path of one; allowed: config keys that
+    may differ.
+    Raises: ValueError when the one named is not whole or another run's, or there are only broken ones.
+    """
+    if resume == "none":
+        return Chosen(None, [], "")
+    if resume != "auto":
+        folder = named(run, resume, identity["config"], allowed)
+        if why := flaw(folder):
+            raise ValueError(
+                f"--resume {resume}: {folder} {why}; name another, or --resume auto takes the newest"
+            )
+        return Chosen(folder, [], _changed(folder, identity, allowed))
+    passed_over: list[str] = []
+    for folder in run.checkpoints():
+        why = flaw(folder)
+        if not why:
+            return Chosen(folder, passed_over, _changed(folder, identity, allowed))
+        passed_over.append(f"{folder.name} {why}")
+    if passed_over:
+        raise ValueError(
+            f"no checkpoint in {run.path} can be resumed from: {'; '.join(passed_over)};"
+            " --fresh sets this run aside and starts anew"
+        )
+    return Chosen(None, [], "")
+
+
+def named(run: RunFolder, resume: str, config: dict[str, Any], allowed: Sequence[str] = ()) -> Path:
+    """Return the folder that --resume names: in the run folder, or a path. Only its manifest is looked at.
+
+    Raises: ValueError when it is not there, is no checkpoint, or is of another config.
+    """
+    inside, outside = run.path / resume, Path(resume).expanduser().absolute()
+    folder = inside if inside.is_dir() else outside
+    if not folder.is_dir():
+        names = ", ".join(path.name for path in run.checkpoints()) or "no checkpoint"
+        looked = " and no ".join(dict.fromkeys([str(inside), str(outside)]))
+        raise ValueError(f"--resume {resume}: there is no {looked}; this run has {names}")
+    if theirs := RunFolder(folder).checkpoints():
+        there = ", ".join(path.name for path in theirs)
+        raise ValueError(f"--resume {resume}: {folder} is a run, not one of its checkpoints: {there}")
+    try:
+        record = read(folder)
+    except ValueError as why:
+        raise ValueError(
+            f"--resume {resume}: {folder} {why}; name another, or --resume auto takes the newest"
+        ) from None
+    _refuse_another_config(folder, record["identity"]["config"], config, allowed)
+    return folder
+
+
+def _refuse_another_config(
+    folder: Path, theirs: dict[str, Any], ours: dict[str, Any], allowed: Sequence[str]
+) -> Changes:
+    """Return what changed since a checkpoint was written. Raises: ValueError when that may not."""
+    try:
+        then = Config.model_validate_json(json.dumps(theirs))
+    except ValidationError:
+        raise ValueError(
+            f"{folder} was written with a config that this version of qwenlora does not know"
+        ) from None
+    changed = changes(then, Config.model_validate_json(json.dumps(ours)))
+    if refused := changed.refused(allowed):
+        raise ValueError(f"{folder} is of another config: {refused}; to go on all the same: {refused.permit}")
+    return changed
+
+
+def _changed(folder: Path, identity: dict[str, Any], allowed: Sequence[str]) -> str:
+    """Return what changed since a whole checkpoint that may. Raises: ValueError when it is another run's."""
+    theirs = read(folder)["identity"]
+    changed = _refuse_another_config(folder, theirs["config"], identity["config"], allowed)
+    if theirs["data"] != identity["data"] and not allows("data", allowed):
+        raise ValueError(
+            f"{folder} was trained on other data; to go on all the same: --allow-config-change data"
+        )
+    if theirs["base"] != identity["base"] and not allows("model", allowed):
+        raise ValueError(
+            f"{folder} was trained on a base model with other weights; to go on all the same:"
+            " --allow-config-change model"
+        )
+    return str(changed)
+
+
+def set_aside_newer(run: RunFolder, step: int) -> list[str]:
+    """Rename the checkpoints past step, which a resume from there abandons, so that none is taken for this
+    run's.
+
+    Returns: their names from now on.
+    """
+    names = []
+    for folder in run.checkpoints():
+        if step_of(folder) > step:
+            aside = folder.with_name(f"abandoned-{folder.name}")
+            remove(aside)
+            folder.rename(aside)
+            names.append(aside.name)
+    return names
+
+
+def clear_leftovers(run: RunFolder) -> None:
+    """Remove what killed attempts were writing or removing; one that was written, but not renamed, is
+    kept."""
+    for staging in run.path.glob(".staging-checkpoint-*"):
+        folder = run.path / staging.name.removeprefix(".staging-")
+        if not folder.exists() and not flaw(staging) and read(staging)["step"] == step_of(folder):
+            staging.rename(folder)
+    for pattern in (".staging-checkpoint-*", ".removing-checkpoint-*"):
+        for folder in run.path.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def rotate(run: RunFolder, limit: int | None, losses: dict[int, float]) -> None:
+    """Remove the oldest whole checkpoints beyond limit, never the newest, nor the best of those that are
+    there.
+
+    losses: {step: eval_loss}, by which the best is found; empty when it does not matter. With a limit of 1
+    the best is kept besides the newest.
+    """
+    whole = [folder for folder in run.checkpoints() if not flaw(folder, thorough=False)]
+    kept = whole[: limit or None]
+    known = [folder for folder in whole if step_of(folder) in losses]
+    best = min(known, key=lambda folder: losses[step_of(folder)], default=None)
+    if best and best not in kept:
+        kept = [*kept[: max(len(kept) - 1, 1)], best]
+    for folder in whole:
+        if folder not in kept:
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, whole or broken, there or not: first its name, so that half a one is never
+    seen."""
+    if folder.exists():
+        gone = folder.with_name(f".removing-{folder.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)

@@ -1,0 +1,55 @@
+"""What code a run runs: versions, the command, the git commit and what was changed since."""
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from qwenlora.run.disk import write_atomically
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "numpy", "qwenlora")
+_LONGEST_DIFF = 2**22  # bytes
+
+
+def versions() -> dict[str, str | None]:
+    """Return the installed version of each package that numbers depend on; None where it is missing."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def record(facts: Path, diff: Path) -> None:
+    """Write what runs to facts (JSON), and what git knows to have changed since the commit to diff."""
+    git, changes = _git()
+    what = {"git": git, "versions": versions(), "python": platform.python_version(), "command": sys.argv}
+    write_atomically(facts, json.dumps(what, indent=1))
+    if changes:
+        write_atomically(diff, changes)
+    else:
+        diff.unlink(missing_ok=True)
+
+
+def _git() -> tuple[str | None, str]:
+    """Return the commit and the changes since, of the package's own clone if it runs from one, else of this
+    folder."""
+    if not shutil.which("git"):
+        return None, ""
+    package = Path(__file__).parents[1]
+    folder = package if (package / ".git").exists() else Path.cwd()
+
+    def ask(*arguments: str) -> str:
+        answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
+        return answer.stdout.decode(errors="replace") if answer.returncode == 0 else ""
+
+    commit = ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
+    changes = ask("diff", "HEAD") if commit.endswith("-dirty") else ""
+    if len(changes) > _LONGEST_DIFF:
+        changes = changes[:_LONGEST_DIFF] + "\n(cut here: the changes are longer)\n"
+    return commit or None, changes

@@ -1,0 +1,197 @@
+"""The command line answers fast, and every refusal is one clear line with exit code 2, before any model is
+loaded."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwenlora.cli import main as cli
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+
+def refused(answer) -> str:
+    """Return the one line of a refusal."""
+    assert answer.returncode == 2, answer.stdout + answer.stderr
+    text = (answer.stderr + answer.stdout.removeprefix("preparing model and data ...\n")).strip()
+    assert "Traceback" not in text
+    assert text.startswith("error: ")
+    return text.removeprefix("error: ")
+
+
+def test_help_imports_no_torch(qwenlora):
+    code = (
+        "import sys; from qwenlora.cli.main import app; app(['--help'], standalone_mode=False);"
+        " print(sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "train" in answer.stdout
+    assert "'torch'" not in answer.stdout
+    assert "'transformers'" not in answer.stdout
+
+
+def test_help_answers_in_half_a_second(qwenlora):
+    def seconds():
+        start = time.perf_counter()
+        assert qwenlora("--help").returncode == 0
+        return time.perf_counter() - start
+
+    assert any(seconds() < 0.5 for _ in range(30))  # a busy machine is not the command's fault
+
+
+def test_config_show_prints_what_would_run(qwenlora):
+    answer = qwenlora("config", "show", TINY, "lora.r=3")
+    assert answer.returncode == 0
+    assert "  r: 3\n" in answer.stdout
+
+
+def test_unknown_key(qwenlora):
+    line = refused(qwenlora("train", TINY, "lora.rnk=3"))
+    assert line.startswith("command line: lora.rnk=3: no such key; ")
+
+
+def test_missing_config_file(qwenlora, tmp_path):
+    assert refused(qwenlora("train", "no.yaml")) == f"no config file no.yaml (looked in {tmp_path})"
+
+
+def test_missing_data_file(qwenlora, tmp_path):
+    line = refused(qwenlora("train", TINY, "data.train=no.jsonl"))
+    assert line == f"data.train=no.jsonl: no such file (looked for {tmp_path}/no.jsonl)"
+
+
+def test_empty_data(qwenlora, tmp_path):
+    (tmp_path / "my.jsonl").touch()
+    assert (
+        refused(qwenlora("train", TINY, "data.train=my.jsonl"))
+        == "data.train=my.jsonl is empty: it has no rows"
+    )
+
+
+def test_no_assistant_turn_anywhere(qwenlora, tmp_path):
+    row = {"conversations": [{"from": "human", "value": "在吗？"}]}
+    (tmp_path / "my.jsonl").write_text("\n".join([json.dumps(row)] * 3))
+    line = refused(qwenlora("train", TINY, "data.train=my.jsonl"))
+    assert line == (
+        "my.jsonl:1: no assistant turn: there is nothing to learn from; the same for all 3 rows\n"
+        "mend or remove them, or leave them out: data.on_bad_row: skip"
+    )
+
+
+def test_model_folder_without_config_json(qwenlora, tmp_path):
+    (tmp_path / "model").mkdir()
+    line = refused(qwenlora("train", TINY, "model.name_or_path=./model"))
+    assert (
+        line == "model.name_or_path=./model has no config.json; name the folder that holds the model's files"
+    )
+
+
+def test_model_that_is_not_there(qwenlora, tmp_path):
+    line = refused(qwenlora("train", TINY, "model.name_or_path=./no"))
+    assert line == (
+        f"model.name_or_path=./no: no such folder (looked for {tmp_path}/no); a hub name has one slash"
+    )
+    line = refused(qwenlora("train", TINY, "model.name_or_path=Qwen/NoSuchModel"))
+    assert line.startswith(
+        "model.name_or_path=Qwen/NoSuchModel cannot be loaded (offline: HF_HUB_OFFLINE is set): "
+    )
+
+
+def test_model_of_an_unknown_kind(qwenlora, tmp_path, tiny):
+    shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for kind, words in (
+        ("qwen", "does not recognize this architecture"),
+        ("clip", "is of type clip, which this"),
+    ):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+        assert words in refused(qwenlora("train", TINY, "model.name_or_path=./model"))
+
+
+def test_batch_that_does_not_divide(qwenlora):
+    line = refused(qwenlora("train", TINY, "train.global_batch_size=96", "--nproc", 4))
+    assert line == (
+        "train.global_batch_size=96 is not divisible by per_device_train_batch_size * world_size = 10 * 4 ="
+        " 40;"
+        " nearest: 80, 120"
+    )
+
+
+def test_run_folder_that_holds_another_config(qwenlora, tmp_path, tiny_run):
+    shutil.copytree(tiny_run[0], tmp_path / "runs" / "tiny")
+    line = refused(qwenlora("train", TINY, "lora.r=8"))
+    assert line == (
+        f"run_dir={tmp_path}/runs/tiny holds a run with another config: lora.r was 32, now 8;"
+        " choose another run_dir, or set the old run aside with --fresh (to go on all the same:"
+        " --allow-config-change lora.r)"
+    )
+    assert (tmp_path / "runs" / "tiny" / "adapter").is_dir()
+
+
+def test_run_folder_whose_data_changed(qwenlora, tmp_path, tiny_run):
+    shutil.copytree(tiny_run[0], tmp_path / "runs" / "tiny")
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "adapter")
+    facts = tmp_path / "runs" / "tiny" / "facts.json"
+    facts.write_text(
+        facts.read_text().replace('"sha256": "', '"sha256": "0').replace('"stamp": "', '"stamp": "0')
+    )
+    line = refused(qwenlora("train", TINY))
+    assert line.startswith(f"run_dir={tmp_path}/runs/tiny was trained on other data: ")
+
+
+def test_a_system_that_is_not_linux(monkeypatch, capsys):
+    monkeypatch.setattr(platform, "system", lambda: "Windows")
+    with pytest.raises(SystemExit) as left:
+        cli.guarded(lambda: pytest.fail("it ran"))
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: qwenlora runs on Linux, this is Windows: its checkpoints rely on Linux's file semantics"
+        " (rename over"
+        " an existing name, fsync of folders); on Windows, WSL2 works\n"
+    )
+
+
+def test_no_disk_space_for_one_checkpoint(tmp_path):
+    mount = ["unshare", "--user", "--map-root-user", "--mount"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*mount, "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("this machine allows no mount namespaces, in which the small disk is made")
+    (tmp_path / "small").mkdir()
+    script = 'mount -t tmpfs -o size=18m small small && exec "$@"'
+    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
+    answer = subprocess.run(
+        [*mount, "sh", "-c", script, "sh", *command, "train", str(TINY), "run_dir=small/run"],
+        cwd=tmp_path,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    line = refused(answer)
+    assert line.startswith(f"run_dir={tmp_path}/small/run has ")
+    assert line.endswith(
+        " MiB free, one checkpoint needs 7 MiB; free some, or choose a run_dir on another disk"
+    )
+
+
+def test_several_problems_are_named_at_once(qwenlora, tmp_path):
+    (tmp_path / "my.yaml").write_text("model: {name: x}\ndata: {train: y, colour: red}\n")
+    lines = refused(qwenlora("train", "my.yaml")).splitlines()
+    assert lines == [
+        "my.yaml:1: model.name_or_path is missing: a folder, a hub name (Qwen/Qwen2.5-7B-Instruct), or"
+        " `tiny`: a small"
+        " Qwen3 made on the spot",
+        "my.yaml:1: model.name=x: no such key; did you mean model.name_or_path?",
+        "my.yaml:2: data.colour=red: no such key; data has: train, eval, eval_fraction, format, columns,"
+        " roles,"
+        " encoding, on_bad_row, train_on, max_length, overlength, split_replies, packing, num_proc,"
+        " cache_dir",
+    ]

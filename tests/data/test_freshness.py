@@ -1,0 +1,93 @@
+"""What was prepared stands until anything that it was made of changes."""
+
+import json
+import os
+import time
+from dataclasses import replace
+
+import pytest
+
+from qwenlora.configs import load_config
+from qwenlora.data import freshness as current
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.prepare import prepare, read_facts
+
+
+@pytest.fixture
+def config(tmp_path, tiny):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "1+1?", "output": "2"}\n' * 30)
+    (tmp_path / "my.yaml").write_text(
+        f"run_dir: {tmp_path}/runs/my\nmodel: {{name_or_path: {tiny}}}\ndata: {{train:"
+        f" {tmp_path}/rows.jsonl}}\n"
+    )
+    time.sleep(1.1)  # what has just been written might change within the clock's tick
+    return lambda *overrides: load_config(tmp_path / "my.yaml", overrides)
+
+
+@pytest.fixture
+def run(config):
+    run = RunFolder(config().run_dir)
+    with run.claim(config()):
+        prepare(config(), run)
+    return run
+
+
+def stands(config, run) -> bool:
+    return current.is_current(config, run, on_gpu=False)
+
+
+def test_a_second_start_prepares_nothing(config, run):
+    assert stands(config(), run)
+    assert stands(config("log.wandb=off", "launch.nproc_per_node=2", "checkpoint.async=false"), run)
+    assert stands(config("strategy.name=zero3", "strategy.quantization=nf4", "strategy.offload=params"), run)
+
+
+SHARED = "strategy.sequence_parallel=2"
+
+
+@pytest.mark.parametrize(
+    "change", ["data.max_length=99", "model.dtype=bfloat16", "train.max_steps=5", "lora.r=4", SHARED]
+)
+def test_another_config_is_prepared(config, run, change):
+    assert not stands(config(change), run)
+
+
+def test_on_a_gpu_packing_may_be_decided_otherwise(config, run):
+    assert not current.is_current(config(), run, on_gpu=True)
+
+
+def test_a_changed_file_is_seen_even_with_its_old_time_and_size(config, run, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    before = file.stat()
+    file.write_text(file.read_text().replace("2", "3", 1))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    assert not stands(config(), run)
+
+
+@pytest.mark.parametrize("lost", ["data", "facts", "rows"])
+def test_what_is_gone_is_made_again(config, run, tmp_path, lost):
+    folder = next(
+        path for path in (tmp_path / "runs" / ".prepared").iterdir() if (path / "index.json").exists()
+    )
+    {"data": folder / "train" / "ids.bin", "facts": run.facts, "rows": folder / "index.json"}[lost].unlink()
+    assert not stands(config(), run)
+
+
+def test_a_full_disk_is_left_to_preparation_to_say(config, run):
+    facts = read_facts(run)
+    run.facts.write_text(json.dumps(replace(facts, checkpoint_bytes=10**18).as_dict()))
+    assert not stands(config(), run)
+
+
+def test_what_only_the_hub_knows_is_always_asked_for(config):
+    assert current.stamp(config(), "Qwen/Qwen2.5-7B", on_gpu=False) == ""
+    assert (
+        current.stamp(config("model.tokenizer=Qwen/Qwen2.5-7B"), config().model.name_or_path, on_gpu=False)
+        == ""
+    )
+
+
+def test_a_file_that_has_just_been_written_is_not_trusted(config, run, tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    assert current.stamp(config(), config().model.name_or_path, on_gpu=False) == ""

@@ -1,0 +1,55 @@
+"""Whether a job that failed is worth another attempt."""
+
+import pytest
+
+from qwenlora.launch import restarts
+
+
+def attempt(reason, saved_before, job="7"):
+    return {"job_id": job, "reason": reason, "saved_before": saved_before}
+
+
+@pytest.mark.parametrize(
+    ("attempts", "newest", "again"),
+    [
+        ([("failed", 0)], 0, True),  # once may be chance
+        ([("failed", 0), ("failed", 0)], 0, False),
+        ([("failed", 0), ("failed", 8)], 16, True),
+        ([("failed", 0), ("failed", 8)], 8, True),  # the first saved 8 steps, the second none
+        ([("failed", 0), ("failed", 8), ("failed", 8)], 8, False),
+        ([("failed", 8), ("stopped", 8), ("failed", 8)], 8, False),  # a preemption in between changes nothing
+        ([("failed", 8), ("stopped", 8), ("failed", 12)], 12, True),  # but the stop saved steps
+        ([("killed", 0), ("killed", 0), ("failed", 0)], 0, True),  # Slurm killed the others
+        ([("failed", 0), ("failed", 4), ("failed", 8)], 12, True),
+        ([("failed", 0), ("failed", 4), ("failed", 8), ("failed", 12)], 16, False),  # more than max_restarts
+    ],
+)
+def test_a_failure_is_tried_again_while_steps_are_saved(attempts, newest, again):
+    found = [attempt(*one) for one in attempts]
+    assert restarts.worth_another(found, "7", 3, newest)[0] is again
+
+
+def test_attempts_of_an_earlier_job_do_not_count():
+    found = [attempt("failed", 0, "6"), attempt("failed", 0, "6"), attempt("failed", 0)]
+    assert restarts.worth_another(found, "7", 3, 0) == (
+        True,
+        "trying again: attempt 4 starts from the first step",
+    )
+    found += [attempt("failed", 0)]
+    again, why = restarts.worth_another(found, "7", 3, 0)
+    assert (again, why) == (
+        False,
+        "not tried again: 2 attempts failed in a row and saved no step (a crash loop)",
+    )
+
+
+def test_a_node_that_was_lost_is_no_crash():
+    found = [attempt("failed", 0) | {"cause": "NODE_FAIL"} for _ in range(4)]
+    assert restarts.worth_another(found, "7", 3, 0)[0]
+    assert restarts.worth_another([*found, attempt("failed", 0)], "7", 3, 0)[0]
+    assert not restarts.worth_another([*found, attempt("failed", 0), attempt("failed", 0)], "7", 3, 0)[0]
+
+
+def test_no_restarts_are_wanted():
+    again, why = restarts.worth_another([attempt("failed", 0)], "7", 0, 20)
+    assert (again, why) == (False, "not tried again: 1 attempt failed, launch.max_restarts is 0")

@@ -1,0 +1,287 @@
+"""What we override in transformers' Trainer, and what its private parts must go on doing for that to hold."""
+
+import functools
+import inspect
+import json
+import time
+import typing
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from made import config_of, side_of, trainer_of
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer
+from transformers.trainer_utils import SchedulerType
+
+from qwenlora.configs.schema import Data, SchedulerName, Train
+from qwenlora.data.chat import Tokens
+from qwenlora.data.packing import pack
+from qwenlora.data.prepared import Side
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop.batches import collate, eval_batches
+from qwenlora.trainer.loop.trainer import LoraTrainer, check_settings, order_of, training_arguments
+from qwenlora.trainer.model.base import Parameters
+from qwenlora.trainer.record import metrics
+from qwenlora.trainer.record.metrics import Metrics, MetricsFile, flops_per_token
+
+
+@pytest.fixture
+def trainer(tiny, tmp_path):
+    return functools.partial(trainer_of, tiny, tmp_path)
+
+
+def plain_loss_and_gradients(tiny, side: Side, rows: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the mean loss over all trained tokens of rows, one row at a time, in plain torch."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(target_modules="all-linear")
+    )
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        ids, trained = (torch.from_numpy(np.asarray(part)) for part in side.row(row))
+        logits = model(input_ids=ids[None].long()).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:].long(), reduction="none")
+        total = total + losses[trained[1:]].sum()
+        count += int(trained[1:].sum())
+    (total / count).backward()
+    return (total / count).item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_a_step_is_the_mean_over_all_rows(made: LoraTrainer, tiny, side: Side) -> None:
+    gradients = {}
+    # before the optimizer's step Trainer has the whole step's gradient
+    made.create_optimizer()
+    made.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update(
+            {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
+        )
+    )
+    made.train()
+    loss, expected = plain_loss_and_gradients(tiny, side, list(range(len(side))))
+    assert made.state.log_history[0]["loss"] == pytest.approx(loss, abs=1e-5)
+    assert set(gradients) == set(expected)
+    for name, gradient in expected.items():
+        assert torch.allclose(gradients[name], gradient, atol=1e-6, rtol=1e-4), name
+
+
+@pytest.mark.parametrize(("per_device", "rows"), [(8, 8), (4, 8), (2, 8), (1, 8), (2, 5), (4, 3)])
+def test_a_steps_loss_is_the_mean_over_its_trained_tokens_however_it_is_cut(tiny, trainer, per_device, rows):
+    side = side_of(rows)
+    made = trainer(side, config_of(per_device_train_batch_size=per_device, max_steps=1, max_grad_norm=0.0))
+    assert_a_step_is_the_mean_over_all_rows(made, tiny, side)
+
+
+@pytest.mark.parametrize(
+    ("per_device", "batch", "max_length"), [(1, 4, 64), (2, 4, 64), (4, 4, 100), (1, 16, 60)]
+)
+def test_packs_give_the_same_loss_and_gradients_as_their_rows_alone(
+    tiny, trainer, per_device, batch, max_length
+):
+    side = side_of(8)
+    packs = pack(side.lengths, max_length)
+    config = config_of(
+        per_device_train_batch_size=per_device, global_batch_size=batch, max_steps=1, max_grad_norm=0.0
+    )
+    config = config.model_copy(update={"data": Data(train="unused", max_length=max_length, packing="on")})
+    assert 1 < len(packs) <= batch
+    assert_a_step_is_the_mean_over_all_rows(trainer(side, config, packs=packs), tiny, side)
+
+
+def test_trainer_walks_our_order(trainer):
+    side, config = side_of(21), config_of(max_steps=7)
+    made, seen = trainer(side, config), []
+    collated = made.get_train_dataloader().collate_fn
+    loader = made.get_train_dataloader()
+    loader.collate_fn = lambda units: (
+        seen.append([len(row.ids) for unit in units for row in unit]),
+        collated(units),
+    )[1]
+    made.get_train_dataloader = lambda: loader
+    made.train()
+    order = order_of(config, side)
+    batches = [list(batch) for epoch in range(3) for batch in order.micro_batches(epoch, 1, 0)]
+    expected = [[int(order.lengths[row]) for unit in batch for row in unit] for batch in batches]
+    assert seen[: len(expected)] == expected[: len(seen)]
+    assert len(seen) >= 7 * 2
+
+
+def test_evaluation_is_the_same_for_any_batch_size_and_equals_plain_torch(tiny, trainer):
+    side, eval_ = side_of(8), side_of(13, seed=1)
+    losses = []
+    for size in (1, 3, 13, 50):
+        made = trainer(side, config_of(per_device_eval_batch_size=size), eval_)
+        found = made.evaluate()
+        losses.append(found["eval_loss"])
+        assert found["eval_perplexity"] == pytest.approx(np.exp(found["eval_loss"]))
+    expected, _ = plain_loss_and_gradients(tiny, eval_, list(range(13)))
+    assert losses == pytest.approx([expected] * 4, abs=5e-6)
+
+
+def test_evaluation_leaves_training_as_it_was(trainer):
+    side, eval_ = side_of(24), side_of(5, seed=1)
+    with_, without = (
+        trainer(
+            side,
+            config_of(max_steps=3, eval_strategy=strategy, eval_steps=1 if strategy == "steps" else None),
+            e,
+        )
+        for strategy, e in (("steps", eval_), ("no", None))
+    )
+    with_.train()
+    without.train()
+    losses = [[log["loss"] for log in made.state.log_history if "loss" in log] for made in (with_, without)]
+    assert losses[0] == losses[1]
+
+
+def test_every_rank_evaluates_as_often_and_every_row_is_evaluated_once():
+    side = side_of(13)
+    for world_size in (1, 2, 3, 5):
+        batches = [list(eval_batches(side, 2, world_size, rank, 0)) for rank in range(world_size)]
+        assert len({len(rank) for rank in batches}) == 1
+        trained = sum(int((b["labels"][:, 1:] != -100).sum()) for rank in batches for b in rank)
+        assert trained == side.trained_lengths.sum()
+
+
+def test_a_batch_is_padded_on_the_right_and_trains_nothing_there():
+    rows = [
+        Tokens(np.array([5, 6, 7], np.int32), np.array([False, True, True])),
+        Tokens(np.array([8, 9], np.int32), np.array([False, True])),
+    ]
+    batch = collate(rows, pad_id=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 1]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_a_blank_batch_gives_a_zero_loss_and_zero_gradients(tiny):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(target_modules="all-linear")
+    )
+    loss = model(**collate([], pad_id=1), num_items_in_batch=7).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_schedules_are_transformers_own():
+    theirs = {scheduler.value for scheduler in SchedulerType}
+    assert set(typing.get_args(SchedulerName)) <= theirs
+    # not offered: what needs a metric at each step
+    assert theirs - set(typing.get_args(SchedulerName)) <= {"reduce_lr_on_plateau", "greedy"}
+
+
+@pytest.mark.parametrize("name", typing.get_args(SchedulerName))
+def test_every_schedule_runs(trainer, name):
+    kwargs = {
+        "cosine_with_min_lr": {"min_lr_rate": 0.1},
+        "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+        "warmup_stable_decay": {"num_decay_steps": 1},
+    }.get(name, {})
+    made = trainer(side_of(8), config_of(max_steps=2, lr_scheduler_type=name, lr_scheduler_kwargs=kwargs))
+    made.train()
+    assert made.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("floating_point_ops", ["self", "inputs"]),
+        ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+        ("_get_grad_norm", ["self", "model", "grad_norm"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_load_rng_state", ["self", "checkpoint"]),
+        ("_prepare_for_training", ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]),
+        ("get_train_dataloader", ["self"]),
+    ],
+)
+def test_trainers_methods_that_we_override_have_the_shape_we_know(method, parameters):
+    assert list(inspect.signature(getattr(Trainer, method)).parameters) == parameters
+
+
+def test_trainer_still_asks_evaluate_and_counts_steps_as_we_rely_on(trainer):
+    side = side_of(10)  # two steps an epoch, the second one of two rows
+    made = trainer(side, config_of(max_steps=5))
+    made.train()
+    assert made.state.global_step == 5
+    assert made.state.epoch == pytest.approx(2.5)
+    assert "self.evaluate(" in inspect.getsource(Trainer._evaluate)
+
+
+def test_transformers_gets_every_setting(tmp_path):
+    """A key that is renamed or forgotten on the way would have no effect in silence."""
+    chosen = {
+        "learning_rate": 3e-5,
+        "lr_scheduler_type": "linear",
+        "lr_scheduler_kwargs": {},
+        "warmup_steps": 7.0,
+        "optim": "adamw_torch",
+        "weight_decay": 0.03,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-7,
+        "max_grad_norm": 0.3,
+        "seed": 9,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 5,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "max_steps": 11,
+    }
+    arguments = training_arguments(config_of(**chosen), RunFolder(tmp_path), 100, 2, evaluates=True)
+    for key, value in chosen.items():
+        assert getattr(arguments, key) == (value or getattr(arguments, key)), key
+    assert arguments.gradient_accumulation_steps == 8 // (2 * 2)
+    elsewhere = {"global_batch_size", "num_train_epochs", "gradient_checkpointing", "save_total_limit"}
+    elsewhere |= {"metric_for_best_model", "on_nan", "max_time_min"}
+    assert set(Train.model_fields) == set(chosen) | elsewhere
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"optim": "adam_w"}, r"train\.optim=adam_w: .*adam_w"),
+        (
+            {"lr_scheduler_kwargs": {"bad": 1}},
+            r"train\.lr_scheduler_kwargs=.* with lr_scheduler_type=cosine: .*bad",
+        ),
+    ],
+)
+def test_settings_that_transformers_does_not_know_are_refused_before_the_model_is_loaded(setting, message):
+    with pytest.raises(ValueError, match=message):
+        check_settings(config_of(**setting), 10)
+
+
+def test_metrics_count_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path, monkeypatch):
+    side = side_of(21)
+    made = trainer(side, config_of(max_steps=6))
+    made.args.logging_steps = 2
+    seen = Metrics(
+        MetricsFile(tmp_path / "metrics.jsonl"),
+        made,
+        Parameters(100, 10, 80, 20, 4, 16, 16, 32, 8),
+        recomputed=False,
+    )
+    seen.peak = 1e12
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock), time=time.time))
+    made.add_callback(seen)
+    made.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 4, 6]
+    order = order_of(config_of(), side)
+    for line, steps in zip(lines, ([0], [1], [2, 3], [4, 5]), strict=True):
+        units = [unit for step in steps for unit in order.step(*divmod(step, order.steps_per_epoch))]
+        rows = [row for unit in units for row in unit]
+        tokens, squares = side.lengths[rows].sum(), (side.lengths[rows] ** 2).sum()
+        assert line["tokens_per_s"] == pytest.approx(tokens / 10)
+        assert line["trained_tokens_per_s"] / line["tokens_per_s"] == pytest.approx(
+            side.trained_lengths[rows].sum() / tokens
+        )
+        flops = flops_per_token(seen.parameters, squares / tokens, recomputed=False)
+        assert line["mfu"] == pytest.approx(line["tokens_per_s"] * flops / 1e12)

@@ -1,0 +1,1 @@
+"""The training loop: transformers.Trainer with our order, evaluation, saving and resuming."""

@@ -1,0 +1,149 @@
+"""Writes checkpoints: staged, hashed, synced, renamed; in the background, on rank 0 alone.
+
+A save that fails costs that save: what was staged is removed, the checkpoints before stay, training goes on.
+One that hangs ends the process.
+"""
+
+import logging
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from qwenlora.run import checkpoints
+from qwenlora.run.checkpoints import ADAPTER, MANIFEST, OPTIMIZER
+from qwenlora.run.disk import settle, sha256, sync
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop.state import Snapshot, not_finite
+
+log = logging.getLogger("qwenlora")
+
+
+class Saver:
+    """The one writer of a run's checkpoints. failure: why the newest save failed, or an empty text."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        identity: dict[str, Any],
+        world_size: int,
+        *,
+        limit: int | None,
+        in_background: bool,
+        timeout_s: float,
+        warn: Callable[[str], None] = log.warning,
+        give_up: Callable[[str], None] | None = None,
+    ) -> None:
+        self.run, self.identity, self.world_size, self.limit = run, identity, world_size, limit
+        self.in_background, self.timeout_s, self.warn, self.give_up = in_background, timeout_s, warn, give_up
+        self.failure = ""
+        self.last: tuple[int, float, int] | None = None  # step, seconds and bytes of the newest save
+        self._constant: dict[str, bytes] = {}
+        self._thread: threading.Thread | None = None
+
+    def constant(self, files: dict[str, bytes]) -> None:
+        """Say which files are the same in every checkpoint: the adapter's config, the tokenizer."""
+        self._constant = files
+
+    def save(self, step: int, snapshot: Snapshot, texts: dict[str, str], losses: dict[int, float]) -> None:
+        """Write checkpoint-<step>. No other may be under way, and the snapshot must stay as it is: wait()
+        first.
+
+        texts: small files; losses: by which the best checkpoint is kept, see checkpoints.rotate().
+        """
+        assert self._thread is None, "wait() first"
+        arguments = (step, snapshot, texts, losses)
+        if self.in_background:
+            self._thread = threading.Thread(
+                target=self._save, args=arguments, name=f"save-{step}", daemon=True
+            )
+            self._thread.start()
+        else:
+            self._save(*arguments)
+
+    def wait(self) -> None:
+        """Wait until the save under way is over."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _save(self, step: int, snapshot: Snapshot, texts: dict[str, str], losses: dict[int, float]) -> None:
+        start = time.monotonic()
+        folder = self.run.checkpoint(step)
+        alarm = threading.Timer(self.timeout_s, self._hangs, [folder.name])
+        alarm.daemon = True
+        alarm.start()
+        staging = folder.with_name(f".staging-{folder.name}")
+        try:
+            if broken := not_finite(snapshot.adapter):
+                raise ValueError(f"its weights are not finite ({broken})")
+            size = self._write(staging, step, snapshot, texts)
+            checkpoints.remove(folder)  # an unfinished or earlier one of this step
+            staging.rename(folder)
+            sync(self.run.path)
+        except Exception as error:  # whatever it is: a thread's error would be heard by nobody
+            log.info("saving %s failed", folder.name, exc_info=error)
+            self.failure = f"{folder.name} was not saved: {reason_of(error)}"
+            shutil.rmtree(staging, ignore_errors=True)
+            whole = [one.name for one in self.run.checkpoints() if not checkpoints.flaw(one, thorough=False)]
+            self.warn(f"{self.failure}; the newest whole one is {whole[0] if whole else 'none'}")
+        else:
+            self.failure = ""
+            self.last = (step, time.monotonic() - start, size)
+            log.info("%s: %.1f MB written in %.3f s", folder.name, size / 1e6, self.last[1])
+            self._rotate(losses)
+        finally:
+            alarm.cancel()
+
+    def _rotate(self, losses: dict[int, float]) -> None:
+        try:
+            checkpoints.rotate(self.run, self.limit, losses)
+        except OSError as error:
+            self.warn(f"an old checkpoint could not be removed: {reason_of(error)}")
+
+    def _write(self, staging: Path, step: int, snapshot: Snapshot, texts: dict[str, str]) -> int:
+        """Write all files and, when they are on the disk, the manifest; return the bytes."""
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        save_file(snapshot.adapter, staging / ADAPTER, metadata={"format": "pt"})
+        save_file(snapshot.optimizer, staging / OPTIMIZER)
+        for name, content in self._constant.items():
+            (staging / name).write_bytes(content)
+        for name, text in texts.items():
+            (staging / name).write_text(text, encoding="utf-8")
+        files: dict[str, dict[str, Any]] = {}
+        for file in settle(staging):
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        if self.run.metrics.exists():
+            sync(self.run.metrics)  # what was logged before this step is not logged again
+        manifest = staging / MANIFEST
+        manifest.write_text(
+            checkpoints.manifest_text(step, self.world_size, self.identity, files), encoding="utf-8"
+        )
+        sync(manifest)
+        sync(staging)
+        return sum(int(values["bytes"]) for values in files.values()) + manifest.stat().st_size
+
+    def _hangs(self, name: str) -> None:
+        message = (
+            f"{name} was not saved in checkpoint.timeout_s={self.timeout_s:g} s: the file system of"
+            f" {self.run.path}"
+            " hangs, or is too slow; the checkpoints before it are whole: the same command resumes"
+        )
+        log.error(message)
+        if self.give_up:
+            self.give_up(message)
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a file could not be written."""
+    if isinstance(error, OSError):
+        where = f" ({Path(error.filename).name})" if error.filename else ""
+        return f"{error.strerror or error}{where}"
+    said = re.search(r"I/O error: (.+?) \(os error", str(error))  # as safetensors shows the system's
+    return said.group(1) if said else str(error)

@@ -1,0 +1,105 @@
+"""The embedded default model: a Qwen3 of 3.6 million random parameters, small enough to train on two CPU
+cores.
+
+`build_tiny(folder)` writes an ordinary model folder, the same bytes each time: config.json, model.safetensors
+and a byte-level BPE tokenizer trained on the example data (or a tokenizer of the caller's). Nothing is
+downloaded.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from qwenlora.configs.schema import Data
+from qwenlora.data.rows import TURN_END, TURN_START
+from qwenlora.data.survey import rows_of_side
+
+VOCABULARY = 2048
+SEED = 0
+PAD = "<|endoftext|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def build_tiny(folder: Path, tokenizer: Any = None) -> None:
+    """Write the tiny model into folder, unless it is there. tokenizer: default, one trained on the example
+    data."""
+    if (folder / "config.json").is_file():
+        return
+    staging = folder.with_name(f"{folder.name}.staging-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    tokenizer = tokenizer or train_tokenizer()
+    end = tokenizer.convert_tokens_to_ids(TURN_END)
+    config = Qwen3Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        # at the usual 0.02 the frozen, tied head caps the logits, and LoRA alone can teach nothing
+        initializer_range=0.08,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = Qwen3ForCausalLM(config)
+    model.generation_config.eos_token_id = end
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    try:
+        staging.rename(folder)
+    except OSError:  # another process was faster; the bytes are the same
+        if not (folder / "config.json").is_file():
+            raise
+        shutil.rmtree(staging)
+
+
+def train_tokenizer() -> Any:
+    """Return a Qwen2Tokenizer whose BPE was trained on the texts of the example data."""
+    bpe = Tokenizer(models.BPE())
+    # as Qwen2Tokenizer rebuilds them after loading; anything else would give other ids than those trained
+    # here
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 3,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    rows = [row for _, row in rows_of_side(Data(train="example"), "train")]
+    bpe.train_from_iterator([message["content"] for row in rows for message in row.messages], trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(merge) for merge in trained["merges"]],
+        eos_token=TURN_END,
+        pad_token=PAD,
+        unk_token=None,
+        additional_special_tokens=[TURN_START, TURN_END],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

@@ -1,0 +1,80 @@
+"""Stopping on request: a signal or the clock sets a flag, all ranks agree on it, save the same step, leave
+with 75."""
+
+import time
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qwenlora.trainer.ranks.screen import StopRequest
+
+TIME_IS_OVER = "train.max_time_min is over"
+
+
+def any_rank(flags: torch.Tensor) -> list[bool]:
+    """Return which of the flags are set on any rank. flags: int32 [n]; every rank must call it."""
+    if dist.is_initialized():
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+class Stop(TrainerCallback):
+    """Whether to stop. agreed: any rank was asked to; stopped: this attempt ended by it, before its last
+    step.
+
+    max_time_s: seconds from now that the attempt may take. It stops when the next step and a save might not
+    fit, but
+    not before it has trained one: an attempt without progress would be repeated for ever.
+    """
+
+    def __init__(self, request: StopRequest | None = None, max_time_s: float | None = None) -> None:
+        self.request = request or StopRequest()
+        self.deadline = float("inf") if max_time_s is None else time.monotonic() + max_time_s
+        self.agreed = self.stopped = False
+        self.longest_save_s = 0.0
+        self._longest_step_s = 0.0
+        self._steps = 0
+        self._step_start = time.monotonic()
+
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was asked to stop."""
+        if self._steps and time.monotonic() + self._longest_step_s + self.longest_save_s > self.deadline:
+            self.request.ask(TIME_IS_OVER)
+        return self.request.asked
+
+    def agree(self, device: torch.device, also: torch.Tensor | None = None) -> bool:
+        """Ask all ranks whether to stop, and return whether `also`, a flag of anything else, is set on
+        any."""
+        flags = torch.tensor([int(self.asked), 0], dtype=torch.int32, device=device)
+        if also is not None:
+            flags[1] = also
+        stop, other = any_rank(flags)
+        self.agreed = self.agreed or stop
+        return other
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Start the clock of a step."""
+        self._step_start = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Save and stop, if that is agreed; after the last step there is nothing left to stop."""
+        self._steps += 1
+        self._longest_step_s = max(self._longest_step_s, time.monotonic() - self._step_start)
+        if self.agreed and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False  # what is due is noted in the checkpoint
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Trainer calls this for a stopped run too, in mid-epoch: nothing is due."""
+        if self.stopped:
+            control.should_log = control.should_evaluate = control.should_save = False

@@ -1,0 +1,78 @@
+"""What an attempt adds to the run's history: from where it went on, how long that took, what had to be
+repeated."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qwenlora.run.folder import RunFolder
+
+
+class Chronicle(TrainerCallback):
+    """Notes the start of an attempt when its first step is done; on rank 0. send: to W&B, {name: number}.
+
+    prepare_s: seconds that preparation took, before this process was there.
+    """
+
+    def __init__(self, run: RunFolder, prepare_s: float, send: Callable[[dict[str, float]], None]) -> None:
+        self.run, self.prepare_s, self.send = run, prepare_s, send
+        self.number = len(run.history.attempts())
+        self._last_step = run.history.last_step()
+        self._start_up_s = run.history.seconds_since_start() - prepare_s
+        self._since = time.monotonic()
+        self._model_s = 0.0
+        self._first_step = 1
+        self._checkpoint: Path | None = None
+        self._strategy = ""
+        self._noted = False
+
+    def resumed(self, checkpoint: Path | None, step: int, strategy: str = "") -> None:
+        """Say what is gone on from, and how. step: the last one that it holds, 0 without a checkpoint."""
+        self._checkpoint, self._first_step, self._strategy = checkpoint, step + 1, strategy
+
+    def summary(self, reason: str) -> dict[str, Any]:
+        """Return what W&B shows of all attempts, this one ending now."""
+        attempts = self.run.history.so_far(reason)
+        lines = {
+            f"attempt/{one['attempt']}": {k: v for k, v in one.items() if v is not None} for one in attempts
+        }
+        return {"attempts": len(attempts), "goodput": attempts[-1]["goodput"] if attempts else None, **lines}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Model and checkpoint are there."""
+        self._model_s = time.monotonic() - self._since
+        self._since = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After the first step, write down what the start took."""
+        if self._noted:
+            return
+        self._noted = True
+        seconds = {
+            "start_up": self._start_up_s,
+            "data": self.prepare_s,
+            "model": self._model_s,
+            "first_step": time.monotonic() - self._since,
+        }
+        repeated = max(self._last_step - self._first_step + 1, 0)
+        facts = {
+            "resumed_from": self._checkpoint.name if self._checkpoint else None,
+            "strategy": self._strategy,
+            "first_step": self._first_step,
+            "steps_repeated": repeated,
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        }
+        self.run.note_attempt(**facts)
+        numbers = {"number": self.number, "restart_s": sum(seconds.values()), "steps_repeated": repeated}
+        numbers |= {f"restart/{name}_s": value for name, value in seconds.items()}
+        self.send(
+            {"trainer/step": state.global_step}
+            | {f"attempt/{name}": value for name, value in numbers.items()}
+        )

@@ -1,0 +1,260 @@
+"""Numbers of a run as it goes: metrics.jsonl, one line a logging step or evaluation, always written.
+
+Metrics adds what Trainer does not know (throughput, MFU, memory, waiting) to each of Trainer's logs, and must
+be the
+first of the callbacks: those after it (progress, W&B) show the same numbers.
+"""
+
+import errno
+import json
+import logging
+import os
+import re
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qwenlora.run.history import Progress
+from qwenlora.trainer.model.base import Parameters
+
+log = logging.getLogger("qwenlora")
+
+# dense bf16 matrix peaks in FLOP/s, from NVIDIA's data sheets; the longest name that fits decides
+PEAK_FLOPS = {
+    "A10": 125e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "B200": 2250e12,
+    "H20": 148e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "GeForce RTX 3090": 71e12,
+    "GeForce RTX 4090": 165.2e12,
+    "GeForce RTX 5090": 209.5e12,
+}
+
+
+_BLOCK = 2**16
+_SAYS_NOTHING = re.compile(r"NVIDIA|Tesla|SXM\d?|PCI[eE]|HBM\w*|\d+GB")
+
+
+def peak_flops(gpu_name: str) -> float | None:
+    """Return a GPU's dense bf16 peak in FLOP/s by torch's name for it; None for one that is not known."""
+    words = gpu_name.replace("-", " ").split()
+    known = [name for name in PEAK_FLOPS if all(part in words for part in name.split())]
+    if not known:
+        return None
+    name = max(known, key=len)
+    others = [word for word in words if word not in name.split() and not _SAYS_NOTHING.fullmatch(word)]
+    return None if others else PEAK_FLOPS[name]  # a Laptop, Ti or NVL is another chip
+
+
+def flops_per_token(parameters: Parameters, mean_square_length: float, recomputed: bool) -> float:
+    """Return the FLOPs of training one token with a frozen base.
+
+    mean_square_length: sum(length^2) / sum(length) of the rows, in tokens: what attention costs a token.
+    recomputed: gradient checkpointing, one more forward pass of the body.
+    A forward pass costs 2 a parameter, the backward pass to the inputs 2, and 2 more for weights that are
+    trained.
+    """
+    attention = (
+        2 * mean_square_length * parameters.attention_width * parameters.layers
+    )  # causal: half of 4 s d
+    flops = 4 * (parameters.body + parameters.head) + 6 * parameters.trainable + 3 * attention
+    return flops + (2 * parameters.body + attention if recomputed else 0)
+
+
+class MetricsFile:
+    """metrics.jsonl: whole lines only, and never a step twice."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None] = log.warning) -> None:
+        self.path, self.warn = path, warn
+        self._waiting: list[str] = []  # lines that could not be written
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line. One that the disk does not take is kept, and written with a later one."""
+        self._waiting.append(json.dumps(record) + "\n")
+        if (failure := self.flush()) and len(self._waiting) == 1:
+            self.warn(f"{self.path.name} cannot be written ({failure}): its lines are kept until it can be")
+
+    def flush(self) -> str:
+        """Write the lines that wait; return why that failed, or an empty text."""
+        data = "".join(self._waiting).encode()
+        try:
+            if data:
+                with self.path.open("ab", buffering=0) as file:
+                    end = file.seek(0, os.SEEK_END)
+                    if file.write(data) != len(data):
+                        file.truncate(end)  # no half line
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            return str(error.strerror)
+        self._waiting.clear()
+        return ""
+
+    def close(self) -> None:
+        """Write what waits, or say how many lines are lost."""
+        if failure := self.flush():
+            self.warn(f"{len(self._waiting)} lines of {self.path.name} are lost: {failure}")
+
+    def forget_after(self, step: int, *, evaluation_too: bool = False) -> None:
+        """Remove the lines past a step, which is resumed from. evaluation_too: and that step's own, to be
+        made again.
+
+        Read from the end: a long history costs nothing.
+        """
+        if not self.path.exists():
+            return
+        with self.path.open("r+b") as file:
+            end = keep = file.seek(0, os.SEEK_END)
+            for start, line in _lines_backwards(file, end):
+                record = _record(line)
+                if (
+                    record is None
+                    or record["step"] > step
+                    or (evaluation_too and record["step"] == step and "eval_loss" in record)
+                ):
+                    keep = start
+                else:
+                    break
+            file.truncate(keep)
+
+    def since(self, step: int) -> Iterator[dict[str, Any]]:
+        """Yield the lines from a step on."""
+        if not self.path.exists():
+            return
+        lines = []
+        with self.path.open("rb") as file:
+            for _, line in _lines_backwards(file, file.seek(0, os.SEEK_END)):
+                if (record := _record(line)) and record["step"] < step:
+                    break
+                lines += [record] if record else []
+        yield from reversed(lines)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl; None for half a one."""
+    try:
+        record: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record
+
+
+def _lines_backwards(file: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yield (where it starts, the line with its newline) from the last line to the first."""
+    rest, position = b"", end
+    while position > 0:
+        size = min(_BLOCK, position)
+        position -= size
+        file.seek(position)
+        rest = file.read(size) + rest
+        while (cut := rest.rfind(b"\n", 0, -1)) >= 0:  # the last byte ends the last line
+            yield position + cut + 1, rest[cut + 1 :]
+            rest = rest[: cut + 1]
+    if rest:
+        yield 0, rest
+
+
+class Metrics(TrainerCallback):
+    """Completes Trainer's logs and writes them to metrics.jsonl (on rank 0); says after each step how far it
+    came.
+
+    file, progress: None on the other ranks. attempt: its number, for progress.
+    """
+
+    def __init__(
+        self,
+        file: MetricsFile | None,
+        trainer: Any,
+        parameters: Parameters,
+        recomputed: bool,
+        progress: Progress | None = None,
+        attempt: int = 0,
+    ) -> None:
+        self.file, self.trainer, self.parameters, self.recomputed = file, trainer, parameters, recomputed
+        self.progress, self.attempt = progress, attempt
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        self.peak = peak_flops(name)
+        self._begun = time.perf_counter()
+        self._start()
+
+    def _start(self) -> None:
+        self._since = time.perf_counter()
+        self._idle, self._waited, self._saving = (
+            self.trainer.idle_s,
+            self.trainer.data_wait_s,
+            self.trainer.saving_s,
+        )
+        self._tokens = self._trained = self._squares = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock."""
+        self._begun = time.perf_counter()
+        self._start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Count the tokens of the global batch just trained; every rank knows them without asking the
+        others."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # whatever logging_steps is, the last step's numbers are kept
+        order = self.trainer.order
+        units = order.step(*divmod(state.global_step - 1, order.steps_per_epoch))
+        rows = [row for unit in units for row in unit]
+        lengths = order.lengths[rows].astype("int64")
+        self._tokens += int(lengths.sum())
+        self._squares += int((lengths**2).sum())
+        self._trained += int(self.trainer.train_side.trained_lengths[rows].sum())
+        if self.progress:
+            saving = self.trainer.saving_s
+            self.progress.write(
+                self.attempt, state.global_step, time.perf_counter() - self._begun - saving, saving
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        """Add throughput, MFU, memory and waiting to a training log; write any log down."""
+        if "train_runtime" in logs:  # Trainer's summary at the end, of which all is known
+            logs.clear()
+            return
+        if "loss" in logs:
+            seconds = time.perf_counter() - self._since - (self.trainer.idle_s - self._idle)
+            logs["tokens_per_s"] = self._tokens / seconds
+            logs["trained_tokens_per_s"] = self._trained / seconds
+            if self.peak:
+                per_token = flops_per_token(self.parameters, self._squares / self._tokens, self.recomputed)
+                logs["mfu"] = logs["tokens_per_s"] * per_token / (self.peak * args.world_size)
+            logs["peak_memory_gb"] = _peak_memory_bytes() / 1e9
+            logs["data_wait_s"] = self.trainer.data_wait_s - self._waited
+            logs["saving_s"] = self.trainer.saving_s - self._saving
+            self._start()
+        if self.file:
+            self.file.append({"step": state.global_step, **logs, "time": time.time()})
+
+
+def _peak_memory_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

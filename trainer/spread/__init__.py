@@ -1,0 +1,1 @@
+"""How a run is spread over ranks: DDP, ZeRO, FSDP, shared sequences."""
