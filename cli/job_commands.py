@@ -125,7 +125,7 @@ def status(
     def command() -> int:
         from rich.console import Console
 
-        from qwenlora.jobs.views.find import find
+        from qwenlora.jobs.find import find
         from qwenlora.jobs.views.status import show
 
         show(find(run), Console(markup=False, highlight=False))
@@ -144,7 +144,7 @@ def logs(
     """Show what a run's job has said, or what one of its processes wrote down."""
 
     def command() -> int:
-        from qwenlora.jobs.views.find import find
+        from qwenlora.jobs.find import find
         from qwenlora.jobs.views.logs import show
 
         try:
@@ -163,7 +163,7 @@ def cancel(
 
     def command() -> int:
         from qwenlora.jobs.views.control import cancel as stop
-        from qwenlora.jobs.views.find import find
+        from qwenlora.jobs.find import find
 
         print("\n".join(stop(find(run), now=now)))
         return 0
@@ -176,7 +176,7 @@ def resume(run: Named) -> None:
 
     def command() -> int:
         from qwenlora.jobs.views.control import resume as go_on
-        from qwenlora.jobs.views.find import find
+        from qwenlora.jobs.find import find
 
         print(go_on(find(run)))
         return 0

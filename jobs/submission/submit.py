@@ -26,7 +26,7 @@ from qwenlora.jobs.submission import executors, ledger, sweeps
 from qwenlora.jobs.submission.executors import Needs
 from qwenlora.jobs.submission.site import Site, load_site
 from qwenlora.jobs.task import Attempt, InProcess
-from qwenlora.jobs.views.find import Found, newest_job
+from qwenlora.jobs.find import Found, newest_job
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import snapshot as copy_package
 

@@ -7,8 +7,8 @@ import signal
 import subprocess
 from pathlib import Path
 
-from qwenlora.jobs.submission import ledger
-from qwenlora.jobs.views.find import Found, is_alive
+from qwenlora.jobs import ledger
+from qwenlora.jobs.find import Found, is_alive
 from qwenlora.slurm import query as answers
 
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from qwenlora.jobs.submission import ledger
-from qwenlora.jobs.views.find import Found, is_alive
+from qwenlora.jobs import ledger
+from qwenlora.jobs.find import Found, is_alive
 
 POLL_S = 0.5
 ASK_S = 10.0  # Slurm is asked this often whether the job is over

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from qwenlora.configs import Config, load_config
 from qwenlora.configs.load import FIELDS, differences
-from qwenlora.jobs.submission import ledger
-from qwenlora.jobs.views.find import Found, newest_job
+from qwenlora.jobs import ledger
+from qwenlora.jobs.find import Found, newest_job
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.metrics_file import last_line
 

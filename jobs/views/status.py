@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qwenlora.jobs.submission import ledger
-from qwenlora.jobs.views.find import Found, is_alive
+from qwenlora.jobs import ledger
+from qwenlora.jobs.find import Found, is_alive
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.history import goodput
 from qwenlora.run.metrics_file import last_line

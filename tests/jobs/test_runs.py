@@ -10,7 +10,7 @@ from rich.console import Console
 
 from qwenlora.configs import load_config
 from qwenlora.configs.load import to_yaml
-from qwenlora.jobs.submission import ledger
+from qwenlora.jobs import ledger
 from qwenlora.jobs.views.runs import ago, digits, read, show
 from qwenlora.run.folder import RunFolder
 

@@ -8,7 +8,7 @@ import socket
 import pytest
 from rich.console import Console
 
-from qwenlora.jobs.views.find import find
+from qwenlora.jobs.find import find
 from qwenlora.jobs.views.status import show
 from qwenlora.run.folder import RunFolder
 

@@ -14,7 +14,7 @@ import pytest
 
 from qwenlora.configs import load_config
 from qwenlora.jobs import submit, submit_sweep
-from qwenlora.jobs.submission.ledger import submissions
+from qwenlora.jobs.ledger import submissions
 from qwenlora.jobs.submission.submit import Asked, prepare, prepare_sweep
 from qwenlora.jobs.submission.sweeps import parse_grid
 from qwenlora.jobs.task import Attempt

@@ -10,7 +10,7 @@ import pytest
 
 from qwenlora.jobs import submit, submit_sweep
 from qwenlora.jobs.views.control import cancel, resume
-from qwenlora.jobs.views.find import find
+from qwenlora.jobs.find import find
 from qwenlora.run.folder import RunFolder
 
 CONFIG = """

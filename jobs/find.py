@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenlora.jobs.submission import ledger
+from qwenlora.jobs import ledger
 from qwenlora.run.folder import RunFolder
 from qwenlora.slurm import query as answers
 
