@@ -64,9 +64,8 @@ def staging(out: Path, size: int, pack: Callable[[Path], Path] | None = None) ->
         free = shutil.disk_usage(out.parent).free
         if size > free:
             raise ValueError(
-                f"{out.parent} has {free / 1e9:.1f} GB free, {out.name} needs {size / 1e9:.1f} GB; make"
-                f" room, or"
-                " name a folder on another disk"
+                f"{out.parent} has {free / 1e9:.1f} GB free, {out.name} needs {size / 1e9:.1f} GB; make room,"
+                " or name a folder on another disk"
             )
         made.mkdir()
         yield made

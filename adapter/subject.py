@@ -62,8 +62,8 @@ def find(named: str, *, base: str | None = None, trust_remote_code: bool = False
         return Subject(named, _stand_in(str(folder), None, trust_remote_code), str(folder), None, None)
     if folder.exists():
         raise ValueError(
-            f"{named} is no run (config.yaml), no adapter ({CONFIG}) and no model (config.json);"
-            " name the folder that holds one of these files"
+            f"{named} is no run (config.yaml), no adapter ({CONFIG}) and no model (config.json); name the"
+            " folder that holds one of these files"
         )
     if named.startswith((".", "/", "~")) or named.count("/") != 1 or folder.parent.is_dir():
         raise ValueError(

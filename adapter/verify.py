@@ -82,8 +82,8 @@ def check(subject: Subject) -> Facts:
     architecture = _fits(subject, file, weights)
     if odd := [name for name, values in sorted(weights.items()) if values.dtype not in DTYPES]:
         raise ValueError(
-            f"{file}: {odd[0]} is {weights[odd[0]].dtype}{_more(odd)}, expected float32, float64, float16"
-            f" or bfloat16"
+            f"{file}: {odd[0]} is {weights[odd[0]].dtype}{_more(odd)}, expected float32, float64, float16 or"
+            " bfloat16"
         )
     if broken := [name for name, values in sorted(weights.items()) if not values.isfinite().all()]:
         raise ValueError(
@@ -105,8 +105,7 @@ def check(subject: Subject) -> Facts:
     if seconds and not any(seconds.values()) and not others:
         raise ValueError(
             f"{file}: every lora_B is zero, so the adapter changes nothing: it was saved before its first"
-            f" step, or"
-            " gathered wrong; train it again"
+            " step, or gathered wrong; train it again"
         )
     return Facts(
         file,
@@ -175,17 +174,16 @@ def _fits(subject: Subject, file: Path, weights: dict[str, Tensor]) -> str:
     if extra:
         raise ValueError(
             f"{file} has {extra[0]}{_more(extra)} besides, a matrix of the base that peft would put in the"
-            f" place of"
-            " the base's own; save the adapter without it (save_embedding_layers=False), or name it in"
-            " modules_to_save"
+            " place of the base's own; save the adapter without it (save_embedding_layers=False), or name it"
+            " in modules_to_save"
         )
     if unknown := sorted(set(weights) - set(known)):
         raise ValueError(f"{file} has {unknown[0]}{_more(unknown)}, which {subject.base} has no place for")
     for name in sorted(weights):
         if weights[name].shape != known[name].shape:
             raise ValueError(
-                f"{file}: {name} is {_size(weights[name])}, {subject.base} needs {_size(known[name])};"
-                " it was trained on another base: name that with --base"
+                f"{file}: {name} is {_size(weights[name])}, {subject.base} needs {_size(known[name])}; it was"
+                " trained on another base: name that with --base"
             )
     return str((base.architectures or [type(model).__name__])[0])
 
@@ -210,8 +208,8 @@ def _refuse_other_settings(subject: Subject, config: dict[str, Any]) -> None:
             found = {module: value for module, value in found.items() if not module.endswith(STACKED)}
         if found != trained:
             raise ValueError(
-                f"{subject.adapter}/{CONFIG} says {key}={found}, the run was trained with {trained}; copy"
-                f" the file anew"
+                f"{subject.adapter}/{CONFIG} says {key}={found}, the run was trained with {trained}; copy the"
+                " file anew"
             )
 
 
@@ -228,8 +226,7 @@ def _same_weights(subject: Subject) -> bool | None:
     if (found := models.fingerprint(subject.config, subject.base)) != trained_on:
         raise ValueError(
             f"{subject.named} was trained on a base with other weights than {subject.base} has now"
-            f" (fingerprint"
-            f" {trained_on}, found {found}); name the folder with the right ones with --base"
+            f" (fingerprint {trained_on}, found {found}); name the folder with the right ones with --base"
         )
     return True
 

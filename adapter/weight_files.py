@@ -188,8 +188,7 @@ class MergedFiles:
         if not values.isfinite().all():
             raise ValueError(
                 f"{name} would hold numbers that are not finite in {NAMES[dtype]}: broken in the files that"
-                f" are read,"
-                " or too large for it (fp32 holds them)"
+                " are read, or too large for it (fp32 holds them)"
             )
         self._left[name] -= values.numel()
         descriptor, offset = self._offsets[name]

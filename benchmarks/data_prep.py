@@ -155,8 +155,7 @@ def measure_peers(options: argparse.Namespace, folder: Path, console: Console) -
     machine = machine_facts() | {"versions": versions}
     console.print(
         f"{rows:,} rows, {tokens:,} tokens, {trained:,} of them trained by qwenlora; every row has the same"
-        f" token ids"
-        f" everywhere; {machine['cpu']}, {machine['cores']} cores",
+        f" token ids everywhere; {machine['cpu']}, {machine['cores']} cores",
         highlight=False,
     )
     for name, packages in versions.items():
@@ -227,9 +226,8 @@ def show_peers(console: Console, cores: int, found: dict[str, list[Facts]], rows
     best = {peer: min(middle[peer], middle[f"{peer}_alone"]) / middle["ours"] for peer in ("trl", "map")}
     console.print(
         f"TRL takes {middle['trl'] / middle['ours']:.2f} times as long with as many processes,"
-        f" {best['trl']:.2f} times"
-        f" at its best (wanted: 2); the plain map {best['map']:.2f} times at its best; second start in"
-        f" {middle['ours_again']:.3f} s (wanted: under 0.5)",
+        f" {best['trl']:.2f} times at its best (wanted: 2); the plain map {best['map']:.2f} times at its"
+        f" best; second start in {middle['ours_again']:.3f} s (wanted: under 0.5)",
         highlight=False,
     )
     load = median(facts["load_seconds"] for facts in found["trl"])

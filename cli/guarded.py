@@ -21,8 +21,7 @@ def guarded(command: Callable[[], int]) -> None:
         if platform.system() != "Linux":
             raise ValueError(
                 f"qwenlora runs on Linux, this is {platform.system()}: its checkpoints rely on Linux's file"
-                f" semantics"
-                " (rename over an existing name, fsync of folders); on Windows, WSL2 works"
+                " semantics (rename over an existing name, fsync of folders); on Windows, WSL2 works"
             )
         code = command()
     except ValueError as error:

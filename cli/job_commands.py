@@ -162,8 +162,8 @@ def cancel(
     """Stop a run for good: it saves, and does not come back by itself."""
 
     def command() -> int:
-        from qwenlora.jobs.views.control import cancel as stop
         from qwenlora.jobs.find import find
+        from qwenlora.jobs.views.control import cancel as stop
 
         print("\n".join(stop(find(run), now=now)))
         return 0
@@ -175,8 +175,8 @@ def resume(run: Named) -> None:
     """Have a run go on from its newest checkpoint: submitted again, as its last job was."""
 
     def command() -> int:
-        from qwenlora.jobs.views.control import resume as go_on
         from qwenlora.jobs.find import find
+        from qwenlora.jobs.views.control import resume as go_on
 
         print(go_on(find(run)))
         return 0

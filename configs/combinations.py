@@ -203,8 +203,7 @@ RULES = (
         lambda c, m: c.strategy.name in ZERO and c.train.optim not in FLAT,
         f"{_NAME} with train.optim={{config.train.optim}}",
         "ZeRO hands an optimizer flat pieces of all parameters, and others look at rows and columns, keep"
-        " blocks of few"
-        " bits, or prepare for whole parameters",
+        " blocks of few bits, or prepare for whole parameters",
         "set train.optim: adamw_torch_fused, or strategy.name: ddp or fsdp",
     ),
     Rule(

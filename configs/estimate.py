@@ -222,15 +222,14 @@ def _why_in_parts(config: Config, sizes: Sizes, machine: Machine, name: str, gro
     if group == "global" and machine.nodes > 1:
         hidden = break_even(config, NETWORK)
         said += (
-            f"; it crosses between nodes twice a micro-batch, which {hidden:,} tokens on a GPU would hide"
-            f" at {NETWORK / 1e9:.0f} GB/s (here {at_once:,})"
+            f"; it crosses between nodes twice a micro-batch, which {hidden:,} tokens on a GPU would hide at"
+            f" {NETWORK / 1e9:.0f} GB/s (here {at_once:,})"
         )
     elif not machine.nvlink:
         hidden = break_even(config, PCIE)
         said += (
             f"; without NVLink between them all it is gathered over PCIe, which {hidden:,} tokens on a GPU"
-            f" would hide"
-            f" at {PCIE / 1e9:.0f} GB/s (here {at_once:,})"
+            f" would hide at {PCIE / 1e9:.0f} GB/s (here {at_once:,})"
         )
     return said
 
@@ -290,12 +289,10 @@ def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, lea
     cure = " or ".join(ways_out) or "a smaller base model or larger GPUs"
     return (
         f"strategy.name=auto: model.name_or_path={config.model.name_or_path} needs about {_gb(least.total)}"
-        f" on {gpus}"
-        f" even with {name}, expected at most the {_gb(machine.gpu_bytes)} there are"
+        f" on {gpus} even with {name}, expected at most the {_gb(machine.gpu_bytes)} there are"
         f" ({_gb(least.weights + least.gathered)} base, {_gb(least.trained)} adapter,"
         f" {_gb(least.activations + least.logits)} for {tokens(config, sizes):,} tokens); what would fit:"
-        f" {cure};"
-        f" or set strategy.name: {name} to try all the same"
+        f" {cure}; or set strategy.name: {name} to try all the same"
     )
 
 

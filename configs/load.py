@@ -307,8 +307,8 @@ def _explain(error: ValidationError, places: dict[str, str], path: Path) -> list
             lines.append(f"{place}: {key}: {problems[0]}")
         else:
             lines.append(
-                f"{place}: {key}={json.dumps(value, ensure_ascii=False)}:"
-                f" expected {' or '.join(dict.fromkeys(problems))}"
+                f"{place}: {key}={json.dumps(value, ensure_ascii=False)}: expected"
+                f" {' or '.join(dict.fromkeys(problems))}"
             )
     return lines
 

@@ -257,8 +257,8 @@ class Train(Section):
                 raise ValueError(f"{what}_strategy=steps needs {what}_steps; add {what}_steps: 100")
             if strategy == "epoch" and steps is not None:
                 raise ValueError(
-                    f"{what}_steps={steps} has no effect with {what}_strategy=epoch;"
-                    f" set {what}_strategy: steps, or remove {what}_steps"
+                    f"{what}_steps={steps} has no effect with {what}_strategy=epoch; set {what}_strategy:"
+                    f" steps, or remove {what}_steps"
                 )
         return self
 
@@ -392,7 +392,6 @@ class Config(Section):
         if self.train.metric_for_best_model and self.data.eval is None and self.data.eval_fraction is None:
             raise ValueError(
                 f"train.metric_for_best_model={self.train.metric_for_best_model} needs rows to evaluate on:"
-                f" set"
-                " data.eval or data.eval_fraction"
+                " set data.eval or data.eval_fraction"
             )
         return self

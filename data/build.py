@@ -77,8 +77,8 @@ def build(
                 written.add(number, file, future.result())
             except BrokenProcessPool:
                 raise ValueError(
-                    "a process that prepared the data was killed, most likely for lack of memory;"
-                    f" lower data.num_proc (now {processes})"
+                    "a process that prepared the data was killed, most likely for lack of memory; lower"
+                    f" data.num_proc (now {processes})"
                 ) from None
             memory.look()
             progress(sources[number], file, chunk.read, written.read)

@@ -174,8 +174,8 @@ class Encoder:
         said = [message for message in messages if message["role"] == "assistant"]
         if len(turns) != len(said):
             raise BadRow(
-                f"the chat template wrote {len(turns)} assistant turns for {len(said)};"
-                " expected ChatML (<|im_start|>assistant ... <|im_end|>), as all Qwens have"
+                f"the chat template wrote {len(turns)} assistant turns for {len(said)}; expected ChatML"
+                " (<|im_start|>assistant ... <|im_end|>), as all Qwens have"
             )
         return [_reply(body, message) for body, message in zip(turns, said, strict=True)]
 
@@ -223,8 +223,8 @@ def _renderings(said: str) -> list[str]:
     thought = _THOUGHT.fullmatch(said)
     if not thought or "think>" in thought[1] + thought[2]:
         raise BadRow(
-            "a reply has a stray <think> or </think>, from which Qwen's templates cut text away;"
-            " a thought stands once, at the start: <think>...</think>answer"
+            "a reply has a stray <think> or </think>, from which Qwen's templates cut text away; a thought"
+            " stands once, at the start: <think>...</think>answer"
         )
     return [_plain(f"{THINK}{thought[1]}{THOUGHT}{thought[2]}"), _plain(thought[2])]
 

@@ -102,8 +102,8 @@ def one_object(head: bytes) -> str:
         and "value" not in value[lists[0]][0]
     ):
         return (
-            f"is one JSON object, its rows are in {lists[0]}; write them alone: jq -c '.{lists[0]}[]'"
-            f" old > new"
+            f"is one JSON object, its rows are in {lists[0]}; write them alone: jq -c '.{lists[0]}[]' old >"
+            " new"
         )
     return "has an object over several lines; one row a line: jq -c . old > new, or an array: [{...}, {...}]"
 
@@ -214,9 +214,8 @@ def array(path: Path, texts: Iterator[str], raw: IO[bytes]) -> Iterator[Values]:
         position += 1  # the closing bracket
         if rest := next_character():
             raise ValueError(
-                f"{path}:{line}: expected the end of the file after the array's ], found {show(rest)}; a"
-                f" file is one"
-                " array of objects, or one object a line"
+                f"{path}:{line}: expected the end of the file after the array's ], found {show(rest)}; a file"
+                " is one array of objects, or one object a line"
             )
 
     yield from in_chunks(rows(), raw)

@@ -128,10 +128,9 @@ def accumulation_steps(
         below = global_batch_size // at_once * at_once
         nearest = ", ".join(str(size) for size in (below, below + at_once) if size)
         raise ValueError(
-            f"train.global_batch_size={global_batch_size} is not divisible by"
-            f" per_device_train_batch_size * world_size{' / sequence_parallel' * shared} ="
-            f" {per_device_batch_size} * {world_size}{f' / {sequence_parallel}' * shared} = {at_once};"
-            f" nearest: {nearest}"
+            f"train.global_batch_size={global_batch_size} is not divisible by per_device_train_batch_size *"
+            f" world_size{' / sequence_parallel' * shared} = {per_device_batch_size} *"
+            f" {world_size}{f' / {sequence_parallel}' * shared} = {at_once}; nearest: {nearest}"
         )
     return global_batch_size // at_once
 
@@ -143,8 +142,7 @@ def teams_of(world_size: int, sequence_parallel: int) -> int:
         fit = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
         raise ValueError(
             f"strategy.sequence_parallel={sequence_parallel} does not divide the number of processes,"
-            f" {world_size};"
-            f" set it to one of {fit}, or change launch.nproc_per_node"
+            f" {world_size}; set it to one of {fit}, or change launch.nproc_per_node"
         )
     return world_size // sequence_parallel
 

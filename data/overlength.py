@@ -31,8 +31,7 @@ def fit(row: Row, tokens: Tokens, encoder: Encoder, data: Data) -> Fitted:
         if not piece.trained.any():
             raise BadRow(
                 f"truncated to data.max_length={size} tokens of {len(tokens.ids)}, nothing of the reply is"
-                f" left to"
-                " train on; raise data.max_length, or set data.overlength: drop or split"
+                " left to train on; raise data.max_length, or set data.overlength: drop or split"
             )
         return Fitted([piece], cut=True)
     if data.overlength != "split":

@@ -125,15 +125,14 @@ class Prepared(NamedTuple):
             raise ValueError(
                 f"{counts['overlength']:,} of {counts['read_rows']:,} {side} rows are longer than"
                 f" data.max_length={data.max_length} tokens (the longest,"
-                f" {self.sources[source].place(file, line)}, has"
-                f" {counts['longest_read']:,}); raise data.max_length, or set data.overlength: truncate,"
-                f" drop or split"
+                f" {self.sources[source].place(file, line)}, has {counts['longest_read']:,}); raise"
+                " data.max_length, or set data.overlength: truncate, drop or split"
             )
         if not counts["rows"]:
             raise ValueError(
                 f"no {side} row is left: {counts['dropped']:,} of {counts['read_rows']:,} were dropped as"
-                f" longer than"
-                f" data.max_length={data.max_length} tokens, the others have weight too low; raise it"
+                f" longer than data.max_length={data.max_length} tokens, the others have weight too low;"
+                " raise it"
             )
         if not counts["trained_tokens"]:
             raise ValueError(f"no {side} row has a token to train on")
@@ -154,8 +153,8 @@ class Prepared(NamedTuple):
                 return
         if speaks:
             raise ValueError(
-                f"no train row trains the end of a turn ({TURN_END}), so the model would never stop;"
-                " raise data.max_length, or use a tokenizer that has this token"
+                f"no train row trains the end of a turn ({TURN_END}), so the model would never stop; raise"
+                " data.max_length, or use a tokenizer that has this token"
             )
 
     def side(self, side: SideName) -> Side | None:
@@ -205,8 +204,7 @@ def prepare(
     except OSError as error:
         raise ValueError(
             f"data.cache_dir={cache} cannot hold the prepared rows: {error.strerror or error}; free some"
-            f" space there,"
-            " or set data.cache_dir to a folder that can be written"
+            " space there, or set data.cache_dir to a folder that can be written"
         ) from error
     facts["notes"] = [*notes, *facts["notes"]]
     return Prepared(folder, facts, found, of_files)

@@ -206,8 +206,7 @@ def _side(name: str, counts: dict[str, Any], config: Config) -> list[tuple[str, 
         (
             name,
             f"{counts['rows']:,} of {counts['read_rows']:,} read, {counts['duplicates']:,} of these twice;"
-            f" {tokens:,} tokens,"
-            f" {counts['trained_tokens'] / max(tokens, 1):.1%} of them trained",
+            f" {tokens:,} tokens, {counts['trained_tokens'] / max(tokens, 1):.1%} of them trained",
         )
     ]
     if counts["overlength"]:
@@ -248,8 +247,8 @@ def _batches(prepared: Prepared, config: Config, *, packing: bool) -> list[tuple
     return [
         (
             "packs",
-            f"{len(packs):,} of at most {config.data.max_length:,} tokens, {fill:.2%} full"
-            f"{'' if packing else ' (data.packing is off here)'}",
+            f"{len(packs):,} of at most {config.data.max_length:,} tokens, {fill:.2%}"
+            f" full{'' if packing else ' (data.packing is off here)'}",
         ),
         (
             "padding",
@@ -272,6 +271,6 @@ def _preparation(facts: dict[str, Any]) -> str:
     processes = facts["processes"]
     return (
         f"{facts['seconds']:.1f} s, {facts['read'] / max(facts['seconds'], 0.001):,.0f} rows/s with"
-        f" {processes}"
-        f" process{'es' * (processes > 1)}, at most {facts['peak_memory_bytes'] / 1e6:,.0f} MB of memory"
+        f" {processes} process{'es' * (processes > 1)}, at most {facts['peak_memory_bytes'] / 1e6:,.0f} MB of"
+        " memory"
     )

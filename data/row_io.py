@@ -137,8 +137,8 @@ def _blocks(path: Path, raw: IO[bytes], compression: str | None) -> Iterator[byt
                 yield block
     except (OSError, zlib.error, pyarrow.ArrowException) as error:
         raise ValueError(
-            f"{path}: {compression} data is cut off or damaged after {size:,} bytes ({error}); make the"
-            f" file again"
+            f"{path}: {compression} data is cut off or damaged after {size:,} bytes ({error}); make the file"
+            " again"
         ) from None
 
 

@@ -179,12 +179,11 @@ def _shape(row: dict[str, Any], options: Options) -> str:
         if found == ["text"]:
             raise BadRow(
                 f"is pre-training text, data.format={wanted} is asked for; it has no turns to learn replies"
-                f" from:"
-                " name chat rows, or write data.format: text"
+                " from: name chat rows, or write data.format: text"
             )
         raise BadRow(
             f"is {' and '.join(found)}, data.format={wanted} is asked for; leave data.format out, or name"
-            f" other rows"
+            " other rows"
         )
     for key in ("label", "kto_tag"):
         label = row.get(key)
@@ -221,8 +220,8 @@ def _columns_hint(row: dict[str, Any], already: Mapping[str, str | None]) -> str
                 for name in (*TURN_LISTS, *(name for pair in PAIRS.values() for name in pair))
             ):
                 return (
-                    f"; if {_printed(key)} are the rows, write them alone: jq -c '.{_printed(key)}[]'"
-                    f" old > new"
+                    f"; if {_printed(key)} are the rows, write them alone: jq -c '.{_printed(key)}[]' old >"
+                    " new"
                 )
             return (
                 f"; if {_printed(key)} are the turns, write data.columns:"
@@ -243,8 +242,8 @@ def _columns_hint(row: dict[str, Any], already: Mapping[str, str | None]) -> str
     answered = answered or next(key for key in texts if key != asked)
     ours = next((pair for pair in PAIRS.values() if asked == pair[0] or answered == pair[1]), PAIRS["alpaca"])
     return (
-        f"; if {_printed(asked)} is asked and {_printed(answered)} answered, write"
-        f" data.columns: {_mapping({**already, **dict(zip((asked, answered), ours, strict=True))})}"
+        f"; if {_printed(asked)} is asked and {_printed(answered)} answered, write data.columns:"
+        f" {_mapping({**already, **dict(zip((asked, answered), ours, strict=True))})}"
     )
 
 
@@ -265,8 +264,8 @@ def to_row(line: int, value: Any, shape: str, options: Options) -> Row:
     row = _renamed(value, options)
     if (found := _shape(row, options)) != shape:
         raise BadRow(
-            f"is {found}, the rows before it are {shape}; one file, one shape: make two files of it, and"
-            f" name both"
+            f"is {found}, the rows before it are {shape}; one file, one shape: make two files of it, and name"
+            " both"
         )
     if shape == "text":
         text = row["text"]
@@ -312,8 +311,7 @@ def _renamed(value: Any, options: Options) -> dict[str, Any]:
                 )
                 raise BadRow(
                     f"has {_printed(theirs)} and {_printed(other)}, and data.columns makes {ours} of both;"
-                    f" ignore one:"
-                    f" {_mapping({other: None})}"
+                    f" ignore one: {_mapping({other: None})}"
                 )
             if row.get(ours) is None:
                 row[ours] = value[theirs]
@@ -345,14 +343,14 @@ def _turn(number: int, value: Any, options: Options) -> Message:
         pairs = [pair for pair in pairs if any(turn[key] is not None for key in pair)] or pairs[:1]
         if len(pairs) > 1:
             raise BadRow(
-                f"turn {number} has from and value, and role and content; ignore one pair:"
-                " data.columns: {from: null, value: null}"
+                f"turn {number} has from and value, and role and content; ignore one pair: data.columns:"
+                " {from: null, value: null}"
             )
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
     if not pairs and not (calls and "role" in turn):
         raise BadRow(
-            f"turn {number} has the keys {show_names(turn)}; expected from and value, or role and content"
-            f"{_turn_hint(turn)}"
+            f"turn {number} has the keys {show_names(turn)}; expected from and value, or role and"
+            f" content{_turn_hint(turn)}"
         )
     said_by, said = pairs[0] if pairs else ("role", "content")
     role = turn[said_by]
@@ -437,7 +435,7 @@ def _calls(name: str, calls: Any) -> list[dict[str, Any]]:
         if "arguments" not in function and (others := set(function) - {"name", "id", "type", "index"}):
             raise BadRow(
                 f"{name}: a call has no arguments, but {', '.join(sorted(map(str, others)))}; call it"
-                f" arguments"
+                " arguments"
             )
         # as text, Qwen2.5's template would write it in quotes
         arguments = _from_json(function.get("arguments", {}), f"{name}: the arguments of a call")
@@ -534,8 +532,7 @@ def _check_text(text: str, what: str, *, markup: bool = True) -> None:
     except UnicodeEncodeError as error:
         raise BadRow(
             f"{what} contains half a character ({show(text[error.start])}) at {error.start}, the other half"
-            f" is missing;"
-            " mend it, or remove the row"
+            " is missing; mend it, or remove the row"
         ) from None
     if "\0" in text:
         raise BadRow(f"{what} contains a NUL character at {text.index(chr(0))}; remove it")

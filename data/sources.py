@@ -70,8 +70,7 @@ def find(data: Data, note: Callable[[str], None] = lambda _: None) -> list[Sourc
                 if ours is not None and ours not in KEYS:
                     raise ValueError(
                         f"data.columns: {{{theirs}: {ours}}}: rows have no {ours} here; known:"
-                        f" {', '.join(KEYS)},"
-                        f" and null to ignore {theirs}"
+                        f" {', '.join(KEYS)}, and null to ignore {theirs}"
                     )
             encoding = entry.encoding or data.encoding
             found.append(Source(entry.path, side, paths, options, encoding, entry.weight, dataset))
@@ -139,7 +138,7 @@ def _in_folder(folder: Path, side: SideName, note: Callable[[str], None]) -> lis
         shown = ", ".join(left[:5]) + (" ..." if len(left) > 5 else "")
         note(
             f"{folder}: {len(known)} files are read, {len(left)} are not ({shown}); name a file to have it"
-            f" read"
+            " read"
         )
     return known
 
@@ -160,8 +159,8 @@ def _from_hub(entry: Named, side: SideName) -> Any:
         offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"data.{side}={entry.path}: no such file, and no data set of the hub that can be"
-            f" loaded{offline}: {reason}"
+            f"data.{side}={entry.path}: no such file, and no data set of the hub that can be loaded{offline}:"
+            f" {reason}"
         ) from None
 
 

@@ -162,8 +162,7 @@ class Node:
                     self.console.print(
                         f"{config.run_dir} is done ({folder.history.last_step()} steps): the adapter is in"
                         f" {config.run_dir}/adapter; --fresh trains anew, more train.max_steps or"
-                        f" num_train_epochs"
-                        " go on",
+                        " num_train_epochs go on",
                         soft_wrap=True,
                     )
                     return EXIT_CODES["done"]
@@ -268,8 +267,7 @@ class Node:
                 if not preflight.sees(self.folder, node, said["showed"]["text"]):
                     raise NotMet(
                         f"{host} wrote a file to run_dir={self.folder.path} that {where.host} does not see:"
-                        f" choose a"
-                        " run_dir on a file system that all nodes share"
+                        " choose a run_dir on a file system that all nodes share"
                     )
         finally:
             preflight.clear(self.folder, where.nodes)

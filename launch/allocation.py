@@ -54,8 +54,7 @@ def allocation() -> Allocation:
     if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", len(hosts)))) != len(hosts):
         raise ValueError(
             f"srun started {tasks} tasks on {len(hosts)} node{'s' * (len(hosts) > 1)}, qwenlora needs one a"
-            f" node, which"
-            " starts the processes itself: srun --ntasks-per-node=1, as slurm/train.sh has it"
+            " node, which starts the processes itself: srun --ntasks-per-node=1, as slurm/train.sh has it"
         )
     return Allocation(int(os.environ.get("SLURM_NODEID", "0")), hosts, job_id, restarts, requeues)
 

@@ -88,8 +88,7 @@ def of(config: Config) -> Hosts | None:
     if launch.nproc_per_node not in (None, hosts.slots):
         raise ValueError(
             f"launch.nproc_per_node={launch.nproc_per_node}, but {launch.hostfile} has slots={hosts.slots};"
-            f" make them"
-            " the same, or leave nproc_per_node (--nproc) out"
+            " make them the same, or leave nproc_per_node (--nproc) out"
         )
     return hosts
 
@@ -99,9 +98,8 @@ def allocation_of(hosts: Hosts) -> Allocation:
     first, *others = hosts.names
     if not _is_here(first):
         raise ValueError(
-            f"{first}, the first machine of the hostfile, is not this one ({socket.gethostname()}); start"
-            f" on {first},"
-            " or give this machine the first line"
+            f"{first}, the first machine of the hostfile, is not this one ({socket.gethostname()}); start on"
+            f" {first}, or give this machine the first line"
         )
     if first.startswith(("localhost", "127.")) and not all(
         name.startswith(("localhost", "127.")) for name in others
@@ -159,15 +157,13 @@ def refuse_in_slurm(config: Config) -> None:
     launch = config.launch
     if launch.launcher != "torchrun":
         raise ValueError(
-            f"launch.launcher={launch.launcher} is for machines without Slurm: in a job srun starts an"
-            f" agent on each"
-            " node, which starts torchrun; leave --launcher out"
+            f"launch.launcher={launch.launcher} is for machines without Slurm: in a job srun starts an agent"
+            " on each node, which starts torchrun; leave --launcher out"
         )
     if launch.hostfile is not None:
         raise ValueError(
             f"launch.hostfile={launch.hostfile} is for machines without Slurm: a job runs on the nodes that"
-            f" Slurm"
-            " chose; leave --hostfile out"
+            " Slurm chose; leave --hostfile out"
         )
 
 

@@ -74,7 +74,7 @@ class Meeting:
             return listener
         raise NotMet(
             f"{self.allocation.host}: none of the ports {candidate_ports(self.run_id)} can be listened at:"
-            f" all in use"
+            " all in use"
         )
 
     def _welcome(self) -> None:
@@ -207,9 +207,8 @@ class Meeting:
                 ]
                 raise NotMet(
                     f"{', '.join(missing)}: no answer within {timeout_s:.0f} s, of {self.allocation.nodes}"
-                    f" nodes; is"
-                    f" port {self.port} of {self.allocation.host} open to it, and does Python start there"
-                    " (launch.join_timeout_s)?"
+                    f" nodes; is port {self.port} of {self.allocation.host} open to it, and does Python start"
+                    " there (launch.join_timeout_s)?"
                 )
         return said
 

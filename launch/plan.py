@@ -144,9 +144,8 @@ def check(config: Config, nodes: int = 1, processes: int | None = None) -> int:
     sources.find(config.data)
     if config.launch.launcher == "deepspeed" and not find_spec("deepspeed"):
         raise ValueError(
-            "launch.launcher=deepspeed needs the deepspeed package, which is not here: pip install"
-            " deepspeed, or leave"
-            " --launcher out"
+            "launch.launcher=deepspeed needs the deepspeed package, which is not here: pip install deepspeed,"
+            " or leave --launcher out"
         )
     here, strategy, train = processes is None, config.strategy, config.train
     processes = processes or processes_of(config)
@@ -163,8 +162,7 @@ def check(config: Config, nodes: int = 1, processes: int | None = None) -> int:
         if not find_spec("deepspeed"):
             raise ValueError(
                 f"strategy.name={strategy.name} needs the deepspeed package, which is not here: pip install"
-                f" deepspeed,"
-                " or set strategy.name: ddp or fsdp"
+                " deepspeed, or set strategy.name: ddp or fsdp"
             )
         deepspeed_config(config, strategy.name, processes, accumulation)
     return accumulation
@@ -265,9 +263,8 @@ def check_resume(config: Config, folder: RunFolder, resume: str, allowed: Sequen
     trained, steps = checkpoints.read(newest)["step"], config.train.max_steps
     if steps and trained > steps:
         raise ValueError(
-            f"train.max_steps={steps} is less than the {trained} steps that {newest.name} has trained;"
-            f" raise it, or"
-            " name an earlier checkpoint: --resume"
+            f"train.max_steps={steps} is less than the {trained} steps that {newest.name} has trained; raise"
+            " it, or name an earlier checkpoint: --resume"
         )
 
 

@@ -60,8 +60,7 @@ def problems(mine: Facts, others: dict[str, Facts]) -> list[str]:
         if theirs["processes"] != mine["processes"]:
             found.append(
                 f"{host} would run {theirs['processes']} processes, the first node {mine['processes']}; ask"
-                f" for the"
-                " same number of GPUs on each node, or set launch.nproc_per_node"
+                " for the same number of GPUs on each node, or set launch.nproc_per_node"
             )
     return found
 
@@ -113,8 +112,8 @@ def space(config: Config, run: RunFolder) -> str:
         )
     if 0 < files < missing * FILES_OF_A_CHECKPOINT:
         return (
-            f"run_dir={run.path} has room for {files} more files only (inodes), the checkpoints to come"
-            f" need more"
+            f"run_dir={run.path} has room for {files} more files only (inodes), the checkpoints to come need"
+            " more"
         )
     return ""
 

@@ -157,8 +157,8 @@ def choose(run: RunFolder, resume: str, identity: dict[str, Any], allowed: Seque
         passed_over.append(f"{folder.name} {why}")
     if passed_over:
         raise ValueError(
-            f"no checkpoint in {run.path} can be resumed from: {'; '.join(passed_over)};"
-            " --fresh sets this run aside and starts anew"
+            f"no checkpoint in {run.path} can be resumed from: {'; '.join(passed_over)}; --fresh sets this"
+            " run aside and starts anew"
         )
     return Chosen(None, [], "")
 

@@ -233,15 +233,13 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(
                 f"run_dir={self.path} holds a run whose config cannot be read ({error}); choose another"
-                f" run_dir, or"
-                " --fresh to set the old run aside"
+                " run_dir, or --fresh to set the old run aside"
             ) from None
         changed = changes(held, config)
         if refused := changed.refused(allowed):
             raise ValueError(
-                f"run_dir={self.path} holds a run with another config: {refused};"
-                " choose another run_dir, or set the old run aside with --fresh"
-                f" (to go on all the same: {refused.permit})"
+                f"run_dir={self.path} holds a run with another config: {refused}; choose another run_dir, or"
+                f" set the old run aside with --fresh (to go on all the same: {refused.permit})"
             )
         return changed
 

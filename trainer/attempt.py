@@ -182,7 +182,7 @@ def train(
         if rank.first and held != now:
             warn(
                 f"an epoch had {held} steps, and has {now} now: training goes on at step {step + 1} of the"
-                f" new order"
+                " new order"
             )
     stop.agree(trainer.args.device)  # and all have chosen and loaded their checkpoint
     if metrics:
@@ -266,8 +266,7 @@ def _choose(run: RunFolder, rank: Rank, handover: Handover, identity: dict[str, 
             if said[0].folder is None and any(one.get("reason") == "done" for one in run.history.attempts()):
                 raise ValueError(
                     f"run_dir={run.path} is done and has no checkpoint to go on from; start a new run from"
-                    f" its adapter:"
-                    f" lora.init_from={run.adapter} and another run_dir"
+                    f" its adapter: lora.init_from={run.adapter} and another run_dir"
                 )
         except ValueError as refusal:
             said = [refusal]
@@ -289,8 +288,7 @@ def _refuse_fewer_steps(config: Config, trained: int, steps: int) -> None:
         )
         raise ValueError(
             f"train.{said} makes {steps} steps, and {trained} are trained already; raise it, or name an"
-            f" earlier"
-            " checkpoint: --resume"
+            " earlier checkpoint: --resume"
         )
 
 
@@ -413,5 +411,5 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         raise TrainingFault(
             f"all steps are trained, but the adapter was not saved: {reason_of(error)}; the same command"
-            f" tries again"
+            " tries again"
         ) from error

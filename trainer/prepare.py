@@ -142,9 +142,8 @@ def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
                 notes.append(f"{counts[what]:,} of {counts['read_rows']:,} {side} rows {what} at {limit}")
         if counts["lost_replies"]:
             notes.append(
-                f"{counts['lost_replies']:,} replies of {side} rows are not trained: with their question"
-                f" they are"
-                f" longer than {limit}; data.split_replies: true trains them without"
+                f"{counts['lost_replies']:,} replies of {side} rows are not trained: with their question they"
+                f" are longer than {limit}; data.split_replies: true trains them without"
             )
     if overlap := rows.facts["overlap"]["rows"]:
         first = rows.place("eval", rows.facts["overlap"]["first"][0])
@@ -166,10 +165,8 @@ def _refuse_another(run: RunFolder, then: Facts, now: Facts, allowed: tuple[str,
         was, would_be = ("on" if packing else "off" for packing in (then.packing, now.packing))
         raise ValueError(
             f"run_dir={run.path} was trained with packing {was}, here it would be {would_be} (data.packing:"
-            f" auto is on"
-            " with a GPU, and off with strategy.sequence_parallel under sdpa); go on as it was, choose"
-            " another run_dir,"
-            " or --fresh to set the old run aside"
+            " auto is on with a GPU, and off with strategy.sequence_parallel under sdpa); go on as it was,"
+            " choose another run_dir, or --fresh to set the old run aside"
         )
     if then.data_identity != now.data_identity and not allows("data", allowed):
         what, key = "other data: the files or the tokenizer changed since", "data"
@@ -179,9 +176,8 @@ def _refuse_another(run: RunFolder, then: Facts, now: Facts, allowed: tuple[str,
     else:
         return
     raise ValueError(
-        f"run_dir={run.path} was trained on {what};"
-        " restore them, choose another run_dir, or --fresh to set the old run aside"
-        f" (to go on all the same: --allow-config-change {key})"
+        f"run_dir={run.path} was trained on {what}; restore them, choose another run_dir, or --fresh to set"
+        f" the old run aside (to go on all the same: --allow-config-change {key})"
     )
 
 
@@ -195,8 +191,7 @@ def _check_device(config: Config) -> None:
     if config.model.attn_implementation.startswith("flash"):
         raise ValueError(
             f"model.attn_implementation={config.model.attn_implementation} needs a GPU, and there is none"
-            f" here;"
-            " set model.attn_implementation: sdpa"
+            " here; set model.attn_implementation: sdpa"
         )
 
 
@@ -205,6 +200,5 @@ def _check_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise ValueError(
             f"run_dir={folder} has {free / 2**20:.0f} MiB free, one checkpoint needs {needed / 2**20:.0f}"
-            f" MiB;"
-            " free some, or choose a run_dir on another disk"
+            " MiB; free some, or choose a run_dir on another disk"
         )

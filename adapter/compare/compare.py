@@ -105,8 +105,7 @@ def compare(
             _say(
                 console,
                 f"{column.label}: {unfinished} answers are empty, being cut within the thought at"
-                f" --max-new-tokens"
-                f" {max_new_tokens}; give more",
+                f" --max-new-tokens {max_new_tokens}; give more",
             )
     if target:
         _keep(found, target, asked_for=output is not None)

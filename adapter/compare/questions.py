@@ -65,8 +65,7 @@ def choose(
         if (run := runs[0].run) and run.facts.is_file() and other_files(runs[0].config, run):
             notes.append(
                 f"warning: {runs[0].label}'s data files changed since it was trained; the questions may not"
-                f" be those"
-                " that it learnt"
+                " be those that it learnt"
             )
         if len(runs) > 1:
             notes.append(

@@ -52,8 +52,7 @@ def check(subjects: list[Subject], shares: list[float], combine: str) -> None:
         if isinstance(start, str) and start.startswith(STARTS):
             raise ValueError(
                 f"{subject.named} was begun with init_lora_weights={start}, which changes the base; save it"
-                f" with peft's"
-                " path_initial_model_for_weight_conversion first"
+                " with peft's path_initial_model_for_weight_conversion first"
             )
         if uses := [name for name in UNMERGED if getattr(found, name)]:
             raise ValueError(
@@ -64,8 +63,8 @@ def check(subjects: list[Subject], shares: list[float], combine: str) -> None:
         if subject.base != subjects[0].base:
             raise ValueError(
                 f"{subjects[0].named} needs {subjects[0].base}, {subject.named} needs {subject.base}:"
-                f" adapters of"
-                " different bases cannot be combined; if it is one model in two places, name it with --base"
+                " adapters of different bases cannot be combined; if it is one model in two places, name it"
+                " with --base"
             )
         whole = {
             "use_dora": found.use_dora,
@@ -103,9 +102,8 @@ def _room_for_copies(base: Streamed, subject: Subject) -> Iterator[None]:
         parameter.data = torch.empty_like(values, dtype=parameter.dtype)
         if not torch.equal(values, base.value(own).to(values.dtype)):
             raise ValueError(
-                f"{subject.named} brings {own}, and {subject.base} has another one: it was trained on"
-                f" another base;"
-                " name that with --base"
+                f"{subject.named} brings {own}, and {subject.base} has another one: it was trained on another"
+                " base; name that with --base"
             )
     yield
     for parameter, values in hollow.items():
@@ -134,9 +132,8 @@ def adapted(base: Streamed, subjects: list[Subject], shares: list[float], combin
             and layer.get_base_layer().bias is None
         ):
             raise ValueError(
-                f"the adapter has a bias (lora_bias) for {path.removeprefix('base_model.model.')}, where"
-                f" the base has"
-                " none to add it to; load it with peft"
+                f"the adapter has a bias (lora_bias) for {path.removeprefix('base_model.model.')}, where the"
+                " base has none to add it to; load it with peft"
             )
     if _alone(shares):
         return model

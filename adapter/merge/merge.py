@@ -79,8 +79,7 @@ def merge(
     if any(subject.run and subject.config.strategy.quantization != "none" for subject in subjects):
         say(
             "note: trained over a quantised base, merged into its full-precision weights, with which it is"
-            " compared:"
-            " answers may differ a little from those in training"
+            " compared: answers may differ a little from those in training"
         )
 
     with (
@@ -109,8 +108,7 @@ def merge(
         coarse = "/".join(sorted({_name(entry.dtype) for entry in entries.values()}))
         say(
             f"warning: rounding to {coarse} leaves {kept:.0%} of what the adapter changes in the weights;"
-            f" --dtype fp32"
-            " keeps all of it, and so does serving the adapter unmerged"
+            " --dtype fp32 keeps all of it, and so does serving the adapter unmerged"
         )
     return 0
 
@@ -135,8 +133,7 @@ def _config_of(subject: Subject) -> Any:
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{subject.base} is quantised in its files, and what is merged into it would be rounded away;"
-            f" name the"
-            " model it was made from with --base"
+            " name the model it was made from with --base"
         )
     return config
 
@@ -293,9 +290,9 @@ def _report(
 def _said(compared: Compared) -> str:
     typical = f", typically {compared.judged:.2g}" if compared.judged != compared.difference else ""
     return (
-        f"the merged model's logits differ from those of base and adapter by at most"
-        f" {compared.difference:.2g}{typical}"
-        f" (rounding alone causes {compared.rounding:.2g}, the bound is {compared.bound:.2g})"
+        "the merged model's logits differ from those of base and adapter by at most"
+        f" {compared.difference:.2g}{typical} (rounding alone causes {compared.rounding:.2g}, the bound is"
+        f" {compared.bound:.2g})"
     )
 
 

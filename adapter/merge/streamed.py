@@ -77,7 +77,7 @@ class Streamed:
             if made_of is None:
                 raise ValueError(
                     f"the base's files lack {weight.names[0]}; download it again, or name a whole one with"
-                    f" --base"
+                    " --base"
                 )
             # small ones are real, for an adapter may bring a bias
             shape, nan = weight.parameter.shape, torch.tensor(float("nan"))
@@ -157,8 +157,7 @@ class Streamed:
                 if values.shape != slot.hollow.shape:
                     raise ValueError(
                         f"{slot.parameter} is {tuple(values.shape)} in the base's files, and"
-                        f" {tuple(slot.hollow.shape)}"
-                        " by its config.json; download it again"
+                        f" {tuple(slot.hollow.shape)} by its config.json; download it again"
                     )
                 setattr(module, slot.attribute, nn.Parameter(values.float(), requires_grad=False))
 

@@ -300,8 +300,7 @@ def _notes(on_hub: str | None, label: str, license: str | None, obstacles: dict[
     if on_hub is None:
         notes.append(
             f"note: the base was a folder ({label}), so the card and {CONFIG} do not say where it is on the"
-            f" hub;"
-            " --base OWNER/NAME would, if it is there"
+            " hub; --base OWNER/NAME would, if it is there"
         )
     if license is None:
         notes.append("note: the card names no licence; --license apache-2.0 would")

@@ -171,9 +171,8 @@ def _look_over(made: Path, private: Private, ordinary: str) -> None:
                 "--name, --base or --license say so, or the run" if file.name == CARD else "the run's adapter"
             )
             raise ValueError(
-                f"nothing was exported: {file.name} would hold {' and '.join(kinds)}; take it out of what"
-                f" it comes from"
-                f" ({here})"
+                f"nothing was exported: {file.name} would hold {' and '.join(kinds)}; take it out of what it"
+                f" comes from ({here})"
             )
 
 

@@ -85,9 +85,8 @@ def convert(source: Path, out: Path, *, max_shard_size: str) -> int:
     held = f"{size / 1e9:,.1f} GB" if size > 1e9 else f"{size / 1e6:,.1f} MB"
     print(f"{out}: {held} of weights in {count}, as they were; tokenizer with {len(tokenizer)} ids")
     print(
-        f"equal to the original up to {config.max_position_embeddings} tokens, the length it was trained"
-        f" on; what"
-        " Qwen-1 does for longer texts (use_dynamic_ntk, use_logn_attn), Qwen2 does not"
+        f"equal to the original up to {config.max_position_embeddings} tokens, the length it was trained on;"
+        " what Qwen-1 does for longer texts (use_dynamic_ntk, use_logn_attn), Qwen2 does not"
     )
     print(f"next: qwenlora train CONFIG model.name_or_path={out}")
     return 0
@@ -119,8 +118,7 @@ def qwen2_config(source: Path) -> Qwen2Config:
     if number("kv_channels") * heads != hidden_size:
         raise ValueError(
             f"{source / 'config.json'}: kv_channels={said['kv_channels']} times num_attention_heads={heads}"
-            f" is not"
-            f" hidden_size={hidden_size}"
+            f" is not hidden_size={hidden_size}"
         )
     return Qwen2Config(
         vocab_size=number("vocab_size"),
@@ -160,8 +158,7 @@ def _config(source: Path) -> dict[str, Any]:
     if quantised := said.get("quantization_config"):
         raise ValueError(
             f"{source} is quantised ({quantised.get('quant_method')}); name the model it was made from, as"
-            f" Qwen-7B-Chat"
-            " for Qwen-7B-Chat-Int4"
+            " Qwen-7B-Chat for Qwen-7B-Chat-Int4"
         )
     return said
 

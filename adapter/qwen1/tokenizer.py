@@ -63,7 +63,7 @@ def _ranks(file: Path) -> dict[bytes, int]:
         except (ValueError, binascii.Error):
             raise ValueError(
                 f"{file}, line {number}: {line[:40]!r} is not a token in base64 and its rank; download it"
-                f" again"
+                " again"
             ) from None
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(

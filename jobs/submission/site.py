@@ -65,8 +65,7 @@ def _is_no_secret(name: str) -> str:
     if _SECRET.search(name):
         raise ValueError(
             "a name that is no secret's: this file and job scripts can be read by others; export it in the"
-            " shell that"
-            " submits, whose environment the job inherits"
+            " shell that submits, whose environment the job inherits"
         )
     return name
 

@@ -22,11 +22,11 @@ from submitit.core.utils import FailedJobError
 
 from qwenlora.configs import Config, load_config
 from qwenlora.configs.load import to_yaml
+from qwenlora.jobs.find import Found, newest_job
 from qwenlora.jobs.submission import executors, ledger, sweeps
 from qwenlora.jobs.submission.executors import Needs
 from qwenlora.jobs.submission.site import Site, load_site
 from qwenlora.jobs.task import Attempt, InProcess
-from qwenlora.jobs.find import Found, newest_job
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import snapshot as copy_package
 
@@ -67,7 +67,7 @@ class Asked:
         if not self.on_slurm and (self.nodes or 1) > 1:
             raise ValueError(
                 f"nodes={self.nodes}: cluster={self.cluster} is this machine alone; for several,"
-                f" cluster=slurm"
+                " cluster=slurm"
             )
         if self.on_slurm and not (self.timeout_min or site.timeout_min):
             raise ValueError(
@@ -311,9 +311,8 @@ def _check(config: Config, asked: Asked, site: Site, nodes: int) -> int:
         hosts.refuse_in_slurm(config)
     if config.launch.hostfile is not None:
         raise ValueError(
-            f"launch.hostfile={config.launch.hostfile} is for qwenlora train on the first of these"
-            f" machines; leave it"
-            " out"
+            f"launch.hostfile={config.launch.hostfile} is for qwenlora train on the first of these machines;"
+            " leave it out"
         )
     gpus = asked.needs(site, 1, RunFolder(config.run_dir)).gpus_per_node
     processes = config.launch.nproc_per_node or gpus or (1 if asked.on_slurm else plan.processes_of(config))

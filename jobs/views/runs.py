@@ -101,7 +101,7 @@ def read(run: RunFolder) -> Version:
             raise ValueError(f"{run.path} is part of the run {run.path.parent}; name the run")
         raise ValueError(
             f"{run.path} holds no run: it has no config.yaml with code.json; name a run folder, such as"
-            f" runs/tiny"
+            " runs/tiny"
         )
     flaws: list[str] = []
 
@@ -161,9 +161,8 @@ def show(folder: Path, console: Console) -> int:
     folder = folder.expanduser()
     if not folder.is_dir():
         raise ValueError(
-            f"there is no folder {folder} (looked in {Path.cwd()}); name the one that holds your run"
-            f" folders, or make a"
-            " run: qwenlora train my.yaml"
+            f"there is no folder {folder} (looked in {Path.cwd()}); name the one that holds your run folders,"
+            " or make a run: qwenlora train my.yaml"
         )
     versions = below(folder)
     if not versions:

@@ -392,8 +392,8 @@ def browse(tmp_path_factory):
 def test_an_error_in_the_console_would_be_seen(browse, tmp_path):
     page = tmp_path / "page.html"
     page.write_text(
-        "<script>missing()</script><meta http-equiv='Content-Security-Policy' content=\"img-src"
-        " 'none'\"><img src=x>"
+        "<script>missing()</script><meta http-equiv='Content-Security-Policy' content=\"img-src 'none'\"><img"
+        " src=x>"
     )
     lines, _ = browse(page)
     assert any("missing is not defined" in line for line in lines)

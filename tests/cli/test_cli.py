@@ -118,8 +118,7 @@ def test_batch_that_does_not_divide(qwenlora):
     line = refused(qwenlora("train", TINY, "train.global_batch_size=96", "--nproc", 4))
     assert line == (
         "train.global_batch_size=96 is not divisible by per_device_train_batch_size * world_size = 10 * 4 ="
-        " 40;"
-        " nearest: 80, 120"
+        " 40; nearest: 80, 120"
     )
 
 
@@ -127,9 +126,9 @@ def test_run_folder_that_holds_another_config(qwenlora, tmp_path, tiny_run):
     shutil.copytree(tiny_run[0], tmp_path / "runs" / "tiny")
     line = refused(qwenlora("train", TINY, "lora.r=8"))
     assert line == (
-        f"run_dir={tmp_path}/runs/tiny holds a run with another config: lora.r was 32, now 8;"
-        " choose another run_dir, or set the old run aside with --fresh (to go on all the same:"
-        " --allow-config-change lora.r)"
+        f"run_dir={tmp_path}/runs/tiny holds a run with another config: lora.r was 32, now 8; choose another"
+        " run_dir, or set the old run aside with --fresh (to go on all the same: --allow-config-change"
+        " lora.r)"
     )
     assert (tmp_path / "runs" / "tiny" / "adapter").is_dir()
 
@@ -152,8 +151,7 @@ def test_a_system_that_is_not_linux(monkeypatch, capsys):
     assert left.value.code == 2
     assert capsys.readouterr().err == (
         "error: qwenlora runs on Linux, this is Windows: its checkpoints rely on Linux's file semantics"
-        " (rename over"
-        " an existing name, fsync of folders); on Windows, WSL2 works\n"
+        " (rename over an existing name, fsync of folders); on Windows, WSL2 works\n"
     )
 
 
@@ -187,11 +185,9 @@ def test_several_problems_are_named_at_once(qwenlora, tmp_path):
     lines = refused(qwenlora("train", "my.yaml")).splitlines()
     assert lines == [
         "my.yaml:1: model.name_or_path is missing: a folder, a hub name (Qwen/Qwen2.5-7B-Instruct), or"
-        " `tiny`: a small"
-        " Qwen3 made on the spot",
+        " `tiny`: a small Qwen3 made on the spot",
         "my.yaml:1: model.name=x: no such key; did you mean model.name_or_path?",
         "my.yaml:2: data.colour=red: no such key; data has: train, eval, eval_fraction, format, columns,"
-        " roles,"
-        " encoding, on_bad_row, train_on, max_length, overlength, split_replies, packing, num_proc,"
+        " roles, encoding, on_bad_row, train_on, max_length, overlength, split_replies, packing, num_proc,"
         " cache_dir",
     ]

@@ -27,141 +27,122 @@ REFUSED = {
         NODE,
         {"strategy": {"name": "fsdp", "quantization": "nf4"}},
         "strategy.name=fsdp with strategy.quantization=nf4: FSDP2 makes DTensors of the weights, and"
-        " bitsandbytes'"
-        " layers lose their quantisation state by that; set strategy.name: ddp, zero1, zero2 or (nf4)"
-        " zero3, or"
-        " strategy.quantization: none",
+        " bitsandbytes' layers lose their quantisation state by that; set strategy.name: ddp, zero1, zero2"
+        " or (nf4) zero3, or strategy.quantization: none",
     ),
     "zero3-int8": (
         NODE,
         {"strategy": {"name": "zero3", "quantization": "int8"}},
         "strategy.name=zero3 with strategy.quantization=int8: bitsandbytes keeps each int8 weight whole for"
-        " its"
-        " kernels besides, so nothing would be saved; set strategy.quantization: nf4, or strategy.name:"
-        " ddp, zero1 or"
-        " zero2",
+        " its kernels besides, so nothing would be saved; set strategy.quantization: nf4, or strategy.name:"
+        " ddp, zero1 or zero2",
     ),
     "float16": (
         NODE,
         {"strategy": {"name": "zero1"}, "model": {"dtype": "float16"}},
         "strategy.name=zero1 with model.dtype=float16: float16 needs its loss scaled, which only ddp does;"
-        " set"
-        " model.dtype: bfloat16, or strategy.name: ddp",
+        " set model.dtype: bfloat16, or strategy.name: ddp",
     ),
     "sharded-dora": (
         NODE,
         {"strategy": {"name": "fsdp"}, "lora": {"use_dora": True}},
         "strategy.name=fsdp with lora.use_dora=true: DoRA takes the norm of whole base weights in each"
-        " forward pass,"
-        " and here a GPU has parts; set strategy.name: zero2 or ddp",
+        " forward pass, and here a GPU has parts; set strategy.name: zero2 or ddp",
     ),
     "sharded-target-parameters": (
         NODE,
         {"strategy": {"name": "zero3"}, "lora": {"target_parameters": ["mlp.experts.down_proj"]}},
         "strategy.name=zero3 with lora.target_parameters=['mlp.experts.down_proj']: peft swaps these"
-        " parameters for"
-        " computed ones, which parameters in parts do not allow; set strategy.name: zero2 or ddp",
+        " parameters for computed ones, which parameters in parts do not allow; set strategy.name: zero2 or"
+        " ddp",
     ),
     "zero3-modules-to-save": (
         NODE,
         {"strategy": {"name": "zero3"}, "lora": {"modules_to_save": ["embed_tokens"]}},
-        "strategy.name=zero3 with lora.modules_to_save=['embed_tokens']: the copy that is trained is made"
-        " of the whole"
-        " matrix, and here a GPU has parts; set strategy.name: fsdp, zero2 or ddp",
+        "strategy.name=zero3 with lora.modules_to_save=['embed_tokens']: the copy that is trained is made of"
+        " the whole matrix, and here a GPU has parts; set strategy.name: fsdp, zero2 or ddp",
     ),
     "offload-auto": (
         NODE,
         {"strategy": {"offload": "params"}},
         "strategy.name=auto with strategy.offload=params: auto looks for what fits the GPUs without host"
-        " memory; name"
-        " a strategy: zero2 or zero3 (optimizer), zero3 or fsdp (params); or set strategy.offload: none",
+        " memory; name a strategy: zero2 or zero3 (optimizer), zero3 or fsdp (params); or set"
+        " strategy.offload: none",
     ),
     "offload-ddp": (
         NODE,
         {"strategy": {"name": "ddp", "offload": "optimizer"}},
         "strategy.name=ddp with strategy.offload=optimizer: ddp keeps everything on each GPU; set"
-        " strategy.name: zero2"
-        " (optimizer) or zero3 (optimizer, params), or strategy.offload: none",
+        " strategy.name: zero2 (optimizer) or zero3 (optimizer, params), or strategy.offload: none",
     ),
     "offload-params-zero1-zero2": (
         NODE,
         {"strategy": {"name": "zero2", "offload": "params"}},
-        "strategy.name=zero2 with strategy.offload=params: its base is whole on each GPU, and only a base"
-        " in parts can"
-        " wait in host memory; set strategy.name: zero3 or fsdp, or strategy.offload: optimizer",
+        "strategy.name=zero2 with strategy.offload=params: its base is whole on each GPU, and only a base in"
+        " parts can wait in host memory; set strategy.name: zero3 or fsdp, or strategy.offload: optimizer",
     ),
     "offload-optimizer-fsdp": (
         NODE,
         {"strategy": {"name": "fsdp", "offload": "optimizer"}},
         "strategy.name=fsdp with strategy.offload=optimizer: there the optimizer's state is the adapter's,"
-        " small and"
-        " whole on each GPU; set strategy.offload: params or none, or strategy.name: zero3",
+        " small and whole on each GPU; set strategy.offload: params or none, or strategy.name: zero3",
     ),
     "offload-params-fsdp-cpu": (
         CPU,
         {"strategy": {"name": "fsdp", "offload": "params"}},
         "strategy.name=fsdp with strategy.offload=params on a machine without GPUs: everything is in host"
-        " memory"
-        " already; set strategy.offload: none",
+        " memory already; set strategy.offload: none",
     ),
     "shard-group-whole-base": (
         NODES,
         {"strategy": {"name": "zero2", "shard_group": "node"}},
         "strategy.name=zero2 with strategy.shard_group=node: nothing of the base is in parts there; set"
-        " strategy.name:"
-        " zero3 or fsdp, or strategy.shard_group: global",
+        " strategy.name: zero3 or fsdp, or strategy.shard_group: global",
     ),
     "shard-group-one-process": (
         Machine(4, 1, 1),
         {"strategy": {"name": "zero3", "shard_group": "node"}},
         "strategy.shard_group=node on 4 nodes with 1 process each: the one process of a node would hold the"
-        " whole"
-        " base; set strategy.shard_group: global, or strategy.name: ddp",
+        " whole base; set strategy.shard_group: global, or strategy.name: ddp",
     ),
     "shard-group-zero3-quantization": (
         NODES,
         {"strategy": {"name": "zero3", "shard_group": "node", "quantization": "nf4"}},
         "strategy.name=zero3 with strategy.shard_group=node and strategy.quantization=nf4: DeepSpeed's"
-        " second,"
-        " node-wide partition (hpZ) knows nothing of quantised weights; set strategy.shard_group: global, or"
-        " strategy.name: ddp",
+        " second, node-wide partition (hpZ) knows nothing of quantised weights; set strategy.shard_group:"
+        " global, or strategy.name: ddp",
     ),
     "deepspeed-config": (
         NODE,
         {"strategy": {"name": "fsdp", "deepspeed_config": "ds.json"}},
         "strategy.name=fsdp with strategy.deepspeed_config=ds.json: that file is DeepSpeed's, which only"
-        " zero1, zero2"
-        " and zero3 use; name one of them, or remove strategy.deepspeed_config",
+        " zero1, zero2 and zero3 use; name one of them, or remove strategy.deepspeed_config",
     ),
     "zero-optim": (
         NODE,
         {"strategy": {"name": "zero2"}, "train": {"optim": "galore_adamw_8bit"}},
         "strategy.name=zero2 with train.optim=galore_adamw_8bit: ZeRO hands an optimizer flat pieces of all"
-        " parameters,"
-        " and others look at rows and columns, keep blocks of few bits, or prepare for whole parameters; set"
-        " train.optim: adamw_torch_fused, or strategy.name: ddp or fsdp",
+        " parameters, and others look at rows and columns, keep blocks of few bits, or prepare for whole"
+        " parameters; set train.optim: adamw_torch_fused, or strategy.name: ddp or fsdp",
     ),
     "sequence-parallel-divides": (
         NODES,
         {"strategy": {"sequence_parallel": 3}},
         "strategy.sequence_parallel=3 on 16 processes (2 x 8): the processes are cut into groups of that"
-        " size; set it"
-        " to a divisor of their number",
+        " size; set it to a divisor of their number",
     ),
     "sequence-parallel-eager": (
         NODE,
         {"strategy": {"sequence_parallel": 2}, "model": {"attn_implementation": "eager"}},
         "strategy.sequence_parallel=2 with model.attn_implementation=eager: it needs a mask over the whole"
-        " sequence, of"
-        " which a GPU has a part; set model.attn_implementation: sdpa or flash_attention_2",
+        " sequence, of which a GPU has a part; set model.attn_implementation: sdpa or flash_attention_2",
     ),
     "sequence-parallel-packing": (
         NODE,
         {"strategy": {"sequence_parallel": 2}, "data": {"packing": "on"}},
         "strategy.sequence_parallel=2 with data.packing=on and model.attn_implementation=sdpa: its kernel"
-        " sees whole"
-        " packs, and only flash attention's keep the rows in them apart; set data.packing: off, or"
-        " model.attn_implementation: flash_attention_2",
+        " sees whole packs, and only flash attention's keep the rows in them apart; set data.packing: off,"
+        " or model.attn_implementation: flash_attention_2",
     ),
 }
 

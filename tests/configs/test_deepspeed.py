@@ -160,20 +160,17 @@ CHANGE = "change one of them, or remove"
         (
             {"prescale_gradients": True},
             "prescale_gradients=true, but gradients are averaged and clipped by qwenlora's rules: expected"
-            " false;"
-            " {change}",
+            " false; {change}",
         ),
         (
             {"zero_optimization": {"compute_grad_norm": False}},
             "zero_optimization.compute_grad_norm=false, but the norm tells whether a step is a number:"
-            " expected true;"
-            " {change}",
+            " expected true; {change}",
         ),
         (
             {"zero_optimization": {"zero_quantized_nontrainable_weights": True}},
             "zero_optimization.zero_quantized_nontrainable_weights=true, but numbers are the same under"
-            " every strategy:"
-            " expected false; {change}",
+            " every strategy: expected false; {change}",
         ),
         (
             {"gradient_accumulation_steps": True},
@@ -183,8 +180,7 @@ CHANGE = "change one of them, or remove"
         (
             {"prescale_gradients": 0},  # 0 == False, for Python
             "prescale_gradients=0, but gradients are averaged and clipped by qwenlora's rules: expected"
-            " false;"
-            " {change}",
+            " false; {change}",
         ),
         (
             {"zero_optimization": {"reduce_bucket_size": "big"}},

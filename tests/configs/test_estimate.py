@@ -154,17 +154,15 @@ DECISIONS = [
         Machine(1, 4, 4, GPU40, True),
         ("fsdp", "node"),
         "fsdp over 4 GPUs, 16.4 GB of the base's 65.5 GB on each GPU of 42.9 GB; strategy.quantization: nf4"
-        " would allow"
-        " ddp",
+        " would allow ddp",
     ),
     (
         "72B",
         {},
         Machine(1, 8, 8, GPU80, True),
         ("fsdp", "node"),
-        "fsdp over 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 85.5 GB; strategy.quantization:"
-        " nf4 would"
-        " allow ddp",
+        "fsdp over 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 85.5 GB; strategy.quantization: nf4"
+        " would allow ddp",
     ),
     (
         "72B",
@@ -172,8 +170,7 @@ DECISIONS = [
         Machine(2, 8, 8, GPU80, True),
         ("fsdp", "node"),
         "fsdp in each node's 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 85.5 GB;"
-        " strategy.quantization: nf4"
-        " would allow ddp",
+        " strategy.quantization: nf4 would allow ddp",
     ),
     (
         "72B",
@@ -188,8 +185,7 @@ DECISIONS = [
         Machine(2, 4, 4, GPU40, True),
         ("fsdp", "global"),
         "fsdp over 8 GPUs, 18.2 GB of the base's 145.4 GB on each GPU of 42.9 GB; it crosses between nodes"
-        " twice a"
-        " micro-batch, which 15,960 tokens on a GPU would hide at 50 GB/s (here 2,048)",
+        " twice a micro-batch, which 15,960 tokens on a GPU would hide at 50 GB/s (here 2,048)",
     ),
     (
         "72B",
@@ -197,8 +193,7 @@ DECISIONS = [
         Machine(2, 4, 4, GPU24, True),
         ("zero3", "global"),
         "zero3 over 8 GPUs, 5.2 GB of the base's 41.2 GB on each GPU of 25.8 GB; it crosses between nodes"
-        " twice a"
-        " micro-batch, which 3,990 tokens on a GPU would hide at 50 GB/s (here 2,048)",
+        " twice a micro-batch, which 3,990 tokens on a GPU would hide at 50 GB/s (here 2,048)",
     ),
 ]
 
@@ -230,9 +225,8 @@ def test_more_than_the_least_and_less_than_the_expected_is_tried():
     plain = config(train={"gradient_checkpointing": False})
     decision = decide(plain, QWEN["7B"], Machine(1, 1, 1, 32 * 1024 * MIB))
     assert decision.sentence == (
-        "strategy.name=auto: ddp, the base takes 15.2 GB of each GPU's 34.4 GB; about 37.6 GB may be"
-        " needed, which is"
-        " tight; train.gradient_checkpointing: true or strategy.quantization: nf4 would leave room"
+        "strategy.name=auto: ddp, the base takes 15.2 GB of each GPU's 34.4 GB; about 37.6 GB may be needed,"
+        " which is tight; train.gradient_checkpointing: true or strategy.quantization: nf4 would leave room"
     )
 
 
@@ -262,30 +256,25 @@ REFUSED = "strategy.name=auto: model.name_or_path=Qwen/Qwen2.5 needs about "
             "72B",
             {},
             Machine(2, 4, 4, GPU24),
-            "39.5 GB on each of 8 GPUs even with fsdp, expected at most the 25.8 GB there are (26.7 GB"
-            " base, 3.4 GB"
-            " adapter, 7.5 GB for 2,048 tokens); what would fit: strategy.quantization: nf4 (zero3) or 64"
-            " such GPUs"
-            " (fsdp); or set strategy.name: fsdp to try all the same",
+            "39.5 GB on each of 8 GPUs even with fsdp, expected at most the 25.8 GB there are (26.7 GB base,"
+            " 3.4 GB adapter, 7.5 GB for 2,048 tokens); what would fit: strategy.quantization: nf4 (zero3)"
+            " or 64 such GPUs (fsdp); or set strategy.name: fsdp to try all the same",
         ),
         (
             "7B",
             {"gradient_checkpointing": False},
             Machine(1, 1, 1, GPU24),
             "37.6 GB on the GPU even with ddp, expected at most the 25.8 GB there are (15.2 GB base, 0.6 GB"
-            " adapter,"
-            " 19.7 GB for 2,048 tokens); what would fit: train.gradient_checkpointing: true (ddp) or"
-            " data.max_length: 512 (ddp); or set strategy.name: ddp to try all the same",
+            " adapter, 19.7 GB for 2,048 tokens); what would fit: train.gradient_checkpointing: true (ddp)"
+            " or data.max_length: 512 (ddp); or set strategy.name: ddp to try all the same",
         ),
         (
             "72B",
             {},
             Machine(1, 1, 1, GPU24),
             "158.2 GB on the GPU even with ddp, expected at most the 25.8 GB there are (145.4 GB base, 3.4"
-            " GB adapter,"
-            " 7.5 GB for 2,048 tokens); what would fit: a smaller base model or larger GPUs; or set"
-            " strategy.name: ddp"
-            " to try all the same",
+            " GB adapter, 7.5 GB for 2,048 tokens); what would fit: a smaller base model or larger GPUs; or"
+            " set strategy.name: ddp to try all the same",
         ),
     ],
 )

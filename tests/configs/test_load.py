@@ -186,8 +186,8 @@ def test_every_key_is_described():
 
 def test_loading_a_config_imports_no_torch(tmp_path):
     code = (
-        "import sys; from qwenlora.configs import load_config; load_config(sys.argv[1]); print('torch'"
-        " in sys.modules)"
+        "import sys; from qwenlora.configs import load_config; load_config(sys.argv[1]); print('torch' in"
+        " sys.modules)"
     )
     answer = subprocess.run(
         [sys.executable, "-c", code, str(ROOT / "configs/tiny.yaml")],

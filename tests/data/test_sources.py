@@ -142,8 +142,8 @@ def test_a_hub_name_that_cannot_be_loaded_is_refused_in_one_line(name):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     message = refused(train=name)
     assert message.startswith(
-        f"data.train={name}: no such file, and no data set of the hub that can be loaded"
-        " (offline: HF_HUB_OFFLINE is set): "
+        f"data.train={name}: no such file, and no data set of the hub that can be loaded (offline:"
+        " HF_HUB_OFFLINE is set): "
     )
 
 

@@ -187,8 +187,7 @@ def test_a_machine_that_ssh_does_not_reach_is_named(folder, tmp_path):
     assert answer.returncode == 1
     expected = (
         "failed: 127.0.0.2: ssh failed: me@127.0.0.2: Permission denied (publickey).; `ssh 127.0.0.2 true`"
-        " must work"
-        " without a password\n"
+        " must work without a password\n"
     )
     assert expected in answer.stdout
 

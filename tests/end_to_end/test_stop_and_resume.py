@@ -269,8 +269,8 @@ def test_a_rank_that_crashes_ends_the_run_with_its_reason(qwenlora, tmp_path, co
     )
     environment = {"PYTHONPATH": str(tmp_path / "sabotage")}
     code = (
-        "import os, sys; sys.path.insert(0, os.environ['PYTHONPATH'])\nfrom qwenlora.cli.main import"
-        " main; main()"
+        "import os, sys; sys.path.insert(0, os.environ['PYTHONPATH'])\nfrom qwenlora.cli.main import main;"
+        " main()"
     )
     answer = subprocess.run(
         [sys.executable, "-c", code, "train", str(config), "run_dir=run", "--nproc", "2"],

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from qwenlora.jobs import submit
-from qwenlora.jobs.views.control import cancel, resume
 from qwenlora.jobs.find import find
+from qwenlora.jobs.views.control import cancel, resume
 from qwenlora.jobs.views.status import show
 from qwenlora.run.folder import RunFolder
 from qwenlora.slurm import query as answers

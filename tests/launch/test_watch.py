@@ -175,8 +175,8 @@ def test_a_slow_start_is_no_stall(watches):
                 0: [(Beat(0, 1, 7, 19, 0.0), "its process has ended", 61.0)],
                 1: [(Beat(1, 2, 7, 19, 0.0), "", 62.0)],
             },
-            "rank 0 on 127.0.0.1: no progress for 62 s (launch.stall_timeout_s is 1), in step 7 (its"
-            " process has",
+            "rank 0 on 127.0.0.1: no progress for 62 s (launch.stall_timeout_s is 1), in step 7 (its process"
+            " has",
         ),
         ({0: [(Beat(0, 1, 7, 19, 0.0), "", 61.0)]}, "1 ranks have not started to work"),
     ],

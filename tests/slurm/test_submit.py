@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from qwenlora.jobs import submit, submit_sweep
-from qwenlora.jobs.views.control import cancel, resume
 from qwenlora.jobs.find import find
+from qwenlora.jobs.views.control import cancel, resume
 from qwenlora.run.folder import RunFolder
 
 CONFIG = """

@@ -55,7 +55,7 @@ def test_the_site_file_sets_the_environment_and_the_container(cluster, tmp_path)
     said = tmp_path / "said"
     site.write_text(
         f"export SITE='a b'\ncontainer=(env 'INSIDE=c d' bash -c 'echo \"$SITE|$INSIDE|$*\" >\"{said}\"'"
-        f" bash)\n"
+        " bash)\n"
     )
     job = cluster.sbatch(
         TRAIN, "my.yaml", cwd=tmp_path, env={"QWENLORA_ENV": str(site), "QWENLORA": "qwenlora"}

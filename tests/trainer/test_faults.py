@@ -77,9 +77,8 @@ def test_by_default_the_run_stops_with_the_rows_and_no_weight_changed(tiny, tmp_
     made.saver.wait()
     first, second = rows_of(made, 4, 1)
     assert str(fault.value).startswith(
-        f"step 4: the loss is not finite (NaN or infinite), in rows {first} (my.jsonl:{first + 1}),"
-        f" {second} (my.jsonl:{second + 1}); it changed no weight, and the checkpoints are from before it:"
-        f" look at"
+        f"step 4: the loss is not finite (NaN or infinite), in rows {first} (my.jsonl:{first + 1}), {second}"
+        f" (my.jsonl:{second + 1}); it changed no weight, and the checkpoints are from before it: look at"
     )
     assert same(weights(made), before[3])
     assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-2"]
@@ -203,9 +202,8 @@ def test_a_full_gpu_is_said_with_the_batch_and_what_helps(tiny, tmp_path, monkey
             made.train()
         assert "GPU out of memory on rank 0 while step 1 was trained: a batch of 4 x " in str(fault.value)
         assert (
-            "lower train.per_device_train_batch_size (4), the global batch stays as it is or"
-            " data.max_length (2,048),"
-            " or set train.gradient_checkpointing: true (a third to half slower), or set"
+            "lower train.per_device_train_batch_size (4), the global batch stays as it is or data.max_length"
+            " (2,048), or set train.gradient_checkpointing: true (a third to half slower), or set"
             " strategy.quantization: nf4"
         ) in str(fault.value)
     else:

@@ -42,8 +42,7 @@ def test_the_summary_names_the_slowest_and_warns_of_those_that_are_slow():
     line, slow = preflight.summary(ranks)
     assert line == (
         "checked 3 ranks on 2 nodes: they reduce at 89.5 GB/s, and multiply at 50 TFLOP/s (median), the"
-        " slowest, rank 2"
-        " on b, at 30"
+        " slowest, rank 2 on b, at 30"
     )
     assert slow.startswith("rank 2 on b (30 TFLOP/s): slower than the others")
     assert preflight.summary(ranks[:2])[1] == ""

@@ -100,9 +100,8 @@ def test_heads_that_cannot_be_dealt_out_are_refused():
     with pytest.raises(ValueError, match="heads") as refusal:
         check(config_of(4), Qwen2Config(num_attention_heads=14, num_key_value_heads=2))
     assert str(refusal.value) == (
-        "strategy.sequence_parallel=4 with model.name_or_path=my-qwen: its 14 attention heads are no"
-        " multiple of 4;"
-        " set it to one of 1, 2, 7, 14"
+        "strategy.sequence_parallel=4 with model.name_or_path=my-qwen: its 14 attention heads are no multiple"
+        " of 4; set it to one of 1, 2, 7, 14"
     )
     check(config_of(7), Qwen2Config(num_attention_heads=14, num_key_value_heads=2))
     check(config_of(1), Qwen2Config(num_attention_heads=13, num_key_value_heads=13))
@@ -136,8 +135,7 @@ def test_processes_that_make_no_teams_are_refused():
         accumulation_steps(16, 1, 6, 4)
     assert str(refusal.value) == (
         "strategy.sequence_parallel=4 does not divide the number of processes, 6; set it to one of 1, 2, 3,"
-        " 6, or"
-        " change launch.nproc_per_node"
+        " 6, or change launch.nproc_per_node"
     )
     with pytest.raises(
         ValueError, match=r"world_size / sequence_parallel = 4 \* 8 / 2 = 16; nearest: 16, 32"

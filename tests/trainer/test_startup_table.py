@@ -166,8 +166,7 @@ def test_what_was_done_to_rows_is_noted():
         "read as GB18030",
         "3 of 30 train rows truncated at data.max_length=99 tokens",
         "2 replies of train rows are not trained: with their question they are longer than"
-        " data.max_length=99 tokens;"
-        " data.split_replies: true trains them without",
+        " data.max_length=99 tokens; data.split_replies: true trains them without",
         "1 of 30 eval rows dropped at data.max_length=99 tokens",
         "4 of 30 eval rows are trained on, too (first: eval.jsonl:7)",
     ]

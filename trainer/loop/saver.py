@@ -132,8 +132,8 @@ class Saver:
     def _hangs(self, name: str) -> None:
         message = (
             f"{name} was not saved in checkpoint.timeout_s={self.timeout_s:g} s: the file system of"
-            f" {self.run.path}"
-            " hangs, or is too slow; the checkpoints before it are whole: the same command resumes"
+            f" {self.run.path} hangs, or is too slow; the checkpoints before it are whole: the same command"
+            " resumes"
         )
         log.error(message)
         if self.give_up:

@@ -126,10 +126,9 @@ def check_alike(adapter: dict[str, Tensor], device: torch.device) -> None:
     dist.all_gather(everyones, mine)
     if others := [rank for rank, one in enumerate(everyones) if not torch.equal(one, everyones[0])]:
         raise TrainingFault(
-            f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))} and rank 0 have different"
-            f" adapters, which"
-            " would be the same if all computed right: a GPU or its memory may be broken; no checkpoint was"
-            " written"
+            f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))} and rank 0 have different adapters,"
+            " which would be the same if all computed right: a GPU or its memory may be broken; no"
+            " checkpoint was written"
         )
 
 
@@ -147,15 +146,13 @@ def check_fits(model: Any, content: bytes, checkpoint: Path) -> dict[str, Tensor
             has, lacks = ("the model", checkpoint.name) if name in own else (checkpoint.name, "the model")
             raise ValueError(
                 f"{checkpoint} does not fit the model: {has} has {name}, {lacks} does not; give lora and"
-                f" model the"
-                " settings it was trained with, or --fresh to start anew"
+                " model the settings it was trained with, or --fresh to start anew"
             )
         if saved[name].shape != own[name].shape:
             raise ValueError(
                 f"{checkpoint} does not fit the model: {name} is {list(saved[name].shape)} there and"
                 f" {list(own[name].shape)} here; give lora and model the settings it was trained with, or"
-                f" --fresh to"
-                " start anew"
+                " --fresh to start anew"
             )
     return saved
 

@@ -134,8 +134,7 @@ def check_settings(config: Config, units: int) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"train.lr_scheduler_kwargs={train.lr_scheduler_kwargs} with"
-            f" lr_scheduler_type={train.lr_scheduler_type}:"
-            f" {error}"
+            f" lr_scheduler_type={train.lr_scheduler_type}: {error}"
         ) from error
 
 
@@ -364,8 +363,7 @@ class LoraTrainer(Trainer):
         if policy == "stop":
             raise faults.TrainingFault(
                 f"{what}; it changed no weight, and the checkpoints are from before it: look at these rows,"
-                f" lower"
-                " train.learning_rate, or set train.on_nan: skip or rollback"
+                " lower train.learning_rate, or set train.on_nan: skip or rollback"
             )
         if self._left_out > faults.IN_A_ROW:
             raise faults.TrainingFault(

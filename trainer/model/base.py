@@ -124,8 +124,8 @@ def hub_errors(key: str, name: str) -> Iterator[None]:
         offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
-            f"{key}={name} cannot be loaded{offline}: {reason.rstrip('.')};"
-            " the path of a folder that holds the files will do, too"
+            f"{key}={name} cannot be loaded{offline}: {reason.rstrip('.')}; the path of a folder that holds"
+            " the files will do, too"
         ) from error
 
 
@@ -164,8 +164,7 @@ def load_config_of(config: Config, base: str) -> Any:
         )
         raise ValueError(
             f"model.name_or_path={config.model.name_or_path} is of type {found.model_type}, which this"
-            f" transformers"
-            f" has no text model for; it has {qwens}"
+            f" transformers has no text model for; it has {qwens}"
         )
     return found
 
@@ -252,9 +251,8 @@ def refuse_missing(config: Config, loading: dict[str, Any]) -> None:
     if missing := sorted(loading["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
-            f"model.name_or_path={config.model.name_or_path}: its files lack {missing[0]}{more}, which"
-            f" would be random"
-            " numbers; download it again, or name a base that is whole"
+            f"model.name_or_path={config.model.name_or_path}: its files lack {missing[0]}{more}, which would"
+            " be random numbers; download it again, or name a base that is whole"
         )
 
 
@@ -340,8 +338,7 @@ def _load_adapter(model: PeftModel, lora: Lora) -> None:
         if theirs.get(key, getattr(lora, key)) != getattr(lora, key):
             raise ValueError(
                 f"lora.init_from={lora.init_from} has {key}={theirs[key]}, the config says"
-                f" {getattr(lora, key)};"
-                f" set lora.{key}: {theirs[key]}"
+                f" {getattr(lora, key)}; set lora.{key}: {theirs[key]}"
             )
     for key in ("rank_pattern", "alpha_pattern"):
         if theirs.get(key):
@@ -351,8 +348,8 @@ def _load_adapter(model: PeftModel, lora: Lora) -> None:
         result = set_peft_model_state_dict(model, weights)
     except KeyError as error:  # a whole module
         raise ValueError(
-            f"lora.init_from={lora.init_from} does not fit lora.modules_to_save={lora.modules_to_save}:"
-            f" the adapter lacks {error.args[0]}"
+            f"lora.init_from={lora.init_from} does not fit lora.modules_to_save={lora.modules_to_save}: the"
+            f" adapter lacks {error.args[0]}"
         ) from error
     except RuntimeError as error:  # shapes
         raise ValueError(
@@ -390,11 +387,10 @@ def check_isolation(model: Any) -> None:
     noticed, scale = (seen[0] - seen[1]).abs().max().item(), seen[0].std().item()
     if not noticed <= LEAK * scale:
         raise ValueError(
-            f"packed rows would see each other: with"
-            f" model.attn_implementation={model.config._attn_implementation} and"
-            f" this model, changing one row moves the next one's logits by {noticed:.2g} (their spread:"
-            f" {scale:.2g});"
-            " set data.packing: off, or model.attn_implementation: sdpa"
+            "packed rows would see each other: with"
+            f" model.attn_implementation={model.config._attn_implementation} and this model, changing one row"
+            f" moves the next one's logits by {noticed:.2g} (their spread: {scale:.2g}); set data.packing:"
+            " off, or model.attn_implementation: sdpa"
         )
 
 

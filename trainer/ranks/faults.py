@@ -59,8 +59,7 @@ def out_of_memory(
         further.append("strategy.quantization: nf4")
     doing = "trained" if trained else "evaluated"
     return TrainingFault(
-        f"GPU out of memory on rank {rank} while step {step + trained} was {doing}: a batch of {sequences}"
-        f" x {length:,}"
-        f" = {sequences * length:,} tokens did not fit; {lower}"
+        f"GPU out of memory on rank {rank} while step {step + trained} was {doing}: a batch of {sequences} x"
+        f" {length:,} = {sequences * length:,} tokens did not fit; {lower}"
         + "".join(f", or set {cure}" for cure in further)
     )

@@ -60,8 +60,7 @@ def summary(checked: list[Checked]) -> tuple[str, str]:
     line = (
         f"checked {len(checked)} ranks on {len(hosts)} node{'s' * (len(hosts) > 1)}: they reduce at"
         f" {_number(min(one.gb_s for one in checked))} GB/s, and multiply at {_number(median)} TFLOP/s"
-        f" (median), the"
-        f" slowest, rank {slowest.rank} on {slowest.host}, at {_number(slowest.tflops)}"
+        f" (median), the slowest, rank {slowest.rank} on {slowest.host}, at {_number(slowest.tflops)}"
     )
     slow = [one for one in checked if one.tflops < SLOW * median]
     names = ", ".join(f"rank {one.rank} on {one.host} ({_number(one.tflops)} TFLOP/s)" for one in slow)

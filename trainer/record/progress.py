@@ -77,8 +77,8 @@ class ProgressCallback(TrainerCallback):
         """Show the newest numbers."""
         if "loss" in logs:
             self._shown = (
-                f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e} "
-                f" {logs['tokens_per_s']:,.0f} tokens/s"
+                f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {logs['tokens_per_s']:,.0f}"
+                " tokens/s"
             )
             line = f"{_step(state)}  {self._shown}  {self._left(state)} left"
         elif "eval_loss" in logs:

@@ -70,14 +70,13 @@ def warnings(
         unit = "packs" if known.packing else "rows"
         lines.append(
             f"all rows make {known.units} {unit}, fewer than"
-            f" train.global_batch_size={config.train.global_batch_size}:"
-            " every step is a whole epoch; lower it"
+            f" train.global_batch_size={config.train.global_batch_size}: every step is a whole epoch; lower"
+            " it"
         )
     if (warm_up := args.get_warmup_steps(args.max_steps)) >= args.max_steps:
         lines.append(
             f"the learning rate is still warming up ({warm_up} steps) when training ends after"
-            f" {args.max_steps};"
-            " lower train.warmup_steps"
+            f" {args.max_steps}; lower train.warmup_steps"
         )
     if config.strategy.offload != "none" and not torch.cuda.is_available():
         offload = f"strategy.offload={config.strategy.offload}"
@@ -103,8 +102,8 @@ def _spread(spread: Spread) -> str:
 def _side(counts: dict[str, Any]) -> str:
     return (
         f"{counts['rows']:,} rows, {counts['tokens']:,} tokens,"
-        f" {counts['trained_tokens'] / counts['tokens']:.0%} of"
-        f" them trained, the longest row {counts['longest']:,}"
+        f" {counts['trained_tokens'] / counts['tokens']:.0%} of them trained, the longest row"
+        f" {counts['longest']:,}"
     )
 
 

@@ -98,9 +98,8 @@ def check(config: Config, model: Any) -> None:
         )
     if (kind := (getattr(text, "rope_parameters", None) or {}).get("rope_type")) in _OF_LENGTH:
         raise ValueError(
-            f"{said}: its rope_type is {kind}, which depends on a sequence's length, and a GPU has a part"
-            f" of it; set"
-            " strategy.sequence_parallel: 1"
+            f"{said}: its rope_type is {kind}, which depends on a sequence's length, and a GPU has a part of"
+            " it; set strategy.sequence_parallel: 1"
         )
     flash = config.model.attn_implementation.startswith("flash")
     can = {"full_attention", *(["sliding_attention"] if flash else [])}
@@ -120,8 +119,7 @@ def share_attention(model: Any, team: Team) -> None:
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(
             f"strategy.sequence_parallel={team.size}: {type(model).__name__} has an attention of its own,"
-            f" which cannot"
-            " be exchanged; set strategy.sequence_parallel: 1"
+            " which cannot be exchanged; set strategy.sequence_parallel: 1"
         )
     kernel = model.config._attn_implementation
 

@@ -64,9 +64,8 @@ def skeleton(config: Config, base: str) -> Any:
     model_config = load_config_of(config, base)
     if getattr(model_config, "quantization_config", None):
         raise ValueError(
-            f"model.name_or_path={config.model.name_or_path} is quantised in its files, which cannot be"
-            f" held in parts;"
-            " name the model it was made from, or set strategy.name: ddp"
+            f"model.name_or_path={config.model.name_or_path} is quantised in its files, which cannot be held"
+            " in parts; name the model it was made from, or set strategy.name: ddp"
         )
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(
