@@ -1,17 +1,15 @@
 """What a checkpoint is, which ones are whole, and which one to resume from.
 
 checkpoint-200/
-    adapter_model.safetensors, adapter_config.json, tokenizer   an adapter folder as plain peft loads it;
-    float32, the
-                                                                weights that the optimizer goes on from
-    optimizer.safetensors   the optimizer's state, `<parameter's name>/<exp_avg ...>`
-    state.json              everything else that a resume needs, see trainer/training.py
-    trainer_state.json      transformers' own, without its log (metrics.jsonl has it)
-    manifest.json           {"format", "step", "world_size", "identity", "config_sha256", "files": {name:
-    {"bytes",
-                            "sha256"}}, "sha256" of the manifest itself}; a folder is a checkpoint when this
-                            holds
-The frozen base is never in it. trainer/saver.py writes it, trainer/state.py reads tensors;
+    adapter_model.safetensors, adapter_config.json, tokenizer files: an adapter folder as plain peft loads it;
+    in
+        float32, the weights that the optimizer goes on from
+    optimizer.safetensors: the optimizer's state, `<parameter's name>/<exp_avg ...>`
+    state.json: everything else that a resume needs (records.py, State)
+    trainer_state.json: transformers' own, without its log, which is metrics.jsonl
+    manifest.json: records.py, Manifest; a folder is a checkpoint when this holds
+
+The frozen base is never in it. trainer/loop/saver.py writes checkpoints, trainer/loop/state.py reads tensors;
 docs/checkpoints.md has the promises.
 """
 
@@ -30,8 +28,8 @@ from safetensors.numpy import load as load_safetensors
 from qwenlora.configs import Config
 from qwenlora.run.disk import sha256
 from qwenlora.run.folder import Changes, RunFolder, allows, changes, step_of
+from qwenlora.run.records import FileEntry, Identity, Manifest, State
 
-FORMAT = 1
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -50,31 +48,36 @@ class Chosen(NamedTuple):
     changed: str
 
 
-def identity_of(config: Config, data: str, base: str) -> dict[str, Any]:
+def identity_of(config: Config, data: str, base: str) -> Identity:
     """Return what a checkpoint belongs to. data, base: hashes of the prepared rows and of the base's
     weights."""
-    return {"config": config.model_dump(mode="json", by_alias=True), "data": data, "base": base}
+    return Identity(config=config.model_dump(mode="json", by_alias=True), data=data, base=base)
 
 
-def manifest_text(
-    step: int, world_size: int, identity: dict[str, Any], files: dict[str, dict[str, Any]]
-) -> str:
-    """Return the manifest of a checkpoint. files: {name: {"bytes", "sha256"}}."""
-    config = json.dumps(identity["config"], sort_keys=True)
-    record = {"format": FORMAT, "step": step, "world_size": world_size, "identity": identity}
-    record |= {"config_sha256": hashlib.sha256(config.encode()).hexdigest(), "files": files}
-    return _signed(record)
+def manifest_text(step: int, world_size: int, identity: Identity, files: dict[str, FileEntry]) -> str:
+    """Return the manifest of a checkpoint, signed."""
+    config = json.dumps(identity.config, sort_keys=True)
+    record = Manifest(
+        step=step,
+        world_size=world_size,
+        identity=identity,
+        config_sha256=hashlib.sha256(config.encode()).hexdigest(),
+        files=files,
+    )
+    return _signed(record.model_dump(mode="json", exclude={"sha256"}))
 
 
 def _signed(record: dict[str, Any]) -> str:
-    """Return the record as text, with a hash of itself: nothing else would notice a bit flipped in it."""
+    """Return a manifest as text, with a hash of itself: nothing else would notice a bit flipped in it."""
     digest = hashlib.sha256(json.dumps(record, indent=1, ensure_ascii=False).encode()).hexdigest()
     return json.dumps(record | {"sha256": digest}, indent=1, ensure_ascii=False) + "\n"
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint. Raises: ValueError saying what is wrong with it, after the
-    folder's name."""
+def read(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint.
+
+    Raises: ValueError saying what is wrong with it, after the folder's name.
+    """
     file = folder / MANIFEST
     if not file.is_file():
         older = (folder / "trainer_state.json").is_file() and not (folder / STATE).is_file()
@@ -82,16 +85,31 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"has no {MANIFEST}{old}")
     try:
         text = file.read_text(encoding="utf-8")
-        record: dict[str, Any] = json.loads(text)
-        unsigned = {key: value for key, value in record.items() if key != "sha256"}
-        whole = _signed(unsigned) == text
+        record = json.loads(text)
+        # the text as it was written: its order and what an older version left out count, too
+        whole = _signed({key: value for key, value in record.items() if key != "sha256"}) == text
     except (OSError, ValueError, AttributeError):
         whole = False
     if not whole:
         raise ValueError(f"has a {MANIFEST} that is damaged")
-    if record["format"] != FORMAT:
-        raise ValueError(f"has format {record['format']}, this version of qwenlora reads format {FORMAT}")
-    return record
+    if record["format"] != Manifest.FORMAT:
+        raise ValueError(
+            f"has format {record['format']}, this version of qwenlora reads format {Manifest.FORMAT}"
+        )
+    return Manifest.parse(text)
+
+
+def read_state(folder: Path) -> State:
+    """Return what a resume from a checkpoint needs besides tensors. Raises: OSError or ValueError."""
+    return State.parse(content(folder, STATE))
+
+
+def content(folder: Path, name: str) -> bytes:
+    """Return a file of a checkpoint, exactly as it was written. Raises: ValueError when it is not."""
+    read_bytes = (folder / name).read_bytes()
+    if hashlib.sha256(read_bytes).hexdigest() != read(folder).files[name].sha256:
+        raise ValueError(f"{folder} has {name} with other bytes than were written (SHA-256)")
+    return read_bytes
 
 
 def flaw(folder: Path, *, thorough: bool = True) -> str:
@@ -100,15 +118,15 @@ def flaw(folder: Path, *, thorough: bool = True) -> str:
         return "is no folder"
     try:
         record = read(folder)
-        if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{record['step']}":
-            return f"is checkpoint-{record['step']} by another name"
-        for name, expected in record["files"].items():
+        if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{record.step}":
+            return f"is checkpoint-{record.step} by another name"
+        for name, expected in record.files.items():
             file = folder / name
             if not file.is_file():
                 return f"lacks {name}"
-            if (found := file.stat().st_size) != expected["bytes"]:
-                return f"has {name} of {found} bytes, {expected['bytes']} were written"
-            if thorough and sha256(file) != expected["sha256"]:
+            if (found := file.stat().st_size) != expected.bytes:
+                return f"has {name} of {found} bytes, {expected.bytes} were written"
+            if thorough and sha256(file) != expected.sha256:
                 return f"has {name} with other bytes than were written (SHA-256)"
         return adapter_flaw(folder) if thorough else ""
     except ValueError as error:
@@ -127,13 +145,12 @@ def adapter_flaw(folder: Path) -> str:
         if not np.isfinite(values).all():
             return f"has numbers in its adapter that are not finite ({name})"
     seconds = [values for name, values in tensors.items() if "lora_B" in name]
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if seconds and state["moved"] and not any(values.any() for values in seconds):
+    if seconds and State.read(folder / STATE).moved and not any(values.any() for values in seconds):
         return "has an adapter that is all zero (every lora_B), though it was trained"
     return ""
 
 
-def choose(run: RunFolder, resume: str, identity: dict[str, Any], allowed: Sequence[str] = ()) -> Chosen:
+def choose(run: RunFolder, resume: str, identity: Identity, allowed: Sequence[str] = ()) -> Chosen:
     """Return the checkpoint to resume from.
 
     resume: auto (the newest whole one, if any), none, or the name or path of one; allowed: config keys that
@@ -143,7 +160,7 @@ def choose(run: RunFolder, resume: str, identity: dict[str, Any], allowed: Seque
     if resume == "none":
         return Chosen(None, [], "")
     if resume != "auto":
-        folder = named(run, resume, identity["config"], allowed)
+        folder = named(run, resume, identity.config, allowed)
         if why := flaw(folder):
             raise ValueError(
                 f"--resume {resume}: {folder} {why}; name another, or --resume auto takes the newest"
@@ -183,7 +200,7 @@ def named(run: RunFolder, resume: str, config: dict[str, Any], allowed: Sequence
         raise ValueError(
             f"--resume {resume}: {folder} {why}; name another, or --resume auto takes the newest"
         ) from None
-    _refuse_another_config(folder, record["identity"]["config"], config, allowed)
+    _refuse_another_config(folder, record.identity.config, config, allowed)
     return folder
 
 
@@ -203,15 +220,15 @@ def _refuse_another_config(
     return changed
 
 
-def _changed(folder: Path, identity: dict[str, Any], allowed: Sequence[str]) -> str:
+def _changed(folder: Path, identity: Identity, allowed: Sequence[str]) -> str:
     """Return what changed since a whole checkpoint that may. Raises: ValueError when it is another run's."""
-    theirs = read(folder)["identity"]
-    changed = _refuse_another_config(folder, theirs["config"], identity["config"], allowed)
-    if theirs["data"] != identity["data"] and not allows("data", allowed):
+    theirs = read(folder).identity
+    changed = _refuse_another_config(folder, theirs.config, identity.config, allowed)
+    if theirs.data != identity.data and not allows("data", allowed):
         raise ValueError(
             f"{folder} was trained on other data; to go on all the same: --allow-config-change data"
         )
-    if theirs["base"] != identity["base"] and not allows("model", allowed):
+    if theirs.base != identity.base and not allows("model", allowed):
         raise ValueError(
             f"{folder} was trained on a base model with other weights; to go on all the same:"
             " --allow-config-change model"
@@ -240,7 +257,7 @@ def clear_leftovers(run: RunFolder) -> None:
     kept."""
     for staging in run.path.glob(".staging-checkpoint-*"):
         folder = run.path / staging.name.removeprefix(".staging-")
-        if not folder.exists() and not flaw(staging) and read(staging)["step"] == step_of(folder):
+        if not folder.exists() and not flaw(staging) and read(staging).step == step_of(folder):
             staging.rename(folder)
     for pattern in (".staging-checkpoint-*", ".removing-checkpoint-*"):
         for folder in run.path.glob(pattern):

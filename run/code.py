@@ -1,6 +1,5 @@
 """What code a run runs: versions, the command, the git commit and what was changed since."""
 
-import json
 import platform
 import shutil
 import subprocess
@@ -9,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 from qwenlora.run.disk import write_atomically
+from qwenlora.run.package import package
+from qwenlora.run.records import Code
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "numpy", "qwenlora")
 _LONGEST_DIFF = 2**22  # bytes
@@ -28,8 +29,8 @@ def versions() -> dict[str, str | None]:
 def record(facts: Path, diff: Path) -> None:
     """Write what runs to facts (JSON), and what git knows to have changed since the commit to diff."""
     git, changes = _git()
-    what = {"git": git, "versions": versions(), "python": platform.python_version(), "command": sys.argv}
-    write_atomically(facts, json.dumps(what, indent=1))
+    code = Code(git=git, versions=versions(), python=platform.python_version(), command=sys.argv)
+    write_atomically(facts, code.text())
     if changes:
         write_atomically(diff, changes)
     else:
@@ -41,8 +42,7 @@ def _git() -> tuple[str | None, str]:
     folder."""
     if not shutil.which("git"):
         return None, ""
-    package = Path(__file__).parents[1]
-    folder = package if (package / ".git").exists() else Path.cwd()
+    folder = package() if (package() / ".git").exists() else Path.cwd()
 
     def ask(*arguments: str) -> str:
         answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)

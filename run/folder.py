@@ -18,7 +18,8 @@ from qwenlora.configs.load import differences, load_config, to_yaml
 from qwenlora.configs.schema import Config
 from qwenlora.run import code
 from qwenlora.run.disk import write_atomically
-from qwenlora.run.history import History, Reason
+from qwenlora.run.history import History
+from qwenlora.run.records import Facts, RankError, Reason
 
 PREFLIGHT = 0  # in place of an attempt's number: only checks before a start
 PREPARE_ONLY = "--prepare-only"  # what a rank's module is told that only prepares
@@ -103,11 +104,21 @@ class RunFolder:
         return self.logs(attempt) / f"{process}.log"
 
     def error(self, attempt: int, process: str) -> Path:
-        """Return the file in which a failing process says why: {"time", "message", "code", "ours"}.
-
-        ours: the message is one of qwenlora's own and says all that is known.
-        """
+        """Return the file in which a failing process says why (RankError)."""
         return self.logs(attempt) / f"{process}.error.json"
+
+    def errors(self, attempt: int) -> dict[str, RankError]:
+        """Return {process: why it failed} of an attempt."""
+        files = self.logs(attempt).glob("*.error.json")
+        return {file.name.split(".")[0]: RankError.read(file) for file in files}
+
+    def read_facts(self) -> Facts:
+        """Return what preparation counted. Raises: OSError or ValueError when facts.json cannot be read."""
+        return Facts.read(self.facts)
+
+    def write_facts(self, facts: Facts) -> None:
+        """Write facts.json."""
+        write_atomically(self.facts, facts.text())
 
     def flight_recorder(self, attempt: int) -> str:
         """Return the beginning of the names of NCCL's dumps of its last collectives; the rank's number
@@ -149,8 +160,8 @@ class RunFolder:
     @property
     def done(self) -> bool:
         """Whether the run has ended and its adapter is there."""
-        attempts = [one for one in self.history.attempts() if one.get("reason") != "refused"]
-        return self.adapter.is_dir() and bool(attempts) and attempts[-1].get("reason") == "done"
+        attempts = [attempt for attempt in self.history.attempts() if attempt.reason != "refused"]
+        return self.adapter.is_dir() and bool(attempts) and attempts[-1].reason == "done"
 
     @contextmanager
     def claim(

@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 _TAIL = 2**16  # bytes
 
 
-def last_line(file: Path, key: str) -> dict[str, Any] | None:
+def last_line(file: Path, key: str) -> dict[str, float] | None:
     """Return the last line that has a key, looking at the end of the file alone; None without one."""
     if not file.exists():
         return None
@@ -16,7 +15,7 @@ def last_line(file: Path, key: str) -> dict[str, Any] | None:
         lines = opened.read().splitlines()
     for line in reversed(lines):
         try:
-            record: dict[str, Any] = json.loads(line)
+            record: dict[str, float] = json.loads(line)
         except ValueError:  # half a line
             continue
         if key in record:

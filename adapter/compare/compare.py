@@ -21,13 +21,13 @@ from rich.console import Console
 from qwenlora.adapter import verify
 from qwenlora.adapter.answers import Answer, Sampling, answers
 from qwenlora.adapter.compare import losses, measures, side_by_side
-from qwenlora.adapter.compare.comparison import Answered, Comparison, Measure
-from qwenlora.adapter.compare.comparison import Subject as Named
 from qwenlora.adapter.compare.questions import TITLES, Asked, Set, choose
 from qwenlora.adapter.loading import load
 from qwenlora.adapter.merge.combined import STARTS
 from qwenlora.adapter.outputs import free_file
 from qwenlora.adapter.subject import Subject, adapter_config
+from qwenlora.run.comparison import Answered, Comparison, Measure
+from qwenlora.run.comparison import Subject as Named
 from qwenlora.run.disk import write_atomically
 from qwenlora.trainer.model import base as models
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qwenlora.adapter.compare.comparison import Answered, Comparison, Measure
 from qwenlora.adapter.compare.measures import normal
 from qwenlora.adapter.compare.questions import TITLES
+from qwenlora.run.comparison import Answered, Comparison, Measure
 
 NARROWEST = 26  # columns of the terminal that a text gets before texts go below each other
 LONGEST = 300  # characters shown of a text

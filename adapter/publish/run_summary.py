@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
-from qwenlora.adapter.compare import comparison
-from qwenlora.adapter.compare.comparison import Comparison
 from qwenlora.adapter.publish import curves
 from qwenlora.data.order import total_steps
+from qwenlora.run import comparison
+from qwenlora.run.comparison import Comparison
 from qwenlora.run.folder import RunFolder, step_of
 from qwenlora.run.history import goodput
 

@@ -12,9 +12,9 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 from qwenlora.adapter.answers import Sampling, answers, questions
-from qwenlora.adapter.compare import comparison
 from qwenlora.configs import load_config
 from qwenlora.configs.schema import Data
+from qwenlora.run import comparison
 from qwenlora.run.folder import RunFolder
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,294 @@
+"""The JSON files of a run folder as typed records: one frozen model a file, and one way to read and write it.
+
+| file | record | who reads and writes it |
+|---|---|---|
+| attempts.jsonl | Attempt, a line each | run/history.py |
+| progress.json | Progress | run/history.py |
+| facts.json | Facts | run/folder.py |
+| code.json | Code | run/code.py |
+| checkpoint-N/manifest.json | Manifest | run/checkpoints.py |
+| checkpoint-N/state.json | State | run/checkpoints.py |
+| comparison.json | comparison.py's Comparison | run/comparison.py |
+
+A file without `format` was written by version 0.1, whose records these are, too. A change that an older
+version would misread raises the record's FORMAT.
+"""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
+
+Reason = Literal["done", "stopped", "failed", "refused", "killed"]
+SideName = Literal["train", "eval"]
+Moment = Annotated[
+    datetime, PlainSerializer(lambda moment: moment.isoformat(timespec="milliseconds"), return_type=str)
+]
+
+
+def now() -> datetime:
+    """Return the time, as records have it."""
+    return datetime.now(UTC)
+
+
+class Record(BaseModel):
+    """What a file holds. format: of the file; a reader refuses a newer one than it knows."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    FORMAT: ClassVar[int] = 1
+
+    format: int = 1
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Self:
+        """Return the record that a text holds. Raises: ValueError saying what is wrong with it, on one
+        line."""
+        try:
+            record = cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+        if record.format > cls.FORMAT:
+            raise ValueError(
+                f"has format {record.format}, this version of qwenlora reads format {cls.FORMAT}: update"
+                " qwenlora"
+            )
+        return record
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Return the record of a file. Raises: OSError, or ValueError saying what is wrong with its text."""
+        return cls.parse(file.read_bytes())
+
+    def text(self, indent: int | None = 1) -> str:
+        """Return the record as JSON. Fields that are None are left out. indent: None for one line."""
+        return self.model_dump_json(indent=indent, exclude_none=True)
+
+    def revised(self, **changes: Any) -> Self:
+        """Return the record with other values. Raises: ValidationError for values that are none of its."""
+        assert changes.keys() <= type(self).model_fields.keys(), changes
+        return type(self).model_validate(dict(self) | changes)
+
+
+class Attempt(Record):
+    """One attempt at a run; None where it did not come that far.
+
+    restarts: how often Slurm had requeued the job; saved_before: the newest checkpoint's step at the start;
+    reason: why it ended, killed where the attempt could not say so itself; cause: what Slurm did to end it,
+    in its own word (TIMEOUT, PREEMPTED, NODE_FAIL, REQUEUED, CANCELLED); steps_repeated: trained before, but
+    not saved; seconds: of the start, by what they went into; trained_s, saving_s: seconds in steps, and in
+    saves that held them up; goodput: of the run until then.
+    """
+
+    attempt: int
+    start: Moment
+    host: str = ""
+    job_id: str | None = None
+    processes: int = 1
+    nodes: list[str] = []
+    restarts: int = 0
+    saved_before: int = 0
+    resumed_from: str | None = None
+    strategy: str | None = None
+    first_step: int | None = None
+    last_step: int | None = None
+    steps_repeated: int | None = None
+    seconds: dict[str, float] | None = None
+    trained_s: float = 0.0
+    saving_s: float = 0.0
+    end: Moment | None = None
+    reason: Reason | None = None
+    cause: str | None = None
+    message: str = ""
+    goodput: float | None = None
+
+    @property
+    def restart_s(self) -> float | None:
+        """Seconds from the start to the end of the first step."""
+        return sum(self.seconds.values()) if self.seconds else None
+
+
+class Progress(Record):
+    """The last step of an attempt. time: seconds since 1970; trained_s, saving_s: as Attempt's, so far."""
+
+    attempt: int
+    step: int
+    time: float
+    trained_s: float
+    saving_s: float
+
+
+class Parameters(BaseModel):
+    """Counts of numbers. body: matrices that every token passes; head: the output matrix.
+
+    hidden_size, intermediate_size, kv_width: what a token leaves behind in a layer; of a mixture of experts,
+    in those that it meets. 0 in runs of a version before 0.1.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    total: int
+    trainable: int
+    body: int
+    head: int
+    layers: int
+    attention_width: int
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    kv_width: int = 0
+
+
+class SideCounts(BaseModel):
+    """What was counted of the training or the evaluation rows, before training.
+
+    rows, tokens, trained_tokens, longest: of an epoch; read_rows, longest_read, longest_place (source, file,
+    line): of the files, before long rows were cut; overlength: rows longer than data.max_length, and what
+    became of them: truncated, dropped, split; lost_replies: not trained since their question is not with
+    them;
+    packs, packs_sha256: of training rows; sha256: of all that is trained on; duplicates: rows that stand
+    there again.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: int
+    read_rows: int
+    tokens: int
+    trained_tokens: int
+    longest: int
+    longest_read: int = 0
+    longest_place: tuple[int, int, int] = (0, 0, 0)
+    overlength: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    split: int = 0
+    lost_replies: int = 0
+    duplicates: int = 0
+    packs: int | None = None
+    packs_sha256: str | None = None
+    sha256: str
+
+
+class Facts(Record):
+    """What is known before the first step.
+
+    base: folder or hub name; base_fingerprint: changes when its weights do; data_folder: the prepared rows;
+    files_key: hash of the files that they are from; data: their counts; packing: data.packing, decided;
+    bad_rows: left out; notes: what deserves a warning; checkpoint_bytes: of one checkpoint; stamp:
+    data/freshness.py's.
+    """
+
+    base: str
+    base_fingerprint: str
+    data_folder: str
+    files_key: str
+    data: dict[SideName, SideCounts]
+    packing: bool
+    bad_rows: int
+    notes: list[str]
+    parameters: Parameters
+    checkpoint_bytes: int
+    stamp: str = ""
+
+    @property
+    def units(self) -> int:
+        """Rows an epoch, or with packing: packs."""
+        train = self.data["train"]
+        return (train.packs or 0) if self.packing else train.rows
+
+    @property
+    def data_identity(self) -> str:
+        """What is trained on, whichever version of the code prepared it."""
+        sides = [f"{side}:{counts.sha256}" for side, counts in self.data.items()]
+        return " ".join([*sides, f"packs:{self.data['train'].packs_sha256}"] if self.packing else sides)
+
+
+class Code(Record):
+    """What code a run runs. git: the commit, None without one; versions: of packages, None where missing."""
+
+    git: str | None = None
+    versions: dict[str, str | None] = {}
+    python: str = ""
+    command: list[str] = []
+
+
+class Identity(BaseModel):
+    """What a checkpoint belongs to. config: as it was resolved; data, base: hashes of rows and base
+    weights."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: dict[str, Any]
+    data: str
+    base: str
+
+
+class FileEntry(BaseModel):
+    """A file of a checkpoint, as it was written."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(Record):
+    """The manifest of a checkpoint; a folder is a checkpoint when it holds. sha256: of the manifest
+    itself."""
+
+    step: int
+    world_size: int
+    identity: Identity
+    config_sha256: str
+    files: dict[str, FileEntry]
+    sha256: str = ""
+
+
+class Cursor(BaseModel):
+    """A place in the data."""
+
+    model_config = ConfigDict(frozen=True)
+
+    epoch: int
+    step_in_epoch: int
+    steps_per_epoch: int
+
+
+class Schedule(BaseModel):
+    """A place in the learning rate's schedule."""
+
+    model_config = ConfigDict(frozen=True)
+
+    last_epoch: int
+
+
+class State(Record):
+    """What a resume needs besides tensors.
+
+    scaler: float16's; optimizer_groups: settings of the optimizer's groups; loss_so_far: of each rank, since
+    the last logging step; logged_step: that one; evaluation_due: it comes first after a resume; eval_losses:
+    {step: eval_loss}; moved: whether lora_B is no longer zero; wandb_id: of the run's W&B run, or empty.
+    """
+
+    step: int
+    cursor: Cursor
+    scheduler: Schedule
+    scaler: dict[str, Any] | None = None
+    optimizer_groups: list[dict[str, Any]]
+    loss_so_far: list[float]
+    logged_step: int
+    evaluation_due: bool
+    eval_losses: dict[int, float]
+    moved: bool
+    wandb_id: str = ""
+
+
+class RankError(Record):
+    """Why a process failed. time: seconds since 1970; ours: the message is qwenlora's own and says all."""
+
+    time: float
+    message: str
+    code: int
+    ours: bool
