@@ -58,11 +58,13 @@ def stamp(config: Config, base: str, *, on_gpu: bool) -> str:
 def is_current(config: Config, run: RunFolder, *, on_gpu: bool) -> bool:
     """Whether the run's facts.json, and the rows it names, are what preparation would make again."""
     try:
-        facts: dict[str, Any] = json.loads(run.facts.read_text(encoding="utf-8"))
-        known, base, folder = facts["stamp"], facts["base"], Path(facts["data_folder"])
-    except (OSError, ValueError, KeyError):
+        facts = run.read_facts()
+    except (OSError, ValueError):
         return False
-    if not known or stamp(config, base, on_gpu=on_gpu) != known:
+    if not facts.stamp or stamp(config, facts.base, on_gpu=on_gpu) != facts.stamp:
         return False
-    space = shutil.disk_usage(run.path).free >= facts["checkpoint_bytes"]  # else preparation has words for it
-    return space and read_index(folder) is not None and (not facts["bad_rows"] or run.bad_rows.exists())
+    space = (
+        shutil.disk_usage(run.path).free >= facts.checkpoint_bytes
+    )  # else preparation says what is missing
+    rows = read_index(Path(facts.data_folder)) is not None
+    return space and rows and (not facts.bad_rows or run.bad_rows.exists())

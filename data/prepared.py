@@ -31,6 +31,7 @@ from qwenlora.data.rows import TURN_END
 from qwenlora.data.sources import SideName, Source
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import code_hash
+from qwenlora.run.records import SideCounts
 
 # options that decide what is prepared; the others (num_proc, packing ...) decide how, or what is made of it
 _OPTIONS = ("max_length", "overlength", "split_replies", "train_on", "eval_fraction")
@@ -77,10 +78,9 @@ class Prepared(NamedTuple):
     files_key: str
 
     @property
-    def counts(self) -> dict[SideName, dict[str, Any]]:
-        """{side: {rows, tokens, trained_tokens, longest, sha256, truncated, dropped ...}}."""
-        found: dict[SideName, dict[str, Any]] = self.facts["sides"]
-        return found
+    def counts(self) -> dict[SideName, SideCounts]:
+        """What was counted of each side."""
+        return {side: SideCounts.model_validate(values) for side, values in self.facts["sides"].items()}
 
     @property
     def bad_report(self) -> str:
@@ -115,26 +115,25 @@ class Prepared(NamedTuple):
         if data.eval_fraction and "eval" not in self.counts:
             raise ValueError(
                 f"data.eval_fraction={data.eval_fraction} leaves no row to evaluate on: there are only"
-                f" {self.counts['train']['rows']}; raise it, or name a file: data.eval"
+                f" {self.counts['train'].rows}; raise it, or name a file: data.eval"
             )
         self._refuse_endless(data, tokenizer)
 
-    def _refuse_side(self, side: str, counts: dict[str, Any], data: Data) -> None:
-        if counts["overlength"] and data.overlength == "error":
-            source, file, line = counts["longest_place"]
+    def _refuse_side(self, side: str, counts: SideCounts, data: Data) -> None:
+        if counts.overlength and data.overlength == "error":
+            source, file, line = counts.longest_place
             raise ValueError(
-                f"{counts['overlength']:,} of {counts['read_rows']:,} {side} rows are longer than"
+                f"{counts.overlength:,} of {counts.read_rows:,} {side} rows are longer than"
                 f" data.max_length={data.max_length} tokens (the longest,"
-                f" {self.sources[source].place(file, line)}, has {counts['longest_read']:,}); raise"
+                f" {self.sources[source].place(file, line)}, has {counts.longest_read:,}); raise"
                 " data.max_length, or set data.overlength: truncate, drop or split"
             )
-        if not counts["rows"]:
+        if not counts.rows:
             raise ValueError(
-                f"no {side} row is left: {counts['dropped']:,} of {counts['read_rows']:,} were dropped as"
-                f" longer than data.max_length={data.max_length} tokens, the others have weight too low;"
-                " raise it"
+                f"no {side} row is left: {counts.dropped:,} of {counts.read_rows:,} were dropped as longer"
+                f" than data.max_length={data.max_length} tokens, the others have weight too low; raise it"
             )
-        if not counts["trained_tokens"]:
+        if not counts.trained_tokens:
             raise ValueError(f"no {side} row has a token to train on")
 
     def _refuse_endless(self, data: Data, tokenizer: Any) -> None:
@@ -251,8 +250,7 @@ def files_key(found: list[Source], cache: Path) -> str:
 
 def other_files(config: Config, run: RunFolder) -> bool:
     """Return whether the data files' bytes are no longer those that a run's rows were made of."""
-    trained: str = json.loads(run.facts.read_text(encoding="utf-8"))["files_key"]
-    return files_key(sources.find(config.data), run.cache(config)) != trained
+    return files_key(sources.find(config.data), run.cache(config)) != run.read_facts().files_key
 
 
 def _state_of(path: Path) -> dict[str, int]:

@@ -22,6 +22,7 @@ from qwenlora.configs.schema import Config
 from qwenlora.data.order import Order
 from qwenlora.data.prepared import Prepared
 from qwenlora.data.sources import SideName
+from qwenlora.run.records import SideCounts
 
 BINS = 30
 SIDE_NAMES: dict[SideName, str] = {"train": "training rows", "eval": "evaluation rows"}
@@ -200,24 +201,23 @@ def _source(prepared: Prepared, number: int) -> dict[str, Any]:
     }
 
 
-def _side(name: str, counts: dict[str, Any], config: Config) -> list[tuple[str, str]]:
-    tokens = counts["tokens"]
+def _side(name: str, counts: SideCounts, config: Config) -> list[tuple[str, str]]:
+    tokens = counts.tokens
     lines = [
         (
             name,
-            f"{counts['rows']:,} of {counts['read_rows']:,} read, {counts['duplicates']:,} of these twice;"
-            f" {tokens:,} tokens, {counts['trained_tokens'] / max(tokens, 1):.1%} of them trained",
+            f"{counts.rows:,} of {counts.read_rows:,} read, {counts.duplicates:,} of these twice; {tokens:,}"
+            f" tokens, {counts.trained_tokens / max(tokens, 1):.1%} of them trained",
         )
     ]
-    if counts["overlength"]:
-        done = [f"{counts[what]:,} {what}" for what in ("truncated", "dropped", "split") if counts[what]]
-        lost = [f"{counts['lost_replies']:,} replies not trained"] if counts["lost_replies"] else []
+    if counts.overlength:
+        done = [f"{count:,} {what}" for what, count in counts.cut.items()]
+        lost = [f"{counts.lost_replies:,} replies not trained"] if counts.lost_replies else []
         what = ", ".join([*done, *lost]) if config.data.overlength != "error" else "refused"
         lines.append(
             (
                 "over-length",
-                f"{counts['overlength']:,} of {counts['read_rows']:,}, the longest"
-                f" {counts['longest_read']:,}: {what}",
+                f"{counts.overlength:,} of {counts.read_rows:,}, the longest {counts.longest_read:,}: {what}",
             )
         )
     return lines

@@ -229,7 +229,7 @@ class Node:
         code = self._train(watch, Handover(PREFLIGHT, only_check=True))
         if code or watch.fault:
             error = first_error(self.folder, PREFLIGHT)
-            message = watch.fault or (error["message"] if error else f"a process ended with exit code {code}")
+            message = watch.fault or (error.message if error else f"a process ended with exit code {code}")
             explain(self.folder, PREFLIGHT, message, error, self.console, tail=not watch.fault)
             return EXIT_CODES["failed"]
         shutil.rmtree(self.folder.path, ignore_errors=True)

@@ -260,7 +260,7 @@ def check_resume(config: Config, folder: RunFolder, resume: str, allowed: Sequen
         newest = checkpoints.named(folder, resume, config.model_dump(mode="json", by_alias=True), allowed)
     elif newest is None or checkpoints.flaw(newest, thorough=False):
         return
-    trained, steps = checkpoints.read(newest)["step"], config.train.max_steps
+    trained, steps = checkpoints.read(newest).step, config.train.max_steps
     if steps and trained > steps:
         raise ValueError(
             f"train.max_steps={steps} is less than the {trained} steps that {newest.name} has trained; raise"

@@ -5,7 +5,6 @@ What ranks check (a reduction, a matrix product) is trainer/preflight.py's.
 """
 
 import hashlib
-import json
 import os
 import platform
 import time
@@ -98,7 +97,7 @@ def clear(run: RunFolder, nodes: int) -> None:
 
 def space(config: Config, run: RunFolder) -> str:
     """Return a warning when the disk has no room for the checkpoints to come, else nothing."""
-    counted = json.loads(run.facts.read_text(encoding="utf-8"))["checkpoint_bytes"]
+    counted = run.read_facts().checkpoint_bytes
     limit = config.train.save_total_limit
     if config.train.save_strategy == "no" or limit is None:
         return ""

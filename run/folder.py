@@ -107,10 +107,9 @@ class RunFolder:
         """Return the file in which a failing process says why (RankError)."""
         return self.logs(attempt) / f"{process}.error.json"
 
-    def errors(self, attempt: int) -> dict[str, RankError]:
-        """Return {process: why it failed} of an attempt."""
-        files = self.logs(attempt).glob("*.error.json")
-        return {file.name.split(".")[0]: RankError.read(file) for file in files}
+    def errors(self, attempt: int) -> list[RankError]:
+        """Return why the processes of an attempt failed that could say so."""
+        return [RankError.read(file) for file in self.logs(attempt).glob("*.error.json")]
 
     def read_facts(self) -> Facts:
         """Return what preparation counted. Raises: OSError or ValueError when facts.json cannot be read."""

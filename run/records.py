@@ -166,9 +166,15 @@ class SideCounts(BaseModel):
     split: int = 0
     lost_replies: int = 0
     duplicates: int = 0
-    packs: int | None = None
-    packs_sha256: str | None = None
+    packs: int = 0
+    packs_sha256: str = ""
     sha256: str
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """{what became of over-length rows: how many}, without what became of none."""
+        counts = {"truncated": self.truncated, "dropped": self.dropped, "split": self.split}
+        return {name: count for name, count in counts.items() if count}
 
 
 class Facts(Record):
@@ -196,7 +202,7 @@ class Facts(Record):
     def units(self) -> int:
         """Rows an epoch, or with packing: packs."""
         train = self.data["train"]
-        return (train.packs or 0) if self.packing else train.rows
+        return train.packs if self.packing else train.rows
 
     @property
     def data_identity(self) -> str:
@@ -288,6 +294,7 @@ class State(Record):
 class RankError(Record):
     """Why a process failed. time: seconds since 1970; ours: the message is qwenlora's own and says all."""
 
+    process: str
     time: float
     message: str
     code: int

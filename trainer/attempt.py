@@ -27,12 +27,11 @@ from qwenlora.run.disk import seal, settle, sync, write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.handover import Handover
 from qwenlora.run.heartbeat import Heart
-from qwenlora.run.history import Reason
+from qwenlora.run.records import Facts, Identity, Reason
 from qwenlora.trainer.loop.saver import Saver, reason_of
 from qwenlora.trainer.loop.state import adapter_of, check_alike, not_finite
 from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.prepare import Facts, read_facts
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.ranks.screen import Rank, StopRequest
 from qwenlora.trainer.ranks.stop import TIME_IS_OVER, Stop
@@ -76,7 +75,7 @@ def train(
     heart: Heart,
 ) -> Outcome:
     """Train one attempt. give_up: ends the process with a message, when a save hangs."""
-    facts = read_facts(run)
+    facts = run.read_facts()
     folder = Path(facts.data_folder)
     train_side, eval_side = prepared.open_side(folder, "train"), prepared.open_side(folder, "eval")
     assert train_side is not None, "prepare() wrote no training rows"
@@ -85,12 +84,12 @@ def train(
     identity = checkpoints.identity_of(config, facts.data_identity, facts.base_fingerprint)
     chosen = _choose(run, rank, handover, identity)
     checkpoint = chosen.folder
-    step = checkpoints.read(checkpoint)["step"] if checkpoint else 0
+    step = checkpoints.read(checkpoint).step if checkpoint else 0
     if _is_asked(stop):  # before the model is loaded for nothing
         return Outcome("stopped", step, _asked(request))
 
     tokenizer = models.load_tokenizer(config, facts.base)
-    longest = max(counts["longest"] for counts in facts.data.values())
+    longest = max(counts.longest for counts in facts.data.values())
     spread = strategy.choose(config, facts.parameters, _accumulation(config, rank), longest)
     base = strategy.load_base(config, facts.base, spread)
     untrained = models.untrained_turn_tokens(base, tokenizer)
@@ -178,23 +177,25 @@ def train(
 
     if checkpoint:
         trainer.load(checkpoint)
-        held, now = trainer.resumed["cursor"]["steps_per_epoch"], trainer.order.steps_per_epoch
+        assert trainer.resumed
+        held, now = trainer.resumed.cursor.steps_per_epoch, trainer.order.steps_per_epoch
         if rank.first and held != now:
             warn(
                 f"an epoch had {held} steps, and has {now} now: training goes on at step {step + 1} of the"
                 " new order"
             )
+    evaluation_due = bool(trainer.resumed and trainer.resumed.evaluation_due)
     stop.agree(trainer.args.device)  # and all have chosen and loaded their checkpoint
     if metrics:
         for name in checkpoints.set_aside_newer(run, step):
             console.print(f"set aside: {name}, which nothing uses any more", soft_wrap=True)
-        metrics.forget_after(step, evaluation_too=trainer.resumed.get("evaluation_due", False))
+        metrics.forget_after(step, evaluation_too=evaluation_due)
         if wandb and (lost := run.history.first_step_of_the_killed()):
             wandb.send_again(metrics.since(lost))
 
     exit_code, stopped = 1, False
     try:
-        if not stop.agreed and trainer.resumed.get("evaluation_due"):
+        if not stop.agreed and evaluation_due:
             trainer.evaluate()
         if not stop.agreed and step < trainer.args.max_steps:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -256,14 +257,14 @@ def _seconds_left(config: Config, run: RunFolder) -> float | None:
     return None if minutes is None else minutes * 60 - run.history.seconds_since_start()
 
 
-def _choose(run: RunFolder, rank: Rank, handover: Handover, identity: dict[str, Any]) -> Chosen:
+def _choose(run: RunFolder, rank: Rank, handover: Handover, identity: Identity) -> Chosen:
     """Return the checkpoint that rank 0 chooses: a thousand ranks need not read every byte of it."""
     said: list[Any] = [None]
     if rank.first:
         try:
             checkpoints.clear_leftovers(run)
             said = [checkpoints.choose(run, handover.resume, identity, handover.allowed)]
-            if said[0].folder is None and any(one.get("reason") == "done" for one in run.history.attempts()):
+            if said[0].folder is None and any(attempt.reason == "done" for attempt in run.history.attempts()):
                 raise ValueError(
                     f"run_dir={run.path} is done and has no checkpoint to go on from; start a new run from"
                     f" its adapter: lora.init_from={run.adapter} and another run_dir"
@@ -296,7 +297,7 @@ def _saver(
     config: Config,
     run: RunFolder,
     rank: Rank,
-    identity: dict[str, Any],
+    identity: Identity,
     warn: Callable[[str], None],
     give_up: Callable[[str], None],
 ) -> Saver:
@@ -331,7 +332,7 @@ def _notes(run: RunFolder, chosen: Chosen) -> list[str]:
 
 def _restore_wandb_id(run: RunFolder, checkpoint: Path) -> None:
     """Go on in the W&B run of the checkpoint, where its folder was lost."""
-    known = json.loads((checkpoint / checkpoints.STATE).read_text(encoding="utf-8"))["wandb_id"]
+    known = checkpoints.read_state(checkpoint).wandb_id
     if known and not run.wandb_id.exists():
         run.wandb_id.parent.mkdir(exist_ok=True)
         write_atomically(run.wandb_id, known)
@@ -347,7 +348,7 @@ def _start_wandb(
     wandb = WandbCallback(config, run, mode, warn=warn)
     where = wandb.start()
     sides = {
-        f"data/{side}_{what}": counts[what]
+        f"data/{side}_{what}": getattr(counts, what)
         for side, counts in facts.data.items()
         for what in ("rows", "tokens")
     }

@@ -7,7 +7,6 @@ imported when the screen is taken: what they say goes to the log.
 """
 
 import faulthandler
-import json
 import logging
 import os
 import socket
@@ -28,6 +27,7 @@ from qwenlora.run.handover import Handover, received
 from qwenlora.run.heartbeat import STACKS_SIGNAL, Heart
 from qwenlora.run.history import EXIT_CODES
 from qwenlora.run.orphans import die_with_parent
+from qwenlora.run.records import RankError
 from qwenlora.trainer.ranks.screen import Rank, StoppedEarly, StopRequest, take_screen
 
 log = logging.getLogger("qwenlora")
@@ -73,13 +73,12 @@ def _main(arguments: list[str], held: ExitStack, captured: bool) -> int:
     faulthandler.register(STACKS_SIGNAL, chain=False)  # into the log
 
     def fail(message: str, code: int, *, ours: bool = True) -> None:
-        values = {"time": time.time(), "message": message, "code": code, "ours": ours}
-        record = json.dumps(values, ensure_ascii=False)
+        error = RankError(process=name, time=time.time(), message=message, code=code, ours=ours)
         try:
-            write_atomically(run.error(attempt, name), record)
-        except OSError as error:  # the disk is full, or the folder gone
+            write_atomically(run.error(attempt, name), error.text())
+        except OSError as full:  # the disk is full, or the folder gone
             console.print(
-                f"error: {message} (and {run.logs(attempt)} cannot be written: {error.strerror})", style="red"
+                f"error: {message} (and {run.logs(attempt)} cannot be written: {full.strerror})", style="red"
             )
         if not handover.by_agent:  # else the agent, which sees all ranks, says which one failed first
             if rank.first:

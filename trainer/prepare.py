@@ -6,9 +6,7 @@ rank waits in a collective meanwhile. What it counted is left in the run folder'
 it.
 """
 
-import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,9 @@ from rich.console import Console
 from qwenlora.configs import Config, combinations
 from qwenlora.data import freshness as current
 from qwenlora.data import prepared
-from qwenlora.data.sources import SideName
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder, allows
+from qwenlora.run.records import Facts
 from qwenlora.trainer.loop.trainer import check_settings
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.spread import sequence
@@ -28,44 +26,6 @@ from qwenlora.trainer.spread import sequence
 # what a checkpoint holds for each trainable number: itself and Adam's two moments, in float32
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 SMALL_FILES_BYTES = 2**16
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known before the first step.
-
-    base: folder or hub name; base_fingerprint: changes when its weights do; data_folder: the prepared rows;
-    files_key: hash of the files they are from; data: their counts, by side; packing: data.packing, decided;
-    bad_rows: left out;
-    notes: what deserves a warning; checkpoint_bytes: of one checkpoint; stamp: data/current.py's.
-    """
-
-    base: str
-    base_fingerprint: str
-    data_folder: str
-    files_key: str
-    data: dict[SideName, dict[str, Any]]
-    packing: bool
-    bad_rows: int
-    notes: list[str]
-    parameters: models.Parameters
-    checkpoint_bytes: int
-    stamp: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the facts as JSON has them."""
-        return vars(self) | {"parameters": self.parameters._asdict()}
-
-    @property
-    def units(self) -> int:
-        """Rows an epoch, or with packing: packs."""
-        return int(self.data["train"]["packs" if self.packing else "rows"])
-
-    @property
-    def data_identity(self) -> str:
-        """What is trained on, whichever version of the code prepared it."""
-        sides = [f"{side}:{counts['sha256']}" for side, counts in self.data.items()]
-        return " ".join([*sides, f"packs:{self.data['train']['packs_sha256']}"] if self.packing else sides)
 
 
 def prepare(
@@ -87,22 +47,22 @@ def prepare(
     _check_space(run.path, checkpoint_bytes)
     rows = prepare_rows(config, tokenizer, run, console)
     facts = Facts(
-        base,
-        fingerprint,
-        str(rows.folder),
-        rows.files_key,
-        rows.counts,
-        packs_rows(config),
-        rows.facts["bad"],
-        notes_of(config, rows),
-        parameters,
-        checkpoint_bytes,
-        stamp,
+        base=base,
+        base_fingerprint=fingerprint,
+        data_folder=str(rows.folder),
+        files_key=rows.files_key,
+        data=rows.counts,
+        packing=packs_rows(config),
+        bad_rows=rows.facts["bad"],
+        notes=notes_of(config, rows),
+        parameters=parameters,
+        checkpoint_bytes=checkpoint_bytes,
+        stamp=stamp,
     )
     check_settings(config, facts.units)
     if run.trained and run.facts.exists():
-        _refuse_another(run, read_facts(run), facts, allowed)
-    write_atomically(run.facts, json.dumps(facts.as_dict(), indent=1, ensure_ascii=False))
+        _refuse_another(run, run.read_facts(), facts, allowed)
+    run.write_facts(facts)
     return facts
 
 
@@ -137,27 +97,19 @@ def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
     notes = list(rows.facts["notes"])
     for side, counts in rows.counts.items():
         limit = f"data.max_length={config.data.max_length} tokens"
-        for what in ("truncated", "dropped", "split"):
-            if counts[what]:
-                notes.append(f"{counts[what]:,} of {counts['read_rows']:,} {side} rows {what} at {limit}")
-        if counts["lost_replies"]:
+        for what, count in counts.cut.items():
+            notes.append(f"{count:,} of {counts.read_rows:,} {side} rows {what} at {limit}")
+        if counts.lost_replies:
             notes.append(
-                f"{counts['lost_replies']:,} replies of {side} rows are not trained: with their question they"
+                f"{counts.lost_replies:,} replies of {side} rows are not trained: with their question they"
                 f" are longer than {limit}; data.split_replies: true trains them without"
             )
     if overlap := rows.facts["overlap"]["rows"]:
         first = rows.place("eval", rows.facts["overlap"]["first"][0])
         notes.append(
-            f"{overlap:,} of {rows.counts['eval']['read_rows']:,} eval rows are trained on, too (first:"
-            f" {first})"
+            f"{overlap:,} of {rows.counts['eval'].read_rows:,} eval rows are trained on, too (first: {first})"
         )
     return notes
-
-
-def read_facts(run: RunFolder) -> Facts:
-    """Return what prepare left in the run folder."""
-    values: dict[str, Any] = json.loads(run.facts.read_text(encoding="utf-8"))
-    return Facts(**values | {"parameters": models.Parameters(**values["parameters"])})
 
 
 def _refuse_another(run: RunFolder, then: Facts, now: Facts, allowed: tuple[str, ...] = ()) -> None:

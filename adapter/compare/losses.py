@@ -17,7 +17,8 @@ from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
 from qwenlora.data.overlength import fit
 from qwenlora.data.rows import Row
-from qwenlora.trainer.loop.batches import IGNORED, collate
+from qwenlora.trainer.loop.batches import collate
+from qwenlora.trainer.model.base import IGNORED
 
 TOKENS_AT_ONCE = 16384  # of a batch, padding included
 LOGITS_AT_ONCE = 1024  # tokens whose logits are held: 0.6 GB of float32 at Qwen's 152 thousand words

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qwenlora.configs.schema import Config, Data, Launch, Lora, Model, Train
 from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Parameters
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
 
@@ -26,6 +27,11 @@ def side_of(count: int, seed: int = 0) -> Side:
     trained_lengths = np.add.reduceat(trained, starts[:-1], dtype=np.int32)
     row_of, places = np.arange(count, dtype=np.int32), np.zeros((count, 3), np.int32)
     return Side(ids, trained, starts[:-1], lengths.astype(np.int32), trained_lengths, row_of, places)
+
+
+def parameters_of(*counts: int) -> Parameters:
+    """Return parameter counts, in the record's order."""
+    return Parameters(**dict(zip(Parameters.model_fields, counts, strict=True)))
 
 
 def config_of(**train) -> Config:

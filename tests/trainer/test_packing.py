@@ -12,8 +12,8 @@ from qwenlora.data.chat import Tokens
 from qwenlora.data.order import Order
 from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
-from qwenlora.trainer.loop.batches import IGNORED, StepLoader, collate, collate_packs
-from qwenlora.trainer.model.base import check_isolation
+from qwenlora.trainer.loop.batches import StepLoader, collate, collate_packs
+from qwenlora.trainer.model.base import IGNORED, check_isolation
 
 PAD = 0
 

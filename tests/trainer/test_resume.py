@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
-from made import config_of, side_of, trainer_of
+from made import config_of, parameters_of, side_of, trainer_of
 from transformers import Trainer, TrainerCallback
 
 from qwenlora.configs.schema import Lora
@@ -20,7 +20,6 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.batches import StepLoader
 from qwenlora.trainer.loop.state import adapter_of
 from qwenlora.trainer.loop.trainer import seed_micro_batch
-from qwenlora.trainer.model.base import Parameters
 from qwenlora.trainer.ranks.screen import StopRequest
 from qwenlora.trainer.ranks.stop import Stop
 from qwenlora.trainer.record.metrics import Metrics, MetricsFile
@@ -44,7 +43,7 @@ def attempt(tiny, folder, config, ask=None, eval_=None, before=None):
     run, request = RunFolder(folder), StopRequest()
     made = trainer_of(tiny, folder, side_of(ROWS), config, eval_ or side_of(5, seed=1), stop=Stop(request))
     file = MetricsFile(run.metrics)
-    made.add_callback(Metrics(file, made, Parameters(100, 10, 80, 20, 4, 16, 16, 32, 8), recomputed=False))
+    made.add_callback(Metrics(file, made, parameters_of(100, 10, 80, 20, 4, 16, 16, 32, 8), recomputed=False))
     if ask:
         made.add_callback(AskAt(request, **{"step": ask.get("step", 0)}))
         if "evaluation" in ask:

@@ -4,12 +4,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from made import parameters_of
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Train
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer import prepare
 from qwenlora.trainer.loop.trainer import training_arguments
-from qwenlora.trainer.model.base import Parameters
 from qwenlora.trainer.prepare import Facts
 from qwenlora.trainer.record import startup_table as derived
 from qwenlora.trainer.spread.strategy import Spread
@@ -27,7 +27,7 @@ def known(tmp_path):
             lora=lora or Lora(),
             train=Train(**{"global_batch_size": 16, "per_device_train_batch_size": 2} | train),
         )
-        parameters, sides = Parameters(990, 10, 900, 90, 2, 8, 8, 16, 4), {"train": counts}
+        parameters, sides = parameters_of(990, 10, 900, 90, 2, 8, 8, 16, 4), {"train": counts}
         facts = Facts("base", "f", "d", "k", sides, packing, 0, list(notes), parameters, 3_000_000)
         arguments = training_arguments(config, RunFolder(tmp_path), facts.units, 2, evaluates=False)
         return config, facts, arguments
@@ -110,7 +110,16 @@ def test_a_base_whose_embeddings_are_trained_needs_no_warning(known):
 def facts_of(train: str, eval_: str = "e", *, packing: bool, packs: str = "p") -> Facts:
     sides = {"train": COUNTS | {"sha256": train, "packs_sha256": packs}, "eval": COUNTS | {"sha256": eval_}}
     return Facts(
-        "base", "f", "d", "k", sides, packing, 0, [], Parameters(990, 10, 900, 90, 2, 8, 8, 16, 4), 3_000_000
+        "base",
+        "f",
+        "d",
+        "k",
+        sides,
+        packing,
+        0,
+        [],
+        parameters_of(990, 10, 900, 90, 2, 8, 8, 16, 4),
+        3_000_000,
     )
 
 

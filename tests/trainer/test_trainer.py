@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from made import config_of, side_of, trainer_of
+from made import config_of, parameters_of, side_of, trainer_of
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.trainer_utils import SchedulerType
@@ -22,7 +22,6 @@ from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.batches import collate, eval_batches
 from qwenlora.trainer.loop.trainer import LoraTrainer, check_settings, order_of, training_arguments
-from qwenlora.trainer.model.base import Parameters
 from qwenlora.trainer.record import metrics
 from qwenlora.trainer.record.metrics import Metrics, MetricsFile, flops_per_token
 
@@ -264,7 +263,7 @@ def test_metrics_count_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path,
     seen = Metrics(
         MetricsFile(tmp_path / "metrics.jsonl"),
         made,
-        Parameters(100, 10, 80, 20, 4, 16, 16, 32, 8),
+        parameters_of(100, 10, 80, 20, 4, 16, 16, 32, 8),
         recomputed=False,
     )
     seen.peak = 1e12

@@ -9,8 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from qwenlora.data.chat import Tokens
 from qwenlora.data.order import MicroBatch, Order
 from qwenlora.data.prepared import Side
-
-IGNORED = -100  # torch.nn.CrossEntropyLoss, ignore_index
+from qwenlora.trainer.model.base import IGNORED
 
 
 class _Units(Dataset[list[Tokens]]):

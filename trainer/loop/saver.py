@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
@@ -19,6 +18,7 @@ from qwenlora.run import checkpoints
 from qwenlora.run.checkpoints import ADAPTER, MANIFEST, OPTIMIZER
 from qwenlora.run.disk import settle, sha256, sync
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import FileEntry, Identity
 from qwenlora.trainer.loop.state import Snapshot, not_finite
 
 log = logging.getLogger("qwenlora")
@@ -30,7 +30,7 @@ class Saver:
     def __init__(
         self,
         run: RunFolder,
-        identity: dict[str, Any],
+        identity: Identity,
         world_size: int,
         *,
         limit: int | None,
@@ -116,9 +116,9 @@ class Saver:
             (staging / name).write_bytes(content)
         for name, text in texts.items():
             (staging / name).write_text(text, encoding="utf-8")
-        files: dict[str, dict[str, Any]] = {}
-        for file in settle(staging):
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        files = {
+            file.name: FileEntry(bytes=file.stat().st_size, sha256=sha256(file)) for file in settle(staging)
+        }
         if self.run.metrics.exists():
             sync(self.run.metrics)  # what was logged before this step is not logged again
         manifest = staging / MANIFEST
@@ -127,7 +127,7 @@ class Saver:
         )
         sync(manifest)
         sync(staging)
-        return sum(int(values["bytes"]) for values in files.values()) + manifest.stat().st_size
+        return sum(file.bytes for file in files.values()) + manifest.stat().st_size
 
     def _hangs(self, name: str) -> None:
         message = (

@@ -6,7 +6,6 @@ test_deepspeed_parts.py fail when a new transformers changes what they rely on.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -35,10 +34,11 @@ from qwenlora.data.prepared import Side
 from qwenlora.run import checkpoints
 from qwenlora.run.checkpoints import ADAPTER, OPTIMIZER, STATE
 from qwenlora.run.folder import RunFolder, step_of
+from qwenlora.run.records import Cursor, Schedule, State
 from qwenlora.trainer.loop import state as states
-from qwenlora.trainer.loop.batches import IGNORED, StepLoader, eval_batches
+from qwenlora.trainer.loop.batches import StepLoader, eval_batches
 from qwenlora.trainer.loop.saver import Saver
-from qwenlora.trainer.model.base import pick_dtype
+from qwenlora.trainer.model.base import IGNORED, pick_dtype
 from qwenlora.trainer.ranks import faults
 from qwenlora.trainer.ranks.stop import Stop
 from qwenlora.trainer.spread.sequence import Team
@@ -146,13 +146,12 @@ class _GoOn(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: TrainerControl, **_: Any) -> None:
-        saved = self.trainer.resumed
-        if saved:
+        if saved := self.trainer.resumed:
             state.compute_steps(args, state.max_steps)  # those of the checkpoint may be others
-            losses = saved["loss_so_far"]
+            losses = saved.loss_so_far
             same = len(losses) == args.world_size
             self.trainer._tr_loss.fill_(losses[args.process_index] if same else sum(losses) / len(losses))
-            self.trainer._globalstep_last_logged = saved["logged_step"]
+            self.trainer._globalstep_last_logged = saved.logged_step
 
 
 class _Stepped(AcceleratedOptimizer):
@@ -196,7 +195,7 @@ class LoraTrainer(Trainer):
     ):
         self.config, self.order, self.train_side, self.eval_side = config, order, train, eval_
         self.saver, self.stop, self.place, self.warn = saver, stop or Stop(), place, warn
-        self.resumed: dict[str, Any] = {}  # the state.json that this attempt goes on from
+        self.resumed: State | None = None  # of the checkpoint that this attempt goes on from
         self.losses: dict[int, float] = {}  # {step: eval_loss}, to find the best checkpoint by
         self.zero: Zero | None = None
         self._deepspeed = deepspeed
@@ -515,26 +514,25 @@ class LoraTrainer(Trainer):
     def _texts(self, snapshot: states.Snapshot, losses: list[float]) -> dict[str, str]:
         """Return a checkpoint's small files."""
         step, every = self.state.global_step, self.order.steps_per_epoch
-        schedule = self.lr_scheduler
         scaler = self.accelerator.scaler
-        state = {
-            "step": step,
-            "cursor": {"epoch": step // every, "step_in_epoch": step % every, "steps_per_epoch": every},
-            "scheduler": {"last_epoch": schedule.last_epoch},
-            "scaler": scaler.state_dict() if scaler else None,
-            "optimizer_groups": snapshot.groups,
-            "loss_so_far": losses,  # of each rank, since the last logging step
-            "logged_step": self._globalstep_last_logged,
-            # stopped before it, or saved before it, as at an epoch's end: a resume makes it first
-            "evaluation_due": step not in self.losses
+        state = State(
+            step=step,
+            cursor=Cursor(epoch=step // every, step_in_epoch=step % every, steps_per_epoch=every),
+            scheduler=Schedule(last_epoch=self.lr_scheduler.last_epoch),
+            scaler=scaler.state_dict() if scaler else None,
+            optimizer_groups=snapshot.groups,
+            loss_so_far=losses,
+            logged_step=self._globalstep_last_logged,
+            # stopped before it, or saved before it, as at an epoch's end
+            evaluation_due=step not in self.losses
             and self._due(self.args.eval_strategy, self.args.eval_steps, step),
-            "eval_losses": self.losses,
-            "moved": any(bool(tensor.any()) for name, tensor in snapshot.adapter.items() if "lora_B" in name),
-            "wandb_id": self.wandb_id,
-        }
+            eval_losses=self.losses,
+            moved=any(bool(tensor.any()) for name, tensor in snapshot.adapter.items() if "lora_B" in name),
+            wandb_id=self.wandb_id,
+        )
         kept = dataclasses.replace(self.state, log_history=[], stateful_callbacks={})
         return {
-            STATE: json.dumps(state, indent=1),
+            STATE: state.text(),
             "trainer_state.json": json.dumps(dataclasses.asdict(kept), indent=1, sort_keys=True),
         }
 
@@ -543,15 +541,15 @@ class LoraTrainer(Trainer):
     def load(self, checkpoint: Path) -> None:
         """Put a whole checkpoint's adapter into the model, and take over where it was. train() restores the
         rest."""
-        self.resumed = json.loads(_content(checkpoint, STATE))
-        self.losses = {int(step): loss for step, loss in self.resumed["eval_losses"].items()}
-        self.state.global_step = self.resumed["step"]
+        self.resumed = checkpoints.read_state(checkpoint)
+        self.losses = dict(self.resumed.eval_losses)
+        self.state.global_step = self.resumed.step
         self.state.max_steps = self.args.max_steps
         self.state.epoch = self.state.global_step / self.order.steps_per_epoch
         self._restore_adapter(checkpoint)
 
     def _restore_adapter(self, checkpoint: Path) -> None:
-        content = _content(checkpoint, ADAPTER)
+        content = checkpoints.content(checkpoint, ADAPTER)
         if self.zero:
             with self.whole():
                 states.check_fits(self.peft_model, content, checkpoint)
@@ -560,8 +558,8 @@ class LoraTrainer(Trainer):
             states.restore_adapter(self.peft_model, content, checkpoint)
 
     def _restore_optimizer(self, checkpoint: Path) -> None:
-        groups = json.loads(_content(checkpoint, STATE))["optimizer_groups"]
-        content = _content(checkpoint, OPTIMIZER)
+        groups = checkpoints.read_state(checkpoint).optimizer_groups
+        content = checkpoints.content(checkpoint, OPTIMIZER)
         if self.zero:
             self.zero.restore_state(states.by_parameter(content))
             states.restore_groups(self._adam, groups)
@@ -582,15 +580,16 @@ class LoraTrainer(Trainer):
         if self.zero:
             self.optimizer = _Stepped(self._adam, device_placement=False)
         if resume_from_checkpoint:
+            assert self.resumed, "load() comes first"
             self._restore_optimizer(Path(resume_from_checkpoint))
-            at = self.lr_scheduler.last_epoch = self.resumed["scheduler"]["last_epoch"]
+            at = self.lr_scheduler.last_epoch = self.resumed.scheduler.last_epoch
             self.lr_scheduler._step_count = at + 1
             rates = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
             self.lr_scheduler._last_lr = [base * factor(at) for base, factor in rates]
             for group, rate in zip(self._adam.param_groups, self.lr_scheduler._last_lr, strict=True):
                 group["lr"] = rate
-            if self.accelerator.scaler and self.resumed["scaler"]:
-                self.accelerator.scaler.load_state_dict(self.resumed["scaler"])
+            if self.accelerator.scaler and self.resumed.scaler:
+                self.accelerator.scaler.load_state_dict(self.resumed.scaler)
         return prepared
 
 
@@ -604,11 +603,3 @@ def seed_micro_batch(seed: int, step: int, number: int, place: int = 0) -> None:
     """
     entropy = [seed, step, number, place] if place else [seed, step, number]
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1)
-
-
-def _content(checkpoint: Path, name: str) -> bytes:
-    """Return a file of a checkpoint, exactly as it was written. Raises: ValueError when it is not."""
-    content = (checkpoint / name).read_bytes()
-    if hashlib.sha256(content).hexdigest() != checkpoints.read(checkpoint)["files"][name]["sha256"]:
-        raise ValueError(f"{checkpoint} has {name} with other bytes than were written (SHA-256)")
-    return content

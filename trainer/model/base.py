@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,32 +24,16 @@ from transformers.utils.hub import extract_commit_hash
 from qwenlora.configs.schema import Config, Lora, Model
 from qwenlora.data.rows import TURN_END, TURN_START
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Parameters
 from qwenlora.trainer.model.tiny import build_tiny
 
 TINY = "tiny"
+IGNORED = -100  # labels without a loss: torch.nn.CrossEntropyLoss, ignore_index
 EMBEDDINGS = ("embed_tokens", "lm_head")
 SAMPLE_BYTES = 2**12
 UNKNOWN = "None"  # what older versions took for the fingerprint of a base from the hub
 # of the logits' spread: rows kept apart differ by rounding, or by int8's outlier columns; others by 0.4
 LEAK = 0.02
-
-
-class Parameters(NamedTuple):
-    """Counts of numbers. body: matrices that every token passes; head: the output matrix.
-
-    hidden_size, intermediate_size, kv_width: what a token leaves behind in a layer; of MoE's experts, those
-    it meets.
-    """
-
-    total: int
-    trainable: int
-    body: int
-    head: int
-    layers: int
-    attention_width: int
-    hidden_size: int = 0  # these three: a run begun by an older qwenlora has none in its facts.json
-    intermediate_size: int = 0
-    kv_width: int = 0
 
 
 def base_of(config: Config, run: RunFolder) -> str:
@@ -410,15 +394,15 @@ def count_parameters(config: Config, base: str) -> Parameters:
     text = model_config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Parameters(
-        total,
-        trainable,
-        body,
-        head.numel(),
-        text.num_hidden_layers,
-        text.num_attention_heads * head_dim,
-        text.hidden_size,
-        _intermediate_size(text),
-        (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim,
+        total=total,
+        trainable=trainable,
+        body=body,
+        head=head.numel(),
+        layers=text.num_hidden_layers,
+        attention_width=text.num_attention_heads * head_dim,
+        hidden_size=text.hidden_size,
+        intermediate_size=_intermediate_size(text),
+        kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim,
     )
 
 

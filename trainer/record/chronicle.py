@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Reason
 
 
 class Chronicle(TrainerCallback):
@@ -33,13 +34,14 @@ class Chronicle(TrainerCallback):
         """Say what is gone on from, and how. step: the last one that it holds, 0 without a checkpoint."""
         self._checkpoint, self._first_step, self._strategy = checkpoint, step + 1, strategy
 
-    def summary(self, reason: str) -> dict[str, Any]:
+    def summary(self, reason: Reason) -> dict[str, Any]:
         """Return what W&B shows of all attempts, this one ending now."""
         attempts = self.run.history.so_far(reason)
         lines = {
-            f"attempt/{one['attempt']}": {k: v for k, v in one.items() if v is not None} for one in attempts
+            f"attempt/{attempt.attempt}": attempt.model_dump(mode="json", exclude_none=True)
+            for attempt in attempts
         }
-        return {"attempts": len(attempts), "goodput": attempts[-1]["goodput"] if attempts else None, **lines}
+        return {"attempts": len(attempts), "goodput": attempts[-1].goodput if attempts else None, **lines}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qwenlora.run.history import Progress
-from qwenlora.trainer.model.base import Parameters
+from qwenlora.run.history import ProgressFile
+from qwenlora.run.records import Parameters
 
 log = logging.getLogger("qwenlora")
 
@@ -181,7 +181,7 @@ class Metrics(TrainerCallback):
         trainer: Any,
         parameters: Parameters,
         recomputed: bool,
-        progress: Progress | None = None,
+        progress: ProgressFile | None = None,
         attempt: int = 0,
     ) -> None:
         self.file, self.trainer, self.parameters, self.recomputed = file, trainer, parameters, recomputed

@@ -8,8 +8,8 @@ import torch
 from transformers import TrainingArguments
 
 from qwenlora.configs import Config
+from qwenlora.run.records import Facts, SideCounts
 from qwenlora.trainer.model.base import EMBEDDINGS, TINY, pick_dtype
-from qwenlora.trainer.prepare import Facts
 from qwenlora.trainer.spread.strategy import Spread
 
 
@@ -27,7 +27,7 @@ def facts(
     shared = config.strategy.sequence_parallel
     batch = config.train.global_batch_size
     held = min(batch, known.units)  # of a step; an epoch may be less than a batch
-    rows_a_step = f" in {held * train['rows'] // known.units:,} rows" if known.packing else ""
+    rows_a_step = f" in {held * train.rows // known.units:,} rows" if known.packing else ""
     table = {
         "model": f"{config.model.name_or_path} ({_count(parameters.total)} parameters, {dtype}{stored})",
         "trainable": f"{parameters.trainable:,} parameters = {share:.2%}"
@@ -38,7 +38,7 @@ def facts(
         "global batch": f"{batch} {unit} = {world_size} process{'es' * (world_size > 1)}"
         f"{f' / {shared} a sequence' * (shared > 1)}"
         f" x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated,"
-        f" about {held * train['tokens'] // known.units:,} tokens{rows_a_step} a step",
+        f" about {held * train.tokens // known.units:,} tokens{rows_a_step} a step",
         "steps": f"{args.max_steps:,} ({epochs:.2f} epochs), warm-up {args.get_warmup_steps(args.max_steps)},"
         f" {config.train.lr_scheduler_type} from {config.train.learning_rate:g}",
     }
@@ -47,9 +47,9 @@ def facts(
         taken = f"{config.data.eval_fraction:.0%} of the rows" if config.data.eval_fraction else ""
         table["evaluation"] = f"{taken or _sources(config.data.eval)}: {rows}, {when}"
     if known.packing:
-        fill = train["tokens"] / (train["packs"] * config.data.max_length)
+        fill = train.tokens / (train.packs * config.data.max_length)
         table["packing"] = (
-            f"{train['packs']:,} packs of at most {config.data.max_length:,} tokens, {fill:.2%} full"
+            f"{train.packs:,} packs of at most {config.data.max_length:,} tokens, {fill:.2%} full"
         )
     table["checkpoints"] = (
         "none"
@@ -99,11 +99,10 @@ def _spread(spread: Spread) -> str:
     return spread.said
 
 
-def _side(counts: dict[str, Any]) -> str:
+def _side(counts: SideCounts) -> str:
     return (
-        f"{counts['rows']:,} rows, {counts['tokens']:,} tokens,"
-        f" {counts['trained_tokens'] / counts['tokens']:.0%} of them trained, the longest row"
-        f" {counts['longest']:,}"
+        f"{counts.rows:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens / counts.tokens:.0%} of them"
+        f" trained, the longest row {counts.longest:,}"
     )
 
 

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwenlora.configs import Config
 from qwenlora.data.order import teams_of
-from qwenlora.trainer.loop.batches import IGNORED
+from qwenlora.trainer.model.base import IGNORED
 
 # among transformers' attentions; with "flash" or "sdpa" in it, it would be probed
 NAME = "qwenlora_sequence_parallel"

@@ -14,8 +14,9 @@ from qwenlora.configs import Config
 from qwenlora.configs.combinations import ZERO, Machine, refuse
 from qwenlora.configs.deepspeed import deepspeed_config
 from qwenlora.configs.estimate import Sizes, decide
+from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model.base import Parameters, pick_dtype
+from qwenlora.trainer.model.base import pick_dtype
 from qwenlora.trainer.model.base_files import peak_memory
 from qwenlora.trainer.spread.links import nvlink
 
