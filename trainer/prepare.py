@@ -16,8 +16,9 @@ from rich.console import Console
 from qwenlora.configs import Config, combinations
 from qwenlora.data import freshness as current
 from qwenlora.data import prepared
+from qwenlora.run.changes import allows
 from qwenlora.run.disk import write_atomically
-from qwenlora.run.folder import RunFolder, allows
+from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
 from qwenlora.trainer.loop.trainer import check_settings
 from qwenlora.trainer.model import base as models
