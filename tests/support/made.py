@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qwenlora.configs.schema import Config, Data, Launch, Lora, Model, Train
 from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
-from qwenlora.run.records import Parameters
+from qwenlora.run.records import Identity, Parameters
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
+
+NO_IDENTITY = Identity(config={}, data="", base="")
 
 
 def side_of(count: int, seed: int = 0) -> Side:
@@ -69,7 +71,7 @@ def trainer_of(
         side,
         eval_,
         saver=Saver(
-            run, {"config": {}}, 1, limit=config.train.save_total_limit, in_background=True, timeout_s=600
+            run, NO_IDENTITY, 1, limit=config.train.save_total_limit, in_background=True, timeout_s=600
         ),
         processing_class=AutoTokenizer.from_pretrained(tiny),
         **how,

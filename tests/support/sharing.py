@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from made import side_of
+from made import NO_IDENTITY, side_of
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -125,7 +125,7 @@ def run(one: Sharing, tokenizer: str) -> dict[str, Any]:
     arguments = training_arguments(config, folder, len(side), world, evaluates=True, name=one.strategy)
     arguments.logging_steps = 1
     saver = (
-        Saver(folder, {"config": {}}, world, limit=None, in_background=True, timeout_s=600)
+        Saver(folder, NO_IDENTITY, world, limit=None, in_background=True, timeout_s=600)
         if rank == 0
         else None
     )

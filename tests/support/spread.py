@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from made import side_of
+from made import NO_IDENTITY, side_of
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
@@ -142,7 +142,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
     model = models.add_lora(base, config.lora)
     words = AutoTokenizer.from_pretrained(tokenizer)
     saver = (
-        Saver(run, {"config": {}}, world, limit=None, in_background=True, timeout_s=600)
+        Saver(run, NO_IDENTITY, world, limit=None, in_background=True, timeout_s=600)
         if rank == 0
         else None
     )

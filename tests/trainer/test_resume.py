@@ -54,8 +54,9 @@ def attempt(tiny, folder, config, ask=None, eval_=None, before=None):
     if newest:
         assert checkpoints.flaw(newest) == ""
         made.load(newest)
-    file.forget_after(made.state.global_step, evaluation_too=made.resumed.get("evaluation_due", False))
-    if made.resumed.get("evaluation_due"):
+    evaluation_due = bool(made.resumed and made.resumed.evaluation_due)
+    file.forget_after(made.state.global_step, evaluation_too=evaluation_due)
+    if evaluation_due:
         made.evaluate()
     if made.state.global_step < STEPS and not made.stop.agreed:
         made.train(resume_from_checkpoint=str(newest) if newest else None)
