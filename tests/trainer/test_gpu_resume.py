@@ -1,7 +1,6 @@
 """On a GPU: what is copied in the background is what was trained, float16's scaler goes on, and a full GPU is
 said."""
 
-
 import pytest
 import torch
 from made import config_of, side_of, trainer_of

@@ -9,7 +9,7 @@ from made import parameters_of
 from qwenlora.configs.schema import Config, Data, Lora, Model, Train
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer import prepare
-from qwenlora.trainer.loop.trainer import training_arguments
+from qwenlora.trainer.loop.arguments import training_arguments
 from qwenlora.trainer.prepare import Facts
 from qwenlora.trainer.record import startup_table as derived
 from qwenlora.trainer.spread.strategy import Spread
