@@ -20,8 +20,9 @@ from qwenlora.run.changes import allows
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
-from qwenlora.trainer.loop.trainer import check_settings
+from qwenlora.trainer.loop.arguments import check_settings
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model.lora import count_parameters
 from qwenlora.trainer.spread import sequence
 
 # what a checkpoint holds for each trainable number: itself and Adam's two moments, in float32
@@ -42,7 +43,7 @@ def prepare(
     stamp = current.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
     tokenizer = models.load_tokenizer(config, base)
     fingerprint = models.fingerprint(config, base)
-    parameters = models.count_parameters(config, base)
+    parameters = count_parameters(config, base)
     checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
     checkpoint_bytes += len(tokenizer.backend_tokenizer.to_str(True).encode())
     _check_space(run.path, checkpoint_bytes)

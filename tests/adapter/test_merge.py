@@ -25,7 +25,7 @@ from qwenlora.adapter.merge.streamed import Streamed, compare
 from qwenlora.adapter.subject import find
 from qwenlora.adapter.weight_files import MergedFiles
 from qwenlora.configs.schema import Lora
-from qwenlora.trainer.model.base import lora_config
+from qwenlora.trainer.model.lora import lora_config
 
 BASES = ("qwen2 tied", "qwen2", "qwen3 tied", "qwen3")
 BODY = ["q_proj", "v_proj", "down_proj"]

@@ -10,7 +10,7 @@ from qwenlora.configs.schema import Config, Data, Lora, Model, Train
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts, SideCounts
 from qwenlora.trainer import prepare
-from qwenlora.trainer.loop.trainer import training_arguments
+from qwenlora.trainer.loop.arguments import training_arguments
 from qwenlora.trainer.record import startup_table as derived
 from qwenlora.trainer.spread.strategy import Spread
 
