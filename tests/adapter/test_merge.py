@@ -639,10 +639,10 @@ def test_a_large_model_merges_in_the_memory_of_a_few_of_its_tensors(tiny, tmp_pa
     code = """
 import sys
 import torch, transformers, peft
-from qwenlora.trainer.base_files import peak_memory
+from qwenlora.trainer.model.base_files import peak_memory
 if sys.argv[1:]:
     from pathlib import Path
-    from qwenlora.adapter.merge import merge
+    from qwenlora.adapter.merge.merge import merge
     from qwenlora.adapter.subject import find
     merge([find(sys.argv[1])], Path(sys.argv[2]))
 print(peak_memory())
