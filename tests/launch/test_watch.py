@@ -19,6 +19,7 @@ from qwenlora.launch.watch import Watch, slurm_cause
 from qwenlora.run import heartbeat
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.heartbeat import Beat
+from qwenlora.run.records import RankError
 from qwenlora.slurm.query import Job
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
@@ -214,7 +215,7 @@ def test_the_cause_is_noted_at_once_and_asked_for_again_at_the_end(watches, fold
     first.while_training()
     assert len(answers) == 1
     assert first.cause_of_the_end() == "REQUEUED"
-    assert folder.history.attempts()[0]["cause"] == "REQUEUED"
+    assert folder.history.attempts()[0].cause == "REQUEUED"
 
 
 # ---- verdicts
@@ -226,12 +227,15 @@ def concluded(folder, code, *, children=None, **how):
     return end, folder.history.attempts()[0]
 
 
+def write_error(folder, rank, message):
+    error = RankError(process=f"rank-{rank}", time=1.0, message=message, code=1, ours=False)
+    folder.error(1, error.process).write_text(error.text())
+
+
 def test_a_fault_that_the_agents_saw_is_the_reason(folder):
-    folder.logs(1).joinpath("rank-1.error.json").write_text(
-        '{"time": 1, "message": "reset", "code": 1, "ours": false}'
-    )
+    write_error(folder, 1, "reset")
     code, attempt = concluded(folder, 1, fault="node2 is gone", cause="NODE_FAIL")
-    assert (code, attempt["reason"], attempt["message"], attempt["cause"]) == (
+    assert (code, attempt.reason, attempt.message, attempt.cause) == (
         1,
         "failed",
         "node2 is gone",
@@ -241,15 +245,15 @@ def test_a_fault_that_the_agents_saw_is_the_reason(folder):
 
 def test_a_stop_before_anything_was_saved(folder):
     code, attempt = concluded(folder, -9, children=Children("SIGUSR1"), cause="TIMEOUT")
-    assert (code, attempt["reason"], attempt["cause"]) == (75, "stopped", "TIMEOUT")
-    assert attempt["message"] == "SIGUSR1: before it saved anything"
+    assert (code, attempt.reason, attempt.cause) == (75, "stopped", "TIMEOUT")
+    assert attempt.message == "SIGUSR1: before it saved anything"
 
 
 def test_a_run_that_came_to_its_end_was_not_stopped(folder):
     folder.note_attempt(cause="TIMEOUT")
     folder.end_attempt("done")
     code, attempt = concluded(folder, 0, children=Children("SIGUSR1"), cause="TIMEOUT")
-    assert (code, attempt["reason"], attempt["cause"]) == (0, "done", None)
+    assert (code, attempt.reason, attempt.cause) == (0, "done", None)
 
 
 def test_a_stop_is_not_a_done_run_though_there_is_an_older_adapter(folder):
@@ -260,6 +264,5 @@ def test_a_stop_is_not_a_done_run_though_there_is_an_older_adapter(folder):
 def test_the_rank_that_torchrun_saw_killed_on_any_node_comes_first(folder):
     report = "(first observed failure):\n  rank      : 3 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n"
     folder.log(1, "launch-1").write_text(report)
-    error = '{"time": 1, "message": "connection reset", "code": 1, "ours": false}'
-    folder.logs(1).joinpath("rank-0.error.json").write_text(error)
-    assert first_error(folder, 1)["message"].startswith("rank 3 was killed by SIGKILL, not by qwenlora")
+    write_error(folder, 0, "connection reset")
+    assert first_error(folder, 1).message.startswith("rank 3 was killed by SIGKILL, not by qwenlora")
