@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 
 SUMS = "SHA256SUMS"  # as sha256sum writes it: `sha256sum --check SHA256SUMS` checks the folder, too
@@ -62,6 +63,16 @@ def broken_seal(folder: Path) -> str:
         if sha256(folder / entry[2]) != entry[1]:
             return f"has {entry[2]} with other bytes than were written (SHA-256)"
     return ""
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes may still be written to a folder's disk."""
+    return shutil.disk_usage(folder).free
+
+
+def free_files(folder: Path) -> int:
+    """Return how many files a folder's disk can still take (inodes); 0 where it has no limit."""
+    return os.statvfs(folder).f_favail
 
 
 def sha256(path: Path) -> str:

@@ -6,7 +6,6 @@ rank waits in a collective meanwhile. What it counted is left in the run folder'
 it.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from qwenlora.configs import Config, combinations
 from qwenlora.data import freshness as current
 from qwenlora.data import prepared
 from qwenlora.run.changes import allows
-from qwenlora.run.disk import write_atomically
+from qwenlora.run.disk import free_bytes, write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
 from qwenlora.trainer.loop.arguments import check_settings
@@ -150,7 +149,7 @@ def _check_device(config: Config) -> None:
 
 
 def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < needed:
         raise ValueError(
             f"run_dir={folder} has {free / 2**20:.0f} MiB free, one checkpoint needs {needed / 2**20:.0f}"

@@ -318,21 +318,23 @@ def _prepare(
 
 def _check(config: Config, asked: Asked, site: Site, nodes: int) -> int:
     """Refuse what the agent would, and return the processes a node."""
-    from qwenlora.launch import hosts, plan  # jobs/ is below launch/, which knows what a node will run
+    from qwenlora.launch import hostfile, refusals  # jobs/ is below launch/, which knows what a node will run
 
     if asked.on_slurm:
-        hosts.refuse_in_slurm(config)
+        refusals.check_launcher_in_slurm(config)
     if config.launch.hostfile is not None:
         raise ValueError(
             f"launch.hostfile={config.launch.hostfile} is for qwenlora train on the first of these machines;"
             " leave it out"
         )
     gpus = asked.needs(site, 1, RunFolder(config.run_dir)).gpus_per_node
-    processes = config.launch.nproc_per_node or gpus or (1 if asked.on_slurm else plan.processes_of(config))
+    processes = (
+        config.launch.nproc_per_node or gpus or (1 if asked.on_slurm else hostfile.processes_per_node(config))
+    )
     processes = 1 if asked.cluster == "debug" else processes
-    plan.check(config, nodes, processes)
+    refusals.check_start(config, nodes, processes)
     run = RunFolder(config.run_dir)
-    plan.check_keys(asked.allowed)
+    refusals.check_allowed_keys(asked.allowed)
     run.check(config, fresh=asked.fresh, allowed=asked.allowed)
     if under_way := Found(run, newest_job(run)).alive():
         raise ValueError(
