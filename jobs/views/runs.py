@@ -20,7 +20,6 @@ from qwenlora.configs import Config, load_config
 from qwenlora.configs.load import FIELDS, differences
 from qwenlora.jobs import ledger
 from qwenlora.jobs.find import Found, newest_job
-from qwenlora.run import comparison
 from qwenlora.run.comparison import Comparison
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.metrics_file import last_line
@@ -123,7 +122,7 @@ def read(run: RunFolder) -> Version:
         tried(run.code, lambda: Code.read(run.code), None),
         tried(run.metrics, lambda: last_line(run.metrics, "loss") or nothing, nothing),
         tried(run.metrics, lambda: _evaluated(run.metrics), nothing),
-        tried(run.comparison, lambda: comparison.read(run.comparison), None),
+        tried(run.comparison, lambda: Comparison.read(run.comparison), None),
         tried(run.history.file, run.history.last_step, 0),
         list(dict.fromkeys(flaws)),
     )

@@ -1,4 +1,5 @@
-"""The pages name what is there: links lead somewhere, files exist, and docs/architecture.md has every module."""
+"""The pages name what is there: links lead somewhere, files exist, and docs/architecture.md has every
+module."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run that version 0.1 made is read, resumed and compared as before. of_0.1/ has it, and what 0.1 made of it then."""
+"""A run that version 0.1 made is read, resumed and compared as before (of_0.1/, with how it went on then)."""
 
 import json
 import shutil
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from qwenlora.run import checkpoints, comparison
+from qwenlora.run import checkpoints
+from qwenlora.run.comparison import Comparison
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Code
 
@@ -33,7 +34,7 @@ def test_its_records_are_read(older):
     (checkpoint,) = older.checkpoints()
     assert checkpoints.flaw(checkpoint) == ""
     assert checkpoints.read_state(checkpoint).eval_losses.keys() == {2}
-    compared = comparison.read(older.comparison)
+    compared = Comparison.read(older.comparison)
     assert compared.subjects[1].own
     assert compared.measures[0].values == [0.0, 0.0]
 

@@ -14,9 +14,7 @@ from qwenlora.trainer.loop.arguments import training_arguments
 from qwenlora.trainer.record import startup_table as derived
 from qwenlora.trainer.spread.strategy import Spread
 
-COUNTS = SideCounts(
-    rows=20, read_rows=20, tokens=1000, trained_tokens=400, longest=90, packs=4, sha256=""
-)
+COUNTS = SideCounts(rows=20, read_rows=20, tokens=1000, trained_tokens=400, longest=90, packs=4, sha256="")
 
 
 def facts_of(
