@@ -117,22 +117,26 @@ def flaw(folder: Path, *, thorough: bool = True) -> str:
     if not folder.is_dir():
         return "is no folder"
     try:
-        record = read(folder)
-        if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{record.step}":
-            return f"is checkpoint-{record.step} by another name"
-        for name, expected in record.files.items():
-            file = folder / name
-            if not file.is_file():
-                return f"lacks {name}"
-            if (size := file.stat().st_size) != expected.bytes:
-                return f"has {name} of {size} bytes, {expected.bytes} were written"
-            if thorough and sha256(file) != expected.sha256:
-                return f"has {name} with other bytes than were written (SHA-256)"
-        return adapter_flaw(folder) if thorough else ""
+        manifest = read(folder)
+        if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{manifest.step}":
+            return f"is checkpoint-{manifest.step} by another name"
+        flaws = (_file_flaw(folder / name, entry, thorough) for name, entry in manifest.files.items())
+        return next(filter(None, flaws), "") or (adapter_flaw(folder) if thorough else "")
     except ValueError as error:
         return str(error)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
+
+
+def _file_flaw(file: Path, written: FileEntry, thorough: bool) -> str:
+    """Return how a file of a checkpoint differs from what was written, or an empty text."""
+    if not file.is_file():
+        return f"lacks {file.name}"
+    if (size := file.stat().st_size) != written.bytes:
+        return f"has {file.name} of {size} bytes, {written.bytes} were written"
+    if thorough and sha256(file) != written.sha256:
+        return f"has {file.name} with other bytes than were written (SHA-256)"
+    return ""
 
 
 def adapter_flaw(folder: Path) -> str:
