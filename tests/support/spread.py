@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Conf
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.data.order import accumulation_steps
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.attempt import _constant_files, save_adapter
+from qwenlora.trainer.final_adapter import constant_files, save_adapter
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
@@ -159,7 +159,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
         processing_class=words,
     )
     if saver:
-        saver.constant(_constant_files(model, words))
+        saver.constant(constant_files(model, words))
     if cell.broken and rank == 0:
         head = model.get_output_embeddings()
         head.register_forward_hook(

@@ -19,8 +19,8 @@ from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.batches import StepLoader, seed_micro_batch
 from qwenlora.trainer.loop.state import adapter_of
-from qwenlora.trainer.ranks.screen import StopRequest
 from qwenlora.trainer.ranks.stop import Stop
+from qwenlora.trainer.ranks.stop_request import StopRequest
 from qwenlora.trainer.record.metrics import Metrics, MetricsFile
 
 ROWS, STEPS = 22, 7  # three steps an epoch
@@ -276,9 +276,9 @@ def test_a_signal_sets_a_flag_and_a_second_interrupt_leaves_at_once(monkeypatch)
     monkeypatch.setattr("os._exit", left.append)
     request = StopRequest()
     for number in (signal.SIGUSR2, signal.SIGTERM):
-        request._hear(number, None)
+        request._handle(number, None)
         assert (request.asked, request.why, left) == (True, "SIGUSR2", [])
-    request._hear(signal.SIGINT, None)
+    request._handle(signal.SIGINT, None)
     assert left == [130]
 
 
