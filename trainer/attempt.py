@@ -176,7 +176,7 @@ def train(
             console.print(f"resuming from {checkpoint.name}", soft_wrap=True)
             if chosen.changed:
                 console.print(f"changed since: {chosen.changed}", soft_wrap=True)
-        chronicle.resumed(checkpoint, step, spread.said)
+        chronicle.resumed(checkpoint, step, spread.description)
 
     if checkpoint:
         trainer.load(checkpoint)

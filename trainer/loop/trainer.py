@@ -323,7 +323,7 @@ class LoraTrainer(Trainer):
         stall = time.perf_counter() - start
         self.idle_s += stall
         self.saving_s += stall
-        written = self.saver.last[1] if self.saver and self.saver.last else 0.0
+        written = self.saver.last.seconds if self.saver and self.saver.last else 0.0
         self.stop.longest_save_s = max(self.stop.longest_save_s, stall, written)
 
     def _snapshot(self) -> states.Snapshot:

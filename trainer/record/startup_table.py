@@ -97,7 +97,7 @@ def warnings(
 def _spread(spread: Spread) -> str:
     if spread.why:
         return spread.why.removeprefix("strategy.name=auto: ")
-    return spread.said
+    return spread.description
 
 
 def _side(counts: SideCounts) -> str:
