@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from safetensors.torch import save_file
 
@@ -25,19 +24,11 @@ from qwenlora.trainer.loop.state import Snapshot, not_finite
 log = logging.getLogger("qwenlora")
 
 
-class Saved(NamedTuple):
-    """A save that is complete."""
-
-    step: int
-    seconds: float
-    bytes: int
-
-
 class Saver:
     """The one writer of a run's checkpoints.
 
     in_background: in a thread; timeout_s: of one save, after which give_up is called with a message.
-    failure: why the newest save failed, or an empty text. last: the newest save that did not.
+    failure: why the newest save failed, or an empty text; last_seconds: of the newest save that did not.
     """
 
     def __init__(
@@ -55,7 +46,7 @@ class Saver:
         self.run, self.identity, self.world_size, self.limit = run, identity, world_size, limit
         self.in_background, self.timeout_s, self.warn, self.give_up = in_background, timeout_s, warn, give_up
         self.failure = ""
-        self.last: Saved | None = None
+        self.last_seconds = 0.0
         self._constant: dict[str, bytes] = {}
         self._thread: threading.Thread | None = None
 
@@ -107,8 +98,8 @@ class Saver:
             self.warn(f"{self.failure}; the newest whole one is {whole[0] if whole else 'none'}")
         else:
             self.failure = ""
-            self.last = Saved(step, time.monotonic() - start, size)
-            log.info("%s: %.1f MB written in %.3f s", folder.name, size / 1e6, self.last.seconds)
+            self.last_seconds = time.monotonic() - start
+            log.info("%s: %.1f MB written in %.3f s", folder.name, size / 1e6, self.last_seconds)
             self._rotate(losses)
         finally:
             alarm.cancel()

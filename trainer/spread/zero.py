@@ -217,9 +217,9 @@ class Zero:
         if dist.get_world_size() == 1:
             return
         trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.parameters)
-        held = sum(flat.numel() for flat in self._flat())
+        here = sum(flat.numel() for flat in self._flat())
         most = math.ceil(trained / dist.get_world_size()) + len(self.parameters) * dist.get_world_size() * 2
-        if held > most:
+        if here > most:
             raise TrainingFault(
-                f"ZeRO holds {held:,} of {trained:,} trained numbers on a rank, expected {most:,}"
+                f"ZeRO holds {here:,} of {trained:,} trained numbers on a rank, expected {most:,}"
             )
