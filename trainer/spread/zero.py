@@ -37,9 +37,7 @@ def start_communication() -> None:
 class OptimizerOfZero(AcceleratedOptimizer):
     """The optimizer that Trainer's loop calls when DeepSpeed has taken the step already."""
 
-    _is_accelerate_prepared = (
-        True  # else its state would be copied, and DeepSpeed's views would be of the old
-    )
+    _is_accelerate_prepared = True  # else accelerate copies its state, and DeepSpeed has views of the old
 
     def step(self, closure: Any = None) -> None:
         """Do nothing."""
