@@ -123,7 +123,7 @@ def _announce(context: Context, parts: Parts) -> Recording:
         process.say(f"resuming from {checkpoint.name}")
         if context.chosen.changed:
             process.say(f"changed since: {context.chosen.changed}")
-    context.chronicle.starts(checkpoint, context.step, parts.spread.said, recording.send)
+    context.chronicle.starts(checkpoint, context.step, parts.spread.description, recording.send)
     return recording
 
 

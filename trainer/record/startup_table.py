@@ -141,7 +141,7 @@ def _unit(facts: Facts) -> str:
 
 
 def _strategy(spread: Spread) -> str:
-    return spread.why.removeprefix("strategy.name=auto: ") or spread.said
+    return spread.why.removeprefix("strategy.name=auto: ") or spread.description
 
 
 def _counts(counts: SideCounts) -> str:
