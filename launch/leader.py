@@ -15,7 +15,7 @@ from qwenlora.launch.commands import preparing_argv, processes_in_words
 from qwenlora.launch.hardware import gpu_count
 from qwenlora.launch.launcher import process_environment, run_ranks
 from qwenlora.launch.meeting import NotMet
-from qwenlora.launch.messages import FileWritten, LookForFile, Message, NodeFacts, StartRanks
+from qwenlora.launch.messages import FileInRunFolder, Message, NodeFacts, StartRanks
 from qwenlora.launch.node import Node
 from qwenlora.launch.refusals import check_resume, check_same_data
 from qwenlora.launch.verdict import conclude, explain_failure, first_error
@@ -175,8 +175,8 @@ class Leader:
         """Check that each node sees this one's file in the run folder, and this one theirs. Raises:
         NotMet."""
         folder, allocation = self.node.folder, self.node.allocation
-        self.node.meeting.send(LookForFile(text=preflight.write_file(folder, 0)))
-        for number, file in self._gather(FileWritten, preflight.SEEN_WITHIN_S + 5).items():
+        self.node.meeting.send(FileInRunFolder(text=preflight.write_file(folder, 0)))
+        for number, file in self._gather(FileInRunFolder, preflight.SEEN_WITHIN_S + 5).items():
             host = allocation.hosts[number]
             if file.problem:
                 raise NotMet(f"{host}: {file.problem}")

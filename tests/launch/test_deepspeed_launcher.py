@@ -46,7 +46,8 @@ def world(argv: list[str]) -> dict:
 
 
 def test_the_command_on_one_node():
-    argv = commands.deepspeed_argv(["a b; rm -rf x/config.yaml", "lora.r=3"], 2, port=12345)
+    alone = Allocation(0, ("node1",), None, 0, False)
+    argv = commands.deepspeed_argv(["a b; rm -rf x/config.yaml", "lora.r=3"], 2, alone, 12345)
     assert world(argv) == {"node-0": [0, 1]}
     assert argv == [
         sys.executable,
@@ -66,7 +67,9 @@ def test_the_command_on_one_node():
 
 def test_the_command_on_the_second_of_three_nodes(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    argv = commands.deepspeed_argv(["config.yaml"], 2, 1, 3, "node1", 12345)
+    argv = commands.deepspeed_argv(
+        ["config.yaml"], 2, replace(ALLOCATION, node=1, hosts=("node1", "node2", "node3")), 12345
+    )
     assert list(world(argv).items()) == [("node-0", [0, 1]), ("node-1", [4, 5]), ("node-2", [0, 1])]
     assert argv[4:7] == ["--node_rank=1", "--master_addr=node1", "--master_port=12345"]
 
@@ -90,9 +93,8 @@ def test_ranks_see_the_gpus_that_the_user_chose(monkeypatch, visible, devices):
 
 
 def test_torchrun_on_the_hosts_of_a_hostfile():
-    rendezvous = commands.rendezvous_options(
-        Allocation(1, ("node1", "node2"), None, 0, False, name="n", secret="s"), "n.1", 12345, 60
-    )
+    second = replace(ALLOCATION, node=1, hosts=("node1", "node2"))
+    rendezvous = commands.rendezvous_options(second, "n.1", 12345, 60)
     argv = commands.torchrun_argv(["config.yaml"], 4, rendezvous)
     assert argv[3:9] == [
         "--rdzv-backend=static",

@@ -16,7 +16,7 @@ from qwenlora.launch.allocation import (
     free_port,
 )
 from qwenlora.launch.meeting import Meeting, NotMet
-from qwenlora.launch.messages import LookForFile, RanksEnded, RunOver, StartRanks
+from qwenlora.launch.messages import FileInRunFolder, RanksEnded, RunOver, StartRanks
 from qwenlora.run.handover import Handover
 
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
@@ -42,8 +42,8 @@ def met():
 def test_what_is_said_arrives_on_the_other_side(met):
     first, *others = met
     for number, other in enumerate(others, 1):
-        other.send(LookForFile(text=f"中 {number}"))
-    answers = first.gather(LookForFile, 5.0)
+        other.send(FileInRunFolder(text=f"中 {number}"))
+    answers = first.gather(FileInRunFolder, 5.0)
     assert {number: answer.text for number, answer in answers.items()} == {1: "中 1", 2: "中 2"}
     assert all(abs(answer.received_at - time.time()) < 5 for answer in answers.values())
     start = StartRanks(handover=Handover(3, "checkpoint-4", ("lora.r",), 1.5), port=7)

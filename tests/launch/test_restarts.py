@@ -56,3 +56,18 @@ def test_a_node_that_was_lost_is_no_crash():
 def test_no_restarts_are_wanted():
     again, why = restarts.worth_another([attempt("failed", 0)], "7", 0, 20)
     assert (again, why) == (False, "not tried again: 1 attempt failed, launch.max_restarts is 0")
+
+
+@pytest.mark.parametrize(
+    ("attempts", "newest", "count"),
+    [
+        ([("stopped", 0)], 8, 0),
+        ([("stopped", 0)], 0, 1),
+        ([("stopped", 0), ("stopped", 0), ("stopped", 0)], 0, 3),
+        ([("stopped", 0), ("stopped", 8), ("failed", 8), ("stopped", 8)], 8, 3),
+        ([("stopped", 0), ("stopped", 8), ("stopped", 8)], 9, 0),
+    ],
+)
+def test_attempts_in_vain_are_those_since_a_step_was_saved(attempts, newest, count):
+    earlier = [attempt("stopped", 0, "6")]  # another job's
+    assert restarts.in_vain([*earlier, *(attempt(*values) for values in attempts)], "7", newest) == count
