@@ -29,7 +29,7 @@ def is_stalled(beats: Sequence[Beat], processes: int, started: float, limit_s: f
     if now - started < limit_s:
         return False
     if len(beats) < processes or not all(beat.step for beat in beats):
-        return now - started > max(limit_s, SLOWEST_START_S)
+        return now - started > SLOWEST_START_S
     return any(now - beat.at > limit_s for beat in beats)
 
 
