@@ -85,7 +85,8 @@ def test_a_port_that_is_taken_is_passed_over():
         with Meeting(node(0)) as first, Meeting(node(1)) as second:
             assert first.port == candidate_ports("12.0")[2]
             accepting = [
-                threading.Thread(target=lambda s: s.accept()[0].close(), args=(one,)) for one in listeners
+                threading.Thread(target=lambda server: server.accept()[0].close(), args=(listener,))
+                for listener in listeners
             ]
             for thread in accepting:
                 thread.start()
@@ -184,8 +185,6 @@ def test_an_allocation_is_read_from_slurms_environment(monkeypatch):
 
 
 def test_without_a_step_there_is_one_node(monkeypatch):
-    for name in SLURM:
-        monkeypatch.delenv(name, raising=False)
     assert current_allocation() == Allocation(0, (socket.gethostname(),), None, 0, False)
     monkeypatch.setenv("SLURM_JOB_ID", "12")  # salloc, without srun
     assert current_allocation() == Allocation(0, (socket.gethostname(),), "12", 0, False)

@@ -185,7 +185,7 @@ def test_a_slow_start_is_no_stall(watches):
 
 
 @pytest.mark.parametrize(
-    ("positions", "said"),
+    ("positions", "start"),
     [
         (
             {
@@ -212,9 +212,9 @@ def test_a_slow_start_is_no_stall(watches):
         ({0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "", 61.0)]}, "1 ranks have not started to work"),
     ],
 )
-def test_who_lags_is_who_gave_the_fewest_signs_of_life(watches, positions, said):
+def test_who_lags_is_who_gave_the_fewest_signs_of_life(watches, positions, start):
     watches[0]._positions = positions
-    assert watches[0]._describe_stall().startswith(said)
+    assert watches[0]._describe_stall().startswith(start)
 
 
 def test_the_cause_is_noted_at_once_and_asked_for_again_at_the_end(watches, folder, monkeypatch):
