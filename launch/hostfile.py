@@ -91,8 +91,7 @@ def processes_per_node(config: Config) -> int:
 
 
 def allocation_of(hosts: Hostfile) -> Allocation:
-    """Return the allocation of this machine, which must be the first. Raises: ValueError when it cannot
-    lead."""
+    """Return the allocation of this machine. Raises: ValueError when it is not fit to be the first."""
     first, *others = hosts.names
     if not _is_this_machine(first):
         raise ValueError(
