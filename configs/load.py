@@ -15,7 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from qwenlora.configs.schema import Config, Section, Source
+from qwenlora.configs.schema import Config, Section, SourceEntry
 
 COMMAND_LINE = "command line"
 
@@ -339,9 +339,9 @@ _EXPLAINED = object()
 def _inside(key: str, inside: str, kind: str, message: str, value: Any) -> str:
     """Return the line on a mistake inside a value that is a section of its own, a source of rows."""
     above, _, name = f"{key}{inside}".rpartition(".")
-    names = list(Source.model_fields)
+    names = list(SourceEntry.model_fields)
     if kind == "missing":
-        return f"{above}: {name} is missing: {_described(Source.model_fields[name])}"
+        return f"{above}: {name} is missing: {_described(SourceEntry.model_fields[name])}"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"a source has: {', '.join(names)}"

@@ -20,11 +20,11 @@ from qwenlora.configs import Config
 from qwenlora.data import prepared, report
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
-from qwenlora.data.overlength import fit
-from qwenlora.data.sources import SideName
+from qwenlora.data.overlength import cut_to_length
 from qwenlora.data.survey import rows_of_side
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import SideName
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.prepare import notes_of, packs_rows
 
@@ -46,13 +46,13 @@ def check(config: Config, page: Path | None, console: Console) -> int:
     notes = notes_of(config, rows)
     listed = page.with_suffix(".bad_rows.txt")
     listed.unlink(missing_ok=True)  # of an earlier check
-    if rows.facts["bad"]:
+    if rows.index.bad.count:
         listed.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(listed, "".join(f"{line}\n" for line in rows.bad_lines()))
         notes.append(f"all bad rows are listed in {listed}")
         if config.data.on_bad_row == "skip":
             notes.append(f"left out: {rows.bad_report}")
-    found = report.of(rows, config, tokenizer, packing=packs_rows(config), notes=notes)
+    found = report.data_report(rows, config, tokenizer, packing=packs_rows(config), notes=notes)
     found.show(console)
     found.write(page)
     console.print(f"the same as a page: {page}", soft_wrap=True)
@@ -73,7 +73,7 @@ def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool
             raise ValueError(f"{place}: {tokens}")
         pieces, how = [tokens], ""
         if len(tokens.ids) > config.data.max_length:
-            pieces = fit(row, tokens, encoder, config.data).pieces
+            pieces = cut_to_length(row, tokens, encoder, config.data).pieces
             how = (
                 f", longer than data.max_length={config.data.max_length}:"
                 f" {_what_was_done(config, len(pieces))}"

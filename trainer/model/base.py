@@ -22,7 +22,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from qwenlora.configs.schema import Config, Lora, Model
-from qwenlora.data.rows import TURN_END, TURN_START
+from qwenlora.data.turns import TURN_END, TURN_START
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model.tiny import build_tiny
