@@ -73,7 +73,7 @@ class ArrayWriter:
         if "train" in sides:
             sides["train"] = self._write_packs(sides["train"])
         return PreparedIndex(
-            read=self.read,
+            read_rows=self.read,
             bad=self.bad(),
             sides=sides,
             sources=[SourceCounts.model_validate(counts) for counts in self._by_source],

@@ -78,10 +78,10 @@ class Overlap(BaseModel):
 
 
 class PreparedIndex(Index):
-    """The index.json of prepared rows. read: rows of all sources; notes: warnings; seconds, processes,
+    """The index.json of prepared rows. read_rows: of all sources; notes: warnings; seconds, processes,
     peak_memory_bytes: what the preparation took."""
 
-    read: int
+    read_rows: int
     bad: BadRows
     sides: dict[SideName, SideCounts]
     sources: list[SourceCounts]

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from qwenlora.configs.schema import Data
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
-from qwenlora.data.rows import Message, Row
+from qwenlora.data.rows import Row
+from qwenlora.data.turns import Message
 
 Exchange = list[Message]  # a user's turn and what follows it, up to the next user's turn
 

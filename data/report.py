@@ -147,7 +147,7 @@ def data_report(
     if "train" in index.sides:
         lengths = np.load(prepared.folder / "train" / "whole.npy")
     return DataReport(
-        title=f"{config.run_dir}: {index.read:,} rows",
+        title=f"{config.run_dir}: {index.read_rows:,} rows",
         lines=lines,
         sources=[_source(*pair) for pair in zip(prepared.sources, index.sources, strict=True)],
         lengths=histogram(lengths, config.data.max_length),
@@ -276,7 +276,7 @@ def _padding(batches: Iterable[npt.NDArray[np.int64]]) -> float:
 
 
 def _preparation(index: PreparedIndex) -> str:
-    speed = index.read / max(index.seconds, 0.001)
+    speed = index.read_rows / max(index.seconds, 0.001)
     return (
         f"{index.seconds:.1f} s, {speed:,.0f} rows/s with {index.processes}"
         f" process{'es' * (index.processes > 1)}, at most {index.peak_memory_bytes / 1e6:,.0f} MB of memory"

@@ -13,7 +13,8 @@ from qwenlora.configs import Config
 from qwenlora.configs.combinations import ZERO, Machine, packs_rows, refuse
 from qwenlora.configs.deepspeed import as_comment, deepspeed_config
 from qwenlora.configs.estimate import decide
-from qwenlora.configs.load import FIELDS, SECTIONS, to_yaml
+from qwenlora.configs.keys import FIELDS, SECTIONS
+from qwenlora.configs.load import to_yaml
 from qwenlora.data import sources
 from qwenlora.data.order import accumulation_steps, total_steps
 from qwenlora.data.prepared import other_files

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from qwenlora.configs.load import differences, load_config, to_yaml
+from qwenlora.configs.keys import differences
+from qwenlora.configs.load import load_config, to_yaml
 from qwenlora.configs.schema import Config
 from qwenlora.run import code
 from qwenlora.run.disk import write_atomically

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qwenlora.configs.load import FIELDS, differences
+from qwenlora.configs.keys import FIELDS, differences
 from qwenlora.jobs.views.runs import Version, ago, as_yaml, digits, printable, read, settings
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.history import goodput
