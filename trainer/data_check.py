@@ -19,11 +19,11 @@ from qwenlora.configs import Config
 from qwenlora.data import prepared, report
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
-from qwenlora.data.overlength import fit
-from qwenlora.data.sources import SideName
+from qwenlora.data.overlength import cut_to_length
 from qwenlora.data.survey import rows_of_side
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import SideName
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.prepare import notes_of, packs_rows
 
@@ -44,13 +44,13 @@ def check(config: Config, page: Path | None, console: Console) -> int:
     notes = notes_of(config, rows)
     listed = page.with_suffix(".bad_rows.txt")
     listed.unlink(missing_ok=True)  # an earlier check's
-    if rows.facts["bad"]:
+    if rows.index.bad.count:
         listed.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(listed, "".join(f"{line}\n" for line in rows.bad_lines()))
         notes.append(f"all bad rows are listed in {listed}")
         if config.data.on_bad_row == "skip":
             notes.append(f"left out: {rows.bad_report}")
-    findings = report.of(rows, config, tokenizer, packing=packs_rows(config), notes=notes)
+    findings = report.data_report(rows, config, tokenizer, packing=packs_rows(config), notes=notes)
     findings.show(console)
     findings.write(page)
     console.print(f"the same as a page: {page}", soft_wrap=True)
@@ -72,7 +72,7 @@ def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool
             raise ValueError(f"{place}: {tokens}")
         pieces, note = [tokens], ""
         if len(tokens.ids) > config.data.max_length:
-            pieces = fit(row, tokens, encoder, config.data).pieces
+            pieces = cut_to_length(row, tokens, encoder, config.data).pieces
             note = f", longer than data.max_length={config.data.max_length}: {_outcome(config, len(pieces))}"
         console.print(Text(f"{place}: {_counts(tokens)}{note}", style="bold"), soft_wrap=True)
         for piece in pieces:

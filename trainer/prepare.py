@@ -51,7 +51,7 @@ def prepare(
         files_key=rows.files_key,
         data=rows.counts,
         packing=packs_rows(config),
-        bad_rows=rows.facts["bad"],
+        bad_rows=rows.index.bad.count,
         notes=notes_of(config, rows),
         parameters=parameters,
         checkpoint_bytes=checkpoint_bytes,
@@ -74,12 +74,12 @@ def prepare_rows(
             console.print(line, soft_wrap=True)
 
     rows = prepared.prepare(config.data, tokenizer, run.cache(config), console, say)
-    if rows.facts["bad"]:
+    if rows.index.bad.count:
         write_atomically(run.bad_rows, "".join(f"{line}\n" for line in rows.bad_lines()))
     else:
         run.bad_rows.unlink(missing_ok=True)
     rows.refuse(config.data, tokenizer)
-    if rows.facts["bad"]:
+    if rows.index.bad.count:
         say(f"left out, all of them listed in {run.bad_rows}: {rows.bad_report}")
     return rows
 
@@ -91,7 +91,7 @@ def packs_rows(config: Config) -> bool:
 
 def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
     """Return what a careful colleague would mention about the rows."""
-    notes = list(rows.facts["notes"])
+    notes = list(rows.index.notes)
     for side, counts in rows.counts.items():
         limit = f"data.max_length={config.data.max_length} tokens"
         for what, count in counts.cut.items():
@@ -101,8 +101,8 @@ def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
                 f"{counts.lost_replies:,} replies of {side} rows are not trained: with their question they"
                 f" are longer than {limit}; data.split_replies: true trains them without"
             )
-    if overlap := rows.facts["overlap"]["rows"]:
-        first = rows.place("eval", rows.facts["overlap"]["first"][0])
+    if overlap := rows.index.overlap.rows:
+        first = rows.place("eval", rows.index.overlap.first[0])
         notes.append(
             f"{overlap:,} of {rows.counts['eval'].read_rows:,} eval rows are trained on, too (first: {first})"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from qwenlora.configs.load import FIELDS, differences
+from qwenlora.configs.keys import FIELDS, differences
 from qwenlora.jobs.views.runs import Version, ago, as_yaml, digits, printable, read, settings
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.history import goodput

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwenlora.configs import Config, load_config
-from qwenlora.configs.load import FIELDS, differences
+from qwenlora.configs.keys import FIELDS, differences
 from qwenlora.jobs import ledger
 from qwenlora.jobs.find import Found, newest_job
 from qwenlora.run.comparison import Comparison
