@@ -1,18 +1,22 @@
-"""Processes of qwenlora that begin with torch, transformers and peft imported, which takes ten seconds otherwise.
+"""Processes of qwenlora that begin with torch, transformers and peft imported, which takes ten seconds
+otherwise.
 
-A nursery (one a test session) imports the libraries, and no line of qwenlora. `Popen` has it fork what would be
-`python -c "...main()" train ...`; what such a process starts with subprocess.Popen (the preparation, torchrun, the
-ranks) is forked from it in turn. Each is a process of its own in every other respect: parent, session, signals,
-death with the parent, command line, environment, open files, exit code, and qwenlora's modules imported anew.
+A nursery (one a test session) imports the libraries, and no line of qwenlora. `Popen` has it fork what would
+be
+`python -c "...main()" train ...`; what such a process starts with subprocess.Popen (the preparation,
+torchrun, the ranks) is forked from it in turn. Each is a process of its own in every other respect: parent,
+session, signals, death with the parent, command line, environment, open files, exit code, and qwenlora's
+modules imported anew.
 
-What a new interpreter would do otherwise with its environment (PYTHONPATH, HF_HOME ...) gets one, and so do all
-where Linux does not let a process name its command line.
+What a new interpreter would do otherwise with its environment (PYTHONPATH, HF_HOME ...) gets one, and so do
+all where Linux does not let a process name its command line.
 """
 
 import contextlib
 import ctypes
 import gc
 import importlib
+import inspect
 import logging
 import os
 import pickle
@@ -32,15 +36,58 @@ from pathlib import Path
 from typing import Any
 
 COMMAND = (sys.executable, "-c", "from qwenlora.cli.main import main; main()")
-MODULES = ("qwenlora.trainer.main", "torch.distributed.run")
-LIBRARIES = (
-    "torch.distributed.run torch.distributed.fsdp torch.distributed.checkpoint.state_dict transformers.trainer peft"
-    " accelerate datasets pyarrow.parquet psutil pydantic rich.console rich.progress typer yaml safetensors.torch"
-    " transformers.models.qwen2.modeling_qwen2 transformers.models.qwen3.modeling_qwen3 jinja2"
-    " transformers.models.qwen2.tokenization_qwen2 transformers.trainer_callback transformers.generation.utils"
-).split()
+MODULES = ("qwenlora.trainer.main", "torch.distributed.run", "deepspeed.launcher.launch")
+SABOTAGE = (
+    "QWENLORA_TESTS_SABOTAGE"  # a file that such a process runs first, as Python does with sitecustomize.py
+)
+LIBRARIES = [
+    "torch.distributed.run",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "transformers.trainer",
+    "peft",
+    "accelerate",
+    "datasets",
+    "pyarrow.parquet",
+    "psutil",
+    "pydantic",
+    "rich.console",
+    "rich.progress",
+    "typer",
+    "yaml",
+    "safetensors.torch",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen3.modeling_qwen3",
+    "jinja2",
+    "deepspeed",
+    "pydantic.main",
+    "pydantic.json_schema",
+    "charset_normalizer",
+    "requests",
+    "typer._adapters",
+    "annotated_types",
+    "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
+    "rich._emoji_codes",
+    "safetensors.numpy",
+    "transformers.models.qwen2.tokenization_qwen2",
+    "transformers.trainer_callback",
+    "transformers.generation.utils",
+]
 # read when a library is imported, or by the interpreter itself
-READ_EARLY = ("HF_", "TRANSFORMERS_", "DATASETS_", "PYTHON", "LC_", "LANG", "LD_", "CUDA_", "OMP_", "HOME", "XDG_", "TZ")
+READ_EARLY = (
+    "HF_",
+    "TRANSFORMERS_",
+    "DATASETS_",
+    "PYTHON",
+    "LC_",
+    "LANG",
+    "LD_",
+    "CUDA_",
+    "OMP_",
+    "HOME",
+    "XDG_",
+    "TZ",
+)
 PR_SET_MM, PR_SET_MM_MAP = 35, 14
 _Fds = tuple[int, int, int]
 
@@ -61,7 +108,7 @@ class Popen(subprocess.Popen):
             return super()._execute_child(args, *rest)
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[9:15]
         fds = tuple(own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite)))
-        order = ([*map(str, args)], variables, os.path.abspath(cwd or "."), os.umask(0), apart)
+        order = ([*map(str, args)], variables, str(Path(cwd or ".").absolute()), os.umask(0), apart)
         os.umask(order[3])
         self._status = _Nursery.of_this_session().order(order, fds)
         self.pid = struct.unpack("i", _received(self._status, 4))[0]
@@ -94,13 +141,22 @@ class Popen(subprocess.Popen):
             self._handle_exitstatus(status)
 
 
-def run(argv: Sequence[object], *, timeout: float | None = None, check: bool = False, **options: Any) -> Any:
+def run(
+    argv: Sequence[object],
+    *,
+    input: str | None = None,
+    timeout: float | None = None,
+    check: bool = False,
+    **options: Any,
+) -> Any:
     """subprocess.run, with this module's Popen. Options: of Popen, and capture_output."""
+    if input is not None:
+        options["stdin"] = subprocess.PIPE
     if options.pop("capture_output", False):
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with Popen(argv, **options) as process:
         try:
-            stdout, stderr = process.communicate(timeout=timeout)
+            stdout, stderr = process.communicate(input, timeout=timeout)
         except BaseException:
             process.kill()
             raise
@@ -111,7 +167,8 @@ def run(argv: Sequence[object], *, timeout: float | None = None, check: bool = F
 
 
 def _forks(args: Any, variables: dict[str, str], ours: dict[str, str] | None) -> bool:
-    """Tell whether a process can be forked. ours: the environment of what it is forked from, None: the nursery's."""
+    """Tell whether a process can be forked. ours: the environment of what it is forked from, None: the
+    nursery's."""
     if isinstance(args, str) or _program(args) is None or not _can_be_named():
         return False
     ours = _Nursery.of_this_session().environment if ours is None else ours
@@ -123,13 +180,15 @@ def _forks(args: Any, variables: dict[str, str], ours: dict[str, str] | None) ->
 
 
 def _program(args: Sequence[object]) -> tuple[str, str, list[str]] | None:
-    """Return (-c or -m, code or module, arguments), or None for what is not forked."""
+    """Return (-c, -m or "", code, module or file, arguments), or None for what is not forked."""
     words = [str(word) for word in args]
     if words[:1] != [sys.executable]:
         return None
     rest = words[2:] if words[1:2] == ["-u"] else words[1:]
     if rest[:2] == list(COMMAND[1:]) or (rest[:1] == ["-m"] and rest[1:2] and rest[1] in MODULES):
         return rest[0], rest[1], rest[2:]
+    if rest and rest[0].endswith(".py"):
+        return "", rest[0], rest[1:]
     return None
 
 
@@ -185,6 +244,9 @@ def _received(connection: socket.socket, size: int) -> bytes:
 def _serve(address: str, ready: int, life: int) -> None:
     for name in LIBRARIES:
         importlib.import_module(name)
+    mapping = importlib.import_module("transformers.conversion_mapping")
+    mapping.get_checkpoint_conversion_mapping("qwen3")  # kept: a second of regular expressions
+    inspect.stack = _stack  # type: ignore[assignment]
     assert not any(name.partition(".")[0] == "qwenlora" for name in sys.modules)
     baseline = _Baseline()
     gc.collect()
@@ -228,8 +290,23 @@ def _serve(address: str, ready: int, life: int) -> None:
                 connection.sendall(struct.pack("i", status))
 
 
+def _stack(context: int = 1) -> list[inspect.FrameInfo]:
+    """inspect.stack without lines of source: torchrun names its callers by it, and with as many modules as
+    there are here the original takes a second each time."""
+    frames, frame = [], sys._getframe(1)
+    while frame is not None:
+        frames.append(
+            inspect.FrameInfo(
+                frame, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, None, None
+            )
+        )
+        frame = frame.f_back  # type: ignore[assignment]
+    return frames
+
+
 class _Baseline:
-    """What a process that has just imported the libraries has, and one that ran for a while may have changed."""
+    """What a process that has just imported the libraries has, and one that ran for a while may have
+    changed."""
 
     def __init__(self) -> None:
         self.path = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
@@ -298,7 +375,7 @@ def _take_files(fds: tuple[int, ...], keep: Sequence[int]) -> None:
     for number, fd in enumerate(fds):
         os.dup2(fd, number, inheritable=True)
     nothing = os.open(os.devnull, os.O_RDWR)
-    for name in os.listdir("/proc/self/fd"):
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
         if int(name) > 2 and int(name) != nothing and int(name) not in keep:
             with contextlib.suppress(OSError):
                 os.fstat(int(name))
@@ -330,7 +407,7 @@ def _reset_modules() -> None:
 def _open_streams(*, unbuffered: bool) -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         old = getattr(sys, f"__{name}__")
-        stream = open(
+        stream = open(  # noqa: SIM115
             number,
             "r" if number == 0 else "w",
             encoding=old.encoding if old else "utf-8",
@@ -363,7 +440,7 @@ def _forking(baseline: _Baseline, real: Any) -> Any:
         pid = os.fork()
         if pid == 0:
             words = [os.fsdecode(word) for word in args]
-            where = os.path.abspath(os.fspath(cwd)) if cwd else os.getcwd()
+            where = str(Path(cwd or ".").absolute())
             _become(
                 baseline, words, variables, where, umask, fds, apart=rest[-2], preexec=preexec, keep=pass_fds
             )
@@ -384,12 +461,17 @@ def _run(argv: list[str]) -> int:
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__builtins__ = __builtins__  # type: ignore[attr-defined]
     if not os.environ.get("PYTHONSAFEPATH"):
-        sys.path.insert(0, "" if kind == "-c" else os.getcwd())
-    sys.argv = [kind, *arguments]
+        first = {"-c": "", "-m": str(Path.cwd())}.get(kind, str(Path(what).resolve().parent))
+        sys.path.insert(0, first)
+    sys.argv = [kind or what, *arguments]
+    if file := os.environ.get(SABOTAGE):
+        runpy.run_path(file)
     code = 0
     try:
         if kind == "-c":
             exec(compile(what, "<string>", "exec"), main.__dict__)
+        elif not kind:
+            exec(compile(Path(what).read_text(), what, "exec"), main.__dict__)
         else:
             runpy._run_module_as_main(what)  # type: ignore[attr-defined]
     except SystemExit as left:
@@ -415,15 +497,21 @@ def _run(argv: list[str]) -> int:
 
 
 def _name(argv: list[str]) -> Any:
-    """Have Linux show argv as this process's command line. Returns: the memory that it shows, or None where it
-    cannot."""
-    fields = ["", "", "", *Path("/proc/self/stat").read_text().rpartition(")")[2].split()]  # numbered as in proc(5)
+    """Have Linux show argv as this process's command line. Returns: the memory that it shows, or None where
+    it cannot."""
+    fields = [
+        "",
+        "",
+        "",
+        *Path("/proc/self/stat").read_text().rpartition(")")[2].split(),
+    ]  # numbered as in proc(5)
     text = b"".join(os.fsencode(word) + b"\0" for word in argv)
     memory = ctypes.create_string_buffer(text, len(text))
     start = ctypes.addressof(memory)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.sbrk.restype = ctypes.c_void_p
-    # struct prctl_mm_map: code, data, brk, stack, arguments, environment, auxiliary vector (kept), executable (kept)
+    # struct prctl_mm_map: code, data, brk, stack, arguments, environment, auxiliary vector (kept), executable
+    # (kept)
     values = [*map(int, fields[26:28]), *map(int, fields[45:48]), libc.sbrk(0), int(fields[28])]
     values += [start, start + len(text), int(fields[50]), int(fields[51]), 0]
     layout = struct.pack("=12QIi", *values, 0, -1)
@@ -437,9 +525,14 @@ _NAMED: list[bool] = []
 def _can_be_named() -> bool:
     """Tell whether _name works here; found out in a process of its own."""
     if not _NAMED:
-        code = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import forked; named = forked._name(['a', 'b']); "
+        code = (
+            f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import forked; named ="
+            " forked._name(['a', 'b']); "
+        )
         code += "sys.exit(open('/proc/self/cmdline', 'rb').read() != b'a' + bytes(1) + b'b' + bytes(1))"
-        _NAMED.append(subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0)
+        _NAMED.append(
+            subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+        )
     return _NAMED[0]
 
 
