@@ -1,4 +1,4 @@
-"""The pages name what is there: links lead somewhere, files exist, and docs/architecture.md has every module."""
+"""Pages name what is there: links lead somewhere, files exist, docs/architecture.md has every module."""
 
 import re
 from pathlib import Path
