@@ -60,7 +60,8 @@ def train(
 
     def command() -> int:
         from qwenlora.configs import load_config
-        from qwenlora.launch import agent, plan
+        from qwenlora.launch import agent
+        from qwenlora.launch.dry_run import dry_run as describe
 
         options = {"nproc_per_node": nproc, "launcher": launcher, "hostfile": hostfile}
         said = [f"launch.{key}={value}" for key, value in options.items() if value is not None]
@@ -68,7 +69,7 @@ def train(
         loaded, allowed = load_config(config, chosen), allow_config_change or []
         if dry_run:
             said = [str(config), *chosen]
-            print(plan.dry_run(loaded, said, fresh=fresh, resume=resume, allowed=allowed), end="")
+            print(describe(loaded, said, fresh=fresh, resume=resume, allowed=allowed), end="")
             return 0
         return agent.run(loaded, fresh=fresh, resume=resume, allowed=allowed)
 

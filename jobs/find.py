@@ -31,7 +31,7 @@ class Found:
         if self.run is None:
             return False
         lines = ledger.submissions(self.run)
-        if lines and lines[-1]["cluster"] == "local" and _is_submitit(lines[-1]["job_id"]):
+        if lines and lines[-1].cluster == "local" and _is_submitit(lines[-1].job_id):
             return True  # perhaps before its first attempt
         return self.run.history.unfinished is not None and not self.run.abandoned
 
@@ -74,8 +74,8 @@ def find(named: str) -> Found:
     known = answers.ask(named)
     for folder in dict.fromkeys([Path.cwd(), *([known.work_dir] if known and known.work_dir else [])]):
         for run in _runs_below(folder):
-            ids = [line["job_id"] for line in ledger.submissions(run)]
-            ids += [attempt.get("job_id") for attempt in run.history.attempts()]
+            ids = {job.job_id for job in ledger.submissions(run)}
+            ids |= {attempt.job_id or "" for attempt in run.history.attempts()}
             if named in ids or (known is not None and known.job_id in ids):
                 return Found(run, named, tuple(ledger.sweep_runs(run)))
     if known is None:
@@ -103,17 +103,11 @@ def _is_submitit(process: str) -> bool:
 def newest_job(run: RunFolder) -> str | None:
     """Return the job that the run is under way as, else the one that was submitted, or that started, last."""
     unfinished = run.history.unfinished
-    if (
-        unfinished
-        and unfinished.get("job_id")
-        and (job := answers.ask(unfinished["job_id"]))
-        and is_alive(job)
-    ):
-        return str(unfinished["job_id"])
-    jobs: list[tuple[str, str]] = [
-        (line["time"], line["job_id"]) for line in ledger.submissions(run) if line["cluster"] == "slurm"
-    ]
+    if unfinished and unfinished.job_id and (job := answers.ask(unfinished.job_id)) and is_alive(job):
+        return unfinished.job_id
+    jobs = [(job.time, job.job_id) for job in ledger.submissions(run) if job.cluster == "slurm"]
     if jobs and "_" in jobs[-1][1]:  # one of an array: its attempts say another number of the same job
         return jobs[-1][1]
-    jobs += [(one["start"], one["job_id"]) for one in run.history.attempts() if one.get("job_id")]
+    attempts = run.history.attempts()
+    jobs += [(attempt.start, attempt.job_id) for attempt in attempts if attempt.job_id]
     return max(jobs)[1] if jobs else None

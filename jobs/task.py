@@ -75,16 +75,16 @@ def summary(run: RunFolder) -> dict[str, Any]:
     ones logged, missing before. goodput: the share of the time that went into steps, or None.
     """
     attempts = run.history.attempts()
-    last = attempts[-1] if attempts else {}
+    last = attempts[-1] if attempts else None
     losses = {key: line[key] for key in ("loss", "eval_loss") if (line := last_line(run.metrics, key))}
     return {
         "run_dir": str(run.path),
         "adapter": str(run.adapter) if run.adapter.is_dir() else None,
-        "reason": last.get("reason"),
+        "reason": last.reason if last else None,
         "step": run.history.last_step(),
         **losses,
         "attempts": len(attempts),
-        "goodput": last.get("goodput"),
+        "goodput": last.goodput if last else None,
     }
 
 
@@ -112,7 +112,7 @@ def _outcome(run: RunFolder, code: int, *, brought_back: bool) -> dict[str, Any]
     if code in (EXIT_CODES["done"], EXIT_CODES["stopped"]):
         return summary(run) if first else None
     attempts = run.history.attempts()
-    message = (attempts[-1].get("message") if attempts else "") or f"the agent ended with exit code {code}"
+    message = (attempts[-1].message if attempts else "") or f"the agent ended with exit code {code}"
     _leave_without_traceback(code)
     if code == EXIT_CODES["refused"]:
         raise ValueError(message)

@@ -12,25 +12,26 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import submitit
 from submitit.core.utils import FailedJobError
 
 from qwenlora.configs import Config, load_config
 from qwenlora.configs.load import to_yaml
+from qwenlora.jobs import ledger
 from qwenlora.jobs.find import Found, newest_job
-from qwenlora.jobs.submission import executors, ledger, sweeps
+from qwenlora.jobs.ledger import Cluster, SubmittedJob
+from qwenlora.jobs.submission import executors, sweeps
 from qwenlora.jobs.submission.executors import Needs
 from qwenlora.jobs.submission.site import Site, load_site
 from qwenlora.jobs.task import Attempt, InProcess
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import snapshot as copy_package
+from qwenlora.run.records import now
 
-Cluster = Literal["slurm", "local", "debug"]
 Overrides = Mapping[str, Any] | Iterable[str]
 Job = submitit.Job[dict[str, Any]]
 NO_LIMIT_MIN = 60 * 24 * 365
@@ -193,14 +194,26 @@ class Submission:
         return Attempt(str(file), self.cluster == "slurm", self.fresh, self.allowed)
 
     def _note(self, folder: Path, jobs: Sequence[Job], files: Sequence[Path]) -> None:
-        site = self.needs.site.file
-        facts = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "cluster": self.cluster}
-        facts |= asdict(self.needs) | {"site": str(site) if site else None}
-        facts |= {"folder": str(folder), "work_dir": str(Path.cwd())}
+        needs = self.needs
+        all_of_them = SubmittedJob(
+            job_id=jobs[0].job_id.partition("_")[0],
+            time=now(),
+            cluster=self.cluster,
+            nodes=needs.nodes,
+            gpus_per_node=needs.gpus_per_node,
+            cpus_per_task=needs.cpus_per_task,
+            timeout_min=needs.timeout_min,
+            site=str(needs.site.file) if needs.site.file else None,
+            snapshot=needs.snapshot,
+            name=needs.name,
+            folder=str(folder),
+            work_dir=str(Path.cwd()),
+        )
         for job, file, config in zip(jobs, files, self.configs, strict=True):
-            ledger.note(RunFolder(config.run_dir), {"job_id": job.job_id, **facts, "config": str(file)})
+            run = RunFolder(config.run_dir)
+            ledger.note(run, all_of_them.revised(job_id=job.job_id, config=str(file)))
         if len(jobs) > 1:
-            ledger.note(self.target, {"job_id": jobs[0].job_id.partition("_")[0], **facts, "runs": len(jobs)})
+            ledger.note(self.target, all_of_them.revised(runs=len(jobs)))
 
 
 def submit(
@@ -305,21 +318,23 @@ def _prepare(
 
 def _check(config: Config, asked: Asked, site: Site, nodes: int) -> int:
     """Refuse what the agent would, and return the processes a node."""
-    from qwenlora.launch import hosts, plan  # jobs/ is below launch/, which knows what a node will run
+    from qwenlora.launch import hostfile, refusals  # jobs/ is below launch/, which knows what a node will run
 
     if asked.on_slurm:
-        hosts.refuse_in_slurm(config)
+        refusals.check_launcher_in_slurm(config)
     if config.launch.hostfile is not None:
         raise ValueError(
             f"launch.hostfile={config.launch.hostfile} is for qwenlora train on the first of these machines;"
             " leave it out"
         )
     gpus = asked.needs(site, 1, RunFolder(config.run_dir)).gpus_per_node
-    processes = config.launch.nproc_per_node or gpus or (1 if asked.on_slurm else plan.processes_of(config))
+    processes = (
+        config.launch.nproc_per_node or gpus or (1 if asked.on_slurm else hostfile.processes_per_node(config))
+    )
     processes = 1 if asked.cluster == "debug" else processes
-    plan.check(config, nodes, processes)
+    refusals.check_start(config, nodes, processes)
     run = RunFolder(config.run_dir)
-    plan.check_keys(asked.allowed)
+    refusals.check_allowed_keys(asked.allowed)
     run.check(config, fresh=asked.fresh, allowed=asked.allowed)
     if under_way := Found(run, newest_job(run)).alive():
         raise ValueError(

@@ -21,7 +21,7 @@ def cancel(found: Found, *, now: bool) -> list[str]:
         return [_cancel(found, now=now)]
     lines = []
     for run in found.sweep:
-        job_id = ledger.submissions(run)[-1]["job_id"]
+        job_id = ledger.submissions(run)[-1].job_id
         with contextlib.suppress(ValueError):  # it is over
             lines.append(_cancel(Found(run, job_id), now=now))
     return lines or [f"no run of {found.run.path if found.run else found.job_id} is under way"]
@@ -74,15 +74,21 @@ def _cancel(found: Found, *, now: bool) -> str:
     return f"process {process} is {'killed' if now else 'asked to save and to stop'}"
 
 
-def _submit_again(line: dict[str, object]) -> str:
+def _submit_again(last: ledger.SubmittedJob) -> str:
     from qwenlora.jobs.submission.submit import Asked, prepare  # submitit takes a moment to import
 
-    keys = ("cluster", "nodes", "gpus_per_node", "cpus_per_task", "timeout_min", "snapshot", "name")
-    asked = Asked(**{key: line[key] for key in keys})  # type: ignore[arg-type]
-    folder, site = Path(str(line["folder"])), str(line["site"]) if line["site"] else None
-    source = folder / "code" / "qwenlora" if asked.snapshot else None
-    with contextlib.chdir(str(line["work_dir"])):  # what the paths in the config are relative to
-        job = prepare(str(line["config"]), (), asked, site, source).submit()[0]
+    asked = Asked(
+        cluster=last.cluster,
+        nodes=last.nodes,
+        gpus_per_node=last.gpus_per_node,
+        cpus_per_task=last.cpus_per_task,
+        timeout_min=last.timeout_min,
+        snapshot=last.snapshot,
+        name=last.name,
+    )
+    source = Path(last.folder) / "code" / "qwenlora" if last.snapshot else None
+    with contextlib.chdir(last.work_dir):  # what the paths in the config are relative to
+        job = prepare(str(last.config), (), asked, last.site, source).submit()[0]
     if asked.cluster == "debug":
         job.result()
     return f"job {job.job_id} is submitted"

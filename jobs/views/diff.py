@@ -7,7 +7,6 @@ line.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +15,7 @@ from qwenlora.configs.load import FIELDS, differences
 from qwenlora.jobs.views.runs import Version, ago, as_yaml, digits, printable, read, settings
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.history import goodput
+from qwenlora.run.records import Code, SideName
 
 COUNTS = (
     "rows",
@@ -28,6 +28,7 @@ COUNTS = (
     "split",
     "duplicates",
 )
+SIDES: tuple[SideName, ...] = ("train", "eval")
 NOTHING = "-"
 ASKED = ": questions"  # behind a set's name: how many; other numbers, other questions
 Value = str | float | None  # a number is compared as it is, and shown short
@@ -74,13 +75,13 @@ def config(one: Version, other: Version) -> dict[str, tuple[str, str]]:
 def code(version: Version) -> dict[str, str]:
     """Return what is known of a run's code: the commit, what was changed since, versions."""
     changes = version.run.diff.read_bytes() if version.run.diff.is_file() else b""
+    recorded = version.code or Code()
     known = {
-        "git commit": (version.code.get("git") or NOTHING).removesuffix("-dirty"),
+        "git commit": (recorded.git or NOTHING).removesuffix("-dirty"),
         "changed since": hashlib.sha256(changes).hexdigest()[:12] if changes else "nothing",
-        "python": version.code.get("python"),
+        "python": recorded.python,
+        **recorded.versions,
     }
-    versions = version.code.get("versions")
-    known |= versions if isinstance(versions, dict) else {}
     return {key: printable(str(value or NOTHING)) for key, value in known.items()}
 
 
@@ -88,21 +89,20 @@ def data(version: Version) -> dict[str, str]:
     """Return what is known of the rows, as counts and as a hash of what was prepared of them, and of the
     base."""
     known: dict[str, str] = {}
-    for side in ("train", "eval"):
-        known |= {
-            f"{side} {key.replace('_', ' ')}": digits(version.counted("data", side, key)) for key in COUNTS
-        }
-        known[f"{side} sha256"] = str(version.counted("data", side, "sha256") or NOTHING)[:12]
-    packing = version.counted("packing")
-    known["packing"] = NOTHING if packing is None else as_yaml(packing)
-    known["bad rows left out"] = digits(version.counted("bad_rows"))
-    known["base weights"] = printable(str(version.counted("base_fingerprint") or NOTHING))
+    for side in SIDES:
+        counts = version.counts(side)
+        known |= {f"{side} {key.replace('_', ' ')}": digits(getattr(counts, key, None)) for key in COUNTS}
+        known[f"{side} sha256"] = counts.sha256[:12] if counts else NOTHING
+    facts = version.facts
+    known["packing"] = as_yaml(facts.packing) if facts else NOTHING
+    known["bad rows left out"] = digits(facts.bad_rows if facts else None)
+    known["base weights"] = printable(facts.base_fingerprint) if facts else NOTHING
     return known
 
 
 def results(version: Version) -> dict[str, Value]:
     """Return how far a run is, its last losses, its times, and whether it was compared."""
-    trained = sum(one.get("trained_s") or 0.0 for one in version.attempts)
+    trained = sum(attempt.trained_s for attempt in version.attempts)
     share = goodput(version.attempts)
     compared = sum(not key.endswith(ASKED) for key in measures(version))
     return {
@@ -122,22 +122,19 @@ def measures(version: Version) -> dict[str, Value]:
     """Return what comparison.json says of the run's own adapter; {} when it was not among those that were
     asked."""
     known: dict[str, Value] = {}
-    asked = version.compared.get("subjects") or []
+    subjects = version.compared.subjects if version.compared else []
     own = [
         number
-        for number, one in enumerate(asked)
-        if isinstance(one, Mapping)
-        and one.get("own") is True
-        and one.get("adapter") == version.run.adapter.name
+        for number, subject in enumerate(subjects)
+        if subject.own and subject.adapter == version.run.adapter.name
     ]
-    if not own:
+    if not version.compared or not own:
         return known
-    for measure in version.compared.get("measures") or []:
-        if isinstance(measure, Mapping) and len(measure.get("values") or []) > own[-1]:
-            value: Any = measure["values"][own[-1]]
-            share = measure.get("kind") == "share" and isinstance(value, int | float)
-            known[f"{measure.get('set')}: {measure.get('measure')}"] = f"{value:.1%}" if share else value
-            known[f"{measure.get('set')}{ASKED}"] = digits(measure.get("count"))
+    for measure in version.compared.measures:
+        value = measure.values[own[-1]]
+        is_share = measure.kind == "share" and value is not None
+        known[f"{measure.set}: {measure.measure}"] = f"{value:.1%}" if is_share else value
+        known[f"{measure.set}{ASKED}"] = digits(measure.count)
     return known
 
 

@@ -40,9 +40,9 @@ def _file(found: Found, rank: int | None) -> Path | None:
 def _output(found: Found) -> Path | None:
     """Return the file that the job's first node writes to."""
     lines = ledger.submissions(found.run) if found.run and not found.sweep else []
-    ours = [line for line in lines if line["job_id"] == found.job_id or line["cluster"] == "local"]
-    if ours and (found.job_id is None or ours[-1]["job_id"] == found.job_id):
-        return Path(ours[-1]["folder"]) / f"{ours[-1]['job_id']}_0_log.out"
+    ours = [line for line in lines if line.job_id == found.job_id or line.cluster == "local"]
+    if ours and (found.job_id is None or ours[-1].job_id == found.job_id):
+        return Path(ours[-1].folder) / f"{ours[-1].job_id}_0_log.out"
     job = found.job()
     return job.stdout if job else None
 

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +20,10 @@ from qwenlora.configs import Config, load_config
 from qwenlora.configs.load import FIELDS, differences
 from qwenlora.jobs import ledger
 from qwenlora.jobs.find import Found, newest_job
+from qwenlora.run.comparison import Comparison
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.metrics_file import last_line
+from qwenlora.run.records import Attempt, Code, Facts, SideCounts, SideName, now
 
 ALWAYS = ("model.name_or_path", "data.train", "lora.r", "train.learning_rate")  # shown of every run
 # no version of a run differs from another by these
@@ -37,17 +38,17 @@ class Version:
     """A run, as what is known of it. config: None where it cannot be read. loss, evaluated: lines of
     metrics.jsonl.
 
-    facts, code, compared: of the JSON files, {} without them. flaws: what cannot be read, and why.
+    facts, code, compared: None without the file. flaws: what cannot be read, and why.
     """
 
     run: RunFolder
     config: Config | None
-    attempts: list[dict[str, Any]]
-    facts: dict[str, Any]
-    code: dict[str, Any]
-    loss: dict[str, Any]
-    evaluated: dict[str, Any]
-    compared: dict[str, Any]
+    attempts: list[Attempt]
+    facts: Facts | None
+    code: Code | None
+    loss: dict[str, float]
+    evaluated: dict[str, float]
+    compared: Comparison | None
     step: int
     flaws: list[str]
 
@@ -59,24 +60,24 @@ class Version:
     @property
     def state(self) -> str:
         """Return done, stopped, failed, killed, refused, running, waiting, not started, or unknown."""
-        tried = [one for one in self.attempts if one.get("reason") != "refused"] or self.attempts
-        if tried and tried[-1].get("reason") not in (None, "stopped"):
-            return str(tried[-1]["reason"])
+        tried = [one for one in self.attempts if one.reason != "refused"] or self.attempts
+        if tried and tried[-1].reason not in (None, "stopped"):
+            return str(tried[-1].reason)
         found = Found(self.run, newest_job(self.run))
         job = found.job()
         if job and job.state == "PENDING":
             return "waiting"
         if not tried:
             return "waiting" if found.alive() else "unknown" if self.run.trained else "not started"
-        if "reason" in tried[-1]:
+        if tried[-1].reason:
             return "stopped"
         return "killed" if self.run.abandoned or (job and not found.alive()) else "running"
 
     @property
     def seen(self) -> float:
         """When it last gave a sign, in seconds since 1970."""
-        if self.attempts and "end" in self.attempts[-1]:
-            return datetime.fromisoformat(self.attempts[-1]["end"]).timestamp()
+        if self.attempts and self.attempts[-1].end:
+            return self.attempts[-1].end.timestamp()
         files = (self.run.history.progress.path, self.run.history.file, self.run.config, self.run.submitted)
         return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
@@ -86,12 +87,9 @@ class Version:
         file = self.run.adapter / "adapter_model.safetensors"
         return file.stat().st_size if file.is_file() else None
 
-    def counted(self, *keys: str) -> Any:
-        """Return a number of facts.json, as counted("data", "train", "rows"); None without it."""
-        found: Any = self.facts
-        for key in keys:
-            found = found.get(key) if isinstance(found, dict) else None
-        return found
+    def counts(self, side: SideName) -> SideCounts | None:
+        """Return what was counted of the training or the evaluation rows; None where that is not known."""
+        return self.facts.data.get(side) if self.facts else None
 
 
 def read(run: RunFolder) -> Version:
@@ -109,22 +107,22 @@ def read(run: RunFolder) -> Version:
         try:
             if file.exists() or needed:
                 return how()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             flaws.append(f"{file.name} cannot be read: {why}")
         return otherwise
 
-    nothing: dict[str, Any] = {}
+    nothing: dict[str, float] = {}
     waits = _is_submitted(run) and not run.path.exists()
     return Version(
         run,
         tried(run.config, lambda: load_config(run.config), None, needed=not waits),
-        tried(run.history.file, lambda: _attempts(run), list[dict[str, Any]](), needed=run.trained),
-        tried(run.facts, lambda: _object(run.facts), nothing),
-        tried(run.code, lambda: _object(run.code), nothing),
+        tried(run.history.file, run.history.attempts, list[Attempt](), needed=run.trained),
+        tried(run.facts, run.read_facts, None),
+        tried(run.code, lambda: Code.read(run.code), None),
         tried(run.metrics, lambda: last_line(run.metrics, "loss") or nothing, nothing),
         tried(run.metrics, lambda: _evaluated(run.metrics), nothing),
-        tried(run.comparison, lambda: _object(run.comparison), nothing),
+        tried(run.comparison, lambda: Comparison.read(run.comparison), None),
         tried(run.history.file, run.history.last_step, 0),
         list(dict.fromkeys(flaws)),
     )
@@ -197,16 +195,16 @@ def _progress(versions: list[Version], names: list[str]) -> Table:
     for column in ("step", "loss", "eval loss", "rows", "adapter", "ago"):
         table.add_column(column, no_wrap=True, justify="right")
     for name, version in zip(names, versions, strict=True):
-        size = version.adapter_bytes
+        size, counts = version.adapter_bytes, version.counts("train")
         table.add_row(
             name,
             version.state,
             f"{version.step:,}",
             digits(version.loss.get("loss")),
             digits(version.evaluated.get("eval_loss")),
-            digits(version.counted("data", "train", "rows")),
+            digits(counts.rows if counts else None),
             f"{size / 1e6:,.1f} MB" if size is not None else "-",
-            ago(datetime.now(UTC).timestamp() - version.seen),
+            ago(now().timestamp() - version.seen),
         )
     return table
 
@@ -282,29 +280,14 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
-def _object(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
-    return found
-
-
-def _attempts(run: RunFolder) -> list[dict[str, Any]]:
-    attempts = run.history.attempts()
-    for one in attempts:
-        for time in filter(None, [one["start"], one.get("end")]):
-            datetime.fromisoformat(time)
-    return attempts
-
-
-def _evaluated(metrics: Path) -> dict[str, Any]:
+def _evaluated(metrics: Path) -> dict[str, float]:
     """Return the last evaluation, which may lie far from the end."""
     with metrics.open("rb") as lines:
         found = [line for line in lines if b'"eval_loss"' in line]
     return next(filter(None, map(_line, reversed(found))), {})
 
 
-def _line(line: bytes) -> dict[str, Any]:
+def _line(line: bytes) -> dict[str, float]:
     try:
         return dict(json.loads(line))
     except (ValueError, TypeError):  # half a line

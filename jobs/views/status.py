@@ -4,7 +4,6 @@ It may be waiting, running, or long over.
 """
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +13,7 @@ from qwenlora.jobs.find import Found, is_alive
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.history import goodput
 from qwenlora.run.metrics_file import last_line
+from qwenlora.run.records import Attempt, now
 from qwenlora.slurm import query as answers
 
 
@@ -22,7 +22,7 @@ def show(found: Found, console: Console) -> None:
     run."""
     for run in found.sweep:
         lines = ledger.submissions(run)
-        waiting = f"{run.path.name}: {_job(lines[-1]['job_id'], answers.ask(lines[-1]['job_id']))}"
+        waiting = f"{run.path.name}: {_job(lines[-1].job_id, answers.ask(lines[-1].job_id))}"
         attempts = run.history.attempts()
         console.print(_where(run, attempts) if attempts else waiting, soft_wrap=True)
     attempts = found.run.history.attempts() if found.run and not found.sweep else []
@@ -53,67 +53,63 @@ def _job(job_id: str, job: answers.Job | None) -> str:
     return " · ".join(parts)
 
 
-def _where(run: RunFolder, attempts: list[dict[str, Any]], job: answers.Job | None = None) -> str:
-    last = next((one for one in reversed(attempts) if one.get("reason") != "refused"), attempts[-1])
-    progress = run.history.progress.read(last["attempt"])
+def _where(run: RunFolder, attempts: list[Attempt], job: answers.Job | None = None) -> str:
+    last = next((one for one in reversed(attempts) if one.reason != "refused"), attempts[-1])
+    progress = run.history.progress.read(last.attempt)
     over = run.abandoned or (job is not None and not is_alive(job))
-    said = last.get("reason", "killed" if over else "running")
+    said: str = last.reason or ("killed" if over else "running")
     if job and job.state == "PENDING" and said != "done":
         said = "waits to go on"
-    parts = [f"{run.path.name}: {said}", f"step {progress.get('step') or run.history.last_step()}"]
+    parts = [f"{run.path.name}: {said}", f"step {progress.step if progress else run.history.last_step()}"]
     if said == "running" and progress:
-        parts[1] += f", {datetime.now(UTC).timestamp() - progress['time']:.0f} s ago"
+        parts[1] += f", {datetime.now(UTC).timestamp() - progress.time:.0f} s ago"
     if line := last_line(run.metrics, "loss"):
         parts.append(f"loss {line['loss']:.4f} at step {line['step']}")
     checkpoints = run.checkpoints()
     count = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) != 1)}"
     parts.append(f"{count}, newest {checkpoints[0].name}" if checkpoints else "no checkpoint")
-    if (share := goodput(run.history.so_far("running"))) is not None:
+    if (share := goodput(run.history.so_far())) is not None:
         parts.append(f"goodput {share:.0%}")
     return " · ".join(parts)
 
 
-def _table(attempts: list[dict[str, Any]]) -> Table:
+def _table(attempts: list[Attempt]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    jobs = any(attempt["job_id"] for attempt in attempts)
-    causes = any(attempt.get("cause") for attempt in attempts)
+    jobs = any(attempt.job_id for attempt in attempts)
+    causes = any(attempt.cause for attempt in attempts)
     right = ("#", "ranks", "from", "again", "restart")
     # within 80 columns: how long starts took gives way to what Slurm did
     names = ("#", "start (UTC)", "took", "ranks", *["job"] * jobs, "from", "steps", "again")
     for name in (*names, *["restart"] * (not jobs), "ended", *["cause"] * causes):
         table.add_column(name, no_wrap=True, justify="right" if name in right else "left")
     for attempt in attempts:
-        reason = attempt.get("reason", "-")
-        trained = attempt.get("first_step")
+        first, again, start_s = attempt.first_step, attempt.steps_repeated, attempt.restart_s
         table.add_row(
-            str(attempt["attempt"]),
-            attempt["start"][5:16].replace("T", " "),
+            str(attempt.attempt),
+            f"{attempt.start:%m-%d %H:%M}",
             _took(attempt),
-            str(attempt["processes"]),
-            *[str(attempt["job_id"])] * jobs,
-            (attempt.get("resumed_from") or "-").removeprefix("checkpoint-"),
-            f"{trained}-{attempt.get('last_step', '')}" if trained else "-",
-            str(attempt.get("steps_repeated", "-")),
-            *[f"{sum(attempt['seconds'].values()):.1f} s" if "seconds" in attempt else "-"] * (not jobs),
-            reason,
-            *[attempt.get("cause") or "-"] * causes,
+            str(attempt.processes),
+            *[str(attempt.job_id)] * jobs,
+            (attempt.resumed_from or "-").removeprefix("checkpoint-"),
+            f"{first}-{attempt.last_step or ''}" if first else "-",
+            "-" if again is None else str(again),
+            *["-" if start_s is None else f"{start_s:.1f} s"] * (not jobs),
+            attempt.reason or "-",
+            *[attempt.cause or "-"] * causes,
         )
     return table
 
 
-def _last_words(attempts: list[dict[str, Any]]) -> list[str]:
+def _last_words(attempts: list[Attempt]) -> list[str]:
     """Return where the time of the last attempt's start went, and why it ended."""
     last = attempts[-1]
-    seconds: dict[str, float] = last.get("seconds", {})
+    seconds = last.seconds or {}
     parts = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items()]
     lines = [f"the last start took {sum(seconds.values()):.1f} s: {', '.join(parts)}"] if parts else []
-    return (
-        [*lines, f"attempt {last['attempt']} {last['reason']}: {last['message']}"]
-        if last.get("message")
-        else lines
-    )
+    if last.message:
+        lines.append(f"attempt {last.attempt} {last.reason}: {last.message}")
+    return lines
 
 
-def _took(attempt: dict[str, Any]) -> str:
-    end = datetime.fromisoformat(attempt["end"]) if "end" in attempt else datetime.now(UTC)
-    return str(timedelta(seconds=round((end - datetime.fromisoformat(attempt["start"])).total_seconds())))
+def _took(attempt: Attempt) -> str:
+    return str(timedelta(seconds=round(((attempt.end or now()) - attempt.start).total_seconds())))

@@ -154,7 +154,7 @@ def test_a_local_job_is_followed_cancelled_and_resumed(folder, qwenlora):
     job, run = submit("my.yaml", cluster="local"), RunFolder("runs/my")
     command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()", "logs", "-f", "runs/my"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as following:
-        _wait_for(lambda: run.history.attempts() and run.history.progress.read(1).get("step", 0) >= 3)
+        _wait_for(lambda: run.history.attempts() and _step(run, 1) >= 3)
         assert "is asked to save and to stop" in qwenlora("cancel", "runs/my").stdout
         assert job.result()["reason"] == "stopped"
         said = following.communicate(timeout=180)[0]
@@ -163,11 +163,16 @@ def test_a_local_job_is_followed_cancelled_and_resumed(folder, qwenlora):
     assert qwenlora("logs", "runs/my", "--rank", 0).stdout == run.log(1, "rank-0").read_text()
     answer = qwenlora("resume", "runs/my")
     assert answer.stdout.startswith("job "), answer.stderr
-    _wait_for(lambda: len(run.history.attempts()) == 2 and run.history.progress.read(2).get("step", 0) >= 1)
-    assert run.history.attempts()[1]["first_step"] > 1
+    _wait_for(lambda: len(run.history.attempts()) == 2 and _step(run, 2) >= 1)
+    assert run.history.attempts()[1].first_step > 1
     assert "is killed" in qwenlora("cancel", "runs/my", "--now").stdout
     _wait_for(lambda: run.abandoned)
     assert "not running on this machine" in qwenlora("cancel", "runs/my").stderr
+
+
+def _step(run: RunFolder, attempt: int) -> int:
+    progress = run.history.progress.read(attempt)
+    return progress.step if progress else 0
 
 
 def _wait_for(what, seconds: float = 240):  # two other ranks may be starting beside

@@ -354,7 +354,7 @@ def test_a_local_job_of_two_processes_ends_with_the_summary(folder):
     assert job.state == "FINISHED"
     assert "2 processes x" in job.stdout()
     (line,) = submissions(RunFolder("runs/我的 run"))
-    assert (line["job_id"], line["cluster"], line["work_dir"]) == (job.job_id, "local", str(folder))
+    assert (line.job_id, line.cluster, line.work_dir) == (job.job_id, "local", str(folder))
 
 
 def test_a_local_job_that_fails_says_why(folder):
