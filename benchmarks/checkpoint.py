@@ -31,8 +31,11 @@ from qwenlora.configs.schema import Config, Data, Lora, Model, Train
 from qwenlora.data.prepared import Side
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Identity
+from qwenlora.trainer.loop.arguments import order_of, training_arguments
+from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
-from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
+from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model.tiny import build_tiny
 from qwenlora.trainer.record.metrics import MetricsFile
 
@@ -93,14 +96,15 @@ def trainer_of(
     tokenizer, run = AutoTokenizer.from_pretrained(base), RunFolder(folder)
     arguments = training_arguments(config, run, len(side), 1, evaluates=False)
     arguments.save_total_limit = 2  # transformers' own rotation
-    saver = Saver(run, {"config": {}}, 1, limit=2, in_background=in_background, timeout_s=600)
+    saver = Saver(
+        run, Identity(config={}, data="", base=""), 1, limit=2, in_background=in_background, timeout_s=600
+    )
     with tempfile.TemporaryDirectory() as constant:
         model.peft_config["default"].save_pretrained(constant)
         tokenizer.save_pretrained(constant)
         saver.constant({file.name: file.read_bytes() for file in Path(constant).iterdir()})
-    return kind(
-        model, config, arguments, order_of(config, side), side, None, saver=saver, processing_class=tokenizer
-    )
+    rows = Rows(order_of(config, side), side)
+    return kind(model, config, arguments, rows, Services(saver), processing_class=tokenizer)
 
 
 class Clock(TrainerCallback):

@@ -476,10 +476,10 @@ def prepare_ours(options: argparse.Namespace) -> tuple[Facts, Any]:
     assert side is not None, "there are rows"
     counts = rows.counts["train"]
     assert not rows.facts["bad"], rows.bad_report
-    assert len(side) == counts["rows"]
-    assert int(side.lengths.sum(dtype=np.int64)) == len(side.ids) == counts["tokens"]
-    assert len(packs) == counts["packs"]
-    facts = {name: counts[name] for name in ("rows", "tokens", "trained_tokens", "packs")}
+    assert len(side) == counts.rows
+    assert int(side.lengths.sum(dtype=np.int64)) == len(side.ids) == counts.tokens
+    assert len(packs) == counts.packs
+    facts = {name: getattr(counts, name) for name in ("rows", "tokens", "trained_tokens", "packs")}
     facts |= {name: rows.facts[name] for name in ("processes", "peak_memory_bytes")}
     return facts | {"seconds": seconds, "build_seconds": rows.facts["seconds"]}, rows
 

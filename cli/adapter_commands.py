@@ -1,12 +1,18 @@
-"""The commands for what training left: verify, merge, chat, compare, report, runs, diff, export,
-convert-qwen1."""
+"""The commands that load a model: verify, merge, chat, compare, export, convert-qwen1."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qwenlora.cli.guarded import guarded
+from qwenlora.adapter.answers import Sampling
+from qwenlora.adapter.chat import chat as chatting
+from qwenlora.adapter.compare import compare as comparing
+from qwenlora.adapter.merge import merge as merging
+from qwenlora.adapter.publish import export as exporting
+from qwenlora.adapter.qwen1.convert import convert
+from qwenlora.adapter.subject import find
+from qwenlora.adapter.verify import show as show_verdict
 
 Subject = Annotated[
     str,
@@ -15,7 +21,6 @@ Subject = Annotated[
 Adapter = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, a run's, or a checkpoint's.")
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/tiny.")]
 Base = Annotated[
     str | None,
     typer.Option(help="The base model, where it is not where the adapter says: a folder or hub name."),
@@ -27,7 +32,7 @@ TrustRemoteCode = Annotated[
 
 def verify(adapter: Adapter, base: Base = None, trust_remote_code: TrustRemoteCode = False) -> int:
     """Check that an adapter is whole, fits its base, and holds something; say which base it needs."""
-    return show(find(adapter, base=base, trust_remote_code=trust_remote_code))
+    return show_verdict(find(adapter, base=base, trust_remote_code=trust_remote_code))
 
 
 def merge(
@@ -114,15 +119,6 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> int:
     """Talk with a model: in the terminal, with one prompt, or with the questions of a file."""
-
-    from rich.console import Console
-
-    from qwenlora.adapter import quiet
-
-    with quiet(), Console(stderr=True).status("starting", spinner_style="dim"):
-        from qwenlora.adapter.answers import Sampling
-        from qwenlora.adapter.chat import chat as chatting
-        from qwenlora.adapter.subject import find
     found = find(subject, base=base, trust_remote_code=trust_remote_code)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     return chatting.chat(
@@ -200,7 +196,7 @@ def export(
     license_: Annotated[str | None, typer.Option("--license", help="Licence, as the hub spells it.")] = None,
 ) -> int:
     """Make a folder for a model hub: the adapter, its tokenizer, and a card filled in from the run."""
-    print(make(run, to, name=name, base=base, license=license_))
+    print(exporting.export(run, to, name=name, base=base, license=license_))
     return 0
 
 

@@ -25,37 +25,33 @@ RunOrJobName = Annotated[
 ]
 
 
-def with_options(options: type) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def with_options(options: type, **defaults: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a command whose last parameter is **options an option for each key of a TypedDict.
 
-    options: its values are Annotated[type, help text]; None, or False for a bool, is the default.
+    options: its values are Annotated[type, help text]; defaults: by name, else None, or False for a bool.
     """
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         parameters = list(inspect.signature(command).parameters.values())[:-1]
         positional = [parameter for parameter in parameters if parameter.kind != parameter.KEYWORD_ONLY]
-        parameters = [*positional, *map(_option, *_named(options)), *parameters[len(positional) :]]
+        hints = get_type_hints(options, include_extras=True)
+        added = [_option(name, hint, defaults.get(name)) for name, hint in hints.items()]
+        parameters = [*positional, *added, *parameters[len(positional) :]]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return command
 
     return decorate
 
 
-def _named(options: type) -> tuple[list[str], list[Any]]:
-    hints = get_type_hints(options, include_extras=True)
-    return list(hints), list(hints.values())
-
-
-def _option(name: str, hint: Any) -> inspect.Parameter:
+def _option(name: str, hint: Any, default: str | None) -> inspect.Parameter:
     kind, help_text = get_args(hint)
     keyword = inspect.Parameter.KEYWORD_ONLY
     if kind is bool:
         flag = Annotated[bool, typer.Option(f"--{name.replace('_', '-')}", help=help_text)]
         return inspect.Parameter(name, keyword, default=False, annotation=flag)
-    value = int | None if int in get_args(kind) else str | None
-    return inspect.Parameter(
-        name, keyword, default=None, annotation=Annotated[value, typer.Option(help=help_text)]
-    )
+    value = int | None if int in get_args(kind) else str if default else str | None
+    option = Annotated[value, typer.Option(help=help_text)]
+    return inspect.Parameter(name, keyword, default=default, annotation=option)
 
 
 def screen() -> Console:

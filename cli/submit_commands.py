@@ -25,7 +25,7 @@ from qwenlora.jobs.submission.sweeps import parse_grid
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be submitted; write nothing.")]
 
 
-@with_options(JobOptions)
+@with_options(JobOptions, cluster="slurm")
 def submit(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -41,7 +41,7 @@ def submit(
     return _show(submission) if dry_run else _submit(submission)
 
 
-@with_options(JobOptions)
+@with_options(JobOptions, cluster="slurm")
 def sweep(
     config: ConfigFile,
     overrides: Overrides = None,

@@ -6,7 +6,8 @@ import typer
 
 from qwenlora.cli.arguments import AllowConfigChange, ConfigFile, Fresh, Overrides
 from qwenlora.configs import load_config
-from qwenlora.launch import agent, plan
+from qwenlora.launch import agent
+from qwenlora.launch.dry_run import dry_run as describe
 
 
 def train(
@@ -42,7 +43,7 @@ def train(
     loaded, allowed = load_config(config, all_overrides), allow_config_change or []
     if dry_run:
         arguments = [str(config), *all_overrides]
-        print(plan.dry_run(loaded, arguments, fresh=fresh, resume=resume, allowed=allowed), end="")
+        print(describe(loaded, arguments, fresh=fresh, resume=resume, allowed=allowed), end="")
         return 0
     return agent.run(loaded, fresh=fresh, resume=resume, allowed=allowed)
 

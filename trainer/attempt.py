@@ -28,10 +28,14 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.run.handover import Handover
 from qwenlora.run.heartbeat import Heart
 from qwenlora.run.records import Facts, Identity, Reason
+from qwenlora.trainer.loop.arguments import order_of, training_arguments
+from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver, reason_of
 from qwenlora.trainer.loop.state import adapter_of, check_alike, not_finite
-from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
+from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model.checks import check_isolation, untrained_turn_tokens
+from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.ranks.screen import Rank, StopRequest
 from qwenlora.trainer.ranks.stop import TIME_IS_OVER, Stop
@@ -92,11 +96,11 @@ def train(
     longest = max(counts.longest for counts in facts.data.values())
     spread = strategy.choose(config, facts.parameters, _accumulation(config, rank), longest)
     base = strategy.load_base(config, facts.base, spread)
-    untrained = models.untrained_turn_tokens(base, tokenizer)
+    untrained = untrained_turn_tokens(base, tokenizer)
     torch.manual_seed(
         config.train.seed
     )  # the same adapter to begin with on every rank, however the base is spread
-    model = models.add_lora(base, config.lora, config.model.revision)
+    model = add_lora(base, config.lora, config.model.revision)
     heart.beat(step)
     packs = prepared.open_packs(folder) if facts.packing else None
 
@@ -113,13 +117,12 @@ def train(
         training_arguments(
             config, run, facts.units, rank.world_size, evaluates=eval_side is not None, name=spread.name
         ),
-        order_of(config, train_side, packs),
-        train_side,
-        eval_side,
-        saver=_saver(config, run, rank, identity, warn, give_up) if rank.first else None,
-        stop=stop,
-        place=_place_of(config, train_side),
-        warn=warn,
+        Rows(order_of(config, train_side, packs), train_side, eval_side, _place_of(config, train_side)),
+        Services(
+            saver=_saver(config, run, rank, identity, warn, give_up) if rank.first else None,
+            stop=stop,
+            warn=warn,
+        ),
         deepspeed=spread.deepspeed,
         team=team,
         processing_class=tokenizer,
@@ -129,7 +132,7 @@ def train(
     if facts.packing:
         # by whole packs on each rank: the kernel is asked, which sees them whole where ranks share sequences,
         # too
-        models.check_isolation(model)
+        check_isolation(model)
     sequence.share_attention(base, team)
     _beat_with(model, heart, trainer)
     metrics = MetricsFile(run.metrics, warn) if rank.first else None

@@ -6,7 +6,6 @@ rank waits in a collective meanwhile. What it counted is left in the run folder'
 it.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,13 @@ from rich.console import Console
 from qwenlora.configs import Config, combinations
 from qwenlora.data import freshness as current
 from qwenlora.data import prepared
-from qwenlora.run.disk import write_atomically
-from qwenlora.run.folder import RunFolder, allows
+from qwenlora.run.changes import allows
+from qwenlora.run.disk import free_bytes, write_atomically
+from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
-from qwenlora.trainer.loop.trainer import check_settings
+from qwenlora.trainer.loop.arguments import check_settings
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model.lora import count_parameters
 from qwenlora.trainer.spread import sequence
 
 # what a checkpoint holds for each trainable number: itself and Adam's two moments, in float32
@@ -41,7 +42,7 @@ def prepare(
     stamp = current.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
     tokenizer = models.load_tokenizer(config, base)
     fingerprint = models.fingerprint(config, base)
-    parameters = models.count_parameters(config, base)
+    parameters = count_parameters(config, base)
     checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
     checkpoint_bytes += len(tokenizer.backend_tokenizer.to_str(True).encode())
     _check_space(run.path, checkpoint_bytes)
@@ -148,7 +149,7 @@ def _check_device(config: Config) -> None:
 
 
 def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < needed:
         raise ValueError(
             f"run_dir={folder} has {free / 2**20:.0f} MiB free, one checkpoint needs {needed / 2**20:.0f}"

@@ -26,7 +26,7 @@ from qwenlora.jobs.submission import executors, sweeps
 from qwenlora.jobs.submission.options import JobOptions, JobSpec, check_options, cluster_of, job_spec
 from qwenlora.jobs.submission.site import Site, load_site
 from qwenlora.jobs.task import InProcess, RunTask, Summary
-from qwenlora.launch import hosts, plan
+from qwenlora.launch import hostfile, refusals
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import snapshot as copy_package
 from qwenlora.run.records import now
@@ -212,7 +212,7 @@ def prepare(
         raise ValueError(
             "fresh and allow_config_change do not go with cluster=debug; qwenlora train knows them"
         )
-    plan.check_keys(allowed)
+    refusals.check_allowed_keys(allowed)
     target = RunFolder(loaded.run_dir)
     _check_path(target, snapshot=options.get("snapshot", False))
     processes = _check(loaded, options, site)
@@ -255,18 +255,18 @@ def _check(config: Config, options: JobOptions, site: Site) -> int:
     """Refuse what the agent would refuse, and return the processes a node. Raises: ValueError."""
     cluster = cluster_of(options)
     if cluster == "slurm":
-        hosts.refuse_in_slurm(config)
+        refusals.check_launcher_in_slurm(config)
     if config.launch.hostfile is not None:
         raise ValueError(
             f"launch.hostfile={config.launch.hostfile} is for qwenlora train on the first of these machines;"
             " leave it out"
         )
     spec = job_spec(options, site, 1, "")
-    default = 1 if cluster == "slurm" else plan.processes_of(config)
+    default = 1 if cluster == "slurm" else hostfile.processes_per_node(config)
     processes = config.launch.nproc_per_node or spec.gpus_per_node or default
     if cluster == "debug":
         processes = 1
-    plan.check(config, spec.nodes, processes)
+    refusals.check_start(config, spec.nodes, processes)
     return processes
 
 

@@ -1,16 +1,14 @@
 """What was prepared stands until anything that it was made of changes."""
 
-import json
 import os
 import time
-from dataclasses import replace
 
 import pytest
 
 from qwenlora.configs import load_config
 from qwenlora.data import freshness as current
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.prepare import prepare, read_facts
+from qwenlora.trainer.prepare import prepare
 
 
 @pytest.fixture
@@ -75,8 +73,7 @@ def test_what_is_gone_is_made_again(config, run, tmp_path, lost):
 
 
 def test_a_full_disk_is_left_to_preparation_to_say(config, run):
-    facts = read_facts(run)
-    run.facts.write_text(json.dumps(replace(facts, checkpoint_bytes=10**18).as_dict()))
+    run.facts.write_text(run.read_facts().revised(checkpoint_bytes=10**18).text())
     assert not stands(config(), run)
 
 

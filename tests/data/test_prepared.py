@@ -69,7 +69,7 @@ def test_what_is_read_back_is_what_the_encoder_gives(make, rows_file, tokenizer)
         assert side.trained_lengths[number] == tokens.trained.sum()
         assert made.place("train", number) == f"{rows_file}:{number + 1}"
     counts = made.counts["train"]
-    assert (counts["rows"], counts["tokens"]) == (30, len(side.ids))
+    assert (counts.rows, counts.tokens) == (30, len(side.ids))
     assert isinstance(side.ids, np.memmap)
 
 
@@ -188,7 +188,7 @@ def test_bad_rows_are_refused_with_their_places_or_left_out_and_listed(tmp_path,
     )
     made = make(file, on_bad_row="skip")
     made.refuse(Data(train=file, on_bad_row="skip"), tokenizer)
-    assert (made.counts["train"]["rows"], made.facts["bad"]) == (5, 2)
+    assert (made.counts["train"].rows, made.facts["bad"]) == (5, 2)
     assert [line.split(": ")[0] for line in made.bad_lines()] == [f"{file}:3", f"{file}:7"]
     assert "2 of 7 rows cannot be trained" in refused(made, tokenizer), (
         "the same rows, and they are not to be skipped"
@@ -239,16 +239,16 @@ def test_long_rows_are_cut_dropped_or_split_and_counted(tmp_path, make, rows_fil
         make(answers, max_length=30, overlength="truncate").counts["train"],
         make(answers).side("train").lengths,
     )
-    assert (cut["truncated"], cut["rows"], cut["longest"]) == (int((uncut > 30).sum()), 30, 30)
+    assert (cut.truncated, cut.rows, cut.longest) == (int((uncut > 30).sum()), 30, 30)
     drop = make(rows_file, max_length=30, overlength="drop")
     counts = drop.counts["train"]
-    assert (counts["dropped"], counts["rows"], counts["overlength"]) == (long, 30 - long, long)
+    assert (counts.dropped, counts.rows, counts.overlength) == (long, 30 - long, long)
     assert np.load(drop.folder / "train" / "whole.npy").tolist() == whole.tolist(), "the histogram's lengths"
     turns = [{"role": role, "content": f"{role} {n}"} for n in range(20) for role in ("user", "assistant")]
     split = make(write(tmp_path / "chat.jsonl", [{"messages": turns}]), max_length=100, overlength="split")
     counts, side = split.counts["train"], split.side("train")
-    assert (counts["split"], counts["read_rows"], counts["lost_replies"]) == (1, 1, 0)
-    assert counts["rows"] == len(side) > 2
+    assert (counts.split, counts.read_rows, counts.lost_replies) == (1, 1, 0)
+    assert counts.rows == len(side) > 2
     assert side.row_of.tolist() == [0] * len(side)
 
 
@@ -272,7 +272,7 @@ def test_data_that_never_trains_the_end_of_a_turn_is_refused(tmp_path, make, tok
 def test_plain_text_has_no_turns_to_end(tmp_path, make, tokenizer):
     made = make(write(tmp_path / "my.jsonl", [{"text": "春眠不觉晓。"}, {"text": "处处闻啼鸟。"}]))
     made.refuse(Data(train="x"), tokenizer)
-    assert made.counts["train"]["trained_tokens"] == made.counts["train"]["tokens"] - 2
+    assert made.counts["train"].trained_tokens == made.counts["train"].tokens - 2
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, make, rows_file, monkeypatch):
@@ -337,7 +337,7 @@ def test_a_row_that_is_written_otherwise_stays_on_its_side(tmp_path, make):
     made = [
         make(write(tmp_path / f"{n}.jsonl", some), eval_fraction=0.2) for n, some in enumerate((rows, chats))
     ]
-    assert made[0].counts["eval"]["sha256"] == made[1].counts["eval"]["sha256"]
+    assert made[0].counts["eval"].sha256 == made[1].counts["eval"].sha256
 
 
 def test_rows_on_both_sides_and_duplicates_are_counted(tmp_path, make):
@@ -346,7 +346,7 @@ def test_rows_on_both_sides_and_duplicates_are_counted(tmp_path, make):
     made = make(train, eval=eval_)
     assert made.facts["overlap"] == {"rows": 2, "first": [0, 1]}
     assert made.place("eval", 0) == f"{eval_}:1"
-    assert made.counts["train"]["duplicates"] == 3
+    assert made.counts["train"].duplicates == 3
 
 
 def test_weights_say_how_often_an_epoch_sees_a_source(tmp_path, make, tokenizer):
@@ -361,7 +361,7 @@ def test_weights_say_how_often_an_epoch_sees_a_source(tmp_path, make, tokenizer)
     assert len(first) == 200
     assert len(set(first)) == 100
     assert 30 < len(second) == len(set(second)) < 70
-    assert made.counts["train"]["tokens"] == sum(len(made.side("train").row(n).ids) for n in range(len(seen)))
+    assert made.counts["train"].tokens == sum(len(made.side("train").row(n).ids) for n in range(len(seen)))
 
 
 def test_options_of_a_source_are_its_own(tmp_path, make, tokenizer):
@@ -393,7 +393,7 @@ def test_a_file_that_changes_after_it_was_hashed_is_never_kept_under_its_old_byt
         with pytest.raises(ValueError, match="a data file was changed while it was read; start again"):
             make(str(file))
     write(file, rows_of(5))
-    assert make(str(file)).counts["train"]["rows"] == 5
+    assert make(str(file)).counts["train"].rows == 5
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0, 0.25])
@@ -401,15 +401,15 @@ def test_a_weight_of_training_rows_changes_no_evaluation(tmp_path, make, tokeniz
     file = write(tmp_path / "my.jsonl", rows_of(200, words=0))
     data = {"train": Source(path=file, weight=weight), "eval_fraction": 0.2}
     made, counted = make(**data), survey(Data(**data))
-    assert made.counts["eval"]["rows"] == counted.eval == 34
-    assert made.counts["train"]["rows"] == counted.train
+    assert made.counts["eval"].rows == counted.eval == 34
+    assert made.counts["train"].rows == counted.train
 
 
 def test_a_fraction_of_a_weight_and_of_eval_choose_independently(tmp_path, make):
     file = write(tmp_path / "my.jsonl", rows_of(400, words=0))
     made = make(Source(path=file, weight=0.5), eval_fraction=0.5)
-    assert 150 < made.counts["eval"]["rows"] < 250
-    assert 60 < made.counts["train"]["rows"] < 140, "half of the other half"
+    assert 150 < made.counts["eval"].rows < 250
+    assert 60 < made.counts["train"].rows < 140, "half of the other half"
 
 
 def test_the_key_changes_with_weight_side_kind_code_libraries_and_special_tokens(
@@ -441,18 +441,18 @@ def test_the_identity_of_rows_tells_masks_weights_and_texts_apart(tmp_path, make
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
     file = write(tmp_path / "my.jsonl", [{"messages": turns}])
     made = [make(file), make(file, train_on="all"), make(Source(path=file, weight=2.0))]
-    assert len({one.counts["train"]["sha256"] for one in made}) == 3
+    assert len({one.counts["train"].sha256 for one in made}) == 3
     texts = write(tmp_path / "texts.jsonl", [{"text": f"text {n}"} for n in range(50)])
     counts = make(texts, eval_fraction=0.3).counts
-    assert counts["train"]["duplicates"] == counts["eval"]["duplicates"] == 0
-    assert 0 < counts["eval"]["rows"] < 50
+    assert counts["train"].duplicates == counts["eval"].duplicates == 0
+    assert 0 < counts["eval"].rows < 50
 
 
 def test_the_packs_that_are_kept_are_of_max_length(make, rows_file):
     made = make(rows_file, max_length=100)
     lengths = made.packs().lengths(made.side("train").lengths)
     assert lengths.max() <= 100
-    assert len(lengths) == made.counts["train"]["packs"]
+    assert len(lengths) == made.counts["train"].packs
 
 
 def test_a_reply_that_fits_nowhere_is_counted(tmp_path, make):
@@ -460,14 +460,14 @@ def test_a_reply_that_fits_nowhere_is_counted(tmp_path, make):
     turns += [{"role": "user", "content": "q"}, {"role": "assistant", "content": "很长" * 100}]
     made = make(write(tmp_path / "my.jsonl", [{"messages": turns}]), max_length=60, overlength="split")
     counts = made.counts["train"]
-    assert (counts["overlength"], counts["split"], counts["dropped"], counts["lost_replies"]) == (1, 1, 0, 1)
+    assert (counts.overlength, counts.split, counts.dropped, counts.lost_replies) == (1, 1, 0, 1)
     made = make(
         write(tmp_path / "my.jsonl", [{"messages": turns[-2:]}, {"messages": turns}]),
         max_length=60,
         overlength="split",
     )
     counts = made.counts["train"]
-    assert (counts["overlength"], counts["split"], counts["dropped"], counts["lost_replies"]) == (2, 1, 1, 2)
+    assert (counts.overlength, counts.split, counts.dropped, counts.lost_replies) == (2, 1, 1, 2)
 
 
 def test_only_sources_with_bad_rows_are_counted_with_them(tmp_path, make):
@@ -507,7 +507,7 @@ def test_parquet_and_json_lines_of_the_same_tool_calls_are_the_same_rows(tmp_pat
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     files = [str(tmp_path / name) for name in ("a.jsonl", "a.parquet")]
     made = [prepare(Data(train=file), tokenizers["qwen3"], tmp_path / "c") for file in files]
-    assert made[0].counts["train"]["sha256"] == made[1].counts["train"]["sha256"]
+    assert made[0].counts["train"].sha256 == made[1].counts["train"].sha256
 
 
 PREPARE = """
@@ -522,7 +522,7 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 print("ready", flush=True)
 data = Data(train=sys.argv[2], num_proc=2)
 made = prepare(data, tokenizer, Path(sys.argv[3]), say=lambda line: print(line, flush=True))
-print(made.counts["train"]["sha256"], flush=True)
+print(made.counts["train"].sha256, flush=True)
 """
 
 
@@ -558,8 +558,8 @@ def test_of_two_preparations_one_is_killed_and_the_other_ends_right_and_a_third_
     assert "has ended without finishing: preparing the data here" in said[0]
     third = start().communicate(timeout=180)[0]
     expected = prepare(Data(train=file), tokenizer, tmp_path / "other").counts["train"]
-    assert said[-1] == third.strip() == expected["sha256"]
-    assert expected["rows"] == 60_000
+    assert said[-1] == third.strip() == expected.sha256
+    assert expected.rows == 60_000
     assert len(list((tmp_path / "cache").glob("*.staging-*"))) == 0
 
 

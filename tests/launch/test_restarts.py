@@ -3,10 +3,13 @@
 import pytest
 
 from qwenlora.launch import restarts
+from qwenlora.run.records import Attempt, now
 
 
-def attempt(reason, saved_before, job="7"):
-    return {"job_id": job, "reason": reason, "saved_before": saved_before}
+def attempt(reason, saved_before, job="7", **values):
+    return Attempt(
+        attempt=1, start=now(), end=now(), reason=reason, saved_before=saved_before, job_id=job, **values
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,7 @@ def test_attempts_of_an_earlier_job_do_not_count():
 
 
 def test_a_node_that_was_lost_is_no_crash():
-    found = [attempt("failed", 0) | {"cause": "NODE_FAIL"} for _ in range(4)]
+    found = [attempt("failed", 0, cause="NODE_FAIL") for _ in range(4)]
     assert restarts.worth_another(found, "7", 3, 0)[0]
     assert restarts.worth_another([*found, attempt("failed", 0)], "7", 3, 0)[0]
     assert not restarts.worth_another([*found, attempt("failed", 0), attempt("failed", 0)], "7", 3, 0)[0]

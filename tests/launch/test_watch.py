@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import ExitStack
 
 import pytest
 from rich.console import Console
@@ -13,12 +14,16 @@ from rich.console import Console
 from qwenlora.configs import load_config
 from qwenlora.launch import watch as watching
 from qwenlora.launch.allocation import Allocation
+from qwenlora.launch.causes import cause_of_stop
 from qwenlora.launch.meeting import Meeting
+from qwenlora.launch.messages import RankPosition, RanksEnded, RunOver
+from qwenlora.launch.node import Node
 from qwenlora.launch.verdict import conclude, first_error
-from qwenlora.launch.watch import Watch, slurm_cause
+from qwenlora.launch.watch import Watch
 from qwenlora.run import heartbeat
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.heartbeat import Beat
+from qwenlora.run.records import RankError
 from qwenlora.slurm.query import Job
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
@@ -26,7 +31,7 @@ HOSTS = ("127.0.0.1", "127.0.0.2")
 
 class Children:
     def __init__(self, why=""):
-        self.asked, self.why, self.killed = bool(why), why, False
+        self.stop_requested, self.stop_signal, self.killed = bool(why), why, False
 
     def kill(self):
         self.killed = True
@@ -54,13 +59,13 @@ def folder(config):
 def watches(config, folder):
     """Return the watches of two nodes that have met."""
     first, second = (Allocation(number, HOSTS, "31", 0, False) for number in range(2))
-    with Meeting(first) as here, Meeting(second) as there:
+    with Meeting(first) as here, Meeting(second) as there, ExitStack() as stack:
         there.join(5.0, lambda: False)
         while not here._peers:
             time.sleep(0.01)
-        yield (
-            Watch(config, first, here, Children(), folder, 1),
-            Watch(config, second, there, Children(), folder, 1),
+        yield tuple(
+            Watch(Node(config, allocation, Children(), meeting, Console(file=io.StringIO()), stack), 1)
+            for allocation, meeting in ((first, here), (second, there))
         )
 
 
@@ -74,12 +79,12 @@ def until(what):
 def test_a_node_whose_ranks_failed_ends_those_of_all_after_a_grace(watches, monkeypatch):
     monkeypatch.setattr(watching, "GRACE_S", 0.3)
     first, second = watches
-    second.meeting.send(ended=1)
+    second.node.meeting.send(RanksEnded(code=1))
     until(
         lambda: (
             first.while_training()
             or second.while_training()
-            or (first.children.killed and second.children.killed)
+            or (first.node.children.killed and second.node.children.killed)
         )
     )
     assert not first.fault
@@ -88,36 +93,36 @@ def test_a_node_whose_ranks_failed_ends_those_of_all_after_a_grace(watches, monk
 
 def test_a_node_whose_ranks_are_done_ends_nobody(watches):
     first, _ = watches
-    watches[1].meeting.send(ended=0)
+    watches[1].node.meeting.send(RanksEnded(code=0))
     time.sleep(0.2)
     first.while_training()
     first.after(0)  # returns: all have ended
-    assert not first.children.killed
+    assert not first.node.children.killed
 
 
 def test_an_agent_that_is_gone_is_named(watches):
     first, second = watches
-    second.meeting.__exit__()
-    until(lambda: first.while_training() or first.children.killed)
+    second.node.meeting.__exit__()
+    until(lambda: first.while_training() or first.node.children.killed)
     assert first.fault == "the agent of 127.0.0.2 is gone: killed, or its node failed"
     first.after(1)  # and nobody waits for it
 
 
 def test_a_node_that_has_ended_may_leave(watches):
     first, second = watches
-    second.meeting.send(ended=0)
+    second.node.meeting.send(RanksEnded(code=0))
     time.sleep(0.1)
-    second.meeting.__exit__()
+    second.node.meeting.__exit__()
     time.sleep(0.2)
     first.while_training()
     assert not first.fault
-    assert not first.children.killed
+    assert not first.node.children.killed
 
 
 def test_the_end_of_all_reaches_a_node_that_still_trains(watches):
     first, second = watches
-    first.meeting.send(over=True)
-    until(lambda: second.while_training() or second.over)
+    first.node.meeting.send(RunOver())
+    until(lambda: second.while_training() or second.run_over)
 
 
 def test_ranks_that_give_no_sign_of_life_end_the_attempt(watches, monkeypatch):
@@ -133,7 +138,7 @@ def test_ranks_that_give_no_sign_of_life_end_the_attempt(watches, monkeypatch):
                 heart.beat(3)
         monkeypatch.undo()
         first.beats, second.beats = here, there
-        first._started = second._started = time.monotonic() - 10
+        first.started = second.started = time.monotonic() - 10
         time.sleep(1.1)
         second.while_training()
         first.while_training()
@@ -142,8 +147,8 @@ def test_ranks_that_give_no_sign_of_life_end_the_attempt(watches, monkeypatch):
             r" the others"
         )
         assert re.match(who, first.fault)
-        assert first.children.killed
-        until(lambda: second.while_training() or second.children.killed)
+        assert first.node.children.killed
+        until(lambda: second.while_training() or second.node.children.killed)
         for process in sleepers:
             process.kill()
             process.wait()
@@ -152,7 +157,7 @@ def test_ranks_that_give_no_sign_of_life_end_the_attempt(watches, monkeypatch):
 def test_a_slow_start_is_no_stall(watches):
     first, _ = watches
     with heartbeat.make_folder() as folder:
-        first.beats, first._started = folder, time.monotonic() - 100
+        first.beats, first.started = folder, time.monotonic() - 100
         first.while_training()  # none has come yet
         heartbeat.Heart(folder, 0).beat(0)
         first.while_training()
@@ -163,27 +168,33 @@ def test_a_slow_start_is_no_stall(watches):
     ("positions", "said"),
     [
         (
-            {0: [(Beat(0, 1, 7, 20, 0.0), "", 61.0)], 1: [(Beat(1, 2, 7, 19, 0.0), "", 62.0)]},
+            {
+                0: [RankPosition(Beat(0, 1, 7, 20, 0.0), "", 61.0)],
+                1: [RankPosition(Beat(1, 2, 7, 19, 0.0), "", 62.0)],
+            },
             "rank 1 on 127.0.0.2: no",
         ),
         (
-            {0: [(Beat(0, 1, 7, 19, 0.0), "", 61.0)], 1: [(Beat(1, 2, 7, 19, 0.0), "", 62.0)]},
+            {
+                0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "", 61.0)],
+                1: [RankPosition(Beat(1, 2, 7, 19, 0.0), "", 62.0)],
+            },
             "no progress for 62 s",
         ),
         (
             {
-                0: [(Beat(0, 1, 7, 19, 0.0), "its process has ended", 61.0)],
-                1: [(Beat(1, 2, 7, 19, 0.0), "", 62.0)],
+                0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "its process has ended", 61.0)],
+                1: [RankPosition(Beat(1, 2, 7, 19, 0.0), "", 62.0)],
             },
             "rank 0 on 127.0.0.1: no progress for 62 s (launch.stall_timeout_s is 1), in step 7 (its process"
             " has",
         ),
-        ({0: [(Beat(0, 1, 7, 19, 0.0), "", 61.0)]}, "1 ranks have not started to work"),
+        ({0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "", 61.0)]}, "1 ranks have not started to work"),
     ],
 )
 def test_who_lags_is_who_gave_the_fewest_signs_of_life(watches, positions, said):
     watches[0]._positions = positions
-    assert watches[0]._who_lags().startswith(said)
+    assert watches[0]._describe_stall().startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -202,19 +213,19 @@ def test_who_lags_is_who_gave_the_fewest_signs_of_life(watches, positions, said)
 )
 def test_what_slurm_does_to_a_job_that_is_asked_to_stop(job, why, cause, monkeypatch):
     monkeypatch.setenv("QWENLORA_LEAD_S", "USR1")  # no number: nothing may be raised
-    assert slurm_cause(job, why) == cause
+    assert cause_of_stop(job, why) == cause
 
 
 def test_the_cause_is_noted_at_once_and_asked_for_again_at_the_end(watches, folder, monkeypatch):
     first, _ = watches
     answers = [Job("31", "RUNNING", requeue=True), Job("31", "REQUEUED")]
-    monkeypatch.setattr(watching.answers, "ask", lambda *_: answers.pop(0))
-    first.children.asked, first.children.why = True, "SIGTERM"
+    monkeypatch.setattr(watching.query, "ask", lambda *_: answers.pop(0))
+    first.node.children.stop_requested, first.node.children.stop_signal = True, "SIGTERM"
     first.while_training()
     first.while_training()
     assert len(answers) == 1
     assert first.cause_of_the_end() == "REQUEUED"
-    assert folder.history.attempts()[0]["cause"] == "REQUEUED"
+    assert folder.history.attempts()[0].cause == "REQUEUED"
 
 
 # ---- verdicts
@@ -226,12 +237,15 @@ def concluded(folder, code, *, children=None, **how):
     return end, folder.history.attempts()[0]
 
 
+def write_error(folder, rank, message):
+    error = RankError(process=f"rank-{rank}", time=1.0, message=message, code=1, ours=False)
+    folder.error(1, error.process).write_text(error.text())
+
+
 def test_a_fault_that_the_agents_saw_is_the_reason(folder):
-    folder.logs(1).joinpath("rank-1.error.json").write_text(
-        '{"time": 1, "message": "reset", "code": 1, "ours": false}'
-    )
+    write_error(folder, 1, "reset")
     code, attempt = concluded(folder, 1, fault="node2 is gone", cause="NODE_FAIL")
-    assert (code, attempt["reason"], attempt["message"], attempt["cause"]) == (
+    assert (code, attempt.reason, attempt.message, attempt.cause) == (
         1,
         "failed",
         "node2 is gone",
@@ -241,15 +255,15 @@ def test_a_fault_that_the_agents_saw_is_the_reason(folder):
 
 def test_a_stop_before_anything_was_saved(folder):
     code, attempt = concluded(folder, -9, children=Children("SIGUSR1"), cause="TIMEOUT")
-    assert (code, attempt["reason"], attempt["cause"]) == (75, "stopped", "TIMEOUT")
-    assert attempt["message"] == "SIGUSR1: before it saved anything"
+    assert (code, attempt.reason, attempt.cause) == (75, "stopped", "TIMEOUT")
+    assert attempt.message == "SIGUSR1: before it saved anything"
 
 
 def test_a_run_that_came_to_its_end_was_not_stopped(folder):
     folder.note_attempt(cause="TIMEOUT")
     folder.end_attempt("done")
     code, attempt = concluded(folder, 0, children=Children("SIGUSR1"), cause="TIMEOUT")
-    assert (code, attempt["reason"], attempt["cause"]) == (0, "done", None)
+    assert (code, attempt.reason, attempt.cause) == (0, "done", None)
 
 
 def test_a_stop_is_not_a_done_run_though_there_is_an_older_adapter(folder):
@@ -260,6 +274,5 @@ def test_a_stop_is_not_a_done_run_though_there_is_an_older_adapter(folder):
 def test_the_rank_that_torchrun_saw_killed_on_any_node_comes_first(folder):
     report = "(first observed failure):\n  rank      : 3 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n"
     folder.log(1, "launch-1").write_text(report)
-    error = '{"time": 1, "message": "connection reset", "code": 1, "ours": false}'
-    folder.logs(1).joinpath("rank-0.error.json").write_text(error)
-    assert first_error(folder, 1)["message"].startswith("rank 3 was killed by SIGKILL, not by qwenlora")
+    write_error(folder, 0, "connection reset")
+    assert first_error(folder, 1).message.startswith("rank 3 was killed by SIGKILL, not by qwenlora")

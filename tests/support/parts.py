@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3Mo
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy
 from qwenlora.trainer.loop.state import check_alike
 from qwenlora.trainer.model import base_files
-from qwenlora.trainer.model.base import add_lora
+from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.spread import sharded_loading as loading
 

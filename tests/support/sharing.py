@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from made import side_of
+from made import NO_IDENTITY, side_of
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,11 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.data.order import accumulation_steps
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.loop.batches import collate_packs
+from qwenlora.trainer.loop.arguments import order_of, training_arguments
+from qwenlora.trainer.loop.batches import Rows, collate_packs
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.state import adapter_of
-from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
-from qwenlora.trainer.model.base import add_lora, count_parameters
+from qwenlora.trainer.loop.trainer import LoraTrainer, Services
+from qwenlora.trainer.model.lora import add_lora, count_parameters
 from qwenlora.trainer.ranks import faults
 from qwenlora.trainer.record.metrics import Metrics
 from qwenlora.trainer.spread import sequence, strategy
@@ -125,7 +126,7 @@ def run(one: Sharing, tokenizer: str) -> dict[str, Any]:
     arguments = training_arguments(config, folder, len(side), world, evaluates=True, name=one.strategy)
     arguments.logging_steps = 1
     saver = (
-        Saver(folder, {"config": {}}, world, limit=None, in_background=True, timeout_s=600)
+        Saver(folder, NO_IDENTITY, world, limit=None, in_background=True, timeout_s=600)
         if rank == 0
         else None
     )
@@ -133,10 +134,8 @@ def run(one: Sharing, tokenizer: str) -> dict[str, Any]:
         model,
         config,
         arguments,
-        order_of(config, side),
-        side,
-        side_of(EVAL_ROWS, 1),
-        saver=saver,
+        Rows(order_of(config, side), side, side_of(EVAL_ROWS, 1)),
+        Services(saver),
         team=team,
         deepspeed=spread.deepspeed,
         processing_class=AutoTokenizer.from_pretrained(tokenizer),

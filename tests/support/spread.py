@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from made import side_of
+from made import NO_IDENTITY, side_of
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.data.order import accumulation_steps
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.attempt import _constant_files, save_adapter
+from qwenlora.trainer.loop.arguments import order_of, training_arguments
+from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
-from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
-from qwenlora.trainer.model import base as models
+from qwenlora.trainer.loop.trainer import LoraTrainer, Services
+from qwenlora.trainer.model.lora import add_lora, count_parameters
 from qwenlora.trainer.spread import strategy
 
 STEPS, SAVED = 20, 10
@@ -135,30 +137,25 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
     if rank == 0:
         run.path.mkdir(parents=True, exist_ok=True)
     side, eval_ = side_of(ROWS), side_of(EVAL_ROWS, 1)
-    parameters = models.count_parameters(config, cell.base)
+    parameters = count_parameters(config, cell.base)
     spread = strategy.choose(config, parameters, accumulation_steps(8, 2, world))
     base = strategy.load_base(config, cell.base, spread)
     torch.manual_seed(config.train.seed)
-    model = models.add_lora(base, config.lora)
+    model = add_lora(base, config.lora)
     words = AutoTokenizer.from_pretrained(tokenizer)
     saver = (
-        Saver(run, {"config": {}}, world, limit=None, in_background=True, timeout_s=600)
-        if rank == 0
-        else None
+        Saver(run, NO_IDENTITY, world, limit=None, in_background=True, timeout_s=600) if rank == 0 else None
     )
     arguments = training_arguments(config, run, len(side), world, evaluates=True, name=spread.name)
     arguments.logging_steps = 1
-    said: list[str] = []
+    warnings: list[str] = []
     trainer = LoraTrainer(
         model,
         config,
         arguments,
-        order_of(config, side),
-        side,
-        eval_,
-        saver=saver,
+        Rows(order_of(config, side), side, eval_),
+        Services(saver, warn=warnings.append),
         deepspeed=spread.deepspeed,
-        warn=said.append,
         processing_class=words,
     )
     if saver:
@@ -183,7 +180,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
         moved = sum(p.float().abs().sum().item() for n, p in model.named_parameters() if "lora_B" in n)
     history = trainer.state.log_history
     return {
-        "said": said,
+        "warnings": warnings,
         "losses": {h["step"]: h["loss"] for h in history if "loss" in h},
         "norms": {h["step"]: float(h["grad_norm"]) for h in history if "loss" in h},
         "eval": {h["step"]: h["eval_loss"] for h in history if "eval_loss" in h},

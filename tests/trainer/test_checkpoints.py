@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from qwenlora.configs import load_config
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Cursor, Schedule, State
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.state import Snapshot
 
@@ -18,6 +19,21 @@ from qwenlora.trainer.loop.state import Snapshot
 def snapshot(value: float = 1.0) -> Snapshot:
     adapter = {f"layer.{n}.lora_{side}.weight": torch.full((4, 8), value) for n in range(2) for side in "AB"}
     return Snapshot(adapter, {"layer.0/exp_avg": torch.ones(4, 8)}, [{}])
+
+
+def state(moved: bool = True) -> State:
+    """Return what a checkpoint's state.json holds, of a first step."""
+    return State(
+        step=1,
+        cursor=Cursor(epoch=0, step_in_epoch=1, steps_per_epoch=9),
+        scheduler=Schedule(last_epoch=1),
+        optimizer_groups=[{}],
+        loss_so_far=[0.0],
+        logged_step=1,
+        evaluation_due=False,
+        eval_losses={},
+        moved=moved,
+    )
 
 
 @pytest.fixture
@@ -48,9 +64,7 @@ def saver(run, identity):
 
 def save(saver, step, snapshot=None, moved=True, losses=None):
     saver.wait()
-    saver.save(
-        step, snapshot or globals()["snapshot"](), {"state.json": json.dumps({"moved": moved})}, losses or {}
-    )
+    saver.save(step, snapshot or globals()["snapshot"](), {"state.json": state(moved).text()}, losses or {})
     saver.wait()
 
 
@@ -72,12 +86,12 @@ def test_a_checkpoint_holds_its_files_and_a_manifest_of_them(run, saver, identit
     folder = run.checkpoint(4)
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert names(run) == ["checkpoint-4"]
-    record = checkpoints.read(folder)
-    assert (record["format"], record["step"], record["world_size"]) == (1, 4, 2)
-    assert record["identity"] == identity
-    for name, values in record["files"].items():
-        assert (folder / name).stat().st_size == values["bytes"]
-    assert set(record["files"]) == set(FILES) - {"manifest.json"}
+    manifest = checkpoints.read(folder)
+    assert (manifest.format, manifest.step, manifest.world_size) == (1, 4, 2)
+    assert manifest.identity == identity
+    for name, entry in manifest.files.items():
+        assert (folder / name).stat().st_size == entry.bytes
+    assert set(manifest.files) == set(FILES) - {"manifest.json"}
     assert checkpoints.flaw(folder) == ""
     assert load_file(folder / "adapter_model.safetensors")["layer.0.lora_A.weight"].eq(1).all()
     assert (folder / "adapter_model.safetensors").stat().st_mode & 0o044, "a colleague may read it"
@@ -200,13 +214,13 @@ def test_a_checkpoint_is_known_by_what_it_is_not_by_its_name(run, saver, identit
     )
     aside = run.checkpoint(80).rename(run.path / "abandoned-checkpoint-8")
     assert checkpoints.choose(run, "abandoned-checkpoint-8", identity).folder == aside
-    assert checkpoints.read(aside)["step"] == 8
+    assert checkpoints.read(aside).step == 8
     with pytest.raises(ValueError, match="is a run, not one of its checkpoints: checkpoint-4"):
         checkpoints.choose(run, str(run.path), identity)
 
 
 def test_a_manifest_of_an_unknown_config_is_refused_in_words(run, saver, identity):
-    identity["config"]["train"]["of_tomorrow"] = 1
+    identity.config["train"]["of_tomorrow"] = 1
     save(saver, 4)
     with pytest.raises(ValueError, match="with a config that this version of qwenlora does not know"):
         checkpoints.choose(run, "checkpoint-4", identity)

@@ -1,8 +1,6 @@
 """On a GPU: what is copied in the background is what was trained, float16's scaler goes on, and a full GPU is
 said."""
 
-import json
-
 import pytest
 import torch
 from made import config_of, side_of, trainer_of
@@ -52,8 +50,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, dtype):
     torch.use_deterministic_algorithms(False)
     expected = adapter_of(whole.model)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_of(cut.model).items())
-    state = json.loads((RunFolder(tmp_path / "cut").checkpoint(6) / "state.json").read_text())
-    assert (state["scaler"] is not None) == (dtype == "float16")
+    state = checkpoints.read_state(RunFolder(tmp_path / "cut").checkpoint(6))
+    assert (state.scaler is not None) == (dtype == "float16")
 
 
 def test_a_full_gpu_is_said_with_the_batch(tiny, tmp_path):

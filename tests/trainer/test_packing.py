@@ -13,7 +13,8 @@ from qwenlora.data.order import Order
 from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
 from qwenlora.trainer.loop.batches import StepLoader, collate, collate_packs
-from qwenlora.trainer.model.base import IGNORED, check_isolation
+from qwenlora.trainer.model.base import IGNORED
+from qwenlora.trainer.model.checks import check_isolation
 
 PAD = 0
 

@@ -17,9 +17,8 @@ from qwenlora.configs.schema import Lora
 from qwenlora.data.order import Order, accumulation_steps
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.loop.batches import StepLoader
+from qwenlora.trainer.loop.batches import StepLoader, seed_micro_batch
 from qwenlora.trainer.loop.state import adapter_of
-from qwenlora.trainer.loop.trainer import seed_micro_batch
 from qwenlora.trainer.ranks.screen import StopRequest
 from qwenlora.trainer.ranks.stop import Stop
 from qwenlora.trainer.record.metrics import Metrics, MetricsFile
@@ -54,8 +53,9 @@ def attempt(tiny, folder, config, ask=None, eval_=None, before=None):
     if newest:
         assert checkpoints.flaw(newest) == ""
         made.load(newest)
-    file.forget_after(made.state.global_step, evaluation_too=made.resumed.get("evaluation_due", False))
-    if made.resumed.get("evaluation_due"):
+    evaluation_due = bool(made.resumed and made.resumed.evaluation_due)
+    file.forget_after(made.state.global_step, evaluation_too=evaluation_due)
+    if evaluation_due:
         made.evaluate()
     if made.state.global_step < STEPS and not made.stop.agreed:
         made.train(resume_from_checkpoint=str(newest) if newest else None)
@@ -68,7 +68,7 @@ def _ask_in_evaluation(made, request, evaluation, batch):
     agree, counts = made.stop.agree, {"batch": 0}
 
     def counting(device, also=None):
-        if inspect.stack()[1].function == "_evaluated":
+        if inspect.stack()[1].function == "sum_losses":
             counts["batch"] += 1
             if counts["batch"] == (evaluation - 1) * 2 + batch:  # two batches each
                 request.ask("SIGTERM")
@@ -158,8 +158,8 @@ def test_an_evaluation_that_was_killed_after_its_step_was_saved_is_made_again(ti
             pass
 
         def kill(made, number=number):
-            evaluated, count = made._evaluated, iter(range(1, 99))
-            made._evaluated = lambda: evaluated() if next(count) < number else (_ for _ in ()).throw(Killed)
+            sum_losses, count = made._sum_losses, iter(range(1, 99))
+            made._sum_losses = lambda: sum_losses() if next(count) < number else (_ for _ in ()).throw(Killed)
 
         with pytest.raises(Killed):
             attempt(tiny, folder, config, before=kill)

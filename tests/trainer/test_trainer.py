@@ -20,8 +20,10 @@ from qwenlora.data.chat import Tokens
 from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.loop.batches import collate, eval_batches
-from qwenlora.trainer.loop.trainer import LoraTrainer, check_settings, order_of, training_arguments
+from qwenlora.trainer.loop.arguments import check_settings, order_of, training_arguments
+from qwenlora.trainer.loop.batches import collate
+from qwenlora.trainer.loop.evaluation import eval_batches
+from qwenlora.trainer.loop.trainer import LoraTrainer
 from qwenlora.trainer.record import metrics
 from qwenlora.trainer.record.metrics import Metrics, MetricsFile, flops_per_token
 

@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 
 from qwenlora.configs import Config
 from qwenlora.run.records import Facts, SideCounts
-from qwenlora.trainer.model.base import EMBEDDINGS, TINY, pick_dtype
+from qwenlora.trainer.model.base import TINY, pick_dtype
+from qwenlora.trainer.model.lora import EMBEDDINGS
 from qwenlora.trainer.spread.strategy import Spread
 
 
