@@ -36,9 +36,7 @@ def verify(adapter: Adapter, base: Base = None, trust_remote_code: TrustRemoteCo
 
 
 def merge(
-    adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, a run's, or a checkpoint's.")
-    ],
+    adapter: Adapter,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     more: Annotated[
         list[str] | None, typer.Option("--adapter", help="One more adapter; may be given again.")

@@ -96,9 +96,7 @@ COMMANDS = {
         "runs",
         "List runs: how far each is, its evaluation, its data, its key settings, its adapter.",
     ),
-    "diff": Entry(
-        "run_commands", "diff", "Show in what two runs differ: config, code, data, results."
-    ),
+    "diff": Entry("run_commands", "diff", "Show in what two runs differ: config, code, data, results."),
     "export": Entry(
         "adapter_commands",
         "export",
@@ -123,7 +121,10 @@ COMMANDS = {
         slow=True,
     ),
     "data preview": Entry(
-        "data_commands", "preview", "Show rows as the model sees them, the trained tokens coloured.", slow=True
+        "data_commands",
+        "preview",
+        "Show rows as the model sees them, the trained tokens coloured.",
+        slow=True,
     ),
 }
 
@@ -197,7 +198,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def _whole() -> typer.Typer:
     """Return the command line, without the commands' modules."""
-    whole = _group(cls=LazyGroup, help="LoRA fine-tuning of a Qwen, from one YAML file.", no_args_is_help=True)
+    whole = _group(
+        cls=LazyGroup, help="LoRA fine-tuning of a Qwen, from one YAML file.", no_args_is_help=True
+    )
     whole.callback(invoke_without_command=True)(_version)
     groups = {"": whole}
     for name, text in GROUPS.items():

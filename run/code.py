@@ -38,7 +38,8 @@ def record(facts: Path, diff: Path) -> None:
 
 
 def own_commit() -> str | None:
-    """Return the commit of the package's own clone, with -dirty after changes; None when there is no clone."""
+    """Return the commit of the package's own clone, with -dirty after changes; None when there is no
+    clone."""
     return _commit(package()) if (package() / ".git").exists() else None
 
 

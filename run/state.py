@@ -21,7 +21,9 @@ RunState = Literal[
     "not started",
     "unknown",
 ]
-SILENT_S = 3600.0  # longer than any step, save or evaluation: an agent ends an attempt that stalls long before
+SILENT_S = (
+    3600.0  # longer than any step, save or evaluation: an agent ends an attempt that stalls long before
+)
 
 
 def state_of(
@@ -46,7 +48,9 @@ def state_of(
     if job and job.state == "PENDING":
         return "waits to go on" if last else "waiting"
     if last is None:
-        return _before_the_first(attempts, trained, under_way=local_job_is_alive or bool(job and job.is_alive))
+        return _before_the_first(
+            attempts, trained, under_way=local_job_is_alive or bool(job and job.is_alive)
+        )
     if last.reason:
         return last.reason
     if holder_is_alive is not None:

@@ -1,4 +1,5 @@
-"""A run as a job: `from qwenlora.jobs import submit; job = submit("configs/my.yaml", {"lora.r": 32}, nodes=2)`.
+"""A run as a job: `from qwenlora.jobs import submit; job = submit("configs/my.yaml", {"lora.r": 32},
+nodes=2)`.
 
 On submitit: `job.result()` is the run's summary (task.py), `job.state` Slurm's word. What is submitted lies
 beside the run folder, in .submitted/<run>/<n>/: the resolved config, a copy of the package, submitit's files;
@@ -68,7 +69,8 @@ class Submission:
         return executors.slurm(self.spec, self.folder(), self.max_parallel).text(len(self.configs))
 
     def submit(self) -> list[Job]:
-        """Submit, and return a Job for each config. Raises: ValueError with sbatch's words when it refuses."""
+        """Submit, and return a Job for each config. Raises: ValueError with sbatch's words when it
+        refuses."""
         if self.cluster == "slurm" and not shutil.which("sbatch"):
             raise ValueError(
                 "cluster=slurm: there is no sbatch on this machine; submit from a login node, or"
@@ -204,7 +206,8 @@ def prepare(
     allowed: Sequence[str] = (),
     source: Path | None = None,
 ) -> Submission:
-    """Return the submission of one run. source: the package that a snapshot is taken of. Raises: ValueError."""
+    """Return the submission of one run. source: the package that a snapshot is taken of. Raises:
+    ValueError."""
     site = load_site(options.get("site"))
     loaded = load_config(config, overrides, site.config, str(site.file))
     check_options(options, site)

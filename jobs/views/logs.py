@@ -1,4 +1,5 @@
-"""`qwenlora logs RUN|JOB`: the output of a run's job or of one rank, with -f as it grows, over all attempts."""
+"""`qwenlora logs RUN|JOB`: the output of a run's job or of one rank, with -f as it grows, over all
+attempts."""
 
 import sys
 import time

@@ -24,7 +24,7 @@ from qwenlora.run import heartbeat
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.heartbeat import Beat
 from qwenlora.run.records import RankError
-from qwenlora.slurm.query import Job
+from qwenlora.slurm.query import JobInfo
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 
@@ -201,14 +201,14 @@ def test_who_lags_is_who_gave_the_fewest_signs_of_life(watches, positions, said)
     ("job", "why", "cause"),
     [
         (None, "SIGTERM", ""),
-        (Job("31", "PREEMPTED"), "SIGTERM", "PREEMPTED"),
-        (Job("31", "NODE_FAIL", completing=True), "SIGTERM", "NODE_FAIL"),
-        (Job("31", "RUNNING", preempted=True, requeue=True), "SIGUSR1", "PREEMPTED"),
-        (Job("31", "RUNNING", seconds_left=100.0, requeue=True), "SIGUSR1", "TIMEOUT"),
-        (Job("31", "RUNNING", seconds_left=100.0, requeue=True), "SIGTERM", ""),
-        (Job("31", "RUNNING", seconds_left=9000.0, requeue=True), "SIGUSR1", ""),
-        (Job("31", "RUNNING", seconds_left=None, requeue=True), "SIGUSR1", ""),
-        (Job("31", "RUNNING", seconds_left=100.0, requeue=False), "SIGUSR1", "CANCELLED"),
+        (JobInfo("31", "PREEMPTED"), "SIGTERM", "PREEMPTED"),
+        (JobInfo("31", "NODE_FAIL", completing=True), "SIGTERM", "NODE_FAIL"),
+        (JobInfo("31", "RUNNING", preempted=True, requeue=True), "SIGUSR1", "PREEMPTED"),
+        (JobInfo("31", "RUNNING", seconds_left=100.0, requeue=True), "SIGUSR1", "TIMEOUT"),
+        (JobInfo("31", "RUNNING", seconds_left=100.0, requeue=True), "SIGTERM", ""),
+        (JobInfo("31", "RUNNING", seconds_left=9000.0, requeue=True), "SIGUSR1", ""),
+        (JobInfo("31", "RUNNING", seconds_left=None, requeue=True), "SIGUSR1", ""),
+        (JobInfo("31", "RUNNING", seconds_left=100.0, requeue=False), "SIGUSR1", "CANCELLED"),
     ],
 )
 def test_what_slurm_does_to_a_job_that_is_asked_to_stop(job, why, cause, monkeypatch):
@@ -218,7 +218,7 @@ def test_what_slurm_does_to_a_job_that_is_asked_to_stop(job, why, cause, monkeyp
 
 def test_the_cause_is_noted_at_once_and_asked_for_again_at_the_end(watches, folder, monkeypatch):
     first, _ = watches
-    answers = [Job("31", "RUNNING", requeue=True), Job("31", "REQUEUED")]
+    answers = [JobInfo("31", "RUNNING", requeue=True), JobInfo("31", "REQUEUED")]
     monkeypatch.setattr(watching.query, "ask", lambda *_: answers.pop(0))
     first.node.children.stop_requested, first.node.children.stop_signal = True, "SIGTERM"
     first.while_training()
