@@ -1,11 +1,12 @@
 """The jobs of a run: .submitted/<run>/jobs.jsonl beside the run folder, a line for each submission."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Moment, Record
 
 Cluster = Literal["slurm", "local", "debug"]
+CLUSTERS: tuple[Cluster, ...] = get_args(Cluster)
 
 
 class SubmittedJob(Record):

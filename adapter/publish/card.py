@@ -22,7 +22,7 @@ from qwenlora.adapter.publish.curves import Series
 from qwenlora.adapter.publish.leaks import Private
 from qwenlora.adapter.publish.run_summary import Record, number
 from qwenlora.adapter.subject import CONFIG
-from qwenlora.jobs.views.runs import as_yaml, printable
+from qwenlora.run.format import as_yaml, printable
 
 WITHHELD = "(withheld)"
 NO_BASE = "BASE"  # stands where the base's name on the hub is not known

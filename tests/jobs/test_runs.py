@@ -11,7 +11,8 @@ from rich.console import Console
 from qwenlora.configs import load_config
 from qwenlora.configs.load import to_yaml
 from qwenlora.jobs import ledger
-from qwenlora.jobs.views.runs import ago, digits, read, show
+from qwenlora.jobs.views.overview import read_overview
+from qwenlora.jobs.views.runs import show_runs
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import now
 
@@ -66,7 +67,7 @@ def listed(tmp_path):
 
     def listed(folder="runs", width=80) -> str:
         console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
-        assert show(tmp_path / folder, console) == 0
+        assert show_runs(tmp_path / folder, console) == 0
         return console.file.getvalue()
 
     return listed
@@ -126,14 +127,14 @@ def test_a_run_under_way_a_killed_one_and_a_stopped_one_are_told_apart(make):
     run = make("a")
     run.begin_attempt(1)
     (run.path / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    assert read(run).state == "running"
+    assert read_overview(run).state == "running"
     (run.path / ".lock").write_text(f"process {2**22 - 1} on {socket.gethostname()}")  # no such process
-    assert read(run).state == "killed"
+    assert read_overview(run).state == "killed"
     run.end_attempt("stopped")
-    assert read(run).state == "stopped"
+    assert read_overview(run).state == "stopped"
     run.begin_attempt(1)
     run.end_attempt("refused", "another config")
-    assert read(run).state == "stopped"  # what was refused changed nothing
+    assert read_overview(run).state == "stopped"  # what was refused changed nothing
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_half_a_line_of_metrics_is_passed_over(make):
     run = make("a")
     with run.metrics.open("a") as file:
         file.write('{"step": 41, "loss": "\n{"step": 41, "eval_loss"')
-    version = read(run)
+    version = read_overview(run)
     assert (version.loss["loss"], version.evaluated["eval_loss"]) == (0.25, 1.5)
     assert not version.flaws
 
@@ -190,10 +191,3 @@ def test_no_folder_and_an_empty_one_say_what_to_do(tmp_path, listed):
     (tmp_path / "empty").mkdir()
     assert "no runs in" in listed("empty")
     assert "makes one" in listed("empty")
-
-
-def test_numbers_have_the_digits_that_matter():
-    assert [digits(value) for value in (None, 7, 58190, 0.012934, 6.306994, float("nan"))] == [
-        *("-", "7", "58,190", "0.01293", "6.307", "nan")
-    ]
-    assert [ago(seconds) for seconds in (-3, 59, 61, 7200, 90000)] == ["0 s", "59 s", "1 min", "2 h", "1 d"]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from qwenlora.jobs import submit, submit_sweep
+from qwenlora.jobs.cancel import cancel
 from qwenlora.jobs.find import find
-from qwenlora.jobs.views.control import cancel, resume
+from qwenlora.jobs.submission.resume import resume
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Attempt
 
