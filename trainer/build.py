@@ -18,9 +18,9 @@ from qwenlora.data.prepared import Side
 from qwenlora.run.heartbeat import Heart
 from qwenlora.run.records import Facts
 from qwenlora.trainer.context import Context
-from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows
+from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model.checks import check_isolation, untrained_turn_tokens

@@ -18,7 +18,12 @@ COUNTS = SideCounts(rows=20, read_rows=20, tokens=1000, trained_tokens=400, long
 
 
 def facts_of(
-    train: str = "t", *, evaluation: str = "", packing: bool = False, packs: str = "", notes: tuple[str, ...] = ()
+    train: str = "t",
+    *,
+    evaluation: str = "",
+    packing: bool = False,
+    packs: str = "",
+    notes: tuple[str, ...] = (),
 ) -> Facts:
     """Return facts of the same counts. train, evaluation, packs: hashes of what is trained on."""
     sides = {"train": COUNTS.model_copy(update={"sha256": train, "packs_sha256": packs})}
