@@ -47,6 +47,7 @@ class Process:
     def begin(
         cls,
         config: Config,
+        run: RunFolder,
         rank: Rank,
         request: StopRequest,
         handover: Handover,
@@ -55,7 +56,6 @@ class Process:
         prepares: bool,
     ) -> "Process":
         """Take the screen for the attempt that the run folder knows by now."""
-        run = RunFolder(config.run_dir)
         name = "prepare" if prepares else f"rank-{rank.rank}"
         attempt = handover.attempt if handover.by_agent else len(run.history.attempts())
         if captured:
