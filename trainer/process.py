@@ -104,7 +104,7 @@ class Process:
             self.console.print(
                 f"error: {message} (and {logs} cannot be written: {full.strerror})", style="red"
             )
-        if self.handover.by_agent:  # which sees all ranks, and says which one failed first
+        if self.handover.by_agent:  # the agent sees all ranks, and shows which one failed first
             return
         if self.rank.first:
             self.run.end_attempt("refused" if code == EXIT_CODES["refused"] else "failed", message)

@@ -18,7 +18,12 @@ COUNTS = SideCounts(rows=20, read_rows=20, tokens=1000, trained_tokens=400, long
 
 
 def facts_of(
-    train: str = "t", *, evaluation: str = "", packing: bool = False, packs: str = "", notes: tuple[str, ...] = ()
+    train: str = "t",
+    *,
+    evaluation: str = "",
+    packing: bool = False,
+    packs: str = "",
+    notes: tuple[str, ...] = (),
 ) -> Facts:
     """Return facts of the same counts. train, evaluation, packs: hashes of what is trained on."""
     sides = {"train": COUNTS.model_copy(update={"sha256": train, "packs_sha256": packs})}
@@ -150,7 +155,7 @@ def test_auto_packs_on_a_gpu(monkeypatch, packing, gpu, expected):
     assert prepare.packs_rows(config) is expected
 
 
-def test_a_run_that_was_packed_elsewhere_is_told_so(tmp_path):
+def test_a_run_that_was_packed_elsewhere_is_refused_here(tmp_path):
     with pytest.raises(
         ValueError, match=r"with packing on, here it would be off \(data\.packing: auto is on"
     ):

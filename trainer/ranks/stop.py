@@ -1,6 +1,7 @@
-"""The decision to stop before the last step: one rank's stop request or the clock is enough, all ranks agree.
+"""The one place that decides to stop before the last step.
 
-After a step in which they agree, all ranks save that step and leave with exit code 75.
+A stop request to any rank (stop_request.py) or the clock is enough. All ranks agree in each step; then they
+save that step and leave with exit code 75.
 """
 
 import time
