@@ -64,6 +64,12 @@ class Stop(TrainerCallback):
         """Whether the attempt ends before its last step. step: the last one trained; 0 before any."""
         return self.stopped or (self.agreed and step < max_steps)
 
+    def end(self, control: TrainerControl) -> None:
+        """Save the step and stop. An evaluation that is due comes first in the next attempt."""
+        self.stopped = True
+        control.should_save = control.should_training_stop = True
+        control.should_evaluate = False
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
@@ -77,10 +83,7 @@ class Stop(TrainerCallback):
         self._steps += 1
         self._longest_step_s = max(self._longest_step_s, time.monotonic() - self._step_start)
         if self.agreed and state.global_step < state.max_steps:
-            self.stopped = True
-            control.should_save = True
-            control.should_training_stop = True
-            control.should_evaluate = False  # the checkpoint says that an evaluation is due
+            self.end(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
