@@ -33,8 +33,8 @@ def verify(adapter: Adapter, base: Base = None, trust_remote_code: TrustRemoteCo
 
         with quiet():
             from qwenlora.adapter.subject import find
-            from qwenlora.adapter.verify import show
-        return show(find(adapter, base=base, trust_remote_code=trust_remote_code))
+            from qwenlora.adapter.verify import print_check
+        return print_check(find(adapter, base=base, trust_remote_code=trust_remote_code))
 
     guarded(command)
 
@@ -78,15 +78,8 @@ def merge(
         subjects = [
             find(name, base=base, trust_remote_code=trust_remote_code) for name in (adapter, *(more or []))
         ]
-        return merging.merge(
-            subjects,
-            out,
-            weights=weights,
-            combine=combine,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            prompts=prompts,
-        )
+        options = merging.MergeOptions(weights, combine, dtype, max_shard_size, prompts)
+        return merging.merge(subjects, out, options)
 
     guarded(command)
 
@@ -144,17 +137,8 @@ def chat(
             from qwenlora.adapter.subject import find
         found = find(subject, base=base, trust_remote_code=trust_remote_code)
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-        return chatting.chat(
-            found,
-            sampling,
-            prompt=prompt,
-            input_file=input_,
-            output_file=output,
-            system=system,
-            thinking=thinking,
-            quantization=quantization,
-            dtype=dtype,
-        )
+        options = chatting.ChatOptions(prompt, input_, output, system, thinking, quantization, dtype)
+        return chatting.chat(found, sampling, options)
 
     guarded(command)
 
@@ -198,10 +182,10 @@ def compare(
         from qwenlora.adapter import quiet
 
         with quiet():
-            from qwenlora.adapter.compare import compare as comparing
+            from qwenlora.adapter.compare.compare import compare as compare_models
+            from qwenlora.adapter.compare.questions import CompareOptions
             from qwenlora.adapter.subject import find
-        return comparing.compare(
-            [find(name, base=base, trust_remote_code=trust_remote_code) for name in subjects],
+        options = CompareOptions(
             show=show,
             limit=limit,
             max_new_tokens=max_new_tokens,
@@ -214,6 +198,8 @@ def compare(
             batch_size=batch_size,
             output=output,
         )
+        found = [find(name, base=base, trust_remote_code=trust_remote_code) for name in subjects]
+        return compare_models(found, options)
 
     guarded(command)
 
@@ -226,10 +212,10 @@ def report(
     it."""
 
     def command() -> int:
-        from qwenlora.adapter.publish.report import write
+        from qwenlora.adapter.publish.report import write_report
         from qwenlora.run.folder import RunFolder
 
-        print(write(RunFolder(run), html))
+        print(write_report(RunFolder(run), html))
         return 0
 
     guarded(command)
