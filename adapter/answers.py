@@ -22,6 +22,11 @@ class Question(NamedTuple):
     reference: str = ""
     tools: list[Any] | None = None
 
+    @classmethod
+    def from_text(cls, text: str) -> "Question":
+        """Return a question without turns before it."""
+        return cls([Message(role="user", content=text)])
+
 
 class Answer(NamedTuple):
     """A model's answer. text: all of it; thought, answer: its parts; cut: it ended before the model ended

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qwenlora.adapter.formats import and_more, shape
 from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig, Subject, read_adapter_config
 from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, sha256
@@ -83,6 +84,7 @@ def check_adapter(subject: Subject) -> VerifiedAdapter:
     _check_settings(subject, config)
     architecture = _check_shapes(subject, file, weights)
     _check_numbers(file, weights)
+    _check_change(file, weights, config)
     return VerifiedAdapter(
         file,
         sha256(file),
@@ -90,7 +92,7 @@ def check_adapter(subject: Subject) -> VerifiedAdapter:
         sum(values.numel() for values in weights.values()),
         tuple(sorted({str(values.dtype).removeprefix("torch.") for values in weights.values()})),
         tuple(sorted({_module_of(name) for name in weights})),
-        _unchanged(file, weights, config),
+        tuple(sorted(name for name, changed in _changed_modules(weights).items() if not changed)),
         architecture,
         _check_base_weights(subject),
         config,
@@ -127,39 +129,40 @@ def check_finite(file: Path, weights: Mapping[str, Tensor]) -> None:
     """Raise ValueError when a number of an adapter is not finite."""
     if broken := [name for name, values in sorted(weights.items()) if not values.isfinite().all()]:
         raise ValueError(
-            f"{file}: {broken[0]} holds numbers that are not finite{_and_more(broken)}; train it again"
+            f"{file}: {broken[0]} holds numbers that are not finite{and_more(broken)}; train it again"
         )
 
 
 def _check_numbers(file: Path, weights: Mapping[str, Tensor]) -> None:
     if odd := [name for name, values in sorted(weights.items()) if values.dtype not in DTYPES]:
         raise ValueError(
-            f"{file}: {odd[0]} is {weights[odd[0]].dtype}{_and_more(odd)}, expected float32, float64, float16"
+            f"{file}: {odd[0]} is {weights[odd[0]].dtype}{and_more(odd)}, expected float32, float64, float16"
             " or bfloat16"
         )
     check_finite(file, weights)
 
 
-def _unchanged(file: Path, weights: Mapping[str, Tensor], config: AdapterConfig) -> tuple[str, ...]:
-    """Return the lora_B that are all zero. Raises: ValueError when the adapter changes nothing at all."""
+def _changed_modules(weights: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Return {lora_B: whether it has a number that is not zero}."""
+    names = (name for name in weights if ".lora_B" in name or "embedding_B" in name)
+    return {name: bool(weights[name].any()) for name in names}
+
+
+def _check_change(file: Path, weights: Mapping[str, Tensor], config: AdapterConfig) -> None:
+    """Raise ValueError when an adapter changes nothing."""
+    changed = _changed_modules(weights)
+    if not changed or any("lora_" not in name for name in weights):
+        return
     lora_a = [values for name, values in weights.items() if "lora_A" in name or "g_A" in name]
-    moved = {
-        name: bool(values.any())
-        for name, values in weights.items()
-        if ".lora_B" in name or "embedding_B" in name
-    }
-    if moved and all("lora_" in name for name in weights):
-        if config.get("lora_alpha") == 0 or not any(bool(values.any()) for values in lora_a):
-            raise ValueError(
-                f"{file}: every lora_A is zero, or lora_alpha is, so the adapter changes nothing; train it"
-                " again"
-            )
-        if not any(moved.values()):
-            raise ValueError(
-                f"{file}: every lora_B is zero, so the adapter changes nothing: it was saved before its first"
-                " step, or gathered wrong; train it again"
-            )
-    return tuple(sorted(name for name, changed in moved.items() if not changed))
+    if config.get("lora_alpha") == 0 or not any(bool(values.any()) for values in lora_a):
+        raise ValueError(
+            f"{file}: every lora_A is zero, or lora_alpha is, so the adapter changes nothing; train it again"
+        )
+    if not any(changed.values()):
+        raise ValueError(
+            f"{file}: every lora_B is zero, so the adapter changes nothing: it was saved before its first"
+            " step, or gathered wrong; train it again"
+        )
 
 
 def _check_shapes(subject: Subject, file: Path, weights: Mapping[str, Tensor]) -> str:
@@ -183,8 +186,8 @@ def _check_shapes(subject: Subject, file: Path, weights: Mapping[str, Tensor]) -
     for name in sorted(weights):
         if weights[name].shape != known[name].shape:
             raise ValueError(
-                f"{file}: {name} is {_size(weights[name])}, {subject.base} needs {_size(known[name])}; it was"
-                " trained on another base: name that with --base"
+                f"{file}: {name} is {shape(weights[name].shape)}, {subject.base} needs"
+                f" {shape(known[name].shape)}; it was trained on another base: name that with --base"
             )
     return str((base.architectures or [type(model).__name__])[0])
 
@@ -192,19 +195,17 @@ def _check_shapes(subject: Subject, file: Path, weights: Mapping[str, Tensor]) -
 def _check_names(subject: Subject, file: Path, names: set[str], needed: set[str], known: set[str]) -> None:
     if missing := sorted(needed - names):
         raise ValueError(
-            f"{file} lacks {missing[0]}{_and_more(missing)}, which its {ADAPTER_CONFIG} and {subject.base}"
+            f"{file} lacks {missing[0]}{and_more(missing)}, which its {ADAPTER_CONFIG} and {subject.base}"
             " need"
         )
     if extra := sorted(name for name in (names - needed) & known if ".base_layer." not in name):
         raise ValueError(
-            f"{file} has {extra[0]}{_and_more(extra)} besides, a matrix of the base that peft would put in"
-            " the place of the base's own; save the adapter without it (save_embedding_layers=False), or"
-            " name it in modules_to_save"
+            f"{file} has {extra[0]}{and_more(extra)} besides, a matrix of the base that peft would put in the"
+            " place of the base's own; save the adapter without it (save_embedding_layers=False), or name it"
+            " in modules_to_save"
         )
     if unknown := sorted(names - known):
-        raise ValueError(
-            f"{file} has {unknown[0]}{_and_more(unknown)}, which {subject.base} has no place for"
-        )
+        raise ValueError(f"{file} has {unknown[0]}{and_more(unknown)}, which {subject.base} has no place for")
 
 
 def _check_settings(subject: Subject, config: AdapterConfig) -> None:
@@ -287,11 +288,3 @@ def _module_of(name: str) -> str:
     if ".lora_" in name:
         return name.partition(".lora_")[0]
     return name.removesuffix(".weight").removesuffix(".base_layer")
-
-
-def _size(values: Tensor) -> str:
-    return " x ".join(map(str, values.shape))
-
-
-def _and_more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

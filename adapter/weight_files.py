@@ -119,11 +119,6 @@ def parse_size(text: str) -> int:
     return size
 
 
-def size_text(size: int) -> str:
-    """Return a number of bytes in MB or GB."""
-    return f"{size / 1e9:,.1f} GB" if size > 1e9 else f"{size / 1e6:,.1f} MB"
-
-
 class TensorSpec(NamedTuple):
     """A tensor to be written."""
 

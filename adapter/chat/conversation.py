@@ -203,7 +203,7 @@ def uses_thinking(tokenizer: Any, requested: bool | None) -> bool:
 
     Raises: ValueError when the template cannot do what is requested.
     """
-    question = Question([Message(role="user", content="?")])
+    question = Question.from_text("?")
     thinking, plain = (prompt_of(tokenizer, question, thinking=value) for value in (True, False))
     always = begins_thinking(plain)
     if requested and thinking == plain and not always:

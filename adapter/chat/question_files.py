@@ -63,7 +63,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Question | BadRow]]:
         if question := line.strip():
             try:
                 check_text(question, "the question")
-                yield f"{file}:{number}", Question([Message(role="user", content=question)])
+                yield f"{file}:{number}", Question.from_text(question)
             except ValueError as error:
                 yield f"{file}:{number}", BadRow(str(error))
 

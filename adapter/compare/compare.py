@@ -12,13 +12,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from qwenlora.adapter import verify
-from qwenlora.adapter.answers import Sampling, generate_answers
+from qwenlora.adapter.answers import generate_answers
 from qwenlora.adapter.compare import losses, side_by_side
 from qwenlora.adapter.compare.questions import (
     TITLES,
@@ -38,14 +38,6 @@ from qwenlora.run.disk import write_atomically
 from qwenlora.trainer.model import base as models
 
 
-class _Decoding(NamedTuple):
-    """How answers are generated: greedily; to the repeated question by sampling."""
-
-    greedy: Sampling
-    sampled: Sampling
-    batch_size: int
-
-
 def compare(subjects: list[Subject], options: CompareOptions | None = None) -> int:
     """Ask all subjects and their bases, print the result and keep it; return the exit code.
 
@@ -60,13 +52,10 @@ def compare(subjects: list[Subject], options: CompareOptions | None = None) -> i
     console = Console(highlight=False)
     for note in chosen.notes:
         _print_note(console, note)
-    greedy = Sampling(options.max_new_tokens)
-    sampled = greedy._replace(temperature=options.temperature, seed=options.seed)
-    decoding = _Decoding(greedy, sampled, options.batch_size)
     columns = columns_of(subjects)
     answers: list[ModelAnswers] = []
     for _, group in groupby(columns, key=lambda column: (column.subject.name, column.subject.adapter)):
-        answers += _ask_subject(list(group), chosen, decoding, answers[0] if answers else None, console)
+        answers += _ask_subject(list(group), chosen, options, answers[0] if answers else None, console)
     comparison = make_comparison(columns, chosen.sets, answers, options.seed, target)
     side_by_side.print_comparison(comparison, options.show, console)
     for warning in _warnings(comparison, columns, answers, options.max_new_tokens):
@@ -117,7 +106,7 @@ def _base_identity(subject: Subject) -> tuple[str, ...]:
 def _ask_subject(
     columns: list[ModelColumn],
     chosen: ChosenQuestions,
-    decoding: _Decoding,
+    options: CompareOptions,
     first: ModelAnswers | None,
     console: Console,
 ) -> list[ModelAnswers]:
@@ -135,15 +124,15 @@ def _ask_subject(
     }
     if first is None:
         for question_set in chosen.sets:
-            _warn_of_long_references(tokenizer, question_set, decoding.greedy, console)
+            _warn_of_long_references(tokenizer, question_set, options.max_new_tokens, console)
     try:
         for column in columns:
             without_adapter = subject.adapter is not None and not column.tuned
             with model.disable_adapter() if without_adapter else nullcontext():
-                answers.append(_ask_model(column.label, model, tokenizer, chosen.sets, rows, decoding, first))
+                answers.append(_ask_model(column.label, model, tokenizer, chosen.sets, rows, options, first))
             first = first or answers[0]
     except torch.OutOfMemoryError:
-        raise ValueError(f"the GPU is full with --batch-size {decoding.batch_size}; halve it") from None
+        raise ValueError(f"the GPU is full with --batch-size {options.batch_size}; halve it") from None
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -157,34 +146,33 @@ def _ask_model(
     tokenizer: Any,
     sets: list[QuestionSet],
     rows: dict[str, list[Tokens]],
-    decoding: _Decoding,
+    options: CompareOptions,
     first: ModelAnswers | None,
 ) -> ModelAnswers:
     answers = ModelAnswers({}, {})
     for question_set in sets:
         name, questions = question_set.name, question_set.questions
         title = f"{label}: {TITLES[name]}"
-        sampling = decoding.sampled if name == "repeated" else decoding.greedy
+        sampling = options.sampling(name)
         answers.answers[name] = list(
-            generate_answers(model, tokenizer, questions, sampling, title, batch_size=decoding.batch_size)
+            generate_answers(model, tokenizer, questions, sampling, title, batch_size=options.batch_size)
         )
         tokens = rows.get(name, [])
         if name == "general":
             texts = [answer.text for answer in (first or answers).answers["general"]]
             tokens = losses.answer_tokens(tokenizer, questions, texts)
         answers.losses[name] = losses.mean_loss(
-            model, tokens, tokenizer.pad_token_id, title, batch_size=decoding.batch_size
+            model, tokens, tokenizer.pad_token_id, title, batch_size=options.batch_size
         )
     return answers
 
 
 def _warn_of_long_references(
-    tokenizer: Any, question_set: QuestionSet, sampling: Sampling, console: Console
+    tokenizer: Any, question_set: QuestionSet, longest: int, console: Console
 ) -> None:
     texts = [question.reference for question in question_set.questions if question.reference]
     if question_set.name == "repeated" or not texts:
         return
-    longest = sampling.max_new_tokens
     if longer := sum(len(ids) > longest for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]):
         _print_note(
             console,

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from qwenlora.adapter.answers import Question, check_text, question_of
+from qwenlora.adapter.answers import Question, Sampling, check_text, question_of
 from qwenlora.adapter.compare.general import GeneralQuestion, read_general_questions
 from qwenlora.adapter.subject import Subject
 from qwenlora.configs.schema import Data, Sources
@@ -41,6 +41,12 @@ class CompareOptions(NamedTuple):
     seed: int = 0
     batch_size: int = 40
     output: Path | None = None
+
+    def sampling(self, name: str) -> Sampling:
+        """Return how the questions of a set are answered: greedily, but for the repeated one."""
+        if name == "repeated":
+            return Sampling(self.max_new_tokens, self.temperature, seed=self.seed)
+        return Sampling(self.max_new_tokens)
 
 
 class QuestionSet(NamedTuple):
@@ -137,7 +143,7 @@ def _general_set(options: CompareOptions) -> QuestionSet:
     checks = read_general_questions(options.general)
     count = min(options.limit, len(checks))
     checks = [checks[number * len(checks) // count] for number in range(count)]
-    return QuestionSet("general", [_question(check.question) for check in checks], checks=checks)
+    return QuestionSet("general", [Question.from_text(check.question) for check in checks], checks=checks)
 
 
 def _set_of_rows(name: str, rows: Iterable[tuple[str, Row]], limit: int) -> QuestionSet:
@@ -157,11 +163,7 @@ def _question_to_repeat(text: str | None, sets: list[QuestionSet]) -> Question |
         return known[0] if known else None
     check_text(text, "--question")
     same = (question for question in known if question.messages[-1]["content"].strip() == text.strip())
-    return next(same, _question(text))
-
-
-def _question(text: str) -> Question:
-    return Question([{"role": "user", "content": text}])
+    return next(same, Question.from_text(text))
 
 
 def _names(sources: Sources) -> str:

@@ -1,15 +1,17 @@
 """From the models' answers to the measures of a comparison."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from qwenlora.adapter.answers import Answer
 from qwenlora.adapter.compare import losses, measures
 from qwenlora.adapter.compare.questions import QuestionSet
 from qwenlora.adapter.subject import Subject
 from qwenlora.run.comparison import AnsweredQuestion, ComparedModel, Comparison, Measure
+
+_Value = TypeVar("_Value")
 
 
 class ModelColumn(NamedTuple):
@@ -92,20 +94,24 @@ def _measures(name: str, rows: list[AnsweredQuestion], losses_: list[float | Non
             of_kind = [row for row in rows if row.kind == kind]
             yield _share(name, f"right: {kind}", of_kind, (row.right for row in of_kind))
         yield _number(name, "perplexity", "lower", rows, map(losses.perplexity, losses_))
-        return
-    exact = [[measures.is_exact(text, row.reference) for text in row.answers] for row in rows]
-    if name == "repeated":
+    elif name == "repeated":
         by_model = zip(*(row.answers for row in rows), strict=True)
         yield _number(name, "different", "lower", rows, map(measures.count_different, by_model))
         if rows[0].reference:
             yield _share(name, "holds", rows, (row.right for row in rows))
-            yield _share(name, "exact", rows, exact)
-        return
-    yield _share(name, "exact", rows, exact)
-    similar = [[measures.similarity(text, row.reference) for text in row.answers] for row in rows]
-    means = (sum(values) / len(rows) for values in zip(*similar, strict=True))
-    yield _number(name, "similarity", "higher", rows, means)
-    yield _number(name, "loss", "lower", rows, losses_)
+            yield _share(name, "exact", rows, _for_each_answer(measures.is_exact, rows))
+    else:
+        yield _share(name, "exact", rows, (row.right for row in rows))
+        similar = zip(*_for_each_answer(measures.similarity, rows), strict=True)
+        yield _number(name, "similarity", "higher", rows, (sum(values) / len(rows) for values in similar))
+        yield _number(name, "loss", "lower", rows, losses_)
+
+
+def _for_each_answer(
+    measure: Callable[[str, str], _Value], rows: list[AnsweredQuestion]
+) -> Iterator[list[_Value]]:
+    """Yield the measure of each answer and its reference, for each row."""
+    yield from ([measure(text, row.reference) for text in row.answers] for row in rows)
 
 
 def _share(

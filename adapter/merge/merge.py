@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from qwenlora.adapter import verify
 from qwenlora.adapter.answers import Question, check_text, prompt_of, training_questions
+from qwenlora.adapter.formats import plural, size
 from qwenlora.adapter.loading import DTYPES, load_tokenizer
 from qwenlora.adapter.merge.combined import attach_adapters, check_combination, parse_weights
 from qwenlora.adapter.merge.streamed import LogitDifference, StreamedModel, compare_logits
@@ -35,7 +36,6 @@ from qwenlora.adapter.weight_files import (
     TensorSpec,
     open_weights,
     parse_size,
-    size_text,
 )
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model.base_files import SLICE
@@ -68,7 +68,7 @@ class _Written(NamedTuple):
     """The merged weights. rounded: names of tensors that were; kept: share of the adapter's change that is
     left."""
 
-    size: str
+    text: str
     rounded: set[str]
     kept: float
     dtypes: str
@@ -192,17 +192,22 @@ def _write_weights(
             rounded.add(name)
     for name, spec in missing.items():
         source = name if name in base.files.places else _source(base, base.tied[0])
-        count = math.prod(spec.shape)
-        for start in range(0, count, SLICE):
-            writer.write(name, base.files.read(source, start, min(start + SLICE, count)), start)
-            progress.advance(task, min(SLICE, count - start) * spec.dtype.itemsize)
+        _copy(base, source, writer, name, spec)
+        progress.advance(task, spec.size)
         if torch.promote_types(base.files.places[source].dtype, spec.dtype) != spec.dtype:
             rounded.add(name)
     writer.finish()
-    files = "1 file" if len(writer.files) == 1 else f"{len(writer.files)} files"
     dtypes = "/".join(sorted({_name(spec.dtype) for spec in specs.values()}))
-    size = f"{writer.numbers:,} parameters, {dtypes}, {size_text(writer.size)} in {files}"
-    return _Written(size, rounded, kept / changed if changed else 1.0, dtypes)
+    files = plural(len(writer.files), "file")
+    text = f"{writer.numbers:,} parameters, {dtypes}, {size(writer.size)} in {files}"
+    return _Written(text, rounded, kept / changed if changed else 1.0, dtypes)
+
+
+def _copy(base: StreamedModel, source: str, writer: SafetensorsWriter, name: str, spec: TensorSpec) -> None:
+    """Write a tensor of the base's files, a slice at a time."""
+    count = math.prod(spec.shape)
+    for start in range(0, count, SLICE):
+        writer.write(name, base.files.read(source, start, min(start + SLICE, count)), start)
 
 
 def _kept_change(before: Tensor, merged: Tensor, dtype: torch.dtype) -> tuple[float, float]:
@@ -260,7 +265,7 @@ def _default_prompts(subject: Subject) -> list[Question]:
     own: list[Question] = []
     with suppress(ValueError, OSError):  # the run's data may be gone
         own = list(islice(training_questions(subject.config.data), OWN_PROMPTS)) if subject.run else []
-    return [*map(_question, PROMPTS), *own]
+    return [*map(Question.from_text, PROMPTS), *own]
 
 
 def _read_prompts(file: Path) -> list[Question]:
@@ -275,11 +280,7 @@ def _read_prompts(file: Path) -> list[Question]:
         check_text(line, f"--prompts {file}: prompt {number}")
     if len(lines) > MOST_PROMPTS:
         say(f"note: the first {MOST_PROMPTS} of {len(lines)} prompts are compared")
-    return list(map(_question, lines[:MOST_PROMPTS]))
-
-
-def _question(text: str) -> Question:
-    return Question([{"role": "user", "content": text}])
+    return list(map(Question.from_text, lines[:MOST_PROMPTS]))
 
 
 def _batch(tokenizer: Any, questions: list[Question], vocabulary: int) -> Mapping[str, Tensor]:
@@ -295,7 +296,7 @@ def _batch(tokenizer: Any, questions: list[Question], vocabulary: int) -> Mappin
 
 
 def _report(out: Path, written: _Written, untied: bool, logits: LogitDifference) -> None:
-    say(f"{out}: {written.size}")
+    say(f"{out}: {written.text}")
     if untied:
         say(
             "embeddings and head, one matrix in the base, differ now: both are written, tie_word_embeddings"

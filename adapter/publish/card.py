@@ -16,11 +16,11 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from qwenlora.adapter.formats import number, plural
 from qwenlora.adapter.publish import serving
 from qwenlora.adapter.publish.curves import Series
-from qwenlora.adapter.publish.formats import number, plural
 from qwenlora.adapter.publish.leaks import Private
-from qwenlora.adapter.publish.run_summary import RunSummary, Settings
+from qwenlora.adapter.publish.run_summary import LORA_SETTINGS, OPTIMIZER_SETTINGS, RunSummary, Settings
 from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig
 from qwenlora.adapter.verify import lora_kind
 from qwenlora.jobs.views.runs import as_yaml, printable
@@ -28,15 +28,8 @@ from qwenlora.jobs.views.runs import as_yaml, printable
 WITHHELD = "(withheld)"
 NO_BASE = "BASE"  # in place of a base whose name on the hub is not known
 SETTINGS = (
-    *("lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "lora.target_parameters"),
-    *("lora.modules_to_save", "lora.use_rslora", "lora.use_dora", "lora.init_from"),
-    *(
-        "train.learning_rate",
-        "train.lr_scheduler_type",
-        "train.warmup_steps",
-        "train.optim",
-        "train.weight_decay",
-    ),
+    *LORA_SETTINGS,
+    *OPTIMIZER_SETTINGS,
     *("train.global_batch_size", "train.num_train_epochs", "train.max_steps", "train.seed"),
     *("data.max_length", "data.packing", "data.train_on", "model.dtype", "strategy.quantization"),
 )
@@ -104,12 +97,7 @@ def make_card(summary: RunSummary, adapter: ExportedAdapter, private: Private, o
 
     path = str(summary.settings.get("model.name_or_path") or named or "an unnamed base")
     base = _Base(on_hub or shown(file_name(path)), on_hub)
-    settings = {
-        shown(key): shown_value(key, value, shown)
-        for key, value in summary.settings.items()
-        if is_shared(key)
-    }
-    settings |= {"model.name_or_path": base.label} if settings else {}
+    settings = _shown_settings(summary, base, shown)
     obstacles = serving.obstacles(adapter.config, list(adapter.tensors))
     results = _results(summary, adapter.step)
     text = _fill(
@@ -127,11 +115,19 @@ def make_card(summary: RunSummary, adapter: ExportedAdapter, private: Private, o
         **_serving_values(adapter, title, obstacles),
         **_comparison_values(summary, adapter.folder, shown),
     )
-    notes = _notes(base, options, obstacles) + [f"note: {unread}" for unread in summary.unread]
-    if options.base:
-        notes.append(f"note: nothing here compared {options.base} (--base) with the base that was trained on")
     header = _header(title, on_hub, options.license, results)
+    notes = _notes(summary, base, options, obstacles)
     return Card(f"---\n{header}\n---\n\n{text}", base.label, on_hub is not None, notes)
+
+
+def _shown_settings(summary: RunSummary, base: _Base, shown: Callable[[str], str]) -> Settings:
+    """Return the settings that others have a use for, as the card shows them."""
+    settings = {
+        shown(key): shown_value(key, value, shown)
+        for key, value in summary.settings.items()
+        if is_shared(key)
+    }
+    return settings | {"model.name_or_path": base.label} if settings else {}
 
 
 def _header(title: str, base: str | None, license: str | None, results: dict[str, float]) -> str:
@@ -315,7 +311,9 @@ def _settings_text(settings: Settings) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=float("inf")).strip()
 
 
-def _notes(base: _Base, options: CardOptions, obstacles: dict[str, list[str]]) -> list[str]:
+def _notes(
+    summary: RunSummary, base: _Base, options: CardOptions, obstacles: dict[str, list[str]]
+) -> list[str]:
     notes = []
     if base.hub_name is None:
         notes.append(
@@ -327,4 +325,7 @@ def _notes(base: _Base, options: CardOptions, obstacles: dict[str, list[str]]) -
     for reasons in dict.fromkeys(map(tuple, obstacles.values())):
         servers = [server for server, why in obstacles.items() if tuple(why) == reasons]
         notes.append(f"note: not served unmerged by {', '.join(servers)}: {'; '.join(reasons)}")
+    notes += [f"note: {unread}" for unread in summary.unread]
+    if options.base:
+        notes.append(f"note: nothing here compared {options.base} (--base) with the base that was trained on")
     return notes

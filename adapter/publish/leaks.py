@@ -68,8 +68,7 @@ class Private:
         """
         kinds = []
         # a password that is a word is in every vocabulary
-        shortest = 2 * _SHORTEST_SECRET if vocabulary else 0
-        if any(len(secret) >= shortest and secret in text for secret in self.secrets):
+        if self._contains_secret(text, 2 * _SHORTEST_SECRET if vocabulary else 0):
             kinds.append("a key or password of this environment")
         if _KEYS.search(text) or (not vocabulary and _IN_ADDRESS.search(text)):
             kinds.append("what looks like a key")
@@ -82,6 +81,9 @@ class Private:
         if any(_contains_name(text, name, ordinary) for name in self.names):
             kinds.append("the name of the user or the host")
         return kinds
+
+    def _contains_secret(self, text: str, shortest: int) -> bool:
+        return any(len(secret) >= shortest and secret in text for secret in self.secrets)
 
 
 def _contains_name(text: str, name: str, ordinary: str) -> bool:

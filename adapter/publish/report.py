@@ -16,10 +16,15 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from qwenlora.adapter.formats import number, short
 from qwenlora.adapter.publish import curves, report_lines
 from qwenlora.adapter.publish.curves import Chart
-from qwenlora.adapter.publish.formats import number, short
-from qwenlora.adapter.publish.run_summary import RunSummary, summarise_run
+from qwenlora.adapter.publish.run_summary import (
+    LORA_SETTINGS,
+    OPTIMIZER_SETTINGS,
+    RunSummary,
+    summarise_run,
+)
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
 
@@ -28,21 +33,10 @@ ANSWERS = 24  # at most shown of each set, evenly spread
 KEY_SETTINGS = (
     *("model.name_or_path", "model.dtype", "strategy.quantization", "strategy.name"),
     *("data.train", "data.eval", "data.eval_fraction", "data.max_length", "data.packing", "data.train_on"),
-    *("lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "lora.target_parameters"),
-    *("lora.modules_to_save", "lora.use_rslora", "lora.use_dora", "lora.init_from"),
-    *(
-        "train.global_batch_size",
-        "train.per_device_train_batch_size",
-        "train.num_train_epochs",
-        "train.max_steps",
-    ),
-    *(
-        "train.learning_rate",
-        "train.lr_scheduler_type",
-        "train.warmup_steps",
-        "train.optim",
-        "train.weight_decay",
-    ),
+    *LORA_SETTINGS,
+    *("train.global_batch_size", "train.per_device_train_batch_size"),
+    *("train.num_train_epochs", "train.max_steps"),
+    *OPTIMIZER_SETTINGS,
     *("train.max_grad_norm", "train.gradient_checkpointing", "train.seed"),
 )
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwenlora.adapter.formats import duration, number, plural, short
 from qwenlora.adapter.publish import curves
-from qwenlora.adapter.publish.formats import duration, number, plural, short
 from qwenlora.adapter.publish.run_summary import RunSummary
 from qwenlora.run.folder import step_of
 from qwenlora.run.history import goodput

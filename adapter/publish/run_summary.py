@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from qwenlora.adapter.formats import duration, number, short
 from qwenlora.adapter.publish import curves
-from qwenlora.adapter.publish.formats import duration, number, short
 from qwenlora.data.order import total_steps
 from qwenlora.run.comparison import Comparison
 from qwenlora.run.folder import RunFolder
@@ -35,6 +35,14 @@ COUNTS = {  # {field of SideCounts: its name on the page}
     "lost_replies": "replies not trained on",
     "longest": "longest row, in tokens",
 }
+LORA_SETTINGS = (
+    *("lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "lora.target_parameters"),
+    *("lora.modules_to_save", "lora.use_rslora", "lora.use_dora", "lora.init_from"),
+)
+OPTIMIZER_SETTINGS = (
+    *("train.learning_rate", "train.lr_scheduler_type", "train.warmup_steps"),
+    *("train.optim", "train.weight_decay"),
+)
 Settings = dict[str, Any]  # a config as {"lora.r": 32 ...}
 _Value = TypeVar("_Value")
 

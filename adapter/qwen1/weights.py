@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
+from qwenlora.adapter.formats import and_more
+from qwenlora.adapter.formats import shape as shape_text
 from qwenlora.adapter.weight_files import SafetensorsWriter, TensorSpec, WeightFiles
 from qwenlora.trainer.model.base_files import SLICE
 
@@ -87,17 +89,19 @@ def plan_weights(files: WeightFiles, model: Any) -> dict[str, tuple[RowBlock, Te
     needed = {block.name for block in blocks.values()}
     if unknown := sorted(set(places) - needed):
         raise ValueError(
-            f"the weights hold {unknown[0]}{_more(unknown)}, which a Qwen-1 of this config.json has not"
+            f"the weights hold {unknown[0]}{and_more(unknown)}, which a Qwen-1 of this config.json has not"
         )
     if missing := sorted(needed - set(places)):
-        raise ValueError(f"the weights lack {missing[0]}{_more(missing)}; download the model again")
+        raise ValueError(f"the weights lack {missing[0]}{and_more(missing)}; download the model again")
     planned = {}
     for name, block in blocks.items():
         rows, *row = shapes[name]
         dtype, shape = places[block.name].dtype, places[block.name].shape
         expected = (rows * block.of, *row)
         if shape != expected:
-            raise ValueError(f"{block.name} is {_size(shape)}; its config.json says {_size(expected)}")
+            raise ValueError(
+                f"{block.name} is {shape_text(shape)}; its config.json says {shape_text(expected)}"
+            )
         planned[name] = (block, TensorSpec(dtype, shapes[name]))
     return planned
 
@@ -115,11 +119,3 @@ def write_weights(
                 writer.write(name, files.read(block.name, begin, end), start)
                 progress.advance(task, (end - begin) * spec.dtype.itemsize)
     writer.finish()
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))

@@ -1,5 +1,6 @@
-"""Numbers, durations and long texts, as reports and model cards show them."""
+"""Numbers, sizes, durations and lists, as messages, reports and model cards show them."""
 
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 
@@ -28,3 +29,18 @@ def duration(time: timedelta) -> str:
 def plural(count: int, noun: str, ending: str = "s") -> str:
     """Return a count with its noun."""
     return f"{count} {noun}{ending * (count != 1)}"
+
+
+def size(count: int) -> str:
+    """Return bytes in MB or GB."""
+    return f"{count / 1e9:,.1f} GB" if count > 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def shape(lengths: Iterable[int]) -> str:
+    """Return a tensor's shape, as 2 x 3."""
+    return " x ".join(map(str, lengths))
+
+
+def and_more(names: Sequence[str]) -> str:
+    """Return how many names there are beside the first, which the message names."""
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
