@@ -74,11 +74,7 @@ def check_adapter(subject: Subject) -> VerifiedAdapter:
             f"{subject.name} is a model, not an adapter; name a run, a checkpoint or an adapter's folder"
         )
     folder = subject.adapter
-    own_checkpoint = subject.run is not None and folder != subject.run.adapter
-    if (own_checkpoint or (folder / checkpoints.MANIFEST).exists()) and (flaw := checkpoints.flaw(folder)):
-        raise ValueError(f"{folder} {flaw}")
-    if flaw := broken_seal(folder):
-        raise ValueError(f"{folder} {flaw}; copy it anew, or train it again")
+    _check_files(folder, is_checkpoint=subject.run is not None and folder != subject.run.adapter)
     file, weights = read_adapter(folder)
     config = read_adapter_config(folder)
     _check_settings(subject, config)
@@ -97,6 +93,14 @@ def check_adapter(subject: Subject) -> VerifiedAdapter:
         _check_base_weights(subject),
         config,
     )
+
+
+def _check_files(folder: Path, *, is_checkpoint: bool) -> None:
+    """Raise ValueError when a file is not as it was written."""
+    if (is_checkpoint or (folder / checkpoints.MANIFEST).exists()) and (flaw := checkpoints.flaw(folder)):
+        raise ValueError(f"{folder} {flaw}")
+    if flaw := broken_seal(folder):
+        raise ValueError(f"{folder} {flaw}; copy it anew, or train it again")
 
 
 def read_adapter(folder: Path) -> tuple[Path, dict[str, Tensor]]:

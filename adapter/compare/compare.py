@@ -123,8 +123,7 @@ def _ask_subject(
         if each.rows
     }
     if first is None:
-        for question_set in chosen.sets:
-            _warn_of_long_references(tokenizer, question_set, options.max_new_tokens, console)
+        _warn_of_long_references(tokenizer, chosen.sets, options.max_new_tokens, console)
     try:
         for column in columns:
             without_adapter = subject.adapter is not None and not column.tuned
@@ -167,18 +166,18 @@ def _ask_model(
     return answers
 
 
-def _warn_of_long_references(
-    tokenizer: Any, question_set: QuestionSet, longest: int, console: Console
-) -> None:
-    texts = [question.reference for question in question_set.questions if question.reference]
-    if question_set.name == "repeated" or not texts:
-        return
-    if longer := sum(len(ids) > longest for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]):
-        _print_note(
-            console,
-            f"{longer} of {len(texts)} {TITLES[question_set.name]} have references longer than"
-            f" --max-new-tokens {longest}: answers to them are cut and cannot be exact",
-        )
+def _warn_of_long_references(tokenizer: Any, sets: list[QuestionSet], longest: int, console: Console) -> None:
+    for question_set in sets:
+        texts = [question.reference for question in question_set.questions if question.reference]
+        if question_set.name == "repeated" or not texts:
+            continue
+        lengths = map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])
+        if longer := sum(length > longest for length in lengths):
+            _print_note(
+                console,
+                f"{longer} of {len(texts)} {TITLES[question_set.name]} have references longer than"
+                f" --max-new-tokens {longest}: answers to them are cut and cannot be exact",
+            )
 
 
 def _warnings(

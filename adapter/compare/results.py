@@ -49,18 +49,19 @@ def make_comparison(
         ]
         measured += _measures(question_set.name, answered, [its.losses[question_set.name] for its in answers])
         rows += answered
-    models = []
-    for column in columns:
-        run, adapter = column.subject.run, column.subject.adapter if column.tuned else None
-        own = bool(adapter and run and target and target.absolute().parent == run.path)
-        models.append(ComparedModel(label=column.label, adapter=adapter.name if adapter else None, own=own))
     return Comparison(
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=seed,
-        subjects=models,
+        subjects=[_compared_model(column, target) for column in columns],
         measures=measured,
         answers=rows,
     )
+
+
+def _compared_model(column: ModelColumn, target: Path | None) -> ComparedModel:
+    run, adapter = column.subject.run, column.subject.adapter if column.tuned else None
+    own = bool(adapter and run and target and target.absolute().parent == run.path)
+    return ComparedModel(label=column.label, adapter=adapter.name if adapter else None, own=own)
 
 
 def _answered(question_set: QuestionSet, number: int, texts: list[str]) -> AnsweredQuestion:

@@ -235,11 +235,10 @@ def _write_other_files(
     tokenizer.save_pretrained(folder)
     config_file = _file_of(subject, CONFIG_NAME)
     assert config_file is not None
-    for script in config_file.parent.glob("*.py"):
-        shutil.copyfile(script, folder / script.name)
     own = Path(subject.adapter or "") / GENERATION_CONFIG_NAME
-    if generation := own if own.is_file() else _file_of(subject, GENERATION_CONFIG_NAME):
-        shutil.copyfile(generation, folder / GENERATION_CONFIG_NAME)
+    generation = own if own.is_file() else _file_of(subject, GENERATION_CONFIG_NAME)
+    for file in [*config_file.parent.glob("*.py"), *([generation] if generation else [])]:
+        shutil.copyfile(file, folder / file.name)
     # the base's own text: transformers would write today's keys, which other engines may not know
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if untied:

@@ -24,6 +24,7 @@ from qwenlora.adapter.publish.run_summary import LORA_SETTINGS, OPTIMIZER_SETTIN
 from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig
 from qwenlora.adapter.verify import lora_kind
 from qwenlora.jobs.views.runs import as_yaml, printable
+from qwenlora.run.comparison import ComparedModel
 
 WITHHELD = "(withheld)"
 NO_BASE = "BASE"  # in place of a base whose name on the hub is not known
@@ -263,22 +264,21 @@ def _until(series: Series, step: int | None) -> Series:
 def _comparison_values(summary: RunSummary, folder: str, shown: Callable[[str], str]) -> dict[str, list[Any]]:
     """Return the template's labels and rows of the comparison of the base with the run's adapter in
     folder."""
-    nothing: dict[str, list[Any]] = {"labels": [], "compared": []}
-    if summary.comparison is None:
-        return nothing
-    models = summary.comparison.subjects
-    chosen = [
-        place
-        for place, model in enumerate(models)
-        if model.adapter is None or (model.own and model.adapter == folder)
-    ]
-    if not any(models[place].adapter for place in chosen):
-        return nothing
+    comparison = summary.comparison
+    places = _places(comparison.subjects, folder) if comparison else []
+    if not comparison or not places:
+        return {"labels": [], "compared": []}
     rows = []
-    for measure in summary.comparison.measures:
-        cells = [_cell(measure.values[place], is_share=measure.kind == "share") for place in chosen]
+    for measure in comparison.measures:
+        cells = [_cell(measure.values[place], is_share=measure.kind == "share") for place in places]
         rows.append([measure.set, measure.measure, number(measure.count), *cells])
-    return {"labels": [shown(models[place].label) for place in chosen], "compared": rows}
+    return {"labels": [shown(comparison.subjects[place].label) for place in places], "compared": rows}
+
+
+def _places(models: list[ComparedModel], folder: str) -> list[int]:
+    """Return where bases and the run's adapter in folder are among the models; none without the adapter."""
+    own = [n for n, model in enumerate(models) if model.own and model.adapter == folder]
+    return sorted([*own, *(n for n, model in enumerate(models) if model.adapter is None)]) if own else []
 
 
 def _cell(value: float | None, *, is_share: bool) -> str:

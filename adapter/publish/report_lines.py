@@ -96,17 +96,17 @@ def notes(summary: RunSummary) -> Iterator[str]:
         if facts.bad_rows:
             name = summary.run.bad_rows.name
             yield f"{facts.bad_rows:,} rows could not be used and are left out: {name}"
-    for name in CHECKED_CURVES:
-        if name in summary.curves and len(steps := summary.curves[name].not_finite):
-            yield f"{name} is not finite {len(steps):,} times, first at step {steps[0]:,}"
-    yield from _risen_evaluation(summary)
+    yield from _doubtful_curves(summary)
     if again := sum(attempt.steps_repeated or 0 for attempt in summary.attempts):
         yield f"{again:,} steps were trained again after a restart: they had not been saved"
     if (summary.code.git or "").endswith("-dirty"):
         yield f"the code had changes that are not in its commit: {summary.run.diff.name}"
 
 
-def _risen_evaluation(summary: RunSummary) -> Iterator[str]:
+def _doubtful_curves(summary: RunSummary) -> Iterator[str]:
+    for name in CHECKED_CURVES:
+        if name in summary.curves and len(steps := summary.curves[name].not_finite):
+            yield f"{name} is not finite {len(steps):,} times, first at step {steps[0]:,}"
     evaluation = summary.curves.get("eval_loss")
     if evaluation and (lowest := evaluation.lowest) and evaluation.values[-1] > lowest[1] * 1.01:
         step, loss = lowest

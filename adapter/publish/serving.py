@@ -53,17 +53,21 @@ def _config_reasons(config: AdapterConfig) -> Iterator[_Reason]:
         yield f"it has biases (bias: {config['bias']})", SERVERS
     if config.get("target_parameters"):
         yield "it is for parameters that are no linear layers (target_parameters)", SERVERS
+    yield from _unusual_settings(config)
+
+
+def _unusual_settings(config: AdapterConfig) -> Iterator[_Reason]:
     if foreign := [key for key in FOREIGN if config.get(key)]:
         yield f"it uses {', '.join(foreign)}", SERVERS
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
         yield f"its start changed the base (init_lora_weights: {start})", SERVERS
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        yield "its modules differ in rank or alpha", (SGLANG, LLAMA_CPP)
 
 
 def _tensor_reasons(config: AdapterConfig, names: Collection[str]) -> Iterator[_Reason]:
-    """Yield (reason, the servers that it stops), from the adapter's modules, ranks and tensors."""
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        yield "its modules differ in rank or alpha", (SGLANG, LLAMA_CPP)
+    """Yield (reason, the servers that it stops), from the adapter's modules, rank and tensors."""
     if isinstance(config["target_modules"], str) and config["target_modules"] not in ("all", "all-linear"):
         yield "its target_modules are a pattern, not names", (SGLANG,)
     if max_lora_rank(config) is None:
