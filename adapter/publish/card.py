@@ -94,7 +94,7 @@ def make_card(summary: RunSummary, adapter: ExportedAdapter, private: Private, o
     ordinary = " ".join([card_template(), title, options.folder, on_hub or "", options.license or ""])
 
     def shown(text: str) -> str:
-        return WITHHELD if private.found(text, ordinary=ordinary) else text
+        return WITHHELD if private.kinds_in(text, ordinary=ordinary) else text
 
     path = str(summary.settings.get("model.name_or_path") or named or "an unnamed base")
     base = _Base(on_hub or shown(file_name(path)), on_hub)

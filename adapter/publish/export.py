@@ -159,7 +159,7 @@ def _refuse_private(made: Path, private: Private, ordinary: str) -> None:
         if file.name == CARD:
             text = re.sub(r"\\(?=[^\w\s]|_)", "", text)  # as readers see it
         words = text if file.name == TEMPLATE else ordinary
-        if kinds := private.found(text, vocabulary=file.name in VOCABULARY, ordinary=words):
+        if kinds := private.kinds_in(text, vocabulary=file.name in VOCABULARY, ordinary=words):
             source = "--name, --base, --license or the run" if file.name == CARD else "the run's adapter"
             raise ValueError(
                 f"nothing was exported: {file.name} would hold {' and '.join(kinds)}; take it out of its"

@@ -1,6 +1,6 @@
 """What must not leave the machine with an exported adapter: paths, the names of user and host, keys.
 
-`Private.of_this_machine(...)` knows what is private here; `found` says which kinds of it a text contains,
+`Private.of_this_machine(...)` knows what is private here; `kinds_in` says which kinds of it a text contains,
 never the thing itself. It is a last check of files that were written without such things, and cannot know
 every secret.
 """
@@ -60,7 +60,7 @@ class Private:
             frozenset(_names()),
         )
 
-    def found(self, text: str, *, vocabulary: bool = False, ordinary: str = "") -> list[str]:
+    def kinds_in(self, text: str, *, vocabulary: bool = False, ordinary: str = "") -> list[str]:
         """Return the kinds of private things that a text contains.
 
         vocabulary: it is a tokenizer's, in which pieces of paths and names are ordinary words; ordinary:

@@ -153,6 +153,7 @@ def test_the_last_line_is_for_scripts_and_nothing_is_coloured_in_a_file(run, cap
 def test_two_calls_differ_in_nothing_but_the_time(run, compared, tmp_path):
     compare([find(str(run))], CompareOptions(output=tmp_path / "c.json", **QUICK))
     assert Comparison.read(tmp_path / "c.json").model_copy(update={"made": compared.made}) == compared
+    assert json.loads((tmp_path / "c.json").read_text())["format"] == 1
 
 
 def test_another_seed_draws_other_answers_and_changes_nothing_else(run, compared, tmp_path):

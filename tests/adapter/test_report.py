@@ -217,6 +217,7 @@ def test_of_many_answers_some_are_shown_evenly_spread(run):
         "[" * 100_000,
         '{"subjects": "\\ud800"}',
         json.dumps(comparison(subjects=[])),
+        json.dumps(comparison(format=2)),
     ],
 )
 def test_a_damaged_comparison_is_a_line_on_the_page(run, text):
