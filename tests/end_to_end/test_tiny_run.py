@@ -12,7 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-from qwenlora.adapter.answers import Sampling, answers, questions
+from qwenlora.adapter.answers import Sampling, generate_answers, training_questions
 from qwenlora.configs import load_config
 from qwenlora.configs.schema import Data
 from qwenlora.run.comparison import Comparison
@@ -128,9 +128,9 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_answers(run):
     """No line of qwenlora is between peft and the answers."""
     model = AutoPeftModelForCausalLM.from_pretrained(run.adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
-    sample = list(questions(Data(train="example")))[::24]
-    ours = [one.text for one in answers(model, tokenizer, sample, Sampling(64), "asking")]
-    for question, expected in zip(sample, ours, strict=True):
+    asked = list(training_questions(Data(train="example")))[::24]
+    ours = [one.text for one in generate_answers(model, tokenizer, asked, Sampling(64), "asking")]
+    for question, expected in zip(asked, ours, strict=True):
         prompt = tokenizer.apply_chat_template(
             question.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
