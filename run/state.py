@@ -45,6 +45,8 @@ def state_of(
     last = next((attempt for attempt in reversed(attempts) if attempt.reason != "refused"), None)
     if last and last.reason == "done":
         return "done"
+    if last and not last.reason and holder_is_alive:
+        return "running"
     if job and job.state == "PENDING":
         return "waits to go on" if last else "waiting"
     if last is None:
@@ -53,8 +55,8 @@ def state_of(
         )
     if last.reason:
         return last.reason
-    if holder_is_alive is not None:
-        return "running" if holder_is_alive else "killed"
+    if holder_is_alive is False:
+        return "killed"
     if last.job_id and job:  # without job_id it was started by hand, and the job is an older one
         return "running" if job.is_alive else "killed"
     return "running" if silent_s < SILENT_S else "unknown"

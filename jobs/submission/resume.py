@@ -7,7 +7,8 @@ from pathlib import Path
 from qwenlora.jobs import ledger
 from qwenlora.jobs.find import RunOrJob
 from qwenlora.jobs.ledger import SubmittedJob
-from qwenlora.jobs.submission.submit import JobOptions, prepare
+from qwenlora.jobs.submission.options import JobOptions
+from qwenlora.jobs.submission.submit import prepare
 from qwenlora.slurm import query
 from qwenlora.slurm.query import JobInfo
 

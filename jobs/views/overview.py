@@ -13,7 +13,6 @@ from qwenlora.configs import Config, load_config
 from qwenlora.configs.load import FIELDS
 from qwenlora.jobs import ledger
 from qwenlora.jobs.find import last_sign, state_now
-from qwenlora.run import comparison
 from qwenlora.run.comparison import Comparison
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import printable
@@ -112,7 +111,7 @@ def read_overview(run: RunFolder) -> RunOverview:
         reader.read(run.code, lambda: Code.read(run.code), None),
         reader.read(run.metrics, lambda: last_line(run.metrics, "loss") or nothing, nothing),
         reader.read(run.metrics, lambda: _last_evaluation(run.metrics), nothing),
-        reader.read(run.comparison, lambda: comparison.read(run.comparison), None),
+        reader.read(run.comparison, lambda: Comparison.read(run.comparison), None),
         list(dict.fromkeys(reader.flaws)),
     )
 
