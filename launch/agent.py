@@ -1,5 +1,4 @@
-"""One agent a node, from a config to an exit code: 0 done, 75 run it again, 2 refused, 1 failed. It imports
-no torch.
+"""One agent a node, from a config to an exit code: 0 done, 75 run again, 2 refused, 1 failed. No torch.
 
 `qwenlora train configs/tiny.yaml lora.r=32` runs it, on this machine or as srun's one task on each node of a
 job; with a hostfile it starts the agents of the other machines (ssh.py). The first node's agent makes or

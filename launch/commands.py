@@ -19,51 +19,26 @@ def torchrun_argv(arguments: list[str], processes: int, rendezvous: Sequence[str
 
     arguments: a config file and overrides. rendezvous: options that say how nodes meet.
     """
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *rendezvous,
-        f"--nproc-per-node={processes}",
-        "--signals-to-handle=SIGQUIT",  # children.py passes the others on to the ranks
-        "-m",
-        RANK_MODULE,
-        *arguments,
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--nproc-per-node={processes}"]
+    # children.py passes all signals but SIGQUIT on to the ranks
+    return [*torchrun, "--signals-to-handle=SIGQUIT", "-m", RANK_MODULE, *arguments]
 
 
-def deepspeed_argv(
-    arguments: list[str],
-    processes: int,
-    node: int = 0,
-    nodes: int = 1,
-    host: str = "127.0.0.1",
-    port: int = 0,
-) -> list[str]:
-    """Return the command that starts a node's ranks by DeepSpeed's launcher. host, port: where rank 0
-    listens.
+def deepspeed_argv(arguments: list[str], processes: int, allocation: Allocation, port: int) -> list[str]:
+    """Return the command that starts a node's ranks by DeepSpeed's launcher. port: of the first node.
 
     `deepspeed` runs the same on each host. `deepspeed` itself is not used: its processes would outlive a
     killed agent, it needs pdsh, puts variables on command lines, and treats CUDA_VISIBLE_DEVICES in its own
     way.
     Source: deepspeed/launcher/runner.py and launch.py.
     """
-    devices = {f"node-{number}": list[int | str](range(processes)) for number in range(nodes)}
+    node, host = allocation.node, allocation.hosts[0] if allocation.nodes > 1 else "127.0.0.1"
+    devices = {f"node-{number}": list[int | str](range(processes)) for number in range(allocation.nodes)}
     devices[f"node-{node}"] = visible_devices(processes)
     world = base64.urlsafe_b64encode(json.dumps(devices).encode()).decode()
-    return [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.launch",
-        f"--world_info={world}",
-        f"--node_rank={node}",
-        f"--master_addr={host}",
-        f"--master_port={port}",
-        "--no_local_rank",
-        "--module",
-        RANK_MODULE,
-        *arguments,
-    ]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
+    place = [f"--node_rank={node}", f"--master_addr={host}", f"--master_port={port}"]
+    return [*launcher, *place, "--no_local_rank", "--module", RANK_MODULE, *arguments]
 
 
 def argv_without_agents(
@@ -90,24 +65,16 @@ def rendezvous_options(allocation: Allocation, run_id: str, port: int, timeout_s
     """Return torchrun's options that bring a run's nodes together. port: of the first node."""
     if allocation.nodes == 1:
         return STANDALONE
+    first, nodes = allocation.hosts[0], f"--nnodes={allocation.nodes}"
     if allocation.by_ssh:
         # a given order, so that rank 0 is on the first node, which has the screen. c10d orders nodes by name;
         # in a job srun brings rank 0's output to the job's file from any of them
-        return [
-            "--rdzv-backend=static",
-            f"--nnodes={allocation.nodes}",
-            f"--node-rank={allocation.node}",
-            f"--master-addr={allocation.hosts[0]}",
-            f"--master-port={port}",
-        ]
-    return [
-        f"--nnodes={allocation.nodes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={allocation.hosts[0]}:{port}",
-        f"--rdzv-id={run_id}",
-        # is_host is given, not guessed from names: a node may have several
-        f"--rdzv-conf=is_host={int(allocation.first)},join_timeout={timeout_s},last_call_timeout=1",
-    ]
+        address = [f"--master-addr={first}", f"--master-port={port}"]
+        return ["--rdzv-backend=static", nodes, f"--node-rank={allocation.node}", *address]
+    # is_host is given, not guessed from names: a node may have several
+    settings = f"is_host={int(allocation.first)},join_timeout={timeout_s},last_call_timeout=1"
+    backend = ["--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{port}", f"--rdzv-id={run_id}"]
+    return [nodes, *backend, f"--rdzv-conf={settings}"]
 
 
 def processes_in_words(count: int) -> str:

@@ -67,8 +67,7 @@ class Deaths:
         return False
 
     def report_exit_code(self, code: int) -> None:
-        """Report what the launcher's exit code says of a node's only rank, should it have ended unseen: 247
-        is -9."""
+        """Report a node's only rank, if it ended unseen, by the launcher's exit code: 247 is signal 9."""
         beats = heartbeat.read_beats(self._beats)
         if self._processes == len(beats) == 1 and 256 - code in signal.valid_signals():
             self._report(beats[0].rank, 256 - code)

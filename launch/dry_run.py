@@ -52,8 +52,7 @@ def dry_run(
         ("command", shlex.join(argv_without_agents(config, arguments, processes, names))),
     ]
     if len(names) > 1:
-        needs = "DeepSpeed needs pdsh to reach them" * (config.launch.launcher == "deepspeed")
-        lines.append(("hosts", f"{' '.join(names)}; by hand, {needs or 'on each of them'}"))
+        lines.append(("hosts", _hosts(config, names)))
     lines += [("warning", note) for note in rows.notes]
     text = f"{to_yaml(config)}\n" + "".join(f"# {name:20}{value}\n" for name, value in lines)
     if config.strategy.name in ZERO:
@@ -73,6 +72,12 @@ def _global_batch(config: Config, processes: int, accumulation: int, *, packs: b
     units = f"{train.global_batch_size} {'packs' if packs else 'rows'}"
     ranks = f"{processes_in_words(processes)}{f' / {shared} a sequence' * (shared > 1)}"
     return f"{units} = {ranks} x {train.per_device_train_batch_size} x {accumulation} accumulated"
+
+
+def _hosts(config: Config, names: Sequence[str]) -> str:
+    deepspeed = config.launch.launcher == "deepspeed"
+    by_hand = "DeepSpeed needs pdsh to reach them" if deepspeed else "on each of them"
+    return f"{' '.join(names)}; by hand, {by_hand}"
 
 
 def _steps(config: Config, rows: int, arguments: list[str], *, packs: bool) -> str:

@@ -2,7 +2,7 @@
 
 from qwenlora.launch import preflight
 from qwenlora.launch.launcher import run_ranks
-from qwenlora.launch.messages import AgentLost, FileWritten, LookForFile, RanksEnded, RunOver, StartRanks
+from qwenlora.launch.messages import AgentLost, FileInRunFolder, RanksEnded, RunOver, StartRanks
 from qwenlora.launch.node import Node
 from qwenlora.launch.watch import Watch
 from qwenlora.run.history import EXIT_CODES
@@ -17,7 +17,7 @@ def follow(node: Node) -> int:
     meeting.send(preflight.facts_of_this_node(node.config, node.processes))
     while True:
         match meeting.receive(1.0):
-            case LookForFile(text=text):
+            case FileInRunFolder(text=text):
                 meeting.send(_look_for_file(node, text))
             case StartRanks() as start:
                 watch = Watch(node, start.handover.attempt)
@@ -34,7 +34,7 @@ def follow(node: Node) -> int:
                 return EXIT_CODES["failed"]
 
 
-def _look_for_file(node: Node, text: str) -> FileWritten:
+def _look_for_file(node: Node, text: str) -> FileInRunFolder:
     """Look for the first node's file, and write one of this node's. text: of the first node's."""
     path = node.folder.path
     if not preflight.sees_file(node.folder, 0, text):
@@ -42,8 +42,8 @@ def _look_for_file(node: Node, text: str) -> FileWritten:
         problem = (
             f"run_dir={path} is not the folder that {first} writes to; choose a run_dir on a file system"
         )
-        return FileWritten(problem=f"{problem} that all nodes share")
+        return FileInRunFolder(problem=f"{problem} that all nodes share")
     try:
-        return FileWritten(text=preflight.write_file(node.folder, node.allocation.node))
+        return FileInRunFolder(text=preflight.write_file(node.folder, node.allocation.node))
     except OSError as error:
-        return FileWritten(problem=f"cannot write to run_dir={path}: {error.strerror}")
+        return FileInRunFolder(problem=f"cannot write to run_dir={path}: {error.strerror}")

@@ -20,26 +20,9 @@ from qwenlora.launch.hardware import gpu_count
 _LINE = re.compile(r"(?P<host>\w[\w.:-]*)\s+slots=(?P<slots>\d+)\s*(#.*)?")
 _EXPECTED = "expected a line `HOST slots=PROCESSES` for each machine"
 # variables that the other machines get; paths of this machine (HOME, TMPDIR) stay out
-_FORWARDED = (
-    "CUDA_DEVICE_",
-    "CUDA_LAUNCH_",
-    "DS_",
-    "GLOO_",
-    "HF_",
-    "HUGGING_FACE_",
-    "LD_LIBRARY_PATH",
-    "MKL_",
-    "MV2_",
-    "NCCL_",
-    "OMP_",
-    "PYTHON",
-    "QWENLORA_",
-    "TOKENIZERS_",
-    "TORCH_",
-    "TRANSFORMERS_",
-    "TRITON_",
-    "UCX_",
-    "WANDB_",
+_FORWARDED = re.compile(
+    "CUDA_DEVICE_|CUDA_LAUNCH_|DS_|GLOO_|HF_|HUGGING_FACE_|LD_LIBRARY_PATH|MKL_|MV2_|NCCL_|OMP_|PYTHON|QWENLORA_|"
+    "TOKENIZERS_|TORCH_|TRANSFORMERS_|TRITON_|UCX_|WANDB_"
 )
 
 
@@ -108,8 +91,7 @@ def processes_per_node(config: Config) -> int:
 
 
 def allocation_of(hosts: Hostfile) -> Allocation:
-    """Return the allocation of this machine, which must be the first. Raises: ValueError when it cannot
-    lead."""
+    """Return the allocation of this machine. Raises: ValueError when it is not fit to be the first."""
     first, *others = hosts.names
     if not _is_this_machine(first):
         raise ValueError(
@@ -164,7 +146,7 @@ def add_deepspeed_env(environment: MutableMapping[str, str]) -> set[str]:
 
 def forwarded(environment: Mapping[str, str], more: set[str]) -> dict[str, str]:
     """Return the variables that the other machines get, keys for W&B and the hub included. more: names."""
-    return {key: value for key, value in environment.items() if key.startswith(_FORWARDED) or key in more}
+    return {key: value for key, value in environment.items() if _FORWARDED.match(key) or key in more}
 
 
 def with_slots(config: Config, hosts: Hostfile) -> Config:

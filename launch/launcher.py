@@ -43,11 +43,8 @@ def _run_torchrun(node: Node, watch: Watch, handover: Handover, port: int, log: 
 
 
 def _run_deepspeed(node: Node, watch: Watch, handover: Handover, port: int, log: IO[bytes]) -> int:
-    allocation = node.allocation
-    host = allocation.hosts[0] if allocation.nodes > 1 else "127.0.0.1"
-    arguments = [str(node.folder.config)]
-    argv = deepspeed_argv(arguments, node.processes, allocation.node, allocation.nodes, host, port)
-    screen = lend(watch.beats) if allocation.first else nullcontext("")
+    argv = deepspeed_argv([str(node.folder.config)], node.processes, node.allocation, port)
+    screen = lend(watch.beats) if node.allocation.first else nullcontext("")
     with Deaths(watch.beats, log, node.processes) as deaths, screen as path:
         watch.deaths = deaths
         environment = _rank_environment(replace(handover, screen=path), node.folder)

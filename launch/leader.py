@@ -15,7 +15,7 @@ from qwenlora.launch.commands import preparing_argv, processes_in_words
 from qwenlora.launch.hardware import gpu_count
 from qwenlora.launch.launcher import process_environment, run_ranks
 from qwenlora.launch.meeting import NotMet
-from qwenlora.launch.messages import FileWritten, LookForFile, Message, NodeFacts, StartRanks
+from qwenlora.launch.messages import FileInRunFolder, Message, NodeFacts, StartRanks
 from qwenlora.launch.node import Node
 from qwenlora.launch.refusals import check_resume, check_same_data
 from qwenlora.launch.verdict import conclude, explain_failure, first_error
@@ -51,13 +51,13 @@ class Leader:
                 if only_check:
                     return self._only_check()
                 if folder.done and resume == "auto" and not changed.length:
-                    return self._refuse_to_repeat()
+                    return self._report_done()
                 check_resume(config, folder, resume, handover.allowed)
                 return self._attempt(handover)
         finally:  # the other nodes leave first: srun's exit code is then this one's
             node.meeting.part(FAREWELL_S, of_all=not self._missing)
 
-    def _refuse_to_repeat(self) -> int:
+    def _report_done(self) -> int:
         """Say that the run is done already."""
         run_dir, folder = self.node.config.run_dir, self.node.folder
         check_same_data(self.node.config, folder)
@@ -129,8 +129,7 @@ class Leader:
         return code
 
     def _only_check(self) -> int:
-        """Do the checks before a start and nothing else, in a folder of their own, which is removed if all is
-        well."""
+        """Do only the checks before a start, in a folder of their own; it is removed when all pass."""
         node, folder = self.node, self.node.folder
         watch = Watch(node, PREFLIGHT)
         folder.logs(PREFLIGHT).mkdir(parents=True, exist_ok=True)
@@ -172,11 +171,10 @@ class Leader:
             preflight.remove_files(node.folder, allocation.nodes)
 
     def _check_shared_folder(self) -> None:
-        """Check that each node sees this one's file in the run folder, and this one theirs. Raises:
-        NotMet."""
+        """Check that all nodes see each other's files in the run folder. Raises: NotMet."""
         folder, allocation = self.node.folder, self.node.allocation
-        self.node.meeting.send(LookForFile(text=preflight.write_file(folder, 0)))
-        for number, file in self._gather(FileWritten, preflight.SEEN_WITHIN_S + 5).items():
+        self.node.meeting.send(FileInRunFolder(text=preflight.write_file(folder, 0)))
+        for number, file in self._gather(FileInRunFolder, preflight.SEEN_WITHIN_S + 5).items():
             host = allocation.hosts[number]
             if file.problem:
                 raise NotMet(f"{host}: {file.problem}")
@@ -187,8 +185,7 @@ class Leader:
                 )
 
     def _gather(self, kind: type[M], timeout_s: float) -> dict[int, M]:
-        """Return the other nodes' messages. Raises: NotMet, at once when an agent cannot be started by
-        ssh."""
+        """Return the other nodes' messages. Raises: NotMet; at once when ssh cannot start an agent."""
 
         def failures() -> str:
             return "; ".join(filter(None, (agent.failure for agent in self._agents)))

@@ -108,8 +108,7 @@ class Meeting:
         self._receive_all(node, lines)
 
     def join(self, timeout_s: float, stop_requested: Callable[[], bool]) -> None:
-        """Connect to the first node from another one. Raises: NotMet after timeout_s, or at a stop
-        request."""
+        """Connect to the first node. Raises: NotMet after timeout_s, or at a stop request."""
         port, first = candidate_ports(self.run_id)[0], self.allocation.hosts[0]
         end, problem = time.monotonic() + timeout_s, "no agent answers there"
         while True:

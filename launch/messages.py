@@ -34,17 +34,10 @@ class NodeFacts(Message):
     time: float
 
 
-class LookForFile(Message):
-    """The first node wrote a file with this text into the run folder: do you see it?"""
+class FileInRunFolder(Message):
+    """The text of a file that this node wrote into the run folder, or why it could not."""
 
-    KIND = "look"
-    text: str
-
-
-class FileWritten(Message):
-    """The answer: the text of this node's file in the run folder, or why that did not work."""
-
-    KIND = "showed"
+    KIND = "file"
     text: str = ""
     problem: str = ""
 
@@ -99,21 +92,12 @@ class RunOver(Message):
 
 
 class AgentLost(Message):
-    """The connection to that node's agent has ended. It is never sent."""
+    """The connection to that node's agent has ended. Never sent: the receiver makes it."""
+
+    KIND = "lost"
 
 
-_SENT: tuple[type[Message], ...] = (
-    NodeFacts,
-    LookForFile,
-    FileWritten,
-    StartRanks,
-    RanksEnded,
-    EndRanks,
-    WriteStacks,
-    RankPositions,
-    RunOver,
-)
-_BY_KIND = {message.KIND: message for message in _SENT}
+_BY_KIND = {message.KIND: message for message in Message.__subclasses__()}
 
 
 def encode(message: Message) -> str:

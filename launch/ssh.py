@@ -58,8 +58,7 @@ class RemoteAgent:
 
 
 def ssh_argv(host: str) -> list[str]:
-    """Return the command that starts an agent on a host; there it reads its first line from standard
-    input."""
+    """Return the command that starts an agent on a host; it reads first_line from standard input."""
     command = shlex.join([sys.executable, "-I", "-c", _BOOT])
     return ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host, f"exec {command}"]
 

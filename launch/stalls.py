@@ -29,7 +29,7 @@ def is_stalled(beats: Sequence[Beat], processes: int, started: float, limit_s: f
     if now - started < limit_s:
         return False
     if len(beats) < processes or not all(beat.step for beat in beats):
-        return now - started > max(limit_s, SLOWEST_START_S)
+        return now - started > SLOWEST_START_S
     return any(now - beat.at > limit_s for beat in beats)
 
 
@@ -58,7 +58,7 @@ def write_stacks(folder: str, flight_recorder: str) -> None:
 def describe_stall(
     positions: Iterable[tuple[str, Sequence[RankPosition]]], ranks: int, limit_s: int, logs: Path
 ) -> str:
-    """Return which ranks are behind: whose processes do not run, else those with the fewest signs of life.
+    """Return which ranks are behind, on one line.
 
     positions: of each host's ranks; ranks: how many the run has.
     """
@@ -68,9 +68,7 @@ def describe_stall(
     if missing := ranks - len(placed):
         started = ", ".join(str(position.beat.rank) for position, _ in placed) or "none"
         return f"{missing} ranks have not started to work ({limit}); those that have: {started}; {stacks}"
-    fewest = min(position.beat.beats for position, _ in placed)
-    not_running = [(position, host) for position, host in placed if position.state]
-    behind = not_running or [(position, host) for position, host in placed if position.beat.beats == fewest]
+    behind = _those_behind(placed)
     first = behind[0][0]
     quiet = f"no progress for {max(position.quiet_s for position, _ in placed):.0f} s ({limit})"
     if len(behind) == len(placed) > 1 and not first.state:
@@ -78,6 +76,13 @@ def describe_stall(
     names = ", ".join(f"rank {position.beat.rank} on {host}" for position, host in behind)
     state = f" ({first.state})" if first.state else ""
     return f"{names}: {quiet}, in step {first.beat.step}{state}, the others wait; {stacks}"
+
+
+def _those_behind(ranks: list[tuple[RankPosition, str]]) -> list[tuple[RankPosition, str]]:
+    """Return the ranks whose processes do not run; without any, those with the fewest signs of life."""
+    fewest = min(position.beat.beats for position, _ in ranks)
+    not_running = [rank for rank in ranks if rank[0].state]
+    return not_running or [rank for rank in ranks if rank[0].beat.beats == fewest]
 
 
 def _state(beat: Beat) -> str:

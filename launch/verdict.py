@@ -56,8 +56,10 @@ def _explain_end(
     if error and error.code == EXIT_CODES["refused"] and not fault:
         console.print(f"error: {error.message}", style="red", soft_wrap=True)
         return "refused", error.message
+    if fault:
+        error = None
     message = fault or (error.message if error else f"a process ended without a word (exit code {code})")
-    explain_failure(folder, attempt, message, None if fault else error, console, tail=not fault)
+    explain_failure(folder, attempt, message, error, console, tail=not fault)
     return "failed", message
 
 

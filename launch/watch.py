@@ -121,8 +121,7 @@ class Watch:
         return stalls.is_stalled(read_beats(self.beats), self.node.processes, self.started, limit_s)
 
     def _on_stall(self) -> None:
-        """Make all nodes write their ranks' stacks; the first node then ends the attempt and says who is
-        behind."""
+        """Make all ranks write their stacks. The first node then ends the attempt: fault is who is behind."""
         self._stalled = True
         if not self.node.allocation.first:
             self._send_positions()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from qwenlora.configs.load import differences
+from qwenlora.configs.keys import differences
 from qwenlora.configs.schema import Config
 
 # what may change between two attempts without making it another run: how it is watched, started, spread over

@@ -1,5 +1,4 @@
-"""Signs of life: each rank of a node overwrites one small file when it makes progress; the node's agent reads
-them.
+"""Signs of life: each rank overwrites one small file when it makes progress; its node's agent reads them.
 
 The folder is in the node's own memory (/dev/shm where there is one), so that a thousand ranks cost a shared
 file system nothing.
@@ -19,8 +18,7 @@ _WIDTH = 160  # bytes: overwritten in place, so it must not change
 
 
 class Beat(NamedTuple):
-    """A rank's last sign of life. beats: how many it gave: a rank with fewer is behind; at:
-    time.monotonic()."""
+    """A rank's last sign of life. beats: how many so far: fewer is behind; at: time.monotonic()."""
 
     rank: int
     pid: int

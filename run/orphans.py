@@ -1,5 +1,4 @@
-"""Makes a process end with the one that started it: a killed agent must not leave ranks that go on
-writing."""
+"""Makes a process end with its parent: a killed agent must not leave ranks that go on writing."""
 
 import ctypes
 import os

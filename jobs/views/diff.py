@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from qwenlora.configs.load import FIELDS, differences
+from qwenlora.configs.keys import FIELDS, differences
 from qwenlora.jobs.views.overview import RunOverview, read_overview, settings
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import ago, as_yaml, number, printable

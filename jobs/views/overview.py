@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwenlora.configs import Config, load_config
-from qwenlora.configs.load import FIELDS
+from qwenlora.configs.keys import FIELDS
 from qwenlora.jobs import ledger
 from qwenlora.jobs.find import last_sign, state_now
 from qwenlora.run.comparison import Comparison

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwenlora.configs import Config
-from qwenlora.configs.load import FIELDS, differences
+from qwenlora.configs.keys import FIELDS, differences
 from qwenlora.jobs.views.overview import RunOverview, is_run, read_overview, settings
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import ago, as_yaml, megabytes, number, printable

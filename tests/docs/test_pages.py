@@ -1,5 +1,4 @@
-"""The pages name what is there: links lead somewhere, files exist, and docs/architecture.md has every
-module."""
+"""Pages name what is there: links lead somewhere, files exist, docs/architecture.md has every module."""
 
 import re
 from pathlib import Path
@@ -19,6 +18,8 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _PATH = re.compile(
     rf"(?<![\w/.-])((?:{'|'.join(ROOMS)}|tests|docs|benchmarks|\.github|\.ci)/(?!my)[\w./-]*)(?![\w*{{<])"
 )
+# `name` in `file`, `name` and `other` in `file`
+_IN_FILE = re.compile(r"(`[\w.]+`(?:(?:, | and )`[\w.]+`)*)\s+in\s+`((?:\w+/)+\w+\.(?:py|sh))`")
 _SUFFIXES = (".py", ".sh", ".yaml", ".yml", ".json", ".jsonl", ".md", ".html", ".svg")
 _MODULE = re.compile(r"(?<![\w/])qwenlora((?:\.\w+)+)")
 
@@ -65,6 +66,15 @@ def test_modules_and_what_they_hold_exist(page):
         source = (place / "__init__.py" if place.is_dir() else place).read_text(encoding="utf-8")
         found = len(names) < 2 and all(re.search(rf"\b{name}\b", source) for name in names)
         assert found, f"{name_of(page)} names qwenlora{dotted}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_a_page_finds_in_a_file_is_there(page):
+    for names, path in _IN_FILE.findall(page.read_text(encoding="utf-8")):
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for name in re.findall(r"`([^`]+)`", names):
+            for part in name.split("."):
+                assert re.search(rf"\b{part}\b", source), f"{name_of(page)} names {name} in {path}"
 
 
 def test_the_map_has_every_module():

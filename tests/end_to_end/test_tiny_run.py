@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
@@ -168,8 +169,8 @@ def test_a_terminal_shows_a_bar_with_the_newest_numbers(tmp_path):
         "model: {name_or_path: tiny}\ndata: {train: example}\nlog: {logging_steps: 1}\n"
         "train: {max_steps: 3, global_batch_size: 4, per_device_train_batch_size: 4, save_strategy: 'no'}\n"
     )
-    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()", "train", "my.yaml"]
-    process = subprocess.Popen(
+    command = [*forked.COMMAND, "train", "my.yaml"]
+    process = forked.Popen(
         command, cwd=tmp_path, stdout=theirs, stderr=theirs, env=os.environ | {"COLUMNS": "120"}
     )
     os.close(theirs)

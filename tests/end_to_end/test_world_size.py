@@ -3,9 +3,9 @@ losses."""
 
 import json
 import os
-import subprocess
 import sys
 
+import forked
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def attempt(folder, name: str, world: int, stop: int) -> list[list[list[int]]]:
     a row."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     rows = folder / f"rows-{name}-{stop}"
-    answer = subprocess.run(
+    answer = forked.run(
         [*argv, "rank.py", "my.yaml", f"run_dir={name}"],
         cwd=folder,
         env=os.environ | {"ROWS": str(rows), "STOP": str(stop if stop < STEPS else 0)},

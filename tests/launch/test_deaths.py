@@ -59,13 +59,13 @@ def test_a_rank_that_leaves_was_not_killed(monkeypatch):
     assert log.getvalue() == b""
 
 
-@pytest.mark.parametrize(("code", "said"), [(247, killed_line(1, 9)), (1, ""), (75, ""), (-9, ""), (0, "")])
-def test_the_launchers_exit_code_tells_of_an_only_rank(ranks, code, said):
+@pytest.mark.parametrize(("code", "line"), [(247, killed_line(1, 9)), (1, ""), (75, ""), (-9, ""), (0, "")])
+def test_the_launchers_exit_code_tells_of_an_only_rank(ranks, code, line):
     folder = ranks[1]
     Path(folder, "0").unlink()
     with Deaths(folder, log := io.BytesIO(), 1) as deaths:
         deaths.report_exit_code(code)
-    assert log.getvalue().decode() == said
+    assert log.getvalue().decode() == line
 
 
 def test_the_launchers_exit_code_does_not_tell_which_of_two(ranks):

@@ -16,7 +16,7 @@ from qwenlora.launch.allocation import (
     free_port,
 )
 from qwenlora.launch.meeting import Meeting, NotMet
-from qwenlora.launch.messages import LookForFile, RanksEnded, RunOver, StartRanks
+from qwenlora.launch.messages import FileInRunFolder, RanksEnded, RunOver, StartRanks
 from qwenlora.run.handover import Handover
 
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
@@ -42,8 +42,8 @@ def met():
 def test_what_is_said_arrives_on_the_other_side(met):
     first, *others = met
     for number, other in enumerate(others, 1):
-        other.send(LookForFile(text=f"中 {number}"))
-    answers = first.gather(LookForFile, 5.0)
+        other.send(FileInRunFolder(text=f"中 {number}"))
+    answers = first.gather(FileInRunFolder, 5.0)
     assert {number: answer.text for number, answer in answers.items()} == {1: "中 1", 2: "中 2"}
     assert all(abs(answer.received_at - time.time()) < 5 for answer in answers.values())
     start = StartRanks(handover=Handover(3, "checkpoint-4", ("lora.r",), 1.5), port=7)
@@ -85,7 +85,8 @@ def test_a_port_that_is_taken_is_passed_over():
         with Meeting(node(0)) as first, Meeting(node(1)) as second:
             assert first.port == candidate_ports("12.0")[2]
             accepting = [
-                threading.Thread(target=lambda s: s.accept()[0].close(), args=(one,)) for one in listeners
+                threading.Thread(target=lambda server: server.accept()[0].close(), args=(listener,))
+                for listener in listeners
             ]
             for thread in accepting:
                 thread.start()
@@ -184,8 +185,6 @@ def test_an_allocation_is_read_from_slurms_environment(monkeypatch):
 
 
 def test_without_a_step_there_is_one_node(monkeypatch):
-    for name in SLURM:
-        monkeypatch.delenv(name, raising=False)
     assert current_allocation() == Allocation(0, (socket.gethostname(),), None, 0, False)
     monkeypatch.setenv("SLURM_JOB_ID", "12")  # salloc, without srun
     assert current_allocation() == Allocation(0, (socket.gethostname(),), "12", 0, False)

@@ -89,3 +89,14 @@ def test_room_for_the_checkpoints_to_come(tmp_path):
     assert "MiB free, the 4 checkpoints to come need" in preflight.space_warning(config, run)
     (run.path / "checkpoint-3").mkdir()
     assert "the 3 checkpoints to come need" in preflight.space_warning(config, run)
+
+
+def test_a_disk_that_can_take_few_more_files_is_a_warning(tmp_path, monkeypatch):
+    config, run = run_of(tmp_path, 1000)
+    for files, warns in ((0, False), (63, True), (64, False)):  # 0: the file system has no limit
+        monkeypatch.setattr(preflight, "free_files", lambda folder, files=files: files)
+        warning = preflight.space_warning(config, run)
+        assert warning == (
+            f"run_dir={run.path} has room for only {files} more files (inodes), the checkpoints to"
+            " come need more" * warns
+        )

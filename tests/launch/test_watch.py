@@ -1,4 +1,4 @@
-"""What an agent looks at while its ranks run, and how the end of an attempt is told."""
+"""What an agent watches while its ranks run."""
 
 import io
 import os
@@ -14,16 +14,14 @@ from rich.console import Console
 from qwenlora.configs import load_config
 from qwenlora.launch import watch as watching
 from qwenlora.launch.allocation import Allocation
-from qwenlora.launch.causes import cause_of_stop
 from qwenlora.launch.meeting import Meeting
 from qwenlora.launch.messages import RankPosition, RanksEnded, RunOver
 from qwenlora.launch.node import Node
-from qwenlora.launch.verdict import conclude, first_error
+from qwenlora.launch.stalls import SLOWEST_START_S, is_stalled
 from qwenlora.launch.watch import Watch
 from qwenlora.run import heartbeat
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.heartbeat import Beat
-from qwenlora.run.records import RankError
 from qwenlora.slurm.query import JobInfo
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
@@ -154,6 +152,28 @@ def test_ranks_that_give_no_sign_of_life_end_the_attempt(watches, monkeypatch):
             process.wait()
 
 
+def test_ranks_that_never_start_end_the_attempt(watches, monkeypatch):
+    monkeypatch.setattr(watching, "STACKS_S", 0.1)
+    first, _ = watches
+    with heartbeat.make_folder() as folder:
+        first.beats, first.started = folder, time.monotonic() - SLOWEST_START_S - 1
+        first.while_training()
+    assert first.fault.startswith(
+        "2 ranks have not started to work (launch.stall_timeout_s is 1); those that"
+    )
+    assert first.node.children.killed
+
+
+def test_a_rank_that_never_comes_to_its_first_step_is_a_stall():
+    now = time.monotonic()
+    beats = [Beat(0, 1, 3, 20, now), Beat(1, 2, 0, 5, now)]
+    assert not is_stalled(beats, 2, now - SLOWEST_START_S + 60, 1)
+    assert is_stalled(beats, 2, now - SLOWEST_START_S - 1, 1)
+    assert not is_stalled(
+        beats, 2, now - SLOWEST_START_S - 1, 7200
+    )  # a longer limit counts for the start, too
+
+
 def test_a_slow_start_is_no_stall(watches):
     first, _ = watches
     with heartbeat.make_folder() as folder:
@@ -165,7 +185,7 @@ def test_a_slow_start_is_no_stall(watches):
 
 
 @pytest.mark.parametrize(
-    ("positions", "said"),
+    ("positions", "start"),
     [
         (
             {
@@ -192,28 +212,9 @@ def test_a_slow_start_is_no_stall(watches):
         ({0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "", 61.0)]}, "1 ranks have not started to work"),
     ],
 )
-def test_who_lags_is_who_gave_the_fewest_signs_of_life(watches, positions, said):
+def test_who_lags_is_who_gave_the_fewest_signs_of_life(watches, positions, start):
     watches[0]._positions = positions
-    assert watches[0]._describe_stall().startswith(said)
-
-
-@pytest.mark.parametrize(
-    ("job", "why", "cause"),
-    [
-        (None, "SIGTERM", ""),
-        (JobInfo("31", "PREEMPTED"), "SIGTERM", "PREEMPTED"),
-        (JobInfo("31", "NODE_FAIL", completing=True), "SIGTERM", "NODE_FAIL"),
-        (JobInfo("31", "RUNNING", preempted=True, requeue=True), "SIGUSR1", "PREEMPTED"),
-        (JobInfo("31", "RUNNING", seconds_left=100.0, requeue=True), "SIGUSR1", "TIMEOUT"),
-        (JobInfo("31", "RUNNING", seconds_left=100.0, requeue=True), "SIGTERM", ""),
-        (JobInfo("31", "RUNNING", seconds_left=9000.0, requeue=True), "SIGUSR1", ""),
-        (JobInfo("31", "RUNNING", seconds_left=None, requeue=True), "SIGUSR1", ""),
-        (JobInfo("31", "RUNNING", seconds_left=100.0, requeue=False), "SIGUSR1", "CANCELLED"),
-    ],
-)
-def test_what_slurm_does_to_a_job_that_is_asked_to_stop(job, why, cause, monkeypatch):
-    monkeypatch.setenv("QWENLORA_LEAD_S", "USR1")  # no number: nothing may be raised
-    assert cause_of_stop(job, why) == cause
+    assert watches[0]._describe_stall().startswith(start)
 
 
 def test_the_cause_is_noted_at_once_and_asked_for_again_at_the_end(watches, folder, monkeypatch):
@@ -226,53 +227,3 @@ def test_the_cause_is_noted_at_once_and_asked_for_again_at_the_end(watches, fold
     assert len(answers) == 1
     assert first.cause_of_the_end() == "REQUEUED"
     assert folder.history.attempts()[0].cause == "REQUEUED"
-
-
-# ---- verdicts
-
-
-def concluded(folder, code, *, children=None, **how):
-    console = Console(file=io.StringIO())
-    end = conclude(folder, 1, code, children or Children(), console, **how)
-    return end, folder.history.attempts()[0]
-
-
-def write_error(folder, rank, message):
-    error = RankError(process=f"rank-{rank}", time=1.0, message=message, code=1, ours=False)
-    folder.error(1, error.process).write_text(error.text())
-
-
-def test_a_fault_that_the_agents_saw_is_the_reason(folder):
-    write_error(folder, 1, "reset")
-    code, attempt = concluded(folder, 1, fault="node2 is gone", cause="NODE_FAIL")
-    assert (code, attempt.reason, attempt.message, attempt.cause) == (
-        1,
-        "failed",
-        "node2 is gone",
-        "NODE_FAIL",
-    )
-
-
-def test_a_stop_before_anything_was_saved(folder):
-    code, attempt = concluded(folder, -9, children=Children("SIGUSR1"), cause="TIMEOUT")
-    assert (code, attempt.reason, attempt.cause) == (75, "stopped", "TIMEOUT")
-    assert attempt.message == "SIGUSR1: before it saved anything"
-
-
-def test_a_run_that_came_to_its_end_was_not_stopped(folder):
-    folder.note_attempt(cause="TIMEOUT")
-    folder.end_attempt("done")
-    code, attempt = concluded(folder, 0, children=Children("SIGUSR1"), cause="TIMEOUT")
-    assert (code, attempt.reason, attempt.cause) == (0, "done", None)
-
-
-def test_a_stop_is_not_a_done_run_though_there_is_an_older_adapter(folder):
-    folder.adapter.mkdir()
-    assert concluded(folder, 0, children=Children("SIGTERM"))[0] == 75
-
-
-def test_the_rank_that_torchrun_saw_killed_on_any_node_comes_first(folder):
-    report = "(first observed failure):\n  rank      : 3 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n"
-    folder.log(1, "launch-1").write_text(report)
-    write_error(folder, 0, "connection reset")
-    assert first_error(folder, 1).message.startswith("rank 3 was killed by SIGKILL, not by qwenlora")

@@ -1,4 +1,4 @@
-"""Small rows, configs and trainers, made for tests of trainer/."""
+"""Small rows, configs and trainers for tests of trainer/."""
 
 from pathlib import Path
 

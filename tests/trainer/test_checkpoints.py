@@ -1,4 +1,5 @@
-"""A checkpoint is whole or it is none; the newest whole one is chosen, and what is passed over is named."""
+"""A checkpoint is whole or it is not used; the newest whole one is chosen, and those passed over are
+named."""
 
 import json
 import shutil
@@ -234,24 +235,24 @@ def test_sizes_alone_show_a_truncated_file(run, saver):
 
 
 def test_everything_is_on_the_disk_before_the_name_is_there(run, saver, monkeypatch):
-    """Recorded at the system's calls: files, manifest, folder, rename, parent, and only then an old one
-    goes."""
+    """The system's calls, in order: files, manifest, folder, rename, parent, then the removal of an old
+    checkpoint."""
     import os
 
     saver.limit = 1
     save(saver, 4)
     (run.metrics).write_text("{}\n")
-    said = []
+    calls = []
     fsync, rename = os.fsync, os.rename
 
-    def say(text: object) -> None:
-        said.append(str(text).replace(str(run.path), ""))
+    def record(text: object) -> None:
+        calls.append(str(text).replace(str(run.path), ""))
 
     def file_of(descriptor: int) -> Path:
         return Path(f"/proc/self/fd/{descriptor}").readlink()
 
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (say(file_of(descriptor)), fsync(descriptor))[1])
-    monkeypatch.setattr(os, "rename", lambda a, b: (say(f"{a} -> {b}"), rename(a, b)))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (record(file_of(descriptor)), fsync(descriptor))[1])
+    monkeypatch.setattr(os, "rename", lambda a, b: (record(f"{a} -> {b}"), rename(a, b)))
     save(saver, 8)
     staging = "/.staging-checkpoint-8"
     files = [f"{staging}/{name}" for name in FILES if name != "manifest.json"]
@@ -263,7 +264,7 @@ def test_everything_is_on_the_disk_before_the_name_is_there(run, saver, monkeypa
         f"{staging} -> /checkpoint-8",
         "",
     ]
-    assert said == [*expected, "/checkpoint-4 -> /.removing-checkpoint-4"]
+    assert calls == [*expected, "/checkpoint-4 -> /.removing-checkpoint-4"]
 
 
 def test_old_ones_are_dropped_once_the_new_one_is_whole_but_never_the_best(run, saver):
@@ -271,7 +272,7 @@ def test_old_ones_are_dropped_once_the_new_one_is_whole_but_never_the_best(run, 
     (run.checkpoint(99)).mkdir()  # damaged: neither counted nor removed
     losses = {1: 9.0, 2: 1.0, 3: 5.0, 4: 5.0, 5: 2.0}
     for step in range(1, 6):
-        save(saver, step, losses={one: loss for one, loss in losses.items() if one <= step} | {77: 0.0})
+        save(saver, step, losses={past: loss for past, loss in losses.items() if past <= step} | {77: 0.0})
     assert names(run) == ["checkpoint-2", "checkpoint-5", "checkpoint-99"]
     saver.limit = 1
     save(saver, 6, losses={5: 2.0, 6: 3.0})
@@ -307,7 +308,7 @@ def test_one_that_was_written_but_not_yet_renamed_is_kept(run, saver, identity):
     assert checkpoints.choose(run, "auto", identity).folder == run.checkpoint(4)
 
 
-def test_any_error_of_the_writer_is_heard(run, saver, monkeypatch):
+def test_any_error_of_the_writer_is_reported(run, saver, monkeypatch):
     saver.warn, saver.in_background = Warned(), True
     monkeypatch.setattr("qwenlora.trainer.loop.saver.save_file", lambda *_, **__: 1 / 0)
     save(saver, 4)
@@ -368,7 +369,7 @@ def test_a_full_disk_costs_the_save_and_no_checkpoint(run, saver, identity):
     assert checkpoints.choose(run, "auto", identity).folder == run.checkpoint(12)
 
 
-def test_a_folder_that_is_gone_is_said_and_not_made_anew(run, saver):
+def test_a_folder_that_was_deleted_is_reported_and_not_made_again(run, saver):
     saver.warn = warned = Warned()
     shutil.rmtree(run.path)
     save(saver, 4)
@@ -381,11 +382,11 @@ def test_a_save_that_hangs_ends_by_its_limit(run, identity, monkeypatch, in_back
     import threading
 
     given_up, release = threading.Event(), threading.Event()
-    said = []
+    messages = []
     monkeypatch.setattr("qwenlora.trainer.loop.saver.sync", lambda _: release.wait(20))
 
     def give_up(message):
-        said.append(message)
+        messages.append(message)
         given_up.set()
         release.set()
 
@@ -393,7 +394,7 @@ def test_a_save_that_hangs_ends_by_its_limit(run, identity, monkeypatch, in_back
     saver.save(4, snapshot(), {"state.json": "{}"}, {})
     assert given_up.wait(10)
     saver.wait()
-    assert "checkpoint-4 was not saved in checkpoint.timeout_s=0.2 s: the file system of" in said[0]
+    assert "checkpoint-4 was not saved in checkpoint.timeout_s=0.2 s: the file system of" in messages[0]
 
 
 def test_a_slow_file_system_does_not_hold_up_training(run, identity, monkeypatch):

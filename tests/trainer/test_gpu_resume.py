@@ -1,5 +1,4 @@
-"""On a GPU: what is copied in the background is what was trained, float16's scaler goes on, and a full GPU is
-said."""
+"""On a GPU: a run resumes bit for bit with float16's scaler, and a full GPU is reported with the batch."""
 
 import pytest
 import torch
@@ -54,7 +53,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, dtype):
     assert (state.scaler is not None) == (dtype == "float16")
 
 
-def test_a_full_gpu_is_said_with_the_batch(tiny, tmp_path):
+def test_a_full_gpu_is_reported_with_the_batch(tiny, tmp_path):
     made = trainer_of(tiny, tmp_path, side_of(24), config_of())
     torch.cuda.set_per_process_memory_fraction(1e-4)
     try:

@@ -1,4 +1,5 @@
-"""Every text Qwen gets its adapter; what cannot be is refused; untrained turn tokens are noticed."""
+"""Every text Qwen gets its adapter; settings that cannot work are refused; untrained turn tokens are
+named."""
 
 import json
 import shutil
@@ -282,8 +283,8 @@ def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name):
 
 
 class TestUntrainedTurnTokens:
-    """A base model's rows past its tokenizer were never trained and lie together; so do turn tokens it never
-    saw."""
+    """Rows of the embeddings past the tokenizer were never trained and lie close together, as untrained turn
+    tokens do."""
 
     @pytest.fixture
     def base(self, tiny):

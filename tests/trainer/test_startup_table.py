@@ -11,14 +11,19 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts, SideCounts
 from qwenlora.trainer import prepare
 from qwenlora.trainer.loop.arguments import training_arguments
-from qwenlora.trainer.record import startup_table as derived
+from qwenlora.trainer.record import startup_table
 from qwenlora.trainer.spread.strategy import Spread
 
 COUNTS = SideCounts(rows=20, read_rows=20, tokens=1000, trained_tokens=400, longest=90, packs=4, sha256="")
 
 
 def facts_of(
-    train: str = "t", *, evaluation: str = "", packing: bool = False, packs: str = "", notes: list[str] = []
+    train: str = "t",
+    *,
+    evaluation: str = "",
+    packing: bool = False,
+    packs: str = "",
+    notes: tuple[str, ...] = (),
 ) -> Facts:
     """Return facts of the same counts. train, evaluation, packs: hashes of what is trained on."""
     sides = {"train": COUNTS.model_copy(update={"sha256": train, "packs_sha256": packs})}
@@ -32,7 +37,7 @@ def facts_of(
         data=sides,
         packing=packing,
         bad_rows=0,
-        notes=notes,
+        notes=list(notes),
         parameters=parameters_of(990, 10, 900, 90, 2, 8, 8, 16, 4),
         checkpoint_bytes=3_000_000,
     )
@@ -48,7 +53,7 @@ def known(tmp_path):
             lora=lora or Lora(),
             train=Train(**{"global_batch_size": 16, "per_device_train_batch_size": 2} | train),
         )
-        facts = facts_of(packing=packing, notes=list(notes))
+        facts = facts_of(packing=packing, notes=notes)
         arguments = training_arguments(config, RunFolder(tmp_path), facts.units, 2, evaluates=False)
         return config, facts, arguments
 
@@ -56,7 +61,7 @@ def known(tmp_path):
 
 
 def test_the_table_counts_what_the_run_will_do(known):
-    table = derived.facts(*known(num_train_epochs=3.0), world_size=2, spread=Spread("fsdp", (2, 8)))
+    table = startup_table.rows(*known(num_train_epochs=3.0), world_size=2, spread=Spread("fsdp", (2, 8)))
     assert table["processes"] == "2 x CPU, fsdp in 2 groups of 8"
     assert table["trainable"].startswith("10 parameters = 1.00% (r 16, alpha 32, all-linear)")
     assert table["data"] == "my.jsonl: 20 rows, 1,000 tokens, 40% of them trained, the longest row 90"
@@ -67,7 +72,7 @@ def test_the_table_counts_what_the_run_will_do(known):
 
 def test_with_packing_the_table_counts_packs_and_says_how_many_rows_that_is(known):
     data = Data(train="my.jsonl", max_length=256)
-    table = derived.facts(
+    table = startup_table.rows(
         *known(data=data, packing=True, global_batch_size=2, per_device_train_batch_size=1),
         world_size=2,
         spread=Spread(why="strategy.name=auto: ddp, no GPU: the whole model in each process"),
@@ -82,7 +87,7 @@ def test_with_packing_the_table_counts_packs_and_says_how_many_rows_that_is(know
 
 
 def test_nothing_to_warn_of_is_no_warning(known):
-    assert derived.warnings(*known(), [], tied=True) == []
+    assert startup_table.warnings(*known(), [], tied=True) == []
 
 
 @pytest.mark.parametrize(
@@ -118,13 +123,13 @@ def test_nothing_to_warn_of_is_no_warning(known):
     ],
 )
 def test_what_deserves_a_warning_gets_one(known, how, untrained, tied, line):
-    (warning,) = derived.warnings(*known(**how), untrained, tied=tied)
+    (warning,) = startup_table.warnings(*known(**how), untrained, tied=tied)
     assert line in warning
 
 
 def test_a_base_whose_embeddings_are_trained_needs_no_warning(known):
     lora = Lora(modules_to_save=["embed_tokens"])
-    assert derived.warnings(*known(lora=lora), ["<|im_end|>"], tied=True) == []
+    assert startup_table.warnings(*known(lora=lora), ["<|im_end|>"], tied=True) == []
 
 
 def test_what_is_trained_on_is_both_sides_and_with_packing_the_packs():
@@ -154,7 +159,7 @@ def test_a_run_that_was_packed_elsewhere_is_told_so(tmp_path):
     with pytest.raises(
         ValueError, match=r"with packing on, here it would be off \(data\.packing: auto is on"
     ):
-        prepare._refuse_another(RunFolder(tmp_path), facts_of(packing=True), facts_of(packing=False))
+        prepare._refuse_other_data(RunFolder(tmp_path), facts_of(packing=True), facts_of(packing=False))
 
 
 def test_facts_of_an_older_version_are_read(tmp_path):
@@ -166,7 +171,7 @@ def test_facts_of_an_older_version_are_read(tmp_path):
     run.facts.write_text(json.dumps(older))
     then = run.read_facts()
     assert then.parameters.total == facts.parameters.total
-    prepare._refuse_another(run, then, facts)
+    prepare._refuse_other_data(run, then, facts)
 
 
 def test_what_was_done_to_rows_is_noted():

@@ -1,4 +1,4 @@
-"""From the config: transformers' arguments, the row order, and a check of both before a model is loaded."""
+"""From the config: the row order and transformers' arguments, checked before a model is loaded."""
 
 import torch
 from transformers import TrainingArguments, get_scheduler
@@ -10,6 +10,13 @@ from qwenlora.data.packing import Packs
 from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.model.base import pick_dtype
+
+# keys of the config that are transformers' arguments as they are
+SAME_NAME = {
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "seed", "save_strategy", "eval_steps"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "weight_decay"),
+    *("max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
+}
 
 
 def order_of(config: Config, train: Side, packs: Packs | None = None) -> Order:
@@ -34,8 +41,7 @@ def training_arguments(
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(run.path),
-        per_device_train_batch_size=train.per_device_train_batch_size,
-        per_device_eval_batch_size=train.per_device_eval_batch_size,
+        **train.model_dump(include=SAME_NAME),
         gradient_accumulation_steps=accumulation_steps(
             train.global_batch_size,
             train.per_device_train_batch_size,
@@ -43,20 +49,7 @@ def training_arguments(
             config.strategy.sequence_parallel,
         ),
         max_steps=total_steps(units, train.global_batch_size, train.num_train_epochs, train.max_steps),
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
-        lr_scheduler_kwargs=dict(train.lr_scheduler_kwargs),
-        warmup_steps=train.warmup_steps,
-        optim=train.optim,
-        weight_decay=train.weight_decay,
-        adam_beta1=train.adam_beta1,
-        adam_beta2=train.adam_beta2,
-        adam_epsilon=train.adam_epsilon,
-        max_grad_norm=train.max_grad_norm,
-        seed=train.seed,
         eval_strategy=train.eval_strategy if evaluates else "no",
-        eval_steps=train.eval_steps,
-        save_strategy=train.save_strategy,
         **({"save_steps": train.save_steps} if train.save_steps else {}),
         save_total_limit=None,  # checkpoints.py removes old ones, once the new one is whole
         logging_steps=config.log.logging_steps,

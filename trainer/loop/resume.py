@@ -1,25 +1,16 @@
 """What a resume restores besides tensors, which state.py does: the schedule, and Trainer's own counters."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from qwenlora.run.records import State
-
-
-class _Resumable(Protocol):
-    resumed: State | None
-    _tr_loss: Tensor
-    _globalstep_last_logged: int
 
 
 class ResumeCallback(TrainerCallback):
     """Restores what Trainer does not: the loss since the last logging step, and the config's intervals."""
 
-    def __init__(self, trainer: _Resumable) -> None:
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_train_begin(

@@ -120,9 +120,7 @@ def check_alike(adapter: dict[str, Tensor], device: torch.device) -> None:
         return
     mine = torch.zeros(3, dtype=torch.int64, device=device)
     for _, tensor in sorted(adapter.items()):
-        bits = (
-            tensor.detach().contiguous().view(-1).view(torch.int32)
-        )  # float32, as all trained parameters are
+        bits = tensor.detach().contiguous().view(-1).view(torch.int32)  # all trained parameters are float32
         sums_of_bits = [bits[::stride].sum(dtype=torch.int64) for stride in (1, 7, 11)]
         mine = mine * 31 + torch.stack(sums_of_bits).to(device)
     of_ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
@@ -130,8 +128,7 @@ def check_alike(adapter: dict[str, Tensor], device: torch.device) -> None:
     if differing := [rank for rank, sums in enumerate(of_ranks) if not torch.equal(sums, of_ranks[0])]:
         raise TrainingFault(
             f"rank{'s' * (len(differing) > 1)} {', '.join(map(str, differing))} and rank 0 have different"
-            " adapters, which would be the same if all computed right: a GPU or its memory may be broken; no"
-            " checkpoint was written"
+            " adapters, which must be the same: a GPU or its memory may be broken; no checkpoint was written"
         )
 
 
@@ -176,13 +173,12 @@ def restore_optimizer(
     names = _names(model)
     saved = state_by_parameter(content)
     packed = optimizer.state_dict()  # which has numbers in place of parameters
-    packed["state"] = {}
-    number = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if values := saved.pop(names[parameter], None):
-                packed["state"][number] = values
-            number += 1
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    packed["state"] = {
+        number: saved.pop(names[parameter])
+        for number, parameter in enumerate(parameters)
+        if names[parameter] in saved
+    }
     assert not saved, f"the optimizer has no {sorted(saved)}"
     optimizer.load_state_dict(packed)
     restore_settings(optimizer, settings)

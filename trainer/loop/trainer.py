@@ -323,8 +323,8 @@ class LoraTrainer(Trainer):
         stall = time.perf_counter() - start
         self.idle_s += stall
         self.saving_s += stall
-        written = self.saver.last[1] if self.saver and self.saver.last else 0.0
-        self.stop.longest_save_s = max(self.stop.longest_save_s, stall, written)
+        before = self.saver.last_seconds if self.saver else 0.0
+        self.stop.longest_save_s = max(self.stop.longest_save_s, stall, before)
 
     def _snapshot(self) -> states.Snapshot:
         """Return copies of all that training changes; empty except on rank 0. All ranks call it."""
@@ -346,11 +346,10 @@ class LoraTrainer(Trainer):
 
     def _losses_of_all_ranks(self) -> list[float]:
         """Return each rank's loss since the last logging step."""
-        losses = [torch.zeros_like(self._tr_loss) for _ in range(self.args.world_size)]
         if self.args.world_size == 1:
-            losses = [self._tr_loss]
-        else:
-            dist.all_gather(losses, self._tr_loss)
+            return [float(self._tr_loss)]
+        losses = [torch.zeros_like(self._tr_loss) for _ in range(self.args.world_size)]
+        dist.all_gather(losses, self._tr_loss)
         return [float(loss) for loss in losses]
 
     def _texts(self, snapshot: states.Snapshot, losses: list[float]) -> dict[str, str]:

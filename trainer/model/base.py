@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from qwenlora.configs.schema import Config, Model
-from qwenlora.data.rows import TURN_END
+from qwenlora.data.turns import TURN_END
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.model.tiny import build_tiny
 

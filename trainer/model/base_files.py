@@ -9,7 +9,7 @@ import math
 import os
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,17 +22,6 @@ from qwenlora.trainer.model.base import pick_dtype, refuse_missing
 # other dtypes (fp8) mean nothing without the scales beside them
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SLICE = 2**22  # numbers that are converted at a time
-
-
-class WeightSource(Protocol):
-    """What weights can be read from. bytes_read: so far."""
-
-    bytes_read: int
-
-    def copy(self, name: str, start: int, to: Tensor) -> None:
-        """Fill `to`, contiguous, of any dtype and device, with elements of the named tensor, flattened, from
-        start on."""
-        ...
 
 
 class Place(NamedTuple):
@@ -169,6 +158,9 @@ class WholeBase:
     def copy(self, name: str, start: int, to: Tensor) -> None:
         """Fill `to`, as BaseFiles.copy does."""
         to.view(-1).copy_(self.tensors[name].detach().flatten()[start : start + to.numel()])
+
+
+WeightSource = BaseFiles | WholeBase
 
 
 def peak_memory() -> int:

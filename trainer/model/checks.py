@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qwenlora.data.rows import TURN_END, TURN_START
+from qwenlora.data.turns import TURN_END, TURN_START
 
 # of the logits' spread: isolated rows differ by rounding, or by int8's outlier columns; leaking ones by 0.4
 LEAK = 0.02

@@ -18,8 +18,8 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qwenlora.configs.schema import Data
-from qwenlora.data.rows import TURN_END, TURN_START
 from qwenlora.data.survey import rows_of_side
+from qwenlora.data.turns import TURN_END, TURN_START
 
 VOCABULARY = 2048
 SEED = 0

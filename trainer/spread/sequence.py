@@ -8,7 +8,6 @@ Source: https://arxiv.org/abs/2309.14509
 """
 
 import math
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -137,40 +136,29 @@ def share_attention(model: Any, team: Team) -> None:
     ) -> tuple[Tensor, None]:
         assert mask is None, "a mask of this rank's slice says nothing of the whole sequence"
         options["position_ids"] = options.pop("whole_position_ids", None)
-        whole_sequences = _Kernel(ALL_ATTENTION_FUNCTIONS[kernel], kernel, module, options)
-        return _attend(team, whole_sequences, query, key, value), None
+        return _attend(team, kernel, module, query, key, value, options), None
 
     # no mask function of this name: transformers then makes no mask
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
     model.config._attn_implementation = NAME
 
 
-class _Kernel(NamedTuple):
-    """An attention of transformers, and what it is called with. name: among transformers' attentions."""
-
-    function: Callable[..., tuple[Tensor, Tensor | None]]
-    name: str
-    module: Any
-    options: dict[str, object]
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return attention, [batch, width, heads, dim], for query, key and value of [batch, heads, width,
-        dim]."""
-        module = _Overridden(
-            self.module,
-            num_key_value_groups=query.shape[1] // key.shape[1],
-            config=_Overridden(self.module.config, _attn_implementation=self.name),
-        )
-        return self.function(module, query, key, value, None, **self.options)[0]
-
-
-def _attend(team: Team, kernel: _Kernel, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend(
+    team: Team,
+    kernel: str,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: dict[str, object],
+) -> Tensor:
     """Return this rank's slice of attention over whole sequences, [batch, width, heads, dim].
 
-    query, key, value: of this rank's slice, [batch, heads, width, dim]. KV heads are repeated where the
-    team's size does not divide their number, so that each query head comes to the rank of its own KV head.
+    kernel: its name in transformers, called with options. query, key, value: of this rank's slice, [batch,
+    heads, width, dim]. KV heads are repeated where the team's size does not divide their number, so that each
+    query head comes to the rank of its own KV head.
     """
-    size, kv_heads = team.size, key.shape[1]
+    size, heads, kv_heads = team.size, query.shape[1], key.shape[1]
     repeats = size // math.gcd(size, kv_heads)
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -180,7 +168,12 @@ def _attend(team: Team, kernel: _Kernel, query: Tensor, key: Tensor, value: Tens
     # one message instead of three: [ranks, batch, that rank's heads, width, dim] becomes
     # [batch, own heads, whole width, dim]
     mine = exchange(torch.cat(shares, 2).movedim(1, 0), team.group).movedim(0, 2).flatten(2, 3)
-    whole: Any = kernel(*mine.split(counts, 1))
+    seen_by_kernel = _Overridden(
+        module,
+        num_key_value_groups=heads // (kv_heads * repeats),
+        config=_Overridden(module.config, _attn_implementation=kernel),
+    )
+    whole, _ = ALL_ATTENTION_FUNCTIONS[kernel](seen_by_kernel, *mine.split(counts, 1), None, **options)
     # [ranks, batch, width, own heads, dim] becomes the heads of all ranks side by side
     back: Tensor = exchange(whole.unflatten(1, (size, -1)).movedim(1, 0), team.group)
     return back.movedim(0, 2).flatten(2, 3)

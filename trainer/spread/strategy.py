@@ -40,8 +40,8 @@ class Spread(NamedTuple):
     why: str = ""
 
     @property
-    def said(self) -> str:
-        """The strategy in words: fsdp in 2 groups of 8."""
+    def description(self) -> str:
+        """Return the strategy in words: fsdp in 2 groups of 8."""
         return self.name + (f" in {self.shape[0]} groups of {self.shape[1]}" if len(self.shape) == 2 else "")
 
 

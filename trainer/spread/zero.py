@@ -37,9 +37,7 @@ def start_communication() -> None:
 class OptimizerOfZero(AcceleratedOptimizer):
     """The optimizer that Trainer's loop calls when DeepSpeed has taken the step already."""
 
-    _is_accelerate_prepared = (
-        True  # else its state would be copied, and DeepSpeed's views would be of the old
-    )
+    _is_accelerate_prepared = True  # else accelerate copies its state, and DeepSpeed has views of the old
 
     def step(self, closure: Any = None) -> None:
         """Do nothing."""
@@ -217,9 +215,9 @@ class Zero:
         if dist.get_world_size() == 1:
             return
         trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.parameters)
-        held = sum(flat.numel() for flat in self._flat())
+        here = sum(flat.numel() for flat in self._flat())
         most = math.ceil(trained / dist.get_world_size()) + len(self.parameters) * dist.get_world_size() * 2
-        if held > most:
+        if here > most:
             raise TrainingFault(
-                f"ZeRO holds {held:,} of {trained:,} trained numbers on a rank, expected {most:,}"
+                f"ZeRO holds {here:,} of {trained:,} trained numbers on a rank, expected {most:,}"
             )
