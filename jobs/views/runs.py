@@ -107,12 +107,16 @@ def _settings(runs: list[RunOverview], names: list[str]) -> Iterator[RenderableT
         all_of_them = f"all {len(configs)}: " if len(configs) > 1 else ""
         yield Text(all_of_them + _as_line(first, alike), style="dim")
     if differing:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("run", overflow="fold", min_width=8, max_width=30)
-        table.add_column("settings that differ", overflow="fold")
-        for name, config in configs:
-            table.add_row(name, _as_line(config, [key for key in FIELDS if key in differing]))
-        yield table
+        yield _settings_table(configs, [key for key in FIELDS if key in differing])
+
+
+def _settings_table(configs: list[tuple[str, Config]], keys: list[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("run", overflow="fold", min_width=8, max_width=30)
+    table.add_column("settings that differ", overflow="fold")
+    for name, config in configs:
+        table.add_row(name, _as_line(config, keys))
+    return table
 
 
 def _differing(configs: list[Config]) -> set[str]:
