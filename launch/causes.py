@@ -19,7 +19,7 @@ def cause_of_kill(attempt: Attempt) -> str:
     return "" if state in query.UNDER_WAY else state
 
 
-def cause_of_stop(job: query.Job | None, stop_signal: str) -> str:
+def cause_of_stop(job: query.JobInfo | None, stop_signal: str) -> str:
     """Return what Slurm is doing to a job that was asked to stop; empty when it does nothing.
 
     stop_signal: the one that came. Slurm sends the signal ahead of the time limit to a running job; but

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import ZERO, Machine, refuse
 from qwenlora.configs.deepspeed import deepspeed_config
-from qwenlora.configs.load import FIELDS, SECTIONS
+from qwenlora.configs.keys import FIELDS, SECTIONS
 from qwenlora.data import sources
 from qwenlora.data.order import accumulation_steps
 from qwenlora.data.prepared import other_files

@@ -3,9 +3,9 @@ session."""
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from hypothesis import settings
 
@@ -73,8 +73,8 @@ class Command:
     def __call__(
         self, *arguments: object, timeout: float = 300, **environment: str
     ) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-c", "from qwenlora.cli.main import main; main()", *map(str, arguments)],
+        return forked.run(
+            [*forked.COMMAND, *map(str, arguments)],
             cwd=self.folder,
             env=os.environ | environment,
             capture_output=True,

@@ -21,8 +21,8 @@ def wait_for_training(life, process, number) -> int:
     """Wait until an attempt, after the number that there were, has trained a step; return which."""
     for _ in range(9000):
         attempts = life.run.history.attempts()
-        if len(attempts) > number and (step := life.run.history.progress.read(number + 1).get("step")):
-            return step
+        if len(attempts) > number and (progress := life.run.history.progress.read(number + 1)):
+            return progress.step
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
     raise AssertionError("no progress")
@@ -53,13 +53,11 @@ def test_one_signalled_rank_of_two_is_enough_at_any_moment(tmp_path):
         took = time.monotonic() - start
         longest = max(longest, took)
         attempt = life.run.history.attempts()[-1]
-        print(
-            f"{number + 1}: {kind.name} after step {attempt['last_step']}, left in {took:.2f} s", flush=True
-        )
+        print(f"{number + 1}: {kind.name} after step {attempt.last_step}, left in {took:.2f} s", flush=True)
         assert process.returncode == 75, said
-        assert life.newest() == attempt["last_step"], "what was trained is saved"
-        assert (attempt["first_step"], attempt["steps_repeated"]) == (last + 1, 0)
-        last = attempt["last_step"]
+        assert life.newest() == attempt.last_step, "what was trained is saved"
+        assert (attempt.first_step, attempt.steps_repeated) == (last + 1, 0)
+        last = attempt.last_step
     code, said = life.attempt()
     assert code == 0, said
     life.assert_equals(whole)

@@ -8,6 +8,7 @@ import sys
 import termios
 import time
 
+import forked
 import pexpect
 import pytest
 
@@ -129,7 +130,7 @@ def test_twenty_kilobytes_are_pasted_and_lines_are_joined(terminal):
 
 def test_a_piped_question_is_answered_and_nothing_else_is_said(tiny_run, qwenlora):
     question, expected = PAIRS[0]
-    answer = subprocess.run(
+    answer = forked.run(
         [sys.executable, *COMMAND, str(tiny_run[0]), "--temperature", "0"],
         input=f"{question}\n",
         capture_output=True,

@@ -4,16 +4,14 @@ half-way."""
 import json
 import signal
 import subprocess
-import sys
 import time
 
+import forked
 import psutil
 import pytest
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
-
-COMMAND = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
 
 
 def metrics(folder) -> list[dict]:
@@ -89,8 +87,8 @@ def test_packed_runs_are_the_same_on_any_number_of_ranks_and_go_on_bit_for_bit(q
         assert abs(a["loss"] - b["loss"]) <= 1e-5
         assert abs(a["grad_norm"] - b["grad_norm"]) <= 1e-4
 
-    cut = subprocess.Popen(
-        [*COMMAND, "train", "my.yaml", "run_dir=cut", "--nproc", "2"],
+    cut = forked.Popen(
+        [*forked.COMMAND, "train", "my.yaml", "run_dir=cut", "--nproc", "2"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
@@ -123,8 +121,8 @@ def test_a_stop_during_preparation_ends_all_of_it_and_the_next_start_is_right(qw
         "model: {name_or_path: tiny}\ndata: {train: my.jsonl, num_proc: 2}\n"
         "train: {global_batch_size: 2, max_steps: 1, save_strategy: 'no'}\n"
     )
-    process = subprocess.Popen(
-        [*COMMAND, "train", "my.yaml"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    process = forked.Popen(
+        [*forked.COMMAND, "train", "my.yaml"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
     )
     cache = tmp_path / "runs" / ".prepared"
     while not any(path.stat().st_size for path in cache.glob("*.staging-*/train/ids.bin")):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import psutil
 import pytest
 from lives import COMMAND, write_config
@@ -47,7 +48,7 @@ def folder(tmp_path_factory):
 def start(folder, name, *arguments):
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
-    return subprocess.Popen(
+    return forked.Popen(
         [*COMMAND, "my.yaml", f"run_dir={name}", *arguments],
         cwd=folder,
         env=environment | {"PATH": path, "OMP_NUM_THREADS": "1", "WANDB_API_KEY": "the-key"},

@@ -6,9 +6,9 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
+import forked
 import pytest
 
 from qwenlora.run import checkpoints
@@ -24,15 +24,7 @@ train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: 40, le
         save_strategy: steps, save_steps: 5}
 log: {logging_steps: 1, wandb: off}
 """
-COMMAND = [
-    sys.executable,
-    "-c",
-    "from qwenlora.cli.main import main; main()",
-    "train",
-    "my.yaml",
-    "--nproc",
-    "2",
-]
+COMMAND = [*forked.COMMAND, "train", "my.yaml", "--nproc", "2"]
 
 
 @pytest.fixture
@@ -57,7 +49,7 @@ def disk(tmp_path):
 def undisturbed(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     write_config(folder, tiny)
-    subprocess.run([*COMMAND, "run_dir=run"], cwd=folder, check=True, capture_output=True)
+    forked.run([*COMMAND, "run_dir=run"], cwd=folder, check=True, capture_output=True)
     return RunFolder(folder / "run")
 
 
@@ -72,7 +64,7 @@ def size_of_a_checkpoint(run) -> int:
 
 
 def start(folder, *arguments):
-    return subprocess.Popen(
+    return forked.Popen(
         [*COMMAND, "run_dir=disk/run", *arguments],
         cwd=folder,
         stdout=subprocess.PIPE,

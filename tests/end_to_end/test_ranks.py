@@ -2,6 +2,7 @@
 
 import json
 
+import forked
 import pytest
 from safetensors.torch import load_file
 
@@ -41,7 +42,6 @@ def test_one_and_two_processes_have_the_same_losses(qwenlora, tmp_path):
 
 def test_torchrun_by_hand_trains_the_same(qwenlora, tmp_path):
     import os
-    import subprocess
     import sys
 
     config = tmp_path / "my.yaml"
@@ -53,7 +53,7 @@ def test_torchrun_by_hand_trains_the_same(qwenlora, tmp_path):
     by_agent, _ = trained(qwenlora, "agent", config, "--nproc", 2)
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv += ["-m", "qwenlora.trainer.main", str(config), "run_dir=hand"]
-    answer = subprocess.run(
+    answer = forked.run(
         argv, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False, timeout=150
     )
     assert answer.returncode == 0, answer.stderr

@@ -4,9 +4,9 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
+import forked
 import psutil
 import pytest
 from slurm_runs import attempts, wait_for_step, write_config
@@ -29,17 +29,8 @@ def ranks(run):
 
 
 def start(folder, *arguments):
-    command = [
-        sys.executable,
-        "-c",
-        "from qwenlora.cli.main import main; main()",
-        "train",
-        "my.yaml",
-        *arguments,
-    ]
-    process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [*forked.COMMAND, "train", "my.yaml", *arguments]
+    process = forked.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_step(folder / "runs/my", 1, 6)
     return process
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import psutil
 import pytest
 
@@ -53,11 +54,9 @@ def whole(tmp_path_factory):
     """The run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "my.yaml").write_text(CONFIG)
-    answer = subprocess.run(
+    answer = forked.run(
         [
-            sys.executable,
-            "-c",
-            "from qwenlora.cli.main import main; main()",
+            *forked.COMMAND,
             "train",
             "my.yaml",
             "--nproc",
@@ -84,10 +83,13 @@ def whole(tmp_path_factory):
 )
 def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, whole, number, everyone):
     """A terminal and `kill` signal the agent alone; Slurm signals every process of the job at once."""
-    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
     arguments = ["train", str(config), "run_dir=cut", "--nproc", "2"]
-    with subprocess.Popen(
-        [*command, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    with forked.Popen(
+        [*forked.COMMAND, *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         wait_for_step(tmp_path / "cut", 5, process)
         others = psutil.Process(process.pid).children(recursive=True) if everyone else []
@@ -110,9 +112,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(qwenlora, tmp_path, config, whole, nu
 
 
 def test_one_signalled_rank_is_enough_and_a_second_command_is_kept_out(qwenlora, tmp_path, config):
-    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
     arguments = ["train", str(config), "run_dir=cut", "train.max_steps=40", "--nproc", "2"]
-    with subprocess.Popen([*command, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    with forked.Popen(
+        [*forked.COMMAND, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as process:
         wait_for_step(tmp_path / "cut", 1, process)
         for intruder in ([*arguments, "train.learning_rate=0.5"], [*arguments, "lora.r=8", "--fresh"]):
             refused = qwenlora(*intruder)
@@ -244,9 +247,8 @@ def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config):
 
 
 def test_a_killed_agent_leaves_no_rank_behind(tmp_path, config):
-    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
-    with subprocess.Popen(
-        [*command, "train", str(config), "run_dir=run", "--nproc", "2", "train.max_steps=1000"],
+    with forked.Popen(
+        [*forked.COMMAND, "train", str(config), "run_dir=run", "--nproc", "2", "train.max_steps=1000"],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
     ) as process:
@@ -289,9 +291,8 @@ def test_a_rank_that_crashes_ends_the_run_with_its_reason(qwenlora, tmp_path, co
 
 
 def test_a_rank_that_is_killed_is_named_with_its_signal(tmp_path, config):
-    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
-    with subprocess.Popen(
-        [*command, "train", str(config), "run_dir=run", "--nproc", "2", "train.max_steps=1000"],
+    with forked.Popen(
+        [*forked.COMMAND, "train", str(config), "run_dir=run", "--nproc", "2", "train.max_steps=1000"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
@@ -382,12 +383,11 @@ def test_a_time_budget_ends_an_attempt_like_a_signal(qwenlora, tmp_path, config)
 def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read_wandb, qwenlora):
     """Killed after step 6, with checkpoint-4 saved; stopped; ended: offline, each start has a file of its
     own."""
-    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()"]
     arguments = ["train", str(config), "run_dir=run", "train.max_steps=40", "log.logging_steps=1"]
     for number, end in ((1, "kill"), (2, "terminate")):
         environment = os.environ | {"WANDB_MODE": "offline"}
-        with subprocess.Popen(
-            [*command, *arguments], cwd=tmp_path, env=environment, stdout=subprocess.PIPE
+        with forked.Popen(
+            [*forked.COMMAND, *arguments], cwd=tmp_path, env=environment, stdout=subprocess.PIPE
         ) as process:
             wait_for_step(tmp_path / "run", 6 * number, process)
             getattr(process, end)()

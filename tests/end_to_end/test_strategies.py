@@ -3,9 +3,9 @@ refused."""
 
 import json
 import os
-import subprocess
 import sys
 
+import forked
 import pytest
 from safetensors.torch import load_file
 
@@ -29,17 +29,8 @@ def config(tmp_path):
 
 
 def train(config, *arguments: str) -> str:
-    command = [
-        sys.executable,
-        "-c",
-        "from qwenlora.cli.main import main; main()",
-        "train",
-        str(config),
-        *arguments,
-    ]
-    done = subprocess.run(
-        command, cwd=config.parent, capture_output=True, text=True, timeout=280, check=False
-    )
+    command = [*forked.COMMAND, "train", str(config), *arguments]
+    done = forked.run(command, cwd=config.parent, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -86,7 +77,7 @@ def test_ranks_that_are_started_by_hand_are_refused_too(config, override, says):
         "qwenlora.trainer.main",
         str(config),
     ]
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", *argv, "run_dir=by-hand", "strategy.name=zero1", override],
         cwd=config.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

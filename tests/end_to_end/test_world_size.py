@@ -3,9 +3,9 @@ losses."""
 
 import json
 import os
-import subprocess
 import sys
 
+import forked
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,9 @@ log: {logging_steps: 1, wandb: off}
 # a rank that writes down which rows it trains, and is asked to stop in a given step
 RANK = """
 import json, os, sys
-from qwenlora.trainer import batches, main, stop
+from qwenlora.trainer import main
+from qwenlora.trainer.loop import batches
+from qwenlora.trainer.ranks import stop
 file = open(f"{os.environ['ROWS']}-{os.environ['RANK']}", "w")
 look_up = batches._Units.__getitem__
 def look(self, rows):
@@ -47,7 +49,7 @@ def attempt(folder, name: str, world: int, stop: int) -> list[list[list[int]]]:
     a row."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     rows = folder / f"rows-{name}-{stop}"
-    answer = subprocess.run(
+    answer = forked.run(
         [*argv, "rank.py", "my.yaml", f"run_dir={name}"],
         cwd=folder,
         env=os.environ | {"ROWS": str(rows), "STOP": str(stop if stop < STEPS else 0)},

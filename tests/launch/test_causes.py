@@ -5,21 +5,21 @@ import pytest
 from qwenlora.launch.causes import cause_of_kill, cause_of_stop
 from qwenlora.run.records import Attempt, now
 from qwenlora.slurm import query
-from qwenlora.slurm.query import Job
+from qwenlora.slurm.query import JobInfo
 
 
 @pytest.mark.parametrize(
     ("job", "stop_signal", "cause"),
     [
         (None, "SIGTERM", ""),
-        (Job("31", "PREEMPTED"), "SIGTERM", "PREEMPTED"),
-        (Job("31", "NODE_FAIL", completing=True), "SIGTERM", "NODE_FAIL"),
-        (Job("31", "RUNNING", preempted=True, requeue=True), "SIGUSR1", "PREEMPTED"),
-        (Job("31", "RUNNING", seconds_left=100.0, requeue=True), "SIGUSR1", "TIMEOUT"),
-        (Job("31", "RUNNING", seconds_left=100.0, requeue=True), "SIGTERM", ""),
-        (Job("31", "RUNNING", seconds_left=9000.0, requeue=True), "SIGUSR1", ""),
-        (Job("31", "RUNNING", seconds_left=None, requeue=True), "SIGUSR1", ""),
-        (Job("31", "RUNNING", seconds_left=100.0, requeue=False), "SIGUSR1", "CANCELLED"),
+        (JobInfo("31", "PREEMPTED"), "SIGTERM", "PREEMPTED"),
+        (JobInfo("31", "NODE_FAIL", completing=True), "SIGTERM", "NODE_FAIL"),
+        (JobInfo("31", "RUNNING", preempted=True, requeue=True), "SIGUSR1", "PREEMPTED"),
+        (JobInfo("31", "RUNNING", seconds_left=100.0, requeue=True), "SIGUSR1", "TIMEOUT"),
+        (JobInfo("31", "RUNNING", seconds_left=100.0, requeue=True), "SIGTERM", ""),
+        (JobInfo("31", "RUNNING", seconds_left=9000.0, requeue=True), "SIGUSR1", ""),
+        (JobInfo("31", "RUNNING", seconds_left=None, requeue=True), "SIGUSR1", ""),
+        (JobInfo("31", "RUNNING", seconds_left=100.0, requeue=False), "SIGUSR1", "CANCELLED"),
     ],
 )
 def test_what_slurm_does_to_a_job_that_is_asked_to_stop(job, stop_signal, cause, monkeypatch):
@@ -39,7 +39,7 @@ def test_what_slurm_does_to_a_job_that_is_asked_to_stop(job, stop_signal, cause,
     ],
 )
 def test_a_killed_attempt_ended_as_its_incarnation_of_the_job_did(states, restarts, cause, monkeypatch):
-    monkeypatch.setattr(query, "history", lambda job_id: [Job(job_id, state) for state in states])
+    monkeypatch.setattr(query, "history", lambda job_id: [JobInfo(job_id, state) for state in states])
     assert cause_of_kill(Attempt(attempt=1, start=now(), job_id="31", restarts=restarts)) == cause
 
 

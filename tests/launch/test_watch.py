@@ -22,7 +22,7 @@ from qwenlora.launch.watch import Watch
 from qwenlora.run import heartbeat
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.heartbeat import Beat
-from qwenlora.slurm.query import Job
+from qwenlora.slurm.query import JobInfo
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 
@@ -219,7 +219,7 @@ def test_who_lags_is_who_gave_the_fewest_signs_of_life(watches, positions, start
 
 def test_the_cause_is_noted_at_once_and_asked_for_again_at_the_end(watches, folder, monkeypatch):
     first, _ = watches
-    answers = [Job("31", "RUNNING", requeue=True), Job("31", "REQUEUED")]
+    answers = [JobInfo("31", "RUNNING", requeue=True), JobInfo("31", "REQUEUED")]
     monkeypatch.setattr(watching.query, "ask", lambda *_: answers.pop(0))
     first.node.children.stop_requested, first.node.children.stop_signal = True, "SIGTERM"
     first.while_training()

@@ -8,11 +8,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
+
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder, step_of
 
-SABOTEUR = Path(__file__).parent / "saboteur"
-COMMAND = [sys.executable, "-c", "from qwenlora.cli.main import main; main()", "train"]
+SABOTEUR = Path(__file__).parent / "saboteur" / "sitecustomize.py"
+COMMAND = [*forked.COMMAND, "train"]
 
 CONFIG = """
 model: {name_or_path: tiny}
@@ -54,9 +56,9 @@ class Life:
 
     def start(self, plan: dict | None = None) -> subprocess.Popen:
         """Give the command. plan: what the saboteur does."""
-        paths = os.pathsep.join([str(SABOTEUR), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"QWENLORA_CHAOS": json.dumps(plan or {}), "PYTHONPATH": paths}
-        return subprocess.Popen(
+        plan_of_saboteur = {"QWENLORA_CHAOS": json.dumps(plan or {}), forked.SABOTAGE: str(SABOTEUR)}
+        environment = os.environ | plan_of_saboteur
+        return forked.Popen(
             self.argv,
             env=environment,
             cwd=self.config.parent,

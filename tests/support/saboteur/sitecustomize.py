@@ -1,5 +1,5 @@
 """Kills this process, or its whole run, with SIGKILL at a chosen moment. On PYTHONPATH, Python imports it at
-its start.
+its start; tests/support/forked.py runs it, too.
 
 QWENLORA_CHAOS holds {"process", "inside", "nth", "after_s", "everyone"}: in the process of that name, when a
 function of that name is entered for the nth time, after so many seconds; or {"process", "operation",
@@ -18,7 +18,7 @@ _FILE_EVENTS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rm
 
 
 def _name():
-    if "qwenlora.trainer.main" not in sys.orig_argv:
+    if "qwenlora.trainer.main" not in sys.orig_argv or "torch.distributed.run" in sys.orig_argv:
         return "other"
     return "prepare" if "--prepare-only" in sys.orig_argv else f"rank-{os.environ.get('RANK', 0)}"
 
