@@ -35,25 +35,23 @@ def stamp(config: Config, base: str, *, on_gpu: bool) -> str:
 
     base: folder or hub name of the base model.
     """
-    names = [base, *([config.model.tokenizer] if config.model.tokenizer else [])]
-    folders = [Path(name).expanduser() for name in names]
+    folders = [Path(name).expanduser() for name in (base, config.model.tokenizer) if name]
     found = sources.find(config.data)
-    if not all(folder.is_dir() for folder in folders) or any(source.dataset is not None for source in found):
+    if not all(map(Path.is_dir, folders)) or any(source.dataset is not None for source in found):
         return ""
     rows = [path for source in found for path in source.files]
     model = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
     try:
-        states = {str(path): state_of(path) for path in [*rows, *model]}
+        states = {path: state_of(path) for path in [*rows, *model]}
     except OSError:
         return ""
-    changed = max((states[str(path)].ctime_ns for path in rows), default=0)
-    if time.time_ns() - changed < _SETTLED_NS:
+    if time.time_ns() - max((states[path].ctime_ns for path in rows), default=0) < _SETTLED_NS:
         return ""
     parts = [
         config.model_dump(mode="json", exclude=_NO_MATTER),
         [metadata.version(name) for name in _LIBRARIES],
         on_gpu,
-        [[path, state.model_dump()] for path, state in states.items()],
+        [[str(path), state.model_dump()] for path, state in states.items()],
         code_hash(_ROOMS),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
