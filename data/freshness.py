@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 from qwenlora.configs import Config
@@ -35,12 +36,12 @@ def stamp(config: Config, base: str, *, on_gpu: bool) -> str:
 
     base: folder or hub name of the base model.
     """
-    folders = [Path(name).expanduser() for name in (base, config.model.tokenizer) if name]
     found = sources.find(config.data)
+    folders = [Path(name).expanduser() for name in (base, config.model.tokenizer) if name]
     if not all(map(Path.is_dir, folders)) or any(source.dataset is not None for source in found):
         return ""
-    rows = [path for source in found for path in source.files]
-    model = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    rows = list(chain.from_iterable(source.files for source in found))
+    model = list(chain.from_iterable(map(_files_in, folders)))
     try:
         states = {path: state_of(path) for path in [*rows, *model]}
     except OSError:
@@ -49,12 +50,16 @@ def stamp(config: Config, base: str, *, on_gpu: bool) -> str:
         return ""
     parts = [
         config.model_dump(mode="json", exclude=_NO_MATTER),
-        [metadata.version(name) for name in _LIBRARIES],
+        list(map(metadata.version, _LIBRARIES)),
         on_gpu,
-        [[str(path), state.model_dump()] for path, state in states.items()],
+        {str(path): state.model_dump() for path, state in states.items()},
         code_hash(_ROOMS),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_file()]
 
 
 def is_current(config: Config, run: RunFolder, *, on_gpu: bool) -> bool:

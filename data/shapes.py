@@ -148,13 +148,17 @@ def _refuse_labels(row: JsonObject) -> None:
 
 
 def _hint(row: JsonObject, columns: Mapping[str, str | None]) -> str:
-    if any(len(key) > 40 or key.endswith(tuple("?？.。!！")) for key in map(str, row)):
+    if any(map(_is_prose, map(str, row))):
         return "; if these are a row: the first line of a table names its columns, as instruction,output"
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return _list_hint(key, value[0], columns)
     texts = [key for key, value in row.items() if isinstance(value, str)]
     return _pair_hint(texts, columns) if len(texts) > 1 else _half_hint(row, texts, columns)
+
+
+def _is_prose(key: str) -> bool:
+    return len(key) > 40 or key.endswith(tuple("?？.。!！"))
 
 
 def _list_hint(key: str, first: JsonObject, columns: Mapping[str, str | None]) -> str:
@@ -178,10 +182,11 @@ def _half_hint(row: JsonObject, texts: list[str], columns: Mapping[str, str | No
 
 def _pair_hint(texts: list[str], columns: Mapping[str, str | None]) -> str:
     """Return the hint for a row with two texts or more."""
-    known = [key for key in texts if key.lower() in _QUESTIONS][:1]
-    known_answer = [key for key in texts if key.lower() in _ANSWERS and key not in known][:1]
-    question = [*known, *(key for key in texts if key not in known_answer)][0]
-    answer = [*known_answer, *(key for key in texts if key != question)][0]
+    question = next((key for key in texts if key.lower() in _QUESTIONS), None)
+    answer = next((key for key in texts if key.lower() in _ANSWERS and key != question), None)
+    others = [key for key in texts if key not in (question, answer)]
+    question = question or others.pop(0)
+    answer = answer or others.pop(0)
     pairs = (pair for pair in PAIRS.values() if question == pair[0] or answer == pair[1])
     ours = next(pairs, PAIRS["alpaca"])
     mapping = as_mapping({**columns, question: ours[0], answer: ours[1]})

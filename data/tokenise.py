@@ -76,6 +76,16 @@ def tokenise_chunk(
     if check_only:
         bad += _unrenderable(using.encoder, rows)
         return TokenisedChunk(len(everything), sorted(bad), {}, {})
+    by_side, counts = _tokenise(using, source, rows, bad)
+    sides = {side: _arrays(tokenised) for side, tokenised in by_side.items() if tokenised}
+    return TokenisedChunk(len(everything), sorted(bad), sides, counts)
+
+
+def _tokenise(
+    using: Tokenising, source: Source, rows: list[Row], bad: list[tuple[int, str]]
+) -> tuple[dict[SideName, list[_TokenisedRow]], dict[SideName, Counter[str]]]:
+    """Return the rows of each side as tokens, and their counts; rows that cannot be trained are added to
+    bad."""
     by_side: dict[SideName, list[_TokenisedRow]] = {side: [] for side in SIDES}
     counts: dict[SideName, Counter[str]] = {side: Counter() for side in SIDES}
     for row, tokens in zip(rows, using.encoder.encode(rows), strict=True):
@@ -88,8 +98,7 @@ def tokenise_chunk(
             by_side[side].append(_TokenisedRow(row.line, digest, len(tokens.ids), pieces))
         except BadRow as error:
             bad.append((row.line, str(error)))
-    sides = {side: _arrays(tokenised) for side, tokenised in by_side.items() if tokenised}
-    return TokenisedChunk(len(everything), sorted(bad), sides, counts)
+    return by_side, counts
 
 
 def _unrenderable(encoder: Encoder, rows: list[Row]) -> Iterator[tuple[int, str]]:

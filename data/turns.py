@@ -96,12 +96,7 @@ def read_turns(row: JsonObject, options: RowOptions) -> list[Message]:
 
 
 def _turn(number: int, value: object, options: RowOptions) -> Message:
-    if not isinstance(value, dict):
-        raise BadRow(f"turn {number} must be an object, found {show(value)}")
-    try:
-        turn = with_our_keys(value, options)
-    except BadRow as error:
-        raise BadRow(f"turn {number} {error}") from None
+    turn = _turn_with_our_keys(number, value, options)
     called = turn.get("function_call")
     calls = turn.get("tool_calls") or ([called] if called else None)
     speaker, text = _keys_of(number, turn, has_calls=bool(calls))
@@ -117,14 +112,27 @@ def _turn(number: int, value: object, options: RowOptions) -> Message:
         return Message(role="assistant", content="", tool_calls=_calls(name, content))
     message = _message(name, role, "" if content is None and calls else content)
     if thought := turn.get("reasoning_content"):
-        if role != "assistant" or not isinstance(thought, str):
-            raise BadRow(f"{name}: reasoning_content must be an assistant's text, found {show(thought)}")
-        message["reasoning_content"] = thought
+        message["reasoning_content"] = _thought(name, role, thought)
     if calls:
         if role != "assistant":
             raise BadRow(f"{name} has tool_calls, which only an assistant makes")
         message["tool_calls"] = _calls(name, calls)
     return message
+
+
+def _turn_with_our_keys(number: int, value: object, options: RowOptions) -> JsonObject:
+    if not isinstance(value, dict):
+        raise BadRow(f"turn {number} must be an object, found {show(value)}")
+    try:
+        return with_our_keys(value, options)
+    except BadRow as error:
+        raise BadRow(f"turn {number} {error}") from None
+
+
+def _thought(name: str, role: str, thought: object) -> str:
+    if role != "assistant" or not isinstance(thought, str):
+        raise BadRow(f"{name}: reasoning_content must be an assistant's text, found {show(thought)}")
+    return thought
 
 
 def _message(name: str, role: str, content: object) -> Message:
