@@ -176,7 +176,12 @@ def decide(config: Config, sizes: Sizes | None, machine: Machine) -> Decision:
         return _ddp(
             "the whole model on each GPU, whose memory is unknown; name another strategy if that is too small"
         )
-    assert sizes is not None
+    assert sizes is not None, "they are known where GPUs are"
+    return _best_fitting(config, sizes, machine)
+
+
+def _best_fitting(config: Config, sizes: Sizes, machine: Machine) -> Decision:
+    """Return the best strategy that fits the GPUs. Raises: ValueError when none does."""
     ways = _ways(config, sizes, machine)
     fitting = next((way for way, memory in ways.items() if memory.total <= machine.gpu_bytes), None)
     name, group = fitting or min(ways, key=lambda way: ways[way].total)
