@@ -31,8 +31,8 @@ _ROOMS = ("configs", "data", "run", "trainer")
 
 
 def stamp(config: Config, base: str, *, on_gpu: bool) -> str:
-    """Return a hash of all that preparation depends on; empty where only the hub, or a change that is too
-    recent to be told from the next, would show it.
+    """Return a hash of all that preparation depends on; empty where it cannot be known: with hub names, and
+    right after a change, which another could not be told from.
 
     base: folder or hub name of the base model.
     """
