@@ -360,7 +360,7 @@ def _become(
         baseline.restore()
         _reset_modules()
         _open_streams(unbuffered=argv[1] == "-u" or bool(variables.get("PYTHONUNBUFFERED")))
-        named = _name(argv)  # noqa: F841  its memory must stay
+        named = _name(argv, variables)  # noqa: F841  its memory must stay
         subprocess.Popen._execute_child = _forking(baseline, subprocess.Popen._execute_child)  # type: ignore
         code = _run(argv)
     except BaseException:
@@ -496,24 +496,26 @@ def _run(argv: list[str]) -> int:
     return code & 255
 
 
-def _name(argv: list[str]) -> Any:
-    """Have Linux show argv as this process's command line. Returns: the memory that it shows, or None where
-    it cannot."""
+def _name(argv: list[str], variables: dict[str, str]) -> Any:
+    """Have Linux show argv and variables as what this process was started with. Returns: the memory that it
+    shows, or None where it cannot."""
     fields = [
         "",
         "",
         "",
         *Path("/proc/self/stat").read_text().rpartition(")")[2].split(),
     ]  # numbered as in proc(5)
-    text = b"".join(os.fsencode(word) + b"\0" for word in argv)
-    memory = ctypes.create_string_buffer(text, len(text))
+    arguments = b"".join(os.fsencode(word) + b"\0" for word in argv)
+    environment = b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in variables.items())
+    memory = ctypes.create_string_buffer(arguments + environment, len(arguments) + len(environment))
     start = ctypes.addressof(memory)
+    middle, end = start + len(arguments), start + len(memory)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.sbrk.restype = ctypes.c_void_p
     # struct prctl_mm_map: code, data, brk, stack, arguments, environment, auxiliary vector (kept), executable
     # (kept)
     values = [*map(int, fields[26:28]), *map(int, fields[45:48]), libc.sbrk(0), int(fields[28])]
-    values += [start, start + len(text), int(fields[50]), int(fields[51]), 0]
+    values += [start, middle, middle, end, 0]
     layout = struct.pack("=12QIi", *values, 0, -1)
     done = libc.prctl(PR_SET_MM, PR_SET_MM_MAP, ctypes.c_char_p(layout), ctypes.c_ulong(len(layout)), 0) == 0
     return memory if done else None
@@ -527,7 +529,7 @@ def _can_be_named() -> bool:
     if not _NAMED:
         code = (
             f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import forked; named ="
-            " forked._name(['a', 'b']); "
+            " forked._name(['a', 'b'], {}); "
         )
         code += "sys.exit(open('/proc/self/cmdline', 'rb').read() != b'a' + bytes(1) + b'b' + bytes(1))"
         _NAMED.append(
