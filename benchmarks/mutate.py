@@ -12,6 +12,7 @@ is.
 
 import argparse
 import ast
+import contextlib
 import copy
 import importlib
 import importlib.machinery
@@ -174,10 +175,8 @@ def run(
     ):
         data += part
     os.close(reader)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     os.waitpid(pid, 0)
     return (data[0] if data else -1), data[1:].decode().split("\n")
 
@@ -194,7 +193,8 @@ def main() -> None:
     given, more = parser.parse_known_args()
     tests = [*given.tests, *more]
     spec = importlib.util.find_spec(given.module)
-    assert spec is not None and spec.origin is not None, f"no module {given.module}"
+    assert spec is not None, f"no module {given.module}"
+    assert spec.origin is not None, f"{given.module} is no file"
     code, names = run(None, tests, 600, report=True)
     assert code == 0, f"the tests fail as it is: {code}"
     for name in names:

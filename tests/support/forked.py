@@ -248,6 +248,7 @@ def _serve(address: str, ready: int, life: int) -> None:
     mapping.get_checkpoint_conversion_mapping("qwen3")  # kept: a second of regular expressions
     inspect.stack = _stack  # type: ignore[assignment]
     assert not any(name.partition(".")[0] == "qwenlora" for name in sys.modules)
+    _can_be_named()  # those that are forked know, too
     baseline = _Baseline()
     gc.collect()
     gc.freeze()
@@ -322,10 +323,10 @@ class _Baseline:
         for name, logger in list(logging.root.manager.loggerDict.items()):
             if name not in self.loggers:
                 del logging.root.manager.loggerDict[name]
-        for logger, handlers, level, propagate, disabled in self.loggers.values():
-            logger.handlers[:] = handlers
-            logger.level, logger.propagate, logger.disabled = level, propagate, disabled
-            logger.manager._clear_cache()  # type: ignore[attr-defined]
+        for known, handlers, level, propagate, disabled in self.loggers.values():
+            known.handlers[:] = handlers
+            known.level, known.propagate, known.disabled = level, propagate, disabled
+        logging.root.manager._clear_cache()  # type: ignore[attr-defined]
         warnings.filters[:] = self.filters  # type: ignore[index]
         warnings._filters_mutated()  # type: ignore[attr-defined]
 
