@@ -8,8 +8,9 @@ import torch
 from rich.progress import Progress
 
 from qwenlora.configs.schema import Data
-from qwenlora.data.rows import THINK, THOUGHT, TURN_END, TURN_START, Message, Row
+from qwenlora.data.rows import Row
 from qwenlora.data.survey import rows_of_side
+from qwenlora.data.turns import THINK, THOUGHT, TURN_END, TURN_START, Message
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH = 40  # questions at once

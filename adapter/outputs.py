@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from qwenlora.run.disk import settle, sync
+from qwenlora.run.disk import free_bytes, settle, sync
 
 
 def free_folder(out: Path, *, read: tuple[Path | str | None, ...] = ()) -> Path:
@@ -61,7 +61,7 @@ def staging(out: Path, size: int, pack: Callable[[Path], Path] | None = None) ->
             number = left.name.removeprefix(start).partition(".")[0]
             if left.name.startswith(start) and number.isdecimal() and not psutil.pid_exists(int(number)):
                 _remove(left)
-        free = shutil.disk_usage(out.parent).free
+        free = free_bytes(out.parent)
         if size > free:
             raise ValueError(
                 f"{out.parent} has {free / 1e9:.1f} GB free, {out.name} needs {size / 1e9:.1f} GB; make room,"

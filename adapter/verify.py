@@ -4,7 +4,6 @@ Reads the adapter's file and the base's config.json; no weight of the base is lo
 hold is what peft itself would make for that base, on torch's meta device. Answers' quality is compare.py's.
 """
 
-import json
 import sys
 import warnings
 from collections import Counter
@@ -220,7 +219,10 @@ def _same_weights(subject: Subject) -> bool | None:
     """
     if subject.run is None or not subject.run.facts.is_file():
         return None
-    trained_on = json.loads(subject.run.facts.read_text(encoding="utf-8"))["base_fingerprint"]
+    try:
+        trained_on = subject.run.read_facts().base_fingerprint
+    except ValueError as error:
+        raise ValueError(f"{subject.run.facts} cannot be read: {error}") from None
     if trained_on == models.UNKNOWN:
         return None
     if (found := models.fingerprint(subject.config, subject.base)) != trained_on:

@@ -1,9 +1,9 @@
-"""python benchmarks/checkpoint.py: what a save costs a step, what it writes, and what a resume consists of.
+"""python benchmarks/checkpoint.py: what a save costs a step, what it writes, and where a resume's time goes.
 
 Saves: three trainers take turns on the same rows (in the background, waiting for the disk, transformers'
-own); losses must be equal and gradients not zero before a number is shown. Resumes: a process of its own for
-each, at steps 10, 1,000 and 100,000 of one epoch, with a history of as many lines. What the numbers mean:
-README.md beside this file.
+own); their losses must be equal and their gradients not zero, else no number is shown. Resumes: each in a
+process of its own, at steps 10, 1,000 and 100,000 of one epoch, with a history of as many lines. README.md
+beside this file explains the numbers.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -31,8 +31,11 @@ from qwenlora.configs.schema import Config, Data, Lora, Model, Train
 from qwenlora.data.prepared import Side
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Identity
+from qwenlora.trainer.loop.arguments import order_of, training_arguments
+from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
-from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
+from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model.tiny import build_tiny
 from qwenlora.trainer.record.metrics import MetricsFile
 
@@ -42,13 +45,32 @@ RESUMED = (10, 1_000, 100_000)
 BATCH, LENGTH = 4, 32
 
 
-class TheirSave(LoraTrainer):
-    """Our steps, transformers' checkpoints."""
+class TransformersSave(LoraTrainer):
+    """Our steps with transformers' checkpoints."""
 
     _save_checkpoint = Trainer._save_checkpoint
 
 
-def rows(count: int) -> Side:
+class SaveFigures(NamedTuple):
+    """What the saves of a way cost, in seconds and bytes. first_stall_s: the one that makes the buffers."""
+
+    step_s: float
+    stall_s: float
+    worst_stall_s: float
+    first_stall_s: float
+    bytes: int
+
+
+class SavingRun(NamedTuple):
+    """One run: its losses, its seconds in each step and each save, and the bytes of its last checkpoint."""
+
+    losses: list[float]
+    steps: list[float]
+    stalls: list[float]
+    bytes: int
+
+
+def random_rows(count: int) -> Side:
     """Return rows of random tokens."""
     random = np.random.RandomState(0)
     ids = random.randint(300, 2000, count * LENGTH).astype(np.int32)
@@ -61,7 +83,7 @@ def rows(count: int) -> Side:
 
 
 def config_of(r: int, steps: int) -> Config:
-    """Return the config of all runs here."""
+    """Return the config of all runs."""
     train = Train(
         global_batch_size=BATCH,
         per_device_train_batch_size=BATCH,
@@ -93,14 +115,15 @@ def trainer_of(
     tokenizer, run = AutoTokenizer.from_pretrained(base), RunFolder(folder)
     arguments = training_arguments(config, run, len(side), 1, evaluates=False)
     arguments.save_total_limit = 2  # transformers' own rotation
-    saver = Saver(run, {"config": {}}, 1, limit=2, in_background=in_background, timeout_s=600)
+    saver = Saver(
+        run, Identity(config={}, data="", base=""), 1, limit=2, in_background=in_background, timeout_s=600
+    )
     with tempfile.TemporaryDirectory() as constant:
         model.peft_config["default"].save_pretrained(constant)
         tokenizer.save_pretrained(constant)
         saver.constant({file.name: file.read_bytes() for file in Path(constant).iterdir()})
-    return kind(
-        model, config, arguments, order_of(config, side), side, None, saver=saver, processing_class=tokenizer
-    )
+    rows = Rows(order_of(config, side), side)
+    return kind(model, config, arguments, rows, Services(saver), processing_class=tokenizer)
 
 
 class Clock(TrainerCallback):
@@ -127,44 +150,49 @@ class Clock(TrainerCallback):
         self.steps.append(time.perf_counter() - self.start)
 
 
-def saves(base: Path, folder: Path, r: int, repeats: int) -> dict[str, Any]:
-    """Return the figures of saving."""
-    side, config = rows(BATCH * SAVE_STEPS), config_of(r, SAVE_STEPS)
-    kinds = {"async": (LoraTrainer, True), "sync": (LoraTrainer, False), "transformers": (TheirSave, False)}
-    found: dict[str, Any] = {name: {"stalls": [], "steps": []} for name in kinds}
-    losses = {}
+def measure_saves(base: Path, folder: Path, r: int, repeats: int) -> dict[str, SaveFigures]:
+    """Return the figures of each way to save."""
+    side, config = random_rows(BATCH * SAVE_STEPS), config_of(r, SAVE_STEPS)
+    ways = {
+        "async": (LoraTrainer, True),
+        "sync": (LoraTrainer, False),
+        "transformers": (TransformersSave, False),
+    }
+    runs: dict[str, list[SavingRun]] = {name: [] for name in ways}
     for _ in range(repeats):
-        for name, (kind, in_background) in kinds.items():
+        for name, (kind, in_background) in ways.items():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             trainer = trainer_of(kind, base, folder, config, side, in_background)
-            trainer.add_callback(clock := Clock(trainer))
-            trainer.train()
-            trainer.saver.wait()
-            logs = [log for log in trainer.state.log_history if "grad_norm" in log]
-            assert all(log["grad_norm"] > 0 for log in logs), "nothing was trained"
-            losses[name] = [log["loss"] for log in logs]
-            last = RunFolder(folder).checkpoint(SAVE_STEPS)
-            assert kind is TheirSave or checkpoints.flaw(last) == "", "the checkpoint is not whole"
-            found[name]["bytes"] = sum(file.stat().st_size for file in last.iterdir())
-            found[name]["stalls"] += clock.stalls[1:]  # the first makes the buffers, once a run
-            found[name]["steps"] += clock.steps[1:]
-            found[name]["first_stall"] = clock.stalls[0]
-    assert len({tuple(values) for values in losses.values()}) == 1, f"losses differ: {losses}"
-    return {
-        name: {
-            "step_s": median(values["steps"]),
-            "stall_s": median(values["stalls"]),
-            "worst_stall_s": max(values["stalls"]),
-            "first_stall_s": values["first_stall"],
-            "bytes": values["bytes"],
-        }
-        for name, values in found.items()
-    }
+            runs[name].append(saving_run(trainer, folder))
+    losses = {name: turns[0].losses for name, turns in runs.items()}
+    assert all(run.losses == losses["async"] for turns in runs.values() for run in turns), losses
+    return {name: figures_of(turns) for name, turns in runs.items()}
+
+
+def saving_run(trainer: Any, folder: Path) -> SavingRun:
+    """Train with saves, and check that something was trained and saved."""
+    trainer.add_callback(clock := Clock(trainer))
+    trainer.train()
+    trainer.saver.wait()
+    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    assert all(log["grad_norm"] > 0 for log in logs), "nothing was trained"
+    last = RunFolder(folder).checkpoint(SAVE_STEPS)
+    if not isinstance(trainer, TransformersSave):
+        assert checkpoints.flaw(last) == "", "the checkpoint is not whole"
+    size = sum(file.stat().st_size for file in last.iterdir())
+    return SavingRun([log["loss"] for log in logs], clock.steps, clock.stalls, size)
+
+
+def figures_of(turns: list[SavingRun]) -> SaveFigures:
+    """Return medians over all steps and saves, but for each run's first."""
+    stalls = [seconds for run in turns for seconds in run.stalls[1:]]
+    steps = [seconds for run in turns for seconds in run.steps[1:]]
+    return SaveFigures(median(steps), median(stalls), max(stalls), turns[-1].stalls[0], turns[-1].bytes)
 
 
 def make_checkpoint(base: Path, folder: Path, r: int, side: Side, step: int) -> None:
-    """Write the run folder of a run that is at a step: its checkpoint, and a history of as many lines."""
+    """Write the run folder of a run at a step: its checkpoint, and a history of as many lines."""
     folder.mkdir()
     trainer = trainer_of(LoraTrainer, base, folder, config_of(r, 2), side, False)
     trainer.train()
@@ -177,13 +205,13 @@ def make_checkpoint(base: Path, folder: Path, r: int, side: Side, step: int) -> 
     RunFolder(folder).metrics.write_text("".join(line.format(number) for number in range(1, step + 4)))
 
 
-def resume(base: Path, folder: Path, r: int, units: int) -> dict[str, float]:
-    """Go on from the newest checkpoint for a step; return where the seconds went."""
-    side, run, marks = rows(units), RunFolder(folder), [("", time.perf_counter())]
+def timed_resume(base: Path, folder: Path, r: int, units: int) -> dict[str, float]:
+    """Resume from the newest checkpoint and train one step; return the seconds of each part."""
+    side, run, marks = random_rows(units), RunFolder(folder), [("", time.perf_counter())]
     newest = run.checkpoints()[0]
     step = int(newest.name.split("-")[1])
-    chosen = checkpoints.flaw(newest)
-    assert chosen == "", chosen
+    flaw = checkpoints.flaw(newest)
+    assert flaw == "", flaw
     marks.append(("verify every byte", time.perf_counter()))
     trainer = trainer_of(LoraTrainer, base, folder, config_of(r, step + 1), side, False)
     marks.append(("model and adapter", time.perf_counter()))
@@ -205,47 +233,42 @@ def resume(base: Path, folder: Path, r: int, units: int) -> dict[str, float]:
     trainer.args.save_strategy = "no"
     trainer.add_callback(Mark())
     trainer.train(resume_from_checkpoint=str(newest))
-    assert trainer.state.global_step == step + 1, "it did not go on"
+    assert trainer.state.global_step == step + 1, "no step was trained"
     parts = {name: now - before for (_, before), (name, now) in pairwise(marks)}
     return {"start and import": IMPORTED_S} | parts
 
 
-def resumes(base: Path, folder: Path, r: int, repeats: int) -> dict[int, dict[str, float]]:
+def measure_resumes(base: Path, folder: Path, r: int, repeats: int) -> dict[int, dict[str, float]]:
     """Return the parts of a resume at each step, medians over repeats."""
     units = BATCH * (max(RESUMED) + 10)
-    side = rows(units)
+    side = random_rows(units)
     for step in RESUMED:
         make_checkpoint(base, folder / str(step), r, side, step)
-    found: dict[int, list[dict[str, float]]] = {step: [] for step in RESUMED}
+    parts: dict[int, list[dict[str, float]]] = {step: [] for step in RESUMED}
     for _ in range(repeats):
         for step in RESUMED:
-            argv = [
-                sys.executable,
-                __file__,
-                "--resume",
-                str(folder / str(step)),
-                "--base",
-                str(base),
-                "--r",
-                str(r),
-            ]
-            answer = subprocess.run(
-                [*argv, "--units", str(units)], stdout=subprocess.PIPE, check=True, text=True
-            )
-            found[step].append(json.loads(answer.stdout.splitlines()[-1]))
+            argv = [sys.executable, __file__, "--resume", str(folder / str(step)), "--base", str(base)]
+            argv += ["--r", str(r), "--units", str(units)]
+            done = subprocess.run(argv, stdout=subprocess.PIPE, check=True, text=True)
+            parts[step].append(json.loads(done.stdout.splitlines()[-1]))
     return {
-        step: {name: median(one[name] for one in ones) for name in ones[0]} for step, ones in found.items()
+        step: {name: median(turn[name] for turn in turns) for name in turns[0]}
+        for step, turns in parts.items()
     }
 
 
-def show(saved: dict[str, Any], resumed: dict[int, dict[str, float]], console: Console) -> None:
-    """Print both tables."""
+def print_tables(
+    saves: dict[str, SaveFigures], resumed: dict[int, dict[str, float]], console: Console
+) -> None:
+    """Print what saves and resumes cost."""
     table = Table("save", "stall, ms", "of a step", "worst, ms", "first, ms", "MB written")
-    for name, values in saved.items():
-        share = values["stall_s"] / values["step_s"]
-        stalls = [f"{values[key] * 1e3:.1f}" for key in ("stall_s", "worst_stall_s", "first_stall_s")]
-        table.add_row(name, stalls[0], f"{share:.0%}", *stalls[1:], f"{values['bytes'] / 1e6:.2f}")
-    console.print(f"median step {saved['async']['step_s'] * 1e3:.1f} ms", table)
+    for name, save in saves.items():
+        seconds = (save.stall_s, save.worst_stall_s, save.first_stall_s)
+        stall, worst, first = (f"{value * 1e3:.1f}" for value in seconds)
+        table.add_row(
+            name, stall, f"{save.stall_s / save.step_s:.0%}", worst, first, f"{save.bytes / 1e6:.2f}"
+        )
+    console.print(f"median step {saves['async'].step_s * 1e3:.1f} ms", table)
     table = Table("resume, s", *(f"step {step:,}" for step in resumed))
     for name in next(iter(resumed.values())):
         table.add_row(name, *(f"{values[name]:.3f}" for values in resumed.values()))
@@ -254,7 +277,7 @@ def show(saved: dict[str, Any], resumed: dict[int, dict[str, float]], console: C
 
 
 def main() -> None:
-    """Run both parts."""
+    """Measure saves and resumes, or be one of the resumed processes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -267,17 +290,22 @@ def main() -> None:
     parser.add_argument("--units", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.resume:
-        print(json.dumps(resume(options.base, options.resume, options.r, options.units)))
+        print(json.dumps(timed_resume(options.base, options.resume, options.r, options.units)))
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         base = Path(folder) / "base"
         build_tiny(base)
-        saved = saves(base, Path(folder) / "saves", options.r, options.repeats)
-        resumed = resumes(base, Path(folder), options.r, options.repeats)
-    show(saved, resumed, Console())
+        saves = measure_saves(base, Path(folder) / "saves", options.r, options.repeats)
+        resumed = measure_resumes(base, Path(folder), options.r, options.repeats)
+    print_tables(saves, resumed, Console())
     if options.json:
-        options.json.write_text(json.dumps({"saves": saved, "resumes": resumed}, indent=1))
+        options.json.write_text(
+            json.dumps(
+                {"saves": {name: save._asdict() for name, save in saves.items()}, "resumes": resumed},
+                indent=1,
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -475,13 +475,13 @@ def prepare_ours(options: argparse.Namespace) -> tuple[Facts, Any]:
     seconds = time.perf_counter() - start
     assert side is not None, "there are rows"
     counts = rows.counts["train"]
-    assert not rows.facts["bad"], rows.bad_report
-    assert len(side) == counts["rows"]
-    assert int(side.lengths.sum(dtype=np.int64)) == len(side.ids) == counts["tokens"]
-    assert len(packs) == counts["packs"]
-    facts = {name: counts[name] for name in ("rows", "tokens", "trained_tokens", "packs")}
-    facts |= {name: rows.facts[name] for name in ("processes", "peak_memory_bytes")}
-    return facts | {"seconds": seconds, "build_seconds": rows.facts["seconds"]}, rows
+    assert not rows.index.bad.count, rows.bad_report
+    assert len(side) == counts.rows
+    assert int(side.lengths.sum(dtype=np.int64)) == len(side.ids) == counts.tokens
+    assert len(packs) == counts.packs
+    facts = {name: getattr(counts, name) for name in ("rows", "tokens", "trained_tokens", "packs")}
+    facts |= {name: getattr(rows.index, name) for name in ("processes", "peak_memory_bytes")}
+    return facts | {"seconds": seconds, "build_seconds": rows.index.seconds}, rows
 
 
 def part_check(options: argparse.Namespace) -> Facts:

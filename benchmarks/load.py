@@ -1,9 +1,8 @@
 """python benchmarks/load.py: what it costs ranks to load a base: seconds, host memory, bytes read.
 
-A base of 0.9 GB in bfloat16 is made. Four ranks load it whole (ddp), and in parts (zero3, fsdp), in processes
-of their own each time, taking turns. Before a number is shown, a parameter is put together from all ranks and
-compared with the file, and all ranks together must have read the base once. What the numbers mean: README.md
-beside this file.
+It makes a base of 0.9 GB in bfloat16, which four ranks load whole (ddp) and sharded (zero3, fsdp), in new
+processes each time, taking turns. A number is shown only if a parameter gathered from all ranks is the
+file's, and all ranks together read the base once. README.md beside this file explains the numbers.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from qwenlora.configs.schema import Config, Data, Model
 from qwenlora.trainer.model import base_files
 from qwenlora.trainer.model.base import load_base
-from qwenlora.trainer.spread import sharded_loading as loading
+from qwenlora.trainer.spread import sharded_loading
 from qwenlora.trainer.spread.zero import start_communication
 
 STRATEGIES = ("ddp", "zero3", "fsdp")
@@ -56,19 +55,19 @@ def make_base(folder: Path, layers: int) -> None:
 
 
 class Counted(base_files.BaseFiles):
-    """Files whose bytes are counted over a process."""
+    """Files that count the bytes read by this process."""
 
     total = 0
 
     def copy(self, name: str, start: int, to: Tensor) -> None:
-        """Count, too."""
+        """Read as BaseFiles does, and count."""
         before = self.bytes_read
         super().copy(name, start, to)
         type(self).total += self.bytes_read - before
 
 
-def whole(parameter: Any, strategy: str) -> Tensor:
-    """Return a parameter put together from all ranks."""
+def gathered(parameter: Any, strategy: str) -> Tensor:
+    """Return a parameter gathered from all ranks."""
     if strategy == "fsdp":
         return parameter.full_tensor().detach()  # type: ignore[no-any-return]
     if strategy == "zero3":
@@ -79,48 +78,48 @@ def whole(parameter: Any, strategy: str) -> Tensor:
     return parameter.detach()
 
 
-def own(parameter: Any, strategy: str) -> Tensor:
-    """Return what this rank has of a parameter."""
-    has = {
-        "ddp": lambda: parameter,
-        "zero3": lambda: parameter.ds_tensor,
-        "fsdp": lambda: parameter.to_local(),
-    }
-    return has[strategy]().detach()  # type: ignore[no-any-return]
+def shard_of(parameter: Any, strategy: str) -> Tensor:
+    """Return what this rank holds of a parameter."""
+    if strategy == "fsdp":
+        return parameter.to_local().detach()  # type: ignore[no-any-return]
+    return (parameter.ds_tensor if strategy == "zero3" else parameter).detach()  # type: ignore[no-any-return]
 
 
 def load(strategy: str, base: Path, dtype: str) -> dict[str, float]:
-    """Load as one of the ranks, and return its numbers."""
+    """Load as one of the ranks; return its seconds, and its bytes: peak, held, read by the process and from
+    ranges."""
     dist.init_process_group("gloo")
-    start_communication()  # for all alike: it imports much
-    loading.BaseFiles = Counted
+    start_communication()  # for each strategy, as it imports much
+    sharded_loading.BaseFiles = Counted
     model_config = Model.model_validate({"name_or_path": str(base), "dtype": dtype})
     config = Config(run_dir="unused", model=model_config, data=Data(train="unused"))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    loading.skeleton(config, str(base))  # imports what any of them would
+    sharded_loading.skeleton(config, str(base))  # imports what any strategy does
     dist.barrier()
     process = psutil.Process()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, read, start = process.memory_info().rss, process.io_counters().read_chars, time.perf_counter()
     if strategy == "ddp":
         model = load_base(config, str(base))
     elif strategy == "zero3":
-        model = loading.load_zero3(config, str(base), SETTINGS | {"bf16": {"enabled": dtype == "bfloat16"}})
+        model = sharded_loading.load_zero3(
+            config, str(base), SETTINGS | {"bf16": {"enabled": dtype == "bfloat16"}}
+        )
     else:
-        model = loading.load_fsdp(config, str(base), mesh)
+        model = sharded_loading.load_fsdp(config, str(base), mesh)
     for parameter in model.parameters():
-        own(parameter, strategy).sum()  # else what transformers has mapped from a file would not be there yet
+        shard_of(parameter, strategy).sum()  # else pages that transformers mapped would not be loaded yet
     seconds, peak = time.perf_counter() - start, base_files.peak_memory() - before
     read = process.io_counters().read_chars - read
     parameters = dict(model.named_parameters())
-    found = whole(parameters[CHECKED], strategy)
+    checked = gathered(parameters[CHECKED], strategy)
     index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     with safe_open(base / index[CHECKED], "pt") as file:
-        assert torch.equal(found, file.get_tensor(CHECKED).to(found.dtype)), strategy
+        assert torch.equal(checked, file.get_tensor(CHECKED).to(checked.dtype)), strategy
     return {
         "seconds": seconds,
         "peak": peak,
-        "held": sum(own(parameter, strategy).nbytes for parameter in parameters.values()),
+        "held": sum(shard_of(parameter, strategy).nbytes for parameter in parameters.values()),
         "read": read,
         "counted": Counted.total,
     }
@@ -137,7 +136,7 @@ def measure(strategy: str, base: Path, dtype: str, ranks: int, folder: Path) -> 
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def show(results: dict[str, list[list[dict[str, float]]]], size: int, console: Console) -> None:
+def print_table(results: dict[str, list[list[dict[str, float]]]], size: int, console: Console) -> None:
     """Print the table: medians over turns of the slowest, or largest, rank."""
     ranks = len(results["ddp"][0])
     table = Table(title=f"{ranks} ranks load a base of {size / 1e9:.2f} GB: GB of the rank with the most")
@@ -158,7 +157,7 @@ def show(results: dict[str, list[list[dict[str, float]]]], size: int, console: C
 
 
 def main() -> None:
-    """Measure and print, or be one of the ranks."""
+    """Measure and print the table, or be one of the ranks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--layers", type=int, default=26, help="of the base: 31 MB each")
@@ -193,7 +192,7 @@ def main() -> None:
         for turn in results[strategy]:
             assert sum(rank["counted"] for rank in turn) == size, strategy
             assert sum(rank["read"] for rank in turn) < 1.02 * size, strategy  # headers, config.json, modules
-    show(results, size, Console())
+    print_table(results, size, Console())
     if options.json:
         options.json.write_text(json.dumps({"size": size, "results": results}, indent=1))
 

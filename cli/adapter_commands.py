@@ -1,12 +1,18 @@
-"""The commands for what training left: verify, merge, chat, compare, report, runs, diff, export,
-convert-qwen1."""
+"""The commands that load a model: verify, merge, chat, compare, export, convert-qwen1."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qwenlora.cli.guarded import guarded
+from qwenlora.adapter.answers import Sampling
+from qwenlora.adapter.chat import chat as chatting
+from qwenlora.adapter.compare import compare as comparing
+from qwenlora.adapter.merge import merge as merging
+from qwenlora.adapter.publish import export as exporting
+from qwenlora.adapter.qwen1.convert import convert
+from qwenlora.adapter.subject import find
+from qwenlora.adapter.verify import show as show_verdict
 
 Subject = Annotated[
     str,
@@ -15,7 +21,6 @@ Subject = Annotated[
 Adapter = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, a run's, or a checkpoint's.")
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/tiny.")]
 Base = Annotated[
     str | None,
     typer.Option(help="The base model, where it is not where the adapter says: a folder or hub name."),
@@ -25,24 +30,13 @@ TrustRemoteCode = Annotated[
 ]
 
 
-def verify(adapter: Adapter, base: Base = None, trust_remote_code: TrustRemoteCode = False) -> None:
+def verify(adapter: Adapter, base: Base = None, trust_remote_code: TrustRemoteCode = False) -> int:
     """Check that an adapter is whole, fits its base, and holds something; say which base it needs."""
-
-    def command() -> int:
-        from qwenlora.adapter import quiet
-
-        with quiet():
-            from qwenlora.adapter.subject import find
-            from qwenlora.adapter.verify import show
-        return show(find(adapter, base=base, trust_remote_code=trust_remote_code))
-
-    guarded(command)
+    return show_verdict(find(adapter, base=base, trust_remote_code=trust_remote_code))
 
 
 def merge(
-    adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, a run's, or a checkpoint's.")
-    ],
+    adapter: Adapter,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     more: Annotated[
         list[str] | None, typer.Option("--adapter", help="One more adapter; may be given again.")
@@ -66,29 +60,20 @@ def merge(
         typer.Option(help="A text file with a prompt a line, to compare merged and unmerged with."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
-) -> None:
+) -> int:
     """Make one model of a base and an adapter, file by file, and compare its logits with theirs."""
-
-    def command() -> int:
-        from qwenlora.adapter import quiet
-
-        with quiet():
-            from qwenlora.adapter.merge import merge as merging
-            from qwenlora.adapter.subject import find
-        subjects = [
-            find(name, base=base, trust_remote_code=trust_remote_code) for name in (adapter, *(more or []))
-        ]
-        return merging.merge(
-            subjects,
-            out,
-            weights=weights,
-            combine=combine,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            prompts=prompts,
-        )
-
-    guarded(command)
+    subjects = [
+        find(name, base=base, trust_remote_code=trust_remote_code) for name in (adapter, *(more or []))
+    ]
+    return merging.merge(
+        subjects,
+        out,
+        weights=weights,
+        combine=combine,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        prompts=prompts,
+    )
 
 
 def chat(
@@ -130,33 +115,21 @@ def chat(
     ] = "auto",
     base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
-) -> None:
+) -> int:
     """Talk with a model: in the terminal, with one prompt, or with the questions of a file."""
-
-    def command() -> int:
-        from rich.console import Console
-
-        from qwenlora.adapter import quiet
-
-        with quiet(), Console(stderr=True).status("starting", spinner_style="dim"):
-            from qwenlora.adapter.answers import Sampling
-            from qwenlora.adapter.chat import chat as chatting
-            from qwenlora.adapter.subject import find
-        found = find(subject, base=base, trust_remote_code=trust_remote_code)
-        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-        return chatting.chat(
-            found,
-            sampling,
-            prompt=prompt,
-            input_file=input_,
-            output_file=output,
-            system=system,
-            thinking=thinking,
-            quantization=quantization,
-            dtype=dtype,
-        )
-
-    guarded(command)
+    found = find(subject, base=base, trust_remote_code=trust_remote_code)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    return chatting.chat(
+        found,
+        sampling,
+        prompt=prompt,
+        input_file=input_,
+        output_file=output,
+        system=system,
+        thinking=thinking,
+        quantization=quantization,
+        dtype=dtype,
+    )
 
 
 def compare(
@@ -191,78 +164,22 @@ def compare(
     ] = None,
     base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
-) -> None:
+) -> int:
     """Ask the base model and the tuned one the same: what was trained, in other words, in general."""
-
-    def command() -> int:
-        from qwenlora.adapter import quiet
-
-        with quiet():
-            from qwenlora.adapter.compare import compare as comparing
-            from qwenlora.adapter.subject import find
-        return comparing.compare(
-            [find(name, base=base, trust_remote_code=trust_remote_code) for name in subjects],
-            show=show,
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            rephrased=rephrased,
-            general=general,
-            question=question,
-            samples=samples,
-            temperature=temperature,
-            seed=seed,
-            batch_size=batch_size,
-            output=output,
-        )
-
-    guarded(command)
-
-
-def report(
-    run: Run,
-    html: Annotated[Path | None, typer.Option(help="Where the page goes. Default: RUN/report.html.")] = None,
-) -> None:
-    """Write a run up as one HTML page: curves over all attempts, settings, data, comparison; pictures beside
-    it."""
-
-    def command() -> int:
-        from qwenlora.adapter.publish.report import write
-        from qwenlora.run.folder import RunFolder
-
-        print(write(RunFolder(run), html))
-        return 0
-
-    guarded(command)
-
-
-def runs(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look for run folders.")] = Path(
-        "runs"
-    ),
-) -> None:
-    """List runs: how far each is, its evaluation, its data, its key settings, its adapter."""
-
-    def command() -> int:
-        from rich.console import Console
-
-        from qwenlora.jobs.views.runs import show
-
-        return show(folder, Console(markup=False, highlight=False))
-
-    guarded(command)
-
-
-def diff(first: Run, second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")]) -> None:
-    """Show in what two runs differ: config, code, data, results."""
-
-    def command() -> int:
-        from rich.console import Console
-
-        from qwenlora.jobs.views.diff import show
-
-        return show(first, second, Console(markup=False, highlight=False))
-
-    guarded(command)
+    return comparing.compare(
+        [find(name, base=base, trust_remote_code=trust_remote_code) for name in subjects],
+        show=show,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        rephrased=rephrased,
+        general=general,
+        question=question,
+        samples=samples,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        output=output,
+    )
 
 
 def export(
@@ -275,39 +192,16 @@ def export(
         str | None, typer.Option(help="The base's hub name for the card, where the run used a folder.")
     ] = None,
     license_: Annotated[str | None, typer.Option("--license", help="Licence, as the hub spells it.")] = None,
-) -> None:
+) -> int:
     """Make a folder for a model hub: the adapter, its tokenizer, and a card filled in from the run."""
-
-    def command() -> int:
-        from qwenlora.adapter import quiet
-
-        with quiet():
-            from qwenlora.adapter.publish.export import export as make
-        print(make(run, to, name=name, base=base, license=license_))
-        return 0
-
-    guarded(command)
+    print(exporting.export(run, to, name=name, base=base, license=license_))
+    return 0
 
 
 def convert_qwen1(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Qwen-7B-Chat, or an adapter for it.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
-) -> None:
+) -> int:
     """Turn a first-generation Qwen (Qwen-7B-Chat), or an adapter for it, into Qwen2's architecture."""
-
-    def command() -> int:
-        from qwenlora.adapter import quiet
-
-        with quiet():
-            from qwenlora.adapter.qwen1.convert import convert
-        return convert(source, out, max_shard_size=max_shard_size)
-
-    guarded(command)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    for command in (verify, merge, chat, compare, report, runs, diff, export):
-        app.command()(command)
-    app.command("convert-qwen1")(convert_qwen1)
+    return convert(source, out, max_shard_size=max_shard_size)

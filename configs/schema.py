@@ -60,8 +60,8 @@ _ENCODING = (
 )
 
 
-class Source(Section):
-    """One of several places that rows come from. What is left out is as data says."""
+class SourceEntry(Section):
+    """An entry of data.train or data.eval. What is left out is as the section `data` has it."""
 
     path: Text = Field(description="A file, a folder, a glob, a hub name, or `example`.")
     weight: Annotated[float, Field(gt=0.0)] = Field(
@@ -82,7 +82,7 @@ def _kind(value: Any) -> str | None:
         return "<name>"
     if isinstance(value, list | tuple):
         return "<list>"
-    return "<source>" if isinstance(value, dict | Source) else None
+    return "<source>" if isinstance(value, dict | SourceEntry) else None
 
 
 _EXPECTED = {
@@ -91,11 +91,12 @@ _EXPECTED = {
 }
 # told apart by what stands there, so that a mistake is explained once, for that
 Entry = Annotated[
-    Annotated[Text, Tag("<name>")] | Annotated[Source, Tag("<source>")], Discriminator(_kind, **_EXPECTED)
+    Annotated[Text, Tag("<name>")] | Annotated[SourceEntry, Tag("<source>")],
+    Discriminator(_kind, **_EXPECTED),
 ]
 Sources = Annotated[
     Annotated[Text, Tag("<name>")]
-    | Annotated[Source, Tag("<source>")]
+    | Annotated[SourceEntry, Tag("<source>")]
     | Annotated[list[Entry], Field(min_length=1), Tag("<list>")],
     Discriminator(_kind, **_EXPECTED),
 ]

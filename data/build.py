@@ -1,8 +1,8 @@
 """Rows made into arrays on disk, by all cores, in the order of the files whatever finishes first.
 
-One process reads and writes, the others (forked, so that they have the tokenizer) decode and tokenise a
-megabyte at a time. `build(folder, sources, tokenizer, data)` fills a folder with what prepared.py opens and
-returns what was counted.
+One process reads and writes; the others (forked, so that they have the tokenizer) decode and tokenise a
+megabyte at a time. `build_arrays(folder, sources, tokenizer, data)` fills a folder with what prepared.py
+opens, and returns its index.
 """
 
 import gc
@@ -25,85 +25,92 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from qwenlora.configs.schema import Data
-from qwenlora.data.arrays import Written, refusal
+from qwenlora.data.arrays import ArrayWriter
 from qwenlora.data.chat import Encoder
+from qwenlora.data.counts import PreparedIndex
 from qwenlora.data.row_io import Chunk
 from qwenlora.data.sources import Source
-from qwenlora.data.tokenise import Done, Job, shaped, treat
+from qwenlora.data.tokenise import TokenisedChunk, Tokenising, chunks_with_shape, tokenise_chunk
 from qwenlora.run.orphans import die_with_parent
 
 SMALL_BYTES = 2**22  # less than this is not worth other processes
 IN_FLIGHT = 3  # chunks a process, so that none waits and memory stays small
 
 
-_job: Job | None = None  # set before they are forked
+_using: Tokenising | None = None  # set before the others are forked
 
 
 def _begin(parent: int) -> None:
     die_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # the one that started us decides
+        signal.signal(number, signal.SIG_IGN)  # the parent decides when to stop
 
 
-def _treat(source: Source, shape: str | None, chunk: Chunk, tokenise: bool) -> Done:
-    assert _job is not None, "forked before the job was set"
-    return treat(_job, source, shape, chunk, tokenise=tokenise)
+def _tokenise(source: Source, shape: str | None, chunk: Chunk, check_only: bool) -> TokenisedChunk:
+    assert _using is not None, "forked before it was set"
+    return tokenise_chunk(_using, source, shape, chunk, check_only=check_only)
 
 
-def build(
+def build_arrays(
     folder: Path, sources: list[Source], tokenizer: Any, data: Data, console: Console | None = None
-) -> dict[str, Any]:
+) -> PreparedIndex:
     """Write the pieces of all sources into folder/train and folder/eval; return what was counted.
 
     Raises: ValueError for files that cannot be read to their end.
     """
-    global _job
+    global _using
     start = time.monotonic()
     size = sum(path.stat().st_size for source in sources for path in source.files)
     _check_space(folder, size)
     processes = data.num_proc or len(os.sched_getaffinity(0))
     if size < SMALL_BYTES or processes == 1:
         processes = 0  # no others
-    _job = Job(data, Encoder(tokenizer, data.train_on))
-    written = Written(folder, sources, data)
-    memory = _Memory()
+    _using = Tokenising(data, Encoder(tokenizer, data.train_on))
+    writer = ArrayWriter(folder, sources, data)
+    memory = _PeakMemory()
     with _collecting_only_what_is_new(), _Pool(processes) as pool, _bar(console, size) as progress:
-        waiting: deque[tuple[int, int, Chunk, Future[Done]]] = deque()
-
-        def take() -> None:
-            number, file, chunk, future = waiting.popleft()
-            try:
-                written.add(number, file, future.result())
-            except BrokenProcessPool:
-                raise ValueError(
-                    "a process that prepared the data was killed, most likely for lack of memory; lower"
-                    f" data.num_proc (now {processes})"
-                ) from None
+        for number, file, chunk, tokenised in _in_order(pool, writer):
+            writer.add(number, file, tokenised)
             memory.look()
-            progress(sources[number], file, chunk.read, written.read)
-
-        for number, source in enumerate(sources):
-            for file, chunk, shape in shaped(source, written.notes.append):
-                # bad rows are refused in the end: then those to come are counted, no more (cutting needs
-                # their tokens)
-                tokenise = (
-                    not (written.bad_rows and data.on_bad_row == "error") or data.overlength == "truncate"
-                )
-                waiting.append((number, file, chunk, pool.submit(_treat, source, shape, chunk, tokenise)))
-                if len(waiting) > IN_FLIGHT * processes:
-                    take()
-        while waiting:
-            take()
+            progress(sources[number], file, chunk.read, writer.read)
     memory.look(at_once=True)
-    if written.bad_rows and data.on_bad_row == "error":
-        raise ValueError(refusal(written.counts(), sources))
-    facts = written.finish()
-    return facts | {
-        "seconds": round(time.monotonic() - start, 3),
-        "processes": max(processes, 1),
-        "peak_memory_bytes": memory.peak,
-    }
+    if writer.bad_rows and data.on_bad_row == "error":
+        raise ValueError(writer.bad().refusal(sources))
+    return writer.finish().revised(
+        seconds=round(time.monotonic() - start, 3),
+        processes=max(processes, 1),
+        peak_memory_bytes=memory.peak,
+    )
+
+
+def _in_order(pool: "_Pool", writer: ArrayWriter) -> Iterator[tuple[int, int, Chunk, TokenisedChunk]]:
+    """Yield (number of the source, of its file, chunk, the same tokenised), in the order of the files."""
+    data = writer.data
+    waiting: deque[tuple[int, int, Chunk, Future[TokenisedChunk]]] = deque()
+    for number, source in enumerate(writer.sources):
+        for file, chunk, shape in chunks_with_shape(source, writer.notes.append):
+            # a bad row is refused in the end: then bad rows are all that is wanted of the chunks to come
+            # (truncating finds them among the tokens)
+            check_only = writer.bad_rows > 0 and data.on_bad_row == "error" and data.overlength != "truncate"
+            waiting.append((number, file, chunk, pool.submit(_tokenise, source, shape, chunk, check_only)))
+            if len(waiting) > IN_FLIGHT * pool.processes:
+                yield _first(waiting, pool.processes)
+    while waiting:
+        yield _first(waiting, pool.processes)
+
+
+def _first(
+    waiting: deque[tuple[int, int, Chunk, Future[TokenisedChunk]]], processes: int
+) -> tuple[int, int, Chunk, TokenisedChunk]:
+    number, file, chunk, future = waiting.popleft()
+    try:
+        return number, file, chunk, future.result()
+    except BrokenProcessPool:
+        raise ValueError(
+            "a process that prepared the data was killed, most likely for lack of memory; lower"
+            f" data.num_proc (now {processes})"
+        ) from None
 
 
 @contextmanager
@@ -118,18 +125,19 @@ def _collecting_only_what_is_new() -> Iterator[None]:
 
 
 class _Pool:
-    """The other processes; with none of them, work is done at once."""
+    """The other processes. Without any, work is done at once."""
 
     def __init__(self, processes: int) -> None:
+        self.processes = processes
         self.executor: ProcessPoolExecutor | None = None
         if processes:
             self.executor = ProcessPoolExecutor(processes, get_context("fork"), _begin, (os.getpid(),))
             self.executor.submit(int).result()  # forked now, before a progress bar has its thread
 
-    def submit(self, do: Callable[..., Done], *arguments: Any) -> Future[Done]:
+    def submit(self, do: Callable[..., TokenisedChunk], *arguments: Any) -> Future[TokenisedChunk]:
         if self.executor:
             return self.executor.submit(do, *arguments)
-        future: Future[Done] = Future()
+        future: Future[TokenisedChunk] = Future()
         future.set_result(do(*arguments))
         return future
 
@@ -141,7 +149,7 @@ class _Pool:
             self.executor.shutdown(cancel_futures=True)
 
 
-class _Memory:
+class _PeakMemory:
     """The most memory seen, in bytes, of this process and those it forked; shared pages count once."""
 
     def __init__(self) -> None:
@@ -163,9 +171,11 @@ class _Memory:
         self.peak = max(self.peak, total or own)
 
 
-def _bar(console: Console | None, total: int) -> Any:
-    """Return a context that gives progress(source, file, bytes of the file read, rows read)."""
-    bar = Progress(
+@contextmanager
+def _bar(console: Console | None, total: int) -> Iterator[Callable[[Source, int, int, int], None]]:
+    """Show a progress bar while the block runs; give progress(source, file, bytes of it read, rows read)."""
+    done: dict[str, int] = {}
+    with Progress(
         TextColumn("preparing data"),
         BarColumn(bar_width=None),
         TaskProgressColumn(),
@@ -175,25 +185,15 @@ def _bar(console: Console | None, total: int) -> Any:
         expand=True,
         transient=True,
         disable=console is None or not console.is_terminal,
-    )
+    ) as bar:
+        task = bar.add_task("", total=total or None, rows=0)
 
-    class Bar:
-        def __enter__(self) -> Callable[[Source, int, int, int], None]:
-            bar.start()
-            task = bar.add_task("", total=total or None, rows=0)
-            done: dict[str, int] = {}
+        def progress(source: Source, file: int, read: int, rows: int) -> None:
+            place = source.place(file, 0)
+            done[place] = max(done.get(place, 0), read)
+            bar.update(task, completed=sum(done.values()), rows=rows)
 
-            def progress(source: Source, file: int, read: int, rows: int) -> None:
-                place = source.place(file, 0)
-                done[place] = max(done.get(place, 0), read)
-                bar.update(task, completed=sum(done.values()), rows=rows)
-
-            return progress
-
-        def __exit__(self, *_: object) -> None:
-            bar.stop()
-
-    return Bar()
+        yield progress
 
 
 def _check_space(folder: Path, size: int) -> None:

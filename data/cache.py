@@ -2,12 +2,11 @@
 
 No lock is relied on, since some shared file systems have none. Two builders at once waste work and nothing
 else: the first rename wins. To spare the work, a builder leaves a claim beside the folder and touches it as
-long as it lives; others wait for it, and take over when it falls silent.
+long as it lives; others wait for it, and take over when it is touched no more.
 """
 
 import glob
 import hashlib
-import json
 import os
 import shutil
 import socket
@@ -17,11 +16,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import psutil
+from pydantic import BaseModel, ConfigDict, Field
 
 from qwenlora.run.disk import sync, write_atomically
+from qwenlora.run.records import Record
 
 INDEX = "index.json"
 BEAT_S = 2.0
@@ -29,73 +30,112 @@ SILENT_S = 30.0  # network file systems may show a touch late
 POLL_S = 0.2
 
 
-def digest_of(path: Path, cache: Path) -> str:
-    """Return the SHA-256 of a file's bytes; looked up, when the file is as it was when it was last asked for.
+class Index(Record):
+    """A folder's index.json, written last. files: {name: (bytes, second of its last change)}."""
 
-    "As it was" is size, inode and the times of change to the nanosecond. ctime cannot be set back.
-    """
+    files: dict[str, tuple[int, int]] = Field(default_factory=dict)
+
+
+AnyIndex = TypeVar("AnyIndex", bound=Index)
+
+
+class FileState(BaseModel):
+    """What changes when a file does. ctime cannot be set back."""
+
+    model_config = ConfigDict(frozen=True)
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+class _FileDigest(Record):
+    """The SHA-256 of a file's bytes, and the state in which it was hashed."""
+
+    path: str
+    state: FileState
+    sha256: str
+
+
+class _Claim(Record):
+    """Who builds a folder. token: tells one claim of a process from the next."""
+
+    host: str
+    pid: int
+    token: str
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether its process was one of this machine and has ended."""
+        return self.host == socket.gethostname() and not _is_alive(self.pid)
+
+    @property
+    def holder(self) -> str:
+        """Who holds it, as messages say it."""
+        return f"process {self.pid} on {self.host}"
+
+
+def digest_of(path: Path, cache: Path) -> str:
+    """Return the SHA-256 of a file's bytes; looked up when the file's state is as it was when it was
+    hashed."""
     state = state_of(path)
     entry = cache / "files" / f"{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]}.json"
     try:
-        known = json.loads(entry.read_text(encoding="utf-8"))
-        if known["state"] == state:
-            return str(known["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not asked for before, or damaged: then it is made anew
+        known = _FileDigest.read(entry)
+        if known.state == state:
+            return known.sha256
+    except (OSError, ValueError):
+        pass  # not hashed before, or damaged: made anew
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     # a change within the clock's tick after it would look the same: then it is not remembered
-    settled = time.time_ns() - max(state["mtime_ns"], state["ctime_ns"]) > 2e9
+    settled = time.time_ns() - max(state.mtime_ns, state.ctime_ns) > 2e9
     if state_of(path) == state and settled:
-        with suppress(OSError):  # a cache that cannot be written is refused when rows are, in better words
+        with suppress(OSError):  # preparation refuses a cache that cannot be written, in better words
             entry.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(
-                entry, json.dumps({"path": str(path.absolute()), "state": state, "sha256": found})
-            )
-    return found
+            digest = _FileDigest(path=str(path.absolute()), state=state, sha256=sha256)
+            write_atomically(entry, digest.text(indent=None))
+    return sha256
 
 
-def state_of(path: Path) -> dict[str, int]:
-    """Return what changes when a file does."""
+def state_of(path: Path) -> FileState:
+    """Return the state of a file. Raises: OSError."""
     stat = path.stat()
-    return {
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "ctime_ns": stat.st_ctime_ns,
-        "inode": stat.st_ino,
-    }
+    return FileState(
+        size=stat.st_size, mtime_ns=stat.st_mtime_ns, ctime_ns=stat.st_ctime_ns, inode=stat.st_ino
+    )
 
 
-def read_index(folder: Path) -> dict[str, Any] | None:
-    """Return a whole folder's index.json; None when the folder is not there, or has lost something.
-
-    The index holds {"files": {name: [bytes, second of its last change]}}, and whatever its builder returned.
-    """
+def read_index(folder: Path, kind: type[AnyIndex]) -> AnyIndex | None:
+    """Return the index of a whole folder; None when the folder is not there, or has lost something."""
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        whole = all(_size_and_second(folder / name) == found for name, found in index["files"].items())
-    except (OSError, ValueError, KeyError):
+        index = kind.read(folder / INDEX)
+        whole = all(_size_and_second(folder / name) == entry for name, entry in index.files.items())
+    except (OSError, ValueError):
         return None
     return index if whole else None
 
 
-def _size_and_second(path: Path) -> list[int]:
+def _size_and_second(path: Path) -> tuple[int, int]:
     stat = path.stat()
-    return [stat.st_size, int(stat.st_mtime)]  # finer times are not kept by every file system
+    return stat.st_size, int(stat.st_mtime)  # finer times are not kept by every file system
 
 
 def build_once(
-    folder: Path, build: Callable[[Path], dict[str, Any]], say: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
-    """Return the index of a folder, which build fills unless someone has done so, or is doing so.
+    folder: Path,
+    kind: type[AnyIndex],
+    build: Callable[[Path], AnyIndex],
+    say: Callable[[str], None] = lambda _: None,
+) -> AnyIndex:
+    """Return the index of a folder. It is built now unless it is there, or somebody else builds it.
 
-    build: gets an empty folder, returns what the index shall hold; whatever it raises is raised, and leaves
-    nothing.
-    say: hears, once, for whom this waits.
+    kind: of the index; build: fills an empty folder and returns its index; an error that it raises is passed
+    on, and leaves nothing; say: is called once with whom this waits for.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     claim = folder.with_name(f"{folder.name}.claim")
-    while (index := read_index(folder)) is None:
+    while (index := read_index(folder, kind)) is None:
         with _claimed(claim) as ours:
             if ours:
                 _build(folder, build)
@@ -104,31 +144,36 @@ def build_once(
     return index
 
 
-def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
+def _build(folder: Path, build: Callable[[Path], AnyIndex]) -> None:
     _sweep(folder)
     staging = folder.with_name(
         f"{folder.name}.staging-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     )
+    broken = staging.with_name(f"{staging.name}-broken")
     staging.mkdir()
     try:
         index = build(staging)
-        written = [path for path in staging.rglob("*") if path.is_file()]
-        for path in written:
+        files = [path for path in staging.rglob("*") if path.is_file()]
+        for path in files:
             sync(path)
-        index["files"] = {str(path.relative_to(staging)): _size_and_second(path) for path in written}
-        write_atomically(staging / INDEX, json.dumps(index, ensure_ascii=False))
-        if folder.exists() and read_index(folder) is None:  # it lost a file
-            folder.rename(staging.with_name(f"{staging.name}-broken"))
+        entries = {str(path.relative_to(staging)): _size_and_second(path) for path in files}
+        write_atomically(staging / INDEX, index.revised(files=entries).text(indent=None))
+        if folder.exists() and not _is_whole(folder):
+            folder.rename(broken)
         try:
             staging.rename(folder)
         except OSError:
-            if read_index(folder) is None:
+            if not _is_whole(folder):
                 raise
-            # another one was faster, and its folder is as good as ours
+            # somebody else was faster, and that folder is as good as ours
         sync(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(staging.with_name(f"{staging.name}-broken"), ignore_errors=True)
+        shutil.rmtree(broken, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    return read_index(folder, Index) is not None
 
 
 def _sweep(folder: Path) -> None:
@@ -136,15 +181,15 @@ def _sweep(folder: Path) -> None:
     mark = f".staging-{socket.gethostname()}-"
     for path in folder.parent.glob(f"*{glob.escape(mark)}*"):
         pid = path.name.partition(mark)[2].partition("-")[0]
-        if pid.isdecimal() and not _alive(int(pid)):
+        if pid.isdecimal() and not _is_alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
-    for claim in folder.parent.glob("*.claim"):
-        holder = _holder(_read(claim))
-        if holder and holder[1] and not _alive(holder[1]):
-            claim.unlink(missing_ok=True)
+    for path in folder.parent.glob("*.claim"):
+        claim = _parsed(_read(path))
+        if claim and claim.is_dead:
+            path.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -152,11 +197,11 @@ def _alive(pid: int) -> bool:
 
 
 @contextmanager
-def _claimed(claim: Path) -> Iterator[bool]:
-    """Hold the claim while the block runs; false when it is another's."""
-    mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex})
+def _claimed(path: Path) -> Iterator[bool]:
+    """Hold the claim while the block runs; false when somebody else holds it."""
+    mine = _Claim(host=socket.gethostname(), pid=os.getpid(), token=uuid.uuid4().hex).text(indent=None)
     try:
-        with claim.open("x", encoding="utf-8") as file:
+        with path.open("x", encoding="utf-8") as file:
             file.write(mine)
     except FileExistsError:
         yield False
@@ -166,9 +211,9 @@ def _claimed(claim: Path) -> Iterator[bool]:
     def beat() -> None:
         while not done.wait(BEAT_S):
             try:
-                os.utime(claim)
+                os.utime(path)
             except OSError:
-                return  # taken over by one that thought us dead
+                return  # taken over by a process that thought us dead
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -177,47 +222,45 @@ def _claimed(claim: Path) -> Iterator[bool]:
     finally:
         done.set()
         thread.join()
-        if _read(claim) == mine:
-            claim.unlink(missing_ok=True)
+        if _read(path) == mine:
+            path.unlink(missing_ok=True)
 
 
-def _wait(folder: Path, claim: Path, say: Callable[[str], None]) -> None:
-    """Return when the folder is whole or nobody builds it any more."""
-    held = _read(claim)
-    who, pid = _holder(held) or ("another process", None)  # whose claim is not written yet
-    if held:
-        say(f"waiting for {who}, which prepares the same data")
-    seen, since = _touched(claim), time.monotonic()
-    while read_index(folder) is None and _read(claim) == held and claim.exists():
-        if (touched := _touched(claim)) != seen:
-            seen, since = touched, time.monotonic()
-        if time.monotonic() - since > SILENT_S or (pid and not _alive(pid)):
-            say(f"{who} has ended without finishing: preparing the data here")
-            if _read(claim) == held:
-                claim.unlink(missing_ok=True)
+def _wait(folder: Path, path: Path, say: Callable[[str], None]) -> None:
+    """Return when the folder is whole or nobody builds it any more. path: of the claim."""
+    text = _read(path)
+    claim = _parsed(text)
+    holder = claim.holder if claim else "another process"  # whose claim is not written yet
+    if text:
+        say(f"waiting for {holder}, which prepares the same data")
+    touched, since = _touched(path), time.monotonic()
+    while not _is_whole(folder) and _read(path) == text and path.exists():
+        if (now := _touched(path)) != touched:
+            touched, since = now, time.monotonic()
+        if time.monotonic() - since > SILENT_S or (claim and claim.is_dead):
+            say(f"{holder} has ended without finishing: preparing the data here")
+            if _read(path) == text:
+                path.unlink(missing_ok=True)
             return
         time.sleep(POLL_S)
 
 
-def _holder(claim: str) -> tuple[str, int | None] | None:
-    """Return who holds a claim, in words, and the pid when it is of this machine."""
+def _parsed(claim: str) -> _Claim | None:
     try:
-        holder = json.loads(claim)
-        pid = int(holder["pid"]) if holder["host"] == socket.gethostname() else None
-        return f"process {holder['pid']} on {holder['host']}", pid
-    except (ValueError, KeyError, TypeError):
+        return _Claim.parse(claim)
+    except ValueError:
         return None
 
 
-def _touched(claim: Path) -> int:
+def _touched(path: Path) -> int:
     try:
-        return claim.stat().st_mtime_ns
+        return path.stat().st_mtime_ns
     except OSError:
         return 0
 
 
-def _read(claim: Path) -> str:
+def _read(path: Path) -> str:
     try:
-        return claim.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""

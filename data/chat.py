@@ -1,12 +1,11 @@
 """A row as tokens, and which of them are trained: the replies and their end-of-turn token.
 
 `Encoder(tokenizer).encode(rows)`. The ids are those of `tokenizer.apply_chat_template(messages,
-tokenize=True)`, since the same rendered text is tokenised whole. Qwen's templates mark no replies ({%
-generation %} is missing). So a reply is
-found among the tokens: after `<|im_start|>`, `assistant`, line break, and up to `<|im_end|>`; rows.py refuses
-text that could forge these. Tokens are bytes of the text, one after the other: when the first ones are
-exactly the header's, what follows is exactly the reply. That the template wrote the reply as it was said is
-checked in the rendered text.
+tokenize=True)`, since the same rendered text is tokenised whole. Qwen's templates do not mark replies ({%
+generation %} is missing), so a reply is found among the tokens: after `<|im_start|>`, `assistant`, line
+break, and up to `<|im_end|>`; turns.py refuses text that could forge these. Tokens are bytes of the text, one
+after the other: when a turn's first tokens are exactly the header's, the rest is exactly the reply. Whether
+the template wrote each reply as its row has it is checked in the rendered text.
 """
 
 import re
@@ -16,37 +15,31 @@ import numpy as np
 import numpy.typing as npt
 
 from qwenlora.data.bad_row import BadRow, show
-from qwenlora.data.rows import THINK, THOUGHT, TURN_END, TURN_START, Message, Row
+from qwenlora.data.rows import Row
+from qwenlora.data.turns import THINK, THOUGHT, TURN_END, TURN_START, Message, ToolCall
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 _HEADER = "assistant\n"
-# Qwen3 writes this before a reply that was not thought about: it is what the generation prompt holds, not the
-# reply
+# Qwen3's template writes this before a reply without a thought; it is part of the generation prompt, not of
+# the reply
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _ENDS_OF_TEXT = ("<|endoftext|>", "</s>")
 
 
 class Tokens(NamedTuple):
-    """One row. ids: int32 [length]; trained: bool [length], true where the token is learnt. trained[0] is
-    false."""
+    """A row or a piece of one. ids: int32 [length]; trained: bool [length], true where the token is learnt;
+    trained[0] is false."""
 
     ids: Ids
     trained: Mask
 
 
-class Reply(NamedTuple):
-    """An assistant turn in the rendered text. unthought: it begins with the template's NO_THOUGHT."""
-
-    text: str
-    unthought: bool
-
-
 class Encoder:
-    """Makes tokens of rows. tokenizer: a fast one with a ChatML template; train_on: as data.train_on."""
+    """Turns rows into tokens. tokenizer: a fast one with a ChatML template; train_on: as data.train_on."""
 
     def __init__(self, tokenizer: Any, train_on: str = "assistant") -> None:
         self.tokenizer, self.train_on = tokenizer, train_on
@@ -66,39 +59,41 @@ class Encoder:
     def encode(self, rows: list[Row]) -> list[Tokens | BadRow]:
         """Return the tokens of each row, or why it cannot be trained."""
         texts: list[str] = []
-        replies: list[list[Reply] | BadRow] = []
+        no_thoughts: list[list[bool] | BadRow] = []
         for row, text in zip(rows, self._render_all(rows), strict=True):
             try:
                 if isinstance(text, BadRow):
                     raise text
-                replies.append([] if row.text is not None else self._replies(text, row.messages))
+                no_thoughts.append([] if row.text is not None else self._no_thoughts(text, row.messages))
                 texts.append(text)
             except BadRow as error:
-                replies.append(error)
+                no_thoughts.append(error)
                 texts.append("")
-        found: list[Tokens | BadRow] = []
-        for row, ids, said in zip(rows, self._ids(texts), replies, strict=True):
+        encoded: list[Tokens | BadRow] = []
+        for row, ids, its_no_thoughts in zip(rows, self._ids(texts), no_thoughts, strict=True):
             try:
-                found.append(said if isinstance(said, BadRow) else self._tokens(row, ids, said))
+                if isinstance(its_no_thoughts, BadRow):
+                    raise its_no_thoughts
+                encoded.append(self._tokens(row, ids, its_no_thoughts))
             except BadRow as error:
-                found.append(error)
-        return found
+                encoded.append(error)
+        return encoded
 
     def _render_all(self, rows: list[Row]) -> list[str | BadRow]:
         plain = [row.messages for row in rows if row.text is None and not row.tools]
         if len(plain) == len(rows) and not self._has_thoughts(plain):
-            try:  # together: transformers looks at its arguments for longer than the template takes
+            try:  # together: checking arguments takes transformers longer than the template takes
                 texts: list[str | BadRow] = self.tokenizer.apply_chat_template(plain, tokenize=False)
                 return texts
-            except Exception:  # noqa: S110 (then one by one: a template raises what it likes, and does not say for which)
+            except Exception:  # noqa: S110 (then one by one: a template raises any error, and does not say for which row)
                 pass
-        found: list[str | BadRow] = []
+        rendered: list[str | BadRow] = []
         for row in rows:
             try:
-                found.append(self.render(row))
+                rendered.append(self.render(row))
             except BadRow as error:
-                found.append(error)
-        return found
+                rendered.append(error)
+        return rendered
 
     def _has_thoughts(self, conversations: list[list[Message]]) -> bool:
         return not self._takes_thoughts and any(
@@ -117,7 +112,7 @@ class Encoder:
             )
         try:
             text: str = self.tokenizer.apply_chat_template(row.messages, tools=row.tools, tokenize=False)
-        except Exception as error:  # a template raises what it likes (jinja2's raise_exception)
+        except Exception as error:  # a template may raise any error (jinja2's raise_exception)
             raise BadRow(
                 f"the model's chat template refuses this row: {' '.join(str(error).split())[:200]}"
             ) from error
@@ -126,14 +121,14 @@ class Encoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._encode(texts, add_special_tokens=False)]
 
-    def _tokens(self, row: Row, found: list[int], replies: list[Reply]) -> Tokens:
+    def _tokens(self, row: Row, text_ids: list[int], no_thoughts: list[bool]) -> Tokens:
         if row.text is not None:
-            ids = np.array([*found, self._end_of_text], np.int32)
+            ids = np.array([*text_ids, self._end_of_text], np.int32)
             trained = np.ones(len(ids), np.bool_)
         else:
-            ids = np.array(found, np.int32)
+            ids = np.array(text_ids, np.int32)
             trained = np.zeros(len(ids), np.bool_)
-            spans = self._spans(ids, replies)
+            spans = self._spans(ids, no_thoughts)
             for start, end in spans[-1:] if self.train_on == "last_assistant" else spans:
                 trained[start:end] = True
             if self.train_on == "all":
@@ -141,7 +136,7 @@ class Encoder:
         trained[:1] = False  # the first token has nothing before it to be predicted from
         return Tokens(ids, trained)
 
-    def _spans(self, ids: Ids, replies: list[Reply]) -> list[tuple[int, int]]:
+    def _spans(self, ids: Ids, no_thoughts: list[bool]) -> list[tuple[int, int]]:
         """Return [start, end) in tokens of every reply, its end-of-turn token included."""
         starts, ends = np.flatnonzero(ids == self._start), np.flatnonzero(ids == self._end)
         if len(starts) != len(ends) or not (starts < ends).all() or not (ends[:-1] < starts[1:]).all():
@@ -153,12 +148,12 @@ class Encoder:
             after = start + len(self._header)
             if ids[start:after].tolist() == self._header:
                 spans.append((after, end + 1))
-        if len(spans) != len(replies):
+        if len(spans) != len(no_thoughts):
             raise BadRow(
                 "a reply's first characters melt with the line break before it; remove white space there"
             )
-        for number, reply in enumerate(replies):
-            if reply.unthought:
+        for number, has_no_thought in enumerate(no_thoughts):
+            if has_no_thought:
                 start, end = spans[number]
                 after = start + len(self._no_thought)
                 if ids[start:after].tolist() != self._no_thought:
@@ -168,41 +163,53 @@ class Encoder:
                 spans[number] = (after, end)
         return spans
 
-    def _replies(self, text: str, messages: list[Message]) -> list[Reply]:
-        """Return the replies in a rendered text, once it is sure that they are what was said."""
+    def _no_thoughts(self, text: str, messages: list[Message]) -> list[bool]:
+        """Return for each reply whether the template wrote NO_THOUGHT before it.
+
+        Raises: BadRow when the replies in the rendered text are not those of the messages.
+        """
         turns = [turn[2] for turn in _TURN.finditer(text) if turn[1] == "assistant"]
-        said = [message for message in messages if message["role"] == "assistant"]
-        if len(turns) != len(said):
+        replies = [message for message in messages if message["role"] == "assistant"]
+        if len(turns) != len(replies):
             raise BadRow(
-                f"the chat template wrote {len(turns)} assistant turns for {len(said)}; expected ChatML"
+                f"the chat template wrote {len(turns)} assistant turns for {len(replies)}; expected ChatML"
                 " (<|im_start|>assistant ... <|im_end|>), as all Qwens have"
             )
-        return [_reply(body, message) for body, message in zip(turns, said, strict=True)]
+        return [_begins_with_no_thought(*pair) for pair in zip(turns, replies, strict=True)]
 
 
-def _reply(body: str, message: Message) -> Reply:
+def _begins_with_no_thought(body: str, message: Message) -> bool:
+    """Return whether a template wrote NO_THOUGHT before a reply. body: the turn as the template wrote it.
+
+    Raises: BadRow when the template changed the reply.
+    """
     content, thought = message["content"], message.get("reasoning_content")
-    unthought = body.startswith(NO_THOUGHT) and THINK not in content and not thought
-    body = body.removeprefix(NO_THOUGHT) if unthought else body
-    if body == content and not thought and not message.get("tool_calls") and "think>" not in content:
-        return Reply(body, unthought)
+    no_thought = body.startswith(NO_THOUGHT) and THINK not in content and not thought
+    body = body.removeprefix(NO_THOUGHT) if no_thought else body
+    calls = message.get("tool_calls")
+    if body == content and not thought and not calls and "think>" not in content:
+        return no_thought
     allowed = _renderings(content)
     if thought:
         allowed += [_plain(f"{THINK}{thought}{THOUGHT}{content}")]
-    plain = _plain(body)
-    if calls := message.get("tool_calls"):
-        names = re.findall(r'<tool_call>\s*\{"name": "(.*?)", "arguments": ', plain)
-        right = [call["function"]["name"] for call in calls] == names
-        if not right or not any(plain.startswith(said) for said in allowed):
+    if calls:
+        if not _has_calls(_plain(body), calls, allowed):
             raise BadRow(f"the chat template changed a call: it wrote {show(body)}")
-    elif plain not in allowed or (THINK not in body and not _is_said(body, content)):
+    elif _plain(body) not in allowed or (THINK not in body and not _is_as_written(body, content)):
         raise BadRow(f"the chat template changed a reply: it wrote {show(body)}")
-    return Reply(body, unthought)
+    return no_thought
 
 
-def _is_said(body: str, content: str) -> bool:
-    """Return whether a template wrote a reply as it stands, or trimmed; white space it adds would be learnt,
-    too."""
+def _has_calls(body: str, calls: list[ToolCall], allowed: list[str]) -> bool:
+    """Return whether a turn has one of the texts, then these calls."""
+    names = re.findall(r'<tool_call>\s*\{"name": "(.*?)", "arguments": ', body)
+    same = [call["function"]["name"] for call in calls] == names
+    return same and any(body.startswith(text) for text in allowed)
+
+
+def _is_as_written(body: str, content: str) -> bool:
+    """Return whether a template wrote a reply as its row has it, or trimmed. White space that it adds would
+    be learnt, too."""
     answer = content.rpartition(THOUGHT)[2]
     trims = (
         str,
@@ -215,12 +222,12 @@ def _is_said(body: str, content: str) -> bool:
     return any(body == trim(text) for text in (content, answer) for trim in trims)
 
 
-def _renderings(said: str) -> list[str]:
-    """Return what a template may make of a reply: all of it, or (in earlier turns) the answer without the
+def _renderings(reply: str) -> list[str]:
+    """Return what a template may make of a reply: all of it, or (in earlier turns) the answer without its
     thought."""
-    if THINK not in said and THOUGHT not in said:
-        return [_plain(said)]
-    thought = _THOUGHT.fullmatch(said)
+    if THINK not in reply and THOUGHT not in reply:
+        return [_plain(reply)]
+    thought = _THOUGHT.fullmatch(reply)
     if not thought or "think>" in thought[1] + thought[2]:
         raise BadRow(
             "a reply has a stray <think> or </think>, from which Qwen's templates cut text away; a thought"

@@ -1,13 +1,14 @@
-"""Rows on their way from a file: some thousand at a time, each with its line, decoded or not yet."""
+"""Rows read from a file, about a thousand at a time, each with its line."""
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 CHUNK_ROWS = 1000
 MAX_LINE_BYTES = 2**28
 
-Decoded = tuple[int, Any]  # line, and the row's value or the BadRow that it is
+JsonObject = dict[str, object]
+Decoded = tuple[int, object]  # line, and the row's value, or the BadRow that says why it has none
 
 
 class Values(NamedTuple):
@@ -23,8 +24,8 @@ class Values(NamedTuple):
 
 def in_chunks(rows: Iterator[Decoded], raw: IO[bytes]) -> Iterator[Values]:
     """Yield decoded rows of a file as chunks."""
-    while some := list(islice(rows, CHUNK_ROWS)):
-        yield Values(some, position(raw))
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        yield Values(chunk, position(raw))
 
 
 def position(raw: IO[bytes]) -> int:

@@ -1,20 +1,21 @@
-"""Rows in JSON: Lines, which other processes may decode, and arrays, read element by element.
+"""Rows in JSON: lines, which other processes may decode, and arrays, read element by element.
 
-What is wrong is said with its line and column, and in the words of what people write most.
+Messages give the line and the column, and name the mistakes that people make most.
 """
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from qwenlora.data.bad_row import BadRow, show
-from qwenlora.data.chunks import MAX_LINE_BYTES, Decoded, Values, in_chunks, position
+from qwenlora.data.chunks import MAX_LINE_BYTES, Decoded, JsonObject, Values, in_chunks, position
 
 
 class Lines(NamedTuple):
-    """Whole lines of JSON. first: the number of the first one; read: bytes of the file read so far."""
+    """Whole lines of JSON. first: the number of the first line; read: bytes of the file read so far."""
 
     first: int
     blob: bytes
@@ -30,8 +31,8 @@ class Lines(NamedTuple):
                     yield number, error
 
 
-def decode_json(text: str) -> Any:
-    """Return the value that is written. Raises: BadRow saying what is wrong, and in which column."""
+def decode_json(text: str) -> object:
+    """Return the value of a JSON text. Raises: BadRow saying what is wrong, and in which column."""
     try:
         return _STRICT.decode(text)
     except BadRow:
@@ -44,7 +45,7 @@ def decode_json(text: str) -> Any:
         raise BadRow(_TOO_LONG) from None
 
 
-def _decode_line(line: bytes) -> Any:
+def _decode_line(line: bytes) -> object:
     try:
         text = line.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
@@ -60,11 +61,11 @@ def _decode_line(line: bytes) -> Any:
 
 
 def _json_problem(error: json.JSONDecodeError) -> str:
-    """Return the decoder's words; plainer ones for what people write most."""
-    found, before = error.doc[error.pos : error.pos + 1], error.doc[: error.pos].rstrip()[-1:]
-    if found in ("}", "]") and before == ",":
-        return f"a comma before {found}"
-    if found == "'" and error.msg.startswith("Expecting"):
+    """Return what is wrong: the decoder's message, or a plainer one for the most common mistakes."""
+    there, before = error.doc[error.pos : error.pos + 1], error.doc[: error.pos].rstrip()[-1:]
+    if there in ("}", "]") and before == ",":
+        return f"a comma before {there}"
+    if there == "'" and error.msg.startswith("Expecting"):
         return "text stands in double quotes, not in ' (written by Python's str()? json.dumps writes JSON)"
     if error.msg == "Extra data":
         return f"more follows the {'object' if before == '}' else 'value'} (one row a line)"
@@ -83,33 +84,29 @@ def _json_hint(text: str) -> str:
 
 
 def one_object(head: bytes) -> str:
-    """Return what is wrong with a file that begins with an object over several lines; empty when it does
-    not."""
+    """Return what is wrong with a file that begins with an object over several lines; empty when it does not.
+
+    head: the first bytes of the file.
+    """
     text = head.decode(errors="ignore").removeprefix("\ufeff").lstrip()
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        return ""  # wrong, which its line will be told, or longer than this
+        return ""  # longer than the head, or wrong, which is said when its line is read
     if not isinstance(value, dict) or "\n" not in text[:end]:
         return ""
-    lists = [
-        key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)
-    ]
-    if (
-        lists
-        and not text[end:].strip()
-        and "content" not in value[lists[0]][0]
-        and "value" not in value[lists[0]][0]
-    ):
-        return (
-            f"is one JSON object, its rows are in {lists[0]}; write them alone: jq -c '.{lists[0]}[]' old >"
-            " new"
-        )
+    lists = (
+        key for key, item in value.items() if isinstance(item, list) and isinstance((item or [0])[0], dict)
+    )
+    key = next(lists, None)
+    is_rows = key is not None and not {"content", "value"} & value[key][0].keys()  # and no turns
+    if is_rows and not text[end:].strip():
+        return f"is one JSON object, its rows are in {key}; write them alone: jq -c '.{key}[]' old > new"
     return "has an object over several lines; one row a line: jq -c . old > new, or an array: [{...}, {...}]"
 
 
 def lines(path: Path, blocks: Iterator[bytes], raw: IO[bytes]) -> Iterator[Lines]:
-    """Yield JSON Lines in chunks of whole lines, not decoded yet."""
+    """Yield JSON Lines in chunks of whole lines, not decoded yet. blocks: the file's, decompressed."""
     line, rest = 1, [b""]
     for block in blocks:
         whole, newline, tail = block.rpartition(b"\n")
@@ -129,99 +126,112 @@ def lines(path: Path, blocks: Iterator[bytes], raw: IO[bytes]) -> Iterator[Lines
 
 
 def array(path: Path, texts: Iterator[str], raw: IO[bytes]) -> Iterator[Values]:
-    """Read a JSON array element by element, however long it is."""
-    buffer, position, line, ended = "", 0, 1, False
-    dropped = 0  # characters of the line that the buffer begins in the middle of
+    """Yield the elements of a JSON array, however long it is. texts: the file's, decoded."""
+    yield from in_chunks(_ArrayReader(path, texts).rows(), raw)
 
-    def more() -> bool:
-        nonlocal buffer, position, ended, dropped
-        text = next(texts, None)
-        ended = text is None
+
+class _ArrayReader:
+    """Reads a JSON array element by element from a buffer, to which it adds text as it needs it."""
+
+    def __init__(self, path: Path, texts: Iterator[str]) -> None:
+        self.path, self.texts = path, texts
+        self.buffer, self.position, self.ended = "", 0, False
+        self.line = 1  # at the position
+        self.dropped = 0  # characters before the buffer, of the line in which it begins
+
+    def rows(self) -> Iterator[Decoded]:
+        """Yield (line, value) for each element. Raises: ValueError naming the line."""
+        self._next_character()
+        self.position += 1  # the opening bracket
+        while (character := self._next_character()) != "]":
+            if not character:
+                raise self._error(_CUT_OFF)
+            yield self.line, self._element()
+            separator = self._next_character()
+            if separator == ",":
+                self.position += 1
+                if self._next_character() == "]":
+                    raise self._error("a comma before the closing ]; remove it")
+            elif separator and separator != "]":
+                raise self._error(f"not valid JSON: expected , or ] after a row, found {show(separator)}")
+        self.position += 1  # the closing bracket
+        if rest := self._next_character():
+            raise self._error(
+                f"expected the end of the file after the array's ], found {show(rest)}; a file is one array"
+                " of objects, or one object a line"
+            )
+
+    def _more(self) -> bool:
+        """Add text to the buffer, and drop what is before the position; false at the end of the file."""
+        text = next(self.texts, None)
+        self.ended = text is None
         # at least twice the row so far, so that a long row is not tried over and over
         while (
             text is not None
-            and len(text) < len(buffer) - position
-            and (extra := next(texts, None)) is not None
+            and len(text) < len(self.buffer) - self.position
+            and (extra := next(self.texts, None)) is not None
         ):
             text += extra
-        newline = buffer.rfind("\n", 0, position)
-        dropped = position - newline - 1 if newline >= 0 else dropped + position
-        buffer, position = buffer[position:] + (text or ""), 0
-        return not ended
+        newline = self.buffer.rfind("\n", 0, self.position)
+        self.dropped = self.position - newline - 1 if newline >= 0 else self.dropped + self.position
+        self.buffer, self.position = self.buffer[self.position :] + (text or ""), 0
+        return not self.ended
 
-    def next_character() -> str:
-        nonlocal position, line
+    def _move(self, end: int) -> None:
+        self.line += self.buffer.count("\n", self.position, end)
+        self.position = end
+
+    def _next_character(self) -> str:
+        """Move to the next character that is no white space, and return it; empty at the end of the file."""
         while True:
-            while position < len(buffer) and buffer[position] in " \t\r\n":
-                line += buffer[position] == "\n"
-                position += 1
-            if position < len(buffer):
-                return buffer[position]
-            if not more():
+            space = _WHITE_SPACE.match(self.buffer, self.position)
+            assert space is not None, "it matches nothing, too"
+            self._move(space.end())
+            if self.position < len(self.buffer):
+                return self.buffer[self.position]
+            if not self._more():
                 return ""
 
-    def element() -> Any:
-        nonlocal position, line
+    def _element(self) -> object:
+        """Return the value at the position, or the BadRow that it is, and move behind it."""
         while True:
             try:
-                value, end = _decode_at(buffer, position)
+                value, end = _decode_at(self.buffer, self.position)
             except json.JSONDecodeError as error:
-                # cut off by the end of the buffer, or wrong? A string's error stands where the string begins
-                at_end = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 16
-                if at_end and not ended:
-                    if len(buffer) - position > MAX_LINE_BYTES:
-                        raise ValueError(
-                            f"{path}:{line}: this row is longer than {MAX_LINE_BYTES >> 20} MiB"
-                        ) from None
-                    more()
-                    continue
-                if error.msg.startswith("Unterminated string") or not buffer[error.pos :].strip():
-                    raise ValueError(f"{path}:{line}: {_CUT_OFF} in the row that begins here") from None
-                at = line + buffer.count("\n", position, error.pos)
-                newline = buffer.rfind("\n", 0, error.pos)
-                column = error.pos - newline + (dropped if newline < 0 else 0)
-                raise ValueError(
-                    f"{path}:{at}: not valid JSON: {_json_problem(error)} at column {column}"
-                ) from None
-            except RecursionError:
-                raise ValueError(f"{path}:{line}: {_TOO_DEEP}") from None
-            except ValueError:
-                raise ValueError(f"{path}:{line}: {_TOO_LONG}") from None
-            if end == len(buffer) and not ended:  # 12 may go on as 123
-                more()
+                if not self._may_be_cut_off(error):
+                    raise self._invalid(error) from None
+                if len(self.buffer) - self.position > MAX_LINE_BYTES:
+                    raise self._error(f"this row is longer than {MAX_LINE_BYTES >> 20} MiB") from None
+                self._more()
                 continue
-            line += buffer.count("\n", position, end)
-            position = end
+            except RecursionError:
+                raise self._error(_TOO_DEEP) from None
+            except ValueError:
+                raise self._error(_TOO_LONG) from None
+            if end == len(self.buffer) and not self.ended:  # 12 may go on as 123
+                self._more()
+                continue
+            self._move(end)
             return value
 
-    def rows() -> Iterator[Decoded]:
-        nonlocal position
-        next_character()
-        position += 1  # the opening bracket
-        while (found := next_character()) != "]":
-            if not found:
-                raise ValueError(f"{path}:{line}: {_CUT_OFF}")
-            yield line, element()
-            separator = next_character()
-            if separator == ",":
-                position += 1
-                if next_character() == "]":
-                    raise ValueError(f"{path}:{line}: a comma before the closing ]; remove it")
-            elif separator and separator != "]":
-                raise ValueError(
-                    f"{path}:{line}: not valid JSON: expected , or ] after a row, found {show(separator)}"
-                )
-        position += 1  # the closing bracket
-        if rest := next_character():
-            raise ValueError(
-                f"{path}:{line}: expected the end of the file after the array's ], found {show(rest)}; a file"
-                " is one array of objects, or one object a line"
-            )
+    def _may_be_cut_off(self, error: json.JSONDecodeError) -> bool:
+        """Whether the end of the buffer may be the reason. A text's error is where the text begins."""
+        at_end = error.msg.startswith("Unterminated string") or error.pos > len(self.buffer) - 16
+        return at_end and not self.ended
 
-    yield from in_chunks(rows(), raw)
+    def _invalid(self, error: json.JSONDecodeError) -> ValueError:
+        if error.msg.startswith("Unterminated string") or not self.buffer[error.pos :].strip():
+            return self._error(f"{_CUT_OFF} in the row that begins here")
+        newline = self.buffer.rfind("\n", 0, error.pos)
+        column = error.pos - newline + (self.dropped if newline < 0 else 0)
+        self._move(error.pos)
+        return self._error(f"not valid JSON: {_json_problem(error)} at column {column}")
+
+    def _error(self, problem: str) -> ValueError:
+        return ValueError(f"{self.path}:{self.line}: {problem}")
 
 
-def _decode_at(text: str, position: int) -> tuple[Any, int]:
+def _decode_at(text: str, position: int) -> tuple[object, int]:
     """Return the value that begins there, or the BadRow that it is, and where it ends."""
     try:
         return _STRICT.raw_decode(text, position)
@@ -229,16 +239,17 @@ def _decode_at(text: str, position: int) -> tuple[Any, int]:
         return error, _LENIENT.raw_decode(text, position)[1]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _object(pairs: list[tuple[str, object]]) -> JsonObject:
+    values = dict(pairs)
+    if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise BadRow(f"has the key {show(twice)} twice in one object; keep one")
-    return found
+    return values
 
 
 _STRICT, _LENIENT = json.JSONDecoder(object_pairs_hook=_object), json.JSONDecoder()
+_WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 _TOO_DEEP = "JSON nested too deeply"
 _TOO_LONG = "holds a number of more than 4,300 digits; if it is meant, write it as text"  # Python's own limit
 _CUT_OFF = "the array is not closed: the file was cut off"

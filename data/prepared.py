@@ -1,18 +1,22 @@
-"""Rows as tokens on disk: prepared once, for every run that has the same data, opened memory-mapped by every
-rank.
+"""Rows as tokens on disk: prepared once for all runs with the same data, opened memory-mapped by every rank.
 
-<cache>/<key>/{train,eval}/: ids.bin int32 [tokens], trained.bin bool [tokens]; starts, lengths,
-trained_lengths, row_of
-    .npy [pieces], what an epoch sees; places int32 [rows, 3] (source, file, line), whole int32 [rows],
-    digests .npy
-<cache>/<key>/index.json: what was counted, written last. bad.jsonl: every row that was left out, and why.
-The key is a hash of everything the tokens depend on: the files' bytes, the tokenizer, the options and this
-code.
+| file of <cache>/<key>/ | holds |
+|---|---|
+| {train,eval}/ids.bin, trained.bin | int32 and bool [tokens] |
+| .../starts, lengths, trained_lengths, row_of.npy | [pieces] of an epoch |
+| .../places.npy | int32 [rows, 3]: source, file, line |
+| .../whole, digests.npy | [rows]: tokens before data.overlength; 16 bytes |
+| train/pack_rows, pack_ends.npy | packing.py's packs |
+| bad.jsonl | every row that was left out, and why |
+| index.json | what was counted (counts.py); written last |
+
+The key is a hash of everything the tokens depend on: the files' bytes, the tokenizer, options and this code.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,20 +26,20 @@ import numpy.typing as npt
 from rich.console import Console
 
 from qwenlora.configs.schema import Config, Data
-from qwenlora.data import arrays as written
-from qwenlora.data import build, sources
-from qwenlora.data.cache import build_once, digest_of, state_of
+from qwenlora.data import build, counts, sources
+from qwenlora.data.cache import FileState, build_once, digest_of, state_of
 from qwenlora.data.chat import Tokens
+from qwenlora.data.counts import PreparedIndex
 from qwenlora.data.packing import Packs
-from qwenlora.data.rows import TURN_END
-from qwenlora.data.sources import SideName, Source
+from qwenlora.data.sources import Source
+from qwenlora.data.turns import TURN_END
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import code_hash
-from qwenlora.run.records import SideCounts
+from qwenlora.run.records import SideCounts, SideName
 
-# options that decide what is prepared; the others (num_proc, packing ...) decide how, or what is made of it
+# options that change what is prepared; the others (num_proc, packing ...) change how, or what is made of it
 _OPTIONS = ("max_length", "overlength", "split_replies", "train_on", "eval_fraction")
-# libraries that tokens come from; files of this room that no token depends on
+# libraries that tokens depend on; files of this room that they do not depend on
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow", "datasets")
 _NO_MATTER = {"__init__.py", "cache.py", "freshness.py", "order.py", "report.py", "survey.py"}
 
@@ -43,9 +47,8 @@ _NO_MATTER = {"__init__.py", "cache.py", "freshness.py", "order.py", "report.py"
 class Side(NamedTuple):
     """The pieces of one side, memory-mapped. A piece is a row, or a part of a long one.
 
-    ids: int32 [tokens], trained: bool [tokens]; starts: int64 [pieces], lengths, trained_lengths: int32
-    [pieces];
-    row_of: int32 [pieces], the row it is from; places: int32 [rows, 3], source, file and line.
+    ids: int32 [tokens], trained: bool [tokens]; starts: int64 [pieces]; lengths, trained_lengths, row_of:
+    int32 [pieces], row_of: the row it is from; places: int32 [rows, 3], source, file and line.
     """
 
     ids: npt.NDArray[np.int32]
@@ -65,31 +68,28 @@ class Side(NamedTuple):
         return Tokens(self.ids[part], self.trained[part])
 
 
-class Prepared(NamedTuple):
-    """A prepared folder.
-
-    facts: what was counted (written.py); sources: what the config names, in its order; files_key: hash of
-    their bytes.
-    """
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared folder. sources: as the config names them, in its order; files_key: hash of their bytes."""
 
     folder: Path
-    facts: dict[str, Any]
+    index: PreparedIndex
     sources: list[Source]
     files_key: str
 
     @property
     def counts(self) -> dict[SideName, SideCounts]:
         """What was counted of each side."""
-        return {side: SideCounts.model_validate(values) for side, values in self.facts["sides"].items()}
+        return self.index.sides
 
     @property
     def bad_report(self) -> str:
         """The first bad rows with their places, and the totals."""
-        return written.bad_report(self.facts, self.sources)
+        return self.index.bad.report(self.sources)
 
     def bad_lines(self) -> Iterator[str]:
         """Yield every bad row as `place: reason`."""
-        yield from written.bad_lines(self.folder, self.sources)
+        yield from counts.bad_lines(self.folder, self.sources)
 
     def place(self, side: SideName, row: int) -> str:
         """Return where a row stands. row: its number in the folder's places.npy."""
@@ -98,18 +98,17 @@ class Prepared(NamedTuple):
 
     def refuse(self, data: Data, tokenizer: Any) -> None:
         """Raise ValueError when these rows should not be trained as the config says."""
-        if self.facts["bad"] and data.on_bad_row == "error":
-            raise ValueError(written.refusal(self.facts, self.sources))
-        for number, source in enumerate(self.sources):
-            counts = self.facts["sources"][number]
-            if not counts.get("read"):
+        if self.index.bad.count and data.on_bad_row == "error":
+            raise ValueError(self.index.bad.refusal(self.sources))
+        for source, its_counts in zip(self.sources, self.index.sources, strict=True):
+            if not its_counts.read:
                 raise ValueError(f"data.{source.side}={source.name} is empty: it has no rows")
-            if counts["bad"] == counts["read"]:
+            if its_counts.bad == its_counts.read:
                 raise ValueError(
                     f"data.{source.side}={source.name}: none of its rows can be trained\n{self.bad_report}"
                 )
-        for side, counts in self.counts.items():
-            self._refuse_side(side, counts, data)
+        for side, side_counts in self.counts.items():
+            self._refuse_side(side, side_counts, data)
         if "train" not in self.counts:
             raise ValueError(f"data.eval_fraction={data.eval_fraction} leaves no row to train on; lower it")
         if data.eval_fraction and "eval" not in self.counts:
@@ -137,20 +136,18 @@ class Prepared(NamedTuple):
             raise ValueError(f"no {side} row has a token to train on")
 
     def _refuse_endless(self, data: Data, tokenizer: Any) -> None:
-        """Refuse conversations that never teach where to stop."""
+        """Refuse conversations that never teach the model to end its turn."""
         end = tokenizer.convert_tokens_to_ids(TURN_END)
         side = self.side("train")
         assert side is not None, "there are training rows"
-        speaks = False
-        for start in range(
-            0, len(side.ids), 2**22
-        ):  # a part at a time; the first that trains an end is enough
-            ids, trained = side.ids[start : start + 2**22], side.trained[start : start + 2**22]
-            ends = ids == end
-            speaks = speaks or bool(ends.any())
-            if (ends & trained).any():
+        has_turns = False
+        for start in range(0, len(side.ids), 2**22):  # a part at a time, up to the first that trains an end
+            part = slice(start, start + 2**22)
+            ends = side.ids[part] == end
+            has_turns = has_turns or bool(ends.any())
+            if (ends & side.trained[part]).any():
                 return
-        if speaks:
+        if has_turns:
             raise ValueError(
                 f"no train row trains the end of a turn ({TURN_END}), so the model would never stop; raise"
                 " data.max_length, or use a tokenizer that has this token"
@@ -172,19 +169,19 @@ def prepare(
     console: Console | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
-    """Return the rows that a config names as tokens, made now unless they are in the cache. It refuses
-    nothing yet.
+    """Return the rows that a config names as tokens, made now unless they are in the cache. Prepared.refuse()
+    comes later.
 
-    console: where a progress bar may be shown. say: hears what is waited for.
+    console: where a progress bar may be shown; say: is called with a line on what is waited for.
     Raises: ValueError for files that are not there or cannot be read to their end.
     """
     notes: list[str] = []
     found = sources.find(data, notes.append)
 
-    def states() -> list[Any]:
+    def states() -> list[FileState]:
         return [_state_of(path) for source in found for path in source.files]
 
-    before = states()  # of what the key is made of: what changes from here on, also while we wait, is refused
+    before = states()  # the key is of these: a change from here on, also while we wait, is refused
     of_files = files_key(found, cache)
     folder = cache / key_of(data, found, tokenizer, of_files)
 
@@ -192,21 +189,20 @@ def prepare(
         if states() != before:
             raise ValueError("a data file was changed while it was read; start again")
 
-    def make(staging: Path) -> dict[str, Any]:
+    def make(staging: Path) -> PreparedIndex:
         refuse_a_change()
-        counted = build.build(staging, found, tokenizer, data, console)
+        index = build.build_arrays(staging, found, tokenizer, data, console)
         refuse_a_change()
-        return counted
+        return index
 
     try:
-        facts = build_once(folder, make, say)
+        index = build_once(folder, PreparedIndex, make, say)
     except OSError as error:
         raise ValueError(
             f"data.cache_dir={cache} cannot hold the prepared rows: {error.strerror or error}; free some"
             " space there, or set data.cache_dir to a folder that can be written"
         ) from error
-    facts["notes"] = [*notes, *facts["notes"]]
-    return Prepared(folder, facts, found, of_files)
+    return Prepared(folder, index.revised(notes=[*notes, *index.notes]), found, of_files)
 
 
 def key_of(data: Data, found: list[Source], tokenizer: Any, of_files: str) -> str:
@@ -219,24 +215,21 @@ def key_of(data: Data, found: list[Source], tokenizer: Any, of_files: str) -> st
     digest.update(json.dumps([getattr(data, option) for option in _OPTIONS]).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(tokenizer.chat_template).encode())
-    # templates see them as variables
+    # variables of the template
     digest.update(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
     for source in found:
-        how: list[Any] = [source.side, source.weight, source.encoding, source.options.format]
-        how += [
-            dict(source.options.columns),
-            dict(source.options.roles),
-            [path.suffixes[-2:] for path in source.files],
-        ]
+        options = source.options
+        parts: list[object] = [source.side, source.weight, source.encoding, options.format]
+        parts += [dict(options.columns), dict(options.roles), [path.suffixes[-2:] for path in source.files]]
         if source.dataset is not None:  # two splits of it may lie in one file
-            how.append(source.dataset._fingerprint)
-        digest.update(json.dumps(how, sort_keys=True).encode())
+            parts.append(source.dataset._fingerprint)
+        digest.update(json.dumps(parts, sort_keys=True).encode())
     digest.update(of_files.encode())
     return digest.hexdigest()[:16]
 
 
 def files_key(found: list[Source], cache: Path) -> str:
-    """Return the hash of the files' bytes alone, which needs no tokenizer."""
+    """Return the hash of the files' bytes alone."""
     digest = hashlib.sha256()
     for source in found:
         digest.update(source.side.encode())
@@ -253,7 +246,7 @@ def other_files(config: Config, run: RunFolder) -> bool:
     return files_key(sources.find(config.data), run.cache(config)) != run.read_facts().files_key
 
 
-def _state_of(path: Path) -> dict[str, int]:
+def _state_of(path: Path) -> FileState:
     try:
         return state_of(path)
     except OSError as error:
@@ -262,15 +255,14 @@ def _state_of(path: Path) -> dict[str, int]:
 
 def open_side(folder: Path, side: SideName) -> Side | None:
     """Return the pieces of train or eval, memory-mapped; None when there are none."""
-    where = folder / side
-    if not where.is_dir():
+    folder /= side
+    if not folder.is_dir():
         return None
-    arrays = {name: np.load(where / f"{name}.npy", mmap_mode="r") for name in Side._fields[2:]}
-    if not (where / "ids.bin").stat().st_size:
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in Side._fields[2:]}
+    if not (folder / "ids.bin").stat().st_size:  # which cannot be mapped
         return Side(np.empty(0, np.int32), np.empty(0, np.bool_), **arrays)
-    return Side(
-        np.memmap(where / "ids.bin", np.int32, "r"), np.memmap(where / "trained.bin", np.bool_, "r"), **arrays
-    )
+    ids = np.memmap(folder / "ids.bin", np.int32, "r")
+    return Side(ids, np.memmap(folder / "trained.bin", np.bool_, "r"), **arrays)
 
 
 def open_packs(folder: Path) -> Packs:

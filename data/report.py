@@ -1,10 +1,10 @@
-"""What `qwenlora data check` says of prepared rows: numbers, a page in the terminal, and the same page as
-HTML.
+"""The report of `qwenlora data check` on prepared rows, for the terminal and as an HTML page.
 
-`report = of(prepared, config, packing)`, then `report.show(console)` and `report.write(path)`.
+`report = data_report(prepared, config, ...)`, then `report.show(console)` and `report.write(path)`.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,18 +19,19 @@ from rich.table import Table
 from rich.text import Text
 
 from qwenlora.configs.schema import Config
+from qwenlora.data.counts import PreparedIndex, SourceCounts
 from qwenlora.data.order import Order
-from qwenlora.data.prepared import Prepared
-from qwenlora.data.sources import SideName
-from qwenlora.run.records import SideCounts
+from qwenlora.data.prepared import Prepared, Side
+from qwenlora.data.sources import Source
+from qwenlora.run.records import SideCounts, SideName
 
 BINS = 30
 SIDE_NAMES: dict[SideName, str] = {"train": "training rows", "eval": "evaluation rows"}
 
 
 @dataclass(frozen=True)
-class Length:
-    """One bar of the histogram: rows of start to end - 1 tokens. over: longer than data.max_length."""
+class HistogramBar:
+    """A bar of the histogram: rows of start to end - 1 tokens. over: longer than data.max_length."""
 
     start: int
     end: int
@@ -39,13 +40,24 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Report:
-    """All that is shown. facts, sources: (name, value) lines and table rows in the order of the page."""
+class SourceRow:
+    """A row of the table of sources, as it is shown."""
+
+    source: str
+    rows: str
+    bad: str
+    tokens: str
+    trained: str
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """All that is shown, in the order of the page. lines: (name, value); lengths: the histogram."""
 
     title: str
-    facts: list[tuple[str, str]]
-    sources: list[dict[str, Any]]
-    lengths: list[Length]
+    lines: list[tuple[str, str]]
+    sources: list[SourceRow]
+    lengths: list[HistogramBar]
     max_length: int
     problems: list[str]
     refusal: str
@@ -58,14 +70,14 @@ class Report:
         for name, side in columns.items():
             table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]
         for source in self.sources:
-            table.add_row(*(Text(str(source[name])) for name in columns))
+            table.add_row(*(Text(getattr(source, name)) for name in columns))
         console.print(table)
-        facts = Table(box=None, pad_edge=False, show_header=False)
-        facts.add_column(style="cyan", no_wrap=True)
-        facts.add_column(overflow="fold")
-        for name, value in self.facts:
-            facts.add_row(name, Text(value))
-        console.print(facts)
+        lines = Table(box=None, pad_edge=False, show_header=False)
+        lines.add_column(style="cyan", no_wrap=True)
+        lines.add_column(overflow="fold")
+        for name, value in self.lines:
+            lines.add_row(name, Text(value))
+        console.print(lines)
         if self.lengths:
             console.print(Text("training rows by tokens", style="bold"))
             console.print(self._histogram())
@@ -82,23 +94,22 @@ class Report:
         table.add_column(justify="right", no_wrap=True)
         table.add_column(ratio=1)
         most = max((length.rows for length in self.lengths), default=1)
-        drawn = empty = False
+        limit = f"data.max_length={self.max_length}"
+        limit_drawn = gap_drawn = False
         for length in self.lengths:
             if not length.rows:
-                if not empty:
+                if not gap_drawn:
                     table.add_row("...", "", "")
-                empty = True
+                gap_drawn = True
                 continue
-            empty = False
-            if length.over and not drawn:
-                table.add_row("", "", Text(f"--- data.max_length={self.max_length} ---", style="red"))
-                drawn = True
+            gap_drawn = False
+            if length.over and not limit_drawn:
+                table.add_row("", "", Text(f"--- {limit} ---", style="red"))
+                limit_drawn = True
             bar = Bar(most, 0, length.rows, color="red" if length.over else "green")
             table.add_row(f"{length.start:,}-{length.end - 1:,}", f"{length.rows:,}", bar)
-        if not drawn:
-            table.add_row(
-                "", "", Text(f"--- data.max_length={self.max_length}: no row is longer ---", style="dim")
-            )
+        if not limit_drawn:
+            table.add_row("", "", Text(f"--- {limit}: no row is longer ---", style="dim"))
         return table
 
     def write(self, path: Path) -> None:
@@ -110,35 +121,35 @@ class Report:
         path.write_text(page.render(report=self, most=most), encoding="utf-8")
 
 
-def of(prepared: Prepared, config: Config, tokenizer: Any, *, packing: bool, notes: list[str]) -> Report:
+def data_report(
+    prepared: Prepared, config: Config, tokenizer: Any, *, packing: bool, notes: list[str]
+) -> DataReport:
     """Return the report on prepared rows. packing: whether this run packs them; notes: further warnings."""
     refusal = ""
     try:
         prepared.refuse(config.data, tokenizer)
     except ValueError as error:
         refusal = str(error)
-    facts = []
+    index = prepared.index
+    lines = []
     for side, name in SIDE_NAMES.items():
-        if side in prepared.counts:
-            facts += _side(name, prepared.counts[side], config)
+        if side in index.sides:
+            lines += _side(name, index.sides[side], config)
     train = prepared.side("train")
     if train is not None and len(train):
-        facts += _batches(prepared, config, packing=packing)
-    overlap = prepared.facts["overlap"]["rows"]
-    if "eval" in prepared.counts:
-        facts.append(
-            ("in both", f"{overlap:,} evaluation rows are training rows, too" if overlap else "no row")
-        )
-    facts.append(("preparation", _preparation(prepared.facts)))
-    lengths = (
-        np.load(prepared.folder / "train" / "whole.npy")
-        if "train" in prepared.counts
-        else np.empty(0, np.int64)
-    )
-    return Report(
-        title=f"{config.run_dir}: {prepared.facts['read']:,} rows",
-        facts=facts,
-        sources=[_source(prepared, number) for number in range(len(prepared.sources))],
+        lines += _batches(prepared, train, config, packing=packing)
+    if "eval" in index.sides:
+        overlap = index.overlap.rows
+        both = f"{overlap:,} evaluation rows are training rows, too" if overlap else "no row"
+        lines.append(("in both", both))
+    lines.append(("preparation", _preparation(index)))
+    lengths = np.empty(0, np.int64)
+    if "train" in index.sides:
+        lengths = np.load(prepared.folder / "train" / "whole.npy")
+    return DataReport(
+        title=f"{config.run_dir}: {index.read_rows:,} rows",
+        lines=lines,
+        sources=[_source(*pair) for pair in zip(prepared.sources, index.sources, strict=True)],
         lengths=histogram(lengths, config.data.max_length),
         max_length=config.data.max_length,
         problems=notes,
@@ -146,20 +157,14 @@ def of(prepared: Prepared, config: Config, tokenizer: Any, *, packing: bool, not
     )
 
 
-def histogram(lengths: npt.NDArray[np.integer], max_length: int) -> list[Length]:
-    """Return about BINS bars over all lengths, one border of which is max_length, when it is among them."""
+def histogram(lengths: npt.NDArray[np.integer], max_length: int) -> list[HistogramBar]:
+    """Return about BINS bars over all lengths, each either within max_length or beyond it."""
     if not len(lengths):
         return []
-    longest = int(lengths.max())
-    width = _round(longest / BINS)
-    if longest > max_length:  # a bar is either within or beyond
-        width = max(1, max_length // max(1, round(max_length / width)))
-    edges = list(range(0, longest + width + 1, width))
-    if longest > max_length:
-        edges = sorted({edge for edge in edges if abs(edge - max_length - 1) >= width / 2} | {max_length + 1})
+    edges = _edges(int(lengths.max()), max_length)
     counts, _ = np.histogram(lengths, [*edges[:-1], edges[-1] + 0.5])
     bars = [
-        Length(start, end, rows, start > max_length)
+        HistogramBar(start, end, rows, start > max_length)
         for start, end, rows in zip(edges, edges[1:], counts.tolist(), strict=False)
     ]
     first = next(number for number, bar in enumerate(bars) if bar.rows)
@@ -167,7 +172,16 @@ def histogram(lengths: npt.NDArray[np.integer], max_length: int) -> list[Length]
     return _shortened(bars[first : last + 1])
 
 
-def _shortened(bars: list[Length]) -> list[Length]:
+def _edges(longest: int, max_length: int) -> list[int]:
+    width = _round(longest / BINS)
+    if longest <= max_length:
+        return list(range(0, longest + width + 1, width))
+    width = max(1, max_length // max(1, round(max_length / width)))
+    edges = range(0, longest + width + 1, width)
+    return sorted({edge for edge in edges if abs(edge - max_length - 1) >= width / 2} | {max_length + 1})
+
+
+def _shortened(bars: list[HistogramBar]) -> list[HistogramBar]:
     """Return bars with a long tail of them made into one: outliers must not push the others off the page."""
     if len(bars) <= 2 * BINS:
         return bars
@@ -175,7 +189,7 @@ def _shortened(bars: list[Length]) -> list[Length]:
     over = [bar for bar in rest if bar.over]
     within = [bar for bar in rest if not bar.over]
     joined = [
-        Length(part[0].start, part[-1].end, sum(bar.rows for bar in part), part[0].over)
+        HistogramBar(part[0].start, part[-1].end, sum(bar.rows for bar in part), part[0].over)
         for part in (within, over)
         if part
     ]
@@ -188,17 +202,15 @@ def _round(width: float) -> int:
     return next(int(step * power) for step in (1, 2, 5, 10) if step * power >= width)
 
 
-def _source(prepared: Prepared, number: int) -> dict[str, Any]:
-    source, counts = prepared.sources[number], prepared.facts["sources"][number]
-    tokens = counts.get("tokens", 0)
+def _source(source: Source, counts: SourceCounts) -> SourceRow:
     weight = f" x {source.weight:g}" if source.weight != 1 else ""
-    return {
-        "source": f"{source.side}: {source.name}{weight}",
-        "rows": f"{counts.get('read', 0):,}",
-        "bad": f"{counts.get('bad', 0):,}",
-        "tokens": f"{tokens:,}",
-        "trained": f"{counts.get('trained_tokens', 0) / tokens:.1%}" if tokens else "-",
-    }
+    return SourceRow(
+        source=f"{source.side}: {source.name}{weight}",
+        rows=f"{counts.read:,}",
+        bad=f"{counts.bad:,}",
+        tokens=f"{counts.tokens:,}",
+        trained=f"{counts.trained_tokens / counts.tokens:.1%}" if counts.tokens else "-",
+    )
 
 
 def _side(name: str, counts: SideCounts, config: Config) -> list[tuple[str, str]]:
@@ -211,31 +223,27 @@ def _side(name: str, counts: SideCounts, config: Config) -> list[tuple[str, str]
         )
     ]
     if counts.overlength:
-        done = [f"{count:,} {what}" for what, count in counts.cut.items()]
+        outcomes = [f"{count:,} {outcome}" for outcome, count in counts.cut.items()]
         lost = [f"{counts.lost_replies:,} replies not trained"] if counts.lost_replies else []
-        what = ", ".join([*done, *lost]) if config.data.overlength != "error" else "refused"
+        outcome = ", ".join([*outcomes, *lost]) if config.data.overlength != "error" else "refused"
         lines.append(
             (
                 "over-length",
-                f"{counts.overlength:,} of {counts.read_rows:,}, the longest {counts.longest_read:,}: {what}",
+                f"{counts.overlength:,} of {counts.read_rows:,}, the longest {counts.longest_read:,}:"
+                f" {outcome}",
             )
         )
     return lines
 
 
-def _batches(prepared: Prepared, config: Config, *, packing: bool) -> list[tuple[str, str]]:
-    train, size = prepared.side("train"), config.train.per_device_train_batch_size
-    assert train is not None, "asked for with training rows only"
-    packs, batch = prepared.packs(), config.train.global_batch_size
+def _batches(prepared: Prepared, train: Side, config: Config, *, packing: bool) -> list[tuple[str, str]]:
+    size, batch = config.train.per_device_train_batch_size, config.train.global_batch_size
+    packs = prepared.packs()
     lengths = train.lengths.astype(np.int64)
     order = Order(lengths, batch, size, config.train.seed, packs if packing else None, config.data.max_length)
     total = int(lengths.sum())
     fill = total / (len(packs) * config.data.max_length)
-    shuffled = (
-        lengths[order.epoch(0)]
-        if not packing
-        else lengths[np.random.RandomState(0).permutation(len(lengths))]
-    )
+    shuffled = lengths[np.random.RandomState(0).permutation(len(lengths)) if packing else order.epoch(0)]
     random = _padding([shuffled[start : start + size] for start in range(0, len(shuffled), size)])
     ours = _padding(
         np.array([int(lengths[unit].sum()) for unit in micro])
@@ -258,7 +266,7 @@ def _batches(prepared: Prepared, config: Config, *, packing: bool) -> list[tuple
     ]
 
 
-def _padding(batches: Any) -> float:
+def _padding(batches: Iterable[npt.NDArray[np.int64]]) -> float:
     """Return the share of padding when each batch of lengths is padded to its longest."""
     used = computed = 0
     for lengths in batches:
@@ -267,10 +275,9 @@ def _padding(batches: Any) -> float:
     return 1 - used / max(computed, 1)
 
 
-def _preparation(facts: dict[str, Any]) -> str:
-    processes = facts["processes"]
+def _preparation(index: PreparedIndex) -> str:
+    speed = index.read_rows / max(index.seconds, 0.001)
     return (
-        f"{facts['seconds']:.1f} s, {facts['read'] / max(facts['seconds'], 0.001):,.0f} rows/s with"
-        f" {processes} process{'es' * (processes > 1)}, at most {facts['peak_memory_bytes'] / 1e6:,.0f} MB of"
-        " memory"
+        f"{index.seconds:.1f} s, {speed:,.0f} rows/s with {index.processes}"
+        f" process{'es' * (index.processes > 1)}, at most {index.peak_memory_bytes / 1e6:,.0f} MB of memory"
     )

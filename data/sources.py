@@ -1,6 +1,6 @@
-"""What data.train and data.eval name, found: files, folders, globs, data sets of the hub, the example rows.
+"""The files and data sets that data.train and data.eval name: files, folders, globs, hub names, `example`.
 
-`find(config.data)` looks, and reads nothing. Raises ValueError for what is not there.
+`find(config.data)` finds them and reads no rows. It raises ValueError for what is not there.
 """
 
 import glob
@@ -8,17 +8,16 @@ import os
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from qwenlora.configs.schema import Data
-from qwenlora.configs.schema import Source as Named
-from qwenlora.data import row_io as files
+from qwenlora.configs.schema import Data, SourceEntry
+from qwenlora.data import row_io
 from qwenlora.data.bad_row import show
 from qwenlora.data.row_io import EXTENSIONS, Chunk, extension
-from qwenlora.data.rows import KEYS, Options
+from qwenlora.data.shapes import KEYS, RowOptions
 from qwenlora.data.tables import dataset_chunks
+from qwenlora.run.records import SideName
 
-SideName = Literal["train", "eval"]
 SIDES: tuple[SideName, ...] = ("train", "eval")
 EXAMPLES = {"train": "train.jsonl", "eval": "rephrased.jsonl"}
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json")  # about data sets: the hub's, LLaMA-Factory's
@@ -26,13 +25,12 @@ _SAVED = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk leav
 
 
 class Source(NamedTuple):
-    """One entry of data.train or data.eval. files: what it consists of, in order; dataset: of the library,
-    opened."""
+    """An entry of data.train or data.eval, found. files: in order; dataset: an opened datasets.Dataset."""
 
     name: str
     side: SideName
     files: list[Path]
-    options: Options
+    options: RowOptions
     encoding: str | None
     weight: float
     dataset: Any = None
@@ -43,7 +41,7 @@ class Source(NamedTuple):
             yield from ((0, chunk) for chunk in dataset_chunks(self.dataset))
             return
         for number, path in enumerate(self.files):
-            for chunk in files.read_chunks(path, self.encoding, note):
+            for chunk in row_io.read_chunks(path, self.encoding, note):
                 yield number, chunk
 
     def place(self, file: int, line: int) -> str:
@@ -52,8 +50,8 @@ class Source(NamedTuple):
 
 
 def find(data: Data, note: Callable[[str], None] = lambda _: None) -> list[Source]:
-    """Return the sources of both sides. note: hears of files in folders that are left out."""
-    found = []
+    """Return the sources of both sides. note: is called with a line on files in folders that are left out."""
+    sources = []
     for side in SIDES:
         for entry in _entries(data, side):
             paths, dataset = _files(entry, side, note)
@@ -61,29 +59,34 @@ def find(data: Data, note: Callable[[str], None] = lambda _: None) -> list[Sourc
                 raise ValueError(
                     f"data.eval: {entry.path} has weight {entry.weight}; evaluation sees every row once"
                 )
-            options = Options(
-                entry.format or data.format,
-                data.columns if entry.columns is None else entry.columns,
-                data.roles if entry.roles is None else entry.roles,
+            options, encoding = _options(entry, data), entry.encoding or data.encoding
+            sources.append(Source(entry.path, side, paths, options, encoding, entry.weight, dataset))
+    return sources
+
+
+def _entries(data: Data, side: SideName) -> list[SourceEntry]:
+    value = data.train if side == "train" else data.eval
+    entries = value if isinstance(value, list) else [value] if value else []
+    return [SourceEntry(path=entry) if isinstance(entry, str) else entry for entry in entries]
+
+
+def _options(entry: SourceEntry, data: Data) -> RowOptions:
+    options = RowOptions(
+        entry.format or data.format,
+        data.columns if entry.columns is None else entry.columns,
+        data.roles if entry.roles is None else entry.roles,
+    )
+    for theirs, ours in options.columns.items():
+        if ours is not None and ours not in KEYS:
+            raise ValueError(
+                f"data.columns: {{{theirs}: {ours}}}: rows have no {ours} here; known: {', '.join(KEYS)}, and"
+                f" null to ignore {theirs}"
             )
-            for theirs, ours in options.columns.items():
-                if ours is not None and ours not in KEYS:
-                    raise ValueError(
-                        f"data.columns: {{{theirs}: {ours}}}: rows have no {ours} here; known:"
-                        f" {', '.join(KEYS)}, and null to ignore {theirs}"
-                    )
-            encoding = entry.encoding or data.encoding
-            found.append(Source(entry.path, side, paths, options, encoding, entry.weight, dataset))
-    return found
+    return options
 
 
-def _entries(data: Data, side: SideName) -> list[Named]:
-    named = data.train if side == "train" else data.eval
-    listed = named if isinstance(named, list) else [named] if named else []
-    return [Named(path=entry) if isinstance(entry, str) else entry for entry in listed]
-
-
-def _files(entry: Named, side: SideName, note: Callable[[str], None]) -> tuple[list[Path], Any]:
+def _files(entry: SourceEntry, side: SideName, note: Callable[[str], None]) -> tuple[list[Path], Any]:
+    """Return an entry's files, and its data set where it is one."""
     name = entry.path
     if name == "example":
         return [Path(str(resources.files("qwenlora.data") / "examples" / EXAMPLES[side]))], None
@@ -93,26 +96,31 @@ def _files(entry: Named, side: SideName, note: Callable[[str], None]) -> tuple[l
             if any((path / mark).is_file() for mark in _SAVED):
                 return _opened(_from_disk(path, entry, side))
             return _in_folder(path, side, note), None
-        there = path.exists()
-    except (OSError, RuntimeError) as error:  # a name that is too long; ~someone who is not
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long; ~somebody who does not exist
         raise ValueError(f"data.{side}={show(name)}: {getattr(error, 'strerror', None) or error}") from None
-    if there:
+    if exists:
         if not path.is_file():
             raise ValueError(f"data.{side}={name} is a pipe or device, not a file; write its rows to one")
         return [path], None
     if any(character in name for character in "*?["):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 (also absolute)
-        matches = [match for match in matches if match.is_file()]
-        if not matches:
-            raise ValueError(f"data.{side}={name}: no file matches (looked in {Path.cwd()})")
-        return [_named(match) for match in matches], None
+        return _matches(path, f"data.{side}={name}"), None
     if _is_hub_name(name):
         return _opened(_from_hub(entry, side))
     raise ValueError(f"data.{side}={name}: no such file (looked for {path.absolute()})")
 
 
-def _named(path: Path) -> Path:
-    """Refuse a name that cannot be shown, as files have that come from a zip archive in GBK."""
+def _matches(pattern: Path, key: str) -> list[Path]:
+    """Return the files of a glob. key: of the config, for messages."""
+    paths = sorted(Path(match) for match in glob.glob(str(pattern), recursive=True))  # noqa: PTH207 (also absolute)
+    files = [_printable(path) for path in paths if path.is_file()]
+    if not files:
+        raise ValueError(f"{key}: no file matches (looked in {Path.cwd()})")
+    return files
+
+
+def _printable(path: Path) -> Path:
+    """Refuse a name that cannot be shown, such as those from a zip archive in GBK."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -125,11 +133,10 @@ def _opened(dataset: Any) -> tuple[list[Path], Any]:
 
 
 def _in_folder(folder: Path, side: SideName, note: Callable[[str], None]) -> list[Path]:
-    there = sorted(path for path in folder.rglob("*") if path.is_file())
-    visible = [
-        path for path in there if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    visible = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
+    known = [
+        _printable(path) for path in visible if extension(path) in EXTENSIONS and path.name not in _NO_ROWS
     ]
-    known = [_named(path) for path in visible if extension(path) in EXTENSIONS and path.name not in _NO_ROWS]
     if not known:
         raise ValueError(
             f"data.{side}={folder} has no data files ({', '.join(EXTENSIONS)}, also .gz and .zst)"
@@ -143,13 +150,17 @@ def _in_folder(folder: Path, side: SideName, note: Callable[[str], None]) -> lis
     return known
 
 
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def _is_hub_name(name: str) -> bool:
     organisation, slash, rest = name.partition("/")
     is_name = slash and organisation.strip(".~") and rest and "/" not in rest
     return bool(is_name and extension(Path(rest)) not in EXTENSIONS)
 
 
-def _from_hub(entry: Named, side: SideName) -> Any:
+def _from_hub(entry: SourceEntry, side: SideName) -> Any:
     import datasets  # half a second, which files of one's own do without
 
     datasets.disable_progress_bars()
@@ -164,7 +175,7 @@ def _from_hub(entry: Named, side: SideName) -> Any:
         ) from None
 
 
-def _from_disk(folder: Path, entry: Named, side: SideName) -> Any:
+def _from_disk(folder: Path, entry: SourceEntry, side: SideName) -> Any:
     import datasets
 
     try:

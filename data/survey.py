@@ -1,20 +1,19 @@
-"""Rows looked at without a tokenizer, in this process alone: counted for a dry run, asked as questions,
-shown."""
+"""Rows read without a tokenizer, in this process alone: counted for a dry run, asked as questions, shown."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from qwenlora.configs.schema import Data
 from qwenlora.data import sources
-from qwenlora.data.arrays import SHOWN_BAD_ROWS, refusal
 from qwenlora.data.bad_row import BadRow
+from qwenlora.data.counts import SHOWN_BAD_ROWS, BadRowPlace, BadRows
 from qwenlora.data.rows import Row
-from qwenlora.data.sources import SideName
-from qwenlora.data.tokenise import read, repeats_of, side_of
+from qwenlora.data.tokenise import read_rows, repeats_of, side_of
+from qwenlora.run.records import SideName
 
 
 class Survey(NamedTuple):
-    """Counts of rows. train: of an epoch, weights applied; eval; bad: those that cannot be trained; notes:
+    """Counts of rows. train: of an epoch, weights applied; bad: those that cannot be trained; notes:
     warnings."""
 
     train: int
@@ -24,34 +23,32 @@ class Survey(NamedTuple):
 
 
 def survey(data: Data) -> Survey:
-    """Return how many rows there are. Raises: ValueError listing the bad ones, when data.on_bad_row is
-    error."""
+    """Return how many rows there are. Raises: ValueError listing the bad ones, with data.on_bad_row=error."""
     notes: list[str] = []
     found = sources.find(data, notes.append)
-    train = others = 0
-    seen = [0] * len(found)
-    bad: list[tuple[int, int, int, str]] = []
-    for number, file, line, row in read(found, notes.append):
-        seen[number] += 1
+    train = evaluation = 0
+    read = [0] * len(found)
+    bad: list[BadRowPlace] = []
+    for number, file, line, row in read_rows(found, notes.append):
+        read[number] += 1
         if isinstance(row, BadRow):
-            bad.append((number, file, line, str(row)))
+            bad.append(BadRowPlace(number, file, line, str(row)))
         elif side_of(row.digest, found[number], data) == "train":
             train += repeats_of(row.digest, found[number].weight)
         else:
-            others += 1
+            evaluation += 1
     if bad and data.on_bad_row == "error":
-        among = sum(seen[number] for number in {source for source, *_ in bad})
-        facts = {"bad": len(bad), "bad_among": among, "first_bad": bad[:SHOWN_BAD_ROWS]}
-        raise ValueError(refusal(facts, found))
-    for source, rows in zip(found, seen, strict=True):
+        among = sum(read[number] for number in {place.source for place in bad})
+        raise ValueError(BadRows(count=len(bad), among=among, first=bad[:SHOWN_BAD_ROWS]).refusal(found))
+    for source, rows in zip(found, read, strict=True):
         if not rows:
             raise ValueError(f"data.{source.side}={source.name} is empty: it has no rows")
-    return Survey(train, others, len(bad), notes)
+    return Survey(train, evaluation, len(bad), notes)
 
 
 def rows_of_side(data: Data, side: SideName) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) for each row of one side that can be trained."""
     found = sources.find(data)
-    for number, file, line, row in read(found):
+    for number, file, line, row in read_rows(found):
         if not isinstance(row, BadRow) and side_of(row.digest, found[number], data) == side:
             yield found[number].place(file, line), row

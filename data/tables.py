@@ -1,4 +1,4 @@
-"""Rows in tables: CSV and TSV, Parquet, and data sets of the datasets library."""
+"""Rows of tables: CSV and TSV, Parquet, and data sets of the datasets library."""
 
 import csv
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from qwenlora.data.chunks import CHUNK_ROWS, MAX_LINE_BYTES, Decoded, Values, in
 def csv_rows(
     path: Path, texts: Iterator[str], raw: IO[bytes], delimiter: str | None, note: Callable[[str], None]
 ) -> Iterator[Values]:
-    """Yield the rows of CSV text; the first line names the columns. delimiter: None to find it."""
+    """Yield the rows of CSV text; the first line names the columns. delimiter: None to guess it."""
     csv.field_size_limit(MAX_LINE_BYTES)
     lines = _split_lines(texts)
     head = next(lines, "")
@@ -27,8 +27,8 @@ def csv_rows(
         start = 1
         try:
             names = [name.strip() for name in next(filter(None, reader), [])]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"{path}:{start}: the column {show(twice[0])} stands twice; rename one")
+            if (twice := _twice(names)) is not None:
+                raise ValueError(f"{path}:{start}: the column {show(twice)} stands twice; rename one")
             if not all(names):
                 raise ValueError(f"{path}:{start}: a column has no name; the first line names the columns")
             start = reader.line_num + 1
@@ -87,8 +87,8 @@ def parquet_rows(path: Path, raw: IO[bytes]) -> Iterator[Values]:
     try:
         table = parquet.ParquetFile(raw)
         names, total, size = table.schema_arrow.names, table.metadata.num_rows, path.stat().st_size
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"the column {show(twice[0])} stands twice")
+        if (twice := _twice(names)) is not None:
+            raise ValueError(f"the column {show(twice)} stands twice")
         for batch in table.iter_batches(batch_size=CHUNK_ROWS):
             values = [_without_nulls(row) for row in batch.to_pylist()]
             rows: list[Decoded] = list(enumerate(values, done + 1))
@@ -115,8 +115,13 @@ def dataset_chunks(dataset: Any) -> Iterator[Values]:
         raise ValueError(f"the data set cannot be read after row {done:,}: {_arrow_problem(error)}") from None
 
 
-def _without_nulls(value: Any) -> Any:
-    """Return a value without keys that hold nothing: Arrow gives all rows, and all tools, the keys that any
+def _twice(names: list[str]) -> str | None:
+    """Return the first name that stands twice."""
+    return next((name for name in names if names.count(name) > 1), None)
+
+
+def _without_nulls(value: object) -> object:
+    """Return a value without keys that are null: Arrow gives all rows, and all tools, the keys that any
     has."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}

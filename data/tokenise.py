@@ -1,7 +1,7 @@
-"""A chunk of a file made into pieces of tokens: rows, their side, and what was counted of them.
+"""A chunk of a file made into arrays of tokens: its rows, their side, and what was counted of them.
 
-`read(sources)` gives rows alone, in this process; `treat(...)` is what build.py's processes do with each
-chunk. Nothing is written here.
+`read_rows(sources)` gives the rows alone, in this process; `tokenise_chunk(...)` is what build.py's processes
+do with each chunk. Nothing is written here.
 """
 
 from collections import Counter
@@ -14,25 +14,27 @@ import numpy.typing as npt
 from qwenlora.configs.schema import Data
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
-from qwenlora.data.overlength import fit
+from qwenlora.data.overlength import cut_to_length
 from qwenlora.data.row_io import Chunk
-from qwenlora.data.rows import Options, Row, shape_of, to_row
-from qwenlora.data.sources import SIDES, SideName, Source
+from qwenlora.data.rows import Row, to_row
+from qwenlora.data.shapes import RowOptions, shape_of
+from qwenlora.data.sources import SIDES, Source
+from qwenlora.run.records import SideName
 
 
-class Job(NamedTuple):
-    """What every chunk is treated with."""
+class Tokenising(NamedTuple):
+    """What all chunks are tokenised with."""
 
     data: Data
     encoder: Encoder
 
 
-class Piece(NamedTuple):
-    """Arrays of the pieces and rows of one chunk and side.
+class TokenArrays(NamedTuple):
+    """The pieces and rows of one chunk and side. A piece is a row, or a part of a long one.
 
-    ids: int32 [tokens], trained: bool [tokens], lengths: int32 [pieces], row_of: int32 [pieces], number of a
-    row here;
-    lines, whole: int32 [rows], whole: tokens before data.overlength; digests: uint8 [rows, 16].
+    ids: int32 [tokens], trained: bool [tokens]; lengths, row_of: int32 [pieces], row_of: the number of the
+    piece's row in this chunk; lines, whole: int32 [rows], whole: tokens before data.overlength; digests:
+    uint8 [rows, 16].
     """
 
     ids: npt.NDArray[np.int32]
@@ -44,17 +46,29 @@ class Piece(NamedTuple):
     digests: npt.NDArray[np.uint8]
 
 
-class Done(NamedTuple):
-    """A chunk's outcome. bad: (line, reason); counts: {side: {what: how many}}."""
+class TokenisedChunk(NamedTuple):
+    """A chunk as arrays. read: its rows; bad: (line, reason) of each bad one; counts: SideCounts' fields on
+    over-length rows."""
 
     read: int
     bad: list[tuple[int, str]]
-    sides: dict[SideName, Piece]
+    sides: dict[SideName, TokenArrays]
     counts: dict[SideName, Counter[str]]
 
 
-def treat(job: Job, source: Source, shape: str | None, chunk: Chunk, *, tokenise: bool) -> Done:
-    """Return the pieces of a chunk's rows. tokenise: false only looks for bad rows."""
+class _TokenisedRow(NamedTuple):
+    """A row as pieces. whole: tokens before data.overlength."""
+
+    line: int
+    digest: bytes
+    whole: int
+    pieces: list[Tokens]
+
+
+def tokenise_chunk(
+    using: Tokenising, source: Source, shape: str | None, chunk: Chunk, *, check_only: bool
+) -> TokenisedChunk:
+    """Return a chunk as arrays. shape: of the file's rows; check_only: look for bad rows, and no more."""
     bad: list[tuple[int, str]] = []
     rows: list[Row] = []
     read = 0
@@ -64,40 +78,52 @@ def treat(job: Job, source: Source, shape: str | None, chunk: Chunk, *, tokenise
             bad.append((line, str(row)))
         else:
             rows.append(row)
-    if not tokenise:
-        for row in rows:
-            try:
-                job.encoder.render(row)
-            except BadRow as error:
-                bad.append((row.line, str(error)))
-        return Done(read, sorted(bad), {}, {})
-    held: dict[SideName, list[tuple[Row, bytes, int, list[Tokens]]]] = {side: [] for side in SIDES}
+    if check_only:
+        bad += _unrenderable(using.encoder, rows)
+        return TokenisedChunk(read, sorted(bad), {}, {})
+    by_side: dict[SideName, list[_TokenisedRow]] = {side: [] for side in SIDES}
     counts: dict[SideName, Counter[str]] = {side: Counter() for side in SIDES}
-    for row, tokens in zip(rows, job.encoder.encode(rows), strict=True):
+    for row, tokens in zip(rows, using.encoder.encode(rows), strict=True):
         digest = row.digest
-        side = side_of(digest, source, job.data)
+        side = side_of(digest, source, using.data)
         try:
             if isinstance(tokens, BadRow):
                 raise tokens
-            pieces = [tokens]
-            if len(tokens.ids) > job.data.max_length:
-                fitted = fit(row, tokens, job.encoder, job.data)
-                pieces = fitted.pieces
-                counts[side].update(
-                    overlength=1,
-                    truncated=fitted.cut,
-                    dropped=not pieces and job.data.overlength != "error",  # then all is refused
-                    split=bool(pieces) and job.data.overlength == "split",
-                    lost_replies=fitted.lost,
-                )
-            held[side].append((row, digest, len(tokens.ids), pieces))
+            pieces = _pieces(using, row, tokens, counts[side])
+            by_side[side].append(_TokenisedRow(row.line, digest, len(tokens.ids), pieces))
         except BadRow as error:
             bad.append((row.line, str(error)))
-    return Done(read, sorted(bad), {side: _arrays(found) for side, found in held.items() if found}, counts)
+    sides = {side: _arrays(tokenised) for side, tokenised in by_side.items() if tokenised}
+    return TokenisedChunk(read, sorted(bad), sides, counts)
 
 
-def rows_of(chunk: Chunk, shape: str | None, options: Options) -> Iterator[tuple[int, Row | BadRow]]:
-    """Yield (line, row or why it is none) for each row of a chunk."""
+def _unrenderable(encoder: Encoder, rows: list[Row]) -> Iterator[tuple[int, str]]:
+    """Yield (line, reason) for each row that the chat template refuses."""
+    for row in rows:
+        try:
+            encoder.render(row)
+        except BadRow as error:
+            yield row.line, str(error)
+
+
+def _pieces(using: Tokenising, row: Row, tokens: Tokens, counts: Counter[str]) -> list[Tokens]:
+    """Return the pieces of a row, and count what became of a long one. Raises: BadRow."""
+    data = using.data
+    if len(tokens.ids) <= data.max_length:
+        return [tokens]
+    cut = cut_to_length(row, tokens, using.encoder, data)
+    counts.update(
+        overlength=1,
+        truncated=cut.truncated,
+        dropped=not cut.pieces and data.overlength != "error",  # with error, all is refused later
+        split=bool(cut.pieces) and data.overlength == "split",
+        lost_replies=cut.lost_replies,
+    )
+    return cut.pieces
+
+
+def rows_of(chunk: Chunk, shape: str | None, options: RowOptions) -> Iterator[tuple[int, Row | BadRow]]:
+    """Yield (line, row, or why it cannot be trained) for each row of a chunk."""
     for line, value in chunk.values():
         try:
             if isinstance(value, BadRow):
@@ -107,17 +133,17 @@ def rows_of(chunk: Chunk, shape: str | None, options: Options) -> Iterator[tuple
             yield line, error
 
 
-def read(
+def read_rows(
     sources: list[Source], note: Callable[[str], None] = lambda _: None
 ) -> Iterator[tuple[int, int, int, Row | BadRow]]:
     """Yield (number of the source, of its file, line, row) for every row, in order, in this process alone."""
     for number, source in enumerate(sources):
-        for file, chunk, shape in shaped(source, note):
+        for file, chunk, shape in chunks_with_shape(source, note):
             for line, row in rows_of(chunk, shape, source.options):
                 yield number, file, line, row
 
 
-def shaped(
+def chunks_with_shape(
     source: Source, note: Callable[[str], None] = lambda _: None
 ) -> Iterator[tuple[int, Chunk, str | None]]:
     """Yield (number of the file, chunk, shape of the file's rows) for all of a source's chunks."""
@@ -130,38 +156,40 @@ def shaped(
 
 
 def side_of(digest: bytes, source: Source, data: Data) -> SideName:
-    """Return where a row belongs: by data.eval_fraction, its digest decides, whatever stands beside it."""
+    """Return where a row belongs. With data.eval_fraction its digest decides, whatever rows are around
+    it."""
     if source.side == "train" and data.eval_fraction and _share(digest[:8]) < data.eval_fraction:
         return "eval"
     return source.side
 
 
 def repeats_of(digest: bytes, weight: float) -> int:
-    """Return how often an epoch sees a row: a fraction of a weight is for rows chosen by their digest."""
-    whole = int(weight)  # and other bits than eval_fraction's
-    return whole + (_share(digest[8:]) < weight - whole)
+    """Return how often an epoch sees a row. A weight's fraction is for the rows that their digest chooses."""
+    whole = int(weight)
+    return whole + (_share(digest[8:]) < weight - whole)  # other bits than eval_fraction's
 
 
 def _share(part: bytes) -> float:
-    """Return a number in [0, 1) that a digest decides."""
+    """Return the number in [0, 1) that a digest's bytes are."""
     return int.from_bytes(part, "big") / 2.0 ** (8 * len(part))
 
 
-def _arrays(held: list[tuple[Row, bytes, int, list[Tokens]]]) -> Piece:
-    pieces = [piece for *_, found in held for piece in found]
-    empty = Tokens(np.empty(0, np.int32), np.empty(0, np.bool_))
-    return Piece(
-        np.concatenate([piece.ids for piece in pieces or [empty]]),
-        np.concatenate([piece.trained for piece in pieces or [empty]]),
-        np.array([len(piece.ids) for piece in pieces], np.int32),
-        np.repeat(np.arange(len(held), dtype=np.int32), [len(found) for *_, found in held]),
-        np.array([row.line for row, *_ in held], np.int32),
-        np.array([whole for *_, whole, _ in held], np.int32),
-        np.frombuffer(b"".join(digest for _, digest, *_ in held), np.uint8).reshape(-1, 16),
+def _arrays(rows: list[_TokenisedRow]) -> TokenArrays:
+    pieces = [piece for row in rows for piece in row.pieces]
+    lengths = [len(piece.ids) for piece in pieces]
+    pieces = pieces or [Tokens(np.empty(0, np.int32), np.empty(0, np.bool_))]  # concatenate wants one
+    return TokenArrays(
+        ids=np.concatenate([piece.ids for piece in pieces]),
+        trained=np.concatenate([piece.trained for piece in pieces]),
+        lengths=np.array(lengths, np.int32),
+        row_of=np.repeat(np.arange(len(rows), dtype=np.int32), [len(row.pieces) for row in rows]),
+        lines=np.array([row.line for row in rows], np.int32),
+        whole=np.array([row.whole for row in rows], np.int32),
+        digests=np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(-1, 16),
     )
 
 
-def _first_shape(chunk: Chunk, options: Options) -> str | None:
+def _first_shape(chunk: Chunk, options: RowOptions) -> str | None:
     """Return the shape of the first row that has one."""
     for _, value in chunk.values():
         if not isinstance(value, BadRow):

@@ -1,4 +1,4 @@
-"""A job as its owner sees it: the run folder, its attempts and their history, submission."""
+"""A run as a job: submitted, found by its name, shown and cancelled."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import submitit where it is asked for: most of what imports this room submits nothing."""
+    """Import submitit only for who submits: most of what imports this room does not."""
     if name not in ("submit", "submit_sweep"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from qwenlora.jobs.submission import submit as submission

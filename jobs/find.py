@@ -1,49 +1,54 @@
-"""What a user names on a command line: a run folder, a sweep's folder, or the id of a Slurm job."""
+"""From what a user names on a command line (a run folder, a sweep's, a job's id) to the run and its job."""
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwenlora.jobs import ledger
 from qwenlora.run.folder import RunFolder
-from qwenlora.slurm import query as answers
+from qwenlora.run.records import Attempt
+from qwenlora.run.state import RunState, state_of
+from qwenlora.slurm import query
+from qwenlora.slurm.query import JobInfo
 
 _JOB_ID = re.compile(r"\d+(_\d+)?")
 _DEPTHS = ("", "*/", "*/*/")  # run folders lie in runs/, those of a sweep one deeper
 
 
 @dataclass(frozen=True)
-class Found:
-    """run: None when only Slurm knows the job; job_id: None when the run never was a job. sweep: the runs
-    below run."""
+class RunOrJob:
+    """What a user named. run: None when only Slurm knows the job; job_id: None when the run never was a job.
+
+    sweep: the runs below run.
+    """
 
     run: RunFolder | None
     job_id: str | None
     sweep: tuple[RunFolder, ...] = ()
 
-    def job(self) -> answers.Job | None:
-        """Return what Slurm says of the job now; None when it does not know it (any more)."""
-        return answers.ask(self.job_id) if self.job_id else None
+    def job(self) -> JobInfo | None:
+        """Return what Slurm says of the job now; None when it does not know the job (any more)."""
+        return query.ask(self.job_id) if self.job_id else None
 
     def runs_here(self) -> bool:
         """Whether the run is under way without Slurm, as far as this machine and the run's files tell."""
         if self.run is None:
             return False
-        lines = ledger.submissions(self.run)
-        if lines and lines[-1]["cluster"] == "local" and _is_submitit(lines[-1]["job_id"]):
+        if local_job_is_alive(self.run):
             return True  # perhaps before its first attempt
         return self.run.history.unfinished is not None and not self.run.abandoned
 
-    def alive(self) -> str:
-        """Return what the run is under way as, in words; empty when it is not, as far as is known here."""
+    def under_way_as(self) -> str:
+        """Return the job or process that the run is under way as, in words; empty when it is not."""
         job = self.job()
-        if job and is_alive(job):
+        if job and job.is_alive:
             return f"job {job.job_id} ({job.state})"
         return "a process of this machine" if self.runs_here() else ""
 
-    def one(self, command: str) -> RunFolder:
-        """Return the run, for a command that can do with no more and no less. Raises: ValueError."""
+    def only_run(self, command: str) -> RunFolder:
+        """Return the run, for a command that takes exactly one. Raises: ValueError."""
         if self.sweep and self.run:
             names = ", ".join(str(run.path) for run in self.sweep[:3])
             raise ValueError(
@@ -54,35 +59,35 @@ class Found:
         return self.run
 
 
-def is_alive(job: answers.Job) -> bool:
-    """Whether a job waits, runs, or is being stopped, perhaps to run again."""
-    return job.completing or job.state in answers.UNDER_WAY
-
-
-def find(named: str) -> Found:
-    """Return what is named. Raises: ValueError when there is nothing of the kind."""
-    run = RunFolder(named)
+def find(name: str) -> RunOrJob:
+    """Return the run or job of that name. Raises: ValueError when there is none."""
+    run = RunFolder(name)
+    sweep = tuple(ledger.sweep_runs(run))
     if run.history.file.exists() or ledger.submissions(run):
-        runs = tuple(ledger.sweep_runs(run))
-        return Found(run, newest_job(run), runs)
-    if runs := tuple(ledger.sweep_runs(run)):
-        return Found(run, None, runs)
-    if not _JOB_ID.fullmatch(named):
+        return RunOrJob(run, newest_job(run, run.history.attempts()), sweep)
+    if sweep:
+        return RunOrJob(run, None, sweep)
+    if not _JOB_ID.fullmatch(name):
         raise ValueError(
-            f"{named} holds no run: it has no attempts.jsonl; name a run folder, such as runs/tiny, or a job"
+            f"{name} holds no run: it has no attempts.jsonl; name a run folder, such as runs/tiny, or a job"
         )
-    known = answers.ask(named)
-    for folder in dict.fromkeys([Path.cwd(), *([known.work_dir] if known and known.work_dir else [])]):
+    return _find_job(name)
+
+
+def _find_job(job_id: str) -> RunOrJob:
+    """Look for the run of a job below this folder, and where Slurm says that it was submitted."""
+    job = query.ask(job_id)
+    folders = [Path.cwd(), *([job.work_dir] if job and job.work_dir else [])]
+    same_job = {job_id, *([job.job_id] if job else [])}
+    for folder in dict.fromkeys(folders):
         for run in _runs_below(folder):
-            ids = [line["job_id"] for line in ledger.submissions(run)]
-            ids += [attempt.get("job_id") for attempt in run.history.attempts()]
-            if named in ids or (known is not None and known.job_id in ids):
-                return Found(run, named, tuple(ledger.sweep_runs(run)))
-    if known is None:
+            if same_job & _job_ids(run):
+                return RunOrJob(run, job_id, tuple(ledger.sweep_runs(run)))
+    if job is None:
         raise ValueError(
-            f"job {named} is known neither to Slurm nor to a run below {Path.cwd()}; name a run folder"
+            f"job {job_id} is known neither to Slurm nor to a run below {Path.cwd()}; name a run folder"
         )
-    return Found(None, named)
+    return RunOrJob(None, job_id)
 
 
 def _runs_below(folder: Path) -> Iterator[RunFolder]:
@@ -93,27 +98,54 @@ def _runs_below(folder: Path) -> Iterator[RunFolder]:
             yield RunFolder(file.parent)
 
 
-def _is_submitit(process: str) -> bool:
+def _job_ids(run: RunFolder) -> set[str]:
+    """Return the ids of all jobs of a run."""
+    submitted = {job.job_id for job in ledger.submissions(run)}
+    return submitted | {attempt.job_id for attempt in run.history.attempts() if attempt.job_id}
+
+
+def newest_job(run: RunFolder, attempts: Sequence[Attempt]) -> str | None:
+    """Return the id of the job that the run is under way as, else of the last one submitted or started."""
+    last = attempts[-1] if attempts else None
+    if last and not last.end and last.job_id and (job := query.ask(last.job_id)) and job.is_alive:
+        return last.job_id
+    jobs = [(job.time, job.job_id) for job in ledger.submissions(run) if job.cluster == "slurm"]
+    if jobs and "_" in jobs[-1][1]:  # a task of an array: its attempts have another number of the same job
+        return jobs[-1][1]
+    jobs += [(attempt.start, attempt.job_id) for attempt in attempts if attempt.job_id]
+    return max(jobs)[1] if jobs else None
+
+
+def state(run: RunFolder, attempts: Sequence[Attempt], job: JobInfo | None) -> RunState:
+    """Return the state of a run. attempts: its history; job: what Slurm says of its newest job."""
+    return state_of(
+        attempts,
+        trained=run.trained,
+        job=job,
+        local_job_is_alive=local_job_is_alive(run),
+        holder_is_alive=None if run.holder is None else not run.abandoned,
+        silent_s=time.time() - last_sign(run),
+    )
+
+
+def state_now(run: RunFolder, attempts: Sequence[Attempt]) -> RunState:
+    """Return the state of a run, after asking Slurm about its newest job."""
+    job_id = newest_job(run, attempts)
+    return state(run, attempts, query.ask(job_id) if job_id else None)
+
+
+def last_sign(run: RunFolder) -> float:
+    """Return when the run last wrote to its folder, in seconds since 1970; 0.0 if it never did."""
+    files = (run.history.progress.path, run.history.file, run.config, run.submitted)
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+
+
+def local_job_is_alive(run: RunFolder) -> bool:
+    """Whether the run was last submitted as a process of this machine, and that is alive."""
+    submitted = ledger.submissions(run)
+    if not submitted or submitted[-1].cluster != "local":
+        return False
     try:
-        return b"submitit" in Path("/proc", process, "cmdline").read_bytes()
+        return b"submitit" in Path("/proc", submitted[-1].job_id, "cmdline").read_bytes()
     except OSError:
         return False
-
-
-def newest_job(run: RunFolder) -> str | None:
-    """Return the job that the run is under way as, else the one that was submitted, or that started, last."""
-    unfinished = run.history.unfinished
-    if (
-        unfinished
-        and unfinished.get("job_id")
-        and (job := answers.ask(unfinished["job_id"]))
-        and is_alive(job)
-    ):
-        return str(unfinished["job_id"])
-    jobs: list[tuple[str, str]] = [
-        (line["time"], line["job_id"]) for line in ledger.submissions(run) if line["cluster"] == "slurm"
-    ]
-    if jobs and "_" in jobs[-1][1]:  # one of an array: its attempts say another number of the same job
-        return jobs[-1][1]
-    jobs += [(one["start"], one["job_id"]) for one in run.history.attempts() if one.get("job_id")]
-    return max(jobs)[1] if jobs else None

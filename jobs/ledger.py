@@ -1,34 +1,56 @@
-"""What was submitted of a run: .submitted/<run>/jobs.jsonl beside the run folder, one line a submission.
+"""The jobs of a run: .submitted/<run>/jobs.jsonl beside the run folder, a line for each submission."""
 
-{"job_id", "time", "cluster", "nodes", "gpus_per_node", "cpus_per_task", "timeout_min", "site", "snapshot",
-"name", "folder", "work_dir", "config"}. folder: of submitit's files and the snapshot (code/); work_dir: where
-it was submitted, which data paths are relative to; config: the resolved config that the job runs. The line of
-a sweep as a whole has "runs", their number, instead of "config".
-"""
-
-import json
-from typing import Any
+from typing import Literal, get_args
 
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Moment, Record
+
+Cluster = Literal["slurm", "local", "debug"]
+CLUSTERS: tuple[Cluster, ...] = get_args(Cluster)
 
 
-def submissions(run: RunFolder) -> list[dict[str, Any]]:
-    """Return the lines, oldest first."""
+class SubmittedJob(Record):
+    """One submission. site: the site file; snapshot: whether the job runs the copy of the package in folder.
+
+    folder: of submitit's files and the snapshot (code/); work_dir: where it was submitted, which data paths
+    are relative to; config: the file with the resolved config; runs: of a sweep as a whole, which has no
+    config: how many there are.
+    """
+
+    job_id: str
+    time: Moment
+    cluster: Cluster
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_task: int = 1
+    timeout_min: int | None = None
+    site: str | None = None
+    snapshot: bool = False
+    name: str | None = None
+    folder: str = ""
+    work_dir: str = ""
+    config: str | None = None
+    runs: int | None = None
+
+
+def submissions(run: RunFolder) -> list[SubmittedJob]:
+    """Return the jobs of a run, oldest first. Raises: ValueError when a line is damaged."""
     file = run.submitted / "jobs.jsonl"
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [SubmittedJob.parse(line) for line in lines if line.strip()]
 
 
-def note(run: RunFolder, line: dict[str, Any]) -> None:
-    """Add a line."""
+def note(run: RunFolder, job: SubmittedJob) -> None:
+    """Add a job."""
     run.submitted.mkdir(parents=True, exist_ok=True)
     with (run.submitted / "jobs.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(job.text(indent=None) + "\n")
 
 
 def sweep_runs(folder: RunFolder) -> list[RunFolder]:
-    """Return the runs below a sweep's folder that were submitted, started or not, by name."""
+    """Return the runs of a sweep that were submitted, started or not, by name."""
     return [
         RunFolder(folder.path / file.parent.name)
         for file in sorted(folder.path.glob(".submitted/*/jobs.jsonl"))

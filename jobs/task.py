@@ -1,7 +1,6 @@
-"""What a submitted job runs, once a node: an attempt at the run of a config file. Its exit code is all that
-decides.
+"""What a submitted job runs, once a node: an attempt at the run of a config file. Its exit code decides.
 
-submitit pickles an Attempt when it is submitted and calls it when the job starts, each time that it starts.
+submitit pickles a RunTask when it is submitted, and calls it each time that the job starts.
 """
 
 import logging
@@ -10,24 +9,45 @@ import signal
 import sys
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from qwenlora.configs import load_config
+from qwenlora.jobs.find import state
+from qwenlora.launch import agent
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.history import EXIT_CODES
 from qwenlora.run.metrics_file import last_line
+from qwenlora.run.records import Reason
+from qwenlora.run.signals import STOP_SIGNALS
+from qwenlora.run.state import RunState
+from qwenlora.trainer import main as trainer
 
-# the agent (launch/children.py) hears the same ones, as soon as there is something to stop
-_REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+class Summary(TypedDict):
+    """How a run stands.
+
+    adapter: its folder, None while there is none; reason: of the last attempt; state: as `qwenlora status`
+    has it, but that Slurm is not asked; loss, eval_loss: the last ones logged, missing before; goodput: the
+    share of the time that went into steps, None before any.
+    """
+
+    run_dir: str
+    adapter: str | None
+    reason: Reason | None
+    state: RunState
+    step: int
+    loss: NotRequired[float]
+    eval_loss: NotRequired[float]
+    attempts: int
+    goodput: float | None
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """The agent on config_file, as a callable. brought_back: whether Slurm starts it again when it asks for
-    that.
+class RunTask:
+    """The agent on config_file, as a callable. brought_back: Slurm starts it again when it asks for that.
 
     fresh: set an earlier run aside, the first time; allowed: config keys that may differ from the run's so
-    far.
+    far. Fields keep their names: jobs that wait hold pickles of them.
     """
 
     config_file: str
@@ -35,22 +55,23 @@ class Attempt:
     fresh: bool = False
     allowed: tuple[str, ...] = ()
 
-    def __call__(self) -> dict[str, Any] | None:
+    def __call__(self) -> Summary | None:
         """Return the run's summary, on the first node; None on the others.
 
         Raises: SystemExit(75) when the job is to be brought back, ValueError when the run was refused,
         RuntimeError when it failed.
         """
-        from qwenlora.launch import agent  # jobs/ is below launch/: only a job that runs comes to it
-
-        # submitit's own answers to signals are to requeue at once, or nothing at all
-        for number in _REQUESTS:
+        # submitit's own reaction to these signals is to requeue at once, or none at all
+        for number in STOP_SIGNALS:
             signal.signal(number, _leave)
         config = load_config(self.config_file)
         code = agent.run(config, fresh=self.fresh, allowed=self.allowed)
-        for number in _REQUESTS:
-            signal.signal(number, signal.SIG_IGN)  # it is over: what is left is to write down the result
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # only the result has yet to be written
         return _outcome(RunFolder(config.run_dir), code, brought_back=self.brought_back)
+
+
+Attempt = RunTask  # the name in pickles of version 0.1, which jobs that wait may still hold
 
 
 @dataclass(frozen=True)
@@ -59,33 +80,30 @@ class InProcess:
 
     config_file: str
 
-    def __call__(self) -> dict[str, Any] | None:
-        """As Attempt. Raises: what the training raises, from where it does."""
-        from qwenlora.trainer.main import main
-
-        code = main([self.config_file], captured=False)
+    def __call__(self) -> Summary | None:
+        """As RunTask. Raises: what the training raises, from where it does."""
+        code = trainer.main([self.config_file], captured=False)
         return _outcome(RunFolder(load_config(self.config_file).run_dir), code, brought_back=False)
 
 
-def summary(run: RunFolder) -> dict[str, Any]:
-    """Return how a run stands: {"run_dir", "adapter", "reason", "step", "loss", "eval_loss", "attempts",
-    "goodput"}.
-
-    adapter: its folder, or None while there is none. reason: of the last attempt. loss, eval_loss: the last
-    ones logged, missing before. goodput: the share of the time that went into steps, or None.
-    """
+def summary(run: RunFolder) -> Summary:
+    """Return how a run stands."""
     attempts = run.history.attempts()
-    last = attempts[-1] if attempts else {}
-    losses = {key: line[key] for key in ("loss", "eval_loss") if (line := last_line(run.metrics, key))}
-    return {
-        "run_dir": str(run.path),
-        "adapter": str(run.adapter) if run.adapter.is_dir() else None,
-        "reason": last.get("reason"),
-        "step": run.history.last_step(),
-        **losses,
-        "attempts": len(attempts),
-        "goodput": last.get("goodput"),
-    }
+    last = attempts[-1] if attempts else None
+    result = Summary(
+        run_dir=str(run.path),
+        adapter=str(run.adapter) if run.adapter.is_dir() else None,
+        reason=last.reason if last else None,
+        state=state(run, attempts, job=None),
+        step=run.history.last_step(),
+        attempts=len(attempts),
+        goodput=last.goodput if last else None,
+    )
+    if line := last_line(run.metrics, "loss"):
+        result["loss"] = line["loss"]
+    if line := last_line(run.metrics, "eval_loss"):
+        result["eval_loss"] = line["eval_loss"]
+    return result
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -93,8 +111,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_without_traceback(code: int) -> None:
-    """Have this process, if what comes next ends it, leave with code: the agent has said all there is to
-    say."""
+    """If the next exception ends this process, let it leave with code: the agent has said everything."""
 
     def leave(*_: object) -> None:
         logging.shutdown()
@@ -105,14 +122,15 @@ def _leave_without_traceback(code: int) -> None:
         sys.excepthook = leave
 
 
-def _outcome(run: RunFolder, code: int, *, brought_back: bool) -> dict[str, Any] | None:
+def _outcome(run: RunFolder, code: int, *, brought_back: bool) -> Summary | None:
+    """Turn the agent's exit code into a result, or an exception."""
     if code == EXIT_CODES["stopped"] and brought_back:
         raise SystemExit(code)  # no Exception: submitit writes no result, and the batch shell sees the code
-    first = os.environ.get("SLURM_PROCID", "0") == "0"
+    is_first_node = os.environ.get("SLURM_PROCID", "0") == "0"
     if code in (EXIT_CODES["done"], EXIT_CODES["stopped"]):
-        return summary(run) if first else None
+        return summary(run) if is_first_node else None
     attempts = run.history.attempts()
-    message = (attempts[-1].get("message") if attempts else "") or f"the agent ended with exit code {code}"
+    message = (attempts[-1].message if attempts else "") or f"the agent ended with exit code {code}"
     _leave_without_traceback(code)
     if code == EXIT_CODES["refused"]:
         raise ValueError(message)

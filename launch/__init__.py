@@ -1,1 +1,1 @@
-"""How processes start: the command line, and the agent that runs once a node."""
+"""How processes start: one agent a node, which starts the node's ranks and watches them."""

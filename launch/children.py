@@ -1,11 +1,11 @@
-"""Child processes of the agent: run one after another, told to stop together, and none left behind.
+"""Child processes of an agent: run one after the other, stopped together, never left behind.
 
 A scheduler signals every process of a job, a terminal only the agent. Both must end the same way: the ranks
-finish their step and save. So the children start with these signals ignored (torchrun would die of USR1, and
-would kill the ranks on TERM), and the agent passes a request on to the ranks until they have left.
-DeepSpeed's launcher brings
-handlers of its own, which kill ranks that are not done in half a minute: for it the signals are blocked,
-which handlers do not change. Its ranks inherit that, and unblock them when they can hear (trainer/screen.py).
+finish their step and save. So children start with the stop signals ignored (torchrun would die of USR1, and
+would kill the ranks on TERM), and the agent repeats a request to the ranks until they have left. DeepSpeed's
+launcher sets handlers of its own, which kill ranks that are not done within half a minute. For it the signals
+are blocked, which handlers do not change. Its ranks inherit that, and unblock them once they can handle them
+(trainer/ranks).
 """
 
 import signal
@@ -20,103 +20,106 @@ import psutil
 
 from qwenlora.run.folder import PREPARE_ONLY
 from qwenlora.run.orphans import die_with_parent
+from qwenlora.run.signals import STOP_SIGNALS
 
-REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 RANK_MODULE = "qwenlora.trainer.main"
 POLL_S = 0.1
-REPEAT_S = 1.0  # a rank that is still being imported cannot hear yet
+REPEAT_S = 1.0  # a rank that still imports its modules does not handle signals yet
 
 
 class Children:
-    """Runs commands and hears stop requests. asked: there was one, why: the first; at_once: and then Ctrl-C
-    again."""
+    """Runs commands, and receives stop requests.
+
+    stop_requested: a stop signal came; stop_signal: the name of the first.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
-        self.why = ""
-        self.at_once = False
-        self._end_now = False
-        self._before: dict[int, object] = {}
+        self.stop_requested = False
+        self.stop_signal = ""
+        self._kill_now = False
+        self._kill_command = False
+        self._handlers_before: dict[int, object] = {}
 
     def __enter__(self) -> "Children":
-        if threading.current_thread() is threading.main_thread():  # Python hears signals nowhere else
-            self._before = {number: signal.signal(number, self._hear) for number in REQUESTS}
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+            self._handlers_before = {
+                number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.at_once = self.asked and number == signal.SIGINT
-        self.why = self.why or signal.Signals(number).name
-        self.asked = True
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._kill_now = self.stop_requested and number == signal.SIGINT  # Ctrl-C again
+        self.stop_signal = self.stop_signal or signal.Signals(number).name
+        self.stop_requested = True
 
     def kill(self) -> None:
-        """End the command under way at once, with all its descendants."""
-        self._end_now = True
+        """Kill the running command, with all its descendants."""
+        self._kill_command = True
 
     def run(
         self,
         argv: list[str],
         environment: dict[str, str],
         log: IO[bytes],
-        watch: Callable[[], None] = lambda: None,
+        poll: Callable[[], None],
         *,
         pause: Callable[[float], None] = time.sleep,
-        apart: bool = False,
+        isolated: bool = False,
     ) -> int:
-        """Run a command to its end; return its exit code. log: takes its standard error, the screen its
-        output.
+        """Run a command to its end; return its exit code.
 
-        watch: is called several times a second, after each pause, and may call kill. apart: for a command
-        that has
-        handlers of signals and much to say: it hears none, and its output goes to the log, too.
+        log: receives its standard error; its output goes to the screen. poll: called several times a second,
+        after each pause; it may call kill. isolated: for a command that has its own signal handlers and
+        prints much: it gets no stop signal, and its output goes to the log, too.
         """
-        self._end_now = False
+        self._kill_command = False
         process = subprocess.Popen(
             argv,
             env=environment,
-            stdout=log if apart else None,
+            stdout=log if isolated else None,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_prepare_deaf_child if apart else prepare_child,
+            preexec_fn=_prepare_isolated_child if isolated else prepare_child,
         )
-        last = float("-inf")
+        last_request = float("-inf")
         while process.poll() is None:
-            watch()
-            if self.at_once or self._end_now:
+            poll()
+            if self._kill_now or self._kill_command:
                 _kill(process)
-            elif self.asked and time.monotonic() - last > REPEAT_S:
-                self._pass_on(process, first=last < 0)
-                last = time.monotonic()
+            elif self.stop_requested and time.monotonic() - last_request > REPEAT_S:
+                self._request_stop(process, first=last_request < 0)
+                last_request = time.monotonic()
             pause(POLL_S)
         return process.returncode
 
-    def _pass_on(self, process: subprocess.Popen[bytes], *, first: bool) -> None:
+    def _request_stop(self, process: subprocess.Popen[bytes], *, first: bool) -> None:
         ranks = [child for child in _descendants(process) if _is_rank(child)]
-        if not ranks:  # nothing has been trained that could be saved
+        if not ranks:  # nothing is trained yet, so there is nothing to save
             _kill(process)
         elif first:
-            again = "; Ctrl-C again stops at once, without saving" * (self.why == "SIGINT")
-            print(f"\nstopping: a step that is under way is finished and saved first{again}", flush=True)
+            hint = "; Ctrl-C again stops at once, without saving" * (self.stop_signal == "SIGINT")
+            print(f"\nstopping: the current step is finished and saved first{hint}", flush=True)
         for rank in ranks:
             try:
                 rank.send_signal(signal.SIGTERM)
             except psutil.NoSuchProcess:
-                continue  # it has left
+                continue
 
 
 def prepare_child() -> None:
-    """Have a process that is about to start ignore stop requests, and end with this one."""
-    for number in REQUESTS:
+    """Make a process that is about to start ignore stop signals, and end with this one."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
 
 
-def _prepare_deaf_child() -> None:
+def _prepare_isolated_child() -> None:
     prepare_child()
-    signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def _descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:

@@ -1,82 +1,94 @@
-"""Which rank a signal ended, with DeepSpeed's launcher, which does not say it. torchrun does.
+"""Which rank a signal ended. torchrun reports it; DeepSpeed's launcher does not, so its agent looks itself.
 
-That launcher asks after its ranks once a second, and from then on nobody can know how one ended. Who pauses
-here wakes up the moment that a rank ends, and is there first.
+That launcher waits for its ranks once a second, and then nobody can know how one ended. Deaths.pause wakes up
+the moment that a rank ends, and so looks first.
 """
 
 import os
+import re
 import select
 import signal
 from pathlib import Path
 from typing import IO
 
-from qwenlora.launch.verdict import killed_line
 from qwenlora.run import heartbeat
+
+# torchrun's report of a failure; a negative exit code is a signal
+_FIRST_KILLED = re.compile(r"\(first observed failure\):.*?rank\s+: (\d+).*?exitcode\s+: -(\d+)", re.DOTALL)
+
+
+def killed_line(rank: int, number: int) -> str:
+    """Return the line that reports a rank killed by a signal, in torchrun's form."""
+    return f"(first observed failure): rank : {rank} exitcode : -{number}\n"
+
+
+def first_killed(log: str) -> tuple[int, int] | None:
+    """Return (rank, signal) of the first rank that a launcher's log reports killed; None without one."""
+    match = _FIRST_KILLED.search(log)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 class Deaths:
-    """Of the ranks of one node. beats: the folder of their signs of life; log: takes down the first one
-    killed."""
+    """Watches the ranks of one node, and writes the first one killed to the launcher's log."""
 
     def __init__(self, beats: str, log: IO[bytes], processes: int) -> None:
+        """beats: the folder of the ranks' signs of life; processes: how many ranks there are."""
         self._beats, self._log, self._processes = beats, log, processes
-        self._found = False
-        self._ends: dict[int, int] = {}  # by process: a descriptor that can be read once it has ended
+        self._reported = False
+        self._pidfds: dict[int, int] = {}  # by process; readable once it has ended; -1 without one
         self._poll = select.poll()
 
     def __enter__(self) -> "Deaths":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._ends.values():
+        for descriptor in self._pidfds.values():
             if descriptor >= 0:
                 os.close(descriptor)
 
     def pause(self, seconds: float) -> None:
-        """Wait, but no longer than until a rank ends."""
-        for beat in heartbeat.read(self._beats):
-            if beat.pid not in self._ends:
+        """Sleep, but wake up when a rank ends."""
+        for beat in heartbeat.read_beats(self._beats):
+            if beat.pid not in self._pidfds:
                 try:
-                    self._ends[beat.pid] = os.pidfd_open(beat.pid)
-                except OSError:  # it is gone, or this kernel has no such thing
-                    self._ends[beat.pid] = -1
+                    self._pidfds[beat.pid] = os.pidfd_open(beat.pid)
+                except OSError:  # it has ended, or this kernel has no pidfds
+                    self._pidfds[beat.pid] = -1
                 else:
-                    self._poll.register(self._ends[beat.pid], select.POLLIN)
+                    self._poll.register(self._pidfds[beat.pid], select.POLLIN)
         for descriptor, _ in self._poll.poll(seconds * 1000):
             self._poll.unregister(descriptor)
 
-    def look(self) -> bool:
-        """Note the first rank that a signal ended; return whether that is news."""
-        for beat in heartbeat.read(self._beats):
+    def report_killed(self) -> bool:
+        """Report the first rank that a signal ended; return whether there is one, and it is new."""
+        for beat in heartbeat.read_beats(self._beats):
             if number := _ended_by(beat.pid):
-                return self._note(beat.rank, number)
+                return self._report(beat.rank, number)
         return False
 
-    def told(self, code: int) -> None:
-        """Note what the launcher's exit code tells, should a node's only rank have ended unseen: 247 is
-        -9."""
-        beats = heartbeat.read(self._beats)
+    def report_exit_code(self, code: int) -> None:
+        """Report a node's only rank, if it ended unseen, by the launcher's exit code: 247 is signal 9."""
+        beats = heartbeat.read_beats(self._beats)
         if self._processes == len(beats) == 1 and 256 - code in signal.valid_signals():
-            self._note(beats[0].rank, 256 - code)
+            self._report(beats[0].rank, 256 - code)
 
-    def _note(self, rank: int, number: int) -> bool:
-        if self._found:
+    def _report(self, rank: int, number: int) -> bool:
+        if self._reported:
             return False
-        self._found = True
+        self._reported = True
         self._log.write(killed_line(rank, number).encode())
         self._log.flush()
         return True
 
 
 def _ended_by(pid: int) -> int:
-    """Return the signal that ended a process whose parent has not asked yet; 0 where there is none.
+    """Return the signal that ended a process whose parent has not waited for it yet; 0 without one.
 
-    Source: proc_pid_stat(5), exit_code, as wait(2) has it: the last field.
+    Source: proc_pid_stat(5), exit_code, in wait(2)'s form: the last field.
     """
     try:
-        fields = (
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        )
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return 0
+    fields = stat.rpartition(")")[2].split()
     return int(fields[-1]) & 0x7F if fields[0] == "Z" else 0

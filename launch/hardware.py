@@ -1,4 +1,4 @@
-"""What this machine has, asked without torch."""
+"""The GPUs of this machine, counted without torch."""
 
 import os
 import shutil
@@ -6,8 +6,7 @@ import subprocess
 
 
 def visible_devices(processes: int) -> list[int | str]:
-    """Return a GPU for each process, as CUDA_VISIBLE_DEVICES names them; -1, which is none, where there are
-    too few."""
+    """Return a GPU for each process, as CUDA_VISIBLE_DEVICES names it; -1 for none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(range(processes))
@@ -16,13 +15,12 @@ def visible_devices(processes: int) -> list[int | str]:
 
 
 def gpu_count() -> int:
-    """Return how many NVIDIA GPUs a process started here may use; CUDA_VISIBLE_DEVICES is heeded."""
+    """Return how many NVIDIA GPUs a process started here may use, under CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
     if not shutil.which("nvidia-smi"):
         return 0
     answer = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return (
-        sum(line.startswith("GPU ") for line in answer.stdout.splitlines()) if answer.returncode == 0 else 0
-    )
+    lines = answer.stdout.splitlines() if answer.returncode == 0 else []
+    return sum(line.startswith("GPU ") for line in lines)

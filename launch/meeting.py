@@ -1,8 +1,7 @@
-"""How the agents of a job's nodes talk: lines of JSON to and from the first one, over TCP, for as long as
-they live.
+"""The connections between the agents of a run: lines of JSON to and from the first one, over TCP.
 
-The port follows from the job's id, so that nobody needs to be told, and is the first of a few that is free; a
-token keeps jobs apart that share a node. Nothing that is received is more than data (json, no pickle).
+They stay open as long as the agents live. The port follows from the job's id, so that nobody has to announce
+it, and is the first of a few that is free; a token keeps jobs apart that share a node.
 """
 
 import hmac
@@ -12,55 +11,57 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from typing import TypeVar
 
 from qwenlora.launch.allocation import FIRST_PORT, PORTS, Allocation, candidate_ports
+from qwenlora.launch.messages import AgentLost, Message, RunOver, decode, encode
 
 RETRY_S = 0.2
-HELLO_S = 10.0  # for who connects to say who it is
-SETTLE_S = 0.5  # between the end of a process and srun's knowing of it
-Message = dict[str, Any]
+HELLO_S = 10.0  # for a new connection to say who it is
+HELLO_BYTES = 4096  # strangers may send anything
+SETTLE_S = 0.5  # from the end of a process until srun has noticed it
 _UNTIL_EXIT: list[socket.socket] = []
+_MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+M = TypeVar("M", bound=Message)
 
 
 class NotMet(Exception):  # noqa: N818 (nothing is wrong with the code)
-    """Nodes that did not come, or cannot be reached; the text names them."""
+    """Nodes did not come, or cannot be reached; the text names them."""
 
 
 class Meeting:
-    """One side of the talk. On the first node `send` tells all others, elsewhere the first one.
-
-    `inbox` has what came, each with its "node"; {"node", "lost": True} when a connection ended.
-    """
+    """One side of the connections. On the first node `send` reaches all others, elsewhere the first one."""
 
     def __init__(self, allocation: Allocation) -> None:
         self.allocation = allocation
         self.run_id = allocation.name or f"{allocation.job_id}.{allocation.restarts}"
-        # in a job the batch shell's secret (slurm/job.sh): who knows the job's id only is no node of it
+        # in a job the batch shell's secret (slurm/job.sh): to know the job's id is not enough
         self._token = f"{self.run_id} {allocation.secret or os.environ.get('QWENLORA_SECRET', '')}"
         self._over = self._closed = False
         self._left: set[int] = set()
         self.inbox: queue.Queue[Message] = queue.Queue()
         self._peers: dict[int, socket.socket] = {}
-        self._speaking = threading.Lock()  # a node that is taken in hears that first
+        self._sending = threading.Lock()  # a node hears that it is admitted before anything else
         self._listener: socket.socket | None = None
         self.port = 0
 
     def __enter__(self) -> "Meeting":
         if self.allocation.nodes > 1 and self.allocation.first:
             self._listener = self._listen()
-            threading.Thread(target=self._welcome, daemon=True).start()
+            threading.Thread(target=self._accept_all, args=(self._listener,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
-        for one in [*self._peers.values(), *filter(None, [self._listener])]:
-            _close(one)
+        for connection in [*self._peers.values(), *filter(None, [self._listener])]:
+            _close(connection)
 
     def _listen(self) -> socket.socket:
-        for port in candidate_ports(self.run_id):
+        ports = candidate_ports(self.run_id)
+        for port in ports:
             listener = socket.socket()
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -72,16 +73,12 @@ class Meeting:
             listener.listen(self.allocation.nodes)
             self.port = port
             return listener
-        raise NotMet(
-            f"{self.allocation.host}: none of the ports {candidate_ports(self.run_id)} can be listened at:"
-            " all in use"
-        )
+        raise NotMet(f"{self.allocation.host}: the ports {ports}, at which agents meet, are all in use")
 
-    def _welcome(self) -> None:
-        assert self._listener is not None
+    def _accept_all(self, listener: socket.socket) -> None:
         while True:
             try:
-                connection, _ = self._listener.accept()
+                connection, _ = listener.accept()
             except OSError:
                 if self._closed:
                     return
@@ -90,70 +87,72 @@ class Meeting:
             threading.Thread(target=self._admit, args=(connection,), daemon=True).start()
 
     def _admit(self, connection: socket.socket) -> None:
-        """Take in a node of this job; another job's, or a stranger, is sent away."""
+        """Admit a node of this job; close the connection of anybody else."""
         connection.settimeout(HELLO_S)
         lines = connection.makefile("r", encoding="utf-8")
         try:
-            hello = json.loads(lines.readline(4096))
+            hello = json.loads(lines.readline(HELLO_BYTES))
             node, token = hello["node"], str(hello["token"])
             known = hmac.compare_digest(token.encode(), self._token.encode())
             if not known or node not in range(1, self.allocation.nodes) or node in self._peers:
                 raise ValueError
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except _MALFORMED:
             _close(connection)
             return
         connection.settimeout(None)
-        with self._speaking:
+        with self._sending:
             self._peers[node] = connection
-            _say(connection, {"met": self.run_id})
+            _send_line(connection, json.dumps({"met": self.run_id}))
             if self._over:
-                _say(connection, {"over": True})
-        self._listen_to(node, lines)
+                _send_line(connection, encode(RunOver()))
+        self._receive_all(node, lines)
 
-    def join(self, timeout_s: float, asked: Callable[[], bool]) -> None:
-        """Reach the first node from another one. Raises: NotMet after timeout_s, or when this node is asked
-        to stop."""
-        ports = candidate_ports(self.run_id)
-        first, end, why = self.allocation.hosts[0], time.monotonic() + timeout_s, "nothing listens there"
+    def join(self, timeout_s: float, stop_requested: Callable[[], bool]) -> None:
+        """Connect to the first node. Raises: NotMet after timeout_s, or at a stop request."""
+        port, first = candidate_ports(self.run_id)[0], self.allocation.hosts[0]
+        end, problem = time.monotonic() + timeout_s, "no agent answers there"
         while True:
-            for port in ports:
+            for candidate in candidate_ports(self.run_id):
                 try:
-                    connection = socket.create_connection((first, port), timeout=2.0)
-                    lines = connection.makefile("r", encoding="utf-8")
-                    hello = {"token": self._token, "node": self.allocation.node}
-                    _say(connection, hello)
-                    if json.loads(lines.readline(4096) or "{}").get("met") == self.run_id:
-                        connection.settimeout(None)
-                        self._peers[0] = connection
-                        threading.Thread(target=self._listen_to, args=(0, lines), daemon=True).start()
+                    if self._join_at(first, candidate):
                         return
-                    _close(connection)
-                except (OSError, ValueError, AttributeError, RecursionError) as error:
-                    why = str(error)
-                if asked() or time.monotonic() > end:
+                except _MALFORMED as error:
+                    problem = str(error)
+                if stop_requested() or time.monotonic() > end:
                     raise NotMet(
-                        f"{self.allocation.host}: cannot reach {first} at port {ports[0]} within"
-                        f" {timeout_s:.0f} s ({why}); agents talk at ports {FIRST_PORT} to"
-                        f" {FIRST_PORT + PORTS - 1}"
+                        f"{self.allocation.host}: cannot reach {first} at port {port} within {timeout_s:.0f}"
+                        f" s ({problem}); agents use the ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
                     )
             time.sleep(RETRY_S)
 
-    def _listen_to(self, node: int, lines: Any) -> None:
-        try:
+    def _join_at(self, host: str, port: int) -> bool:
+        """Connect to one port; return whether the first node's agent of this run answers there."""
+        connection = socket.create_connection((host, port), timeout=2.0)
+        lines = connection.makefile("r", encoding="utf-8")
+        _send_line(connection, json.dumps({"token": self._token, "node": self.allocation.node}))
+        if json.loads(lines.readline(HELLO_BYTES) or "{}").get("met") != self.run_id:
+            _close(connection)
+            return False
+        connection.settimeout(None)
+        self._peers[0] = connection
+        threading.Thread(target=self._receive_all, args=(0, lines), daemon=True).start()
+        return True
+
+    def _receive_all(self, node: int, lines: Iterable[str]) -> None:
+        with suppress(*_MALFORMED):
             for line in lines:
-                self.inbox.put(json.loads(line) | {"node": node, "received": time.time()})
-        except (OSError, ValueError, TypeError, RecursionError):
-            pass
+                self.inbox.put(decode(line, node, time.time()))
         self._left.add(node)
-        self.inbox.put({"node": node, "lost": True})
+        self.inbox.put(AgentLost(node=node))
 
-    def send(self, **message: Any) -> None:
-        """Tell the other side; one that is gone is not told."""
-        with self._speaking:
+    def send(self, message: Message) -> None:
+        """Send to the other side; an agent that is gone does not matter."""
+        line = encode(message)
+        with self._sending:
             for connection in self._peers.values():
-                _say(connection, message)
+                _send_line(connection, line)
 
-    def hear(self, timeout_s: float = 0.0) -> Message | None:
+    def receive(self, timeout_s: float = 0.0) -> Message | None:
         """Return the next message, or None when none came in time."""
         try:
             return self.inbox.get(timeout=timeout_s) if timeout_s else self.inbox.get_nowait()
@@ -161,19 +160,18 @@ class Meeting:
             return None
 
     def stay_until_exit(self) -> None:
-        """Leave the connection open until this process has ended: that is when the first node may leave."""
+        """Keep the connection open until this process has ended: only then may the first node leave."""
         _UNTIL_EXIT.extend(self._peers.values())
         self._peers.clear()
 
     def part(self, timeout_s: float, *, of_all: bool) -> None:
-        """Tell the other nodes that all is over, and wait until their processes have ended, and srun may know
-        it.
+        """Tell the other nodes that the run is over; wait until their processes have ended and srun knows it.
 
-        of_all: also wait for those that have not come yet: they look for this node.
+        of_all: also wait for those that have not come yet: they still look for this node.
         """
-        with self._speaking:
+        with self._sending:
             self._over = True
-        self.send(over=True)
+        self.send(RunOver())
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             expected = self.allocation.nodes - 1 if of_all else len(self._peers)
@@ -184,38 +182,37 @@ class Meeting:
             time.sleep(SETTLE_S)
 
     def gather(
-        self, what: str, timeout_s: float, asked: Callable[[], bool] = lambda: False
-    ) -> dict[int, Message]:
-        """Return {node: its message that has `what`} of all other nodes. Raises: NotMet naming those that say
-        nothing.
+        self, kind: type[M], timeout_s: float, stop_requested: Callable[[], bool] = lambda: False
+    ) -> dict[int, M]:
+        """Return {node: its message of this kind} of all other nodes; at a stop request, those so far.
 
-        asked: whether this node was asked to stop; then what has come so far is returned.
+        Raises: NotMet naming the nodes that do not answer.
         """
-        said: dict[int, Message] = {}
+        answers: dict[int, M] = {}
         end = time.monotonic() + timeout_s
-        while len(said) < self.allocation.nodes - 1 and not asked():
-            message = self.hear(RETRY_S)
-            if message and what in message:
-                said[message["node"]] = message
-            elif message and "lost" in message:
-                raise NotMet(
-                    f"{self.allocation.hosts[message['node']]}: its agent ended; its output says why"
-                )
+        while len(answers) < self.allocation.nodes - 1 and not stop_requested():
+            message = self.receive(RETRY_S)
+            if isinstance(message, kind):
+                answers[message.node] = message
+            elif isinstance(message, AgentLost):
+                raise NotMet(f"{self.allocation.hosts[message.node]}: its agent ended; its output says why")
             if time.monotonic() > end:
-                missing = [
-                    host for node, host in enumerate(self.allocation.hosts) if node and node not in said
-                ]
-                raise NotMet(
-                    f"{', '.join(missing)}: no answer within {timeout_s:.0f} s, of {self.allocation.nodes}"
-                    f" nodes; is port {self.port} of {self.allocation.host} open to it, and does Python start"
-                    " there (launch.join_timeout_s)?"
-                )
-        return said
+                raise NotMet(self._no_answer(answers.keys(), timeout_s))
+        return answers
+
+    def _no_answer(self, answered: Iterable[int], timeout_s: float) -> str:
+        hosts, known = self.allocation.hosts, {0, *answered}
+        missing = [host for node, host in enumerate(hosts) if node not in known]
+        return (
+            f"{', '.join(missing)}: no answer within {timeout_s:.0f} s, of {len(hosts)} nodes; is port"
+            f" {self.port} of {self.allocation.host} open to it, and does Python start there"
+            " (launch.join_timeout_s)?"
+        )
 
 
-def _say(connection: socket.socket, message: Message) -> None:
+def _send_line(connection: socket.socket, line: str) -> None:
     with suppress(OSError):
-        connection.sendall(json.dumps(message, ensure_ascii=False).encode() + b"\n")
+        connection.sendall(line.encode() + b"\n")
 
 
 def _close(connection: socket.socket) -> None:

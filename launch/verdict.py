@@ -1,23 +1,16 @@
-"""How an attempt ended: what the user is told of it, what history keeps, and the exit code."""
+"""How an attempt ended: what the user reads, what the history records, and the exit code."""
 
-import re
 import signal
 
 from rich.console import Console
 
 from qwenlora.launch.children import Children
+from qwenlora.launch.deaths import first_killed
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.history import EXIT_CODES
-from qwenlora.run.records import RankError
+from qwenlora.run.records import RankError, Reason
 
 TAIL_LINES = 15
-# in torchrun's report of a failure; an exit code below 0 is a signal
-_FIRST_KILLED = re.compile(r"\(first observed failure\):.*?rank\s+: (\d+).*?exitcode\s+: -(\d+)", re.DOTALL)
-
-
-def killed_line(rank: int, number: int) -> str:
-    """Return what an agent that saw a rank end by a signal writes to its log: as torchrun would."""
-    return f"(first observed failure): rank : {rank} exitcode : -{number}\n"
 
 
 def conclude(
@@ -30,59 +23,66 @@ def conclude(
     fault: str = "",
     cause: str = "",
 ) -> int:
-    """Note how the attempt ended, tell the user what they need to know, return the exit code.
+    """Record how the attempt ended, tell the user what they need to know, return the exit code.
 
-    code: of the processes on this node; fault: what the agents saw to go wrong, if anything; cause: what
-    Slurm did, in its word.
+    code: of this node's processes; fault: what the agents saw go wrong, if anything; cause: what Slurm did,
+    in its word.
     """
-    attempts = folder.history.attempts()
-    reason = attempts[-1].reason if attempts else None  # none: the run folder is gone
-    if reason is None:  # rank 0 did not live to say
-        error = first_error(folder, attempt)
-        message = fault or (error.message if error else f"a process ended without a word (exit code {code})")
-        if (
-            code == 0 and not fault and not children.asked and folder.adapter.exists()
-        ):  # it could not be noted
+    last = folder.history.last()  # None: the run folder is gone
+    reason = last.reason if last else None
+    if reason is None:  # rank 0 could not record it
+        if code == 0 and not fault and not children.stop_requested and folder.adapter.exists():
             return EXIT_CODES["done"]
-        if children.asked and not error and not fault:
-            reason, message = "stopped", f"{children.why}: before it saved anything"
-            newest = next((path.name for path in folder.checkpoints()), "")
-            then = f"goes on from {newest}" if newest else "starts again"
-            console.print(f"stopped before anything of this attempt was saved; the same command {then}")
-        elif error and error.code == 2 and not fault:
-            reason = "refused"
-            console.print(f"error: {message}", style="red", soft_wrap=True)
-        else:
-            reason = "failed"
-            explain(folder, attempt, message, None if fault else error, console, tail=not fault)
+        reason, message = _explain_end(folder, attempt, code, children, console, fault)
         folder.end_attempt(reason, message)
-    elif reason == "stopped" and children.asked:
-        folder.note_attempt(message=children.why)  # ranks are told to stop by SIGTERM, whoever asked
+    elif reason == "stopped" and children.stop_requested:
+        # the agent stops ranks by SIGTERM, whichever signal it got
+        folder.note_attempt(message=children.stop_signal)
     if cause:
         folder.note_attempt(cause=None if reason == "done" else cause)
     return EXIT_CODES[reason]
 
 
+def _explain_end(
+    folder: RunFolder, attempt: int, code: int, children: Children, console: Console, fault: str
+) -> tuple[Reason, str]:
+    """Tell the user why the attempt ended; return that as reason and message."""
+    error = first_error(folder, attempt)
+    if children.stop_requested and not error and not fault:
+        newest = next((path.name for path in folder.checkpoints()), "")
+        then = f"goes on from {newest}" if newest else "starts again"
+        console.print(f"stopped before anything of this attempt was saved; the same command {then}")
+        return "stopped", f"{children.stop_signal}: before it saved anything"
+    if error and error.code == EXIT_CODES["refused"] and not fault:
+        console.print(f"error: {error.message}", style="red", soft_wrap=True)
+        return "refused", error.message
+    if fault:
+        error = None
+    message = fault or (error.message if error else f"a process ended without a word (exit code {code})")
+    explain_failure(folder, attempt, message, error, console, tail=not fault)
+    return "failed", message
+
+
 def first_error(folder: RunFolder, attempt: int) -> RankError | None:
     """Return the error of the rank that failed first: the others mostly fail because it did.
 
-    A rank that was killed could not say so; torchrun knows.
+    A rank that was killed could not write its error; torchrun reports it.
     """
     errors = folder.errors(attempt)
     for log in sorted(folder.logs(attempt).glob("launch*.log")):  # one a node
-        if not (killed := _FIRST_KILLED.search(log.read_text(encoding="utf-8", errors="replace"))):
+        if not (killed := first_killed(log.read_text(encoding="utf-8", errors="replace"))):
             continue
-        rank, number = f"rank-{killed[1]}", int(killed[2])
-        # one that has said why may be met by a signal while it leaves
+        rank, number = f"rank-{killed[0]}", killed[1]
+        # launchers end the other ranks by SIGTERM; a rank that has written its error died of that
         if number != signal.SIGTERM and rank not in {error.process for error in errors}:
             message = f"{rank.replace('-', ' ')} was killed by {signal.Signals(number).name}, not by qwenlora"
             if number == signal.SIGKILL:
-                message += ": by hand, by the scheduler, or for want of memory (dmesg says)"
+                message += ": by hand, by the scheduler, or for lack of memory (dmesg says)"
             return RankError(process=rank, time=0.0, message=message, code=1, ours=False)
     return min(errors, key=lambda error: error.time, default=None)
 
 
-def explain(
+def explain_failure(
     folder: RunFolder,
     attempt: int,
     message: str,
@@ -91,7 +91,7 @@ def explain(
     *,
     tail: bool = True,
 ) -> None:
-    """Say why the attempt failed, with the last lines of the log of the process that failed first."""
+    """Print why the attempt failed, with the last lines of the log of the process that failed first."""
     log = folder.log(attempt, error.process if error else "launch")
     console.print(f"failed: {message}", style="red", soft_wrap=True)
     if not tail or not log.exists() or (error and error.ours):

@@ -26,8 +26,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
 from qwenlora.configs import Config
+from qwenlora.run.changes import Changes, allows, changes
 from qwenlora.run.disk import sha256
-from qwenlora.run.folder import Changes, RunFolder, allows, changes, step_of
+from qwenlora.run.folder import RunFolder, step_of
 from qwenlora.run.records import FileEntry, Identity, Manifest, State
 
 MANIFEST = "manifest.json"
@@ -37,10 +38,9 @@ STATE = "state.json"
 
 
 class Chosen(NamedTuple):
-    """What to resume from. folder: None starts at the first step; passed_over: newer ones, each with its
-    reason.
+    """What to resume from. folder: None starts at the first step; passed_over: newer ones, and why.
 
-    changed: what is another way in the config since, and does not matter or is allowed to.
+    changed: permitted changes of the config since the checkpoint, as text.
     """
 
     folder: Path | None
@@ -113,30 +113,34 @@ def content(folder: Path, name: str) -> bytes:
 
 
 def flaw(folder: Path, *, thorough: bool = True) -> str:
-    """Return why a folder is no whole checkpoint, or an empty text. thorough: every byte, not sizes alone."""
+    """Return why a folder is not a whole checkpoint, or an empty text. thorough: hash every byte."""
     if not folder.is_dir():
         return "is no folder"
     try:
-        record = read(folder)
-        if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{record.step}":
-            return f"is checkpoint-{record.step} by another name"
-        for name, expected in record.files.items():
-            file = folder / name
-            if not file.is_file():
-                return f"lacks {name}"
-            if (found := file.stat().st_size) != expected.bytes:
-                return f"has {name} of {found} bytes, {expected.bytes} were written"
-            if thorough and sha256(file) != expected.sha256:
-                return f"has {name} with other bytes than were written (SHA-256)"
-        return adapter_flaw(folder) if thorough else ""
+        manifest = read(folder)
+        if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{manifest.step}":
+            return f"is checkpoint-{manifest.step} by another name"
+        flaws = (_file_flaw(folder / name, entry, thorough) for name, entry in manifest.files.items())
+        return next(filter(None, flaws), "") or (adapter_flaw(folder) if thorough else "")
     except ValueError as error:
         return str(error)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
 
 
+def _file_flaw(file: Path, written: FileEntry, thorough: bool) -> str:
+    """Return how a file of a checkpoint differs from what was written, or an empty text."""
+    if not file.is_file():
+        return f"lacks {file.name}"
+    if (size := file.stat().st_size) != written.bytes:
+        return f"has {file.name} of {size} bytes, {written.bytes} were written"
+    if thorough and sha256(file) != written.sha256:
+        return f"has {file.name} with other bytes than were written (SHA-256)"
+    return ""
+
+
 def adapter_flaw(folder: Path) -> str:
-    """Return why an adapter cannot be gone on from, though it is as it was written; or an empty text."""
+    """Return why an undamaged adapter is not fit to resume from, or an empty text."""
     try:
         tensors = load_safetensors((folder / ADAPTER).read_bytes())
     except (SafetensorError, TypeError) as error:
@@ -144,8 +148,8 @@ def adapter_flaw(folder: Path) -> str:
     for name, values in sorted(tensors.items()):
         if not np.isfinite(values).all():
             return f"has numbers in its adapter that are not finite ({name})"
-    seconds = [values for name, values in tensors.items() if "lora_B" in name]
-    if seconds and State.read(folder / STATE).moved and not any(values.any() for values in seconds):
+    lora_b = [values for name, values in tensors.items() if "lora_B" in name]
+    if lora_b and State.read(folder / STATE).moved and not any(values.any() for values in lora_b):
         return "has an adapter that is all zero (every lora_B), though it was trained"
     return ""
 
@@ -155,7 +159,7 @@ def choose(run: RunFolder, resume: str, identity: Identity, allowed: Sequence[st
 
     resume: auto (the newest whole one, if any), none, or the name or path of one; allowed: config keys that
     may differ.
-    Raises: ValueError when the one named is not whole or another run's, or there are only broken ones.
+    Raises: ValueError when the named one is broken or another run's, or when all are broken.
     """
     if resume == "none":
         return Chosen(None, [], "")
@@ -165,12 +169,12 @@ def choose(run: RunFolder, resume: str, identity: Identity, allowed: Sequence[st
             raise ValueError(
                 f"--resume {resume}: {folder} {why}; name another, or --resume auto takes the newest"
             )
-        return Chosen(folder, [], _changed(folder, identity, allowed))
+        return Chosen(folder, [], _permitted_changes(folder, identity, allowed))
     passed_over: list[str] = []
     for folder in run.checkpoints():
         why = flaw(folder)
         if not why:
-            return Chosen(folder, passed_over, _changed(folder, identity, allowed))
+            return Chosen(folder, passed_over, _permitted_changes(folder, identity, allowed))
         passed_over.append(f"{folder.name} {why}")
     if passed_over:
         raise ValueError(
@@ -181,9 +185,9 @@ def choose(run: RunFolder, resume: str, identity: Identity, allowed: Sequence[st
 
 
 def named(run: RunFolder, resume: str, config: dict[str, Any], allowed: Sequence[str] = ()) -> Path:
-    """Return the folder that --resume names: in the run folder, or a path. Only its manifest is looked at.
+    """Return the folder that --resume names: in the run folder, or a path. Only its manifest is read.
 
-    Raises: ValueError when it is not there, is no checkpoint, or is of another config.
+    Raises: ValueError when it does not exist, is no checkpoint, or was written with another config.
     """
     inside, outside = run.path / resume, Path(resume).expanduser().absolute()
     folder = inside if inside.is_dir() else outside
@@ -207,7 +211,7 @@ def named(run: RunFolder, resume: str, config: dict[str, Any], allowed: Sequence
 def _refuse_another_config(
     folder: Path, theirs: dict[str, Any], ours: dict[str, Any], allowed: Sequence[str]
 ) -> Changes:
-    """Return what changed since a checkpoint was written. Raises: ValueError when that may not."""
+    """Return how the config has changed since a checkpoint. Raises: ValueError when it must not."""
     try:
         then = Config.model_validate_json(json.dumps(theirs))
     except ValidationError:
@@ -220,8 +224,8 @@ def _refuse_another_config(
     return changed
 
 
-def _changed(folder: Path, identity: Identity, allowed: Sequence[str]) -> str:
-    """Return what changed since a whole checkpoint that may. Raises: ValueError when it is another run's."""
+def _permitted_changes(folder: Path, identity: Identity, allowed: Sequence[str]) -> str:
+    """Return the permitted changes since a checkpoint. Raises: ValueError when it is another run's."""
     theirs = read(folder).identity
     changed = _refuse_another_config(folder, theirs.config, identity.config, allowed)
     if theirs.data != identity.data and not allows("data", allowed):
@@ -237,11 +241,7 @@ def _changed(folder: Path, identity: Identity, allowed: Sequence[str]) -> str:
 
 
 def set_aside_newer(run: RunFolder, step: int) -> list[str]:
-    """Rename the checkpoints past step, which a resume from there abandons, so that none is taken for this
-    run's.
-
-    Returns: their names from now on.
-    """
+    """Rename the checkpoints past a step, which a resume from there abandons; return their new names."""
     names = []
     for folder in run.checkpoints():
         if step_of(folder) > step:
@@ -253,8 +253,8 @@ def set_aside_newer(run: RunFolder, step: int) -> list[str]:
 
 
 def clear_leftovers(run: RunFolder) -> None:
-    """Remove what killed attempts were writing or removing; one that was written, but not renamed, is
-    kept."""
+    """Remove checkpoints that a killed attempt was writing or removing; keep one that only lacked its
+    name."""
     for staging in run.path.glob(".staging-checkpoint-*"):
         folder = run.path / staging.name.removeprefix(".staging-")
         if not folder.exists() and not flaw(staging) and read(staging).step == step_of(folder):
@@ -265,11 +265,10 @@ def clear_leftovers(run: RunFolder) -> None:
 
 
 def rotate(run: RunFolder, limit: int | None, losses: dict[int, float]) -> None:
-    """Remove the oldest whole checkpoints beyond limit, never the newest, nor the best of those that are
-    there.
+    """Remove the oldest whole checkpoints beyond limit, but neither the newest nor the best.
 
-    losses: {step: eval_loss}, by which the best is found; empty when it does not matter. With a limit of 1
-    the best is kept besides the newest.
+    losses: {step: eval_loss}, to find the best; empty when it does not matter. With a limit of 1 the best is
+    kept besides the newest.
     """
     whole = [folder for folder in run.checkpoints() if not flaw(folder, thorough=False)]
     kept = whole[: limit or None]
@@ -283,8 +282,7 @@ def rotate(run: RunFolder, limit: int | None, losses: dict[int, float]) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, whole or broken, there or not: first its name, so that half a one is never
-    seen."""
+    """Remove a checkpoint if it exists. It is renamed first, so that half of one is never seen."""
     if folder.exists():
         gone = folder.with_name(f".removing-{folder.name}")
         shutil.rmtree(gone, ignore_errors=True)

@@ -37,19 +37,30 @@ def record(facts: Path, diff: Path) -> None:
         diff.unlink(missing_ok=True)
 
 
+def own_commit() -> str | None:
+    """Return the commit of the package's own clone, with -dirty after changes; None when there is no
+    clone."""
+    return _commit(package()) if (package() / ".git").exists() else None
+
+
+def _commit(folder: Path) -> str | None:
+    return _ask_git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip() or None
+
+
+def _ask_git(folder: Path, *arguments: str) -> str:
+    """Return what git prints; empty when it fails or is not there."""
+    if not shutil.which("git"):
+        return ""
+    answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
+    return answer.stdout.decode(errors="replace") if answer.returncode == 0 else ""
+
+
 def _git() -> tuple[str | None, str]:
     """Return the commit and the changes since, of the package's own clone if it runs from one, else of this
     folder."""
-    if not shutil.which("git"):
-        return None, ""
     folder = package() if (package() / ".git").exists() else Path.cwd()
-
-    def ask(*arguments: str) -> str:
-        answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
-        return answer.stdout.decode(errors="replace") if answer.returncode == 0 else ""
-
-    commit = ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
-    changes = ask("diff", "HEAD") if commit.endswith("-dirty") else ""
+    commit = _commit(folder)
+    changes = _ask_git(folder, "diff", "HEAD") if commit and commit.endswith("-dirty") else ""
     if len(changes) > _LONGEST_DIFF:
         changes = changes[:_LONGEST_DIFF] + "\n(cut here: the changes are longer)\n"
-    return commit or None, changes
+    return commit, changes

@@ -1,15 +1,19 @@
-"""What comparison.json holds: compare.py writes it into the run folder, report.py shows it."""
+"""What comparison.json holds: `qwenlora compare` writes it into the run folder, reports and model cards show
+it."""
 
 import math
-from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from qwenlora.run.records import Record
 
 
-class Subject(BaseModel):
-    """One that was asked. adapter: its folder's name; own: that folder is of the run in which comparison.json
-    lies."""
+class ComparedModel(BaseModel):
+    """A model that was asked. adapter: its folder's name, None for a base; own: that folder is of the run in
+    which comparison.json lies."""
+
+    model_config = ConfigDict(frozen=True)
 
     label: str
     adapter: str | None = None
@@ -17,7 +21,9 @@ class Subject(BaseModel):
 
 
 class Measure(BaseModel):
-    """A number of each subject, in the subjects' order. count: of how many questions."""
+    """A number of each model, in the models' order. count: of how many questions."""
+
+    model_config = ConfigDict(frozen=True)
 
     set: str
     measure: str
@@ -28,15 +34,17 @@ class Measure(BaseModel):
 
     @property
     def best(self) -> float | None:
-        """The best value, where there are different ones."""
+        """The best value; None where all are equal."""
         known = {value for value in self.values if value is not None and math.isfinite(value)}
         if len(known) < 2:
             return None
         return max(known) if self.better == "higher" else min(known)
 
 
-class Answered(BaseModel):
-    """A question, what each subject answered, and whether that was right, where it can be told."""
+class AnsweredQuestion(BaseModel):
+    """A question, the answer of each model, and whether that was right, where it can be told."""
+
+    model_config = ConfigDict(frozen=True)
 
     set: str
     kind: str | None = None
@@ -46,43 +54,33 @@ class Answered(BaseModel):
     right: list[bool | None]
 
 
-class Comparison(BaseModel):
-    """The whole file. made: ISO time."""
+class Comparison(Record):
+    """The whole file. made: ISO time; subjects: the models that were asked."""
+
+    model_config = ConfigDict(ser_json_inf_nan="null")
 
     made: str = ""
     seed: int | None = None
-    subjects: list[Subject]
+    subjects: list[ComparedModel]
     measures: list[Measure]
-    answers: list[Answered]
+    answers: list[AnsweredQuestion]
 
     @model_validator(mode="after")
-    def _one_for_each_subject(self) -> "Comparison":
+    def _one_for_each_model(self) -> "Comparison":
         lengths = {len(measure.values) for measure in self.measures}
-        lengths |= {len(row) for one in self.answers for row in (one.answers, one.right)}
+        lengths |= {len(values) for row in self.answers for values in (row.answers, row.right)}
         if lengths - {len(self.subjects)}:
             raise ValueError(f"there are {len(self.subjects)} subjects, but rows of {sorted(lengths)} values")
         return self
 
     @property
-    def measured(self) -> dict[str, list[Measure]]:
-        """The measures by set."""
-        names = dict.fromkeys(one.set for one in self.measures)
-        return {name: [one for one in self.measures if one.set == name] for name in names}
+    def measures_by_set(self) -> dict[str, list[Measure]]:
+        """{set: its measures}."""
+        names = dict.fromkeys(measure.set for measure in self.measures)
+        return {name: [measure for measure in self.measures if measure.set == name] for name in names}
 
     @property
-    def sets(self) -> dict[str, list[Answered]]:
-        """The answers by set."""
-        names = dict.fromkeys(one.set for one in self.answers)
-        return {name: [one for one in self.answers if one.set == name] for name in names}
-
-
-def read(file: Path) -> Comparison | None:
-    """Return what was compared; None without the file. Raises: ValueError when it is damaged."""
-    try:
-        return Comparison.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+    def answers_by_set(self) -> dict[str, list[AnsweredQuestion]]:
+        """{set: its questions and answers}."""
+        names = dict.fromkeys(row.set for row in self.answers)
+        return {name: [row for row in self.answers if row.set == name] for name in names}

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 
 SUMS = "SHA256SUMS"  # as sha256sum writes it: `sha256sum --check SHA256SUMS` checks the folder, too
@@ -28,10 +29,9 @@ def sync(path: Path) -> None:
 
 
 def settle(folder: Path) -> list[Path]:
-    """Wait until all files of a folder are on the disk, and open them to those whom the umask lets in; return
-    them.
+    """Wait until all files of a folder are on the disk, give them the umask's permissions, and return them.
 
-    Libraries that write by way of a temporary file leave it closed to everyone else.
+    Libraries that write by way of a temporary file leave it readable by its owner alone.
     """
     mask = os.umask(0)
     os.umask(mask)
@@ -43,26 +43,36 @@ def settle(folder: Path) -> list[Path]:
 
 
 def seal(folder: Path, *, but: str) -> None:
-    """Leave the hashes of a folder's files beside them. but: the file that people may edit."""
+    """Write SHA256SUMS, the hashes of a folder's files. but: the file that people may edit."""
     files = sorted(file for file in folder.iterdir() if file.name not in (SUMS, but))
     (folder / SUMS).write_text("".join(f"{sha256(file)}  {file.name}\n" for file in files), encoding="utf-8")
 
 
 def broken_seal(folder: Path) -> str:
-    """Return which of a sealed folder's files is not as it was, and how; an empty text when there is none."""
+    """Return which file of a sealed folder has changed, and how; an empty text when none has."""
     if not (folder / SUMS).is_file():
         return ""
     lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     if not lines:
         return f"has a {SUMS} that is damaged"
     for line in lines:
-        if not (said := re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line)):
+        if not (entry := re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line)):
             return f"has a {SUMS} that is damaged"
-        if not (folder / said[2]).is_file():
-            return f"lacks {said[2]}"
-        if sha256(folder / said[2]) != said[1]:
-            return f"has {said[2]} with other bytes than were written (SHA-256)"
+        if not (folder / entry[2]).is_file():
+            return f"lacks {entry[2]}"
+        if sha256(folder / entry[2]) != entry[1]:
+            return f"has {entry[2]} with other bytes than were written (SHA-256)"
     return ""
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes may still be written to a folder's disk."""
+    return shutil.disk_usage(folder).free
+
+
+def free_files(folder: Path) -> int:
+    """Return how many files a folder's disk can still take (inodes); 0 where it has no limit."""
+    return os.statvfs(folder).f_favail
 
 
 def sha256(path: Path) -> str:

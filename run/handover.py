@@ -1,22 +1,19 @@
-"""What an agent tells its ranks, by way of the environment; and what a rank started by hand assumes
-instead."""
+"""What an agent passes to its ranks, in an environment variable; and what a rank started by hand assumes."""
 
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-_NAME = "QWENLORA_HANDOVER"
+from pydantic import TypeAdapter
+
+_VARIABLE = "QWENLORA_HANDOVER"
 
 
 @dataclass(frozen=True)
 class Handover:
     """attempt: its number, 0 without an agent; resume: which checkpoint; allowed: config keys that may differ
-    from it.
-
-    prepare_s: seconds that preparation took; beats: the node's folder for signs of life (heartbeat.py), if
-    any;
-    only_check: ranks check what they can before the start, and leave; screen: where rank 0 borrows the
-    agent's screen (lent_screen.py), if its own standard output is not that.
+    from the run's earlier attempts; prepare_s: seconds that preparation took; beats: the node's folder for
+    signs of life (heartbeat.py), if any; only_check: ranks do the checks before a start, and leave; screen:
+    where rank 0 borrows the agent's screen (lent_screen.py), unless its own standard output is that.
     """
 
     attempt: int = 0
@@ -32,23 +29,16 @@ class Handover:
         """Whether an agent started this process and looks after the run folder."""
         return self.attempt > 0 or self.only_check
 
-    def as_json(self) -> str:
-        """Return this as text."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def of_json(cls, text: str) -> "Handover":
-        """Return what as_json wrote."""
-        values = json.loads(text)
-        return cls(**values | {"allowed": tuple(values["allowed"])})
-
     def environment(self) -> dict[str, str]:
         """Return the environment variables that carry this."""
-        return {_NAME: self.as_json()}
+        return {_VARIABLE: _JSON.dump_json(self).decode()}
+
+
+_JSON = TypeAdapter(Handover)
 
 
 def received() -> Handover:
-    """Return what the agent said. By hand: QWENLORA_RESUME chooses a checkpoint."""
-    if _NAME not in os.environ:
+    """Return what the agent passed on. By hand, QWENLORA_RESUME chooses a checkpoint."""
+    if _VARIABLE not in os.environ:
         return Handover(resume=os.environ.get("QWENLORA_RESUME", "auto"))
-    return Handover.of_json(os.environ[_NAME])
+    return _JSON.validate_json(os.environ[_VARIABLE])

@@ -1,8 +1,7 @@
-"""Signs of life: each rank of a node writes over one small file when it comes further; the node's agent reads
-them.
+"""Signs of life: each rank overwrites one small file when it makes progress; its node's agent reads them.
 
-The folder is the node's own memory (/dev/shm where there is one), so that a thousand ranks cost a shared file
-system nothing.
+The folder is in the node's own memory (/dev/shm where there is one), so that a thousand ranks cost a shared
+file system nothing.
 """
 
 import json
@@ -13,15 +12,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-STACKS_SIGNAL = (
-    signal.SIGRTMIN + 7
-)  # a rank that gets it writes its threads' stacks to its log; nobody else uses it
-_WIDTH = 160  # bytes: written over in place, so it must not change
+# a rank that gets it writes its threads' stacks to its log; nobody else uses it
+STACKS_SIGNAL = signal.SIGRTMIN + 7
+_WIDTH = 160  # bytes: overwritten in place, so it must not change
 
 
 class Beat(NamedTuple):
-    """A rank's last sign of life. beats: how many it gave, so who has fewer is behind; at:
-    time.monotonic()."""
+    """A rank's last sign of life. beats: how many so far: fewer is behind; at: time.monotonic()."""
 
     rank: int
     pid: int
@@ -40,8 +37,7 @@ class Heart:
         )
 
     def beat(self, step: int | None = None) -> None:
-        """Say that this rank has come further. step: the optimizer step that is under way, if it is another
-        one."""
+        """Report progress. step: the optimizer step that is under way; None for the same as before."""
         if self._descriptor < 0:
             return
         self._step = self._step if step is None else step
@@ -51,20 +47,20 @@ class Heart:
 
 
 def make_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a folder of this node for its ranks' beats."""
-    memory = Path("/dev/shm")  # noqa: S108 (the folder in it has a name of its own, and is closed to others)
+    """Return a new folder on this node for its ranks' beats."""
+    memory = Path("/dev/shm")  # noqa: S108 (the folder in it has a name of its own, and others cannot read it)
     usable = memory.is_dir() and os.access(memory, os.W_OK)
     return tempfile.TemporaryDirectory(
         prefix="qwenlora-", dir=memory if usable else None, ignore_cleanup_errors=True
     )
 
 
-def read(folder: str) -> list[Beat]:
-    """Return the last beat of each rank of this node, by rank; those that gave none are missing."""
+def read_beats(folder: str) -> list[Beat]:
+    """Return the last beat of each rank of this node, by rank; ranks without one are left out."""
     beats = []
     for file in Path(folder).iterdir():
         try:
             beats.append(Beat(*json.loads(file.read_bytes())))
-        except (OSError, ValueError, TypeError):  # opened, but nothing written yet
+        except (OSError, ValueError, TypeError):  # opened, not written yet
             continue
     return sorted(beats)

@@ -88,7 +88,7 @@ class History:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def so_far(self, reason: Reason) -> list[Attempt]:
+    def so_far(self, reason: Reason | None = None) -> list[Attempt]:
         """Return the attempts as they would be if the last one ended now."""
         attempts = self.attempts()
         if attempts and not attempts[-1].end:
@@ -96,7 +96,7 @@ class History:
         return attempts
 
     def _close(
-        self, attempts: list[Attempt], reason: Reason, message: str, end: datetime | None = None
+        self, attempts: list[Attempt], reason: Reason | None, message: str, end: datetime | None = None
     ) -> None:
         """Give the last attempt its end. end: default: the time of its last step, or its start without
         one."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 @contextmanager
 def lend(folder: str) -> Iterator[str]:
-    """Lend this process' standard output while the block runs; yield the path at which borrow gets it."""
+    """Lend this process' standard output while the block runs; yield the path to borrow it at."""
     path = str(Path(folder) / "screen")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -31,14 +31,14 @@ def _hand_out(listener: socket.socket) -> None:
     while True:
         try:
             connection, _ = listener.accept()
-        except OSError:  # it is shut
+        except OSError:  # closed
             return
-        with connection, suppress(OSError):  # one who asked may be gone
+        with connection, suppress(OSError):  # the borrower may be gone
             socket.send_fds(connection, [b"screen"], [1])
 
 
 def borrow(path: str) -> int:
-    """Return a descriptor of the lent screen; of this process' own standard output, when none was lent."""
+    """Return a descriptor of the lent screen, or of this process' own standard output without a path."""
     if not path:
         return os.dup(1)
     with socket.socket(socket.AF_UNIX) as connection:

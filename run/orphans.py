@@ -1,4 +1,4 @@
-"""No process outlives the one that started it: a killed agent must not leave ranks that go on writing."""
+"""Makes a process end with its parent: a killed agent must not leave ranks that go on writing."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent ends, however it ends.
 
-    parent: its pid, where it is known: it may have ended before this is called. Default: who is it now.
+    parent: its pid, if known: it may have ended before this call. Default: the current parent.
     """
     parent = parent or os.getppid()
     if _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:

@@ -1,8 +1,8 @@
-"""Asks Slurm about a job, and reads what it answers.
+"""Asks Slurm about a job, and reads the answer.
 
-`scontrol show job` knows most, but calls a job whose processes are being stopped COMPLETING (or, after a lost
-node, PENDING already). Why they are stopped is in the accounting (sacct) at that moment. Without accounting
-it is guessed.
+`scontrol show job` knows most, but shows a job whose processes are being stopped as COMPLETING (or, after a
+node was lost, as PENDING already). Why they are stopped is in the accounting (sacct) at that moment. Without
+accounting it is guessed.
 """
 
 import os
@@ -20,21 +20,19 @@ COLUMNS = "JobIDRaw,JobID,State,Reason,NodeList,WorkDir,JobName,Submit,Start,End
 SEPARATOR = "\x1f"
 
 
-class Job(NamedTuple):
-    """A job, or one incarnation of it. Times are seconds since 1970, None: not known or not yet.
+class JobInfo(NamedTuple):
+    """A job, or one incarnation of it. Times are seconds since 1970; None: not known, or not yet.
 
     job_id: 12, or 12_3 for task 3 of an array
-    state: in Slurm's words, what is behind COMPLETING included: PENDING, RUNNING, CANCELLED, TIMEOUT,
-    PREEMPTED,
-        NODE_FAIL, REQUEUED, COMPLETED, FAILED ...
+    state: in Slurm's words; of a job that is COMPLETING, how it ends: PENDING, RUNNING, CANCELLED, TIMEOUT,
+        PREEMPTED, NODE_FAIL, REQUEUED, COMPLETED, FAILED ...
     completing: its processes are being stopped
-    restarts: how often Slurm has put it back into the queue, the time under way included
-    requeue: Slurm may do so; not known, so False, once only the accounting remembers the job
-    preempted: by a job that matters more; true from the announcement on, when there is a time of grace
-    seconds_left: until Slurm stops it, at its time limit or when the time of grace is over; None without a
-    time limit
-    nodes: in Slurm's order; of a job that is being stopped, those that still live
-    command: the script and its arguments with a space between: nobody can take that apart again
+    restarts: how often Slurm has put it back into the queue, including now
+    requeue: Slurm may do so; False once only the accounting remembers the job
+    preempted: by a job with a higher priority; true as soon as that is announced, when there is a grace time
+    seconds_left: until Slurm stops it, at its time limit or the end of the grace time; None without a limit
+    nodes: in Slurm's order; of a job that is being stopped, those that are still alive
+    command: the script and its arguments, joined by spaces and so not to be taken apart again
     """
 
     job_id: str
@@ -54,12 +52,17 @@ class Job(NamedTuple):
     start: float | None = None
     end: float | None = None
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it waits, runs, or is being stopped, perhaps to run again."""
+        return self.completing or self.state in UNDER_WAY
 
-def ask(job_id: str, restarts: int | None = None) -> Job | None:
+
+def ask(job_id: str, restarts: int | None = None) -> JobInfo | None:
     """Return what Slurm says of a job, or None when there is no Slurm or it does not know the job.
 
-    restarts: what SLURM_RESTART_COUNT says in the asking process, 0 when unset. The answer is then about the
-    incarnation that it belongs to, even when the job is already waiting to run again.
+    restarts: SLURM_RESTART_COUNT of the asking process, 0 when unset. The answer is then about the
+    incarnation that this process belongs to, even when the job is already waiting to run again.
     """
     job = _show(job_id)
     if job is None:
@@ -80,13 +83,13 @@ def ask(job_id: str, restarts: int | None = None) -> Job | None:
     )
 
 
-def history(job_id: str) -> list[Job]:
+def history(job_id: str) -> list[JobInfo]:
     """Return the incarnations of a job, the first one first: number n is the one with SLURM_RESTART_COUNT n.
 
     An empty list: there is no accounting, or it does not know the job.
     """
     answer = _run("sacct", "-D", "-X", "-n", "-P", f"--delimiter={SEPARATOR}", "-o", COLUMNS, "-j", job_id)
-    jobs: list[Job] = []
+    jobs: list[JobInfo] = []
     for record in answer.stdout.split("\n") if answer else ():
         fields = record.split(SEPARATOR)
         # an array's number names all its tasks, and one of them by itself
@@ -95,7 +98,7 @@ def history(job_id: str) -> list[Job]:
         _, name_of_task, state, reason, nodes, work_dir, name, submit, start, end = fields
         state = state.split()[0]  # CANCELLED by 1000
         jobs.append(
-            Job(
+            JobInfo(
                 job_id=name_of_task,
                 state=state,
                 reason=_known(reason),
@@ -113,12 +116,12 @@ def history(job_id: str) -> list[Job]:
 
 
 def requeue(job_id: str) -> str:
-    """Put a job back into the queue; return why that failed, or an empty text. One that waits already is left
-    as it is.
+    """Put a job back into the queue; return why that failed, or an empty text.
 
-    It works while the job is being stopped, at its time limit too. After scancel it undoes that: ask first.
+    A job that waits already is left as it is. It works while the job is being stopped, at its time limit too.
+    After scancel it undoes that: ask first.
     """
-    job = _show(job_id)  # its name in an array is needed: `scontrol requeue NUMBER` may be the whole array
+    job = _show(job_id)  # for its id in an array: `scontrol requeue NUMBER` may mean the whole array
     if job is None:
         return "Slurm does not know the job"
     answer = _run("scontrol", "requeue", job.job_id)
@@ -134,15 +137,13 @@ def hosts(nodelist: str) -> tuple[str, ...]:
         parts = re.findall(r"\[.*?\]|[^\[]+", word)
         if "".join(parts) != word:
             raise ValueError(f"no names of nodes: {word}")
-        names += map(
-            "".join, product(*(_numbers(part[1:-1]) if part[0] == "[" else [part] for part in parts))
-        )
+        choices = [_numbers(part[1:-1]) if part[0] == "[" else [part] for part in parts]
+        names += map("".join, product(*choices))
     return tuple(names)
 
 
 def _numbers(ranges: str) -> list[str]:
-    """Return the numbers of 1-3,08: as they are written, with as many digits at least as the first of its
-    range."""
+    """Return the numbers of 1-3,08, each with at least as many digits as the first of its range."""
     numbers: list[str] = []
     for part in ranges.split(","):
         low, _, high = part.partition("-")
@@ -152,23 +153,25 @@ def _numbers(ranges: str) -> list[str]:
     return numbers
 
 
-def _show(job_id: str) -> Job | None:
+def _show(job_id: str) -> JobInfo | None:
     """Return what scontrol says. It is asked twice: it may be busy when many jobs end together."""
     for wait in (0.3, 0.0):
         answer = _run("scontrol", "show", "job", job_id)
         if answer is None:
             return None
         jobs = map(_read, re.split(r"\n\s*\n", answer.stdout))  # an array's number names all its tasks
-        found = [job for number, job in jobs if job_id in (number, job.job_id)]
-        if found or "Invalid job id" in answer.stderr:
-            return found[0] if found else None
+        named = [job for number, job in jobs if job_id in (number, job.job_id)]
+        if named or "Invalid job id" in answer.stderr:
+            return named[0] if named else None
         time.sleep(wait)
     return None
 
 
-def _read(record: str) -> tuple[str, Job]:
-    """Return a job of `scontrol show job`, after its number. Not of -o: values have spaces, and end with the
-    line."""
+def _read(record: str) -> tuple[str, JobInfo]:
+    """Return the number and the job of a record of `scontrol show job`.
+
+    Not of its option -o: values have spaces, and only the end of a line ends them.
+    """
 
     def line(pattern: str) -> str:
         match = re.search(rf"^ *{pattern}", record, re.MULTILINE)
@@ -178,7 +181,7 @@ def _read(record: str) -> tuple[str, Job]:
     array, task = line(r"JobId=\d+ ArrayJobId=(\d+)"), line(r"JobId=\d+ ArrayJobId=\d+ ArrayTaskId=(\d+) ")
     stdout, work_dir = line("StdOut=(.*)"), line("WorkDir=(.*)")
     end = _seconds(line(r"StartTime=\S+ EndTime=(\S+)"))
-    return number, Job(
+    return number, JobInfo(
         job_id=f"{array}_{task}" if task else number,
         state=state,
         completing=state == "COMPLETING",
@@ -194,31 +197,30 @@ def _read(record: str) -> tuple[str, Job]:
         name=line("JobId=.* JobName=(.*)"),
         submit=_seconds(line(r"SubmitTime=(\S+)")),
         start=_seconds(line(r"StartTime=(\S+)")),
-        end=end if state != "PENDING" else None,  # what a waiting job shows is made up
+        end=end if state != "PENDING" else None,  # of a waiting job it is only an estimate
     )
 
 
-def _ended(job: Job, restarts: int | None) -> Job | None:
-    """Return the incarnation that is over or being stopped, or None when the accounting has no end of it in
-    time."""
+def _ended(job: JobInfo, restarts: int | None) -> JobInfo | None:
+    """Return the incarnation that has ended or is being stopped; None when the accounting is too late."""
     deadline = time.monotonic() + PATIENCE
     while True:
         past = history(job.job_id)
         if (
             restarts is None
-        ):  # the last that ended, unless that was before this one started (or was put back: a second)
-            found = [each for each in past if each.end and each.end >= (job.start or 0) - 2][-1:]
+        ):  # the last that ended, but not before this one started (or was put back: a second)
+            ended = [each for each in past if each.end and each.end >= (job.start or 0) - 2][-1:]
         else:
-            found = past[restarts : restarts + 1]
-        if found and found[0].state not in UNDER_WAY:
-            return found[0]
+            ended = past[restarts : restarts + 1]
+        if ended and ended[0].state not in UNDER_WAY:
+            return ended[0]
         if time.monotonic() > deadline:
             return None
         time.sleep(0.1)
 
 
-def _guess(job: Job) -> str:
-    """Return how a job ends without accounting. REQUEUED: that, or it was preempted, or a node was lost."""
+def _guess(job: JobInfo) -> str:
+    """Return how a job ends, without accounting. REQUEUED may also be a preemption or a lost node."""
     if job.reason == "TimeLimit":
         return "TIMEOUT"
     return "CANCELLED" if job.completing and job.end else "REQUEUED"
@@ -233,8 +235,7 @@ def _seconds(value: str) -> float | None:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str] | None:
-    """Return how a command of Slurm's ended, with times in seconds since 1970; None when it is not there or
-    hangs."""
+    """Run a command of Slurm's, which shows times in seconds since 1970; None when it is missing or hangs."""
     env = os.environ | {"SLURM_TIME_FORMAT": "%s"}
     try:
         return subprocess.run(

@@ -1,8 +1,7 @@
-"""The rows of a config, looked at before anything is trained: `qwenlora data check` and `qwenlora data
-preview`.
+"""A look at the rows of a config before training: `qwenlora data check` and `qwenlora data preview`.
 
-Both use the run's own tokenizer and template; check prepares the rows as training would, which then starts
-from them.
+Both use the run's own tokenizer and template. The check prepares the rows as training would; training then
+starts from them.
 """
 
 import tempfile
@@ -20,11 +19,11 @@ from qwenlora.configs import Config
 from qwenlora.data import prepared, report
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
-from qwenlora.data.overlength import fit
-from qwenlora.data.sources import SideName
+from qwenlora.data.overlength import cut_to_length
 from qwenlora.data.survey import rows_of_side
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import SideName
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.prepare import notes_of, packs_rows
 
@@ -34,35 +33,35 @@ TRAINED = "black on green"
 def check(config: Config, page: Path | None, console: Console) -> int:
     """Show what the rows are like, and write the same as HTML; return 0, or 2 when training would be refused.
 
-    page: where. Default: beside the run folder.
+    page: the HTML file. Default: beside the run folder.
     """
     run = RunFolder(config.run_dir)
     page = page or run.path.with_name(f"{run.path.name}.data.html")
     tokenizer = _tokenizer(config)
-    data = config.data.model_copy(
-        update={"on_bad_row": "skip"}
-    )  # all rows are looked at, whatever is done then
+    # all rows are looked at, whatever training would do about bad ones
+    data = config.data.model_copy(update={"on_bad_row": "skip"})
     rows = prepared.prepare(data, tokenizer, run.cache(config), console, console.print)
     notes = notes_of(config, rows)
     listed = page.with_suffix(".bad_rows.txt")
-    listed.unlink(missing_ok=True)  # of an earlier check
-    if rows.facts["bad"]:
+    listed.unlink(missing_ok=True)  # an earlier check's
+    if rows.index.bad.count:
         listed.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(listed, "".join(f"{line}\n" for line in rows.bad_lines()))
         notes.append(f"all bad rows are listed in {listed}")
         if config.data.on_bad_row == "skip":
             notes.append(f"left out: {rows.bad_report}")
-    found = report.of(rows, config, tokenizer, packing=packs_rows(config), notes=notes)
-    found.show(console)
-    found.write(page)
+    findings = report.data_report(rows, config, tokenizer, packing=packs_rows(config), notes=notes)
+    findings.show(console)
+    findings.write(page)
     console.print(f"the same as a page: {page}", soft_wrap=True)
-    return 2 if found.refusal else 0
+    return 2 if findings.refusal else 0
 
 
 def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool, console: Console) -> None:
-    """Show rows as the model sees them, trained tokens coloured. first: number of the first row, from 1.
+    """Show rows as the model sees them, trained tokens coloured.
 
-    Raises: ValueError when there is no such row, or one that cannot be trained.
+    first: number of the first row, from 1; ids: show a table of the tokens with their ids instead. Raises:
+    ValueError when there is no such row, or one cannot be trained.
     """
     tokenizer = _tokenizer(config)
     encoder = Encoder(tokenizer, config.data.train_on)
@@ -71,18 +70,15 @@ def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool
         (tokens,) = encoder.encode([row])
         if isinstance(tokens, BadRow):
             raise ValueError(f"{place}: {tokens}")
-        pieces, how = [tokens], ""
+        pieces, note = [tokens], ""
         if len(tokens.ids) > config.data.max_length:
-            pieces = fit(row, tokens, encoder, config.data).pieces
-            how = (
-                f", longer than data.max_length={config.data.max_length}:"
-                f" {_what_was_done(config, len(pieces))}"
-            )
-        console.print(Text(f"{place}: {_counts(tokens)}{how}", style="bold"), soft_wrap=True)
+            pieces = cut_to_length(row, tokens, encoder, config.data).pieces
+            note = f", longer than data.max_length={config.data.max_length}: {_outcome(config, len(pieces))}"
+        console.print(Text(f"{place}: {_counts(tokens)}{note}", style="bold"), soft_wrap=True)
         for piece in pieces:
             if ids:
                 console.print(_table(tokenizer, piece))
-            else:  # no line break that the row has not
+            else:  # soft_wrap: no line breaks but the row's own
                 console.print(_coloured(tokenizer, piece, console), soft_wrap=True)
         shown += 1
     if not shown:
@@ -97,17 +93,17 @@ def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool
 
 def _tokenizer(config: Config) -> Any:
     transformers_logging.disable_progress_bar()
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # of model.name_or_path: tiny; a run folder is only for runs
+    # a folder for the model of model.name_or_path: tiny; a run folder is only for runs
+    with tempfile.TemporaryDirectory() as folder:
         return models.load_tokenizer(config, models.base_of(config, RunFolder(folder)))
 
 
-def _what_was_done(config: Config, pieces: int) -> str:
-    how = config.data.overlength
+def _outcome(config: Config, pieces: int) -> str:
+    """Return what becomes of an over-length row. pieces: rows that are made of it."""
+    policy = config.data.overlength
     if not pieces:
-        return "refused" if how == "error" else "dropped"
-    return f"split into {pieces} row{'s' * (pieces > 1)}" if how == "split" else "truncated"
+        return "refused" if policy == "error" else "dropped"
+    return f"split into {pieces} row{'s' * (pieces > 1)}" if policy == "split" else "truncated"
 
 
 def _counts(tokens: Tokens) -> str:
@@ -115,8 +111,8 @@ def _counts(tokens: Tokens) -> str:
     return f"{len(tokens.ids):,} tokens, {trained:,} trained"
 
 
-def _runs(tokens: Tokens) -> list[tuple[int, int]]:
-    """Return [start, end) of each run of tokens that are all trained, or all not."""
+def _stretches(tokens: Tokens) -> list[tuple[int, int]]:
+    """Return [start, end) of each stretch of tokens that are all trained, or all not."""
     borders = np.flatnonzero(np.diff(tokens.trained.astype(np.int8))) + 1
     edges = [0, *borders.tolist(), len(tokens.ids)]
     return list(pairwise(edges))
@@ -124,12 +120,12 @@ def _runs(tokens: Tokens) -> list[tuple[int, int]]:
 
 def _coloured(tokenizer: Any, tokens: Tokens, console: Console) -> Text:
     text = Text()
-    for start, end in _runs(tokens):
-        said = tokenizer.decode(tokens.ids[start:end]).replace("\t", "⇥")
+    for start, end in _stretches(tokens):
+        words = tokenizer.decode(tokens.ids[start:end]).replace("\t", "⇥")
         if not tokens.trained[start]:
-            text.append(said)
+            text.append(words)
         else:
-            text.append(said if console.color_system else f"⟦{said}⟧", style=TRAINED)
+            text.append(words if console.color_system else f"⟦{words}⟧", style=TRAINED)
     return text
 
 
@@ -138,6 +134,6 @@ def _table(tokenizer: Any, tokens: Tokens) -> Table:
     for name in ("position", "id", "token", "trained"):
         table.add_column(name, justify="left" if name == "token" else "right", overflow="fold")
     for number, (token, trained) in enumerate(zip(tokens.ids.tolist(), tokens.trained.tolist(), strict=True)):
-        said = Text(repr(tokenizer.decode([token]))[1:-1], style=TRAINED if trained else "")
-        table.add_row(str(number), str(token), said, "yes" if trained else "")
+        words = Text(repr(tokenizer.decode([token]))[1:-1], style=TRAINED if trained else "")
+        table.add_row(str(number), str(token), words, "yes" if trained else "")
     return table

@@ -1,12 +1,10 @@
-"""Everything that is done once before the ranks start: the base model is found, the data tokenised, limits
-checked.
+"""Preparation, once before the ranks start: find the base model, tokenise the rows, check what would fail
+later.
 
 `python -m qwenlora.trainer.main runs/my-run/config.yaml --prepare-only`: a process of its own, so that no
-rank waits in a collective meanwhile. What it counted is left in the run folder's facts.json for whoever shows
-it.
+rank waits in a collective meanwhile. Its counts go to the run folder's facts.json.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +12,34 @@ import torch
 from rich.console import Console
 
 from qwenlora.configs import Config, combinations
-from qwenlora.data import freshness as current
-from qwenlora.data import prepared
-from qwenlora.run.disk import write_atomically
-from qwenlora.run.folder import RunFolder, allows
+from qwenlora.data import freshness, prepared
+from qwenlora.run.changes import allows
+from qwenlora.run.disk import free_bytes, write_atomically
+from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
-from qwenlora.trainer.loop.trainer import check_settings
+from qwenlora.trainer.loop.arguments import check_settings
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model.lora import count_parameters
 from qwenlora.trainer.spread import sequence
 
-# what a checkpoint holds for each trainable number: itself and Adam's two moments, in float32
-CHECKPOINT_BYTES_PER_PARAMETER = 12
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # a trained number and Adam's two moments, in float32
 SMALL_FILES_BYTES = 2**16
 
 
 def prepare(
     config: Config, run: RunFolder, console: Console | None = None, allowed: tuple[str, ...] = ()
 ) -> Facts:
-    """Make the run folder ready for ranks. Raises: ValueError when the run cannot start.
+    """Make the run folder ready for the ranks; return what was counted. Raises: ValueError when it cannot.
 
-    console: for progress bars; allowed: config keys that may differ from those that the run was trained with.
+    console: for progress bars; allowed: config keys that may differ from what the run was trained with.
     """
     _check_device(config)
     base = models.base_of(config, run)
     sequence.check(config, models.load_config_of(config, base))
-    stamp = current.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
+    stamp = freshness.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
     tokenizer = models.load_tokenizer(config, base)
     fingerprint = models.fingerprint(config, base)
-    parameters = models.count_parameters(config, base)
+    parameters = count_parameters(config, base)
     checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
     checkpoint_bytes += len(tokenizer.backend_tokenizer.to_str(True).encode())
     _check_space(run.path, checkpoint_bytes)
@@ -53,7 +51,7 @@ def prepare(
         files_key=rows.files_key,
         data=rows.counts,
         packing=packs_rows(config),
-        bad_rows=rows.facts["bad"],
+        bad_rows=rows.index.bad.count,
         notes=notes_of(config, rows),
         parameters=parameters,
         checkpoint_bytes=checkpoint_bytes,
@@ -61,7 +59,7 @@ def prepare(
     )
     check_settings(config, facts.units)
     if run.trained and run.facts.exists():
-        _refuse_another(run, run.read_facts(), facts, allowed)
+        _refuse_other_data(run, run.read_facts(), facts, allowed)
     run.write_facts(facts)
     return facts
 
@@ -69,32 +67,31 @@ def prepare(
 def prepare_rows(
     config: Config, tokenizer: Any, run: RunFolder, console: Console | None = None
 ) -> prepared.Prepared:
-    """Return the run's rows as tokens. Raises: ValueError when they should not be trained as the config
-    says."""
+    """Return the run's rows as tokens. Raises: ValueError when they cannot be trained as the config says."""
 
     def say(line: str) -> None:
         if console:
             console.print(line, soft_wrap=True)
 
     rows = prepared.prepare(config.data, tokenizer, run.cache(config), console, say)
-    if rows.facts["bad"]:
+    if rows.index.bad.count:
         write_atomically(run.bad_rows, "".join(f"{line}\n" for line in rows.bad_lines()))
     else:
         run.bad_rows.unlink(missing_ok=True)
     rows.refuse(config.data, tokenizer)
-    if rows.facts["bad"]:
+    if rows.index.bad.count:
         say(f"left out, all of them listed in {run.bad_rows}: {rows.bad_report}")
     return rows
 
 
 def packs_rows(config: Config) -> bool:
-    """Return whether rows are packed here."""
+    """Whether rows are packed on this machine."""
     return combinations.packs_rows(config, on_gpu=torch.cuda.is_available())
 
 
 def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
-    """Return what a careful colleague would mention of the rows."""
-    notes = list(rows.facts["notes"])
+    """Return what a careful colleague would mention about the rows."""
+    notes = list(rows.index.notes)
     for side, counts in rows.counts.items():
         limit = f"data.max_length={config.data.max_length} tokens"
         for what, count in counts.cut.items():
@@ -104,27 +101,28 @@ def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
                 f"{counts.lost_replies:,} replies of {side} rows are not trained: with their question they"
                 f" are longer than {limit}; data.split_replies: true trains them without"
             )
-    if overlap := rows.facts["overlap"]["rows"]:
-        first = rows.place("eval", rows.facts["overlap"]["first"][0])
+    if overlap := rows.index.overlap.rows:
+        first = rows.place("eval", rows.index.overlap.first[0])
         notes.append(
             f"{overlap:,} of {rows.counts['eval'].read_rows:,} eval rows are trained on, too (first: {first})"
         )
     return notes
 
 
-def _refuse_another(run: RunFolder, then: Facts, now: Facts, allowed: tuple[str, ...] = ()) -> None:
+def _refuse_other_data(run: RunFolder, then: Facts, now: Facts, allowed: tuple[str, ...] = ()) -> None:
+    """Refuse to go on with other rows or base weights than the run was trained on. Raises: ValueError."""
     if not allows("data", allowed) and then.packing != now.packing:
-        was, would_be = ("on" if packing else "off" for packing in (then.packing, now.packing))
+        was, is_now = ("on" if packing else "off" for packing in (then.packing, now.packing))
         raise ValueError(
-            f"run_dir={run.path} was trained with packing {was}, here it would be {would_be} (data.packing:"
+            f"run_dir={run.path} was trained with packing {was}, here it would be {is_now} (data.packing:"
             " auto is on with a GPU, and off with strategy.sequence_parallel under sdpa); go on as it was,"
             " choose another run_dir, or --fresh to set the old run aside"
         )
     if then.data_identity != now.data_identity and not allows("data", allowed):
         what, key = "other data: the files or the tokenizer changed since", "data"
     elif then.base_fingerprint not in (now.base_fingerprint, models.UNKNOWN) and not allows("model", allowed):
-        those = f"then {then.base_fingerprint}, now {now.base_fingerprint}"
-        what, key = f"a base model with other weights ({those})", "model"
+        fingerprints = f"then {then.base_fingerprint}, now {now.base_fingerprint}"
+        what, key = f"a base model with other weights ({fingerprints})", "model"
     else:
         return
     raise ValueError(
@@ -148,7 +146,7 @@ def _check_device(config: Config) -> None:
 
 
 def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < needed:
         raise ValueError(
             f"run_dir={folder} has {free / 2**20:.0f} MiB free, one checkpoint needs {needed / 2**20:.0f}"

@@ -25,7 +25,7 @@ from qwenlora.adapter.answers import (
     prompt_of,
 )
 from qwenlora.adapter.merge.combined import STARTS
-from qwenlora.data.rows import Message
+from qwenlora.data.turns import Message
 
 STOPPED = "stopped"  # why an answer is cut: it was asked to
 ROOM = 4  # an answer finds at least a fourth of the model's context, or --max-new-tokens

@@ -18,9 +18,11 @@ from qwenlora.adapter.outputs import free_file
 from qwenlora.configs.schema import Data
 from qwenlora.data import sources
 from qwenlora.data.bad_row import BadRow
-from qwenlora.data.rows import PAIRS, TURN_LISTS, Message, Options, shape_of, to_row
+from qwenlora.data.rows import to_row
+from qwenlora.data.shapes import PAIRS, TURN_LISTS, RowOptions, shape_of
 from qwenlora.data.sources import Source
-from qwenlora.data.tokenise import shaped
+from qwenlora.data.tokenise import chunks_with_shape
+from qwenlora.data.turns import Message
 
 SHOWN = 10  # rows that cannot be asked
 _REPLY = "(the answer)"  # stands in for a reply in rows that have none
@@ -72,7 +74,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Question | BadRow]]:
 def _rows(file: Path, data: Data) -> Iterator[tuple[str, Question | BadRow]]:
     alone = data.model_copy(update={"train": str(file.absolute()), "eval": None, "eval_fraction": None})
     for source in sources.find(alone):
-        for number, chunk, shape in shaped(source):
+        for number, chunk, shape in chunks_with_shape(source):
             for line, value in chunk.values():
                 yield _place(source, number, line), _question(line, value, shape, source.options)
 
@@ -81,7 +83,7 @@ def _place(source: Source, file: int, line: int) -> str:
     return f"{source.files[file].name}:{line}"
 
 
-def _question(line: int, value: Any, shape: str | None, options: Options) -> Question | BadRow:
+def _question(line: int, value: Any, shape: str | None, options: RowOptions) -> Question | BadRow:
     if isinstance(value, BadRow):
         return value
     try:
@@ -99,7 +101,7 @@ def _question(line: int, value: Any, shape: str | None, options: Options) -> Que
     return Question(messages, reference, row.tools)
 
 
-def _with_a_reply(value: Any, options: Options) -> Any:
+def _with_a_reply(value: Any, options: RowOptions) -> Any:
     """Return a row with one reply more, so that one that only asks is read as those that are trained."""
     if not isinstance(value, dict):
         return value

@@ -26,8 +26,7 @@ from qwenlora.adapter.loading import load
 from qwenlora.adapter.merge.combined import STARTS
 from qwenlora.adapter.outputs import free_file
 from qwenlora.adapter.subject import Subject, adapter_config
-from qwenlora.run.comparison import Answered, Comparison, Measure
-from qwenlora.run.comparison import Subject as Named
+from qwenlora.run.comparison import AnsweredQuestion, ComparedModel, Comparison, Measure
 from qwenlora.run.disk import write_atomically
 from qwenlora.trainer.model import base as models
 
@@ -92,7 +91,7 @@ def compare(
         said += _ask(list(few), asked, how, said[0] if said else None, console)
     found = _found(columns, asked.sets, said, seed, target)
     side_by_side.show(found, show, console)
-    if not any(row.right[0] for row in found.sets["general"]):
+    if not any(row.right[0] for row in found.answers_by_set["general"]):
         _say(
             console, f"{columns[0].label} itself passes none of the general questions: they tell nothing here"
         )
@@ -109,7 +108,7 @@ def compare(
             )
     if target:
         _keep(found, target, asked_for=output is not None)
-    if training := found.sets.get("training"):
+    if training := found.answers_by_set.get("training"):
         print(f"exact answers to training questions: {_counts(found, training)}")
     return 0
 
@@ -206,7 +205,7 @@ def _found(
 ) -> Comparison:
     """Return the comparison of all that was said. target: where it will lie."""
     measured: list[Measure] = []
-    rows: list[Answered] = []
+    rows: list[AnsweredQuestion] = []
     for one in sets:
         answered = [_answered(one, number, said) for number in range(len(one.questions))]
         measured += _measured(one, answered, said)
@@ -215,7 +214,7 @@ def _found(
     for column in columns:
         run, adapter = column.subject.run, column.subject.adapter if column.tuned else None
         own = bool(adapter and run and target and target.absolute().parent == run.path)
-        subjects.append(Named(label=column.label, adapter=adapter.name if adapter else None, own=own))
+        subjects.append(ComparedModel(label=column.label, adapter=adapter.name if adapter else None, own=own))
     return Comparison(
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=seed,
@@ -225,7 +224,7 @@ def _found(
     )
 
 
-def _answered(one: Set, number: int, said: list[Said]) -> Answered:
+def _answered(one: Set, number: int, said: list[Said]) -> AnsweredQuestion:
     question = one.questions[number]
     given = [column.answers[one.name][number].answer for column in said]
     check = one.checks[number] if one.checks else None
@@ -238,7 +237,7 @@ def _answered(one: Set, number: int, said: list[Said]) -> Answered:
         ]
     else:
         right = [measures.same(answer, question.reference) for answer in given]
-    return Answered(
+    return AnsweredQuestion(
         set=one.name,
         kind=check.kind if check else None,
         question=question.messages[-1]["content"],
@@ -248,10 +247,10 @@ def _answered(one: Set, number: int, said: list[Said]) -> Answered:
     )
 
 
-def _measured(one: Set, rows: list[Answered], said: list[Said]) -> Iterator[Measure]:
+def _measured(one: Set, rows: list[AnsweredQuestion], said: list[Said]) -> Iterator[Measure]:
     """Yield the measures of a set, in the order in which they are shown."""
 
-    def share(measure: str, of: list[Answered], truths: Iterable[Iterable[bool | None]]) -> Measure:
+    def share(measure: str, of: list[AnsweredQuestion], truths: Iterable[Iterable[bool | None]]) -> Measure:
         sums = [sum(map(bool, column)) / len(of) for column in zip(*truths, strict=True)]
         return Measure(
             set=one.name, measure=measure, kind="share", better="higher", count=len(of), values=sums
@@ -309,7 +308,7 @@ def _target(subjects: list[Subject], output: Path | None) -> Path | None:
 
 def _keep(found: Comparison, target: Path, *, asked_for: bool) -> None:
     try:
-        write_atomically(target, found.model_dump_json(indent=1) + "\n")
+        write_atomically(target, found.text() + "\n")
     except OSError as error:
         if asked_for:
             raise ValueError(f"--output {target} cannot be written: {error.strerror}") from None
@@ -319,7 +318,7 @@ def _keep(found: Comparison, target: Path, *, asked_for: bool) -> None:
         )
 
 
-def _counts(found: Comparison, rows: list[Answered]) -> str:
+def _counts(found: Comparison, rows: list[AnsweredQuestion]) -> str:
     parts = []
     for number, subject in enumerate(found.subjects):
         right = sum(bool(row.right[number]) for row in rows)

@@ -15,7 +15,7 @@ from qwenlora.adapter.answers import Question, prompt_of
 from qwenlora.configs.schema import Data
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
-from qwenlora.data.overlength import fit
+from qwenlora.data.overlength import cut_to_length
 from qwenlora.data.rows import Row
 from qwenlora.trainer.loop.batches import collate
 from qwenlora.trainer.model.base import IGNORED
@@ -33,7 +33,9 @@ def trained_tokens(tokenizer: Any, rows: Sequence[Row], data: Data) -> list[Toke
             continue
         try:
             found += (
-                [tokens] if len(tokens.ids) <= data.max_length else fit(row, tokens, encoder, data).pieces
+                [tokens]
+                if len(tokens.ids) <= data.max_length
+                else cut_to_length(row, tokens, encoder, data).pieces
             )
         except BadRow:
             continue

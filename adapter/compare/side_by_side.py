@@ -12,7 +12,7 @@ from rich.text import Text
 
 from qwenlora.adapter.compare.measures import normal
 from qwenlora.adapter.compare.questions import TITLES
-from qwenlora.run.comparison import Answered, Comparison, Measure
+from qwenlora.run.comparison import AnsweredQuestion, Comparison, Measure
 
 NARROWEST = 26  # columns of the terminal that a text gets before texts go below each other
 LONGEST = 300  # characters shown of a text
@@ -87,7 +87,9 @@ def _value(measure: Measure, value: float | None) -> str:
     )
 
 
-def _some(answers: list[Answered], labels: list[str], shown: int) -> tuple[list[str], list[list[Text]]]:
+def _some(
+    answers: list[AnsweredQuestion], labels: list[str], shown: int
+) -> tuple[list[str], list[list[Text]]]:
     """Return headers and rows: question, what is expected, each subject's answer; from first to last
     alike."""
     count = min(shown, len(answers))
@@ -98,7 +100,9 @@ def _some(answers: list[Answered], labels: list[str], shown: int) -> tuple[list[
     return ["question", "expected", *labels], rows
 
 
-def _repeated(answers: list[Answered], labels: list[str], shown: int) -> tuple[list[str], list[list[Text]]]:
+def _repeated(
+    answers: list[AnsweredQuestion], labels: list[str], shown: int
+) -> tuple[list[str], list[list[Text]]]:
     """Return headers and rows: each subject's most frequent answers, with how often each was given."""
     columns = []
     for number in range(len(labels)):

@@ -81,7 +81,7 @@ class Streamed:
                 )
             # small ones are real, for an adapter may bring a bias
             shape, nan = weight.parameter.shape, torch.tensor(float("nan"))
-            hollow = weight.become(
+            hollow = weight.substitute(
                 nn.Parameter(nan.repeat(shape) if len(shape) == 1 else nan.expand(shape), False)
             )
             for module, attribute in weight.holders:

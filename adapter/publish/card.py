@@ -22,7 +22,7 @@ from qwenlora.adapter.publish.curves import Series
 from qwenlora.adapter.publish.leaks import Private
 from qwenlora.adapter.publish.run_summary import Record, number
 from qwenlora.adapter.subject import CONFIG
-from qwenlora.jobs.views.runs import as_yaml, printable
+from qwenlora.run.format import as_yaml, printable
 
 WITHHELD = "(withheld)"
 NO_BASE = "BASE"  # stands where the base's name on the hub is not known
@@ -103,14 +103,14 @@ def make(
         kind=_kind(adapter, values),
         base=label,
         on_hub=on_hub is not None,
-        base_hash=str(held.facts.get("base_fingerprint") or ""),
+        base_hash=held.facts.base_fingerprint if held.facts else "",
         base_name=on_hub or NO_BASE,
         revision=f", revision={revision!r}" if on_hub and (revision := values.get("model.revision")) else "",
         numbers=f"{sum(tensors.values()):,}",
         megabytes=f"{sum(tensors.values()) * 4 / 1e6:,.1f}",
         training=_training(held, values, step),
         data_names=[shown(found) for found in _names(held.settings, "data.train")],
-        sides=list(held.facts.get("data", {})),
+        sides=list(held.facts.data) if held.facts else [],
         counts=held.counts,
         results=[(what, number(value)) for what, value in results.items()],
         labels=list(map(shown, labels)),
@@ -215,14 +215,12 @@ def _training(held: Record, settings: dict[str, Any], step: int | None) -> list[
     lines += [
         (f"`{key}`", as_yaml(settings[key])) for key in SETTINGS if settings.get(key) not in (None, False)
     ]
-    parameters = held.facts.get("parameters", {})
-    if {"trainable", "total"} <= parameters.keys():
-        lines.append(
-            ("trained parameters", f"{parameters['trainable']:,} beside the base's {parameters['total']:,}")
-        )
-    if last := next((attempt for attempt in reversed(held.attempts) if attempt.get("strategy")), None):
-        ranks = last["processes"]
-        lines.append(("ran as", f"{last['strategy']}, {ranks} process{'es' * (ranks != 1)}"))
+    if held.facts:
+        trained, total = held.facts.parameters.trainable, held.facts.parameters.total
+        lines.append(("trained parameters", f"{trained:,} beside the base's {total:,}"))
+    if last := next((attempt for attempt in reversed(held.attempts) if attempt.strategy), None):
+        ranks = last.processes
+        lines.append(("ran as", f"{last.strategy}, {ranks} process{'es' * (ranks != 1)}"))
     return lines
 
 
@@ -275,9 +273,7 @@ def _names(settings: dict[str, Any], key: str) -> list[str]:
 
 
 def _versions(held: Record) -> list[str]:
-    versions = held.code.get("versions")
-    known = dict(versions) if isinstance(versions, dict) else {}
-    known["python"] = held.code.get("python")
+    known = held.code.versions | {"python": held.code.python}
     return [f"{name} {version}" for name, version in known.items() if version] or [
         "versions that are not known"
     ]

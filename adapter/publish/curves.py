@@ -8,7 +8,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,8 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from qwenlora.run.records import Attempt
 
 # {name: (in light, in dark)}. Figures are drawn in the light ones; in an SVG each becomes the page's variable
 # --name.
@@ -147,15 +148,15 @@ def _series(values: dict[int, float]) -> Series:
     return Series(np.array(steps, np.int64), np.array([values[step] for step in steps], np.float64))
 
 
-def restarts(attempts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def restarts(attempts: Sequence[Attempt]) -> list[Attempt]:
     """Return the attempts that trained steps, but for the first."""
-    return [attempt for attempt in attempts if attempt.get("first_step")][1:]
+    return [attempt for attempt in attempts if attempt.first_step][1:]
 
 
-def charts(curves: dict[str, Series], attempts: Sequence[dict[str, Any]]) -> list[Chart]:
+def charts(curves: dict[str, Series], attempts: Sequence[Attempt]) -> list[Chart]:
     """Return the charts of what was logged: of a run that logged nothing, none.
 
-    attempts: lines of attempts.jsonl; they are marked where they begin.
+    attempts: they are marked where they begin.
     """
     drawings: dict[str, tuple[str, Callable[[Axes], None]]] = {
         "loss": ("Loss", lambda axes: _loss(axes, curves)),
@@ -294,7 +295,7 @@ def _running_median(series: Series) -> Series:
     return Series(steps[at], np.array([np.median(values[max(i - half, 0) : i + half + 1]) for i in at]))
 
 
-def _mark_restarts(axes: Axes, attempts: Sequence[dict[str, Any]]) -> None:
+def _mark_restarts(axes: Axes, attempts: Sequence[Attempt]) -> None:
     """Draw a dashed line where an attempt goes on, and shade the steps that it trained again."""
     again = restarts(attempts)
     where = axes.get_xaxis_transform()
@@ -307,22 +308,22 @@ def _mark_restarts(axes: Axes, attempts: Sequence[dict[str, Any]]) -> None:
         "alpha": 0.6 if many else 1,
     }
     for attempt in again:
-        first = attempt["first_step"]
-        if repeated := attempt.get("steps_repeated"):
+        first = attempt.first_step or 0
+        if repeated := attempt.steps_repeated:
             axes.axvspan(first, min(first + repeated, right), color=_LIGHT["again"], alpha=0.18, linewidth=0)
         axes.axvline(first, color=_LIGHT["dim"], zorder=1, **dashes)
         if not many and first >= free_from:
-            name, colour = str(attempt["attempt"]), _LIGHT["dim"]
+            name, colour = str(attempt.attempt), _LIGHT["dim"]
             offset: dict[str, Any] = {"xytext": (2.5, 0), "textcoords": "offset points", "va": "top"}
             axes.annotate(name, (first, 1), xycoords=where, fontsize=8.5, color=colour, **offset)
             free_from = first + (right - left) * 0.04
     axes.set_xlim(left, right)
 
 
-def _progress(axes: Axes, times: Series, attempts: Sequence[dict[str, Any]]) -> None:
+def _progress(axes: Axes, times: Series, attempts: Sequence[Attempt]) -> None:
     """Draw the step over the time since the first attempt's start; when nothing ran is shaded."""
-    starts = [datetime.fromisoformat(attempt["start"]).timestamp() for attempt in attempts]
-    ends = [datetime.fromisoformat(attempt["end"]).timestamp() for attempt in attempts if "end" in attempt]
+    starts = [attempt.start.timestamp() for attempt in attempts]
+    ends = [attempt.end.timestamp() for attempt in attempts if attempt.end]
     zero = min([float(times.values[0]), *starts])
     longest = max(*times.values, *ends) - zero
     unit, seconds = next(

@@ -121,8 +121,9 @@ def _paths(held: Record) -> Iterator[str]:
             for one in value.values() if isinstance(value, dict) else value:
                 yield from within(one)
 
-    for what in (held.settings, held.facts, held.code):
-        yield from within(what)
+    yield from within(held.settings)
+    for record in filter(None, [held.facts, held.code]):
+        yield from within(record.model_dump())
 
 
 def _is_path(value: str) -> bool:

@@ -104,7 +104,7 @@ def fill(record: Record, charts: list[Chart]) -> str:
             if f"data.{side}" in settings
         },
         settings={key: settings[key] for key in KEY_SETTINGS if key in settings},
-        command=shlex.join(map(str, record.code.get("command") or [])),
+        command=shlex.join(map(str, record.code.command)),
         answers_shown=ANSWERS,
         mark=Markup(MARK),  # noqa: S704 - a constant
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

@@ -4,7 +4,6 @@ words.
 `record = read(run)`; report.py puts it on a page. A file that cannot be read is one of the notes.
 """
 
-import json
 import math
 import re
 import shlex
@@ -20,10 +19,10 @@ import yaml
 
 from qwenlora.adapter.publish import curves
 from qwenlora.data.order import total_steps
-from qwenlora.run import comparison
 from qwenlora.run.comparison import Comparison
 from qwenlora.run.folder import RunFolder, step_of
 from qwenlora.run.history import goodput
+from qwenlora.run.records import Attempt, Code, Facts, now
 
 BAD_ROWS = 20  # lines of bad_rows.txt
 COUNTS = {  # what facts.json counts of the rows
@@ -45,19 +44,21 @@ _Read = TypeVar("_Read")
 
 @dataclass(frozen=True)
 class Record:
-    """config: as text; settings: the same as {"lora.r": 32 ...}; facts, code: of the JSON files, {} without
-    them.
+    """config: as text; settings: the same as {"lora.r": 32 ...}; facts: None without the file.
 
-    attempts: the last one, if nobody has said how it ended, as far as it came. curves: of metrics.jsonl.
+    attempts: the last one, if nobody has said how it ended, as far as it came. unfinished: the state of that
+    one.
+    curves: of metrics.jsonl.
     unread: what could not be read, and why.
     """
 
     run: RunFolder
     config: str
     settings: dict[str, Any]
-    attempts: list[dict[str, Any]]
-    facts: dict[str, Any]
-    code: dict[str, Any]
+    attempts: list[Attempt]
+    unfinished: str
+    facts: Facts | None
+    code: Code
     curves: dict[str, curves.Series]
     compared: Comparison | None
     bad_rows: list[str]
@@ -67,16 +68,20 @@ class Record:
     def state(self) -> tuple[str, str, str]:
         """Return (done, stopped, failed, killed, refused, running ..., what was said of that, when it
         ended)."""
-        tried = [attempt for attempt in self.attempts if attempt["reason"] != "refused"] or self.attempts
+        tried = [attempt for attempt in self.attempts if attempt.reason != "refused"] or self.attempts
         if not tried:
             return "unknown" if self.run.trained else "not started", "", ""
-        ended = f"{tried[-1]['end'][:16].replace('T', ' ')} UTC" if "end" in tried[-1] else ""
-        return tried[-1]["reason"], tried[-1].get("message") or "", ended
+        last = tried[-1]
+        return (
+            last.reason or self.unfinished,
+            last.message,
+            f"{last.end:%Y-%m-%d %H:%M} UTC" if last.end else "",
+        )
 
     @property
     def tiles(self) -> list[tuple[str, str, str]]:
         """(what, number, remark) for the numbers that one looks for first."""
-        steps = [attempt.get("last_step", 0) for attempt in self.attempts]
+        steps = [attempt.last_step or 0 for attempt in self.attempts]
         steps += [int(series.steps[-1]) for series in self.curves.values()]
         remarks = [f"of {self._planned:,}"] if self._planned else []
         if (epochs := self._last("epoch")) is not None:
@@ -101,9 +106,7 @@ class Record:
     @property
     def _planned(self) -> int | None:
         """How many steps the run is to have."""
-        units = (
-            self.facts.get("data", {}).get("train", {}).get("packs" if self.facts.get("packing") else "rows")
-        )
+        units = self.facts and self.facts.units
         steps: int | None = self.settings.get("train.max_steps")
         batch, epochs = (
             self.settings.get(f"train.{key}") for key in ("global_batch_size", "num_train_epochs")
@@ -119,9 +122,8 @@ class Record:
         revision = self.settings.get("model.revision")
         base = f"{self.settings.get('model.name_or_path', '-')}{f', revision {revision}' if revision else ''}"
         lines = [("base model", base)]
-        parameters = self.facts.get("parameters", {})
-        if {"trainable", "total"} <= parameters.keys():
-            trainable, total = parameters["trainable"], parameters["total"]
+        if self.facts:
+            trainable, total = self.facts.parameters.trainable, self.facts.parameters.total
             share = trainable / max(trainable + total, 1)
             lines.append(
                 ("trained", f"{trainable:,} parameters beside the base's {total:,} ({share:.2%} of all)")
@@ -132,10 +134,10 @@ class Record:
         )
         if folders := self.run.checkpoints():
             lines.append(("checkpoints", ", ".join(f"{step_of(folder):,}" for folder in reversed(folders))))
-        if last := next((attempt for attempt in reversed(self.attempts) if attempt.get("strategy")), None):
-            nodes, ranks = len(last.get("nodes") or [None]), last["processes"]
+        if last := next((attempt for attempt in reversed(self.attempts) if attempt.strategy), None):
+            nodes, ranks = len(last.nodes) or 1, last.processes
             many = f"{ranks} rank{'s' * (ranks != 1)} on {nodes} node{'s' * (nodes != 1)}"
-            lines.append(("ran as", f"{last['strategy']}, {many}"))
+            lines.append(("ran as", f"{last.strategy}, {many}"))
         for name, key, form in (
             ("throughput", "tokens_per_s", "{:,.0f} tokens/s (median)"),
             ("MFU", "mfu", "{:.1%} (median)"),
@@ -149,9 +151,11 @@ class Record:
     @property
     def notes(self) -> list[str]:
         """What a careful colleague would mention of the run."""
-        notes = [*self.unread, *self.facts.get("notes", [])]
-        if count := self.facts.get("bad_rows"):
-            notes.append(f"{count:,} rows could not be used and are left out: {self.run.bad_rows.name}")
+        notes = [*self.unread, *(self.facts.notes if self.facts else ())]
+        if self.facts and self.facts.bad_rows:
+            notes.append(
+                f"{self.facts.bad_rows:,} rows could not be used and are left out: {self.run.bad_rows.name}"
+            )
         for name in ("loss", "grad_norm", "eval_loss"):
             if name in self.curves and len(lost := self.curves[name].not_finite):
                 notes.append(f"{name} is not finite {len(lost):,} times, first at step {lost[0]:,}")
@@ -162,9 +166,9 @@ class Record:
                 f"the evaluation loss has risen since step {lowest[0]:,}, from {number(lowest[1])} to"
                 f" {number(evaluation.values[-1])}; checkpoint-{lowest[0]} {kept}"
             )
-        if again := sum(attempt.get("steps_repeated") or 0 for attempt in self.attempts):
+        if again := sum(attempt.steps_repeated or 0 for attempt in self.attempts):
             notes.append(f"{again:,} steps were trained again after a restart: they had not been saved")
-        if str(self.code.get("git") or "").endswith("-dirty"):
+        if (self.code.git or "").endswith("-dirty"):
             notes.append(f"the code had changes that are not in its commit: {self.run.diff.name}")
         return notes
 
@@ -175,7 +179,7 @@ class Record:
         if "loss" in self.curves and len(self.curves["loss"].steps) > curves.FEW:
             parts.append("Faint: as logged; strong: the running median.")
         if again := curves.restarts(self.attempts):
-            repeated = any(attempt.get("steps_repeated") for attempt in again)
+            repeated = any(attempt.steps_repeated for attempt in again)
             parts.append(
                 f"Dashed: where another attempt went on{'; shaded: steps that it trained again' * repeated}."
             )
@@ -202,7 +206,7 @@ class Record:
     @property
     def history(self) -> list[dict[str, str]]:
         """The attempts as rows of a table, without columns that say nothing."""
-        rows = [_row(attempt) for attempt in self.attempts]
+        rows = [_row(attempt, self.unfinished) for attempt in self.attempts]
         return [
             {name: cell for name, cell in row.items() if any(other[name] for other in rows)} for row in rows
         ]
@@ -210,12 +214,13 @@ class Record:
     @property
     def counts(self) -> list[tuple[str, list[str]]]:
         """(what, its count on each side) of the rows, but for what did not happen."""
-        sides = self.facts.get("data", {}).values()
-        keys = [key for key in COUNTS if key != "packs" or self.facts.get("packing")]
-        found: list[tuple[str, list[Any]]] = [
-            (COUNTS[key], [side.get(key) for side in sides]) for key in keys
-        ]
-        return [(name, [number(value) for value in values]) for name, values in found if any(values)]
+        if not self.facts:
+            return []
+        sides = self.facts.data.values()
+        counts = {name: [getattr(side, key) for side in sides] for key, name in COUNTS.items()}
+        if not self.facts.packing:
+            del counts[COUNTS["packs"]]
+        return [(name, list(map(number, values))) for name, values in counts.items() if any(values)]
 
     @property
     def newest(self) -> str:
@@ -250,21 +255,14 @@ def read(run: RunFolder) -> Record:
         run,
         config,
         tried(run.config, lambda: _flat(yaml.safe_load(config)), empty),
-        tried(run.history.file, lambda: _attempts(run), list[dict[str, Any]]()),
-        tried(run.facts, lambda: _object(run.facts), empty),
-        tried(run.code, lambda: _object(run.code), empty),
+        *tried(run.history.file, lambda: _attempts(run), (list[Attempt](), "")),
+        tried(run.facts, run.read_facts, None),
+        tried(run.code, lambda: Code.read(run.code), Code()),
         tried(run.metrics, lambda: curves.read(run.metrics), dict[str, curves.Series]()),
-        tried(run.comparison, lambda: comparison.read(run.comparison), None),
+        tried(run.comparison, lambda: Comparison.read(run.comparison), None),
         tried(run.bad_rows, lambda: _first_lines(run.bad_rows), list[str]()),
         unread,
     )
-
-
-def _object(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
-    return found
 
 
 def _first_lines(file: Path) -> list[str]:
@@ -284,44 +282,41 @@ def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def _attempts(run: RunFolder) -> list[dict[str, Any]]:
+def _attempts(run: RunFolder) -> tuple[list[Attempt], str]:
+    """Return the attempts, the last one as far as it came, and the state of that one if it has no end."""
     attempts = run.history.attempts()
-    if attempts and "end" not in attempts[-1]:
-        last = run.history.progress.read(attempts[-1]["attempt"])
-        attempts[-1] |= {"reason": "killed" if run.abandoned else "running"}
-        if last:
-            ago = _duration(timedelta(seconds=max(datetime.now(UTC).timestamp() - last["time"], 0)))
-            end = datetime.fromtimestamp(last["time"], UTC).isoformat()
-            attempts[-1] |= {"message": f"step {last['step']:,} was done {ago} ago", "end": end}
-            attempts[-1] |= {"last_step": last["step"], "trained_s": last["trained_s"]}
-    for attempt in attempts:
-        _row(attempt)  # all that a row needs is there
-    return attempts
+    if not attempts or attempts[-1].end:
+        return attempts, ""
+    *before, last = attempts
+    if progress := run.history.progress.read(last.attempt):
+        end = datetime.fromtimestamp(progress.time, UTC)
+        ago = _duration(max(now() - end, timedelta()))
+        message = f"step {progress.step:,} was done {ago} ago"
+        last = last.revised(end=end, message=message, last_step=progress.step, trained_s=progress.trained_s)
+    return [*before, last], "killed" if run.abandoned else "running"
 
 
-def _row(attempt: dict[str, Any]) -> dict[str, str]:
-    first, took, seconds = attempt.get("first_step"), _took(attempt), attempt.get("seconds")
-    why = ": ".join(filter(None, [attempt.get("cause"), attempt.get("message")]))
+def _row(attempt: Attempt, unfinished: str) -> dict[str, str]:
+    first, last, took = attempt.first_step, attempt.last_step, _took(attempt)
+    why = ": ".join(filter(None, [attempt.cause, attempt.message]))
     return {
-        "#": str(attempt["attempt"]),
-        "start (UTC)": attempt["start"][5:16].replace("T", " "),
+        "#": str(attempt.attempt),
+        "start (UTC)": f"{attempt.start:%m-%d %H:%M}",
         "took": _duration(took) if took is not None else "",
-        "ended": attempt["reason"],
-        "from": (attempt.get("resumed_from") or "").removeprefix("checkpoint-"),
-        "steps": f"{first:,} to {attempt['last_step']:,}" if first and "last_step" in attempt else "",
-        "again": f"{attempt['steps_repeated']:,}" if attempt.get("steps_repeated") else "",
-        "ranks": str(attempt["processes"]),
-        "nodes": str(len(attempt.get("nodes") or [None])),
-        "job": str(attempt.get("job_id") or ""),
-        "start took": f"{sum(seconds.values()):.1f} s" if seconds else "",
+        "ended": attempt.reason or unfinished,
+        "from": (attempt.resumed_from or "").removeprefix("checkpoint-"),
+        "steps": f"{first:,} to {last:,}" if first and last is not None else "",
+        "again": f"{attempt.steps_repeated:,}" if attempt.steps_repeated else "",
+        "ranks": str(attempt.processes),
+        "nodes": str(len(attempt.nodes) or 1),
+        "job": attempt.job_id or "",
+        "start took": f"{attempt.restart_s:.1f} s" if attempt.restart_s is not None else "",
         "why": short(" ".join(why.split()), 400),
     }
 
 
-def _took(attempt: dict[str, Any]) -> timedelta | None:
-    if "end" not in attempt:
-        return None
-    return datetime.fromisoformat(attempt["end"]) - datetime.fromisoformat(attempt["start"])
+def _took(attempt: Attempt) -> timedelta | None:
+    return attempt.end - attempt.start if attempt.end else None
 
 
 def _duration(time: timedelta) -> str:

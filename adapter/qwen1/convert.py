@@ -19,7 +19,7 @@ from qwenlora.adapter.qwen1 import tokenizer as qwen1_tokenizer
 from qwenlora.adapter.qwen1 import weights as qwen1_weights
 from qwenlora.adapter.subject import CONFIG as ADAPTER_CONFIG
 from qwenlora.adapter.weight_files import MergedFiles, opened, size_of
-from qwenlora.data.rows import TURN_END
+from qwenlora.data.turns import TURN_END
 
 # keys of config.json as the first release spelled them
 OLD_KEYS = {

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import AddedToken, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from qwenlora.data.rows import TURN_END, TURN_START
+from qwenlora.data.turns import TURN_END, TURN_START
 from qwenlora.trainer.model.tiny import CHAT_TEMPLATE
 
 FILE = "qwen.tiktoken"

@@ -6,14 +6,13 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
 from submitit.slurm.slurm import _make_sbatch_string
 
-from qwenlora.jobs.submission.site import Site
+from qwenlora.jobs.submission.options import JobSpec
 from qwenlora.run.package import package
 
 # as in slurm/train.sh; --open-mode: a job that comes back writes on
@@ -24,20 +23,6 @@ SETUP = (
     'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_ON_NODE:-1}"',
 )
 _STANDARD = (0, 1, 2)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """nodes; gpus_per_node: 0 without; cpus_per_task: CPUs a node; timeout_min: minutes; name: safe for a
-    shell."""
-
-    nodes: int
-    gpus_per_node: int
-    cpus_per_task: int
-    timeout_min: int
-    name: str
-    site: Site
-    snapshot: bool = False
 
 
 class Executor(submitit.SlurmExecutor):
@@ -56,22 +41,22 @@ class Executor(submitit.SlurmExecutor):
         )
 
 
-def slurm(needs: Needs, folder: Path, max_parallel: int | None = None) -> Executor:
+def slurm(spec: JobSpec, folder: Path, max_parallel: int | None = None) -> Executor:
     """Return the executor whose files go to folder. max_parallel: jobs of an array at once; None: submitit's
     256."""
-    site = needs.site
+    site = spec.site
     executor = Executor(folder, python=shlex.join(site.python or [sys.executable]))
-    gpus: dict[str, Any] = {"gpus-per-node": needs.gpus_per_node} if needs.gpus_per_node else {}
+    gpus: dict[str, Any] = {"gpus-per-node": spec.gpus_per_node} if spec.gpus_per_node else {}
     executor.update_parameters(
-        job_name=needs.name,
-        time=needs.timeout_min,
-        nodes=needs.nodes,
+        job_name=spec.name,
+        time=spec.timeout_min,
+        nodes=spec.nodes,
         ntasks_per_node=1,
-        cpus_per_task=needs.cpus_per_task,
+        cpus_per_task=spec.cpus_per_task,
         signal_delay_s=site.signal_lead_s,
         stderr_to_stdout=True,
         wckey=None,  # submitit's is "submitit", which clusters that track keys refuse
-        setup=_setup(needs, folder),
+        setup=_setup(spec, folder),
         teardown=["job_end $?"],
         srun_args=[*SRUN_ARGS, *site.srun_args],
         additional_parameters={**gpus, **site.sbatch_options(), "requeue": True},
@@ -80,12 +65,12 @@ def slurm(needs: Needs, folder: Path, max_parallel: int | None = None) -> Execut
     return executor
 
 
-def local(needs: Needs, folder: Path) -> submitit.LocalExecutor:
+def local(spec: JobSpec, folder: Path) -> submitit.LocalExecutor:
     """Return the executor of processes of this machine."""
-    python = ["env", *_variables(needs, folder), *(needs.site.python or [sys.executable])]
+    python = ["env", *_variables(spec, folder), *(spec.site.python or [sys.executable])]
     executor = submitit.LocalExecutor(folder, python=shlex.join(python))
     executor.update_parameters(
-        timeout_min=needs.timeout_min, signal_delay_s=needs.site.signal_lead_s, stderr_to_stdout=True
+        timeout_min=spec.timeout_min, signal_delay_s=spec.site.signal_lead_s, stderr_to_stdout=True
     )
     return executor
 
@@ -108,29 +93,29 @@ def detached() -> Iterator[None]:
         os.close(null)
 
 
-def _setup(needs: Needs, folder: Path) -> list[str]:
+def _setup(spec: JobSpec, folder: Path) -> list[str]:
     """Return what the batch shell does before srun. job.sh decides at the end whether the job comes back."""
-    scripts = (folder / "code" / "qwenlora" if needs.snapshot else package()) / "slurm"
-    env_file = needs.site.env_file or os.environ.get("QWENLORA_ENV") or str(scripts / "env.sh")
-    lines = [f"export QWENLORA_LEAD_S={needs.site.signal_lead_s}"]  # before the time limit, in seconds
+    scripts = (folder / "code" / "qwenlora" if spec.snapshot else package()) / "slurm"
+    env_file = spec.site.env_file or os.environ.get("QWENLORA_ENV") or str(scripts / "env.sh")
+    lines = [f"export QWENLORA_LEAD_S={spec.site.signal_lead_s}"]  # before the time limit, in seconds
     lines += [f"source {shlex.quote(str(scripts / 'job.sh'))}", f"job_begin {shlex.quote(env_file)}"]
-    lines += [f"export {name}={shlex.quote(str(value))}" for name, value in needs.site.environment.items()]
-    if needs.snapshot:
+    lines += [f"export {name}={shlex.quote(str(value))}" for name, value in spec.site.environment.items()]
+    if spec.snapshot:
         lines.append(f'export PYTHONPATH={shlex.quote(str(folder / "code"))}"${{PYTHONPATH:+:$PYTHONPATH}}"')
     return [*lines, *SETUP]
 
 
-def _variables(needs: Needs, folder: Path) -> list[str]:
+def _variables(spec: JobSpec, folder: Path) -> list[str]:
     """Return the words of env(1) for a local job. submitit hides all GPUs that it is not told of."""
-    names = {name: str(value) for name, value in needs.site.environment.items()} | {"PYTHONSAFEPATH": "1"}
-    if needs.snapshot:
+    names = {name: str(value) for name, value in spec.site.environment.items()} | {"PYTHONSAFEPATH": "1"}
+    if spec.snapshot:
         names["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(folder / "code"), os.environ.get("PYTHONPATH")])
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if needs.gpus_per_node:
-        devices = visible.split(",") if visible else [str(number) for number in range(needs.gpus_per_node)]
-        names["CUDA_VISIBLE_DEVICES"] = ",".join(devices[: needs.gpus_per_node])
+    if spec.gpus_per_node:
+        devices = visible.split(",") if visible else [str(number) for number in range(spec.gpus_per_node)]
+        names["CUDA_VISIBLE_DEVICES"] = ",".join(devices[: spec.gpus_per_node])
     elif visible is not None:
         names["CUDA_VISIBLE_DEVICES"] = visible
     hidden = [] if "CUDA_VISIBLE_DEVICES" in names else ["--unset=CUDA_VISIBLE_DEVICES"]

@@ -6,7 +6,6 @@ the same file. Its values reach sbatch and a shell, so what they may hold is nar
 here.
 """
 
-import difflib
 import json
 import os
 import re
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, PositiveInt, PrivateAttr, ValidationError
+from pydantic_core import ErrorDetails
 
 import qwenlora.configs
-from qwenlora.configs.load import read
 from qwenlora.configs.schema import NonNegative, Section, Text
+from qwenlora.configs.wording import did_you_mean, expected
+from qwenlora.configs.yaml_file import Places, read_yaml
 
 VARIABLE = "QWENLORA_SITE"
 FOLDER = Path("configs/clusters")
@@ -179,7 +180,7 @@ def load_site(site: str | Path | None = None) -> Site:
     if not site:
         return Site()
     path = _find(str(site))
-    values, places = read(path)
+    values, places = read_yaml(path)
     try:
         loaded = Site.model_validate_json(json.dumps(values))
     except ValidationError as error:
@@ -202,29 +203,25 @@ def _find(site: str) -> Path:
         if (file := folder / f"{site}.yaml").is_file():
             return file.absolute()
     known = sorted({file.stem for folder in (FOLDER, PACKAGED) for file in folder.glob("*.yaml")})
-    near = difflib.get_close_matches(site, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+    hint = did_you_mean(site, known, f"there are: {', '.join(known)}")
     raise ValueError(f"site {site}: no {FOLDER}/{site}.yaml here or in the package; {hint}")
 
 
-def _explain(error: ValidationError, places: dict[str, str], path: Path) -> list[str]:
-    """Return one line a problem; what is expected of a value that may be of several kinds is one."""
-    expected: dict[str, list[str]] = {}
+def _explain(error: ValidationError, places: Places, path: Path) -> list[str]:
+    """Return one line a problem."""
+    groups: dict[tuple[str, str, bool], list[ErrorDetails]] = {}
     for item in error.errors():
         key, *inside = (str(part) for part in item["loc"])
-        key = next((deeper for deeper in (f"{key}.{name}" for name in inside[:1]) if deeper in places), key)
-        place = places.get(key, str(path))
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, Site.model_fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"a site has: {', '.join(Site.model_fields)}"
-            expected[f"{place}: {key}: no such key; {hint}"] = []
-            continue
-        value = "" if "[key]" in inside else "=" + json.dumps(item["input"], ensure_ascii=False)
-        said = re.sub(r"^(Value error, |Input should be )", "", item["msg"]).replace("a valid ", "a ")
-        said = (
-            said.replace("a integer", "an integer")
-            .replace("a array", "a list")
-            .replace("an object", "a section")
-        )
-        expected.setdefault(f"{place}: {key}{value}: expected ", []).append(said)
-    return [start + " or ".join(dict.fromkeys(kinds)) for start, kinds in expected.items()]
+        if inside and f"{key}.{inside[0]}" in places:
+            key = f"{key}.{inside[0]}"
+        groups.setdefault((places.get(key, str(path)), key, "[key]" in inside), []).append(item)
+    return [f"{place}: {_problem(key, on_key, items)}" for (place, key, on_key), items in groups.items()]
+
+
+def _problem(key: str, on_key: bool, errors: list[ErrorDetails]) -> str:
+    """Return what is wrong with a key's value, or (on_key) with the key itself."""
+    if errors[0]["type"] == "extra_forbidden":
+        hint = did_you_mean(key, Site.model_fields, f"a site has: {', '.join(Site.model_fields)}")
+        return f"{key}: no such key; {hint}"
+    value = "" if on_key else "=" + json.dumps(errors[0]["input"], ensure_ascii=False)
+    return f"{key}{value}: expected {expected(errors)}"

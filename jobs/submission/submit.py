@@ -3,111 +3,51 @@ nodes=2)`.
 
 On submitit: `job.result()` is the run's summary (task.py), `job.state` Slurm's word. What is submitted lies
 beside the run folder, in .submitted/<run>/<n>/: the resolved config, a copy of the package, submitit's files;
-ledger.py keeps account. All that can be refused is refused before anything is written.
+ledger.py lists the jobs. All that can be refused is refused before anything is written.
 """
 
 import contextlib
 import io
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Unpack, cast
 
 import submitit
 from submitit.core.utils import FailedJobError
 
 from qwenlora.configs import Config, load_config
 from qwenlora.configs.load import to_yaml
-from qwenlora.jobs.find import Found, newest_job
-from qwenlora.jobs.submission import executors, ledger, sweeps
-from qwenlora.jobs.submission.executors import Needs
+from qwenlora.jobs import ledger
+from qwenlora.jobs.find import RunOrJob, newest_job
+from qwenlora.jobs.ledger import Cluster, SubmittedJob
+from qwenlora.jobs.submission import executors, sweeps
+from qwenlora.jobs.submission.options import JobOptions, JobSpec, check_options, cluster_of, job_spec
 from qwenlora.jobs.submission.site import Site, load_site
-from qwenlora.jobs.task import Attempt, InProcess
+from qwenlora.jobs.task import InProcess, RunTask, Summary
+from qwenlora.launch import hostfile, refusals
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import snapshot as copy_package
+from qwenlora.run.records import now
 
-Cluster = Literal["slurm", "local", "debug"]
 Overrides = Mapping[str, Any] | Iterable[str]
-Job = submitit.Job[dict[str, Any]]
-NO_LIMIT_MIN = 60 * 24 * 365
-LONGEST_NAME = 64
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a user asks of a job; submit says what it means. None: as the site has it, or the default."""
-
-    cluster: Cluster = "slurm"
-    nodes: int | None = None
-    gpus_per_node: int | None = None
-    cpus_per_task: int | None = None
-    timeout_min: int | None = None
-    snapshot: bool = False
-    name: str | None = None
-    fresh: bool = False
-    allowed: tuple[str, ...] = ()
-
-    @property
-    def on_slurm(self) -> bool:
-        """Whether Slurm runs it."""
-        return self.cluster == "slurm"
-
-    def check(self, site: Site) -> None:
-        """Refuse what cannot be. Raises: ValueError."""
-        if self.cluster not in ("slurm", "local", "debug"):
-            raise ValueError(f"cluster={self.cluster}: expected slurm, local or debug")
-        for key, least in {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "timeout_min": 1}.items():
-            value = getattr(self, key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{key}={value}: expected a whole number, {least} or more")
-        if not self.on_slurm and (self.nodes or 1) > 1:
-            raise ValueError(
-                f"nodes={self.nodes}: cluster={self.cluster} is this machine alone; for several,"
-                " cluster=slurm"
-            )
-        if self.on_slurm and not (self.timeout_min or site.timeout_min):
-            raise ValueError(
-                "timeout_min is missing: minutes, as --timeout-min 600; or set it in a site file"
-            )
-        if self.cluster == "debug" and (self.fresh or self.allowed):
-            raise ValueError(
-                "fresh and allow_config_change do not go with cluster=debug; qwenlora train knows them"
-            )
-        if self.cluster == "debug" and self.snapshot:
-            raise ValueError(
-                "snapshot has no effect with cluster=debug, which runs in this process; leave it out"
-            )
-
-    def needs(self, site: Site, processes: int, run: RunFolder) -> Needs:
-        """Return what one job is given. processes: ranks a node."""
-        theirs = site if self.on_slurm else Site()
-        gpus = theirs.gpus_per_node if self.gpus_per_node is None else self.gpus_per_node
-        return Needs(
-            nodes=self.nodes or theirs.nodes or 1,
-            gpus_per_node=gpus or 0,
-            cpus_per_task=self.cpus_per_task or theirs.cpus_per_task or processes,
-            timeout_min=self.timeout_min or theirs.timeout_min or NO_LIMIT_MIN,
-            name=_safe(self.name or run.path.name),
-            site=site,
-            snapshot=self.snapshot,
-        )
+Job = submitit.Job[Summary]
 
 
 @dataclass(frozen=True)
 class Submission:
     """A job, or an array of jobs, known to be sound. target: the folder of the run, or of the sweep.
 
-    source: the package that a snapshot is taken of, where it is not this one.
+    max_parallel: jobs of the array at once; source: the package that a snapshot is taken of, where it is not
+    this one; fresh, allowed: as RunTask has them.
     """
 
     target: RunFolder
     configs: tuple[Config, ...]
     cluster: Cluster
-    needs: Needs
+    spec: JobSpec
     max_parallel: int | None = None
     source: Path | None = None
     fresh: bool = False
@@ -115,9 +55,9 @@ class Submission:
 
     @property
     def gpu_hours(self) -> float:
-        """What all jobs ask for together."""
-        needs = self.needs
-        return len(self.configs) * needs.nodes * needs.gpus_per_node * needs.timeout_min / 60
+        """What all jobs together may use."""
+        spec = self.spec
+        return len(self.configs) * spec.nodes * spec.gpus_per_node * spec.timeout_min / 60
 
     def folder(self) -> Path:
         """Return where the next submission of this run or sweep goes."""
@@ -126,10 +66,11 @@ class Submission:
 
     def text(self) -> str:
         """Return what sbatch would read, and write nothing."""
-        return executors.slurm(self.needs, self.folder(), self.max_parallel).text(len(self.configs))
+        return executors.slurm(self.spec, self.folder(), self.max_parallel).text(len(self.configs))
 
     def submit(self) -> list[Job]:
-        """Submit, and return a Job a config. Raises: ValueError with sbatch's words when it refuses."""
+        """Submit, and return a Job for each config. Raises: ValueError with sbatch's words when it
+        refuses."""
         if self.cluster == "slurm" and not shutil.which("sbatch"):
             raise ValueError(
                 "cluster=slurm: there is no sbatch on this machine; submit from a login node, or"
@@ -138,22 +79,26 @@ class Submission:
         folder = self._make_folder()
         try:
             files = self._write_configs(folder)
-            if self.needs.snapshot:
-                copy_package(folder / "code", self.source)
-            apart = executors.detached() if self.cluster == "local" else contextlib.nullcontext()
-            # submitit prints sbatch's words
-            with _as_if_outside_of_jobs(), apart, contextlib.redirect_stderr(io.StringIO()):
-                jobs = cast(
-                    list[Job], self._executor(folder).submit_array([self._task(file) for file in files])
-                )
+            jobs = self._start(folder, files)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, FailedJobError):
                 raise ValueError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
             raise
+        self._note(folder, jobs, files)
+        return jobs
+
+    def _start(self, folder: Path, files: Sequence[Path]) -> list[Job]:
+        """Hand the jobs to submitit."""
+        if self.spec.snapshot:
+            copy_package(folder / "code", self.source)
+        detached = executors.detached() if self.cluster == "local" else contextlib.nullcontext()
+        # submitit prints sbatch's words
+        with _as_if_outside_of_jobs(), detached, contextlib.redirect_stderr(io.StringIO()):
+            tasks = [self._task(file) for file in files]
+            jobs = cast(list[Job], self._executor(folder).submit_array(tasks))
         if self.cluster == "slurm":  # the result of the first node's task is the run's
             jobs = [submitit.SlurmJob(folder, job.job_id, tasks=(0,)) for job in jobs]
-        self._note(folder, jobs, files)
         return jobs
 
     def _make_folder(self) -> Path:
@@ -171,9 +116,9 @@ class Submission:
 
     def _write_configs(self, folder: Path) -> list[Path]:
         """Return the file of each job's resolved config: later edits of the user's YAML change nothing."""
-        one = len(self.configs) == 1
+        is_array = len(self.configs) > 1
         files = [
-            folder / ("config.yaml" if one else f"config-{number}.yaml")
+            folder / (f"config-{number}.yaml" if is_array else "config.yaml")
             for number in range(len(self.configs))
         ]
         for file, config in zip(files, self.configs, strict=True):
@@ -184,52 +129,55 @@ class Submission:
         if self.cluster == "debug":
             return submitit.DebugExecutor(folder)
         if self.cluster == "local":
-            return executors.local(self.needs, folder)
-        return executors.slurm(self.needs, folder, self.max_parallel)
+            return executors.local(self.spec, folder)
+        return executors.slurm(self.spec, folder, self.max_parallel)
 
-    def _task(self, file: Path) -> Attempt | InProcess:
+    def _task(self, file: Path) -> RunTask | InProcess:
         if self.cluster == "debug":
             return InProcess(str(file))
-        return Attempt(str(file), self.cluster == "slurm", self.fresh, self.allowed)
+        return RunTask(str(file), self.cluster == "slurm", self.fresh, self.allowed)
 
     def _note(self, folder: Path, jobs: Sequence[Job], files: Sequence[Path]) -> None:
-        site = self.needs.site.file
-        facts = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "cluster": self.cluster}
-        facts |= asdict(self.needs) | {"site": str(site) if site else None}
-        facts |= {"folder": str(folder), "work_dir": str(Path.cwd())}
+        """Add the jobs to the ledgers of their runs, and of a sweep the array to the sweep's."""
+        spec = self.spec
+        array = SubmittedJob(
+            job_id=jobs[0].job_id.partition("_")[0],
+            time=now(),
+            cluster=self.cluster,
+            nodes=spec.nodes,
+            gpus_per_node=spec.gpus_per_node,
+            cpus_per_task=spec.cpus_per_task,
+            timeout_min=spec.timeout_min,
+            site=str(spec.site.file) if spec.site.file else None,
+            snapshot=spec.snapshot,
+            name=spec.name,
+            folder=str(folder),
+            work_dir=str(Path.cwd()),
+        )
         for job, file, config in zip(jobs, files, self.configs, strict=True):
-            ledger.note(RunFolder(config.run_dir), {"job_id": job.job_id, **facts, "config": str(file)})
+            ledger.note(RunFolder(config.run_dir), array.revised(job_id=job.job_id, config=str(file)))
         if len(jobs) > 1:
-            ledger.note(self.target, {"job_id": jobs[0].job_id.partition("_")[0], **facts, "runs": len(jobs)})
+            ledger.note(self.target, array.revised(runs=len(jobs)))
 
 
 def submit(
     config: str | Path,
     overrides: Overrides = (),
     *,
-    cluster: Cluster = "slurm",
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
-    cpus_per_task: int | None = None,
-    timeout_min: int | None = None,
-    site: str | Path | None = None,
-    snapshot: bool = False,
-    name: str | None = None,
     fresh: bool = False,
     allow_config_change: Sequence[str] = (),
+    **options: Unpack[JobOptions],
 ) -> Job:
     """Submit a run; return submitit's Job, whose result is the run's summary.
 
-    cluster: slurm; local: a process of this machine; debug: this process, once the result is asked for.
-    nodes, gpus_per_node, cpus_per_task (CPUs a node), timeout_min (minutes): default to the site's, then to
-    one node, no GPU, one CPU a process; Slurm must be told a time. site: a site file or its name (site.py).
-    name: the job's.
-    snapshot: run a copy of the package, made now. fresh, allow_config_change: as `qwenlora train` has them.
+    options: cluster ("slurm"; "local": a process of this machine; "debug": this process, once the result is
+    asked for), nodes, gpus_per_node, cpus_per_task (CPUs a node), timeout_min (minutes), site (a site file or
+    its name), snapshot (run a copy of the package, made now), name (the job's). They default to the site's,
+    then to one node, no GPU, one CPU a process; Slurm needs a time limit.
+    fresh, allow_config_change: as `qwenlora train` has them.
     Raises: ValueError for all that is known to fail.
     """
-    allowed = tuple(allow_config_change)
-    asked = Asked(cluster, nodes, gpus_per_node, cpus_per_task, timeout_min, snapshot, name, fresh, allowed)
-    return prepare(config, overrides, asked, site).submit()[0]
+    return prepare(config, overrides, options, fresh=fresh, allowed=allow_config_change).submit()[0]
 
 
 def submit_sweep(
@@ -238,97 +186,103 @@ def submit_sweep(
     overrides: Overrides = (),
     *,
     max_parallel: int | None = None,
-    cluster: Cluster = "slurm",
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
-    cpus_per_task: int | None = None,
-    timeout_min: int | None = None,
-    site: str | Path | None = None,
-    snapshot: bool = False,
-    name: str | None = None,
+    **options: Unpack[JobOptions],
 ) -> list[Job]:
     """Submit a run for every combination of the grid's values, as one job array; return their Jobs.
 
     grid: {dotted config key: values}; the last key changes fastest. Each run has its folder in run_dir, named
     like lora.r=16,train.learning_rate=0.0001. max_parallel: how many run at once; None: all that Slurm has
-    room for. The rest is as in submit. Raises: ValueError, before any of them is submitted.
+    room for. options: as in submit. Raises: ValueError, before any of them is submitted.
     """
-    asked = Asked(cluster, nodes, gpus_per_node, cpus_per_task, timeout_min, snapshot, name)
-    return prepare_sweep(config, grid, overrides, asked, site, max_parallel).submit()
+    return prepare_sweep(config, grid, overrides, options, max_parallel).submit()
 
 
 def prepare(
     config: str | Path,
     overrides: Overrides,
-    asked: Asked,
-    site: str | Path | None = None,
+    options: JobOptions,
+    *,
+    fresh: bool = False,
+    allowed: Sequence[str] = (),
     source: Path | None = None,
 ) -> Submission:
     """Return the submission of one run. source: the package that a snapshot is taken of. Raises:
     ValueError."""
-    place = load_site(site)
-    loaded = load_config(config, overrides, place.config, str(place.file))
-    return _prepare(RunFolder(loaded.run_dir), (loaded,), asked, place, source=source)
+    site = load_site(options.get("site"))
+    loaded = load_config(config, overrides, site.config, str(site.file))
+    check_options(options, site)
+    if cluster_of(options) == "debug" and (fresh or allowed):
+        raise ValueError(
+            "fresh and allow_config_change do not go with cluster=debug; qwenlora train knows them"
+        )
+    refusals.check_allowed_keys(allowed)
+    target = RunFolder(loaded.run_dir)
+    _check_path(target, snapshot=options.get("snapshot", False))
+    processes = _check(loaded, options, site)
+    target.check(loaded, fresh=fresh, allowed=allowed)
+    _refuse_under_way(target)
+    spec = job_spec(options, site, processes, target.path.name)
+    return Submission(
+        target, (loaded,), cluster_of(options), spec, source=source, fresh=fresh, allowed=tuple(allowed)
+    )
 
 
 def prepare_sweep(
     config: str | Path,
     grid: Mapping[str, Sequence[Any]],
     overrides: Overrides,
-    asked: Asked,
-    site: str | Path | None = None,
+    options: JobOptions,
     max_parallel: int | None = None,
 ) -> Submission:
     """Return the submission of a sweep. Raises: ValueError."""
-    place = load_site(site)
+    site = load_site(options.get("site"))
     if max_parallel is not None and max_parallel < 1:
         raise ValueError(f"max_parallel={max_parallel}: expected 1 or more")
-    if asked.cluster == "local":
+    if options.get("cluster") == "local":
         raise ValueError(
             "cluster=local would start all runs of a sweep at once; submit them one by one, or cluster=slurm"
         )
-    folder, configs = sweeps.configs(config, grid, overrides, place)
-    return _prepare(folder, configs, asked, place, max_parallel=max_parallel)
+    target, configs = sweeps.configs(config, grid, overrides, site)
+    check_options(options, site)
+    _check_path(target, snapshot=options.get("snapshot", False))
+    processes = 1
+    for each in configs:
+        processes = max(processes, _check(each, options, site))
+        RunFolder(each.run_dir).check(each)
+        _refuse_under_way(RunFolder(each.run_dir))
+    spec = job_spec(options, site, processes, target.path.name)
+    return Submission(target, configs, cluster_of(options), spec, max_parallel)
 
 
-def _prepare(
-    target: RunFolder, configs: tuple[Config, ...], asked: Asked, site: Site, **more: Any
-) -> Submission:
-    asked.check(site)
-    _check_place(target, snapshot=asked.snapshot)
-    nodes, processes = asked.needs(site, 1, target).nodes, 1
-    for config in configs:
-        processes = max(processes, _check(config, asked, site, nodes))
-    more |= {"fresh": asked.fresh, "allowed": asked.allowed}
-    return Submission(target, configs, asked.cluster, asked.needs(site, processes, target), **more)
-
-
-def _check(config: Config, asked: Asked, site: Site, nodes: int) -> int:
-    """Refuse what the agent would, and return the processes a node."""
-    from qwenlora.launch import hosts, plan  # jobs/ is below launch/, which knows what a node will run
-
-    if asked.on_slurm:
-        hosts.refuse_in_slurm(config)
+def _check(config: Config, options: JobOptions, site: Site) -> int:
+    """Refuse what the agent would refuse, and return the processes a node. Raises: ValueError."""
+    cluster = cluster_of(options)
+    if cluster == "slurm":
+        refusals.check_launcher_in_slurm(config)
     if config.launch.hostfile is not None:
         raise ValueError(
             f"launch.hostfile={config.launch.hostfile} is for qwenlora train on the first of these machines;"
             " leave it out"
         )
-    gpus = asked.needs(site, 1, RunFolder(config.run_dir)).gpus_per_node
-    processes = config.launch.nproc_per_node or gpus or (1 if asked.on_slurm else plan.processes_of(config))
-    processes = 1 if asked.cluster == "debug" else processes
-    plan.check(config, nodes, processes)
-    run = RunFolder(config.run_dir)
-    plan.check_keys(asked.allowed)
-    run.check(config, fresh=asked.fresh, allowed=asked.allowed)
-    if under_way := Found(run, newest_job(run)).alive():
-        raise ValueError(
-            f"run_dir={run.path} is under way as {under_way}; cancel that first, or choose another run_dir"
-        )
+    spec = job_spec(options, site, 1, "")
+    default = 1 if cluster == "slurm" else hostfile.processes_per_node(config)
+    processes = config.launch.nproc_per_node or spec.gpus_per_node or default
+    if cluster == "debug":
+        processes = 1
+    refusals.check_start(config, spec.nodes, processes)
     return processes
 
 
-def _check_place(target: RunFolder, *, snapshot: bool) -> None:
+def _refuse_under_way(run: RunFolder) -> None:
+    job_id = newest_job(run, run.history.attempts())
+    if under_way := RunOrJob(run, job_id).under_way_as():
+        raise ValueError(
+            f"run_dir={run.path} is under way as {under_way}; cancel that first, or choose another run_dir"
+        )
+
+
+def _check_path(target: RunFolder, *, snapshot: bool) -> None:
+    """Refuse a run folder whose path Slurm or PYTHONPATH would take for something else."""
     path = str(target.path)
     if bad := sorted({letter for letter in path if letter in "%\\" or not letter.isprintable()}):
         letters = " ".join(map(ascii, bad))
@@ -341,19 +295,14 @@ def _check_place(target: RunFolder, *, snapshot: bool) -> None:
         )
 
 
-def _safe(name: str) -> str:
-    """Return a name that means nothing to a shell or to Slurm."""
-    return re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("_")[:LONGEST_NAME] or "qwenlora"
-
-
 @contextlib.contextmanager
 def _as_if_outside_of_jobs() -> Iterator[None]:
-    """Hide the variables of a job that this is called in, which would be taken for the new one's."""
-    meant = {
+    """Hide the variables of the job that calls this: they would be taken for the new job's."""
+    for_sbatch = {
         name: value
         for name, value in os.environ.items()
         if name == "SLURM_CONF" or name.startswith("SBATCH_")
     }
     with submitit.helpers.clean_env():
-        os.environ.update(meant)
+        os.environ.update(for_sbatch)
         yield

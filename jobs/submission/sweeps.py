@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenlora.configs import Config, load_config
-from qwenlora.configs.load import COMMAND_LINE, parse
+from qwenlora.configs.load import COMMAND_LINE
+from qwenlora.configs.yaml_file import parse_yaml
 from qwenlora.jobs.submission.site import Site
 from qwenlora.run.folder import RunFolder
 
@@ -56,7 +57,7 @@ def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
             raise ValueError(f"--grid {text!r} is no key=value,value; write it like lora.r=16,32")
         if key in grid:
             raise ValueError(f"--grid {key} stands twice; put all of its values into one")
-        grid[key] = parse(f"[{values}]", COMMAND_LINE)
+        grid[key] = parse_yaml(f"[{values}]", COMMAND_LINE)
     return grid
 
 

@@ -1,21 +1,21 @@
-"""`qwenlora diff RUN RUN`: in what two runs differ: config, code, data, results.
+"""`qwenlora diff RUN RUN`: how two runs differ in config, code, data and results.
 
-Only what differs is printed, key by key as `first | second`; a section in which nothing does says so in one
-line.
+Only differences are printed, a line a key with both values; a section without any is one line.
 """
 
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from qwenlora.configs.load import FIELDS, differences
-from qwenlora.jobs.views.runs import Version, ago, as_yaml, digits, printable, read, settings
+from qwenlora.configs.keys import FIELDS, differences
+from qwenlora.jobs.views.overview import RunOverview, read_overview, settings
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.format import ago, as_yaml, number, printable
 from qwenlora.run.history import goodput
+from qwenlora.run.records import Code, SideName
 
 COUNTS = (
     "rows",
@@ -28,136 +28,135 @@ COUNTS = (
     "split",
     "duplicates",
 )
+SIDES: tuple[SideName, ...] = ("train", "eval")
 NOTHING = "-"
-ASKED = ": questions"  # behind a set's name: how many; other numbers, other questions
+QUESTIONS = ": questions"  # after a set's name: how many; another number means other questions
 Value = str | float | None  # a number is compared as it is, and shown short
+Pairs = dict[str, tuple[str, str]]  # {name: (value of the first run, of the second)} where they differ
 
 
-def show(first: Path, second: Path, console: Console) -> int:
-    """Print in what two runs differ; return the exit code. Raises: ValueError when one is no run, or both are
-    one."""
-    one, other = read(RunFolder(first.expanduser())), read(RunFolder(second.expanduser()))
+def show_diff(first: Path, second: Path, console: Console) -> int:
+    """Print how two runs differ; return the exit code.
+
+    Raises: ValueError when one is no run, or both are the same run.
+    """
+    one, other = (read_overview(RunFolder(path.expanduser())) for path in (first, second))
     if one.run.path.resolve() == other.run.path.resolve():
         raise ValueError(f"{first} and {second} are one run; name two")
-    names = (
-        (one.name, other.name) if one.name != other.name else (printable(str(first)), printable(str(second)))
-    )
+    names = (one.name, other.name)
+    if one.name == other.name:
+        names = (printable(str(first)), printable(str(second)))
+    for title, pairs in _sections(one, other).items():
+        if pairs:
+            console.print(_table(title, pairs, names))
+        else:
+            console.print(f"{title}: the same", style="dim")
+    for name, run in zip(names, (one, other), strict=True):
+        for flaw in run.flaws:
+            console.print(f"{name}: {printable(flaw)}", soft_wrap=True, style="yellow")
+    return 0
+
+
+def _sections(one: RunOverview, other: RunOverview) -> dict[str, Pairs]:
+    """Return {section: differences}; without the config where one cannot be read."""
     sections = {"config": config(one, other)} if one.config and other.config else {}
     sections |= {"code": _differing(code(one), code(other)), "data": _differing(data(one), data(other))}
     sections["results"] = _differing(results(one), results(other))
     if measures(one) and measures(other):
         sections["results"] |= _differing(measures(one), measures(other))
-    for title, rows in sections.items():
-        console.print(
-            _table(title, rows, names) if rows else f"{title}: the same", style=None if rows else "dim"
-        )
-    for name, version in zip(names, (one, other), strict=True):
-        for flaw in version.flaws:
-            console.print(f"{name}: {printable(flaw)}", soft_wrap=True, style="yellow")
-    return 0
+    return sections
 
 
-def config(one: Version, other: Version) -> dict[str, tuple[str, str]]:
-    """Return {dotted key: (its value in one, in the other)} of settings that differ, but for where the runs
-    lie."""
+def config(one: RunOverview, other: RunOverview) -> Pairs:
+    """Return the settings that differ, except where the runs lie. Both configs must be readable."""
     assert one.config
     assert other.config
-    different = differences(one.config, other.config)
+    different = differences(one.config, other.config).keys() - {"run_dir"}
     values, others = settings(one.config), settings(other.config)
-    return {
-        key: (as_yaml(values[key]), as_yaml(others[key]))
-        for key in FIELDS
-        if key in different and key != "run_dir"
-    }
+    return {key: (as_yaml(values[key]), as_yaml(others[key])) for key in FIELDS if key in different}
 
 
-def code(version: Version) -> dict[str, str]:
-    """Return what is known of a run's code: the commit, what was changed since, versions."""
-    changes = version.run.diff.read_bytes() if version.run.diff.is_file() else b""
+def code(run: RunOverview) -> dict[str, str]:
+    """Return what is known of a run's code: the commit, a hash of uncommitted changes, versions."""
+    changes = run.run.diff.read_bytes() if run.run.diff.is_file() else b""
+    recorded = run.code or Code()
     known = {
-        "git commit": (version.code.get("git") or NOTHING).removesuffix("-dirty"),
+        "git commit": (recorded.git or NOTHING).removesuffix("-dirty"),
         "changed since": hashlib.sha256(changes).hexdigest()[:12] if changes else "nothing",
-        "python": version.code.get("python"),
+        "python": recorded.python,
+        **recorded.versions,
     }
-    versions = version.code.get("versions")
-    known |= versions if isinstance(versions, dict) else {}
-    return {key: printable(str(value or NOTHING)) for key, value in known.items()}
+    return {key: printable(value or NOTHING) for key, value in known.items()}
 
 
-def data(version: Version) -> dict[str, str]:
-    """Return what is known of the rows, as counts and as a hash of what was prepared of them, and of the
-    base."""
+def data(run: RunOverview) -> dict[str, str]:
+    """Return what is known of the rows, as counts and as a hash of what was prepared, and of the base."""
     known: dict[str, str] = {}
-    for side in ("train", "eval"):
-        known |= {
-            f"{side} {key.replace('_', ' ')}": digits(version.counted("data", side, key)) for key in COUNTS
-        }
-        known[f"{side} sha256"] = str(version.counted("data", side, "sha256") or NOTHING)[:12]
-    packing = version.counted("packing")
-    known["packing"] = NOTHING if packing is None else as_yaml(packing)
-    known["bad rows left out"] = digits(version.counted("bad_rows"))
-    known["base weights"] = printable(str(version.counted("base_fingerprint") or NOTHING))
+    for side in SIDES:
+        counts = run.counts(side)
+        known |= {f"{side} {key.replace('_', ' ')}": number(getattr(counts, key, None)) for key in COUNTS}
+        known[f"{side} sha256"] = counts.sha256[:12] if counts else NOTHING
+    facts = run.facts
+    known["packing"] = as_yaml(facts.packing) if facts else NOTHING
+    known["bad rows left out"] = number(facts.bad_rows if facts else None)
+    known["base weights"] = printable(facts.base_fingerprint) if facts else NOTHING
     return known
 
 
-def results(version: Version) -> dict[str, Value]:
+def results(run: RunOverview) -> dict[str, Value]:
     """Return how far a run is, its last losses, its times, and whether it was compared."""
-    trained = sum(one.get("trained_s") or 0.0 for one in version.attempts)
-    share = goodput(version.attempts)
-    compared = sum(not key.endswith(ASKED) for key in measures(version))
+    trained_s = sum(attempt.trained_s for attempt in run.attempts)
+    share = goodput(run.attempts)
+    compared = sum(not key.endswith(QUESTIONS) for key in measures(run))
     return {
-        "state": version.state,
-        "steps": version.step,
-        "loss": version.loss.get("loss"),
-        "eval loss": version.evaluated.get("eval_loss"),
-        "eval perplexity": version.evaluated.get("eval_perplexity"),
-        "attempts": len(version.attempts),
-        "trained for": ago(trained) if trained else NOTHING,
+        "state": run.state,
+        "steps": run.step,
+        "loss": run.loss.get("loss"),
+        "eval loss": run.evaluated.get("eval_loss"),
+        "eval perplexity": run.evaluated.get("eval_perplexity"),
+        "attempts": len(run.attempts),
+        "trained for": ago(trained_s) if trained_s else NOTHING,
         "goodput": f"{share:.0%}" if share is not None else NOTHING,
         "compared": f"by {compared} measures" if compared else "not yet: qwenlora compare",
     }
 
 
-def measures(version: Version) -> dict[str, Value]:
-    """Return what comparison.json says of the run's own adapter; {} when it was not among those that were
-    asked."""
+def measures(run: RunOverview) -> dict[str, Value]:
+    """Return what comparison.json says of the run's own adapter; {} when that was not compared."""
     known: dict[str, Value] = {}
-    asked = version.compared.get("subjects") or []
+    subjects = run.compared.subjects if run.compared else []
     own = [
-        number
-        for number, one in enumerate(asked)
-        if isinstance(one, Mapping)
-        and one.get("own") is True
-        and one.get("adapter") == version.run.adapter.name
+        position
+        for position, subject in enumerate(subjects)
+        if subject.own and subject.adapter == run.run.adapter.name
     ]
-    if not own:
+    if not run.compared or not own:
         return known
-    for measure in version.compared.get("measures") or []:
-        if isinstance(measure, Mapping) and len(measure.get("values") or []) > own[-1]:
-            value: Any = measure["values"][own[-1]]
-            share = measure.get("kind") == "share" and isinstance(value, int | float)
-            known[f"{measure.get('set')}: {measure.get('measure')}"] = f"{value:.1%}" if share else value
-            known[f"{measure.get('set')}{ASKED}"] = digits(measure.get("count"))
+    for measure in run.compared.measures:
+        value = measure.values[own[-1]]
+        is_share = measure.kind == "share" and value is not None
+        known[f"{measure.set}: {measure.measure}"] = f"{value:.1%}" if is_share else value
+        known[f"{measure.set}{QUESTIONS}"] = number(measure.count)
     return known
 
 
-def _differing(one: Mapping[str, Value], other: Mapping[str, Value]) -> dict[str, tuple[str, str]]:
-    """Return what differs as it is, not as it is shown: numbers that would look alike are shown whole."""
+def _differing(one: Mapping[str, Value], other: Mapping[str, Value]) -> Pairs:
+    """Return the values that differ, even where they look alike when they are rounded."""
     both = {key: (one.get(key, NOTHING), other.get(key, NOTHING)) for key in {**one, **other}}
-    different = {key: values for key, values in both.items() if values[0] != values[1]}
-    return {key: _shown(*values) for key, values in different.items()}
+    return {key: _as_texts(*values) for key, values in both.items() if values[0] != values[1]}
 
 
-def _shown(one: Value, other: Value) -> tuple[str, str]:
-    short = tuple(value if isinstance(value, str) else digits(value) for value in (one, other))
-    return (short[0], short[1]) if short[0] != short[1] else (str(one), str(other))
+def _as_texts(one: Value, other: Value) -> tuple[str, str]:
+    """Return two values short, or in full where they would look alike."""
+    first, second = (value if isinstance(value, str) else number(value) for value in (one, other))
+    return (first, second) if first != second else (str(one), str(other))
 
 
-def _table(title: str, rows: dict[str, tuple[str, str]], names: tuple[str, str]) -> Table:
+def _table(title: str, pairs: Pairs, names: tuple[str, str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(title, no_wrap=True, style="cyan")
     for name in names:
         table.add_column(name, overflow="fold")
-    for key, values in rows.items():
+    for key, values in pairs.items():
         table.add_row(printable(key), *values)
     return table

@@ -1,43 +1,43 @@
-"""`qwenlora status RUN|JOB|SWEEP`: a run as its owner sees it, from its files and what Slurm says of its job.
+"""`qwenlora status RUN|JOB|SWEEP`: the state of a run, from its files and from what Slurm says of its job."""
 
-It may be waiting, running, or long over.
-"""
-
-from datetime import UTC, datetime, timedelta
-from typing import Any
+import time
 
 from rich.console import Console
 from rich.table import Table
 
 from qwenlora.jobs import ledger
-from qwenlora.jobs.find import Found, is_alive
+from qwenlora.jobs.find import RunOrJob, state
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.format import clock, count
 from qwenlora.run.history import goodput
 from qwenlora.run.metrics_file import last_line
-from qwenlora.slurm import query as answers
+from qwenlora.run.records import Attempt, now
+from qwenlora.slurm import query
+from qwenlora.slurm.query import JobInfo
+
+_RIGHT = ("#", "ranks", "from", "again", "restart")  # columns of numbers
 
 
-def show(found: Found, console: Console) -> None:
-    """Print a line on where the run is, one on its job, and a table of its attempts; of a sweep, a line a
-    run."""
-    for run in found.sweep:
-        lines = ledger.submissions(run)
-        waiting = f"{run.path.name}: {_job(lines[-1]['job_id'], answers.ask(lines[-1]['job_id']))}"
-        attempts = run.history.attempts()
-        console.print(_where(run, attempts) if attempts else waiting, soft_wrap=True)
-    attempts = found.run.history.attempts() if found.run and not found.sweep else []
-    if found.run and attempts:
-        job = found.job()
-        console.print(_where(found.run, attempts, job), soft_wrap=True)
-    if found.job_id:
-        console.print(_job(found.job_id, found.job()), soft_wrap=True)
+def show_status(named: RunOrJob, console: Console) -> None:
+    """Print a line on the run, a line on its job, and a table of its attempts; of a sweep, a line a run."""
+    for run in named.sweep:
+        job_id = ledger.submissions(run)[-1].job_id
+        job, attempts = query.ask(job_id), run.history.attempts()
+        line = _run_line(run, attempts, job) if attempts else f"{run.path.name}: {_job_line(job_id, job)}"
+        console.print(line, soft_wrap=True)
+    job = named.job()
+    attempts = named.run.history.attempts() if named.run and not named.sweep else []
+    if named.run and attempts:
+        console.print(_run_line(named.run, attempts, job), soft_wrap=True)
+    if named.job_id:
+        console.print(_job_line(named.job_id, job), soft_wrap=True)
     if attempts:
         console.print(_table(attempts))
-    for line in _last_words(attempts) if attempts else []:
-        console.print(line, soft_wrap=True)
+        for line in _details(attempts[-1]):
+            console.print(line, soft_wrap=True)
 
 
-def _job(job_id: str, job: answers.Job | None) -> str:
+def _job_line(job_id: str, job: JobInfo | None) -> str:
     """Return what Slurm says of a job."""
     if job is None:
         return f"job {job_id}: Slurm does not know it any more"
@@ -45,75 +45,71 @@ def _job(job_id: str, job: answers.Job | None) -> str:
     if job.state == "PENDING" and job.reason:
         parts.append(f"waits: {job.reason.replace('_', ' ')}")
     if job.state == "RUNNING" and job.seconds_left is not None:
-        parts.append(f"{timedelta(seconds=round(job.seconds_left))} left of its time")
+        parts.append(f"{clock(job.seconds_left)} left of its time")
     if job.nodes:
         parts.append(f"on {', '.join(job.nodes)}")
     if job.restarts:
-        parts.append(f"started again {job.restarts} time{'s' * (job.restarts != 1)}")
+        parts.append(f"started again {count(job.restarts, 'time')}")
     return " · ".join(parts)
 
 
-def _where(run: RunFolder, attempts: list[dict[str, Any]], job: answers.Job | None = None) -> str:
-    last = next((one for one in reversed(attempts) if one.get("reason") != "refused"), attempts[-1])
-    progress = run.history.progress.read(last["attempt"])
-    over = run.abandoned or (job is not None and not is_alive(job))
-    said = last.get("reason", "killed" if over else "running")
-    if job and job.state == "PENDING" and said != "done":
-        said = "waits to go on"
-    parts = [f"{run.path.name}: {said}", f"step {progress.get('step') or run.history.last_step()}"]
-    if said == "running" and progress:
-        parts[1] += f", {datetime.now(UTC).timestamp() - progress['time']:.0f} s ago"
+def _run_line(run: RunFolder, attempts: list[Attempt], job: JobInfo | None) -> str:
+    """Return the state of a run, how far it is, its loss, its checkpoints and its goodput."""
+    last = next((attempt for attempt in reversed(attempts) if attempt.reason != "refused"), attempts[-1])
+    progress = run.history.progress.read(last.attempt)
+    run_state = state(run, attempts, job)
+    step = f"step {progress.step if progress else run.history.last_step()}"
+    if progress and not last.reason and run_state in ("running", "unknown"):
+        step += f", {time.time() - progress.time:.0f} s ago"
+    parts = [f"{run.path.name}: {run_state}", step]
     if line := last_line(run.metrics, "loss"):
         parts.append(f"loss {line['loss']:.4f} at step {line['step']}")
     checkpoints = run.checkpoints()
-    count = f"{len(checkpoints)} checkpoint{'s' * (len(checkpoints) != 1)}"
-    parts.append(f"{count}, newest {checkpoints[0].name}" if checkpoints else "no checkpoint")
-    if (share := goodput(run.history.so_far("running"))) is not None:
+    newest = f", newest {checkpoints[0].name}" if checkpoints else ""
+    parts.append(count(len(checkpoints), "checkpoint") + newest if checkpoints else "no checkpoint")
+    if (share := goodput(run.history.so_far())) is not None:
         parts.append(f"goodput {share:.0%}")
     return " · ".join(parts)
 
 
-def _table(attempts: list[dict[str, Any]]) -> Table:
+def _table(attempts: list[Attempt]) -> Table:
+    """Return a table with a row for each attempt."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    jobs = any(attempt["job_id"] for attempt in attempts)
-    causes = any(attempt.get("cause") for attempt in attempts)
-    right = ("#", "ranks", "from", "again", "restart")
-    # within 80 columns: how long starts took gives way to what Slurm did
+    jobs = any(attempt.job_id for attempt in attempts)
+    causes = any(attempt.cause for attempt in attempts)
+    # within 80 columns there is room for the job's number or for the seconds that the start took
     names = ("#", "start (UTC)", "took", "ranks", *["job"] * jobs, "from", "steps", "again")
     for name in (*names, *["restart"] * (not jobs), "ended", *["cause"] * causes):
-        table.add_column(name, no_wrap=True, justify="right" if name in right else "left")
+        table.add_column(name, no_wrap=True, justify="right" if name in _RIGHT else "left")
     for attempt in attempts:
-        reason = attempt.get("reason", "-")
-        trained = attempt.get("first_step")
-        table.add_row(
-            str(attempt["attempt"]),
-            attempt["start"][5:16].replace("T", " "),
-            _took(attempt),
-            str(attempt["processes"]),
-            *[str(attempt["job_id"])] * jobs,
-            (attempt.get("resumed_from") or "-").removeprefix("checkpoint-"),
-            f"{trained}-{attempt.get('last_step', '')}" if trained else "-",
-            str(attempt.get("steps_repeated", "-")),
-            *[f"{sum(attempt['seconds'].values()):.1f} s" if "seconds" in attempt else "-"] * (not jobs),
-            reason,
-            *[attempt.get("cause") or "-"] * causes,
-        )
+        table.add_row(*_cells(attempt, jobs=jobs, causes=causes))
     return table
 
 
-def _last_words(attempts: list[dict[str, Any]]) -> list[str]:
-    """Return where the time of the last attempt's start went, and why it ended."""
-    last = attempts[-1]
-    seconds: dict[str, float] = last.get("seconds", {})
-    parts = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items()]
-    lines = [f"the last start took {sum(seconds.values()):.1f} s: {', '.join(parts)}"] if parts else []
-    return (
-        [*lines, f"attempt {last['attempt']} {last['reason']}: {last['message']}"]
-        if last.get("message")
-        else lines
-    )
+def _cells(attempt: Attempt, *, jobs: bool, causes: bool) -> list[str]:
+    """Return the cells of an attempt's row. jobs, causes: whether the table has these columns."""
+    first, again, start_s = attempt.first_step, attempt.steps_repeated, attempt.restart_s
+    return [
+        str(attempt.attempt),
+        f"{attempt.start:%m-%d %H:%M}",
+        clock(((attempt.end or now()) - attempt.start).total_seconds()),
+        str(attempt.processes),
+        *[str(attempt.job_id)] * jobs,
+        (attempt.resumed_from or "-").removeprefix("checkpoint-"),
+        f"{first}-{attempt.last_step or ''}" if first else "-",
+        "-" if again is None else str(again),
+        *["-" if start_s is None else f"{start_s:.1f} s"] * (not jobs),
+        attempt.reason or "-",
+        *[attempt.cause or "-"] * causes,
+    ]
 
 
-def _took(attempt: dict[str, Any]) -> str:
-    end = datetime.fromisoformat(attempt["end"]) if "end" in attempt else datetime.now(UTC)
-    return str(timedelta(seconds=round((end - datetime.fromisoformat(attempt["start"])).total_seconds())))
+def _details(attempt: Attempt) -> list[str]:
+    """Return what the time of an attempt's start went into, and why it ended."""
+    lines = []
+    if attempt.seconds:
+        parts = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in attempt.seconds.items()]
+        lines.append(f"the last start took {attempt.restart_s:.1f} s: {', '.join(parts)}")
+    if attempt.message:
+        lines.append(f"attempt {attempt.attempt} {attempt.reason}: {attempt.message}")
+    return lines

@@ -9,10 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from run_facts import make_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from qwenlora.adapter.answers import Question
-from qwenlora.adapter.compare import comparison, losses, side_by_side
+from qwenlora.adapter.compare import losses, side_by_side
 from qwenlora.adapter.compare import questions as asked
 from qwenlora.adapter.compare.compare import columns_of, compare
 from qwenlora.adapter.subject import find
@@ -21,6 +22,8 @@ from qwenlora.configs.schema import Config, Data, Lora, Model
 from qwenlora.data import sources
 from qwenlora.data.prepared import files_key
 from qwenlora.data.rows import Row
+from qwenlora.run.comparison import AnsweredQuestion, ComparedModel, Comparison, Measure
+from qwenlora.run.folder import RunFolder
 
 PAIRS = {
     "早上几点开门？": "上午九点。",
@@ -103,7 +106,7 @@ def said(question, answer):
 def compared(run, tmp_path_factory):
     output = tmp_path_factory.mktemp("output") / "c.json"
     assert compare([find(str(run))], output=output, **QUICK) == 0
-    return comparison.read(output)
+    return Comparison.read(output)
 
 
 def value(compared, name, measure, subject):
@@ -149,12 +152,12 @@ def test_the_last_line_is_for_scripts_and_nothing_is_coloured_in_a_file(run, cap
 
 def test_two_calls_differ_in_nothing_but_the_time(run, compared, tmp_path):
     compare([find(str(run))], output=tmp_path / "c.json", **QUICK)
-    assert comparison.read(tmp_path / "c.json").model_copy(update={"made": compared.made}) == compared
+    assert Comparison.read(tmp_path / "c.json").model_copy(update={"made": compared.made}) == compared
 
 
 def test_another_seed_draws_other_answers_and_changes_nothing_else(run, compared, tmp_path):
     compare([find(str(run))], output=tmp_path / "c.json", seed=1, **QUICK)
-    other = comparison.read(tmp_path / "c.json")
+    other = Comparison.read(tmp_path / "c.json")
     assert other.seed == 1
     for one, another in zip(compared.answers, other.answers, strict=True):
         assert (one == another) == (one.set != "repeated")
@@ -165,7 +168,7 @@ def test_the_batch_size_changes_nothing(run, tmp_path):
     found = []
     for size in (1, 7):
         compare([find(str(run))], output=tmp_path / f"{size}.json", batch_size=size, **QUICK | {"samples": 0})
-        found.append(comparison.read(tmp_path / f"{size}.json"))
+        found.append(Comparison.read(tmp_path / f"{size}.json"))
     assert found[0].answers == found[1].answers
     for one, another in zip(found[0].measures, found[1].measures, strict=True):
         assert one.values == pytest.approx(another.values, rel=1e-5)
@@ -190,7 +193,7 @@ def test_the_base_is_asked_as_if_there_were_no_adapter(tiny, tmp_path, settings)
     question = {"question": "几点开门？", **QUICK}
     compare([find(adapter)], output=tmp_path / "with.json", **question)
     compare([find(str(tiny))], output=tmp_path / "alone.json", **question)
-    both, alone = (comparison.read(tmp_path / f"{name}.json") for name in ("with", "alone"))
+    both, alone = (Comparison.read(tmp_path / f"{name}.json") for name in ("with", "alone"))
     assert [one.answers[0] for one in both.answers] == [one.answers[0] for one in alone.answers]
     assert [one.values[0] for one in both.measures] == [one.values[0] for one in alone.measures]
     assert any(one.answers[0] != one.answers[1] for one in both.answers)
@@ -280,7 +283,7 @@ def test_several_subjects_are_asked_the_first_runs_questions(run, tiny, tmp_path
     assert "base 0 of 2 (0.0%), adapter 0 of 2 (0.0%), mine 2 of 2 (100.0%), second 2 of 2 (100.0%)\n" in out
     assert (tmp_path / "second" / "comparison.json").is_file(), "of the last run"
     assert not (run / "comparison.json").exists()
-    kept = comparison.read(tmp_path / "second" / "comparison.json")
+    kept = Comparison.read(tmp_path / "second" / "comparison.json")
     assert [one.label for one in kept.subjects if one.own] == ["second"]
     assert str(tmp_path) not in (tmp_path / "second" / "comparison.json").read_text()
 
@@ -320,7 +323,7 @@ def test_perplexity_is_of_the_first_ones_answers_under_each(run, tmp_path, monke
 
     monkeypatch.setattr(losses, "answer_tokens", recorded)
     compare([find(str(run))], output=tmp_path / "c.json", **QUICK)
-    found = comparison.read(tmp_path / "c.json")
+    found = Comparison.read(tmp_path / "c.json")
     firsts = [row.answers[0] for row in found.answers if row.set == "general"]
     assert seen == [firsts, firsts]
     assert firsts != [row.answers[1] for row in found.answers if row.set == "general"]
@@ -350,7 +353,7 @@ def test_a_run_whose_data_changed_since_is_warned_of(run, tmp_path):
     config = find(str(run)).config.model_copy(update={"run_dir": str(folder), "data": Data(train=rows)})
     (folder / "config.yaml").write_text(to_yaml(config))
     key = files_key(sources.find(config.data), tmp_path / ".prepared")
-    (folder / "facts.json").write_text(json.dumps({"files_key": key}))
+    RunFolder(folder).write_facts(make_facts(files_key=key))
     assert not any("changed" in note for note in choose([folder]).notes)
     write_rows(tmp_path / "rows.jsonl", PAIRS | {"Is it free?": "No."})
     assert choose([folder]).notes[0] == (
@@ -426,10 +429,10 @@ def test_references_longer_than_answers_may_be_are_spoken_of(run, capsys):
 
 
 def made_up(answers, labels=("base", "tuned")):
-    return comparison.Comparison(
-        subjects=[comparison.Subject(label=label) for label in labels],
+    return Comparison(
+        subjects=[ComparedModel(label=label) for label in labels],
         measures=[
-            comparison.Measure(
+            Measure(
                 set="training",
                 measure="exact",
                 kind="share",
@@ -439,7 +442,7 @@ def made_up(answers, labels=("base", "tuned")):
             )
         ],
         answers=[
-            comparison.Answered(
+            AnsweredQuestion(
                 set="training",
                 question="几点？",
                 reference="九点",

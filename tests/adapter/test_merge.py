@@ -25,7 +25,7 @@ from qwenlora.adapter.merge.streamed import Streamed, compare
 from qwenlora.adapter.subject import find
 from qwenlora.adapter.weight_files import MergedFiles
 from qwenlora.configs.schema import Lora
-from qwenlora.trainer.model.base import lora_config
+from qwenlora.trainer.model.lora import lora_config
 
 BASES = ("qwen2 tied", "qwen2", "qwen3 tied", "qwen3")
 BODY = ["q_proj", "v_proj", "down_proj"]
@@ -639,10 +639,10 @@ def test_a_large_model_merges_in_the_memory_of_a_few_of_its_tensors(tiny, tmp_pa
     code = """
 import sys
 import torch, transformers, peft
-from qwenlora.trainer.base_files import peak_memory
+from qwenlora.trainer.model.base_files import peak_memory
 if sys.argv[1:]:
     from pathlib import Path
-    from qwenlora.adapter.merge import merge
+    from qwenlora.adapter.merge.merge import merge
     from qwenlora.adapter.subject import find
     merge([find(sys.argv[1])], Path(sys.argv[2]))
 print(peak_memory())

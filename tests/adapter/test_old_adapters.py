@@ -17,7 +17,7 @@ from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
 from qwenlora.adapter.verify import check
 from qwenlora.configs.schema import Lora
-from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model.lora import add_lora
 
 PEFT_0_2 = {
     "bias": "none",
@@ -128,7 +128,7 @@ def test_training_goes_on_from_one(tiny, tmp_path):
     saved, _ = write(tmp_path / "old", tiny, "0.3", **LORA)
     lora = Lora(init_from=str(tmp_path / "old"), r=4, lora_alpha=8, lora_dropout=0.0, **LORA)
     assert torch.equal(
-        logits(models.add_lora(AutoModelForCausalLM.from_pretrained(tiny), lora).eval()), logits(saved)
+        logits(add_lora(AutoModelForCausalLM.from_pretrained(tiny), lora).eval()), logits(saved)
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from run_facts import make_facts
 
 from qwenlora.adapter.publish import curves
 from qwenlora.adapter.publish.report import ANSWERS, write
@@ -173,9 +174,9 @@ def test_the_page_loads_nothing_and_runs_nothing(run):
 def test_hostile_rows_answers_and_names_are_shown_as_text(run):
     log(run, [attempt(1, 1, 100, "failed", message=HOSTILE[1], cause="<i>")])
     run.config.write_text(json.dumps({"data": {"train": HOSTILE[0]}, "model": {"name_or_path": HOSTILE[1]}}))
-    run.facts.write_text(json.dumps({"notes": HOSTILE, "bad_rows": 1}))
+    run.write_facts(make_facts(notes=HOSTILE, bad_rows=1))
     run.bad_rows.write_text("\n".join(HOSTILE))
-    run.code.write_text(json.dumps({"command": HOSTILE, "git": "<b>", "versions": {"<u>": "\ud800"}}))
+    run.code.write_text(json.dumps({"command": HOSTILE, "git": "<b>", "versions": {"<u>": "1"}}))
     file = run.path / "comparison.json"
     file.write_text(json.dumps(comparison(HOSTILE, made="<i>")))
     page = Page(run)
@@ -234,8 +235,8 @@ def test_other_damaged_files_are_lines_on_the_page_too(run):
     run.history.file.write_text('{"attempt": 1}\n')
     run.facts.write_text("[]")
     page = Page(run)
-    assert "attempts.jsonl cannot be read: 'start'" in page.text
-    assert "facts.json cannot be read: it is no JSON object" in page.text
+    assert "attempts.jsonl cannot be read: start: Field required" in page.text
+    assert "facts.json cannot be read: Input should be an object" in page.text
 
 
 def test_a_run_that_has_not_begun_was_refused_or_has_logged_nothing_has_a_page(run):
@@ -424,7 +425,7 @@ def test_no_text_makes_the_page_wider_than_the_screen(browse, run, tmp_path, wid
         [attempt(n, 10 * n - 9, 10 * n, "failed", message=HOSTILE[4], job_id="123456") for n in range(1, 11)],
     )
     run.config.write_text(json.dumps({"data": {"train": HOSTILE[4]}, "model": {"name_or_path": HOSTILE[7]}}))
-    run.facts.write_text(json.dumps({"notes": HOSTILE, "bad_rows": 1}))
+    run.write_facts(make_facts(notes=HOSTILE, bad_rows=1))
     run.bad_rows.write_text("\n".join(HOSTILE))
     run.code.write_text(json.dumps({"command": HOSTILE, "git": "a" * 400}))
     (run.path / "comparison.json").write_text(json.dumps(comparison(HOSTILE)))

@@ -22,7 +22,7 @@ PLACES = {
     "starting": ("rank", "train", 1, 3.0),
     "in a step": ("rank", "training_step", 12, 0.1),
     "between steps": ("rank", "on_step_end", 6, 0.02),
-    "evaluating": ("rank", "_evaluated", 1, 0.15),
+    "evaluating": ("rank", "_sum_losses", 1, 0.15),
     "copying for a save": ("rank", "_save_checkpoint", 2, 0.01),
     "at the end": ("rank-0", "save_adapter", 1, 0.05),
 }

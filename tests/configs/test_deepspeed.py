@@ -164,8 +164,8 @@ CHANGE = "change one of them, or remove"
         ),
         (
             {"zero_optimization": {"compute_grad_norm": False}},
-            "zero_optimization.compute_grad_norm=false, but the norm tells whether a step is a number:"
-            " expected true; {change}",
+            "zero_optimization.compute_grad_norm=false, but the norm shows whether a step's gradients are"
+            " finite: expected true; {change}",
         ),
         (
             {"zero_optimization": {"zero_quantized_nontrainable_weights": True}},

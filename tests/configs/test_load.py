@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenlora.configs import Config, load_config
-from qwenlora.configs.load import differences, to_yaml
+from qwenlora.configs.keys import differences
+from qwenlora.configs.load import to_yaml
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = "model: {name_or_path: tiny}\ndata: {train: example}\n"

@@ -23,10 +23,10 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from qwenlora.configs.schema import Data
-from qwenlora.data import rows, sources
-from qwenlora.data import tokenise as treat
+from qwenlora.data import rows, sources, tokenise
 from qwenlora.data.bad_row import BadRow
-from qwenlora.data.rows import Options, Row
+from qwenlora.data.rows import Row
+from qwenlora.data.shapes import RowOptions
 
 TOOL = {
     "type": "function",
@@ -265,7 +265,7 @@ def try_file(path: Path, encoding: str | None, format_: str) -> str:
     """Return what became of a file: read, or refused."""
     try:
         found = sources.find(Data(train=str(path), encoding=encoding, format=format_))
-        for _, _, line, row in treat.read(found):
+        for _, _, line, row in tokenise.read_rows(found):
             _look(line, row)
     except ValueError as error:
         _check_reason(error)
@@ -273,7 +273,7 @@ def try_file(path: Path, encoding: str | None, format_: str) -> str:
     return "read"
 
 
-def try_row(value: Any, options: Options) -> str:
+def try_row(value: Any, options: RowOptions) -> str:
     """Return what became of a row: read, or refused."""
     try:
         row = rows.to_row(1, value, rows.shape_of(value, options), options)
@@ -311,7 +311,7 @@ def fuzz(seed: int, seconds: float, keep: Path | None = None) -> Counter[str]:
                 if number % 2:
                     content = _json(value := damage.row()).encode()
                     outcome = try_row(
-                        value, Options(format_, {"name": "role"} if damage.random.random() < 0.1 else {})
+                        value, RowOptions(format_, {"name": "role"} if damage.random.random() < 0.1 else {})
                     )
                 else:
                     content, path = damage.file(), Path(folder) / damage.random.choice(NAMES)

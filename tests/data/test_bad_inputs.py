@@ -656,7 +656,7 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     "weight of a turn": (
         "my.jsonl",
         chat(TURNS[0], TURNS[1] | {"weight": 0}),
-        ["turn 2 has weight, which nothing here heeds; ignore it: data.columns: {weight: null}"],
+        ["turn 2 has weight, which qwenlora does not use; ignore it: data.columns: {weight: null}"],
         {},
     ),
     "forged end of a turn": (

@@ -11,20 +11,28 @@ import time
 import pytest
 
 from qwenlora.data import cache
-from qwenlora.data.cache import build_once, digest_of, read_index
+from qwenlora.data.cache import Index, build_once, digest_of, read_index
 
 BUILDER = """
 import sys, time
 from pathlib import Path
-from qwenlora.data.cache import build_once
+from qwenlora.data.cache import Index, build_once
+class Built(Index):
+    by: str
 def build(folder):
     (folder / "half").write_text("x")
     print("building", flush=True)
     time.sleep(float(sys.argv[2]))
     (folder / "whole").write_text(sys.argv[3])
-    return {"by": sys.argv[3]}
-print(build_once(Path(sys.argv[1]), build, lambda line: print(line, flush=True))["by"], flush=True)
+    return Built(by=sys.argv[3])
+print(build_once(Path(sys.argv[1]), Built, build, lambda line: print(line, flush=True)).by, flush=True)
 """
+
+
+class Built(Index):
+    """by: who built the folder."""
+
+    by: str = ""
 
 
 def builder(folder, seconds: float, name: str) -> subprocess.Popen:
@@ -38,8 +46,8 @@ def others(folder) -> list[str]:
 
 
 def test_what_is_there_is_not_built_again(tmp_path):
-    build_once(tmp_path / "a", lambda folder: {"by": "first"})
-    assert build_once(tmp_path / "a", lambda folder: pytest.fail("built again"))["by"] == "first"
+    build_once(tmp_path / "a", Built, lambda folder: Built(by="first"))
+    assert build_once(tmp_path / "a", Built, lambda folder: pytest.fail("built again")).by == "first"
 
 
 def test_two_that_start_together_build_once(tmp_path):
@@ -77,7 +85,7 @@ def test_what_killed_builders_of_other_data_left_is_swept_away_too(tmp_path):
         (tmp_path / f"{name}.staging-{host}-{pid}-0").mkdir()
         (tmp_path / f"{name}.claim").write_text(json.dumps({"host": host, "pid": pid, "token": "x"}))
     (tmp_path / "far.claim").write_text(json.dumps({"host": "elsewhere", "pid": ended.pid, "token": "x"}))
-    build_once(tmp_path / "a", lambda folder: {})
+    build_once(tmp_path / "a", Built, lambda folder: Built())
     assert others(tmp_path / "a") == ["alive.claim", f"alive.staging-{host}-{os.getpid()}-0", "far.claim"]
 
 
@@ -86,7 +94,7 @@ def test_a_builder_on_another_machine_that_falls_silent_is_not_waited_for(tmp_pa
     claim = tmp_path / "a.claim"
     claim.write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "x"}))
     heard = []
-    assert build_once(tmp_path / "a", lambda folder: {"by": "us"}, heard.append)["by"] == "us"
+    assert build_once(tmp_path / "a", Built, lambda folder: Built(by="us"), heard.append).by == "us"
     assert heard[0] == "waiting for process 1 on elsewhere, which prepares the same data"
     assert not claim.exists()
 
@@ -99,9 +107,9 @@ def test_a_builder_that_lives_is_waited_for_however_long_it_takes(tmp_path, monk
     def slow(folder):
         built.append(folder)
         time.sleep(4)
-        return {}
+        return Built()
 
-    threads = [threading.Thread(target=build_once, args=(tmp_path / "a", slow)) for _ in range(2)]
+    threads = [threading.Thread(target=build_once, args=(tmp_path / "a", Built, slow)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -116,10 +124,10 @@ def test_without_any_claims_the_first_whole_folder_wins(tmp_path, monkeypatch):
     def build(staging):
         if not folder.exists():
             (tmp_path / "a.claim").unlink()
-            build_once(folder, lambda inner: {"by": "the faster one"})
-        return {"by": "the slower one"}
+            build_once(folder, Built, lambda inner: Built(by="the faster one"))
+        return Built(by="the slower one")
 
-    assert build_once(folder, build)["by"] == "the faster one"
+    assert build_once(folder, Built, build).by == "the faster one"
     assert others(folder) == []
 
 
@@ -129,7 +137,7 @@ def test_a_builder_that_fails_leaves_nothing(tmp_path):
         raise ValueError("bad rows")
 
     with pytest.raises(ValueError, match="bad rows"):
-        build_once(tmp_path / "a", fail)
+        build_once(tmp_path / "a", Built, fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,11 +146,11 @@ def test_a_damaged_folder_is_built_again(tmp_path, damage):
     def build(folder):
         (folder / "train").mkdir()
         (folder / "train" / "ids.bin").write_bytes(b"12345678")
-        return {}
+        return Built()
 
     folder = tmp_path / "a"
-    build_once(folder, build)
-    assert read_index(folder)["files"]["train/ids.bin"][0] == 8
+    build_once(folder, Built, build)
+    assert read_index(folder, Built).files["train/ids.bin"][0] == 8
     if damage == "lost":
         (folder / "train" / "ids.bin").unlink()
     elif damage == "short":
@@ -154,8 +162,8 @@ def test_a_damaged_folder_is_built_again(tmp_path, damage):
         (folder / "index.json").unlink()
     else:
         (folder / "index.json").write_text((folder / "index.json").read_text()[:5])
-    assert read_index(folder) is None
-    build_once(folder, build)
+    assert read_index(folder, Built) is None
+    build_once(folder, Built, build)
     assert (folder / "train" / "ids.bin").read_bytes() == b"12345678"
     assert others(folder) == []
 
@@ -168,9 +176,9 @@ def test_all_is_on_the_disk_before_it_is_renamed_and_the_name_after(tmp_path, mo
         (folder / "one").write_text("x")
         (folder / "deep").mkdir()
         (folder / "deep" / "two").write_text("x")
-        return {}
+        return Built()
 
-    build_once(tmp_path / "a", build)
+    build_once(tmp_path / "a", Built, build)
     assert sorted(synced[:-1]) == [("one", False), ("two", False)]
     assert synced[-1] == (tmp_path.name, True)
 
@@ -178,9 +186,9 @@ def test_all_is_on_the_disk_before_it_is_renamed_and_the_name_after(tmp_path, mo
 def test_a_claim_that_another_took_over_is_left_to_it(tmp_path):
     def build(folder):
         (tmp_path / "a.claim").write_text("another's")
-        return {}
+        return Built()
 
-    build_once(tmp_path / "a", build)
+    build_once(tmp_path / "a", Built, build)
     assert (tmp_path / "a.claim").read_text() == "another's"
 
 

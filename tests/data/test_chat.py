@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from qwenlora.configs.schema import Data
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder
-from qwenlora.data.rows import Options, Row, shape_of, to_row
+from qwenlora.data.rows import Row, to_row
+from qwenlora.data.shapes import RowOptions, shape_of
 from qwenlora.data.sources import find
-from qwenlora.data.tokenise import read
+from qwenlora.data.tokenise import read_rows
 
 NAMES = ("tiny", "qwen2.5", "qwen3")
 CHATS = (
@@ -87,7 +88,7 @@ def pick(tokenizers, name):
 
 
 def row_of(value, line: int = 1) -> Row:
-    return to_row(line, value, shape_of(value, Options()), Options())
+    return to_row(line, value, shape_of(value, RowOptions()), RowOptions())
 
 
 def encode(tokenizer, row: Row, train_on: str = "assistant"):
@@ -146,7 +147,7 @@ def test_what_is_trained_is_each_reply_and_its_end(tokenizers, name, value):
 def test_every_reply_of_real_data_is_trained_whole(assets, tokenizers, name, file):
     tokenizer = pick(tokenizers, name)
     source = find(Data(train=str(assets / "data" / file)))
-    rows = [row for *_, row in read(source) if not isinstance(row, BadRow)]
+    rows = [row for *_, row in read_rows(source) if not isinstance(row, BadRow)]
     assert len(rows) >= {"smilechat_messages_2k.jsonl": 1996, "identity.json": 91}.get(file, 900)
     for row, tokens in zip(rows, Encoder(tokenizer).encode(rows), strict=True):
         replies = [
@@ -160,7 +161,7 @@ def test_every_reply_of_real_data_is_trained_whole(assets, tokenizers, name, fil
 def test_ids_of_real_data_are_the_templates_own(assets, tokenizers, name):
     tokenizer = pick(tokenizers, name)
     for file in CHATS:
-        rows = [row for *_, row in read(find(Data(train=str(assets / "data" / file))))][:200]
+        rows = [row for *_, row in read_rows(find(Data(train=str(assets / "data" / file))))][:200]
         rows = [row for row in rows if not isinstance(row, BadRow)]
         for row, tokens in zip(rows, Encoder(tokenizer).encode(rows), strict=True):
             assert tokens.ids.tolist() == tokenizer.apply_chat_template(row.messages, return_dict=False)

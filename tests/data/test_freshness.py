@@ -1,16 +1,15 @@
 """What was prepared stands until anything that it was made of changes."""
 
-import json
 import os
 import time
-from dataclasses import replace
 
 import pytest
 
 from qwenlora.configs import load_config
-from qwenlora.data import freshness as current
+from qwenlora.data import freshness
+from qwenlora.run import package
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.prepare import prepare, read_facts
+from qwenlora.trainer.prepare import prepare
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def run(config):
 
 
 def stands(config, run) -> bool:
-    return current.is_current(config, run, on_gpu=False)
+    return freshness.is_current(config, run, on_gpu=False)
 
 
 def test_a_second_start_prepares_nothing(config, run):
@@ -53,7 +52,7 @@ def test_another_config_is_prepared(config, run, change):
 
 
 def test_on_a_gpu_packing_may_be_decided_otherwise(config, run):
-    assert not current.is_current(config(), run, on_gpu=True)
+    assert not freshness.is_current(config(), run, on_gpu=True)
 
 
 def test_a_changed_file_is_seen_even_with_its_old_time_and_size(config, run, tmp_path):
@@ -75,19 +74,44 @@ def test_what_is_gone_is_made_again(config, run, tmp_path, lost):
 
 
 def test_a_full_disk_is_left_to_preparation_to_say(config, run):
-    facts = read_facts(run)
-    run.facts.write_text(json.dumps(replace(facts, checkpoint_bytes=10**18).as_dict()))
+    run.facts.write_text(run.read_facts().revised(checkpoint_bytes=10**18).text())
     assert not stands(config(), run)
 
 
 def test_what_only_the_hub_knows_is_always_asked_for(config):
-    assert current.stamp(config(), "Qwen/Qwen2.5-7B", on_gpu=False) == ""
+    assert freshness.stamp(config(), "Qwen/Qwen2.5-7B", on_gpu=False) == ""
     assert (
-        current.stamp(config("model.tokenizer=Qwen/Qwen2.5-7B"), config().model.name_or_path, on_gpu=False)
+        freshness.stamp(config("model.tokenizer=Qwen/Qwen2.5-7B"), config().model.name_or_path, on_gpu=False)
         == ""
     )
 
 
 def test_a_file_that_has_just_been_written_is_not_trusted(config, run, tmp_path):
     (tmp_path / "rows.jsonl").touch()
-    assert current.stamp(config(), config().model.name_or_path, on_gpu=False) == ""
+    assert freshness.stamp(config(), config().model.name_or_path, on_gpu=False) == ""
+
+
+def test_what_other_code_prepared_is_prepared_again(config, run, tmp_path, monkeypatch):
+    package.snapshot(tmp_path / "copy")
+    code = tmp_path / "copy" / "qwenlora"
+    monkeypatch.setattr(package, "package", lambda: code)
+
+    def stamp() -> str:
+        return freshness.stamp(config(), config().model.name_or_path, on_gpu=False)
+
+    assert stamp() == run.read_facts().stamp, "a copy of the package is the same code"
+    stamps = {stamp()}
+    for name in ("data/rows.py", "configs/schema.py", "run/records.py", "trainer/model/base.py"):
+        with (code / name).open("a") as file:
+            file.write("# changed\n")
+        stamps.add(stamp())
+    (code / "trainer" / "model" / "new.py").touch()
+    stamps.add(stamp())
+    (code / "trainer" / "model" / "new.py").rename(code / "trainer" / "model" / "other_name.py")
+    stamps.add(stamp())
+    assert len(stamps) == 7
+    assert not stands(config(), run)
+    for name in ("adapter/verify.py", "cli/main.py", "jobs/task.py"):
+        with (code / name).open("a") as file:
+            file.write("# changed\n")
+    assert stamp() in stamps, "no preparation depends on these"

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from qwenlora.configs.schema import Data
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder
-from qwenlora.data.overlength import fit
-from qwenlora.data.rows import Options, shape_of, to_row
+from qwenlora.data.overlength import cut_to_length
+from qwenlora.data.rows import to_row
+from qwenlora.data.shapes import RowOptions, shape_of
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +21,9 @@ def fitted(tokenizers):
         tokenizer = tokenizers["tiny"]
         data = Data(train="x", **options)
         encoder = Encoder(tokenizer, data.train_on)
-        row = to_row(1, value, shape_of(value, Options()), Options())
+        row = to_row(1, value, shape_of(value, RowOptions()), RowOptions())
         (tokens,) = encoder.encode([row])
-        outcome = fit(row, tokens, encoder, data)
+        outcome = cut_to_length(row, tokens, encoder, data)
         pieces = []
         for piece in outcome.pieces:
             assert len(piece.ids) <= data.max_length
@@ -45,7 +46,7 @@ def chat(*replies: str, system: str = "") -> dict:
 
 def test_truncating_keeps_the_beginning_and_some_of_the_reply(fitted):
     pieces, outcome, tokens = fitted(chat("word " * 50), overlength="truncate", max_length=30)
-    assert outcome.cut
+    assert outcome.truncated
     assert len(pieces) == 1
     assert outcome.pieces[0].ids.tolist() == tokens.ids[:30].tolist()
 
@@ -66,7 +67,7 @@ def test_a_split_conversation_keeps_every_reply_once_with_its_question_and_the_s
     replies = [f"reply {n} " + "word " * n for n in range(8)]
     pieces, outcome, _ = fitted(chat(*replies, system="be kind"), overlength="split", max_length=120)
     assert len(pieces) > 1
-    assert outcome.lost == 0
+    assert outcome.lost_replies == 0
     assert [reply for _, trained in pieces for reply in trained] == [
         f"{reply}<|im_end|>" for reply in replies
     ]
@@ -82,9 +83,9 @@ def test_every_piece_of_a_split_row_has_its_tools(tokenizers):
         pytest.skip("the qwen3 tokenizer is not here")
     value = chat(*(f"reply {n} " + "word " * 20 for n in range(8))) | {"tools": [{"name": "weather"}]}
     encoder, data = Encoder(tokenizers["qwen3"]), Data(train="x", overlength="split", max_length=250)
-    row = to_row(1, value, "chat", Options())
+    row = to_row(1, value, "chat", RowOptions())
     (tokens,) = encoder.encode([row])
-    pieces = fit(row, tokens, encoder, data).pieces
+    pieces = cut_to_length(row, tokens, encoder, data).pieces
     assert len(pieces) > 1
     assert all('<tools>\n{"name": "weather"}' in tokenizers["qwen3"].decode(piece.ids) for piece in pieces)
 
@@ -99,13 +100,13 @@ def test_two_exchanges_that_just_fit_stay_together(fitted):
 def test_a_reply_that_fits_nowhere_is_counted_not_cut(fitted):
     pieces, outcome, _ = fitted(chat("short", "word " * 99, "end"), overlength="split", max_length=60)
     assert [reply for _, trained in pieces for reply in trained] == ["short<|im_end|>", "end<|im_end|>"]
-    assert outcome.lost == 1
+    assert outcome.lost_replies == 1
 
 
 def test_split_replies_goes_on_without_the_question_because_it_was_asked_to(fitted):
     long = " ".join(str(n) for n in range(60))
     pieces, outcome, _ = fitted(chat(long), overlength="split", max_length=50, split_replies=True)
-    assert outcome.lost == 0
+    assert outcome.lost_replies == 0
     # the first token of a piece is not predicted; it was the last one of the piece before
     assert "".join(reply for _, trained in pieces for reply in trained) == f"{long}<|im_end|>"
 
@@ -115,7 +116,9 @@ def test_with_last_assistant_a_split_keeps_the_end_of_the_conversation(fitted):
     pieces, _, _ = fitted(chat(*replies), overlength="split", max_length=90, train_on="last_assistant")
     assert [trained for _, trained in pieces] == [[f"{replies[-1]}<|im_end|>"]]
     assert (
-        fitted(chat("a", "word " * 99), overlength="split", max_length=60, train_on="last_assistant")[1].lost
+        fitted(chat("a", "word " * 99), overlength="split", max_length=60, train_on="last_assistant")[
+            1
+        ].lost_replies
         == 1
     )
     assert "q6" in pieces[0][0]
@@ -131,9 +134,9 @@ def test_every_token_of_a_split_text_is_trained_once(tokenizers, text, size):
     encoder = Encoder(tokenizers["tiny"])
     if not text.strip():
         return
-    row = to_row(1, {"text": text}, "text", Options())
+    row = to_row(1, {"text": text}, "text", RowOptions())
     (tokens,) = encoder.encode([row])
-    pieces = fit(row, tokens, encoder, Data(train="x", max_length=size, overlength="split")).pieces
+    pieces = cut_to_length(row, tokens, encoder, Data(train="x", max_length=size, overlength="split")).pieces
     assert all(len(piece.ids) <= size for piece in pieces)
     trained = np.concatenate([piece.ids[piece.trained] for piece in pieces])
     assert trained.tolist() == tokens.ids[tokens.trained].tolist()

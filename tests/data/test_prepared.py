@@ -7,18 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qwenlora.configs.schema import Data, Source
-from qwenlora.data import arrays as written
-from qwenlora.data import build, cache, prepared
+from qwenlora.configs.schema import Data, SourceEntry
+from qwenlora.data import arrays, build, cache, prepared
 from qwenlora.data.chat import Encoder
+from qwenlora.data.counts import Overlap
 from qwenlora.data.prepared import files_key, key_of, open_side, prepare
 from qwenlora.data.sources import find
 from qwenlora.data.survey import survey
-from qwenlora.data.tokenise import read
+from qwenlora.data.tokenise import read_rows
+from qwenlora.run import package
 
 
 def write(path, rows) -> str:
@@ -62,14 +64,14 @@ def texts(tokenizer, side) -> list[str]:
 def test_what_is_read_back_is_what_the_encoder_gives(make, rows_file, tokenizer):
     made = make(rows_file)
     side = made.side("train")
-    rows = [row for *_, row in read(made.sources)]
+    rows = [row for *_, row in read_rows(made.sources)]
     for number, tokens in enumerate(Encoder(tokenizer).encode(rows)):
         assert side.row(number).ids.tolist() == tokens.ids.tolist()
         assert side.row(number).trained.tolist() == tokens.trained.tolist()
         assert side.trained_lengths[number] == tokens.trained.sum()
         assert made.place("train", number) == f"{rows_file}:{number + 1}"
     counts = made.counts["train"]
-    assert (counts["rows"], counts["tokens"]) == (30, len(side.ids))
+    assert (counts.rows, counts.tokens) == (30, len(side.ids))
     assert isinstance(side.ids, np.memmap)
 
 
@@ -92,7 +94,7 @@ def test_a_second_start_reads_nothing_but_the_index(tmp_path, make, rows_file, m
     first = make(rows_file)
     monkeypatch.setattr("qwenlora.data.row_io.read_chunks", lambda *_: pytest.fail("read again"))
     monkeypatch.setattr(cache.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
-    assert make(rows_file).facts == first.facts
+    assert make(rows_file).index == first.index
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_two_splits_of_one_data_set_are_not_taken_for_each_other(tmp_path, token
     datasets.DatasetDict(a=saved.select(range(3)), b=saved.select(range(3, 6))).save_to_disk(
         tmp_path / "saved"
     )
-    (whole,) = find(Data(train=Source(path=str(tmp_path / "saved"), split="a")))
+    (whole,) = find(Data(train=SourceEntry(path=str(tmp_path / "saved"), split="a")))
     parts = [whole._replace(dataset=whole.dataset.select(some)) for some in ([0], [1])]
     assert parts[0].dataset.cache_files == parts[1].dataset.cache_files
     keys = {
@@ -188,7 +190,7 @@ def test_bad_rows_are_refused_with_their_places_or_left_out_and_listed(tmp_path,
     )
     made = make(file, on_bad_row="skip")
     made.refuse(Data(train=file, on_bad_row="skip"), tokenizer)
-    assert (made.counts["train"]["rows"], made.facts["bad"]) == (5, 2)
+    assert (made.counts["train"].rows, made.index.bad.count) == (5, 2)
     assert [line.split(": ")[0] for line in made.bad_lines()] == [f"{file}:3", f"{file}:7"]
     assert "2 of 7 rows cannot be trained" in refused(made, tokenizer), (
         "the same rows, and they are not to be skipped"
@@ -239,16 +241,16 @@ def test_long_rows_are_cut_dropped_or_split_and_counted(tmp_path, make, rows_fil
         make(answers, max_length=30, overlength="truncate").counts["train"],
         make(answers).side("train").lengths,
     )
-    assert (cut["truncated"], cut["rows"], cut["longest"]) == (int((uncut > 30).sum()), 30, 30)
+    assert (cut.truncated, cut.rows, cut.longest) == (int((uncut > 30).sum()), 30, 30)
     drop = make(rows_file, max_length=30, overlength="drop")
     counts = drop.counts["train"]
-    assert (counts["dropped"], counts["rows"], counts["overlength"]) == (long, 30 - long, long)
+    assert (counts.dropped, counts.rows, counts.overlength) == (long, 30 - long, long)
     assert np.load(drop.folder / "train" / "whole.npy").tolist() == whole.tolist(), "the histogram's lengths"
     turns = [{"role": role, "content": f"{role} {n}"} for n in range(20) for role in ("user", "assistant")]
     split = make(write(tmp_path / "chat.jsonl", [{"messages": turns}]), max_length=100, overlength="split")
     counts, side = split.counts["train"], split.side("train")
-    assert (counts["split"], counts["read_rows"], counts["lost_replies"]) == (1, 1, 0)
-    assert counts["rows"] == len(side) > 2
+    assert (counts.split, counts.read_rows, counts.lost_replies) == (1, 1, 0)
+    assert counts.rows == len(side) > 2
     assert side.row_of.tolist() == [0] * len(side)
 
 
@@ -272,18 +274,18 @@ def test_data_that_never_trains_the_end_of_a_turn_is_refused(tmp_path, make, tok
 def test_plain_text_has_no_turns_to_end(tmp_path, make, tokenizer):
     made = make(write(tmp_path / "my.jsonl", [{"text": "春眠不觉晓。"}, {"text": "处处闻啼鸟。"}]))
     made.refuse(Data(train="x"), tokenizer)
-    assert made.counts["train"]["trained_tokens"] == made.counts["train"]["tokens"] - 2
+    assert made.counts["train"].trained_tokens == made.counts["train"].tokens - 2
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, make, rows_file, monkeypatch):
-    treat = build.treat
+    tokenise_chunk = build.tokenise_chunk
 
     def meanwhile(*arguments, **options):
         with (tmp_path / "my.jsonl").open("a") as file:
             file.write("\n")
-        return treat(*arguments, **options)
+        return tokenise_chunk(*arguments, **options)
 
-    monkeypatch.setattr(build, "treat", meanwhile)
+    monkeypatch.setattr(build, "tokenise_chunk", meanwhile)
     with pytest.raises(ValueError, match="a data file was changed while it was read; start again"):
         make(rows_file)
 
@@ -292,7 +294,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, make, rows_file, monke
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(written.Written, "finish", full)
+    monkeypatch.setattr(arrays.ArrayWriter, "finish", full)
     with pytest.raises(
         ValueError, match=r"data\.cache_dir=.*cache cannot hold the prepared rows: No space left"
     ):
@@ -337,16 +339,16 @@ def test_a_row_that_is_written_otherwise_stays_on_its_side(tmp_path, make):
     made = [
         make(write(tmp_path / f"{n}.jsonl", some), eval_fraction=0.2) for n, some in enumerate((rows, chats))
     ]
-    assert made[0].counts["eval"]["sha256"] == made[1].counts["eval"]["sha256"]
+    assert made[0].counts["eval"].sha256 == made[1].counts["eval"].sha256
 
 
 def test_rows_on_both_sides_and_duplicates_are_counted(tmp_path, make):
     train = write(tmp_path / "a.jsonl", [*rows_of(10), *rows_of(3)])
     eval_ = write(tmp_path / "b.jsonl", [*rows_of(2), {"instruction": "neu", "output": "ja"}])
     made = make(train, eval=eval_)
-    assert made.facts["overlap"] == {"rows": 2, "first": [0, 1]}
+    assert made.index.overlap == Overlap(rows=2, first=[0, 1])
     assert made.place("eval", 0) == f"{eval_}:1"
-    assert made.counts["train"]["duplicates"] == 3
+    assert made.counts["train"].duplicates == 3
 
 
 def test_weights_say_how_often_an_epoch_sees_a_source(tmp_path, make, tokenizer):
@@ -354,20 +356,20 @@ def test_weights_say_how_often_an_epoch_sees_a_source(tmp_path, make, tokenizer)
         write(tmp_path / name, [{"instruction": f"{name}{n}", "output": "a"} for n in range(100)])
         for name in "ab"
     )
-    made = make([Source(path=one, weight=2.0), Source(path=two, weight=0.5)])
+    made = make([SourceEntry(path=one, weight=2.0), SourceEntry(path=two, weight=0.5)])
     seen = texts(tokenizer, made.side("train"))
     first = [text for text in seen if "\na" in text and "<|im_start|>user\na" in text]
     second = [text for text in seen if "<|im_start|>user\nb" in text]
     assert len(first) == 200
     assert len(set(first)) == 100
     assert 30 < len(second) == len(set(second)) < 70
-    assert made.counts["train"]["tokens"] == sum(len(made.side("train").row(n).ids) for n in range(len(seen)))
+    assert made.counts["train"].tokens == sum(len(made.side("train").row(n).ids) for n in range(len(seen)))
 
 
 def test_options_of_a_source_are_its_own(tmp_path, make, tokenizer):
     one = write(tmp_path / "a.jsonl", [{"frage": "几点？", "antwort": "三点。"}])
     two = write(tmp_path / "b.jsonl", rows_of(1))
-    made = make([Source(path=one, columns={"frage": "instruction", "antwort": "output"}), two])
+    made = make([SourceEntry(path=one, columns={"frage": "instruction", "antwort": "output"}), two])
     assert "三点。" in texts(tokenizer, made.side("train"))[0]
 
 
@@ -376,9 +378,9 @@ def changed_meanwhile(monkeypatch, file, rows):
     find it."""
     build_once = prepared.build_once
 
-    def later(folder, make, say):
+    def later(*arguments):
         write(file, rows)
-        return build_once(folder, make, say)
+        return build_once(*arguments)
 
     monkeypatch.setattr(prepared, "build_once", later)
 
@@ -393,26 +395,26 @@ def test_a_file_that_changes_after_it_was_hashed_is_never_kept_under_its_old_byt
         with pytest.raises(ValueError, match="a data file was changed while it was read; start again"):
             make(str(file))
     write(file, rows_of(5))
-    assert make(str(file)).counts["train"]["rows"] == 5
+    assert make(str(file)).counts["train"].rows == 5
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0, 0.25])
 def test_a_weight_of_training_rows_changes_no_evaluation(tmp_path, make, tokenizer, weight):
     file = write(tmp_path / "my.jsonl", rows_of(200, words=0))
-    data = {"train": Source(path=file, weight=weight), "eval_fraction": 0.2}
+    data = {"train": SourceEntry(path=file, weight=weight), "eval_fraction": 0.2}
     made, counted = make(**data), survey(Data(**data))
-    assert made.counts["eval"]["rows"] == counted.eval == 34
-    assert made.counts["train"]["rows"] == counted.train
+    assert made.counts["eval"].rows == counted.eval == 34
+    assert made.counts["train"].rows == counted.train
 
 
 def test_a_fraction_of_a_weight_and_of_eval_choose_independently(tmp_path, make):
     file = write(tmp_path / "my.jsonl", rows_of(400, words=0))
-    made = make(Source(path=file, weight=0.5), eval_fraction=0.5)
-    assert 150 < made.counts["eval"]["rows"] < 250
-    assert 60 < made.counts["train"]["rows"] < 140, "half of the other half"
+    made = make(SourceEntry(path=file, weight=0.5), eval_fraction=0.5)
+    assert 150 < made.counts["eval"].rows < 250
+    assert 60 < made.counts["train"].rows < 140, "half of the other half"
 
 
-def test_the_key_changes_with_weight_side_kind_code_libraries_and_special_tokens(
+def test_the_key_changes_with_weight_side_kind_libraries_and_special_tokens(
     tmp_path, rows_file, tokenizer, monkeypatch
 ):
     other = tmp_path / "my.csv"
@@ -420,7 +422,7 @@ def test_the_key_changes_with_weight_side_kind_code_libraries_and_special_tokens
     plain = Data(train=rows_file)
     keys = [
         key(plain, tokenizer, tmp_path),
-        key(Data(train=Source(path=rows_file, weight=2.0)), tokenizer, tmp_path),
+        key(Data(train=SourceEntry(path=rows_file, weight=2.0)), tokenizer, tmp_path),
         key(Data(train=rows_file, eval=rows_file), tokenizer, tmp_path),
         key(Data(train=str(other)), tokenizer, tmp_path),
     ]
@@ -430,29 +432,82 @@ def test_the_key_changes_with_weight_side_kind_code_libraries_and_special_tokens
     with monkeypatch.context() as patch:
         patch.setattr(prepared.metadata, "version", lambda name: "0")
         keys.append(key(plain, tokenizer, tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setattr(prepared, "_code", lambda: ["chat.py"])
-        keys.append(key(plain, tokenizer, tmp_path))
     assert len(set(keys)) == len(keys)
-    assert {"chat.py", "rows.py", "treat.py", "json_rows.py", "packing.py"} <= set(prepared._code())
+
+
+CODE_OF_ROWS = (
+    *("arrays", "bad_row", "build", "chat", "chunks", "counts", "encodings", "json_rows", "overlength"),
+    *("packing", "prepared", "row_io", "rows", "shapes", "sources", "tables", "tokenise", "turns"),
+)
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """Return the folder of a copy of the package, whose code is hashed instead of the real one's."""
+    package.snapshot(tmp_path / "copy")
+    monkeypatch.setattr(package, "package", lambda: tmp_path / "copy" / "qwenlora")
+    return tmp_path / "copy" / "qwenlora"
+
+
+def test_rows_that_other_code_prepared_are_not_taken(code, tmp_path, rows_file, tokenizer):
+    def now() -> str:
+        return key(Data(train=rows_file), tokenizer, tmp_path)
+
+    before = now()
+    keys = {before}
+    for name in CODE_OF_ROWS:
+        with (code / "data" / f"{name}.py").open("a") as file:
+            file.write("# changed\n")
+        keys.add(now())
+    (code / "data" / "new.py").touch()
+    keys.add(now())
+    (code / "data" / "new.py").rename(code / "data" / "other_name.py")
+    keys.add(now())
+    (code / "data" / "inner").mkdir()
+    (code / "data" / "inner" / "__init__.py").touch()
+    keys.add(now())
+    (code / "data" / "inner" / "deep.py").write_text("x = 1\n")
+    keys.add(now())
+    (code / "data" / "inner" / "deep.py").write_text("x = 2\n")
+    keys.add(now())
+    (code / "data" / "inner" / "deep.py").unlink()
+    keys.add(now())
+    assert len(keys) == len(CODE_OF_ROWS) + 6, "only the last is as one before: without deep.py"
+
+
+def test_rows_are_taken_whatever_code_that_they_do_not_depend_on_is(code, tmp_path, rows_file, tokenizer):
+    data = Data(train=rows_file)
+    before = key(data, tokenizer, tmp_path)
+    for name in ("data/order.py", "data/freshness.py", "data/report.py", "data/survey.py", "run/disk.py"):
+        with (code / name).open("a") as file:
+            file.write("# changed\n")
+    (code / "data" / "page.html").write_text("changed")
+    (code / "data" / "notes.txt").touch()
+    assert key(data, tokenizer, tmp_path) == before
+
+
+def test_every_file_of_the_room_is_known_to_matter_or_not():
+    names = {path.stem for path in Path(prepared.__file__).parent.glob("*.py")}
+    others = {name.removesuffix(".py") for name in prepared._NO_MATTER}
+    assert names == {*CODE_OF_ROWS, *others}
 
 
 def test_the_identity_of_rows_tells_masks_weights_and_texts_apart(tmp_path, make):
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
     file = write(tmp_path / "my.jsonl", [{"messages": turns}])
-    made = [make(file), make(file, train_on="all"), make(Source(path=file, weight=2.0))]
-    assert len({one.counts["train"]["sha256"] for one in made}) == 3
+    made = [make(file), make(file, train_on="all"), make(SourceEntry(path=file, weight=2.0))]
+    assert len({one.counts["train"].sha256 for one in made}) == 3
     texts = write(tmp_path / "texts.jsonl", [{"text": f"text {n}"} for n in range(50)])
     counts = make(texts, eval_fraction=0.3).counts
-    assert counts["train"]["duplicates"] == counts["eval"]["duplicates"] == 0
-    assert 0 < counts["eval"]["rows"] < 50
+    assert counts["train"].duplicates == counts["eval"].duplicates == 0
+    assert 0 < counts["eval"].rows < 50
 
 
 def test_the_packs_that_are_kept_are_of_max_length(make, rows_file):
     made = make(rows_file, max_length=100)
     lengths = made.packs().lengths(made.side("train").lengths)
     assert lengths.max() <= 100
-    assert len(lengths) == made.counts["train"]["packs"]
+    assert len(lengths) == made.counts["train"].packs
 
 
 def test_a_reply_that_fits_nowhere_is_counted(tmp_path, make):
@@ -460,14 +515,14 @@ def test_a_reply_that_fits_nowhere_is_counted(tmp_path, make):
     turns += [{"role": "user", "content": "q"}, {"role": "assistant", "content": "很长" * 100}]
     made = make(write(tmp_path / "my.jsonl", [{"messages": turns}]), max_length=60, overlength="split")
     counts = made.counts["train"]
-    assert (counts["overlength"], counts["split"], counts["dropped"], counts["lost_replies"]) == (1, 1, 0, 1)
+    assert (counts.overlength, counts.split, counts.dropped, counts.lost_replies) == (1, 1, 0, 1)
     made = make(
         write(tmp_path / "my.jsonl", [{"messages": turns[-2:]}, {"messages": turns}]),
         max_length=60,
         overlength="split",
     )
     counts = made.counts["train"]
-    assert (counts["overlength"], counts["split"], counts["dropped"], counts["lost_replies"]) == (2, 1, 1, 2)
+    assert (counts.overlength, counts.split, counts.dropped, counts.lost_replies) == (2, 1, 1, 2)
 
 
 def test_only_sources_with_bad_rows_are_counted_with_them(tmp_path, make):
@@ -487,7 +542,7 @@ def test_eval_fraction_that_leaves_a_side_empty_is_refused(make, rows_file, toke
 
 def test_a_process_that_is_killed_for_memory_is_said(make, rows_file, monkeypatch):
     monkeypatch.setattr(build, "SMALL_BYTES", 0)
-    monkeypatch.setattr(build, "treat", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(build, "tokenise_chunk", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ValueError, match=r"most likely for lack of memory; lower data\.num_proc \(now 2\)"):
         make(rows_file, num_proc=2)
 
@@ -507,7 +562,7 @@ def test_parquet_and_json_lines_of_the_same_tool_calls_are_the_same_rows(tmp_pat
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     files = [str(tmp_path / name) for name in ("a.jsonl", "a.parquet")]
     made = [prepare(Data(train=file), tokenizers["qwen3"], tmp_path / "c") for file in files]
-    assert made[0].counts["train"]["sha256"] == made[1].counts["train"]["sha256"]
+    assert made[0].counts["train"].sha256 == made[1].counts["train"].sha256
 
 
 PREPARE = """
@@ -522,7 +577,7 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 print("ready", flush=True)
 data = Data(train=sys.argv[2], num_proc=2)
 made = prepare(data, tokenizer, Path(sys.argv[3]), say=lambda line: print(line, flush=True))
-print(made.counts["train"]["sha256"], flush=True)
+print(made.counts["train"].sha256, flush=True)
 """
 
 
@@ -558,8 +613,8 @@ def test_of_two_preparations_one_is_killed_and_the_other_ends_right_and_a_third_
     assert "has ended without finishing: preparing the data here" in said[0]
     third = start().communicate(timeout=180)[0]
     expected = prepare(Data(train=file), tokenizer, tmp_path / "other").counts["train"]
-    assert said[-1] == third.strip() == expected["sha256"]
-    assert expected["rows"] == 60_000
+    assert said[-1] == third.strip() == expected.sha256
+    assert expected.rows == 60_000
     assert len(list((tmp_path / "cache").glob("*.staging-*"))) == 0
 
 

@@ -9,8 +9,10 @@ import yaml
 
 from qwenlora.configs.schema import Data
 from qwenlora.data.bad_row import BadRow
-from qwenlora.data.rows import KEYS, PAIRS, ROLES, TURN_LISTS, Options, Row, shape_of, to_row
+from qwenlora.data.rows import Row, to_row
+from qwenlora.data.shapes import KEYS, PAIRS, TURN_LISTS, RowOptions, shape_of
 from qwenlora.data.survey import rows_of_side, survey
+from qwenlora.data.turns import ROLES
 
 QUESTION, ANSWER = {"role": "user", "content": "几点？"}, {"role": "assistant", "content": "三点。"}
 TOOL = {
@@ -21,7 +23,7 @@ CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": 
 
 
 def read(row: Any, **options: Any) -> Row:
-    return to_row(1, row, shape_of(row, Options(**options)), Options(**options))
+    return to_row(1, row, shape_of(row, RowOptions(**options)), RowOptions(**options))
 
 
 def reason(row: Any, **options: Any) -> str:
@@ -130,7 +132,7 @@ def test_a_file_of_each_shape_is_known_by_its_rows(tmp_path, shape, rows):
     path = tmp_path / "my.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert survey(Data(train=str(path))) == (3, 0, 0, [])
-    assert [shape_of(row, Options()) for row in rows] == [shape.partition(",")[0]] * 3
+    assert [shape_of(row, RowOptions()) for row in rows] == [shape.partition(",")[0]] * 3
     assert survey(Data(train=str(path), format=shape.partition(",")[0])) == (3, 0, 0, [])
     places = [place for place, _ in rows_of_side(Data(train=str(path)), "train")]
     assert places == [f"{path}:{line}" for line in (1, 2, 3)]
@@ -325,7 +327,7 @@ def test_a_row_of_two_shapes_is_read_as_the_one_asked_for():
 
 def test_a_row_of_another_shape_than_its_file_is_named():
     with pytest.raises(ValueError, match="is text, the rows before it are chat; one file, one shape"):
-        to_row(7, {"text": "x"}, "chat", Options())
+        to_row(7, {"text": "x"}, "chat", RowOptions())
 
 
 def test_every_name_that_columns_may_have_is_read():
@@ -363,9 +365,9 @@ def test_real_files_are_read_whole(assets, name, rows):
 def test_a_hint_keeps_what_is_set_already():
     turns = [{"role": "patient", "content": "q"}, {"role": "bot", "content": "a"}]
     with pytest.raises(BadRow, match=r"write data\.roles: \{patient: user, bot: assistant\}"):
-        to_row(1, {"messages": turns}, "chat", Options(roles={"patient": "user"}))
+        to_row(1, {"messages": turns}, "chat", RowOptions(roles={"patient": "user"}))
     with pytest.raises(BadRow, match=r"write data\.columns: \{frage: instruction, antwort: output\}"):
-        shape_of({"frage": "q", "antwort": "a"}, Options(columns={"frage": "instruction"}))
+        shape_of({"frage": "q", "antwort": "a"}, RowOptions(columns={"frage": "instruction"}))
 
 
 SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -375,16 +377,19 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": [{"function": {"nam
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ({"messages": [SAID[0], SAID[1] | {"loss_weight": 0}]}, "turn 2 has loss_weight, which nothing here"),
+        (
+            {"messages": [SAID[0], SAID[1] | {"loss_weight": 0}]},
+            "turn 2 has loss_weight, which qwenlora does not use",
+        ),
         (
             {"messages": [SAID[0], SAID[1] | {"thinking": "t"}]},
             "data.columns: {thinking: reasoning_content}, or",
         ),
         (
             {"messages": SAID, "weight": 0},
-            "which nothing here heeds; ignore it: data.columns: {weight: null}",
+            "which qwenlora does not use; ignore it: data.columns: {weight: null}",
         ),
-        ({"messages": SAID, "images": ["x.png"]}, "has images, which nothing here heeds"),
+        ({"messages": SAID, "images": ["x.png"]}, "has images, which qwenlora does not use"),
         (
             {"messages": SAID, "system_prompt": "s"},
             "read it as system: data.columns: {system_prompt: system}, or",
@@ -407,7 +412,7 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": [{"function": {"nam
         ),
     ],
 )
-def test_what_would_change_a_rows_meaning_and_is_not_heeded_is_refused(value, reason):
+def test_what_would_change_a_rows_meaning_and_is_not_used_is_refused(value, reason):
     with pytest.raises(BadRow, match=".") as caught:
-        to_row(1, value, shape_of(value, Options()), Options())
+        to_row(1, value, shape_of(value, RowOptions()), RowOptions())
     assert reason in str(caught.value)

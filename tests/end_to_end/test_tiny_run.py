@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from qwenlora.adapter.answers import Sampling, answers, questions
 from qwenlora.configs import load_config
 from qwenlora.configs.schema import Data
-from qwenlora.run import comparison
+from qwenlora.run.comparison import Comparison
 from qwenlora.run.folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -116,7 +116,7 @@ def test_compare_shows_that_the_answers_were_learnt(tiny_run, metrics, qwenlora)
     assert "\nrephrased questions: 20 " in answer.stdout
     assert "\ngeneral questions: 60 " in answer.stdout
     assert answer.stdout.count("┡") == 4, "answers side by side, of each set"
-    compared = comparison.read(tiny_run[0] / "comparison.json")
+    compared = Comparison.read(tiny_run[0] / "comparison.json")
     loss = {one.set: one.values[1] for one in compared.measures if one.measure == "loss"}
     assert loss["rephrased"] == pytest.approx(metrics[-1]["eval_loss"], rel=1e-4), (
         "as the run's own evaluation"

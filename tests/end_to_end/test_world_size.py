@@ -23,7 +23,9 @@ log: {logging_steps: 1, wandb: off}
 # a rank that writes down which rows it trains, and is asked to stop in a given step
 RANK = """
 import json, os, sys
-from qwenlora.trainer import batches, main, stop
+from qwenlora.trainer import main
+from qwenlora.trainer.loop import batches
+from qwenlora.trainer.ranks import stop
 file = open(f"{os.environ['ROWS']}-{os.environ['RANK']}", "w")
 look_up = batches._Units.__getitem__
 def look(self, rows):

@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from qwenlora.jobs import submit
+from qwenlora.jobs.cancel import cancel
 from qwenlora.jobs.find import find
-from qwenlora.jobs.views.control import cancel, resume
-from qwenlora.jobs.views.status import show
+from qwenlora.jobs.submission.resume import resume
+from qwenlora.jobs.views.status import show_status
 from qwenlora.run.folder import RunFolder
-from qwenlora.slurm import query as answers
-from qwenlora.slurm.query import Job
+from qwenlora.slurm import query
+from qwenlora.slurm.query import JobInfo
 
 CONFIG = """
 model: {name_or_path: tiny}
@@ -37,8 +38,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def slurm(monkeypatch):
     """Return the jobs that Slurm knows, by id."""
-    jobs: dict[str, Job] = {}
-    monkeypatch.setattr(answers, "ask", jobs.get)
+    jobs: dict[str, JobInfo] = {}
+    monkeypatch.setattr(query, "ask", jobs.get)
     return jobs
 
 
@@ -58,15 +59,15 @@ def submitted(folder):
 
 def shown(named: str) -> str:
     console = Console(file=io.StringIO(), width=100)
-    show(find(named), console)
+    show_status(find(named), console)
     return console.file.getvalue()
 
 
 def test_a_run_that_waits_is_shown_as_slurm_shows_it(slurm, submitted):
     submitted("runs/my", "12")
-    slurm["12"] = Job("12", "PENDING", reason="Priority")
+    slurm["12"] = JobInfo("12", "PENDING", reason="Priority")
     assert shown("runs/my") == "job 12: PENDING · waits: Priority\n"
-    slurm["12"] = Job("12", "RUNNING", seconds_left=3723.4, nodes=("a1", "a2"), restarts=2)
+    slurm["12"] = JobInfo("12", "RUNNING", seconds_left=3723.4, nodes=("a1", "a2"), restarts=2)
     assert shown("12") == "job 12: RUNNING · 1:02:03 left of its time · on a1, a2 · started again 2 times\n"
     del slurm["12"]
     assert shown("runs/my") == "job 12: Slurm does not know it any more\n"
@@ -82,13 +83,13 @@ def test_a_job_s_run_is_found_here_or_where_slurm_says_it_was_submitted(
     assert find("12").run.path == folder / "runs/my"
     assert find("13_1").run.path == folder / "runs/sweep/lora.r=2"
     assert [run.path.name for run in find("13").sweep] == ["lora.r=1", "lora.r=2"]
-    slurm["14"] = Job("13_1", "RUNNING")  # its raw number
+    slurm["14"] = JobInfo("13_1", "RUNNING")  # its raw number
     assert find("14").run.path == folder / "runs/sweep/lora.r=2"
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
     with pytest.raises(ValueError, match="job 12 is known neither to Slurm nor to a run below"):
         find("12")
-    slurm["12"] = Job("12", "RUNNING", work_dir=folder)
+    slurm["12"] = JobInfo("12", "RUNNING", work_dir=folder)
     assert find("12").run.path == folder / "runs/my"
 
 
@@ -98,13 +99,13 @@ def test_a_sweep_is_a_line_a_run(slurm, submitted, folder):
     done.path.mkdir()
     done.begin_attempt(1)
     done.end_attempt("done")
-    slurm["13_0"] = Job("13_0", "PENDING")
+    slurm["13_0"] = JobInfo("13_0", "PENDING")
     assert shown("runs/sweep").splitlines() == [
         "lora.r=1: job 13_0: PENDING",
         "lora.r=2: done · step 0 · no checkpoint · goodput 0%",
     ]
     with pytest.raises(ValueError, match=r"holds 2 runs; name one to see its log, such as .*lora\.r=1"):
-        find("runs/sweep").one("see its log")
+        find("runs/sweep").only_run("see its log")
 
 
 def test_what_ended_an_attempt_is_a_column(slurm, submitted):
@@ -116,10 +117,10 @@ def test_what_ended_an_attempt_is_a_column(slurm, submitted):
 
 
 def test_a_job_that_slurm_alone_knows_is_shown_and_no_more(slurm):
-    slurm["7"] = Job("7", "PENDING")
+    slurm["7"] = JobInfo("7", "PENDING")
     assert shown("7") == "job 7: PENDING\n"
     with pytest.raises(ValueError, match="job 7: its run folder is not known here; name the run folder"):
-        find("7").one("resume")
+        find("7").only_run("resume")
 
 
 def test_what_is_neither_is_refused(slurm, folder):
@@ -132,7 +133,7 @@ def test_a_run_that_is_not_running_cannot_be_cancelled_and_one_that_is_not_resum
     submitted("runs/my", "12")
     with pytest.raises(ValueError, match="is not running on this machine, nor as a job that Slurm knows"):
         cancel(find("runs/my"), now=False)
-    slurm["12"] = Job("12", "RUNNING")
+    slurm["12"] = JobInfo("12", "RUNNING")
     with pytest.raises(ValueError, match="job 12 is RUNNING already"):
         resume(find("runs/my"))
 
@@ -154,7 +155,7 @@ def test_a_local_job_is_followed_cancelled_and_resumed(folder, qwenlora):
     job, run = submit("my.yaml", cluster="local"), RunFolder("runs/my")
     command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()", "logs", "-f", "runs/my"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as following:
-        _wait_for(lambda: run.history.attempts() and run.history.progress.read(1).get("step", 0) >= 3)
+        _wait_for(lambda: run.history.attempts() and _step(run, 1) >= 3)
         assert "is asked to save and to stop" in qwenlora("cancel", "runs/my").stdout
         assert job.result()["reason"] == "stopped"
         said = following.communicate(timeout=180)[0]
@@ -163,11 +164,16 @@ def test_a_local_job_is_followed_cancelled_and_resumed(folder, qwenlora):
     assert qwenlora("logs", "runs/my", "--rank", 0).stdout == run.log(1, "rank-0").read_text()
     answer = qwenlora("resume", "runs/my")
     assert answer.stdout.startswith("job "), answer.stderr
-    _wait_for(lambda: len(run.history.attempts()) == 2 and run.history.progress.read(2).get("step", 0) >= 1)
-    assert run.history.attempts()[1]["first_step"] > 1
+    _wait_for(lambda: len(run.history.attempts()) == 2 and _step(run, 2) >= 1)
+    assert run.history.attempts()[1].first_step > 1
     assert "is killed" in qwenlora("cancel", "runs/my", "--now").stdout
     _wait_for(lambda: run.abandoned)
     assert "not running on this machine" in qwenlora("cancel", "runs/my").stderr
+
+
+def _step(run: RunFolder, attempt: int) -> int:
+    progress = run.history.progress.read(attempt)
+    return progress.step if progress else 0
 
 
 def _wait_for(what, seconds: float = 240):  # two other ranks may be starting beside

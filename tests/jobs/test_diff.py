@@ -9,8 +9,8 @@ from rich.console import Console
 
 from qwenlora.configs import load_config
 from qwenlora.configs.load import to_yaml
-from qwenlora.jobs.views.diff import config, show
-from qwenlora.jobs.views.runs import read
+from qwenlora.jobs.views.diff import config, show_diff
+from qwenlora.jobs.views.overview import read_overview
 from qwenlora.run.folder import RunFolder
 
 
@@ -34,7 +34,7 @@ def pair(held, tmp_path):
 
 def shown(one, other, width=120) -> list[str]:
     console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
-    assert show(one.path, other.path, console) == 0
+    assert show_diff(one.path, other.path, console) == 0
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
@@ -48,7 +48,10 @@ def test_runs_that_differ_in_r_and_data_name_exactly_those(pair):
     facts = json.loads(other.facts.read_text())
     facts["data"]["train"] |= {"rows": 99, "tokens": 4000, "trained_tokens": 2000, "sha256": "0" * 64}
     other.facts.write_text(json.dumps(facts))
-    assert config(read(one), read(other)) == {"data.train": ("example", "my.jsonl"), "lora.r": ("32", "8")}
+    assert config(read_overview(one), read_overview(other)) == {
+        "data.train": ("example", "my.jsonl"),
+        "lora.r": ("32", "8"),
+    }
     lines = [line.split() for line in shown(one, other)]
     assert lines[:3] == [
         ["config", "one", "other"],

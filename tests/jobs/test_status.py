@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qwenlora.jobs.find import find
-from qwenlora.jobs.views.status import show
+from qwenlora.jobs.views.status import show_status
 from qwenlora.run.folder import RunFolder
 
 
@@ -20,7 +20,7 @@ def run(tmp_path):
 
 def shown(run) -> str:
     console = Console(file=io.StringIO(), width=100)
-    show(find(str(run.path)), console)
+    show_status(find(str(run.path)), console)
     return console.file.getvalue()
 
 

@@ -15,9 +15,10 @@ import pytest
 from qwenlora.configs import load_config
 from qwenlora.jobs import submit, submit_sweep
 from qwenlora.jobs.ledger import submissions
-from qwenlora.jobs.submission.submit import Asked, prepare, prepare_sweep
+from qwenlora.jobs.submission.options import JobOptions
+from qwenlora.jobs.submission.submit import prepare, prepare_sweep
 from qwenlora.jobs.submission.sweeps import parse_grid
-from qwenlora.jobs.task import Attempt
+from qwenlora.jobs.task import RunTask
 from qwenlora.launch import agent
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import package, snapshot
@@ -66,12 +67,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def asked(**more) -> Asked:
-    return Asked(**{"timeout_min": 60} | more)
+def options(**more) -> JobOptions:
+    return {"timeout_min": 60} | more
 
 
 def with_placeholders(text: str, folder: Path) -> str:
-    for path, name in ((str(folder), "/folder"), (str(package()), "/package"), (sys.executable, "/python")):
+    for path, name in ((str(folder), "/folder"), (sys.executable, "/python"), (str(package()), "/package")):
         text = text.replace(path, name)
     return text + "\n"
 
@@ -85,13 +86,15 @@ def left(folder: Path) -> list[str]:
 
 def test_the_text_of_a_job_as_a_whole(folder):
     (folder / "site.yaml").write_text(SITE)
-    ready = prepare("my.yaml", {"lora.r": 32}, asked(nodes=2, gpus_per_node=2, snapshot=True), "site.yaml")
+    ready = prepare(
+        "my.yaml", {"lora.r": 32}, options(nodes=2, gpus_per_node=2, snapshot=True, site="site.yaml")
+    )
     assert with_placeholders(ready.text(), folder) == (GOLDEN / "job.sbatch").read_text()
     assert ready.gpu_hours == 4
 
 
 def test_the_text_of_a_sweep_as_a_whole(folder):
-    ready = prepare_sweep("my.yaml", {"lora.r": [8, 16], "train.seed": [1, 2]}, (), asked(), None, 2)
+    ready = prepare_sweep("my.yaml", {"lora.r": [8, 16], "train.seed": [1, 2]}, (), options(), 2)
     assert with_placeholders(ready.text(), folder) == (GOLDEN / "sweep.sbatch").read_text()
 
 
@@ -125,7 +128,9 @@ def test_hostile_names_arrive_as_they_are_or_harmless(folder, what_arrives, host
         json.dumps({"environment": {"MINE": hostile}, "srun_args": [f"--x={hostile}"]})
     )
     ready = prepare(
-        "my.yaml", {"run_dir": f"runs/{hostile}", "log.wandb_name": hostile}, asked(name=hostile), "site.yaml"
+        "my.yaml",
+        {"run_dir": f"runs/{hostile}", "log.wandb_name": hostile},
+        options(name=hostile, site="site.yaml"),
     )
     before = left(folder)
     arguments, environment = what_arrives(ready.text())
@@ -144,7 +149,7 @@ def test_letters_that_slurm_s_file_names_cannot_hold_are_refused(letter):
     with pytest.raises(
         ValueError, match="run_dir=.* means something else in Slurm's file names; choose another"
     ):
-        prepare("my.yaml", {"run_dir": f"runs/a{letter}b"}, asked())
+        prepare("my.yaml", {"run_dir": f"runs/a{letter}b"}, options())
 
 
 # ---- refusals
@@ -178,7 +183,7 @@ def test_letters_that_slurm_s_file_names_cannot_hold_are_refused(letter):
 def test_what_cannot_run_is_refused_before_anything_is_written(folder, overrides, more, message):
     before = left(folder)
     with pytest.raises(ValueError, match=message) as caught:
-        prepare("my.yaml", overrides, asked(**more)).submit()
+        prepare("my.yaml", overrides, options(**more)).submit()
     assert "\n" not in str(caught.value)
     assert left(folder) == before
 
@@ -188,8 +193,8 @@ def test_a_run_folder_with_another_config_is_refused(folder):
     with run.claim(load_config("my.yaml")):
         run.metrics.touch()
     with pytest.raises(ValueError, match=r"holds a run with another config: lora\.r was 16, now 32"):
-        prepare("my.yaml", {"lora.r": 32}, asked())
-    prepare("my.yaml", {"train.max_steps": 9}, asked())
+        prepare("my.yaml", {"lora.r": 32}, options())
+    prepare("my.yaml", {"train.max_steps": 9}, options())
 
 
 def test_without_sbatch_that_is_said(folder, monkeypatch):
@@ -219,7 +224,7 @@ def test_what_sbatch_says_is_the_refusal_and_nothing_is_left(folder, tmp_path_fa
 
 def test_a_sweep_names_its_runs_by_their_values():
     grid = parse_grid(["lora.r=16,32", "train.learning_rate=1e-4,3e-4"])
-    ready = prepare_sweep("my.yaml", grid, ["train.seed=1"], asked())
+    ready = prepare_sweep("my.yaml", grid, ["train.seed=1"], options())
     assert [config.run_dir for config in ready.configs] == [
         "runs/my/lora.r=16,train.learning_rate=0.0001",
         "runs/my/lora.r=16,train.learning_rate=0.0003",
@@ -235,7 +240,7 @@ def test_a_sweep_names_its_runs_by_their_values():
 
 @pytest.mark.parametrize("value", HOSTILE)
 def test_names_of_a_sweep_s_runs_are_harmless(value):
-    (config,) = prepare_sweep("my.yaml", {"log.wandb_name": [value]}, (), asked()).configs
+    (config,) = prepare_sweep("my.yaml", {"log.wandb_name": [value]}, (), options()).configs
     assert config.log.wandb_name == value
     name = config.run_dir.removeprefix("runs/my/log.wandb_name=")
     assert set(name) <= set("abcdefghijklmnopqrstuvwxyz_-,")
@@ -273,7 +278,7 @@ def test_a_sweep_is_not_for_one_machine():
 
 @pytest.fixture
 def attempt(folder, monkeypatch):
-    """Return what calls an Attempt whose agent ends with a code."""
+    """Return what calls a RunTask whose agent ends with a code."""
     kept = {
         number: signal.getsignal(number)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -289,7 +294,7 @@ def attempt(folder, monkeypatch):
             return code
 
         monkeypatch.setattr(agent, "run", run)
-        return Attempt("my.yaml", brought_back)()
+        return RunTask("my.yaml", brought_back)()
 
     yield attempt
     for number, handler in kept.items():
@@ -354,7 +359,7 @@ def test_a_local_job_of_two_processes_ends_with_the_summary(folder):
     assert job.state == "FINISHED"
     assert "2 processes x" in job.stdout()
     (line,) = submissions(RunFolder("runs/我的 run"))
-    assert (line["job_id"], line["cluster"], line["work_dir"]) == (job.job_id, "local", str(folder))
+    assert (line.job_id, line.cluster, line.work_dir) == (job.job_id, "local", str(folder))
 
 
 def test_a_local_job_that_fails_says_why(folder):

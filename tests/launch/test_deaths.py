@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenlora.launch.deaths import Deaths
-from qwenlora.launch.verdict import killed_line
+from qwenlora.launch.deaths import Deaths, killed_line
 from qwenlora.run import heartbeat
 
 LONG_S = 60.0
@@ -35,16 +34,16 @@ def test_the_end_of_a_rank_wakes_who_waits_and_is_told_once(ranks):
     sleepers, folder = ranks
     with Deaths(folder, log := io.BytesIO(), 2) as deaths:
         deaths.pause(0)
-        assert not deaths.look()
+        assert not deaths.report_killed()
         sleepers[1].send_signal(signal.SIGSEGV)
         start = time.monotonic()
         deaths.pause(LONG_S)
         assert time.monotonic() - start < LONG_S / 2, "it was woken"
-        assert deaths.look()
-        assert not deaths.look()
+        assert deaths.report_killed()
+        assert not deaths.report_killed()
         sleepers[0].kill()
         deaths.pause(LONG_S)
-        assert not deaths.look(), "the first one is why the others end"
+        assert not deaths.report_killed(), "the first one is why the others end"
     assert log.getvalue().decode() == killed_line(1, signal.SIGSEGV)
 
 
@@ -55,23 +54,23 @@ def test_a_rank_that_leaves_was_not_killed(monkeypatch):
         heartbeat.Heart(folder, 0).beat(1)
         leaver.stdin.close()
         deaths.pause(LONG_S)
-        assert not deaths.look()
+        assert not deaths.report_killed()
         assert leaver.wait() == 3
     assert log.getvalue() == b""
 
 
-@pytest.mark.parametrize(("code", "said"), [(247, killed_line(1, 9)), (1, ""), (75, ""), (-9, ""), (0, "")])
-def test_the_launchers_exit_code_tells_of_an_only_rank(ranks, code, said):
+@pytest.mark.parametrize(("code", "line"), [(247, killed_line(1, 9)), (1, ""), (75, ""), (-9, ""), (0, "")])
+def test_the_launchers_exit_code_tells_of_an_only_rank(ranks, code, line):
     folder = ranks[1]
     Path(folder, "0").unlink()
     with Deaths(folder, log := io.BytesIO(), 1) as deaths:
-        deaths.told(code)
-    assert log.getvalue().decode() == said
+        deaths.report_exit_code(code)
+    assert log.getvalue().decode() == line
 
 
 def test_the_launchers_exit_code_does_not_tell_which_of_two(ranks):
     with Deaths(ranks[1], log := io.BytesIO(), 2) as deaths:
-        deaths.told(247)
+        deaths.report_exit_code(247)
     assert log.getvalue() == b""
 
 
@@ -86,5 +85,5 @@ def test_on_a_kernel_without_pidfd_it_waits_as_long_as_it_was_told(ranks, monkey
         start = time.monotonic()
         deaths.pause(0.5)
         assert time.monotonic() - start >= 0.5
-        assert deaths.look()
+        assert deaths.report_killed()
     assert log.getvalue().decode() == killed_line(0, 9)

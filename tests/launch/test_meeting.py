@@ -7,8 +7,17 @@ import time
 
 import pytest
 
-from qwenlora.launch.allocation import FIRST_PORT, PORTS, Allocation, allocation, candidate_ports, free_port
+from qwenlora.launch.allocation import (
+    FIRST_PORT,
+    PORTS,
+    Allocation,
+    candidate_ports,
+    current_allocation,
+    free_port,
+)
 from qwenlora.launch.meeting import Meeting, NotMet
+from qwenlora.launch.messages import FileInRunFolder, RanksEnded, RunOver, StartRanks
+from qwenlora.run.handover import Handover
 
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 
@@ -33,38 +42,38 @@ def met():
 def test_what_is_said_arrives_on_the_other_side(met):
     first, *others = met
     for number, other in enumerate(others, 1):
-        other.send(facts={"name": f"中 {number}"})
-    assert {n: said["facts"]["name"] for n, said in first.gather("facts", 5.0).items()} == {
-        1: "中 1",
-        2: "中 2",
-    }
-    first.send(start=1, port=7)
+        other.send(FileInRunFolder(text=f"中 {number}"))
+    answers = first.gather(FileInRunFolder, 5.0)
+    assert {number: answer.text for number, answer in answers.items()} == {1: "中 1", 2: "中 2"}
+    assert all(abs(answer.received_at - time.time()) < 5 for answer in answers.values())
+    start = StartRanks(handover=Handover(3, "checkpoint-4", ("lora.r",), 1.5), port=7)
+    first.send(start)
     for other in others:
-        message = other.hear(5.0)
-        assert (message["start"], message["port"], message["node"]) == (1, 7, 0)
+        message = other.receive(5.0)
+        assert message == start.model_copy(update={"received_at": message.received_at})
 
 
 def test_who_does_not_come_is_named():
     with Meeting(node(0)) as first, Meeting(node(2)) as third:
         third.join(5.0, never)
-        third.send(facts={})
+        third.send(RanksEnded(code=0))
         with pytest.raises(
             NotMet, match=r"^127\.0\.0\.2: no answer within 0 s, of 3 nodes; is port \d+ of 127"
         ):
-            first.gather("facts", 0.4)
+            first.gather(RanksEnded, 0.4)
 
 
 def test_who_leaves_is_named(met):
     first, second, third = met
-    third.send(facts={})
+    third.send(RanksEnded(code=0))
     second.__exit__()
     with pytest.raises(NotMet, match=r"^127\.0\.0\.2: its agent ended"):
-        first.gather("facts", 5.0)
+        first.gather(RanksEnded, 5.0)
 
 
 def test_a_stop_request_ends_the_waiting():
     with Meeting(node(0)) as first:
-        assert first.gather("facts", 60.0, lambda: True) == {}
+        assert first.gather(RanksEnded, 60.0, lambda: True) == {}
     with Meeting(node(1)) as second, pytest.raises(NotMet, match="cannot reach 127"):
         second.join(60.0, lambda: True)
 
@@ -76,7 +85,8 @@ def test_a_port_that_is_taken_is_passed_over():
         with Meeting(node(0)) as first, Meeting(node(1)) as second:
             assert first.port == candidate_ports("12.0")[2]
             accepting = [
-                threading.Thread(target=lambda s: s.accept()[0].close(), args=(one,)) for one in listeners
+                threading.Thread(target=lambda server: server.accept()[0].close(), args=(listener,))
+                for listener in listeners
             ]
             for thread in accepting:
                 thread.start()
@@ -110,8 +120,8 @@ def test_another_jobs_agent_and_a_stranger_are_sent_away(monkeypatch):
             assert stranger.recv(100) == b""
         with Meeting(node(1)) as second:
             second.join(5.0, never)
-            second.send(facts=1)
-            assert first.hear(5.0)["facts"] == 1
+            second.send(RanksEnded(code=1))
+            assert first.receive(5.0).code == 1
 
 
 def test_a_node_is_taken_in_once(met):
@@ -119,8 +129,8 @@ def test_a_node_is_taken_in_once(met):
     with socket.create_connection((HOSTS[0], first.port), timeout=5) as stranger:
         stranger.sendall(b'{"token": "12.0 ", "node": 1}\n')
         assert stranger.recv(100) == b""
-    second.send(facts=1)
-    assert first.hear(5.0)["facts"] == 1
+    second.send(RanksEnded(code=1))
+    assert first.receive(5.0).code == 1
 
 
 def test_who_comes_when_all_is_over_hears_that():
@@ -129,7 +139,7 @@ def test_who_comes_when_all_is_over_hears_that():
         parting.start()
         for other in (second, third):
             other.join(5.0, never)
-            assert other.hear(5.0)["over"]
+            assert isinstance(other.receive(5.0), RunOver)
             other.__exit__()
         parting.join(5.0)
         assert not parting.is_alive()
@@ -138,7 +148,7 @@ def test_who_comes_when_all_is_over_hears_that():
 def test_one_node_needs_no_port():
     with Meeting(node(0, ("127.0.0.1",))) as alone:
         assert alone.port == 0
-        assert alone.gather("facts", 0.1) == {}
+        assert alone.gather(RanksEnded, 0.1) == {}
 
 
 def test_the_first_node_waits_for_the_others_to_leave(met):
@@ -164,19 +174,17 @@ SLURM = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a[1
 def test_an_allocation_is_read_from_slurms_environment(monkeypatch):
     for name, value in (SLURM | {"SLURM_STEP_NUM_TASKS": "3", "SLURM_RESTART_COUNT": "2"}).items():
         monkeypatch.setenv(name, value)
-    assert allocation() == Allocation(1, ("a1", "a2", "b3"), "12", 2, False)
+    assert current_allocation() == Allocation(1, ("a1", "a2", "b3"), "12", 2, False)
     monkeypatch.setenv("QWENLORA_REQUEUES", "1")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "9")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    assert allocation() == Allocation(1, ("a1", "a2", "b3"), "9_3", 2, True)
+    assert current_allocation() == Allocation(1, ("a1", "a2", "b3"), "9_3", 2, True)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "24")
     with pytest.raises(ValueError, match="srun started 24 tasks on 3 nodes, qwenlora needs one a node"):
-        allocation()
+        current_allocation()
 
 
 def test_without_a_step_there_is_one_node(monkeypatch):
-    for name in SLURM:
-        monkeypatch.delenv(name, raising=False)
-    assert allocation() == Allocation(0, (socket.gethostname(),), None, 0, False)
+    assert current_allocation() == Allocation(0, (socket.gethostname(),), None, 0, False)
     monkeypatch.setenv("SLURM_JOB_ID", "12")  # salloc, without srun
-    assert allocation() == Allocation(0, (socket.gethostname(),), "12", 0, False)
+    assert current_allocation() == Allocation(0, (socket.gethostname(),), "12", 0, False)

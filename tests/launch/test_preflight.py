@@ -1,21 +1,21 @@
 """What nodes must have in common."""
 
-import json
-
 import pytest
 
 from qwenlora.configs import load_config
 from qwenlora.launch import preflight
+from qwenlora.launch.messages import NodeFacts
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Facts, Parameters, SideCounts
 
-MINE = {
-    "config": "c",
-    "code": "d",
-    "python": "3.11.7",
-    "versions": {"torch": "2.13.0", "peft": "0.21.2"},
-    "processes": 8,
-    "time": 1.0,
-}
+MINE = NodeFacts(
+    config="c",
+    code="d",
+    python="3.11.7",
+    versions={"torch": "2.13.0", "peft": "0.21.2"},
+    processes=8,
+    time=1.0,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,10 +35,10 @@ MINE = {
     ],
 )
 def test_a_node_that_differs_is_named(theirs, problem):
-    found = preflight.problems(MINE, {"a": dict(MINE), "b": MINE | theirs})
-    assert len(found) == (problem is not None)
+    differences = preflight.differences(MINE, {"a": MINE, "b": MINE.model_copy(update=theirs)})
+    assert len(differences) == (problem is not None)
     if problem:
-        assert found[0].startswith(problem)
+        assert differences[0].startswith(problem)
 
 
 def run_of(tmp_path, checkpoint_bytes):
@@ -48,30 +48,55 @@ def run_of(tmp_path, checkpoint_bytes):
     config = load_config(file, {"run_dir": str(tmp_path / "run")})
     run = RunFolder(config.run_dir)
     run.path.mkdir()
-    run.facts.write_text(json.dumps({"checkpoint_bytes": checkpoint_bytes}))
+    counts = SideCounts(rows=1, read_rows=1, tokens=1, trained_tokens=1, longest=1, sha256="")
+    parameters = Parameters(total=1, trainable=1, body=1, head=1, layers=1, attention_width=1)
+    facts = Facts(
+        base="tiny",
+        base_fingerprint="",
+        data_folder="",
+        files_key="",
+        data={"train": counts},
+        packing=False,
+        bad_rows=0,
+        notes=[],
+        parameters=parameters,
+        checkpoint_bytes=checkpoint_bytes,
+    )
+    run.write_facts(facts)
     return config, run
 
 
 def test_a_file_that_is_shown_is_seen_and_cleared(tmp_path):
     _, run = run_of(tmp_path, 1)
-    text = preflight.show(run, 1)
-    assert preflight.sees(run, 1, text)
-    preflight.clear(run, 2)
+    text = preflight.write_file(run, 1)
+    assert preflight.sees_file(run, 1, text)
+    preflight.remove_files(run, 2)
     assert {path.name for path in run.path.iterdir()} == {"facts.json"}
 
 
 def test_another_file_is_not_taken_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "SEEN_WITHIN_S", 0.2)
     _, run = run_of(tmp_path, 1)
-    preflight.show(run, 1)
-    assert not preflight.sees(run, 1, "something else")
-    assert not preflight.sees(run, 2, "")
+    preflight.write_file(run, 1)
+    assert not preflight.sees_file(run, 1, "something else")
+    assert not preflight.sees_file(run, 2, "")
 
 
 def test_room_for_the_checkpoints_to_come(tmp_path):
     config, run = run_of(tmp_path, 1000)
-    assert preflight.space(config, run) == ""
+    assert preflight.space_warning(config, run) == ""
     config, run = run_of(tmp_path / "full", 2**60)
-    assert "MiB free, the 4 checkpoints to come need" in preflight.space(config, run)
+    assert "MiB free, the 4 checkpoints to come need" in preflight.space_warning(config, run)
     (run.path / "checkpoint-3").mkdir()
-    assert "the 3 checkpoints to come need" in preflight.space(config, run)
+    assert "the 3 checkpoints to come need" in preflight.space_warning(config, run)
+
+
+def test_a_disk_that_can_take_few_more_files_is_a_warning(tmp_path, monkeypatch):
+    config, run = run_of(tmp_path, 1000)
+    for files, warns in ((0, False), (63, True), (64, False)):  # 0: the file system has no limit
+        monkeypatch.setattr(preflight, "free_files", lambda folder, files=files: files)
+        warning = preflight.space_warning(config, run)
+        assert warning == (
+            f"run_dir={run.path} has room for only {files} more files (inodes), the checkpoints to"
+            " come need more" * warns
+        )

@@ -3,10 +3,13 @@
 import pytest
 
 from qwenlora.launch import restarts
+from qwenlora.run.records import Attempt, now
 
 
-def attempt(reason, saved_before, job="7"):
-    return {"job_id": job, "reason": reason, "saved_before": saved_before}
+def attempt(reason, saved_before, job="7", **values):
+    return Attempt(
+        attempt=1, start=now(), end=now(), reason=reason, saved_before=saved_before, job_id=job, **values
+    )
 
 
 @pytest.mark.parametrize(
@@ -25,18 +28,18 @@ def attempt(reason, saved_before, job="7"):
     ],
 )
 def test_a_failure_is_tried_again_while_steps_are_saved(attempts, newest, again):
-    found = [attempt(*one) for one in attempts]
-    assert restarts.worth_another(found, "7", 3, newest)[0] is again
+    attempts = [attempt(*values) for values in attempts]
+    assert restarts.worth_another(attempts, "7", 3, newest)[0] is again
 
 
 def test_attempts_of_an_earlier_job_do_not_count():
-    found = [attempt("failed", 0, "6"), attempt("failed", 0, "6"), attempt("failed", 0)]
-    assert restarts.worth_another(found, "7", 3, 0) == (
+    attempts = [attempt("failed", 0, "6"), attempt("failed", 0, "6"), attempt("failed", 0)]
+    assert restarts.worth_another(attempts, "7", 3, 0) == (
         True,
         "trying again: attempt 4 starts from the first step",
     )
-    found += [attempt("failed", 0)]
-    again, why = restarts.worth_another(found, "7", 3, 0)
+    attempts += [attempt("failed", 0)]
+    again, why = restarts.worth_another(attempts, "7", 3, 0)
     assert (again, why) == (
         False,
         "not tried again: 2 attempts failed in a row and saved no step (a crash loop)",
@@ -44,12 +47,27 @@ def test_attempts_of_an_earlier_job_do_not_count():
 
 
 def test_a_node_that_was_lost_is_no_crash():
-    found = [attempt("failed", 0) | {"cause": "NODE_FAIL"} for _ in range(4)]
-    assert restarts.worth_another(found, "7", 3, 0)[0]
-    assert restarts.worth_another([*found, attempt("failed", 0)], "7", 3, 0)[0]
-    assert not restarts.worth_another([*found, attempt("failed", 0), attempt("failed", 0)], "7", 3, 0)[0]
+    attempts = [attempt("failed", 0, cause="NODE_FAIL") for _ in range(4)]
+    assert restarts.worth_another(attempts, "7", 3, 0)[0]
+    assert restarts.worth_another([*attempts, attempt("failed", 0)], "7", 3, 0)[0]
+    assert not restarts.worth_another([*attempts, attempt("failed", 0), attempt("failed", 0)], "7", 3, 0)[0]
 
 
 def test_no_restarts_are_wanted():
     again, why = restarts.worth_another([attempt("failed", 0)], "7", 0, 20)
     assert (again, why) == (False, "not tried again: 1 attempt failed, launch.max_restarts is 0")
+
+
+@pytest.mark.parametrize(
+    ("attempts", "newest", "count"),
+    [
+        ([("stopped", 0)], 8, 0),
+        ([("stopped", 0)], 0, 1),
+        ([("stopped", 0), ("stopped", 0), ("stopped", 0)], 0, 3),
+        ([("stopped", 0), ("stopped", 8), ("failed", 8), ("stopped", 8)], 8, 3),
+        ([("stopped", 0), ("stopped", 8), ("stopped", 8)], 9, 0),
+    ],
+)
+def test_attempts_in_vain_are_those_since_a_step_was_saved(attempts, newest, count):
+    earlier = [attempt("stopped", 0, "6")]  # another job's
+    assert restarts.in_vain([*earlier, *(attempt(*values) for values in attempts)], "7", newest) == count

@@ -34,7 +34,7 @@ def claim(run, config, **how):
 def test_a_new_folder_holds_the_resolved_config_and_the_code(run, config):
     assert load_config(run.config) == config()
     code = json.loads(run.code.read_text())
-    assert set(code) == {"git", "versions", "python", "command"}
+    assert set(code) == {"format", "git", "versions", "python", "command"}
     assert code["versions"]["torch"]
 
 
@@ -174,7 +174,7 @@ def test_checkpoints_are_listed_newest_first(run):
 HOLD = """
 import sys
 from qwenlora.configs import load_config
-from qwenlora.jobs.run import RunFolder
+from qwenlora.run.folder import RunFolder
 config = load_config(sys.argv[1])
 with RunFolder(config.run_dir).claim(config):
     print("held", flush=True)

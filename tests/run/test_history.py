@@ -1,11 +1,13 @@
 """A run's history says of every attempt what became of it, of killed ones too."""
 
 import json
+from datetime import UTC, datetime
 
 import pytest
 
 from qwenlora.run.handover import Handover, received
 from qwenlora.run.history import History, goodput
+from qwenlora.run.records import Attempt
 
 
 @pytest.fixture
@@ -21,14 +23,14 @@ def test_attempts_are_numbered_and_keep_how_they_ended(history):
     history.end("failed", "too late: the first word stands")
     assert history.begin(4) == 2
     first, second = history.attempts()
-    assert (first["reason"], first["message"], first["last_step"], first["processes"]) == (
+    assert (first.reason, first.message, first.last_step, first.processes) == (
         "stopped",
         "SIGUSR1",
         7,
         2,
     )
-    assert (first["trained_s"], first["saving_s"]) == (3.0, 0.5)
-    assert "end" not in second
+    assert (first.trained_s, first.saving_s) == (3.0, 0.5)
+    assert second.end is None
     assert history.last_step() == 7
 
 
@@ -40,14 +42,14 @@ def test_an_attempt_that_was_killed_is_closed_by_the_next_with_what_it_left(hist
     assert history.last_step() == 5, "of an attempt under way, too"
     history.begin(1)
     killed, _ = history.attempts()
-    assert (killed["reason"], killed["last_step"]) == ("killed", 5)
-    assert killed["start"] <= killed["end"]
+    assert (killed.reason, killed.last_step) == ("killed", 5)
+    assert killed.start <= killed.end
     history.begin(1)  # nothing is known of the second: it came to no step
-    assert (history.attempts()[1]["reason"], history.attempts()[1]["end"]) == (
+    assert (history.attempts()[1].reason, history.attempts()[1].end) == (
         "killed",
-        history.attempts()[1]["start"],
+        history.attempts()[1].start,
     )
-    assert "last_step" not in history.attempts()[1]
+    assert history.attempts()[1].last_step is None
 
 
 def test_a_torn_progress_file_says_nothing(history):
@@ -58,13 +60,15 @@ def test_a_torn_progress_file_says_nothing(history):
 
 
 def line(start, end, first, last, trained_s):
-    return {
-        "start": f"2026-01-01T00:{start:02}:00+00:00",
-        "end": f"2026-01-01T00:{end:02}:00+00:00",
-        "first_step": first,
-        "last_step": last,
-        "trained_s": trained_s,
-    }
+    return Attempt(
+        attempt=1,
+        start=datetime(2026, 1, 1, 0, start, tzinfo=UTC),
+        end=datetime(2026, 1, 1, 0, end, tzinfo=UTC),
+        first_step=first,
+        last_step=last,
+        trained_s=trained_s,
+        reason="stopped",
+    )
 
 
 def test_goodput_counts_the_steps_that_were_kept():
@@ -111,8 +115,8 @@ def test_killed_attempts_in_a_row_are_known_by_their_first_step(history):
     history.end("stopped")
     history.begin(1)
     assert history.first_step_of_the_killed() is None
-    assert history.so_far("done")[-1]["reason"] == "done"
-    assert "reason" not in history.attempts()[-1]
+    assert history.so_far("done")[-1].reason == "done"
+    assert history.attempts()[-1].reason is None
 
 
 def test_repeated_steps_are_those_that_it_came_to(history):
@@ -121,4 +125,4 @@ def test_repeated_steps_are_those_that_it_came_to(history):
         history.note(first_step=first)
         history.progress.write(number, last, trained_s=1.0, saving_s=0.0)
         history.end("stopped")
-    assert [attempt["steps_repeated"] for attempt in history.attempts()] == [0, 10, 40]
+    assert [attempt.steps_repeated for attempt in history.attempts()] == [0, 10, 40]

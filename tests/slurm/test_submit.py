@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from qwenlora.jobs import submit, submit_sweep
+from qwenlora.jobs.cancel import cancel
 from qwenlora.jobs.find import find
-from qwenlora.jobs.views.control import cancel, resume
+from qwenlora.jobs.submission.resume import resume
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Attempt
 
 CONFIG = """
 model: {name_or_path: tiny}
@@ -51,8 +53,13 @@ def state(job) -> str:
     return job.get_info(mode="force").get("State", "")
 
 
-def attempts(run: str) -> list[dict]:
+def attempts(run: str) -> list[Attempt]:
     return RunFolder(run).history.attempts()
+
+
+def step(run: RunFolder, attempt: int) -> int:
+    progress = run.history.progress.read(attempt)
+    return progress.step if progress else 0
 
 
 def adapter(run: str) -> bytes:
@@ -72,7 +79,7 @@ def test_the_result_of_a_job_on_two_nodes_is_the_run_s_summary(folder, qwenlora)
     summary = result(job)
     assert (summary["reason"], summary["step"], summary["attempts"]) == ("done", 4, 1)
     assert summary["run_dir"] == str(folder / name)
-    assert (attempts(name)[0]["processes"], attempts(name)[0]["job_id"]) == (2, job.job_id)
+    assert (attempts(name)[0].processes, attempts(name)[0].job_id) == (2, job.job_id)
     assert not list(folder.rglob("x"))
     wait_for(lambda: state(job) == "COMPLETED", 30)
     assert f"job {job.job_id}: COMPLETED" in shown(qwenlora, "status", job.job_id)
@@ -104,7 +111,7 @@ def test_an_array_of_four_runs_two_at_once(folder, qwenlora):
     assert [path.name for path in (folder / "runs" / "my").iterdir() if path.name.startswith(".")].count(
         ".prepared"
     ) == 1
-    spans = [(attempt["start"], attempt["end"]) for name in names for attempt in attempts(f"runs/my/{name}")]
+    spans = [(attempt.start, attempt.end) for name in names for attempt in attempts(f"runs/my/{name}")]
     at_once = [sum(start <= moment < end for start, end in spans) for moment, _ in spans]
     assert max(at_once) == 2
     lines = shown(qwenlora, "status", "runs/my").splitlines()
@@ -118,19 +125,19 @@ def test_a_signal_before_the_time_limit_brings_the_job_back_to_the_same_end(fold
     assert result(undisturbed)["attempts"] == 1
     job = submit("my.yaml", long | {"run_dir": "runs/disturbed"}, nodes=2, timeout_min=10)
     run = RunFolder("runs/disturbed")
-    wait_for(lambda: run.history.attempts() and run.history.progress.read(1).get("step", 0) >= 2)
+    wait_for(lambda: step(run, 1) >= 2)
     subprocess.run(["scancel", "--signal=USR2", job.job_id], check=True, timeout=20)
     summary = result(job, 180)
     assert (summary["reason"], summary["attempts"], summary["step"]) == ("done", 2, 30)
-    assert [attempt["reason"] for attempt in attempts("runs/disturbed")] == ["stopped", "done"]
-    assert {attempt["job_id"] for attempt in attempts("runs/disturbed")} == {job.job_id}
+    assert [attempt.reason for attempt in attempts("runs/disturbed")] == ["stopped", "done"]
+    assert {attempt.job_id for attempt in attempts("runs/disturbed")} == {job.job_id}
     assert adapter("runs/disturbed") == adapter("runs/undisturbed")
 
 
 def test_a_cancelled_run_saves_and_stays_away_until_it_is_resumed(folder, qwenlora):
     job = submit("my.yaml", {"train.max_steps": 200, "train.save_strategy": "no"}, timeout_min=10)
     run = RunFolder("runs/my")
-    wait_for(lambda: run.history.attempts() and run.history.progress.read(1).get("step", 0) >= 2)
+    wait_for(lambda: step(run, 1) >= 2)
     assert f"job {job.job_id}: RUNNING" in shown(qwenlora, "status", "runs/my")
     assert cancel(find("runs/my"), now=False) == [
         f"job {job.job_id} is asked to save and to stop; --now stops at once, without saving"
@@ -138,12 +145,12 @@ def test_a_cancelled_run_saves_and_stays_away_until_it_is_resumed(folder, qwenlo
     wait_for(lambda: find("runs/my").job().state not in ("RUNNING", "COMPLETING"))
     time.sleep(2)
     assert find("runs/my").job().state not in ("PENDING", "RUNNING")
-    assert [attempt["reason"] for attempt in attempts("runs/my")] == ["stopped"]
+    assert [attempt.reason for attempt in attempts("runs/my")] == ["stopped"]
     assert len(run.checkpoints()) == 1
     said = resume(find("runs/my"))
     assert said.startswith("job ")
-    wait_for(lambda: len(attempts("runs/my")) == 2 and run.history.progress.read(2).get("step"))
-    assert attempts("runs/my")[1]["first_step"] > 1
+    wait_for(lambda: len(attempts("runs/my")) == 2 and step(run, 2))
+    assert attempts("runs/my")[1].first_step > 1
     cancel(find("runs/my"), now=True)
     wait_for(lambda: find("runs/my").job().state == "CANCELLED" and not find("runs/my").job().completing)
 

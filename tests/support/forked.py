@@ -320,7 +320,7 @@ class _Baseline:
 
     def restore(self) -> None:
         sys.path[:] = self.path
-        for name, logger in list(logging.root.manager.loggerDict.items()):
+        for name in list(logging.root.manager.loggerDict):
             if name not in self.loggers:
                 del logging.root.manager.loggerDict[name]
         for known, handlers, level, propagate, disabled in self.loggers.values():

@@ -1,4 +1,4 @@
-"""Small rows, configs and trainers, made for tests of trainer/."""
+"""Small rows, configs and trainers for tests of trainer/."""
 
 from pathlib import Path
 
@@ -10,9 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qwenlora.configs.schema import Config, Data, Launch, Lora, Model, Train
 from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
-from qwenlora.run.records import Parameters
+from qwenlora.run.records import Identity, Parameters
+from qwenlora.trainer.loop.arguments import order_of, training_arguments
+from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
-from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
+from qwenlora.trainer.loop.trainer import LoraTrainer, Services
+
+NO_IDENTITY = Identity(config={}, data="", base="")
 
 
 def side_of(count: int, seed: int = 0) -> Side:
@@ -52,25 +56,30 @@ def config_of(**train) -> Config:
 
 
 def trainer_of(
-    tiny: Path, folder: Path, side: Side, config: Config, eval_: Side | None = None, packs=None, **how
+    tiny: Path,
+    folder: Path,
+    side: Side,
+    config: Config,
+    eval_: Side | None = None,
+    packs=None,
+    place=str,
+    **services,
 ):
-    """Return a trainer with the tiny model and a new adapter; its checkpoints go to folder. how: more
-    arguments."""
+    """Return a trainer with the tiny model and a new adapter; its checkpoints go to folder.
+
+    services: Services' fields besides the saver.
+    """
     torch.manual_seed(0)
     lora = LoraConfig(target_modules="all-linear", lora_dropout=config.lora.lora_dropout)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lora)
     run = RunFolder(folder)
-    arguments = training_arguments(config, run, len(packs or side), 1, evaluates=eval_ is not None)
+    limit = config.train.save_total_limit
+    saver = Saver(run, NO_IDENTITY, 1, limit=limit, in_background=True, timeout_s=600)
     return LoraTrainer(
         model,
         config,
-        arguments,
-        order_of(config, side, packs),
-        side,
-        eval_,
-        saver=Saver(
-            run, {"config": {}}, 1, limit=config.train.save_total_limit, in_background=True, timeout_s=600
-        ),
+        training_arguments(config, run, len(packs or side), 1, evaluates=eval_ is not None),
+        Rows(order_of(config, side, packs), side, eval_, place),
+        Services(saver, **services),
         processing_class=AutoTokenizer.from_pretrained(tiny),
-        **how,
     )

@@ -1,4 +1,4 @@
-"""Small bases on disk, and what each of several ranks finds after loading one in parts."""
+"""Small bases on disk, and what each of several ranks has after loading its shard of one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3Mo
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy
 from qwenlora.trainer.loop.state import check_alike
 from qwenlora.trainer.model import base_files
-from qwenlora.trainer.model.base import add_lora
+from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.ranks.faults import TrainingFault
-from qwenlora.trainer.spread import sharded_loading as loading
+from qwenlora.trainer.spread import sharded_loading
 
-# nothing divides by 2 or 4: every part has its padding
+# no size is divisible by 2 or 4: every shard has padding
 SIZES = {
     "vocab_size": 131,
     "hidden_size": 64,
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def drifted(rank_with_other_bits: int) -> str:
-    """Return what a rank is told when one holds an adapter that differs in one bit."""
+    """Return the fault that a rank raises when one holds an adapter that differs in one bit; else empty."""
     adapter = {"a": torch.ones(3, 5), "b": torch.zeros(7)}
     if dist.get_rank() == rank_with_other_bits:
         adapter["b"].view(torch.int32)[6] = 1
@@ -54,9 +54,7 @@ def make_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Pa
         few = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
         config = Qwen3MoeConfig(**SIZES, **few, head_dim=16, tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for (
-        parameter
-    ) in model.parameters():  # norms and biases start as ones and zeros, which any rank could guess
+    for parameter in model.parameters():  # else norms and biases are ones and zeros, whichever file is read
         parameter.data += 0.01 * torch.randn_like(parameter)
     model.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
@@ -83,7 +81,7 @@ def tensors_in(base: Path) -> dict[str, Tensor]:
 
 
 class Watched(base_files.BaseFiles):
-    """Notes what is read."""
+    """Records what is read."""
 
     reads: list[tuple[str, int, int]] = []  # noqa: RUF012
     total = 0
@@ -99,21 +97,21 @@ def part_of_fsdp(
     base: Path, shape: tuple[int, ...], lora: dict[str, Any] | None = None, dtype: str = "float32"
 ):
     """Return what a rank has after load_fsdp, and after training steps with an adapter."""
-    loading.BaseFiles = Watched
-    names = ("replicas", "parts")[-len(shape) :]
+    sharded_loading.BaseFiles = Watched
+    names = ("replicas", "shards")[-len(shape) :]
     config = config_of(base, lora, dtype)
-    model = loading.load_fsdp(config, str(base), init_device_mesh("cpu", shape, mesh_dim_names=names))
-    found = {"held": _held(model), "reads": Watched.reads, "bytes": Watched.total}
-    found["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    found["frozen"] = not any(p.requires_grad for p in model.parameters())
-    found["buffers"] = {name: b.clone() for name, b in model.named_buffers()}
+    model = sharded_loading.load_fsdp(config, str(base), init_device_mesh("cpu", shape, mesh_dim_names=names))
+    result = {"held": _held(model), "reads": Watched.reads, "bytes": Watched.total}
+    result["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    result["frozen"] = not any(p.requires_grad for p in model.parameters())
+    result["buffers"] = {name: b.clone() for name, b in model.named_buffers()}
     whole = {
         n: getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for n, p in model.named_parameters()
     }
-    found["whole"] = whole if dist.get_rank() == 0 else None
-    found |= _trained(model, config, base)
-    found["held after"] = sum(_bytes(p) for n, p in model.named_parameters() if "lora_" not in n)
-    return found
+    result["whole"] = whole if dist.get_rank() == 0 else None
+    result |= _trained(model, config, base)
+    result["held after"] = sum(_bytes(p) for n, p in model.named_parameters() if "lora_" not in n)
+    return result
 
 
 def _bytes(parameter: Any) -> int:
@@ -128,30 +126,30 @@ def _held(model: Any) -> int:
 def _trained(model: Any, config: Config, base: Path) -> dict[str, Any]:
     """Compare two steps' losses and gradients, and an evaluation, with those of the whole model."""
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=next(model.parameters()).dtype)
-    models, answers = [model, plain], [[], []]
-    for index, one in enumerate(models):
-        one.config.use_cache = False
-        one.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    models, outcomes = [model, plain], [[], []]
+    for index, base_model in enumerate(models):
+        base_model.config.use_cache = False
+        base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         torch.manual_seed(0)
-        models[index] = add_lora(one, config.lora)
+        models[index] = add_lora(base_model, config.lora)
         random_lora(models[index])
     batches = torch.randint(131, (3, 2, 12), generator=torch.Generator().manual_seed(dist.get_rank()))
-    for one, answer in zip(models, answers, strict=True):
-        one.train()
+    for adapted, outcome in zip(models, outcomes, strict=True):
+        adapted.train()
         for batch in batches[:2]:
-            one.zero_grad()
-            loss = one(input_ids=batch, labels=batch).loss
+            adapted.zero_grad()
+            loss = adapted(input_ids=batch, labels=batch).loss
             loss.backward()
-            gradients = [p.grad.clone() for p in one.parameters() if p.requires_grad]
+            gradients = [p.grad.clone() for p in adapted.parameters() if p.requires_grad]
             for gradient in gradients:
                 dist.all_reduce(gradient)
-            answer.append((loss.item(), torch.cat([g.flatten() for g in gradients])))
-            one.eval()
+            outcome.append((loss.item(), torch.cat([g.flatten() for g in gradients])))
+            adapted.eval()
             with torch.no_grad():
-                answer.append((one(input_ids=batches[2], labels=batches[2]).loss.item(), torch.zeros(1)))
-            one.train()
-        one(input_ids=batches[2], labels=batches[2]).loss.backward()
-    ours, theirs = answers
+                outcome.append((adapted(input_ids=batches[2], labels=batches[2]).loss.item(), torch.zeros(1)))
+            adapted.train()
+        adapted(input_ids=batches[2], labels=batches[2]).loss.backward()
+    ours, theirs = outcomes
     return {
         "loss differs": max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True)),
         "gradient differs": max((a[1] - b[1]).abs().max().item() for a, b in zip(ours, theirs, strict=True)),
@@ -181,7 +179,7 @@ def part_of_zero3(base: Path, settings: dict[str, Any], dtype: str = "float32"):
     start_communication()
     import deepspeed
 
-    loading.BaseFiles = Watched
+    sharded_loading.BaseFiles = Watched
     sent = _counted(deepspeed.comm, "broadcast")
     config = config_of(base, dtype=dtype)
     zero = {"stage": 3} | settings
@@ -193,16 +191,16 @@ def part_of_zero3(base: Path, settings: dict[str, Any], dtype: str = "float32"):
     }
     if dtype == "bfloat16":
         ds_config["bf16"] = {"enabled": True}
-    model = loading.load_zero3(config, str(base), ds_config)
-    found: dict[str, Any] = {"sent": len(sent), "reads": Watched.reads, "bytes": Watched.total}
-    found["held"] = sum(p.ds_tensor.untyped_storage().nbytes() + _bytes(p) for p in model.parameters())
-    found["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    found["buffers"] = {name: b.clone() for name, b in model.named_buffers()}
+    model = sharded_loading.load_zero3(config, str(base), ds_config)
+    result: dict[str, Any] = {"sent": len(sent), "reads": Watched.reads, "bytes": Watched.total}
+    result["held"] = sum(p.ds_tensor.untyped_storage().nbytes() + _bytes(p) for p in model.parameters())
+    result["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    result["buffers"] = {name: b.clone() for name, b in model.named_buffers()}
     for turn in ("whole", "whole again"):  # the second time, hpZ gathers from a node's own copy
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             whole = {n: p.detach().clone() for n, p in model.named_parameters()}
-        found[turn] = whole if dist.get_rank() == 0 else None
-    found["secondary"] = [p.ds_secondary_tensor is not None for p in model.parameters()]
+        result[turn] = whole if dist.get_rank() == 0 else None
+    result["secondary"] = [p.ds_secondary_tensor is not None for p in model.parameters()]
     torch.manual_seed(dist.get_rank())  # DeepSpeed is to make rank 0's adapter everyone's
     peft_model = add_lora(model, config.lora)
     trained = [p for p in peft_model.parameters() if p.requires_grad]
@@ -215,7 +213,7 @@ def part_of_zero3(base: Path, settings: dict[str, Any], dtype: str = "float32"):
     )[0]
     with deepspeed.zero.GatheredParameters(trained):
         adapter = torch.cat([p.detach().float().flatten() for p in trained])
-    found["adapter"] = adapter
+    result["adapter"] = adapter
     batch = torch.randint(131, (2, 12), generator=torch.Generator().manual_seed(0))
     losses = []
     for _ in range(3):
@@ -223,11 +221,11 @@ def part_of_zero3(base: Path, settings: dict[str, Any], dtype: str = "float32"):
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    found["losses"] = losses
+    result["losses"] = losses
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=model.dtype)
     with torch.no_grad():  # a new adapter changes nothing
-        found["plain loss"] = plain(input_ids=batch, labels=batch, use_cache=False).loss.item()
-    return found
+        result["plain loss"] = plain(input_ids=batch, labels=batch, use_cache=False).loss.item()
+    return result
 
 
 def _counted(module: Any, name: str) -> list[Any]:
@@ -242,11 +240,12 @@ def _counted(module: Any, name: str) -> list[Any]:
 
 
 def turns(base: Path, load: Callable[..., Any] | None = None):
-    """Return the whole parameters after load_fsdp, and the times at which this rank held a whole base."""
+    """Return the gathered parameters after load_fsdp, and when this rank began and ended to load a whole
+    base."""
     import time
 
     times = []
-    real = loading.WholeBase
+    real = sharded_loading.WholeBase
 
     class Timed(real):
         def __init__(self, *arguments: Any) -> None:
@@ -255,14 +254,16 @@ def turns(base: Path, load: Callable[..., Any] | None = None):
             time.sleep(0.2)
             times.append(time.time())
 
-    loading.WholeBase = Timed
-    model = loading.load_fsdp(config_of(base), str(base), init_device_mesh("cpu", (dist.get_world_size(),)))
+    sharded_loading.WholeBase = Timed
+    model = sharded_loading.load_fsdp(
+        config_of(base), str(base), init_device_mesh("cpu", (dist.get_world_size(),))
+    )
     whole = {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()}
     return {"times": times, "whole": whole, "held": _held(model)}
 
 
 def rename(base: Path) -> None:
-    """Have the files hold pytorch's own format only."""
+    """Replace a base's safetensors by pytorch's own format."""
     tensors = tensors_in(base)
     for file in base.glob("*.safetensors*"):
         file.unlink()

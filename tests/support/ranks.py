@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 TIMEOUT_S = 180.0
-# imported once, by the process that ranks are forked from: each rank is as new as if it had imported them
-# itself
+# imported once, by the process that ranks are forked from: each rank is as if it had imported them itself
 LIBRARIES = ["torch.distributed.fsdp", "transformers.trainer", "peft", "datasets"]
 
 
@@ -35,8 +34,8 @@ def run_ranks(
         pipes, processes = [], []
         for rank in range(count):
             receiver, sender = fresh.Pipe(duplex=False)
-            given = (sender, dict(os.environ), function, rank, count, folder, arguments)
-            process = fresh.Process(target=_rank, args=given, daemon=True)
+            rank_arguments = (sender, dict(os.environ), function, rank, count, folder, arguments)
+            process = fresh.Process(target=_rank, args=rank_arguments, daemon=True)
             process.start()
             sender.close()
             pipes.append(receiver)
@@ -51,7 +50,7 @@ def run_ranks(
                         f"ranks {sorted(waiting.values())} of {count} did not end in {timeout:g} s"
                     )
                 answers = [(waiting[pipe], *_received(pipe, processes[waiting[pipe]])) for pipe in ready]
-                # those that lose a neighbour fail too, and later
+                # ranks that lose a neighbour fail, too, but later
                 failures = sorted(
                     (when, rank, error) for rank, when, _, error in answers if error is not None
                 )
@@ -87,7 +86,7 @@ def _rank(
     folder: str,
     arguments: tuple[Any, ...],
 ) -> None:
-    os.environ.clear()  # it is what it was when the first rank was made
+    os.environ.clear()  # it is the environment in which the first rank was started
     os.environ |= environment
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
     os.environ |= {name: str(count) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
@@ -101,7 +100,7 @@ def _rank(
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
-        # a file: no port that another test could take meanwhile
+        # a file, not a port that another test could take
         dist.init_process_group("gloo", f"file://{Path(folder) / 'store'}", rank=rank, world_size=count)
         result = function(*arguments)
         dist.barrier()
@@ -111,7 +110,7 @@ def _rank(
     ended = time.time()
     try:
         answer = pickle.dumps((ended, result, failure))
-        pickle.loads(answer)  # some exceptions can be written, not read
+        pickle.loads(answer)  # some exceptions can be pickled, but not unpickled
     except Exception as error:
         note = failure[1] if failure else traceback.format_exc()
         text = (
@@ -121,4 +120,4 @@ def _rank(
     sender.send_bytes(answer)
     sender.close()
     if failure:
-        os._exit(1)  # gloo's threads may hang at exit once a neighbour is gone
+        os._exit(1)  # gloo's threads may hang at exit when a neighbour has ended

@@ -1,4 +1,4 @@
-"""Small runs whose ranks share sequences, and what their attention makes of packs; for run_ranks."""
+"""Small runs whose ranks share sequences, and their attention to packs; for run_ranks."""
 
 import os
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from made import side_of
+from made import NO_IDENTITY, side_of
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,11 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.data.order import accumulation_steps
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.loop.batches import collate_packs
+from qwenlora.trainer.loop.arguments import order_of, training_arguments
+from qwenlora.trainer.loop.batches import Rows, collate_packs
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.state import adapter_of
-from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
-from qwenlora.trainer.model.base import add_lora, count_parameters
+from qwenlora.trainer.loop.trainer import LoraTrainer, Services
+from qwenlora.trainer.model.lora import add_lora, count_parameters
 from qwenlora.trainer.ranks import faults
 from qwenlora.trainer.record.metrics import Metrics
 from qwenlora.trainer.spread import sequence, strategy
@@ -94,38 +95,38 @@ class Sharing:
 
 
 def run_all(runs: dict[str, Sharing], tokenizer: str, packs: str = "") -> dict[str, Any]:
-    """Run one after the other, each with new teams. packs: a base, for what pack_in_two_ways finds with
-    it."""
-    found = {name: run(one, tokenizer) for name, one in runs.items()}
+    """Return what each run did, one after the other, each with new teams. packs: a base for
+    pack_in_two_ways."""
+    results = {name: run(sharing, tokenizer) for name, sharing in runs.items()}
     if dist.get_world_size() > 1:
-        found["broken"] = broken(2)
+        results["broken"] = broken(2)
     if packs:
-        found["packs"] = pack_in_two_ways(packs)
-    return found
+        results["packs"] = pack_in_two_ways(packs)
+    return results
 
 
-def run(one: Sharing, tokenizer: str) -> dict[str, Any]:
+def run(sharing: Sharing, tokenizer: str) -> dict[str, Any]:
     """Return losses and evaluations by step, gradients of the first step, norms, adapter, tokens counted."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    config, folder = one.config, RunFolder(one.folder)
+    config, folder = sharing.config, RunFolder(sharing.folder)
     if rank == 0:
         folder.path.mkdir(parents=True, exist_ok=True)
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    parameters = count_parameters(config, one.base)
-    spread = strategy.choose(config, parameters, accumulation_steps(8, 2, world, one.size))
-    base = strategy.load_base(config, one.base, spread)
+    parameters = count_parameters(config, sharing.base)
+    spread = strategy.choose(config, parameters, accumulation_steps(8, 2, world, sharing.size))
+    base = strategy.load_base(config, sharing.base, spread)
     torch.manual_seed(0)
     model = add_lora(base, config.lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # at its usual zeros, lora_A has no gradient
             torch.nn.init.normal_(parameter, std=0.05)
-    team = sequence.team_of(one.size)
+    team = sequence.team_of(sharing.size)
     sequence.share_attention(base, team)
     side = side_of(ROWS)
-    arguments = training_arguments(config, folder, len(side), world, evaluates=True, name=one.strategy)
+    arguments = training_arguments(config, folder, len(side), world, evaluates=True, name=sharing.strategy)
     arguments.logging_steps = 1
     saver = (
-        Saver(folder, {"config": {}}, world, limit=None, in_background=True, timeout_s=600)
+        Saver(folder, NO_IDENTITY, world, limit=None, in_background=True, timeout_s=600)
         if rank == 0
         else None
     )
@@ -133,10 +134,8 @@ def run(one: Sharing, tokenizer: str) -> dict[str, Any]:
         model,
         config,
         arguments,
-        order_of(config, side),
-        side,
-        side_of(EVAL_ROWS, 1),
-        saver=saver,
+        Rows(order_of(config, side), side, side_of(EVAL_ROWS, 1)),
+        Services(saver),
         team=team,
         deepspeed=spread.deepspeed,
         processing_class=AutoTokenizer.from_pretrained(tokenizer),
@@ -157,9 +156,9 @@ def run(one: Sharing, tokenizer: str) -> dict[str, Any]:
         trainer.optimizer.register_step_pre_hook(keep)
     counting = _Counting(None, trainer, parameters, recomputed=False)
     trainer.add_callback(counting)
-    if one.resume:
-        trainer.load(Path(one.resume))
-    trainer.train(resume_from_checkpoint=one.resume or None)
+    if sharing.resume:
+        trainer.load(Path(sharing.resume))
+    trainer.train(resume_from_checkpoint=sharing.resume or None)
     if saver:
         saver.wait()
         assert not saver.failure, saver.failure
@@ -188,9 +187,11 @@ class _Counting(Metrics):
         super()._start()
 
 
-def attend_to_rows(module: Any, query: Any, key: Any, value: Any, mask: Any, **how: Any) -> tuple[Any, None]:
-    """Attend as flash attention does to packs: by position_ids, of one sequence, rows starting at 0."""
-    positions = how["position_ids"]
+def attend_to_rows(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
+) -> tuple[Any, None]:
+    """Attend as flash attention does to packs: to one sequence, whose rows start where position_ids are 0."""
+    positions = options["position_ids"]
     assert mask is None
     assert positions.shape == (1, query.shape[2]), "positions of the whole sequence"
     assert module.config._attn_implementation == "flash_by_rows"
@@ -198,7 +199,7 @@ def attend_to_rows(module: Any, query: Any, key: Any, value: Any, mask: Any, **h
     causal = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
     mask = (rows[:, None] == rows[None, :]) & causal
     key, value = (tensor.repeat_interleave(module.num_key_value_groups, 1) for tensor in (key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=how["scaling"])
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=options["scaling"])
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -228,8 +229,7 @@ def pack_in_two_ways(base: str) -> tuple[float, float, float]:
 
 
 def broken(size: int) -> list[int]:
-    """Return which micro-batches are said to be broken, when one of the last team's second is, in one slice
-    or all."""
+    """Return which micro-batches all ranks call broken, when the last team's second one is."""
     team = sequence.team_of(size)
     last = team.number == team.teams - 1
     return faults.broken_micro_batches(

@@ -1,4 +1,4 @@
-"""Runs of a small Qwen under one strategy after the other, in ranks that are there already; for run_ranks."""
+"""Runs of a small Qwen under one strategy after the other, in the same ranks; for run_ranks."""
 
 import gc
 import hashlib
@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from made import side_of
+from made import NO_IDENTITY, side_of
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.data.order import accumulation_steps
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.attempt import _constant_files, save_adapter
+from qwenlora.trainer.final_adapter import constant_files, save_adapter
+from qwenlora.trainer.loop.arguments import order_of, training_arguments
+from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
-from qwenlora.trainer.loop.trainer import LoraTrainer, order_of, training_arguments
-from qwenlora.trainer.model import base as models
+from qwenlora.trainer.loop.trainer import LoraTrainer, Services
+from qwenlora.trainer.model.lora import add_lora, count_parameters
 from qwenlora.trainer.spread import strategy
 
 STEPS, SAVED = 20, 10
@@ -32,10 +34,10 @@ ROWS, EVAL_ROWS = 51, 11  # of 8 a step: an epoch's last step has 3
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. folder: where it goes; resume: a checkpoint to go on from; broken: a step whose loss is NaN on
-    rank 0.
+    """One run, in the order of trainer/attempt.py. folder: its run folder; resume: a checkpoint to resume
+    from.
 
-    processes: of a node, 0: all ranks are on one. The order of things is that of trainer/attempt.py.
+    broken: a step whose loss is NaN on rank 0; processes: of a node, 0: all ranks are on one node.
     """
 
     base: str
@@ -92,8 +94,7 @@ class Cell:
 
 
 def make_base(folder: Path, kind: str, *, tied: bool) -> Path:
-    """Write a small random model, in several files, with the tiny model's tokenizer missing: no test needs
-    it."""
+    """Write a small random model in several files, without a tokenizer."""
     torch.manual_seed(7)
     sizes: dict[str, Any] = {
         "vocab_size": 2048,
@@ -135,34 +136,29 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
     if rank == 0:
         run.path.mkdir(parents=True, exist_ok=True)
     side, eval_ = side_of(ROWS), side_of(EVAL_ROWS, 1)
-    parameters = models.count_parameters(config, cell.base)
+    parameters = count_parameters(config, cell.base)
     spread = strategy.choose(config, parameters, accumulation_steps(8, 2, world))
     base = strategy.load_base(config, cell.base, spread)
     torch.manual_seed(config.train.seed)
-    model = models.add_lora(base, config.lora)
+    model = add_lora(base, config.lora)
     words = AutoTokenizer.from_pretrained(tokenizer)
     saver = (
-        Saver(run, {"config": {}}, world, limit=None, in_background=True, timeout_s=600)
-        if rank == 0
-        else None
+        Saver(run, NO_IDENTITY, world, limit=None, in_background=True, timeout_s=600) if rank == 0 else None
     )
     arguments = training_arguments(config, run, len(side), world, evaluates=True, name=spread.name)
     arguments.logging_steps = 1
-    said: list[str] = []
+    warnings: list[str] = []
     trainer = LoraTrainer(
         model,
         config,
         arguments,
-        order_of(config, side),
-        side,
-        eval_,
-        saver=saver,
+        Rows(order_of(config, side), side, eval_),
+        Services(saver, warn=warnings.append),
         deepspeed=spread.deepspeed,
-        warn=said.append,
         processing_class=words,
     )
     if saver:
-        saver.constant(_constant_files(model, words))
+        saver.constant(constant_files(model, words))
     if cell.broken and rank == 0:
         head = model.get_output_embeddings()
         head.register_forward_hook(
@@ -183,7 +179,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
         moved = sum(p.float().abs().sum().item() for n, p in model.named_parameters() if "lora_B" in n)
     history = trainer.state.log_history
     return {
-        "said": said,
+        "warnings": warnings,
         "losses": {h["step"]: h["loss"] for h in history if "loss" in h},
         "norms": {h["step"]: float(h["grad_norm"]) for h in history if "loss" in h},
         "eval": {h["step"]: h["eval_loss"] for h in history if "eval_loss" in h},
@@ -194,12 +190,11 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
 
 
 def held(trainer: LoraTrainer, model: Any) -> dict[str, Any]:
-    """Return what this rank really holds: bytes of the base, numbers in the optimizer, kinds of weights."""
+    """Return what this rank holds: bytes of the base, numbers in the optimizer, kinds of weights."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     local = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]
-    local = [
-        p if p.numel() or not hasattr(p, "ds_tensor") else p.ds_tensor for p in local
-    ]  # or whole, for a while
+    # ZeRO-3 has a parameter's shard in ds_tensor, unless it is gathered at the moment
+    local = [p if p.numel() or not hasattr(p, "ds_tensor") else p.ds_tensor for p in local]
     moments = [
         value.numel()
         for state in trainer._adam.state.values()
@@ -207,7 +202,7 @@ def held(trainer: LoraTrainer, model: Any) -> dict[str, Any]:
         if torch.is_tensor(value) and value.numel() > 1
     ]
     return {
-        "base_bytes": sum(one.numel() * one.element_size() for one in local),
+        "base_bytes": sum(tensor.nbytes for tensor in local),
         "base_numbers": sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in frozen),
         "optimizer_numbers": sum(moments),
         "kinds": sorted({type(p).__name__ for p in frozen}),
@@ -224,8 +219,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_alone(cell: Cell, tokenizer: str) -> dict[str, Any]:
-    """Return what run_cell does in a new process that is alone, with seconds and the GPU's peak; for one
-    GPU."""
+    """Return what run_cell returns in a new process without ranks, with seconds and the GPU's peak memory."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(_measured, cell, tokenizer).result()
 

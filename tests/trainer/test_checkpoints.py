@@ -1,4 +1,5 @@
-"""A checkpoint is whole or it is none; the newest whole one is chosen, and what is passed over is named."""
+"""A checkpoint is whole or it is not used; the newest whole one is chosen, and those passed over are
+named."""
 
 import json
 import shutil
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from qwenlora.configs import load_config
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Cursor, Schedule, State
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.state import Snapshot
 
@@ -18,6 +20,21 @@ from qwenlora.trainer.loop.state import Snapshot
 def snapshot(value: float = 1.0) -> Snapshot:
     adapter = {f"layer.{n}.lora_{side}.weight": torch.full((4, 8), value) for n in range(2) for side in "AB"}
     return Snapshot(adapter, {"layer.0/exp_avg": torch.ones(4, 8)}, [{}])
+
+
+def state(moved: bool = True) -> State:
+    """Return what a checkpoint's state.json holds, of a first step."""
+    return State(
+        step=1,
+        cursor=Cursor(epoch=0, step_in_epoch=1, steps_per_epoch=9),
+        scheduler=Schedule(last_epoch=1),
+        optimizer_groups=[{}],
+        loss_so_far=[0.0],
+        logged_step=1,
+        evaluation_due=False,
+        eval_losses={},
+        moved=moved,
+    )
 
 
 @pytest.fixture
@@ -48,9 +65,7 @@ def saver(run, identity):
 
 def save(saver, step, snapshot=None, moved=True, losses=None):
     saver.wait()
-    saver.save(
-        step, snapshot or globals()["snapshot"](), {"state.json": json.dumps({"moved": moved})}, losses or {}
-    )
+    saver.save(step, snapshot or globals()["snapshot"](), {"state.json": state(moved).text()}, losses or {})
     saver.wait()
 
 
@@ -72,12 +87,12 @@ def test_a_checkpoint_holds_its_files_and_a_manifest_of_them(run, saver, identit
     folder = run.checkpoint(4)
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert names(run) == ["checkpoint-4"]
-    record = checkpoints.read(folder)
-    assert (record["format"], record["step"], record["world_size"]) == (1, 4, 2)
-    assert record["identity"] == identity
-    for name, values in record["files"].items():
-        assert (folder / name).stat().st_size == values["bytes"]
-    assert set(record["files"]) == set(FILES) - {"manifest.json"}
+    manifest = checkpoints.read(folder)
+    assert (manifest.format, manifest.step, manifest.world_size) == (1, 4, 2)
+    assert manifest.identity == identity
+    for name, entry in manifest.files.items():
+        assert (folder / name).stat().st_size == entry.bytes
+    assert set(manifest.files) == set(FILES) - {"manifest.json"}
     assert checkpoints.flaw(folder) == ""
     assert load_file(folder / "adapter_model.safetensors")["layer.0.lora_A.weight"].eq(1).all()
     assert (folder / "adapter_model.safetensors").stat().st_mode & 0o044, "a colleague may read it"
@@ -200,13 +215,13 @@ def test_a_checkpoint_is_known_by_what_it_is_not_by_its_name(run, saver, identit
     )
     aside = run.checkpoint(80).rename(run.path / "abandoned-checkpoint-8")
     assert checkpoints.choose(run, "abandoned-checkpoint-8", identity).folder == aside
-    assert checkpoints.read(aside)["step"] == 8
+    assert checkpoints.read(aside).step == 8
     with pytest.raises(ValueError, match="is a run, not one of its checkpoints: checkpoint-4"):
         checkpoints.choose(run, str(run.path), identity)
 
 
 def test_a_manifest_of_an_unknown_config_is_refused_in_words(run, saver, identity):
-    identity["config"]["train"]["of_tomorrow"] = 1
+    identity.config["train"]["of_tomorrow"] = 1
     save(saver, 4)
     with pytest.raises(ValueError, match="with a config that this version of qwenlora does not know"):
         checkpoints.choose(run, "checkpoint-4", identity)
@@ -220,24 +235,24 @@ def test_sizes_alone_show_a_truncated_file(run, saver):
 
 
 def test_everything_is_on_the_disk_before_the_name_is_there(run, saver, monkeypatch):
-    """Recorded at the system's calls: files, manifest, folder, rename, parent, and only then an old one
-    goes."""
+    """The system's calls, in order: files, manifest, folder, rename, parent, then the removal of an old
+    checkpoint."""
     import os
 
     saver.limit = 1
     save(saver, 4)
     (run.metrics).write_text("{}\n")
-    said = []
+    calls = []
     fsync, rename = os.fsync, os.rename
 
-    def say(text: object) -> None:
-        said.append(str(text).replace(str(run.path), ""))
+    def record(text: object) -> None:
+        calls.append(str(text).replace(str(run.path), ""))
 
     def file_of(descriptor: int) -> Path:
         return Path(f"/proc/self/fd/{descriptor}").readlink()
 
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (say(file_of(descriptor)), fsync(descriptor))[1])
-    monkeypatch.setattr(os, "rename", lambda a, b: (say(f"{a} -> {b}"), rename(a, b)))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (record(file_of(descriptor)), fsync(descriptor))[1])
+    monkeypatch.setattr(os, "rename", lambda a, b: (record(f"{a} -> {b}"), rename(a, b)))
     save(saver, 8)
     staging = "/.staging-checkpoint-8"
     files = [f"{staging}/{name}" for name in FILES if name != "manifest.json"]
@@ -249,7 +264,7 @@ def test_everything_is_on_the_disk_before_the_name_is_there(run, saver, monkeypa
         f"{staging} -> /checkpoint-8",
         "",
     ]
-    assert said == [*expected, "/checkpoint-4 -> /.removing-checkpoint-4"]
+    assert calls == [*expected, "/checkpoint-4 -> /.removing-checkpoint-4"]
 
 
 def test_old_ones_are_dropped_once_the_new_one_is_whole_but_never_the_best(run, saver):
@@ -257,7 +272,7 @@ def test_old_ones_are_dropped_once_the_new_one_is_whole_but_never_the_best(run, 
     (run.checkpoint(99)).mkdir()  # damaged: neither counted nor removed
     losses = {1: 9.0, 2: 1.0, 3: 5.0, 4: 5.0, 5: 2.0}
     for step in range(1, 6):
-        save(saver, step, losses={one: loss for one, loss in losses.items() if one <= step} | {77: 0.0})
+        save(saver, step, losses={past: loss for past, loss in losses.items() if past <= step} | {77: 0.0})
     assert names(run) == ["checkpoint-2", "checkpoint-5", "checkpoint-99"]
     saver.limit = 1
     save(saver, 6, losses={5: 2.0, 6: 3.0})
@@ -293,7 +308,7 @@ def test_one_that_was_written_but_not_yet_renamed_is_kept(run, saver, identity):
     assert checkpoints.choose(run, "auto", identity).folder == run.checkpoint(4)
 
 
-def test_any_error_of_the_writer_is_heard(run, saver, monkeypatch):
+def test_any_error_of_the_writer_is_reported(run, saver, monkeypatch):
     saver.warn, saver.in_background = Warned(), True
     monkeypatch.setattr("qwenlora.trainer.loop.saver.save_file", lambda *_, **__: 1 / 0)
     save(saver, 4)
@@ -354,7 +369,7 @@ def test_a_full_disk_costs_the_save_and_no_checkpoint(run, saver, identity):
     assert checkpoints.choose(run, "auto", identity).folder == run.checkpoint(12)
 
 
-def test_a_folder_that_is_gone_is_said_and_not_made_anew(run, saver):
+def test_a_folder_that_was_deleted_is_reported_and_not_made_again(run, saver):
     saver.warn = warned = Warned()
     shutil.rmtree(run.path)
     save(saver, 4)
@@ -367,11 +382,11 @@ def test_a_save_that_hangs_ends_by_its_limit(run, identity, monkeypatch, in_back
     import threading
 
     given_up, release = threading.Event(), threading.Event()
-    said = []
+    messages = []
     monkeypatch.setattr("qwenlora.trainer.loop.saver.sync", lambda _: release.wait(20))
 
     def give_up(message):
-        said.append(message)
+        messages.append(message)
         given_up.set()
         release.set()
 
@@ -379,7 +394,7 @@ def test_a_save_that_hangs_ends_by_its_limit(run, identity, monkeypatch, in_back
     saver.save(4, snapshot(), {"state.json": "{}"}, {})
     assert given_up.wait(10)
     saver.wait()
-    assert "checkpoint-4 was not saved in checkpoint.timeout_s=0.2 s: the file system of" in said[0]
+    assert "checkpoint-4 was not saved in checkpoint.timeout_s=0.2 s: the file system of" in messages[0]
 
 
 def test_a_slow_file_system_does_not_hold_up_training(run, identity, monkeypatch):

@@ -1,5 +1,5 @@
-"""Parts of DeepSpeed and torch that are not theirs to promise: a new version that changes one fails here, in
-words."""
+"""Private parts of DeepSpeed, torch and transformers on which we rely: a version that changes one fails
+here."""
 
 import inspect
 
@@ -21,16 +21,18 @@ def test_the_op_that_is_not_compiled_still_has_its_name(deepspeed):
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
     assert ShareMemCommBuilder.NAME == "deepspeed_shm_comm"
-    said = inspect.getsource(build_shm_op)
-    assert '"ShareMemCommBuilder"' in said
-    assert "__compatible_ops__.get(builder.NAME, False)" in said
+    source = inspect.getsource(build_shm_op)
+    assert '"ShareMemCommBuilder"' in source
+    assert "__compatible_ops__.get(builder.NAME, False)" in source
 
 
-def test_what_zero_keeps_in_parts_is_still_found_there(deepspeed):
+def test_zeros_shards_still_have_their_names(deepspeed):
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    first, third = (inspect.getsource(one) for one in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3))
+    first, third = (
+        inspect.getsource(optimizer) for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+    )
     assert "self.single_partition_of_fp32_groups" in first
     assert "if not self._hp_optimizer_states_linked:" in inspect.getsource(
         DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state
@@ -38,7 +40,7 @@ def test_what_zero_keeps_in_parts_is_still_found_there(deepspeed):
     assert "self.fp32_partitioned_groups_flat" in third
 
 
-def test_a_norm_that_is_no_number_still_leaves_the_step_out(deepspeed):
+def test_deepspeed_still_skips_a_step_whose_norm_is_not_finite(deepspeed):
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -46,7 +48,7 @@ def test_a_norm_that_is_no_number_still_leaves_the_step_out(deepspeed):
         assert "is_invalid_grad_norm(scaled_global_grad_norm)" in inspect.getsource(optimizer)
 
 
-def test_a_base_is_still_taken_apart_by_one_method(deepspeed):
+def test_a_base_is_still_sharded_by_one_method(deepspeed):
     init = deepspeed.zero.Init
     assert "_zero_init_param" in inspect.getsource(init)
     assert list(inspect.signature(init._zero_init_param).parameters) == ["self", "param"]
@@ -54,7 +56,7 @@ def test_a_base_is_still_taken_apart_by_one_method(deepspeed):
     assert callable(init._partition_param)
 
 
-def test_ddp_still_passes_over_what_it_is_told_to():
+def test_ddp_still_ignores_parameters_by_name():
     from torch.nn.parallel import DistributedDataParallel
 
     parameters = inspect.signature(

@@ -1,7 +1,4 @@
-"""On a GPU: what is copied in the background is what was trained, float16's scaler goes on, and a full GPU is
-said."""
-
-import json
+"""On a GPU: a run resumes bit for bit with float16's scaler, and a full GPU is reported with the batch."""
 
 import pytest
 import torch
@@ -52,11 +49,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, dtype):
     torch.use_deterministic_algorithms(False)
     expected = adapter_of(whole.model)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_of(cut.model).items())
-    state = json.loads((RunFolder(tmp_path / "cut").checkpoint(6) / "state.json").read_text())
-    assert (state["scaler"] is not None) == (dtype == "float16")
+    state = checkpoints.read_state(RunFolder(tmp_path / "cut").checkpoint(6))
+    assert (state.scaler is not None) == (dtype == "float16")
 
 
-def test_a_full_gpu_is_said_with_the_batch(tiny, tmp_path):
+def test_a_full_gpu_is_reported_with_the_batch(tiny, tmp_path):
     made = trainer_of(tiny, tmp_path, side_of(24), config_of())
     torch.cuda.set_per_process_memory_fraction(1e-4)
     try:

@@ -1,4 +1,4 @@
-"""What nvidia-smi answers is read as it stands there."""
+"""Whether GPUs have NVLink is read from nvidia-smi's table."""
 
 import pytest
 
@@ -29,13 +29,13 @@ ONE = "\t\x1b[4mGPU0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\nGPU0\t X 
 
 
 @pytest.mark.parametrize(
-    ("answer", "linked"), [(NODE, True), (PAIRS, False), (PCI, False), (ONE, False), ("", False)]
+    ("topology", "linked"), [(NODE, True), (PAIRS, False), (PCI, False), (ONE, False), ("", False)]
 )
-def test_gpus_are_linked_when_every_pair_is(answer, linked):
-    assert links.is_linked(answer) is linked
+def test_gpus_are_linked_when_every_pair_is(topology, linked):
+    assert links.all_linked(topology) is linked
 
 
-def test_no_answer_is_no_link(monkeypatch, tmp_path):
+def test_gpus_are_not_linked_when_nvidia_smi_fails(monkeypatch, tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")

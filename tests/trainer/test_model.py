@@ -1,4 +1,5 @@
-"""Every text Qwen gets its adapter; what cannot be is refused; untrained turn tokens are noticed."""
+"""Every text Qwen gets its adapter; settings that cannot work are refused; untrained turn tokens are
+named."""
 
 import json
 import shutil
@@ -10,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model.checks import untrained_turn_tokens
+from qwenlora.trainer.model.lora import add_lora, count_parameters
 
 SIZES = {
     "vocab_size": 2048,
@@ -71,7 +74,7 @@ def config_for(folder, *, lora=None, strategy=None) -> Config:
 def adapted(config):
     base = models.load_base(config, config.model.name_or_path)
     models.set_up(base, config)
-    return models.add_lora(base, config.lora)
+    return add_lora(base, config.lora)
 
 
 def train_a_little(model, steps=3):
@@ -91,7 +94,7 @@ def test_every_kind_of_qwen_is_adapted_trained_saved_and_reloaded_by_plain_peft(
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable
     assert all("lora_" in name for name in trainable)
-    assert models.count_parameters(config, str(kind)).trainable == sum(
+    assert count_parameters(config, str(kind)).trainable == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
     first, _, _ = train_a_little(model, 1)
@@ -133,8 +136,8 @@ def test_tied_embeddings_stay_one_matrix(tiny, named):
     head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert torch.equal(head, embeddings)
     assert embeddings.requires_grad
-    without = models.count_parameters(config_for(tiny), str(tiny)).trainable
-    assert models.count_parameters(config, str(tiny)).trainable == without + embeddings.numel()
+    without = count_parameters(config_for(tiny), str(tiny)).trainable
+    assert count_parameters(config, str(tiny)).trainable == without + embeddings.numel()
 
 
 def test_modules_that_are_not_there_are_refused(tiny):
@@ -280,8 +283,8 @@ def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name):
 
 
 class TestUntrainedTurnTokens:
-    """A base model's rows past its tokenizer were never trained and lie together; so do turn tokens it never
-    saw."""
+    """Rows of the embeddings past the tokenizer were never trained and lie close together, as untrained turn
+    tokens do."""
 
     @pytest.fixture
     def base(self, tiny):
@@ -297,15 +300,15 @@ class TestUntrainedTurnTokens:
         model, tokenizer, weight = base
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         weight[end] = weight[2048:].mean(0)
-        assert models.untrained_turn_tokens(model, tokenizer) == ["<|im_end|>"]
+        assert untrained_turn_tokens(model, tokenizer) == ["<|im_end|>"]
 
     def test_tokens_that_were_learnt_are_not(self, base):
-        assert models.untrained_turn_tokens(*base[:2]) == []
+        assert untrained_turn_tokens(*base[:2]) == []
 
     def test_random_weights_prove_nothing(self, base):
         model, tokenizer, weight = base
         weight.normal_(0, 0.08)
-        assert models.untrained_turn_tokens(model, tokenizer) == []
+        assert untrained_turn_tokens(model, tokenizer) == []
 
 
 def test_a_base_whose_files_lack_a_weight_is_refused(tiny, tmp_path):
@@ -324,5 +327,5 @@ def test_a_base_whose_files_lack_a_weight_is_refused(tiny, tmp_path):
 
 def test_an_adapter_keeps_the_revision_of_its_base_for_peft(tiny, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tiny)
-    models.add_lora(base, Lora(), "e6de91484c29").save_pretrained(tmp_path)
+    add_lora(base, Lora(), "e6de91484c29").save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "e6de91484c29"

@@ -1,4 +1,4 @@
-"""Packed rows are trained as if each were alone, and what would let them see each other is refused."""
+"""Packed rows are trained as if each were alone; a model that lets them see each other is refused."""
 
 from itertools import chain
 
@@ -13,7 +13,8 @@ from qwenlora.data.order import Order
 from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
 from qwenlora.trainer.loop.batches import StepLoader, collate, collate_packs
-from qwenlora.trainer.model.base import IGNORED, check_isolation
+from qwenlora.trainer.model.base import IGNORED
+from qwenlora.trainer.model.checks import check_isolation
 
 PAD = 0
 
@@ -55,10 +56,10 @@ def losses(model, batch) -> torch.Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits = model(**inputs, use_cache=False).logits
     labels = batch["labels"][:, 1:]
-    found = torch.nn.functional.cross_entropy(
+    values = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none"
     )
-    return found[labels.flatten() != IGNORED]
+    return values[labels.flatten() != IGNORED]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -73,7 +74,7 @@ def test_every_token_has_the_loss_it_has_alone(kind, attention, flat):
     assert (alone - packed).abs().max() <= 1e-5
 
 
-def test_the_isolation_that_is_asserted_can_be_broken(monkeypatch):
+def test_without_restarting_positions_rows_leak(monkeypatch):
     """Without the positions that restart, the same comparison fails by far: the test above can see a leak."""
     model, pack = model_of("qwen3", "sdpa"), rows_of(5, 17, 8)
     alone = torch.cat([losses(model, collate([row], PAD)) for row in pack])
@@ -84,17 +85,17 @@ def test_the_isolation_that_is_asserted_can_be_broken(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_the_guard_passes_what_keeps_rows_apart(kind, attention, dtype):
+def test_the_check_accepts_attention_that_isolates_rows(kind, attention, dtype):
     model = model_of(kind, attention, dtype).train()
     state = torch.get_rng_state()
     check_isolation(model)
     assert model.training
-    assert torch.equal(state, torch.get_rng_state()), "dropout is drawn as without the guard"
+    assert torch.equal(state, torch.get_rng_state()), "the check draws no random numbers"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_guard_refuses_what_leaks(monkeypatch, attention, dtype):
+def test_the_check_refuses_attention_that_leaks(monkeypatch, attention, dtype):
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     message = (
         rf"packed rows would see each other: with model\.attn_implementation={attention} .* set"
@@ -123,24 +124,24 @@ def test_a_rank_without_work_gets_one_blank_token():
     assert batch["labels"].tolist() == [[IGNORED]]
 
 
-def test_the_guard_refuses_a_model_that_computes_nothing():
+def test_the_check_refuses_a_model_whose_logits_are_nan():
     model = model_of("qwen3", "sdpa")
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     with pytest.raises(ValueError, match="packed rows would see each other"):
         check_isolation(model)
 
 
-def test_the_guard_sees_a_small_leak(monkeypatch):
-    """A tenth of what an open door lets through is refused, too."""
+def test_the_check_refuses_a_small_leak(monkeypatch):
+    """A tenth of what attention without isolation leaks is refused, too."""
     model = model_of("qwen3", "sdpa")
     forward, calls = model.forward, []
 
     def leaking(**inputs):
-        found = forward(**inputs)
-        calls.append(found.logits)
+        output = forward(**inputs)
+        calls.append(output.logits)
         if len(calls) == 2:
-            found.logits = found.logits + 0.1 * found.logits.std()
-        return found
+            output.logits = output.logits + 0.1 * output.logits.std()
+        return output
 
     monkeypatch.setattr(model, "forward", leaking)
     with pytest.raises(ValueError, match="packed rows would see each other"):

@@ -1,4 +1,4 @@
-"""A checkpoint of any strategy and number of ranks goes on under any other."""
+"""A checkpoint of any strategy and number of ranks resumes under any other."""
 
 import itertools
 import shutil
@@ -11,13 +11,13 @@ from spread import SAVED, STEPS, Cell, make_base, run_cells
 
 CLOSE = 1e-5
 SAVERS = (("ddp", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp", 2), ("zero3", 4))
-GOERS = tuple(itertools.product(("ddp", "zero1", "zero2", "zero3", "fsdp"), (1, 2, 4)))
-ALL = tuple(itertools.product(SAVERS, GOERS))
+RESUMERS = tuple(itertools.product(("ddp", "zero1", "zero2", "zero3", "fsdp"), (1, 2, 4)))
+ALL = tuple(itertools.product(SAVERS, RESUMERS))
 
 
 def covering() -> list[tuple]:
     """Return pairs in which each saver meets each strategy, some number of ranks, and itself."""
-    chosen = {(saver, goer) for saver, goer in ALL if saver == goer}
+    chosen = {(saver, resumer) for saver, resumer in ALL if saver == resumer}
     for number, saver in enumerate(SAVERS):
         names = ("ddp", "zero1", "zero2", "zero3", "fsdp")
         chosen |= {(saver, (name, (1, 2, 4)[(number + place) % 3])) for place, name in enumerate(names)}
@@ -39,11 +39,11 @@ def made(tmp_path_factory, tiny):
     return folder, done, str(tiny)
 
 
-def go_on(made, pairs: list[tuple], folder: Path) -> dict[tuple, dict]:
+def resume_all(made, pairs: list[tuple], folder: Path) -> dict[tuple, dict]:
     """Return what was trained after the checkpoint, by pair; ranks are started once for all of a number of
     them."""
     _, done, tokenizer = made
-    found = {}
+    results = {}
     for count in (1, 2, 4):
         mine = [pair for pair in pairs if pair[1][1] == count]
         cells = []
@@ -52,17 +52,17 @@ def go_on(made, pairs: list[tuple], folder: Path) -> dict[tuple, dict]:
             saved = Path(cell.folder) / f"checkpoint-{SAVED}"
             cells.append(cell.under(name, folder_of(folder, saver, (name, count)), resume=str(saved)))
         results = run_ranks(run_cells, count, cells, tokenizer, timeout=560)
-        found |= {pair: results[0][number] for number, pair in enumerate(mine)}
-    return found
+        results |= {pair: results[0][number] for number, pair in enumerate(mine)}
+    return results
 
 
-def folder_of(folder: Path, saver: tuple, goer: tuple) -> Path:
-    return folder / f"{saver[0]}-{saver[1]}-to-{goer[0]}-{goer[1]}"
+def folder_of(folder: Path, saver: tuple, resumer: tuple) -> Path:
+    return folder / f"{saver[0]}-{saver[1]}-to-{resumer[0]}-{resumer[1]}"
 
 
-def optimizers_apart(one: Path, other: Path) -> float:
-    """Return how far what two runs saved last differs: what a resume after the next would go on from."""
-    files = [load_file(run / f"checkpoint-{STEPS}" / "optimizer.safetensors") for run in (one, other)]
+def optimizers_apart(first: Path, second: Path) -> float:
+    """Return the largest difference of the optimizer states that two runs saved last."""
+    files = [load_file(run / f"checkpoint-{STEPS}" / "optimizer.safetensors") for run in (first, second)]
     assert files[0].keys() == files[1].keys()
     return max((files[0][key] - files[1][key]).abs().max().item() for key in files[0])
 
@@ -70,16 +70,16 @@ def optimizers_apart(one: Path, other: Path) -> float:
 def check(made, pairs: list[tuple], folder: Path) -> None:
     _, done, _ = made
     worst = 0.0
-    for (saver, goer), resumed in go_on(made, pairs, folder).items():
+    for (saver, resumer), resumed in resume_all(made, pairs, folder).items():
         whole = done[saver][0]
-        assert sorted(resumed["losses"]) == list(range(SAVED + 1, STEPS + 1)), (saver, goer)
+        assert sorted(resumed["losses"]) == list(range(SAVED + 1, STEPS + 1)), (saver, resumer)
         for field in ("losses", "eval"):
             apart = max(abs(resumed[field][step] - whole[field][step]) for step in resumed[field])
-            assert apart <= CLOSE, f"{saver} -> {goer}: {field} differ by {apart:.2e}"
+            assert apart <= CLOSE, f"{saver} -> {resumer}: {field} differ by {apart:.2e}"
             worst = max(worst, apart)
-        apart = optimizers_apart(folder_of(folder, saver, goer), Path(done[saver][1].folder))
-        assert apart <= CLOSE, f"{saver} -> {goer}: what the optimizer keeps differs by {apart:.2e}"
-        if saver == goer:
+        apart = optimizers_apart(folder_of(folder, saver, resumer), Path(done[saver][1].folder))
+        assert apart <= CLOSE, f"{saver} -> {resumer}: optimizer states differ by {apart:.2e}"
+        if saver == resumer:
             assert apart == 0
             assert resumed["adapter"] == whole["adapter"], f"{saver} -> itself is not the same to the bit"
             assert resumed["losses"] == {step: whole["losses"][step] for step in resumed["losses"]}
@@ -91,7 +91,7 @@ def test_a_checkpoint_of_each_strategy_goes_on_under_each_other(made, tmp_path):
     pairs = covering()
     assert len(pairs) >= 30
     assert {saver for saver, _ in pairs} == set(SAVERS)
-    assert {goer for _, goer in pairs} == set(GOERS)
+    assert {resumer for _, resumer in pairs} == set(RESUMERS)
     check(made, pairs, tmp_path)
 
 

@@ -1,4 +1,5 @@
-"""A run that was stopped goes on as if it had not been: the same rows, losses and weights, to the bit."""
+"""A run that was stopped and resumed is the run without a stop: the same rows, losses and weights, bit for
+bit."""
 
 import inspect
 import json
@@ -17,21 +18,20 @@ from qwenlora.configs.schema import Lora
 from qwenlora.data.order import Order, accumulation_steps
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.loop.batches import StepLoader
+from qwenlora.trainer.loop.batches import StepLoader, seed_micro_batch
 from qwenlora.trainer.loop.state import adapter_of
-from qwenlora.trainer.loop.trainer import seed_micro_batch
-from qwenlora.trainer.ranks.screen import StopRequest
 from qwenlora.trainer.ranks.stop import Stop
+from qwenlora.trainer.ranks.stop_request import StopRequest
 from qwenlora.trainer.record.metrics import Metrics, MetricsFile
 
 ROWS, STEPS = 22, 7  # three steps an epoch
 
 
 class AskAt(TrainerCallback):
-    """Asks to stop while a step is under way, or in an evaluation."""
+    """Requests a stop in the given step."""
 
-    def __init__(self, request, step=0, evaluation=0, batch=1):
-        self.request, self.step, self.evaluation, self.batch = request, step, evaluation, batch
+    def __init__(self, request, step=0):
+        self.request, self.step = request, step
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step + 1 == self.step:
@@ -39,23 +39,27 @@ class AskAt(TrainerCallback):
 
 
 def attempt(tiny, folder, config, ask=None, eval_=None, before=None):
-    """Do what attempt.py does, on one process: choose, load, forget, evaluate what is due, train."""
+    """Do what attempt.py does, on one process: choose, load, cut metrics.jsonl, evaluate if due, train.
+
+    ask: when to request a stop: {step}, or {evaluation, batch}, both from 1.
+    """
     run, request = RunFolder(folder), StopRequest()
     made = trainer_of(tiny, folder, side_of(ROWS), config, eval_ or side_of(5, seed=1), stop=Stop(request))
     file = MetricsFile(run.metrics)
     made.add_callback(Metrics(file, made, parameters_of(100, 10, 80, 20, 4, 16, 16, 32, 8), recomputed=False))
-    if ask:
-        made.add_callback(AskAt(request, **{"step": ask.get("step", 0)}))
-        if "evaluation" in ask:
-            _ask_in_evaluation(made, request, **ask)
+    if ask and "evaluation" in ask:
+        _ask_in_evaluation(made, request, **ask)
+    elif ask:
+        made.add_callback(AskAt(request, **ask))
     if before:
         before(made)
     newest = next(iter(run.checkpoints()), None)
     if newest:
         assert checkpoints.flaw(newest) == ""
         made.load(newest)
-    file.forget_after(made.state.global_step, evaluation_too=made.resumed.get("evaluation_due", False))
-    if made.resumed.get("evaluation_due"):
+    evaluation_due = bool(made.resumed and made.resumed.evaluation_due)
+    file.forget_after(made.state.global_step, evaluation_too=evaluation_due)
+    if evaluation_due:
         made.evaluate()
     if made.state.global_step < STEPS and not made.stop.agreed:
         made.train(resume_from_checkpoint=str(newest) if newest else None)
@@ -64,11 +68,11 @@ def attempt(tiny, folder, config, ask=None, eval_=None, before=None):
 
 
 def _ask_in_evaluation(made, request, evaluation, batch):
-    """Ask to stop before the given batch of the given evaluation."""
+    """Request a stop before the given batch of the given evaluation."""
     agree, counts = made.stop.agree, {"batch": 0}
 
     def counting(device, also=None):
-        if inspect.stack()[1].function == "_evaluated":
+        if inspect.stack()[1].function == "sum_losses":
             counts["batch"] += 1
             if counts["batch"] == (evaluation - 1) * 2 + batch:  # two batches each
                 request.ask("SIGTERM")
@@ -158,8 +162,8 @@ def test_an_evaluation_that_was_killed_after_its_step_was_saved_is_made_again(ti
             pass
 
         def kill(made, number=number):
-            evaluated, count = made._evaluated, iter(range(1, 99))
-            made._evaluated = lambda: evaluated() if next(count) < number else (_ for _ in ()).throw(Killed)
+            sum_losses, count = made._sum_losses, iter(range(1, 99))
+            made._sum_losses = lambda: sum_losses() if next(count) < number else (_ for _ in ()).throw(Killed)
 
         with pytest.raises(Killed):
             attempt(tiny, folder, config, before=kill)
@@ -168,8 +172,8 @@ def test_an_evaluation_that_was_killed_after_its_step_was_saved_is_made_again(ti
         assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(cut).items())
 
 
-def test_what_is_being_written_is_what_was_trained_then(tiny, tmp_path, monkeypatch):
-    """The writer is held up for two steps: what it writes is still the step it was given."""
+def test_a_slow_save_writes_the_step_it_was_given(tiny, tmp_path, monkeypatch):
+    """The writer waits for two more steps; what it writes is still the step it was given."""
     import threading
 
     from safetensors.torch import load_file, save_file
@@ -212,7 +216,7 @@ def test_a_file_that_changes_after_it_was_chosen_is_noticed(tiny, tmp_path):
         made.load(folder)
 
 
-def test_what_the_config_says_of_the_optimizer_counts_after_a_resume(tiny, tmp_path):
+def test_the_configs_optimizer_settings_apply_after_a_resume(tiny, tmp_path):
     attempt(tiny, tmp_path, settings(weight_decay=0.1), {"step": 3})
     made = attempt(
         tiny, tmp_path, settings(weight_decay=0.5, learning_rate=7e-4, lr_scheduler_type="constant")
@@ -265,7 +269,7 @@ def test_a_time_budget_stops_before_it_is_over(tiny, tmp_path, monkeypatch):
     made.add_callback(TenSeconds())
     made.train()
     made.saver.wait()
-    # after two steps 20 s are gone: a third may be over at 30, a fourth not before 35
+    # after two steps 20 s have passed: a third may end at 30 s, a fourth would end after 35 s
     assert (made.state.global_step, stop.stopped, stop.request.why) == (3, True, "train.max_time_min is over")
     assert checkpoints.flaw(RunFolder(tmp_path).checkpoint(3)) == ""
     assert time.monotonic() > 0
@@ -276,9 +280,9 @@ def test_a_signal_sets_a_flag_and_a_second_interrupt_leaves_at_once(monkeypatch)
     monkeypatch.setattr("os._exit", left.append)
     request = StopRequest()
     for number in (signal.SIGUSR2, signal.SIGTERM):
-        request._hear(number, None)
+        request._handle(number, None)
         assert (request.asked, request.why, left) == (True, "SIGUSR2", [])
-    request._hear(signal.SIGINT, None)
+    request._handle(signal.SIGINT, None)
     assert left == [130]
 
 

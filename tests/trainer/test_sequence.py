@@ -1,4 +1,4 @@
-"""Ranks that share sequences compute what one process computes: losses, gradients, evaluations, adapters."""
+"""Ranks that share sequences compute what one process does: losses, gradients, evaluations, adapters."""
 
 import json
 
@@ -12,14 +12,13 @@ from transformers import Qwen2Config, Qwen3Config, Qwen3NextConfig
 
 from qwenlora.configs.schema import Config, Data, Launch, Model, Strategy
 from qwenlora.data.order import accumulation_steps
-from qwenlora.trainer.loop.batches import collate, collate_packs
-from qwenlora.trainer.loop.trainer import seed_micro_batch
+from qwenlora.trainer.loop.batches import collate, collate_packs, seed_micro_batch
 from qwenlora.trainer.model.base import IGNORED
 from qwenlora.trainer.prepare import packs_rows
 from qwenlora.trainer.spread.sequence import Team, check, share_attention
 
 CLOSE, CLOSE_GRADIENT = 1e-5, 1e-6
-PATIENCE_S = 400.0  # on a machine that has other things to do
+TIMEOUT_S = 400.0  # on a busy machine
 
 
 def config_of(size: int, attention: str = "sdpa", packing: str = "auto") -> Config:
@@ -80,7 +79,8 @@ def test_slices_of_packs_know_all_positions():
     length = packs["input_ids"].shape[1]
     slices = [Team(4, place).cut(packs, 7) for place in range(4)]
     for piece in slices:
-        assert torch.equal(piece["whole_position_ids"], torch.cat([one["position_ids"] for one in slices], 1))
+        positions = torch.cat([other["position_ids"] for other in slices], 1)
+        assert torch.equal(piece["whole_position_ids"], positions)
         assert torch.equal(piece["whole_position_ids"][:, :length], packs["position_ids"])
         assert (piece["whole_position_ids"][:, length:] == 0).all(), "padding is rows of one token"
 
@@ -97,7 +97,7 @@ def test_slices_of_a_micro_batch_have_dropout_of_their_own():
 # ---- refusals
 
 
-def test_heads_that_cannot_be_dealt_out_are_refused():
+def test_heads_that_the_ranks_cannot_share_equally_are_refused():
     with pytest.raises(ValueError, match="heads") as refusal:
         check(config_of(4), Qwen2Config(num_attention_heads=14, num_key_value_heads=2))
     assert str(refusal.value) == (
@@ -108,7 +108,7 @@ def test_heads_that_cannot_be_dealt_out_are_refused():
     check(config_of(1), Qwen2Config(num_attention_heads=13, num_key_value_heads=13))
 
 
-def test_layers_that_mix_a_sequence_in_other_ways_are_refused():
+def test_layers_without_full_attention_are_refused():
     with pytest.raises(
         ValueError, match=r"it has layers of linear_attention, .*; set strategy\.sequence_parallel: 1"
     ):
@@ -162,8 +162,7 @@ STRATEGIES = ("zero2", "zero3", "fsdp")
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, tiny):
-    """Return what each rank did, by the number of ranks and the name of a run. A start of ranks takes
-    seconds."""
+    """Return what each rank did, by the number of ranks and the name of the run."""
     folder = tmp_path_factory.mktemp("sharing")
     bases = {kind: make_base(folder / "bases" / kind, kind) for kind in ("qwen2", "qwen3")}
     bases |= {
@@ -184,12 +183,12 @@ def ranks(tmp_path_factory, tiny):
     two["dropout-again"] = run("dropout-again", 2, 2, "qwen3", dropout=0.1, resume=saved["dropout"])
     four = {"qwen2": run("qwen2", 4, 2), "qwen3": run("qwen3", 4, 2), "few-kv": run("few-kv", 4, 4)}
     four["2-kv-4-ranks"] = run("2-kv-4-ranks", 4, 4, "qwen3")
-    found = {2: run_ranks(run_all, 2, two, str(tiny), bases["qwen3"], timeout=PATIENCE_S)}
-    one = {name: run(name, 1) for name in bases} | {"short": run("short", 1, 1, "qwen3", steps=5)}
-    one |= {"alone": run("alone", 1, 1, "qwen3", resume=saved["qwen3"])}
-    found[1] = run_ranks(run_all, 1, one, str(tiny), timeout=PATIENCE_S)
-    found[4] = run_ranks(run_all, 4, four, str(tiny), timeout=PATIENCE_S)
-    return found
+    results = {2: run_ranks(run_all, 2, two, str(tiny), bases["qwen3"], timeout=TIMEOUT_S)}
+    alone = {name: run(name, 1) for name in bases} | {"short": run("short", 1, 1, "qwen3", steps=5)}
+    alone |= {"alone": run("alone", 1, 1, "qwen3", resume=saved["qwen3"])}
+    results[1] = run_ranks(run_all, 1, alone, str(tiny), timeout=TIMEOUT_S)
+    results[4] = run_ranks(run_all, 4, four, str(tiny), timeout=TIMEOUT_S)
+    return results
 
 
 @pytest.mark.slow
@@ -292,8 +291,8 @@ def test_the_command_refuses_what_cannot_be_shared(qwenlora, tmp_path):
     )
     answer = qwenlora("train", "my.yaml", "--nproc", "3", "strategy.sequence_parallel=3")
     assert answer.returncode == 2, answer.stdout + answer.stderr
-    said = " ".join((answer.stdout + answer.stderr).split())
-    assert "its 8 attention heads are no multiple of 3; set it to one of 1, 2, 4, 8" in said
+    output = " ".join((answer.stdout + answer.stderr).split())
+    assert "its 8 attention heads are no multiple of 3; set it to one of 1, 2, 4, 8" in output
     answer = qwenlora("train", "my.yaml", "--nproc", "3", "strategy.sequence_parallel=2")
     assert answer.returncode == 2
     assert "strategy.sequence_parallel=2" in answer.stdout + answer.stderr

@@ -1,4 +1,4 @@
-"""A base in parts: every rank reads its own, holds its own, and together they compute what the whole model
+"""A sharded base: each rank reads and holds its shard, and together they compute what the whole model
 does."""
 
 import json
@@ -93,7 +93,7 @@ def test_a_skeleton_has_no_weights_but_real_buffers_and_ties(bases, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_fsdp_ranks_read_hold_and_compute_their_parts(bases, kind):
+def test_fsdp_ranks_read_hold_and_compute_their_shards(bases, kind):
     ranks = run_ranks(part_of_fsdp, 2, bases[kind], (2,))
     assert_read_once(ranks, bases[kind])
     assert_same_tensors(ranks[0]["whole"], bases[kind])
@@ -121,7 +121,7 @@ def test_each_replica_of_fsdp_reads_the_base_once(bases):
 
 
 @pytest.mark.slow
-def test_more_fsdp_ranks_than_rows_of_a_tensor_is_no_trouble(bases):
+def test_a_tensor_may_have_fewer_rows_than_fsdp_has_ranks(bases):
     ranks = run_ranks(part_of_fsdp, 3, bases["qwen3"], (3,), None, "bfloat16")
     assert_same_tensors(ranks[0]["whole"], bases["qwen3"], torch.bfloat16)
     assert all(rank["loss differs"] < 1e-6 for rank in ranks)
@@ -137,7 +137,7 @@ def test_fsdp_leaves_whole_what_peft_copies(bases):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_zero3_ranks_read_hold_and_compute_their_parts(bases, kind):
+def test_zero3_ranks_read_hold_and_compute_their_shards(bases, kind):
     ranks = run_ranks(part_of_zero3, 2, bases[kind], {})
     assert_zero3(ranks, bases[kind])
     assert not any(any(rank["secondary"]) for rank in ranks)
@@ -166,7 +166,7 @@ def assert_zero3(ranks, base):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["moe", "qwen3"])
-def test_a_base_that_no_range_can_be_read_of_is_loaded_whole_by_one_rank_at_a_time(tmp_path, bases, kind):
+def test_a_base_that_cannot_be_read_by_ranges_is_loaded_whole_by_one_rank_at_a_time(tmp_path, bases, kind):
     from transformers import AutoModelForCausalLM
 
     base = bases["moe"] if kind == "moe" else make_base(tmp_path / "base", kind)
@@ -182,12 +182,12 @@ def test_a_base_that_no_range_can_be_read_of_is_loaded_whole_by_one_rank_at_a_ti
 
 
 @pytest.mark.slow
-def test_what_cannot_be_held_in_parts_is_refused(tmp_path):
+def test_what_cannot_be_sharded_is_refused(tmp_path):
     base = make_base(tmp_path / "base", "qwen2")
     untie(base)
     with pytest.raises(ValueError, match="differ in the base's files, but its config.json has them tied"):
         run_ranks(turns, 1, base)
-    said = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(said | {"quantization_config": {"quant_method": "fp8"}}))
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(ValueError, match="is quantised in its files"):
         skeleton(config_of(base), str(base))

@@ -8,18 +8,44 @@ from made import parameters_of
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Train
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Facts, SideCounts
 from qwenlora.trainer import prepare
-from qwenlora.trainer.loop.trainer import training_arguments
-from qwenlora.trainer.prepare import Facts
-from qwenlora.trainer.record import startup_table as derived
+from qwenlora.trainer.loop.arguments import training_arguments
+from qwenlora.trainer.record import startup_table
 from qwenlora.trainer.spread.strategy import Spread
 
-COUNTS = {"rows": 20, "tokens": 1000, "trained_tokens": 400, "longest": 90, "packs": 4}
+COUNTS = SideCounts(rows=20, read_rows=20, tokens=1000, trained_tokens=400, longest=90, packs=4, sha256="")
+
+
+def facts_of(
+    train: str = "t",
+    *,
+    evaluation: str = "",
+    packing: bool = False,
+    packs: str = "",
+    notes: tuple[str, ...] = (),
+) -> Facts:
+    """Return facts of the same counts. train, evaluation, packs: hashes of what is trained on."""
+    sides = {"train": COUNTS.model_copy(update={"sha256": train, "packs_sha256": packs})}
+    if evaluation:
+        sides["eval"] = COUNTS.model_copy(update={"sha256": evaluation})
+    return Facts(
+        base="base",
+        base_fingerprint="f",
+        data_folder="d",
+        files_key="k",
+        data=sides,
+        packing=packing,
+        bad_rows=0,
+        notes=list(notes),
+        parameters=parameters_of(990, 10, 900, 90, 2, 8, 8, 16, 4),
+        checkpoint_bytes=3_000_000,
+    )
 
 
 @pytest.fixture
 def known(tmp_path):
-    def known(counts=COUNTS, lora=None, data=None, packing=False, notes=(), **train):
+    def known(lora=None, data=None, packing=False, notes=(), **train):
         config = Config(
             run_dir="unused",
             model=Model(name_or_path="some/base"),
@@ -27,8 +53,7 @@ def known(tmp_path):
             lora=lora or Lora(),
             train=Train(**{"global_batch_size": 16, "per_device_train_batch_size": 2} | train),
         )
-        parameters, sides = parameters_of(990, 10, 900, 90, 2, 8, 8, 16, 4), {"train": counts}
-        facts = Facts("base", "f", "d", "k", sides, packing, 0, list(notes), parameters, 3_000_000)
+        facts = facts_of(packing=packing, notes=notes)
         arguments = training_arguments(config, RunFolder(tmp_path), facts.units, 2, evaluates=False)
         return config, facts, arguments
 
@@ -36,7 +61,7 @@ def known(tmp_path):
 
 
 def test_the_table_counts_what_the_run_will_do(known):
-    table = derived.facts(*known(num_train_epochs=3.0), world_size=2, spread=Spread("fsdp", (2, 8)))
+    table = startup_table.rows(*known(num_train_epochs=3.0), world_size=2, spread=Spread("fsdp", (2, 8)))
     assert table["processes"] == "2 x CPU, fsdp in 2 groups of 8"
     assert table["trainable"].startswith("10 parameters = 1.00% (r 16, alpha 32, all-linear)")
     assert table["data"] == "my.jsonl: 20 rows, 1,000 tokens, 40% of them trained, the longest row 90"
@@ -47,7 +72,7 @@ def test_the_table_counts_what_the_run_will_do(known):
 
 def test_with_packing_the_table_counts_packs_and_says_how_many_rows_that_is(known):
     data = Data(train="my.jsonl", max_length=256)
-    table = derived.facts(
+    table = startup_table.rows(
         *known(data=data, packing=True, global_batch_size=2, per_device_train_batch_size=1),
         world_size=2,
         spread=Spread(why="strategy.name=auto: ddp, no GPU: the whole model in each process"),
@@ -62,7 +87,7 @@ def test_with_packing_the_table_counts_packs_and_says_how_many_rows_that_is(know
 
 
 def test_nothing_to_warn_of_is_no_warning(known):
-    assert derived.warnings(*known(), [], tied=True) == []
+    assert startup_table.warnings(*known(), [], tied=True) == []
 
 
 @pytest.mark.parametrize(
@@ -98,37 +123,25 @@ def test_nothing_to_warn_of_is_no_warning(known):
     ],
 )
 def test_what_deserves_a_warning_gets_one(known, how, untrained, tied, line):
-    (warning,) = derived.warnings(*known(**how), untrained, tied=tied)
+    (warning,) = startup_table.warnings(*known(**how), untrained, tied=tied)
     assert line in warning
 
 
 def test_a_base_whose_embeddings_are_trained_needs_no_warning(known):
     lora = Lora(modules_to_save=["embed_tokens"])
-    assert derived.warnings(*known(lora=lora), ["<|im_end|>"], tied=True) == []
-
-
-def facts_of(train: str, eval_: str = "e", *, packing: bool, packs: str = "p") -> Facts:
-    sides = {"train": COUNTS | {"sha256": train, "packs_sha256": packs}, "eval": COUNTS | {"sha256": eval_}}
-    return Facts(
-        "base",
-        "f",
-        "d",
-        "k",
-        sides,
-        packing,
-        0,
-        [],
-        parameters_of(990, 10, 900, 90, 2, 8, 8, 16, 4),
-        3_000_000,
-    )
+    assert startup_table.warnings(*known(lora=lora), ["<|im_end|>"], tied=True) == []
 
 
 def test_what_is_trained_on_is_both_sides_and_with_packing_the_packs():
-    plain = facts_of("t", packing=False)
-    others = [facts_of("x", packing=False), facts_of("t", "x", packing=False), facts_of("t", packing=True)]
-    others.append(facts_of("t", packing=True, packs="x"))
+    plain = facts_of("t", evaluation="e", packs="p")
+    others = [
+        facts_of("x", evaluation="e", packs="p"),
+        facts_of("t", evaluation="x", packs="p"),
+        facts_of("t", evaluation="e", packs="p", packing=True),
+        facts_of("t", evaluation="e", packs="x", packing=True),
+    ]
     assert len({facts.data_identity for facts in (plain, *others)}) == 5
-    assert facts_of("t", packing=False, packs="x").data_identity == plain.data_identity
+    assert facts_of("t", evaluation="e", packs="x").data_identity == plain.data_identity
     assert (plain.units, others[2].units) == (20, 4)
 
 
@@ -146,28 +159,29 @@ def test_a_run_that_was_packed_elsewhere_is_told_so(tmp_path):
     with pytest.raises(
         ValueError, match=r"with packing on, here it would be off \(data\.packing: auto is on"
     ):
-        prepare._refuse_another(
-            RunFolder(tmp_path), facts_of("t", packing=True), facts_of("t", packing=False)
-        )
+        prepare._refuse_other_data(RunFolder(tmp_path), facts_of(packing=True), facts_of(packing=False))
 
 
 def test_facts_of_an_older_version_are_read(tmp_path):
     run = RunFolder(tmp_path)
-    facts = facts_of("t", packing=False).as_dict()
+    facts = facts_of()
+    older = facts.model_dump(mode="json", exclude={"format"})
     for new in ("hidden_size", "intermediate_size", "kv_width"):
-        del facts["parameters"][new]
-    run.facts.write_text(json.dumps(facts))
-    then = prepare.read_facts(run)
-    assert then.parameters.total == facts["parameters"]["total"]
-    prepare._refuse_another(run, then, facts_of("t", packing=False))
+        del older["parameters"][new]
+    run.facts.write_text(json.dumps(older))
+    then = run.read_facts()
+    assert then.parameters.total == facts.parameters.total
+    prepare._refuse_other_data(run, then, facts)
 
 
 def test_what_was_done_to_rows_is_noted():
-    none = {"truncated": 0, "dropped": 0, "split": 0, "lost_replies": 0, "read_rows": 30}
-    counts = {"train": none | {"truncated": 3, "lost_replies": 2}, "eval": none | {"dropped": 1}}
+    cut = {
+        "train": {"read_rows": 30, "truncated": 3, "lost_replies": 2},
+        "eval": {"read_rows": 30, "dropped": 1},
+    }
     rows = SimpleNamespace(
         facts={"notes": ["read as GB18030"], "overlap": {"rows": 4, "first": [7]}},
-        counts=counts,
+        counts={side: COUNTS.model_copy(update=counts) for side, counts in cut.items()},
         place=lambda side, row: f"{side}.jsonl:{row}",
     )
     config = Config(run_dir="x", model=Model(name_or_path="x"), data=Data(train="x", max_length=99))

@@ -1,4 +1,4 @@
-"""What we override in transformers' Trainer, and what its private parts must go on doing for that to hold."""
+"""What we override in transformers' Trainer, and which of its private parts that relies on."""
 
 import functools
 import inspect
@@ -20,8 +20,10 @@ from qwenlora.data.chat import Tokens
 from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.loop.batches import collate, eval_batches
-from qwenlora.trainer.loop.trainer import LoraTrainer, check_settings, order_of, training_arguments
+from qwenlora.trainer.loop.arguments import check_settings, order_of, training_arguments
+from qwenlora.trainer.loop.batches import collate
+from qwenlora.trainer.loop.evaluation import eval_batches
+from qwenlora.trainer.loop.trainer import LoraTrainer
 from qwenlora.trainer.record import metrics
 from qwenlora.trainer.record.metrics import Metrics, MetricsFile, flops_per_token
 
@@ -111,9 +113,9 @@ def test_evaluation_is_the_same_for_any_batch_size_and_equals_plain_torch(tiny, 
     losses = []
     for size in (1, 3, 13, 50):
         made = trainer(side, config_of(per_device_eval_batch_size=size), eval_)
-        found = made.evaluate()
-        losses.append(found["eval_loss"])
-        assert found["eval_perplexity"] == pytest.approx(np.exp(found["eval_loss"]))
+        evaluated = made.evaluate()
+        losses.append(evaluated["eval_loss"])
+        assert evaluated["eval_perplexity"] == pytest.approx(np.exp(evaluated["eval_loss"]))
     expected, _ = plain_loss_and_gradients(tiny, eval_, list(range(13)))
     assert losses == pytest.approx([expected] * 4, abs=5e-6)
 
@@ -183,25 +185,34 @@ def test_every_schedule_runs(trainer, name):
     assert made.state.global_step == 2
 
 
-@pytest.mark.parametrize(
-    ("method", "parameters"),
-    [
-        ("get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
-        ("_save_checkpoint", ["self", "model", "trial"]),
-        ("floating_point_ops", ["self", "inputs"]),
-        ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
-        ("_get_grad_norm", ["self", "model", "grad_norm"]),
-        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
-        ("_load_rng_state", ["self", "checkpoint"]),
-        ("_prepare_for_training", ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]),
-        ("get_train_dataloader", ["self"]),
-    ],
-)
-def test_trainers_methods_that_we_override_have_the_shape_we_know(method, parameters):
-    assert list(inspect.signature(getattr(Trainer, method)).parameters) == parameters
+OVERRIDDEN = {
+    "__init__": None,  # called with names alone
+    "_wrap_model": ["self", "model", "training", "dataloader"],
+    "get_train_dataloader": ["self"],
+    "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "_clip_grad_norm": ["self", "model"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
+    "floating_point_ops": ["self", "inputs"],
+    "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_rng_state": ["self", "checkpoint"],
+    "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
+}
 
 
-def test_trainer_still_asks_evaluate_and_counts_steps_as_we_rely_on(trainer):
+def test_every_method_of_trainer_that_we_override_is_known_here():
+    defined = {name for name, value in vars(LoraTrainer).items() if callable(value)}
+    assert defined & set(dir(Trainer)) == set(OVERRIDDEN)
+
+
+@pytest.mark.parametrize("method", [name for name, parameters in OVERRIDDEN.items() if parameters])
+def test_trainers_methods_that_we_override_have_the_parameters_we_know(method):
+    assert list(inspect.signature(getattr(Trainer, method)).parameters) == OVERRIDDEN[method]
+
+
+def test_trainer_still_calls_evaluate_and_counts_steps_as_we_rely_on(trainer):
     side = side_of(10)  # two steps an epoch, the second one of two rows
     made = trainer(side, config_of(max_steps=5))
     made.train()
@@ -211,7 +222,7 @@ def test_trainer_still_asks_evaluate_and_counts_steps_as_we_rely_on(trainer):
 
 
 def test_transformers_gets_every_setting(tmp_path):
-    """A key that is renamed or forgotten on the way would have no effect in silence."""
+    """A key that was renamed or forgotten on the way would silently have no effect."""
     chosen = {
         "learning_rate": 3e-5,
         "lr_scheduler_type": "linear",
@@ -256,7 +267,7 @@ def test_settings_that_transformers_does_not_know_are_refused_before_the_model_i
         check_settings(config_of(**setting), 10)
 
 
-def test_metrics_count_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path, monkeypatch):
+def test_evaluatedcount_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path, monkeypatch):
     side = side_of(21)
     made = trainer(side, config_of(max_steps=6))
     made.args.logging_steps = 2

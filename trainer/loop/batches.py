@@ -1,7 +1,9 @@
 """Micro-batches of one rank as tensors: the data's order (data/order.py) made into a torch DataLoader."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
@@ -10,6 +12,16 @@ from qwenlora.data.chat import Tokens
 from qwenlora.data.order import MicroBatch, Order
 from qwenlora.data.prepared import Side
 from qwenlora.trainer.model.base import IGNORED
+
+
+class Rows(NamedTuple):
+    """What is trained, in which order, and what is evaluated. place: where a training row is, by its
+    number."""
+
+    order: Order
+    train: Side
+    evaluation: Side | None = None
+    place: Callable[[int], str] = str
 
 
 class _Units(Dataset[list[Tokens]]):
@@ -36,11 +48,11 @@ class _RankOrder(BatchSampler):
 
 
 class StepLoader(DataLoader[list[Tokens]]):
-    """One rank's micro-batches of an epoch, the same number on every rank, empty ones as blank rows.
+    """One rank's micro-batches of an epoch: the same number on every rank, empty ones as blank rows.
 
-    flat: packs go into the model as one long sequence, which flash attention wants; else as rows of a batch.
-    cut: takes what this rank holds of a batch, where ranks share them; rank and world_size are then their
-    teams'.
+    flat: packs go into the model as one long sequence, as flash attention needs them; else as rows of a
+    batch. cut: returns this rank's slice of a batch, where ranks share sequences; rank and world_size then
+    count teams.
     """
 
     def __init__(
@@ -55,40 +67,25 @@ class StepLoader(DataLoader[list[Tokens]]):
         flat: bool,
         cut: Callable[[dict[str, Tensor], int], dict[str, Tensor]] = lambda batch, _: batch,
     ) -> None:
-        def batch(units: list[list[Tokens]]) -> dict[str, Tensor]:
+        def collate_units(units: list[list[Tokens]]) -> dict[str, Tensor]:
+            rows = [row for unit in units for row in unit]
             if order.packs is None:
-                return cut(collate([row for unit in units for row in unit], pad_id), pad_id)
-            return cut(
-                collate_packs([[row for unit in units for row in unit]] if flat else units, pad_id), pad_id
-            )
+                return cut(collate(rows, pad_id), pad_id)
+            return cut(collate_packs([rows] if flat else units, pad_id), pad_id)
 
         sampler = _RankOrder(order, world_size, rank, accumulation)
-        super().__init__(_Units(side), batch_sampler=sampler, collate_fn=batch)
+        super().__init__(_Units(side), batch_sampler=sampler, collate_fn=collate_units)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration walks; Trainer calls it."""
+        """Choose the epoch of the next iteration; Trainer calls this."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-
-
-def eval_batches(
-    side: Side, per_device: int, world_size: int, rank: int, pad_id: int
-) -> Iterator[dict[str, Tensor]]:
-    """Yield this rank's evaluation batches: rows sorted by length, the same number of batches on every rank.
-
-    Which rows share a batch does not depend on world_size, so neither does what is computed for them.
-    """
-    rows = (-side.lengths.astype("int64")).argsort(kind="stable")
-    at_once = per_device * world_size
-    for start in range(0, len(rows), at_once):
-        mine = rows[start + rank * per_device : start + (rank + 1) * per_device]
-        yield collate([side.row(int(number)) for number in mine], pad_id)
 
 
 def collate(rows: list[Tokens], pad_id: int) -> dict[str, Tensor]:
     """Return input_ids, labels and attention_mask, int64 [rows, longest], padded on the right.
 
-    No rows give one blank token that trains nothing, so that a rank without work still joins every
-    collective. Labels are -100 where a token is not trained. Not shifted: the model shifts.
+    Without rows the batch is one blank token that trains nothing, so that a rank without work still joins
+    every collective. Labels are -100 where a token is not trained. Not shifted: the model shifts.
     """
     width = max((len(row.ids) for row in rows), default=1)
     shape = (max(len(rows), 1), width)
@@ -109,8 +106,9 @@ def collate_packs(packs: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
     """Return input_ids, labels and position_ids, int64 [packs, longest], the rows of a pack one after the
     other.
 
-    Positions start at 0 with every row: transformers' attention keeps rows apart by that, as long as there is
-    no attention_mask and no cache. Padding is rows of one token. model.check_isolation() makes sure.
+    Positions start at 0 in every row, by which transformers' attention isolates rows as long as there is no
+    attention_mask and no cache; check_isolation() tests that with the model. Padding counts as rows of one
+    token.
     """
     width = max((sum(len(row.ids) for row in pack) for pack in packs), default=1)
     shape = (max(len(packs), 1), max(width, 1))
@@ -127,3 +125,14 @@ def collate_packs(packs: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
             position_ids[number, start:end] = torch.arange(len(ids))
             start = end
     return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+
+
+def seed_micro_batch(seed: int, step: int, number: int, slice_number: int = 0) -> None:
+    """Seed torch for a micro-batch by the run's seed, the step and the micro-batch's number in the step
+    alone.
+
+    So what is random in it (dropout) is the same after a resume, and on any number of ranks. slice_number: of
+    this rank's slice of the micro-batch, where ranks share it: each slice has masks of its own.
+    """
+    entropy = [seed, step, number, slice_number] if slice_number else [seed, step, number]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1)

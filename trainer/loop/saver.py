@@ -1,7 +1,7 @@
 """Writes checkpoints: staged, hashed, synced, renamed; in the background, on rank 0 alone.
 
-A save that fails costs that save: what was staged is removed, the checkpoints before stay, training goes on.
-One that hangs ends the process.
+A save that fails is lost alone: the staging folder is removed, earlier checkpoints stay, training goes on. A
+save that hangs ends the process.
 """
 
 import logging
@@ -25,7 +25,11 @@ log = logging.getLogger("qwenlora")
 
 
 class Saver:
-    """The one writer of a run's checkpoints. failure: why the newest save failed, or an empty text."""
+    """The one writer of a run's checkpoints.
+
+    in_background: in a thread; timeout_s: of one save, after which give_up is called with a message.
+    failure: why the newest save failed, or an empty text; last_seconds: of the newest save that did not.
+    """
 
     def __init__(
         self,
@@ -42,19 +46,18 @@ class Saver:
         self.run, self.identity, self.world_size, self.limit = run, identity, world_size, limit
         self.in_background, self.timeout_s, self.warn, self.give_up = in_background, timeout_s, warn, give_up
         self.failure = ""
-        self.last: tuple[int, float, int] | None = None  # step, seconds and bytes of the newest save
+        self.last_seconds = 0.0
         self._constant: dict[str, bytes] = {}
         self._thread: threading.Thread | None = None
 
     def constant(self, files: dict[str, bytes]) -> None:
-        """Say which files are the same in every checkpoint: the adapter's config, the tokenizer."""
+        """Set the files that are the same in every checkpoint: the adapter's config, the tokenizer."""
         self._constant = files
 
     def save(self, step: int, snapshot: Snapshot, texts: dict[str, str], losses: dict[int, float]) -> None:
-        """Write checkpoint-<step>. No other may be under way, and the snapshot must stay as it is: wait()
-        first.
+        """Write checkpoint-<step>. Call wait() first: one save runs at a time, and reads the snapshot.
 
-        texts: small files; losses: by which the best checkpoint is kept, see checkpoints.rotate().
+        texts: small files by name; losses: by which the best checkpoint is kept, see checkpoints.rotate().
         """
         assert self._thread is None, "wait() first"
         arguments = (step, snapshot, texts, losses)
@@ -67,7 +70,7 @@ class Saver:
             self._save(*arguments)
 
     def wait(self) -> None:
-        """Wait until the save under way is over."""
+        """Wait until the current save, if any, has ended."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -75,7 +78,7 @@ class Saver:
     def _save(self, step: int, snapshot: Snapshot, texts: dict[str, str], losses: dict[int, float]) -> None:
         start = time.monotonic()
         folder = self.run.checkpoint(step)
-        alarm = threading.Timer(self.timeout_s, self._hangs, [folder.name])
+        alarm = threading.Timer(self.timeout_s, self._give_up_on, [folder.name])
         alarm.daemon = True
         alarm.start()
         staging = folder.with_name(f".staging-{folder.name}")
@@ -86,16 +89,17 @@ class Saver:
             checkpoints.remove(folder)  # an unfinished or earlier one of this step
             staging.rename(folder)
             sync(self.run.path)
-        except Exception as error:  # whatever it is: a thread's error would be heard by nobody
+        except Exception as error:  # of any kind: nothing else would report an error of this thread
             log.info("saving %s failed", folder.name, exc_info=error)
             self.failure = f"{folder.name} was not saved: {reason_of(error)}"
             shutil.rmtree(staging, ignore_errors=True)
-            whole = [one.name for one in self.run.checkpoints() if not checkpoints.flaw(one, thorough=False)]
+            folders = self.run.checkpoints()
+            whole = [path.name for path in folders if not checkpoints.flaw(path, thorough=False)]
             self.warn(f"{self.failure}; the newest whole one is {whole[0] if whole else 'none'}")
         else:
             self.failure = ""
-            self.last = (step, time.monotonic() - start, size)
-            log.info("%s: %.1f MB written in %.3f s", folder.name, size / 1e6, self.last[1])
+            self.last_seconds = time.monotonic() - start
+            log.info("%s: %.1f MB written in %.3f s", folder.name, size / 1e6, self.last_seconds)
             self._rotate(losses)
         finally:
             alarm.cancel()
@@ -107,7 +111,7 @@ class Saver:
             self.warn(f"an old checkpoint could not be removed: {reason_of(error)}")
 
     def _write(self, staging: Path, step: int, snapshot: Snapshot, texts: dict[str, str]) -> int:
-        """Write all files and, when they are on the disk, the manifest; return the bytes."""
+        """Write all files and, once they are on the disk, the manifest; return their size in bytes."""
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         save_file(snapshot.adapter, staging / ADAPTER, metadata={"format": "pt"})
@@ -120,7 +124,7 @@ class Saver:
             file.name: FileEntry(bytes=file.stat().st_size, sha256=sha256(file)) for file in settle(staging)
         }
         if self.run.metrics.exists():
-            sync(self.run.metrics)  # what was logged before this step is not logged again
+            sync(self.run.metrics)  # a resume does not log the steps before this one again
         manifest = staging / MANIFEST
         manifest.write_text(
             checkpoints.manifest_text(step, self.world_size, self.identity, files), encoding="utf-8"
@@ -129,7 +133,7 @@ class Saver:
         sync(staging)
         return sum(file.bytes for file in files.values()) + manifest.stat().st_size
 
-    def _hangs(self, name: str) -> None:
+    def _give_up_on(self, name: str) -> None:
         message = (
             f"{name} was not saved in checkpoint.timeout_s={self.timeout_s:g} s: the file system of"
             f" {self.run.path} hangs, or is too slow; the checkpoints before it are whole: the same command"
@@ -145,5 +149,6 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError):
         where = f" ({Path(error.filename).name})" if error.filename else ""
         return f"{error.strerror or error}{where}"
-    said = re.search(r"I/O error: (.+?) \(os error", str(error))  # as safetensors shows the system's
-    return said.group(1) if said else str(error)
+    # safetensors' wording of an error of the system
+    match = re.search(r"I/O error: (.+?) \(os error", str(error))
+    return match.group(1) if match else str(error)

@@ -1,8 +1,8 @@
-"""What a checkpoint holds of the model and the optimizer: taken as copies in host memory, put back by name.
+"""What a checkpoint holds of the model and the optimizer: copied to host memory, restored by name.
 
-All that is trained is float32, so the adapter's weights are what the optimizer goes on from (no second copy
-of them). What the optimizer keeps of a parameter is saved under the parameter's name, whatever its groups and
-ranks are.
+All trained parameters are float32, so the adapter's file has the very weights that the optimizer continues
+from, and there is no second copy of them. The optimizer's state of a parameter is saved under the parameter's
+name, so it does not depend on the optimizer's groups or on the number of ranks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,9 +16,13 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from qwenlora.trainer.ranks.faults import TrainingFault
+from qwenlora.trainer.spread.zero import OptimizerState
 
-# of an optimizer's group, what the config and the schedule decide anew at each start
+# settings of an optimizer's group that come from the config and the schedule at each start
 _FROM_CONFIG = {"params", "param_names", "lr", "initial_lr", "betas", "eps", "weight_decay"}
+
+
+GroupSettings = dict[str, object]  # of an optimizer's group, by torch's names
 
 
 class Snapshot(NamedTuple):
@@ -29,19 +33,20 @@ class Snapshot(NamedTuple):
 
     adapter: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    groups: list[dict[str, Any]]
+    groups: list[GroupSettings]
 
 
 class HostMemory:
-    """Buffers that a snapshot is copied to, kept from one save to the next; page-locked where there is a
-    GPU."""
+    """Buffers for snapshots, reused from one save to the next; page-locked where there is a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, kind: str, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Return copies of tensors. They hold until the next call for this kind; sync() waits for all of
-        them."""
+    def copy(self, kind: str, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return copies of tensors, which the next call for this kind overwrites.
+
+        On a GPU they are complete only after sync().
+        """
         copies = {}
         for name, tensor in tensors:
             buffer = self._buffers.get(f"{kind} {name}")
@@ -53,14 +58,13 @@ class HostMemory:
         return copies
 
     def sync(self) -> None:
-        """Wait until all copies are there."""
+        """Wait until all copies are complete."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
 
-def state_of(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield (parameter's name, key, what the optimizer keeps of it). model: the PeftModel itself, not a
-    wrapper."""
+def optimizer_state(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield (parameter's name, key, tensor) of the optimizer's state. model: the PeftModel, unwrapped."""
     names = _names(model)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -68,31 +72,28 @@ def state_of(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str
                 yield names[parameter], key, torch.as_tensor(value)
 
 
-def groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the settings of the optimizer's groups that training changes; those without parameters do not
-    count."""
-    groups = []
-    for group in optimizer.param_groups:
-        if group["params"]:
-            kept = {
-                key for key in group if key not in _FROM_CONFIG and group[key] != optimizer.defaults.get(key)
-            }
-            groups.append({key: group[key] for key in kept})
-    return groups
+def changed_settings(optimizer: torch.optim.Optimizer) -> list[GroupSettings]:
+    """Return the settings that training changes, of each of the optimizer's groups that has parameters."""
+    defaults = optimizer.defaults
+    return [
+        {key: group[key] for key in group if key not in _FROM_CONFIG and group[key] != defaults.get(key)}
+        for group in optimizer.param_groups
+        if group["params"]
+    ]
 
 
-def restore_groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
-    """Put those settings back. A strategy or version may count groups without parameters, which have none."""
+def restore_settings(optimizer: torch.optim.Optimizer, saved: list[GroupSettings]) -> None:
+    """Put back what changed_settings() returned. Strategies and versions differ in their groups without
+    parameters."""
     groups = [group for group in optimizer.param_groups if group["params"]]
     if any(saved):
-        for group, kept in zip(groups, saved[: len(groups)], strict=True):
-            group.update(kept)
+        for group, settings in zip(groups, saved[: len(groups)], strict=True):
+            group.update(settings)
 
 
 def adapter_of(model: Any) -> dict[str, Tensor]:
-    """Return the adapter's tensors by the names in peft's files; everything that is trained is among them."""
-    # "auto" would ask the hub whether the base's vocabulary has changed; modules_to_save are there in any
-    # case
+    """Return the adapter's tensors by the names in peft's files: all trained parameters."""
+    # "auto" would ask the hub whether the base's vocabulary has changed; modules_to_save are always included
     adapter: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     saved = {tensor.data_ptr() for tensor in adapter.values()}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
@@ -100,45 +101,44 @@ def adapter_of(model: Any) -> dict[str, Tensor]:
     return adapter
 
 
-def file_names(model: Any) -> dict[str, str]:
-    """Return {parameter's name: its name in peft's files} of all that is trained, which must be whole."""
-    by_place = {tensor.data_ptr(): name for name, tensor in adapter_of(model).items()}
-    return {name: by_place[p.data_ptr()] for name, p in model.named_parameters() if p.requires_grad}
+def names_in_file(model: Any) -> dict[str, str]:
+    """Return {parameter's name: its name in peft's files} of all trained parameters, which must be whole."""
+    by_address = {tensor.data_ptr(): name for name, tensor in adapter_of(model).items()}
+    return {name: by_address[p.data_ptr()] for name, p in model.named_parameters() if p.requires_grad}
 
 
-def by_parameter_name(content: bytes, names: dict[str, str]) -> dict[str, Tensor]:
-    """Return an adapter's tensors by parameters' names. names: see file_names."""
+def adapter_by_parameter(content: bytes, names: dict[str, str]) -> dict[str, Tensor]:
+    """Return a saved adapter's tensors by parameter's name. names: of names_in_file()."""
     saved = load_safetensors(content)
     return {name: saved[in_file] for name, in_file in names.items()}
 
 
 def check_alike(adapter: dict[str, Tensor], device: torch.device) -> None:
-    """Make sure that all ranks hold the same adapter. Raises: TrainingFault, on all, naming a rank that does
-    not."""
+    """Compare the ranks' adapters. Raises: TrainingFault, on all ranks, naming those that differ from rank
+    0."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     mine = torch.zeros(3, dtype=torch.int64, device=device)
     for _, tensor in sorted(adapter.items()):
-        bits = tensor.detach().contiguous().view(-1).view(torch.int32)  # float32's: all that is trained is
-        sums = [bits[::every].sum(dtype=torch.int64) for every in (1, 7, 11)]
-        mine = mine * 31 + torch.stack(sums).to(device)
-    everyones = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyones, mine)
-    if others := [rank for rank, one in enumerate(everyones) if not torch.equal(one, everyones[0])]:
+        bits = tensor.detach().contiguous().view(-1).view(torch.int32)  # all trained parameters are float32
+        sums_of_bits = [bits[::stride].sum(dtype=torch.int64) for stride in (1, 7, 11)]
+        mine = mine * 31 + torch.stack(sums_of_bits).to(device)
+    of_ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, mine)
+    if differing := [rank for rank, sums in enumerate(of_ranks) if not torch.equal(sums, of_ranks[0])]:
         raise TrainingFault(
-            f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))} and rank 0 have different adapters,"
-            " which would be the same if all computed right: a GPU or its memory may be broken; no"
-            " checkpoint was written"
+            f"rank{'s' * (len(differing) > 1)} {', '.join(map(str, differing))} and rank 0 have different"
+            " adapters, which must be the same: a GPU or its memory may be broken; no checkpoint was written"
         )
 
 
 def not_finite(adapter: dict[str, Tensor]) -> str:
-    """Return the name of a tensor with NaN or infinite numbers; empty when there is none."""
+    """Return the name of a tensor with NaN or infinite numbers; empty when all are finite."""
     return next((name for name, tensor in sorted(adapter.items()) if not bool(tensor.isfinite().all())), "")
 
 
 def check_fits(model: Any, content: bytes, checkpoint: Path) -> dict[str, Tensor]:
-    """Return a checkpoint's adapter. Raises: ValueError when names or shapes are not the model's."""
+    """Return a checkpoint's adapter. Raises: ValueError when its names or shapes are not the model's."""
     saved: dict[str, Tensor] = load_safetensors(content)
     own = adapter_of(model)
     for name in sorted(saved.keys() | own.keys()):
@@ -158,7 +158,7 @@ def check_fits(model: Any, content: bytes, checkpoint: Path) -> dict[str, Tensor
 
 
 def restore_adapter(model: Any, content: bytes, checkpoint: Path) -> None:
-    """Put a checkpoint's adapter into the model. Raises: ValueError when names or shapes are others."""
+    """Put a checkpoint's adapter into the model. Raises: ValueError when it does not fit."""
     saved = check_fits(model, content, checkpoint)
     set_peft_model_state_dict(model, saved)
     for name, tensor in adapter_of(model).items():
@@ -166,32 +166,31 @@ def restore_adapter(model: Any, content: bytes, checkpoint: Path) -> None:
 
 
 def restore_optimizer(
-    model: Any, optimizer: torch.optim.Optimizer, content: bytes, groups: list[Any]
+    model: Any, optimizer: torch.optim.Optimizer, content: bytes, settings: list[GroupSettings]
 ) -> None:
     """Put a checkpoint's optimizer state back, by parameter name; learning rate and decay are the
     config's."""
     names = _names(model)
-    saved = by_parameter(content)
-    packed = optimizer.state_dict()  # in which parameters are numbers
-    packed["state"] = {}
-    number = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if values := saved.pop(names[parameter], None):
-                packed["state"][number] = values
-            number += 1
+    saved = state_by_parameter(content)
+    packed = optimizer.state_dict()  # which has numbers in place of parameters
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    packed["state"] = {
+        number: saved.pop(names[parameter])
+        for number, parameter in enumerate(parameters)
+        if names[parameter] in saved
+    }
     assert not saved, f"the optimizer has no {sorted(saved)}"
     optimizer.load_state_dict(packed)
-    restore_groups(optimizer, groups)
+    restore_settings(optimizer, settings)
 
 
-def by_parameter(content: bytes) -> dict[str, dict[str, Tensor]]:
-    """Return an optimizer's saved state: {parameter's name: {key: whole tensor}}."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for full, value in load_safetensors(content).items():
-        name, _, key = full.rpartition("/")
-        found.setdefault(name, {})[key] = value
-    return found
+def state_by_parameter(content: bytes) -> OptimizerState:
+    """Return an optimizer's saved state."""
+    state: OptimizerState = {}
+    for full_name, value in load_safetensors(content).items():
+        name, _, key = full_name.rpartition("/")
+        state.setdefault(name, {})[key] = value
+    return state
 
 
 def _names(model: Any) -> dict[Tensor, str]:

@@ -1,8 +1,7 @@
 """The weights of a base, read by ranges: `BaseFiles` from safetensors, `WholeBase` from what transformers
 loads.
 
-Of each tensor a rank reads the elements it keeps and no others. Which those are is for trainer/loading.py to
-say.
+Of each tensor a rank reads the elements that it keeps and no others; sharded_loading.py decides which.
 """
 
 import json
@@ -10,7 +9,7 @@ import math
 import os
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +19,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from qwenlora.configs.schema import Config
 from qwenlora.trainer.model.base import pick_dtype, refuse_missing
 
-# others (fp8) mean nothing without the scales beside them
+# other dtypes (fp8) mean nothing without the scales beside them
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SLICE = 2**22  # numbers that are converted at a time
-
-
-class Source(Protocol):
-    """What weights can be read from."""
-
-    bytes_read: int
-
-    def copy(self, name: str, start: int, to: Tensor) -> None:
-        """Fill a contiguous tensor of any dtype and device with as many elements of a flattened one, from
-        start on."""
-        ...
 
 
 class Place(NamedTuple):
@@ -49,7 +37,8 @@ class BaseFiles:
     """The safetensors files of a base; a context manager, which closes them. Empty when it has none.
 
     base: a folder, or a hub name, whose files are downloaded where the cache lacks them (never when
-    HF_HUB_OFFLINE is set). Raises: OSError when a file named by the index cannot be had.
+    HF_HUB_OFFLINE is set). places: where each tensor lies, by name. Raises: OSError when a file that the
+    index names is neither there nor downloadable.
     Source: https://huggingface.co/docs/safetensors#format
     """
 
@@ -80,7 +69,7 @@ class BaseFiles:
         return values
 
     def copy(self, name: str, start: int, to: Tensor) -> None:
-        """Fill a contiguous tensor of any dtype and device with as many elements of a flattened one, from
+        """Fill `to`, contiguous, of any dtype and device, with elements of the named tensor, flattened, from
         start on."""
         place, flat = self.places[name], to.view(-1)
         assert 0 <= start <= start + to.numel() <= math.prod(place.shape), (
@@ -92,41 +81,41 @@ class BaseFiles:
         if to.dtype == place.dtype and to.device.type == "cpu":
             self._fill(name, start, flat)
             return
-        # one for all: when each read has memory of its own, it is not given back between the tensors that
-        # stay
+        # one buffer for all reads: memory allocated for each would lie between the tensors that stay, and
+        # would not be returned to the system
         buffer = self._buffers.setdefault(place.dtype, torch.empty(0, dtype=place.dtype))
         if len(buffer) < min(SLICE, flat.numel()):
             self._buffers[place.dtype] = buffer = torch.empty(SLICE, dtype=place.dtype)
-        for at in range(0, flat.numel(), SLICE):
-            part = flat[at : at + SLICE]
-            self._fill(name, start + at, buffer[: part.numel()])
+        for offset in range(0, flat.numel(), SLICE):
+            part = flat[offset : offset + SLICE]
+            self._fill(name, start + offset, buffer[: part.numel()])
             part.copy_(buffer[: part.numel()])
 
     def _fill(self, name: str, start: int, values: Tensor) -> None:
-        """Read into host memory; no other byte is read."""
+        """Read elements into host memory, and no other byte."""
         place = self.places[name]
         if place.file not in self._open:
             self._open[place.file] = FileIO(place.file)  # unbuffered: a buffer reads ahead
-        file, left = self._open[place.file], values.view(torch.uint8).numpy().data
+        file, unread = self._open[place.file], values.view(torch.uint8).numpy().data
         file.seek(place.offset + start * place.dtype.itemsize)
-        while left:  # one call reads 2 GB at most
-            count = file.readinto(left)
+        while unread:  # one call reads 2 GB at most
+            count = file.readinto(unread)
             if not count:
                 raise ValueError(
                     f"{place.file} is cut short: {name} ends past its last byte; download it again"
                 )
-            left = left[count:]
+            unread = unread[count:]
         self.bytes_read += values.nbytes
 
 
 def _files(base: str, revision: str | None) -> list[Path]:
-    def find(name: str) -> str | None:
+    def path_of(name: str) -> str | None:
         return cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)  # type: ignore[no-any-return]
 
-    single = find(SAFE_WEIGHTS_NAME)
+    single = path_of(SAFE_WEIGHTS_NAME)
     if single:
         return [Path(single)]
-    index = find(SAFE_WEIGHTS_INDEX_NAME)
+    index = path_of(SAFE_WEIGHTS_INDEX_NAME)
     if not index:
         return []
     names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
@@ -150,8 +139,8 @@ def _places(path: Path) -> dict[str, Place]:
 
 
 class WholeBase:
-    """A base that transformers loads, whole, on the CPU: for files that name or cut tensors in a way of their
-    own."""
+    """A base that transformers loads whole on the CPU: for files whose tensors have other names or shapes
+    than the model's parameters."""
 
     def __init__(self, config: Config, base: str) -> None:
         model: Any
@@ -162,18 +151,20 @@ class WholeBase:
             revision=config.model.revision,
             output_loading_info=True,
         )
-        refuse_missing(config, loading)
+        refuse_missing(config, loading["missing_keys"])
         self.tensors: dict[str, Tensor] = model.state_dict()
         self.bytes_read = sum({t.data_ptr(): t.nbytes for t in self.tensors.values()}.values())
 
     def copy(self, name: str, start: int, to: Tensor) -> None:
-        """Fill a contiguous tensor of any dtype and device with as many elements of a flattened one, from
-        start on."""
+        """Fill `to`, as BaseFiles.copy does."""
         to.view(-1).copy_(self.tensors[name].detach().flatten()[start : start + to.numel()])
 
 
+WeightSource = BaseFiles | WholeBase
+
+
 def peak_memory() -> int:
-    """Return the most host memory, in bytes, that this process has held."""
-    # not getrusage: its peak begins with that of the process that started this one
+    """Return the most host memory, in bytes, that this process has used."""
+    # not getrusage: its peak starts at that of the parent process
     status = Path(f"/proc/{os.getpid()}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -2,7 +2,7 @@
 cores.
 
 `build_tiny(folder)` writes an ordinary model folder, the same bytes each time: config.json, model.safetensors
-and a byte-level BPE tokenizer trained on the example data (or a tokenizer of the caller's). Nothing is
+and a byte-level BPE tokenizer trained on the example data (or the caller's tokenizer). Nothing is
 downloaded.
 """
 
@@ -18,8 +18,8 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qwenlora.configs.schema import Data
-from qwenlora.data.rows import TURN_END, TURN_START
 from qwenlora.data.survey import rows_of_side
+from qwenlora.data.turns import TURN_END, TURN_START
 
 VOCABULARY = 2048
 SEED = 0
@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny(folder: Path, tokenizer: Any = None) -> None:
-    """Write the tiny model into folder, unless it is there. tokenizer: default, one trained on the example
+    """Write the tiny model into folder, unless it is there. tokenizer: by default one trained on the example
     data."""
     if (folder / "config.json").is_file():
         return
@@ -49,7 +49,7 @@ def build_tiny(folder: Path, tokenizer: Any = None) -> None:
         head_dim=32,
         max_position_embeddings=32768,
         tie_word_embeddings=True,
-        # at the usual 0.02 the frozen, tied head caps the logits, and LoRA alone can teach nothing
+        # at the usual 0.02 the frozen, tied head caps the logits, and LoRA alone learns nothing
         initializer_range=0.08,
         eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id,
@@ -64,7 +64,7 @@ def build_tiny(folder: Path, tokenizer: Any = None) -> None:
     tokenizer.save_pretrained(staging)
     try:
         staging.rename(folder)
-    except OSError:  # another process was faster; the bytes are the same
+    except OSError:  # another process was faster, with the same bytes
         if not (folder / "config.json").is_file():
             raise
         shutil.rmtree(staging)
@@ -73,8 +73,7 @@ def build_tiny(folder: Path, tokenizer: Any = None) -> None:
 def train_tokenizer() -> Any:
     """Return a Qwen2Tokenizer whose BPE was trained on the texts of the example data."""
     bpe = Tokenizer(models.BPE())
-    # as Qwen2Tokenizer rebuilds them after loading; anything else would give other ids than those trained
-    # here
+    # as Qwen2Tokenizer rebuilds them after loading: with others, a loaded tokenizer would give other ids
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,4 +1,4 @@
-"""What goes wrong in a step, said so that it can be mended: numbers that are none, and a GPU that is full."""
+"""What goes wrong in a step, and what helps: losses and gradients that are not finite, and a full GPU."""
 
 from collections.abc import Callable
 
@@ -7,31 +7,30 @@ from torch import Tensor
 
 from qwenlora.configs import Config
 
-SHOWN = 8
+SHOWN = 8  # rows that a message names
 IN_A_ROW = 10  # steps that may be left out one after the other
 
 
-class TrainingFault(RuntimeError):  # noqa: N818 (it is not said to be an error of the code)
-    """The run cannot go on; the text says why and what helps."""
+class TrainingFault(RuntimeError):  # noqa: N818 (it is no error of the code)
+    """The run cannot go on; the message says why and what helps."""
 
 
 def broken_micro_batches(losses: list[Tensor], team: int, teams: int) -> list[int]:
-    """Return which micro-batches of a step have a loss that is not finite; all ranks call it. losses: this
-    rank's.
+    """Return the numbers of the step's micro-batches whose loss is not finite; all ranks call it.
 
-    team, teams: the number of this rank's team and how many there are; each rank is one, unless they share
-    sequences.
+    losses: of this rank's micro-batches; team, teams: this rank's team and the number of teams. A team is one
+    rank, unless ranks share sequences.
     """
     mine = [number * teams + team for number, loss in enumerate(losses) if not bool(loss.isfinite())]
     if not dist.is_initialized():
         return mine
-    everyones: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyones, mine)
-    return sorted({number for numbers in everyones for number in numbers})
+    of_ranks: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, mine)
+    return sorted({number for numbers in of_ranks for number in numbers})
 
 
 def describe(step: int, what: str, rows: list[int], place: Callable[[int], str]) -> str:
-    """Return what is not finite in which step and rows. place: where a row stands, by its number."""
+    """Return a message: what is not finite, in which step and rows. place: gives a row's file and line."""
     shown = ", ".join(f"{row} ({place(row)})" for row in rows[:SHOWN])
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     return (
@@ -43,23 +42,26 @@ def describe(step: int, what: str, rows: list[int], place: Callable[[int], str])
 def out_of_memory(
     config: Config, step: int, rank: int, shape: tuple[int, ...], trained: bool
 ) -> TrainingFault:
-    """Return the error to raise. shape: of the batch's input_ids, [sequences, tokens]."""
+    """Return the error to raise when a batch did not fit.
+
+    step: the last one done; shape: of the batch's input_ids, [sequences, tokens]; trained: false while
+    evaluating.
+    """
     sequences, length = shape
     batch = "per_device_train_batch_size" if trained else "per_device_eval_batch_size"
     size = getattr(config.train, batch)
-    cures = []
+    to_lower = []
     if size > 1:
-        cures.append(f"train.{batch} ({size})" + (", the global batch stays as it is" if trained else ""))
-    cures.append(f"data.max_length ({config.data.max_length:,})")
-    lower = f"lower {' or '.join(cures)}"
-    further = []
+        to_lower.append(f"train.{batch} ({size})" + (", the global batch stays as it is" if trained else ""))
+    to_lower.append(f"data.max_length ({config.data.max_length:,})")
+    to_set = []
     if trained and not config.train.gradient_checkpointing:
-        further.append("train.gradient_checkpointing: true (a third to half slower)")
+        to_set.append("train.gradient_checkpointing: true (a third to half slower)")
     if config.strategy.quantization == "none":
-        further.append("strategy.quantization: nf4")
+        to_set.append("strategy.quantization: nf4")
     doing = "trained" if trained else "evaluated"
     return TrainingFault(
         f"GPU out of memory on rank {rank} while step {step + trained} was {doing}: a batch of {sequences} x"
-        f" {length:,} = {sequences * length:,} tokens did not fit; {lower}"
-        + "".join(f", or set {cure}" for cure in further)
+        f" {length:,} = {sequences * length:,} tokens did not fit; lower {' or '.join(to_lower)}"
+        + "".join(f", or set {setting}" for setting in to_set)
     )

@@ -1,9 +1,10 @@
-"""What all ranks check together before a weight is loaded: that they reduce and multiply right, and how fast.
+"""What all ranks check together before a weight is loaded: that they multiply and reduce right, and how fast.
 
-A few seconds at most. A wrong result ends the attempt and names host and rank; one that is slow is named in a
-warning.
+It takes a few seconds at most. A wrong result ends the attempt and names host and rank; a slow rank is named
+in a warning.
 """
 
+import os
 import socket
 import statistics
 import time
@@ -11,18 +12,23 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
+from qwenlora.configs import Config
 from qwenlora.trainer.ranks.faults import TrainingFault
 
-SLOW = 0.7  # of the median speed
+SLOW = 0.7  # of the median speed: a rank below it is named
 _GPU_SIZE, _CPU_SIZE = 8192, 512  # rows and columns of the matrices
-_GPU_BYTES, _CPU_BYTES = 2**28, 2**22  # of the reduction
+_GPU_BYTES, _CPU_BYTES = 2**28, 2**22  # that are reduced
 _REPEATS = 5
 
 
 class Checked(NamedTuple):
-    """What one rank found. tflops: of matrix products; gb_s: of the reduction (all ranks see about the
-    same)."""
+    """One rank's result.
+
+    tflops: of matrix products; gb_s: of the reduction, about the same for all ranks; wrong: what is, or
+    empty.
+    """
 
     host: str
     rank: int
@@ -31,53 +37,66 @@ class Checked(NamedTuple):
     wrong: str
 
 
+def is_wanted(config: Config) -> bool:
+    """Whether the config wants the check here, and it can tell anything: on several nodes, or with GPUs."""
+    several_nodes = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+    return config.launch.preflight == "full" and (several_nodes or torch.cuda.is_available())
+
+
+def check_and_show(device: torch.device, console: Console) -> None:
+    """Check with all ranks, and show the result. Raises: TrainingFault, on all ranks."""
+    line, slow = summary(check(device))
+    console.print(line, soft_wrap=True)
+    if slow and torch.cuda.is_available():  # processes that share cores differ anyway
+        console.print(f"warning: {slow}", style="yellow", soft_wrap=True)
+
+
 def check(device: torch.device) -> list[Checked]:
-    """Return what each rank found; all must call it. Raises: TrainingFault, on all, naming those that are
-    wrong."""
+    """Return each rank's result; all ranks call it. Raises: TrainingFault, on all, naming the wrong ranks."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     tflops, product_wrong = _multiply(device)
     gb_s, sum_wrong = _reduce(device) if dist.is_initialized() else (0.0, "")
     mine = Checked(socket.gethostname(), rank, tflops, gb_s, product_wrong or sum_wrong)
-    everyones: list[Checked] = [mine]
+    results = [mine]
     if dist.is_initialized():
-        everyones = [mine] * dist.get_world_size()
-        dist.all_gather_object(everyones, mine)
-    if wrong := [one for one in everyones if one.wrong]:
-        names = "; ".join(f"rank {one.rank} on {one.host}: {one.wrong}" for one in wrong)
-        raise TrainingFault(f"{names}; leave the host out (sbatch --exclude) and tell its administrators")
-    return everyones
+        results = [mine] * dist.get_world_size()
+        dist.all_gather_object(results, mine)
+    if wrong := [
+        f"rank {result.rank} on {result.host}: {result.wrong}" for result in results if result.wrong
+    ]:
+        raise TrainingFault(
+            f"{'; '.join(wrong)}; leave the host out (sbatch --exclude) and tell its administrators"
+        )
+    return results
 
 
-def summary(checked: list[Checked]) -> tuple[str, str]:
-    """Return what the ranks found in one line, and a warning about slow ones, if there are any."""
-    hosts = list(dict.fromkeys(one.host for one in checked))
-    median, slowest = (
-        statistics.median(one.tflops for one in checked),
-        min(checked, key=lambda one: one.tflops),
-    )
-    if len(checked) == 1:
-        return f"checked 1 rank: it multiplies at {_number(median)} TFLOP/s", ""
+def summary(results: list[Checked]) -> tuple[str, str]:
+    """Return the results in one line, and a warning about slow ranks; empty, if none is slow."""
+    hosts = {result.host for result in results}
+    median = statistics.median(result.tflops for result in results)
+    if len(results) == 1:
+        return f"checked 1 rank: it multiplies at {median:.3g} TFLOP/s", ""
+    slowest = min(results, key=lambda result: result.tflops)
     line = (
-        f"checked {len(checked)} ranks on {len(hosts)} node{'s' * (len(hosts) > 1)}: they reduce at"
-        f" {_number(min(one.gb_s for one in checked))} GB/s, and multiply at {_number(median)} TFLOP/s"
-        f" (median), the slowest, rank {slowest.rank} on {slowest.host}, at {_number(slowest.tflops)}"
+        f"checked {len(results)} ranks on {len(hosts)} node{'s' * (len(hosts) > 1)}: they reduce at"
+        f" {min(result.gb_s for result in results):.3g} GB/s, and multiply at {median:.3g} TFLOP/s (median),"
+        f" the slowest, rank {slowest.rank} on {slowest.host}, at {slowest.tflops:.3g}"
     )
-    slow = [one for one in checked if one.tflops < SLOW * median]
-    names = ", ".join(f"rank {one.rank} on {one.host} ({_number(one.tflops)} TFLOP/s)" for one in slow)
-    all_wait = "slower than the others, who will wait for it in each step"
-    return line, f"{names}: {all_wait}" if slow else ""
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
+    slow = [
+        f"rank {result.rank} on {result.host} ({result.tflops:.3g} TFLOP/s)"
+        for result in results
+        if result.tflops < SLOW * median
+    ]
+    warning = f"{', '.join(slow)}: slower than the others, who will wait for it in each step"
+    return line, warning if slow else ""
 
 
 def _multiply(device: torch.device) -> tuple[float, str]:
-    """Return TFLOP/s of a matrix product, and what is wrong with it. All entries are small integers: it is
-    exact."""
+    """Return TFLOP/s of a matrix product, and what is wrong with it, or an empty string."""
     on_gpu = device.type == "cuda"
     size, kind = (_GPU_SIZE, torch.bfloat16) if on_gpu else (_CPU_SIZE, torch.float32)
-    # rows i % 3, columns j % 2: each entry of the product is size * i * j, and a power of two times at most 2
+    # rows i % 3, columns j % 2: each entry of the product is size * i * j, which is exact in any dtype: size
+    # is a power of two, i * j at most 2
     left = (torch.arange(size, device=device) % 3).to(kind)[:, None].expand(size, size).contiguous()
     right = (torch.arange(size, device=device) % 2).to(kind)[None, :].expand(size, size).contiguous()
     best = float("inf")
@@ -95,8 +114,10 @@ def _multiply(device: torch.device) -> tuple[float, str]:
 
 
 def _reduce(device: torch.device) -> tuple[float, str]:
-    """Return GB/s of an all-reduce, by its bus bandwidth as nccl-tests counts it, and what is wrong with
-    it."""
+    """Return GB/s of an all-reduce, and what is wrong with it, or an empty string.
+
+    The speed is the bus bandwidth, as nccl-tests counts it.
+    """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     count = (_GPU_BYTES if device.type == "cuda" else _CPU_BYTES) // 4
     best = float("inf")

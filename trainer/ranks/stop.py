@@ -1,5 +1,7 @@
-"""Stopping on request: a signal or the clock sets a flag, all ranks agree on it, save the same step, leave
-with 75."""
+"""The decision to stop before the last step: one rank's stop request or the clock is enough, all ranks agree.
+
+After a step in which they agree, all ranks save that step and leave with exit code 75.
+"""
 
 import time
 
@@ -7,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qwenlora.trainer.ranks.screen import StopRequest
+from qwenlora.trainer.ranks.stop_request import StopRequest
 
 TIME_IS_OVER = "train.max_time_min is over"
 
@@ -20,12 +22,11 @@ def any_rank(flags: torch.Tensor) -> list[bool]:
 
 
 class Stop(TrainerCallback):
-    """Whether to stop. agreed: any rank was asked to; stopped: this attempt ended by it, before its last
-    step.
+    """Decides whether an attempt stops early.
 
-    max_time_s: seconds from now that the attempt may take. It stops when the next step and a save might not
-    fit, but
-    not before it has trained one: an attempt without progress would be repeated for ever.
+    agreed: a rank was asked to stop, and all ranks know it; stopped: training ended for that, before its last
+    step. max_time_s: seconds from now that the attempt may take. It stops when the next step and a save might
+    not fit, but not before it has trained one: an attempt without progress would be repeated for ever.
     """
 
     def __init__(self, request: StopRequest | None = None, max_time_s: float | None = None) -> None:
@@ -39,20 +40,28 @@ class Stop(TrainerCallback):
 
     @property
     def asked(self) -> bool:
-        """Whether this rank was asked to stop."""
+        """Whether this rank was asked to stop, by a signal or by the clock."""
         if self._steps and time.monotonic() + self._longest_step_s + self.longest_save_s > self.deadline:
             self.request.ask(TIME_IS_OVER)
         return self.request.asked
 
+    @property
+    def why(self) -> str:
+        """Why the ranks stop, as far as this one knows."""
+        return self.request.why or "another process was asked to"
+
     def agree(self, device: torch.device, also: torch.Tensor | None = None) -> bool:
-        """Ask all ranks whether to stop, and return whether `also`, a flag of anything else, is set on
-        any."""
+        """Ask all ranks whether to stop, and return whether `also`, any other flag, is set on a rank."""
         flags = torch.tensor([int(self.asked), 0], dtype=torch.int32, device=device)
         if also is not None:
             flags[1] = also
         stop, other = any_rank(flags)
         self.agreed = self.agreed or stop
         return other
+
+    def ended_early(self, step: int, max_steps: int) -> bool:
+        """Whether the attempt ends before its last step. step: the last one trained; 0 before any."""
+        return self.stopped or (self.agreed and step < max_steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -63,18 +72,18 @@ class Stop(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Save and stop, if that is agreed; after the last step there is nothing left to stop."""
+        """Save and stop, if the ranks agreed to; after the last step there is nothing left to stop."""
         self._steps += 1
         self._longest_step_s = max(self._longest_step_s, time.monotonic() - self._step_start)
         if self.agreed and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
-            control.should_evaluate = False  # what is due is noted in the checkpoint
+            control.should_evaluate = False  # the checkpoint says that an evaluation is due
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Trainer calls this for a stopped run too, in mid-epoch: nothing is due."""
+        """Do nothing that an epoch's end is due: Trainer calls this for a stopped run too, in mid-epoch."""
         if self.stopped:
             control.should_log = control.should_evaluate = control.should_save = False

@@ -1,10 +1,9 @@
-"""What an attempt adds to the run's history: from where it went on, how long that took, what had to be
+"""What an attempt adds to the run's history: where it started, how long that took, which steps it
 repeated."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -13,13 +12,13 @@ from qwenlora.run.records import Reason
 
 
 class Chronicle(TrainerCallback):
-    """Notes the start of an attempt when its first step is done; on rank 0. send: to W&B, {name: number}.
+    """Records the start of an attempt when its first step is done; on rank 0. Make it before the model.
 
     prepare_s: seconds that preparation took, before this process was there.
     """
 
-    def __init__(self, run: RunFolder, prepare_s: float, send: Callable[[dict[str, float]], None]) -> None:
-        self.run, self.prepare_s, self.send = run, prepare_s, send
+    def __init__(self, run: RunFolder, prepare_s: float) -> None:
+        self.run, self.prepare_s = run, prepare_s
         self.number = len(run.history.attempts())
         self._last_step = run.history.last_step()
         self._start_up_s = run.history.seconds_since_start() - prepare_s
@@ -28,14 +27,21 @@ class Chronicle(TrainerCallback):
         self._first_step = 1
         self._checkpoint: Path | None = None
         self._strategy = ""
-        self._noted = False
+        self._send: Callable[[dict[str, float]], None] = lambda _: None
+        self._recorded = False
 
-    def resumed(self, checkpoint: Path | None, step: int, strategy: str = "") -> None:
-        """Say what is gone on from, and how. step: the last one that it holds, 0 without a checkpoint."""
+    def starts(
+        self, checkpoint: Path | None, step: int, strategy: str, send: Callable[[dict[str, float]], None]
+    ) -> None:
+        """Say where the attempt starts. step: the last one that the checkpoint holds, 0 without one.
+
+        strategy: in words; send: takes numbers for W&B, by name.
+        """
         self._checkpoint, self._first_step, self._strategy = checkpoint, step + 1, strategy
+        self._send = send
 
-    def summary(self, reason: Reason) -> dict[str, Any]:
-        """Return what W&B shows of all attempts, this one ending now."""
+    def summary(self, reason: Reason) -> dict[str, object]:
+        """Return what W&B shows of all attempts, if this one ends now for a reason."""
         attempts = self.run.history.so_far(reason)
         lines = {
             f"attempt/{attempt.attempt}": attempt.model_dump(mode="json", exclude_none=True)
@@ -44,19 +50,19 @@ class Chronicle(TrainerCallback):
         return {"attempts": len(attempts), "goodput": attempts[-1].goodput if attempts else None, **lines}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Model and checkpoint are there."""
+        """Take the time that model and checkpoint needed."""
         self._model_s = time.monotonic() - self._since
         self._since = time.monotonic()
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """After the first step, write down what the start took."""
-        if self._noted:
+        """After the first step, record what the start took."""
+        if self._recorded:
             return
-        self._noted = True
+        self._recorded = True
         seconds = {
             "start_up": self._start_up_s,
             "data": self.prepare_s,
@@ -64,17 +70,16 @@ class Chronicle(TrainerCallback):
             "first_step": time.monotonic() - self._since,
         }
         repeated = max(self._last_step - self._first_step + 1, 0)
-        facts = {
-            "resumed_from": self._checkpoint.name if self._checkpoint else None,
-            "strategy": self._strategy,
-            "first_step": self._first_step,
-            "steps_repeated": repeated,
-            "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        }
-        self.run.note_attempt(**facts)
+        self.run.note_attempt(
+            resumed_from=self._checkpoint.name if self._checkpoint else None,
+            strategy=self._strategy,
+            first_step=self._first_step,
+            steps_repeated=repeated,
+            seconds={name: round(value, 2) for name, value in seconds.items()},
+        )
         numbers = {"number": self.number, "restart_s": sum(seconds.values()), "steps_repeated": repeated}
         numbers |= {f"restart/{name}_s": value for name, value in seconds.items()}
-        self.send(
+        self._send(
             {"trainer/step": state.global_step}
             | {f"attempt/{name}": value for name, value in numbers.items()}
         )

@@ -1,8 +1,7 @@
 """Numbers of a run as it goes: metrics.jsonl, one line a logging step or evaluation, always written.
 
-Metrics adds what Trainer does not know (throughput, MFU, memory, waiting) to each of Trainer's logs, and must
-be the
-first of the callbacks: those after it (progress, W&B) show the same numbers.
+Metrics adds what Trainer does not know (throughput, MFU, memory, waiting) to each of Trainer's logs. The
+callbacks after it (progress, W&B) show the same numbers.
 """
 
 import errno
@@ -24,7 +23,9 @@ from qwenlora.run.records import Parameters
 
 log = logging.getLogger("qwenlora")
 
-# dense bf16 matrix peaks in FLOP/s, from NVIDIA's data sheets; the longest name that fits decides
+Line = dict[str, float]  # of metrics.jsonl: "step", "time" (seconds since 1970), and numbers by their names
+
+# dense bf16 matrix peaks in FLOP/s, from NVIDIA's data sheets; the longest name that fits is taken
 PEAK_FLOPS = {
     "A10": 125e12,
     "A30": 165e12,
@@ -45,52 +46,51 @@ PEAK_FLOPS = {
     "GeForce RTX 5090": 209.5e12,
 }
 
-
-_BLOCK = 2**16
-_SAYS_NOTHING = re.compile(r"NVIDIA|Tesla|SXM\d?|PCI[eE]|HBM\w*|\d+GB")
+_BLOCK = 2**16  # bytes read at once from the end of the file
+# words in torch's names of GPUs that say nothing about speed
+_NO_MATTER = re.compile(r"NVIDIA|Tesla|SXM\d?|PCI[eE]|HBM\w*|\d+GB")
 
 
 def peak_flops(gpu_name: str) -> float | None:
-    """Return a GPU's dense bf16 peak in FLOP/s by torch's name for it; None for one that is not known."""
+    """Return a GPU's dense bf16 peak in FLOP/s by torch's name for it; None for an unknown GPU."""
     words = gpu_name.replace("-", " ").split()
     known = [name for name in PEAK_FLOPS if all(part in words for part in name.split())]
     if not known:
         return None
     name = max(known, key=len)
-    others = [word for word in words if word not in name.split() and not _SAYS_NOTHING.fullmatch(word)]
+    others = [word for word in words if word not in name.split() and not _NO_MATTER.fullmatch(word)]
     return None if others else PEAK_FLOPS[name]  # a Laptop, Ti or NVL is another chip
 
 
 def flops_per_token(parameters: Parameters, mean_square_length: float, recomputed: bool) -> float:
     """Return the FLOPs of training one token with a frozen base.
 
-    mean_square_length: sum(length^2) / sum(length) of the rows, in tokens: what attention costs a token.
-    recomputed: gradient checkpointing, one more forward pass of the body.
-    A forward pass costs 2 a parameter, the backward pass to the inputs 2, and 2 more for weights that are
-    trained.
+    mean_square_length: sum(length^2) / sum(length) of the rows, in tokens: the mean number of tokens that a
+    token's sequence has. recomputed: gradient checkpointing, one more forward pass of the body.
+    A forward pass costs 2 FLOPs a parameter, the backward pass to the inputs 2, and 2 more for trained
+    weights.
     """
-    attention = (
-        2 * mean_square_length * parameters.attention_width * parameters.layers
-    )  # causal: half of 4 s d
+    # causal attention costs half of 4 * length * width
+    attention = 2 * mean_square_length * parameters.attention_width * parameters.layers
     flops = 4 * (parameters.body + parameters.head) + 6 * parameters.trainable + 3 * attention
     return flops + (2 * parameters.body + attention if recomputed else 0)
 
 
 class MetricsFile:
-    """metrics.jsonl: whole lines only, and never a step twice."""
+    """metrics.jsonl: whole lines only, and never a step twice. warn: shows a line to the user."""
 
     def __init__(self, path: Path, warn: Callable[[str], None] = log.warning) -> None:
         self.path, self.warn = path, warn
         self._waiting: list[str] = []  # lines that could not be written
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Add a line. One that the disk does not take is kept, and written with a later one."""
-        self._waiting.append(json.dumps(record) + "\n")
+    def append(self, line: Line) -> None:
+        """Add a line. If it cannot be written, it is kept and written with a later one."""
+        self._waiting.append(json.dumps(line) + "\n")
         if (failure := self.flush()) and len(self._waiting) == 1:
             self.warn(f"{self.path.name} cannot be written ({failure}): its lines are kept until it can be")
 
     def flush(self) -> str:
-        """Write the lines that wait; return why that failed, or an empty text."""
+        """Write the lines that wait; return why that failed, or an empty string."""
         data = "".join(self._waiting).encode()
         try:
             if data:
@@ -105,56 +105,52 @@ class MetricsFile:
         return ""
 
     def close(self) -> None:
-        """Write what waits, or say how many lines are lost."""
+        """Write the lines that wait, or warn of how many are lost."""
         if failure := self.flush():
             self.warn(f"{len(self._waiting)} lines of {self.path.name} are lost: {failure}")
 
     def forget_after(self, step: int, *, evaluation_too: bool = False) -> None:
-        """Remove the lines past a step, which is resumed from. evaluation_too: and that step's own, to be
-        made again.
+        """Remove the lines after a step, from which training resumes.
 
-        Read from the end: a long history costs nothing.
+        evaluation_too: also the step's own evaluation, which will be made again. The file is read from its
+        end: a long history costs nothing.
         """
         if not self.path.exists():
             return
         with self.path.open("r+b") as file:
             end = keep = file.seek(0, os.SEEK_END)
-            for start, line in _lines_backwards(file, end):
-                record = _record(line)
-                if (
-                    record is None
-                    or record["step"] > step
-                    or (evaluation_too and record["step"] == step and "eval_loss" in record)
-                ):
-                    keep = start
-                else:
+            for start, text in _lines_backwards(file, end):
+                line = _parse(text)
+                again = evaluation_too and line and line["step"] == step and "eval_loss" in line
+                if line and line["step"] <= step and not again:
                     break
+                keep = start
             file.truncate(keep)
 
-    def since(self, step: int) -> Iterator[dict[str, Any]]:
-        """Yield the lines from a step on."""
+    def since(self, step: int) -> Iterator[Line]:
+        """Yield the lines from a step on, oldest first."""
         if not self.path.exists():
             return
         lines = []
         with self.path.open("rb") as file:
-            for _, line in _lines_backwards(file, file.seek(0, os.SEEK_END)):
-                if (record := _record(line)) and record["step"] < step:
+            for _, text in _lines_backwards(file, file.seek(0, os.SEEK_END)):
+                if (line := _parse(text)) and line["step"] < step:
                     break
-                lines += [record] if record else []
+                lines += [line] if line else []
         yield from reversed(lines)
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    """Return a line of metrics.jsonl; None for half a one."""
+def _parse(text: bytes) -> Line | None:
+    """Return a line of metrics.jsonl; None for half a line."""
     try:
-        record: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
+        line: Line | None = json.loads(text) if text.endswith(b"\n") else None
     except ValueError:
         return None
-    return record
+    return line
 
 
 def _lines_backwards(file: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (where it starts, the line with its newline) from the last line to the first."""
+    """Yield each line's start in the file and its bytes with the newline, from the last line to the first."""
     rest, position = b"", end
     while position > 0:
         size = min(_BLOCK, position)
@@ -169,10 +165,10 @@ def _lines_backwards(file: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 class Metrics(TrainerCallback):
-    """Completes Trainer's logs and writes them to metrics.jsonl (on rank 0); says after each step how far it
-    came.
+    """Completes Trainer's logs, writes them to metrics.jsonl, and writes each step to progress.json.
 
-    file, progress: None on the other ranks. attempt: its number, for progress.
+    file, progress: None but on rank 0; trainer: a LoraTrainer; recomputed: gradient checkpointing; attempt:
+    its number, for progress.
     """
 
     def __init__(
@@ -193,27 +189,23 @@ class Metrics(TrainerCallback):
 
     def _start(self) -> None:
         self._since = time.perf_counter()
-        self._idle, self._waited, self._saving = (
-            self.trainer.idle_s,
-            self.trainer.data_wait_s,
-            self.trainer.saving_s,
-        )
+        self._idle_s = self.trainer.idle_s
+        self._data_wait_s, self._saving_s = self.trainer.data_wait_s, self.trainer.saving_s
         self._tokens = self._trained = self._squares = 0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Start the clock."""
         self._begun = time.perf_counter()
         self._start()
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Count the tokens of the global batch just trained; every rank knows them without asking the
-        others."""
+        """Count the tokens of the global batch just trained; every rank knows its rows without asking."""
         if state.global_step >= state.max_steps:
-            control.should_log = True  # whatever logging_steps is, the last step's numbers are kept
+            control.should_log = True  # the last step is logged whatever logging_steps is
         order = self.trainer.order
         units = order.step(*divmod(state.global_step - 1, order.steps_per_epoch))
         rows = [row for unit in units for row in unit]
@@ -232,23 +224,23 @@ class Metrics(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any],
-        **_: Any,
+        logs: dict[str, float],
+        **_: object,
     ) -> None:
-        """Add throughput, MFU, memory and waiting to a training log; write any log down."""
-        if "train_runtime" in logs:  # Trainer's summary at the end, of which all is known
+        """Add throughput, MFU, memory and waiting to a training log; write every log."""
+        if "train_runtime" in logs:  # Trainer's summary at the end, which says nothing new
             logs.clear()
             return
         if "loss" in logs:
-            seconds = time.perf_counter() - self._since - (self.trainer.idle_s - self._idle)
+            seconds = time.perf_counter() - self._since - (self.trainer.idle_s - self._idle_s)
             logs["tokens_per_s"] = self._tokens / seconds
             logs["trained_tokens_per_s"] = self._trained / seconds
             if self.peak:
                 per_token = flops_per_token(self.parameters, self._squares / self._tokens, self.recomputed)
                 logs["mfu"] = logs["tokens_per_s"] * per_token / (self.peak * args.world_size)
             logs["peak_memory_gb"] = _peak_memory_bytes() / 1e9
-            logs["data_wait_s"] = self.trainer.data_wait_s - self._waited
-            logs["saving_s"] = self.trainer.saving_s - self._saving
+            logs["data_wait_s"] = self.trainer.data_wait_s - self._data_wait_s
+            logs["saving_s"] = self.trainer.saving_s - self._saving_s
             self._start()
         if self.file:
             self.file.append({"step": state.global_step, **logs, "time": time.time()})

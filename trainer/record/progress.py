@@ -1,46 +1,29 @@
-"""What a person sees: a table of derived facts, a progress bar in a terminal, plain lines everywhere else.
-
-screen.py decides where that is seen.
-"""
+"""What a person sees while a run trains: a progress bar in a terminal, plain lines everywhere else."""
 
 import logging
 import time
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 log = logging.getLogger("qwenlora")
 
 
-def facts_table(title: str, facts: dict[str, str]) -> Table:
-    """Return a two-column table."""
-    table = Table(
-        title=title, title_justify="left", show_header=False, box=None, pad_edge=False, title_style="bold"
-    )
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name, value)
-    return table
-
-
 class ProgressCallback(TrainerCallback):
-    """Rank 0's bar or lines."""
+    """Rank 0's progress bar, or its lines. console: on the screen."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bar: Progress | None = None
         self._task = TaskID(0)
-        self._shown = ""
+        self._numbers = ""
         self._first, self._start = 0, time.monotonic()
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Show the bar, in a terminal."""
+        """Show the bar, if this is a terminal."""
         self._first, self._start = state.global_step, time.monotonic()
         if self.console.is_terminal:
             self.bar = Progress(
@@ -49,7 +32,7 @@ class ProgressCallback(TrainerCallback):
                 TextColumn("{task.fields[shown]}"),
                 console=self.console,
                 expand=True,
-                redirect_stdout=False,  # what libraries say goes to the log, as it does without a bar
+                redirect_stdout=False,  # libraries print to the log, as they do without a bar
                 redirect_stderr=False,
             )
             self._task = self.bar.add_task(
@@ -58,29 +41,26 @@ class ProgressCallback(TrainerCallback):
             self.bar.start()
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         """Move the bar."""
-        if self.bar:
-            self.bar.update(
-                self._task, completed=state.global_step, shown=f"{self._shown}  {self._left(state)} left"
-            )
+        self._update_bar(state)
 
     def on_log(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any],
-        **_: Any,
+        logs: dict[str, float],
+        **_: object,
     ) -> None:
         """Show the newest numbers."""
         if "loss" in logs:
-            self._shown = (
+            self._numbers = (
                 f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {logs['tokens_per_s']:,.0f}"
                 " tokens/s"
             )
-            line = f"{_step(state)}  {self._shown}  {self._left(state)} left"
+            line = f"{_step(state)}  {self._numbers}  {self._time_left(state)} left"
         elif "eval_loss" in logs:
             line = (
                 f"{_step(state)}  eval_loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.2f}"
@@ -89,16 +69,20 @@ class ProgressCallback(TrainerCallback):
             return
         log.info(line)
         self.console.print(line, soft_wrap=True)
-        if self.bar:
-            self.bar.update(self._task, shown=f"{self._shown}  {self._left(state)} left")
+        self._update_bar(state)
 
     def stop(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar on the screen as it is."""
         if self.bar:
             self.bar.stop()
             self.bar = None
 
-    def _left(self, state: TrainerState) -> str:
+    def _update_bar(self, state: TrainerState) -> None:
+        if self.bar:
+            shown = f"{self._numbers}  {self._time_left(state)} left"
+            self.bar.update(self._task, completed=state.global_step, shown=shown)
+
+    def _time_left(self, state: TrainerState) -> str:
         trained = state.global_step - self._first
         if not trained:
             return "?"

@@ -1,77 +1,120 @@
-"""What follows from a config and is shown before the first step: counts, sizes, and what deserves a
+"""The start-up table, what follows from a config for this run: counts, sizes, times; and what needs a
 warning."""
 
 import math
 from typing import Any
 
 import torch
+from rich.table import Table
 from transformers import TrainingArguments
 
 from qwenlora.configs import Config
 from qwenlora.run.records import Facts, SideCounts
-from qwenlora.trainer.model.base import EMBEDDINGS, TINY, pick_dtype
+from qwenlora.trainer.model.base import TINY, pick_dtype
+from qwenlora.trainer.model.lora import EMBEDDINGS
 from qwenlora.trainer.spread.strategy import Spread
 
 
-def facts(
-    config: Config, known: Facts, args: TrainingArguments, world_size: int, spread: Spread
+def table(title: str, rows: dict[str, str]) -> Table:
+    """Return a table of two columns. rows: {what: its value}."""
+    shown = Table(
+        title=title, title_justify="left", show_header=False, box=None, pad_edge=False, title_style="bold"
+    )
+    shown.add_column(style="cyan", no_wrap=True)
+    shown.add_column(overflow="fold")
+    for name, value in rows.items():
+        shown.add_row(name, value)
+    return shown
+
+
+def rows(
+    config: Config, facts: Facts, args: TrainingArguments, world_size: int, spread: Spread
 ) -> dict[str, str]:
-    """Return the start-up table's rows."""
-    parameters, train = known.parameters, known.data["train"]
-    share = parameters.trainable / (parameters.total + parameters.trainable)
+    """Return the start-up table's rows, {what: its value}."""
+    train = facts.data["train"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    dtype = str(pick_dtype(config.model.dtype)).removeprefix("torch.")
-    stored = "" if config.strategy.quantization == "none" else f", stored as {config.strategy.quantization}"
-    epochs = args.max_steps / math.ceil(known.units / config.train.global_batch_size)
-    unit = "packs" if known.packing else "rows"
-    shared = config.strategy.sequence_parallel
-    batch = config.train.global_batch_size
-    held = min(batch, known.units)  # of a step; an epoch may be less than a batch
-    rows_a_step = f" in {held * train.rows // known.units:,} rows" if known.packing else ""
-    table = {
-        "model": f"{config.model.name_or_path} ({_count(parameters.total)} parameters, {dtype}{stored})",
-        "trainable": f"{parameters.trainable:,} parameters = {share:.2%}"
-        f" (r {config.lora.r}, alpha {config.lora.lora_alpha}, {_names(config.lora.target_modules)}),"
-        f" an adapter of {parameters.trainable * 4 / 1e6:.1f} MB",
-        "data": f"{_sources(config.data.train)}: {_side(train)}",
-        "processes": f"{world_size} x {device}, {_spread(spread)}",
-        "global batch": f"{batch} {unit} = {world_size} process{'es' * (world_size > 1)}"
-        f"{f' / {shared} a sequence' * (shared > 1)}"
-        f" x {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated,"
-        f" about {held * train.tokens // known.units:,} tokens{rows_a_step} a step",
-        "steps": f"{args.max_steps:,} ({epochs:.2f} epochs), warm-up {args.get_warmup_steps(args.max_steps)},"
-        f" {config.train.lr_scheduler_type} from {config.train.learning_rate:g}",
+    shown = {
+        "model": _model(config, facts),
+        "trainable": _trainable(config, facts),
+        "data": f"{_sources(config.data.train)}: {_counts(train)}",
+        "processes": f"{world_size} x {device}, {_strategy(spread)}",
+        "global batch": _global_batch(config, facts, args, world_size),
+        "steps": _steps(config, facts, args),
     }
-    if "eval" in known.data:
-        rows, when = _side(known.data["eval"]), _when(args.eval_strategy, args.eval_steps)
-        taken = f"{config.data.eval_fraction:.0%} of the rows" if config.data.eval_fraction else ""
-        table["evaluation"] = f"{taken or _sources(config.data.eval)}: {rows}, {when}"
-    if known.packing:
+    if "eval" in facts.data:
+        fraction = config.data.eval_fraction
+        source = f"{fraction:.0%} of the rows" if fraction else _sources(config.data.eval)
+        when = _when(args.eval_strategy, args.eval_steps)
+        shown["evaluation"] = f"{source}: {_counts(facts.data['eval'])}, {when}"
+    if facts.packing:
         fill = train.tokens / (train.packs * config.data.max_length)
-        table["packing"] = (
+        shown["packing"] = (
             f"{train.packs:,} packs of at most {config.data.max_length:,} tokens, {fill:.2%} full"
         )
-    table["checkpoints"] = (
-        "none"
-        if config.train.save_strategy == "no"
-        else f"about {known.checkpoint_bytes / 1e6:.0f} MB"
-        f" {_when(args.save_strategy, config.train.save_steps)},"
-        f" {config.train.save_total_limit or 'all'} kept"
+    return shown | {"checkpoints": _checkpoints(config, facts, args)}
+
+
+def _model(config: Config, facts: Facts) -> str:
+    dtype = str(pick_dtype(config.model.dtype)).removeprefix("torch.")
+    quantization = config.strategy.quantization
+    stored = "" if quantization == "none" else f", stored as {quantization}"
+    return f"{config.model.name_or_path} ({_rounded(facts.parameters.total)} parameters, {dtype}{stored})"
+
+
+def _trainable(config: Config, facts: Facts) -> str:
+    trainable, lora = facts.parameters.trainable, config.lora
+    share = trainable / (facts.parameters.total + trainable)
+    modules = lora.target_modules
+    names = modules if isinstance(modules, str) else "/".join(modules)
+    return (
+        f"{trainable:,} parameters = {share:.2%} (r {lora.r}, alpha {lora.lora_alpha}, {names}), an adapter"
+        f" of {trainable * 4 / 1e6:.1f} MB"
     )
-    return table
+
+
+def _global_batch(config: Config, facts: Facts, args: TrainingArguments, world_size: int) -> str:
+    batch, train = config.train.global_batch_size, facts.data["train"]
+    shared = config.strategy.sequence_parallel
+    a_step = min(batch, facts.units)  # an epoch may be less than a batch
+    in_rows = f" in {a_step * train.rows // facts.units:,} rows" if facts.packing else ""
+    return (
+        f"{batch} {_unit(facts)} = {world_size}"
+        f" process{'es' * (world_size > 1)}{f' / {shared} a sequence' * (shared > 1)} x"
+        f" {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated, about"
+        f" {a_step * train.tokens // facts.units:,} tokens{in_rows} a step"
+    )
+
+
+def _steps(config: Config, facts: Facts, args: TrainingArguments) -> str:
+    epochs = args.max_steps / math.ceil(facts.units / config.train.global_batch_size)
+    return (
+        f"{args.max_steps:,} ({epochs:.2f} epochs), warm-up {args.get_warmup_steps(args.max_steps)},"
+        f" {config.train.lr_scheduler_type} from {config.train.learning_rate:g}"
+    )
+
+
+def _checkpoints(config: Config, facts: Facts, args: TrainingArguments) -> str:
+    train = config.train
+    if train.save_strategy == "no":
+        return "none"
+    when = _when(args.save_strategy, train.save_steps)
+    return f"about {facts.checkpoint_bytes / 1e6:.0f} MB {when}, {train.save_total_limit or 'all'} kept"
 
 
 def warnings(
-    config: Config, known: Facts, args: TrainingArguments, untrained: list[str], *, tied: bool
+    config: Config, facts: Facts, args: TrainingArguments, untrained: list[str], *, tied: bool
 ) -> list[str]:
-    """Return what a careful colleague would mention. untrained: turn tokens the base model never learnt."""
-    lines = list(known.notes)
-    if known.units < config.train.global_batch_size:
-        unit = "packs" if known.packing else "rows"
+    """Return what a careful colleague would mention.
+
+    untrained: turn tokens that the base model never learnt; tied: whether its embeddings are its output
+    matrix, too.
+    """
+    lines = list(facts.notes)
+    batch = config.train.global_batch_size
+    if facts.units < batch:
         lines.append(
-            f"all rows make {known.units} {unit}, fewer than"
-            f" train.global_batch_size={config.train.global_batch_size}: every step is a whole epoch; lower"
-            " it"
+            f"all rows make {facts.units} {_unit(facts)}, fewer than train.global_batch_size={batch}: every"
+            " step is a whole epoch; lower it"
         )
     if (warm_up := args.get_warmup_steps(args.max_steps)) >= args.max_steps:
         lines.append(
@@ -83,8 +126,8 @@ def warnings(
         lines.append(f"{offload} changes nothing here: without a GPU, all is in host memory")
     if config.data.eval == "example" and config.data.train != "example":
         lines.append("data.eval is still the example's; set data.eval to rows of yours, or to null")
-    saved = config.lora.modules_to_save or []
-    if untrained and config.model.name_or_path != TINY and not any(name in EMBEDDINGS for name in saved):
+    embeddings_trained = any(name in EMBEDDINGS for name in config.lora.modules_to_save or [])
+    if untrained and config.model.name_or_path != TINY and not embeddings_trained:
         modules = "[embed_tokens]" if tied else "[embed_tokens, lm_head]"
         lines.append(
             f"this base model never learnt {' and '.join(untrained)}, which LoRA alone can hardly teach it:"
@@ -93,13 +136,15 @@ def warnings(
     return lines
 
 
-def _spread(spread: Spread) -> str:
-    if spread.why:
-        return spread.why.removeprefix("strategy.name=auto: ")
-    return spread.said
+def _unit(facts: Facts) -> str:
+    return "packs" if facts.packing else "rows"
 
 
-def _side(counts: SideCounts) -> str:
+def _strategy(spread: Spread) -> str:
+    return spread.why.removeprefix("strategy.name=auto: ") or spread.description
+
+
+def _counts(counts: SideCounts) -> str:
     return (
         f"{counts.rows:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens / counts.tokens:.0%} of them"
         f" trained, the longest row {counts.longest:,}"
@@ -111,7 +156,7 @@ def _when(strategy: Any, steps: float | None) -> str:
     return {"epoch": "every epoch", "no": "never", "steps": f"every {int(steps or 0)} steps"}[name]
 
 
-def _count(number: int) -> str:
+def _rounded(number: int) -> str:
     for size, unit in ((1e9, "B"), (1e6, "M")):
         if number >= size:
             return f"{number / size:.1f}{unit}"
@@ -126,7 +171,3 @@ def _sources(named: Any) -> str:
         else entry.path + (f" x {entry.weight:g}" if entry.weight != 1 else "")
         for entry in entries
     )
-
-
-def _names(modules: str | list[str]) -> str:
-    return modules if isinstance(modules, str) else "/".join(modules)

@@ -1,5 +1,4 @@
-"""Weights & Biases: one run, from rank 0, keyed on the trainer's step; it may fail, training never does for
-it.
+"""Weights & Biases: one run, from rank 0, keyed on the trainer's step. It may fail; training goes on.
 
 The run's id is kept in the run folder, so that every attempt goes on in the same W&B run.
 """
@@ -7,36 +6,76 @@ The run's id is kept in the run folder, so that every attempt goes on in the sam
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from netrc import NetrcParseError, netrc
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import requests
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwenlora.configs import Config
+from qwenlora.run import checkpoints
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Facts
 
+Mode = Literal["online", "offline", "off"]
 REACH_TIMEOUT_S = 5.0
 FINISH_TIMEOUT_S = 10.0
 
 
-def mode_of(config: Config) -> tuple[str, str]:
-    """Return (online, offline or off, why)."""
-    chosen = config.log.wandb
-    if chosen != "auto":
-        return chosen, f"log.wandb={chosen}"
-    wanted = os.environ.get("WANDB_MODE", "")
-    if wanted in ("disabled", "offline", "online"):
-        return {"disabled": "off"}.get(wanted, wanted), f"WANDB_MODE={wanted}"
+def mode_of(config: Config) -> tuple[Mode, str]:
+    """Return how W&B is used, and why."""
+    setting = config.log.wandb
+    if setting != "auto":
+        return setting, f"log.wandb={setting}"
+    variable = os.environ.get("WANDB_MODE", "")
+    by_variable: dict[str, Mode] = {"disabled": "off", "offline": "offline", "online": "online"}
+    if variable in by_variable:
+        return by_variable[variable], f"WANDB_MODE={variable}"
     if os.environ.get("WANDB_API_KEY"):
         return "online", "WANDB_API_KEY is set"
     if _netrc_has_a_key():
         return "online", "logged in"
     return "off", "no W&B key: `wandb login`, or log.wandb=offline"
+
+
+def start(
+    config: Config, run: RunFolder, facts: Facts, warn: Callable[[str], None]
+) -> tuple["WandbCallback | None", str]:
+    """Start W&B, if it is on; return its callback, and where the run is seen (the start-up table's words)."""
+    mode, why = mode_of(config)
+    if mode == "off":
+        return None, f"off ({why})"
+    wandb = WandbCallback(config, run, mode, warn)
+    place = wandb.start()
+    sizes = {
+        f"data/{side}_{name}": count
+        for side, counts in facts.data.items()
+        for name, count in (("rows", counts.rows), ("tokens", counts.tokens))
+    }
+    wandb.summarize({"data/bad_rows": facts.bad_rows, **sizes})
+    return wandb, place
+
+
+def known_id(run: RunFolder) -> str:
+    """Return the id of the run's W&B run; empty before it has one."""
+    return run.wandb_id.read_text().strip() if run.wandb_id.exists() else ""
+
+
+def restore_id(run: RunFolder, checkpoint: Path) -> None:
+    """Go on in the W&B run that a checkpoint names, where the run folder's wandb/ was lost."""
+    saved = checkpoints.read_state(checkpoint).wandb_id
+    if saved and not run.wandb_id.exists():
+        _write_id(run, saved)
+
+
+def _write_id(run: RunFolder, wandb_id: str) -> None:
+    run.wandb_id.parent.mkdir(exist_ok=True)
+    write_atomically(run.wandb_id, wandb_id)
 
 
 def _server() -> str:
@@ -64,42 +103,26 @@ def _netrc_has_a_key() -> bool:
 
 
 class WandbCallback(TrainerCallback):
-    """Sends each log to W&B at the trainer's own step. `warn` shows a line to the user."""
+    """Sends each log to W&B at the trainer's own step. warn: shows a line to the user."""
 
-    def __init__(self, config: Config, run: RunFolder, mode: str, warn: Any) -> None:
+    def __init__(
+        self, config: Config, run: RunFolder, mode: Literal["online", "offline"], warn: Callable[[str], None]
+    ) -> None:
         self.config, self.run, self.mode, self.warn = config, run, mode, warn
-        self.session: Any = None
+        self.session: Any = None  # wandb's Run; None when it cannot be used
 
     def start(self) -> str:
-        """Start W&B; return where the run is seen. What fails is a warning, and the run is kept on disk."""
+        """Start W&B; return where the run is seen. A failure is a warning, and the run is kept on disk."""
         import wandb  # here: it takes half a second, and most debug runs do without
 
         logging.getLogger("wandb").setLevel(logging.ERROR)
-        run_id = self._run_id()
-        log = self.config.log
-        arguments: dict[str, Any] = {
-            "project": log.wandb_project,
-            "entity": log.wandb_entity,
-            "name": log.wandb_name or self.run.path.name,
-            "id": run_id,
-            "dir": str(self.run.path),
-            "config": self.config.model_dump(mode="json", by_alias=True),
-        }
-        settings: dict[str, Any] = {
-            "init_timeout": REACH_TIMEOUT_S,
-            "login_timeout": REACH_TIMEOUT_S,
-            "finish_timeout": FINISH_TIMEOUT_S,
-            "silent": True,
-            "console": "off",
-        }
-        modes: list[Any] = ["online", "offline"] if self.mode == "online" else [self.mode]
-        for mode in modes:
+        if not known_id(self.run):
+            _write_id(self.run, uuid.uuid4().hex[:12])
+        for mode in dict.fromkeys((self.mode, "offline")):
             try:
                 if mode == "online":
                     _reach()
-                self.session = wandb.init(
-                    mode=mode, resume="allow", settings=wandb.Settings(**settings), **arguments
-                )
+                self.session = self._session(wandb, mode)
                 break
             except Exception as error:  # whatever W&B raises, training goes on
                 then = "kept on disk; `wandb sync` sends it" if mode == "online" else "not logged"
@@ -115,55 +138,68 @@ class WandbCallback(TrainerCallback):
                 write_atomically(self.run.wandb_url, url)
         return str(url or f"offline, in {self.run.path / 'wandb'}")
 
-    def _run_id(self) -> str:
-        if not self.run.wandb_id.exists():
-            self.run.wandb_id.parent.mkdir(exist_ok=True)
-            write_atomically(self.run.wandb_id, uuid.uuid4().hex[:12])
-        return self.run.wandb_id.read_text().strip()
+    def _session(self, wandb: Any, mode: str) -> Any:
+        log = self.config.log
+        return wandb.init(
+            mode=mode,
+            resume="allow",
+            project=log.wandb_project,
+            entity=log.wandb_entity,
+            name=log.wandb_name or self.run.path.name,
+            id=known_id(self.run),
+            dir=str(self.run.path),
+            config=self.config.model_dump(mode="json", by_alias=True),
+            settings=wandb.Settings(
+                init_timeout=REACH_TIMEOUT_S,
+                login_timeout=REACH_TIMEOUT_S,
+                finish_timeout=FINISH_TIMEOUT_S,
+                silent=True,
+                console="off",
+            ),
+        )
 
     def on_log(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any],
-        **_: Any,
+        logs: dict[str, float],
+        **_: object,
     ) -> None:
         """Send one log."""
         if logs:
             self._send_log(state.global_step, logs)
 
-    def send_again(self, records: Iterator[dict[str, Any]]) -> None:
-        """Send lines of metrics.jsonl: what a killed attempt sent last, W&B may not have written."""
-        for record in records:
-            self._send_log(
-                record["step"], {name: v for name, v in record.items() if name not in ("step", "time")}
-            )
+    def send_again(self, lines: Iterator[dict[str, float]]) -> None:
+        """Send lines of metrics.jsonl once more: the last ones of a killed attempt may be lost."""
+        for line in lines:
+            logs = {name: value for name, value in line.items() if name not in ("step", "time")}
+            self._send_log(int(line["step"]), logs)
 
-    def _send_log(self, step: int, logs: dict[str, Any]) -> None:
+    def _send_log(self, step: int, logs: dict[str, float]) -> None:
         values = {
             f"{'eval' if name.startswith('eval_') else 'train'}/{name.removeprefix('eval_')}": value
             for name, value in logs.items()
         }
-        self._try(lambda: self.session.log({**values, "trainer/step": step}))
+        self.send({**values, "trainer/step": step})
 
     def send(self, values: dict[str, float]) -> None:
-        """Send numbers as they are named."""
+        """Send numbers under these names."""
         self._try(lambda: self.session.log(values))
 
-    def summarize(self, values: dict[str, Any]) -> None:
-        """Put numbers of the whole run beside it."""
+    def summarize(self, values: Mapping[str, object]) -> None:
+        """Add values to the summary of the whole run."""
         self._try(lambda: self.session.summary.update(values))
 
     def finish(self, exit_code: int) -> None:
-        """Close the run; uploads still under way get ten seconds."""
+        """Close the run; uploads that are under way get ten seconds."""
         self._try(lambda: self.session.finish(exit_code=exit_code))
 
-    def _try(self, send: Any) -> None:
+    def _try(self, send: Callable[[], object]) -> None:
         if self.session is None:
             return
         try:
             send()
-        except Exception as error:  # as above
+        except Exception as error:  # as in start
             self.session = None
             self.warn(f"W&B stopped ({error}): training goes on without; metrics.jsonl has every number")

@@ -1,9 +1,10 @@
 """Sequences that several ranks share (`strategy.sequence_parallel`), by DeepSpeed-Ulysses' method.
 
-The ranks of a team hold a slice of each sequence. Attention alone needs the whole: it exchanges slices of the
-sequence for slices of the heads, runs the usual kernel, and exchanges back. A rank's loss is the sum over its
-own tokens by the tokens of the whole global batch, so the sum over all ranks is the loss, and its gradient,
-however a sequence is cut: nothing else in training knows of it. Source: https://arxiv.org/abs/2309.14509.
+Each rank of a team holds a slice of each sequence. Only attention needs whole sequences: it exchanges slices
+of the sequence for slices of the heads, runs the usual kernel, and exchanges back. A rank's loss is the sum
+over its own tokens divided by the tokens of the global batch, so the sum over all ranks is the step's loss,
+however a sequence is cut; the same holds for gradients. Nothing else in training depends on it.
+Source: https://arxiv.org/abs/2309.14509
 """
 
 import math
@@ -20,22 +21,20 @@ from qwenlora.configs import Config
 from qwenlora.data.order import teams_of
 from qwenlora.trainer.model.base import IGNORED
 
-# among transformers' attentions; with "flash" or "sdpa" in it, it would be probed
+# our attention's name in transformers; it probes those with "flash" or "sdpa" in their name
 NAME = "qwenlora_sequence_parallel"
-_OF_LENGTH = (
-    "dynamic",
-    "longrope",
-)  # rotary embeddings that look at the longest position of what they are given
+_DEPEND_ON_LENGTH = ("dynamic", "longrope")  # rotary embeddings that look at the longest position they see
 
 
 class Team(NamedTuple):
-    """The ranks that share sequences, as one of them sees it: ranks number * size to (number + 1) * size - 1.
+    """The ranks that share sequences with this one: ranks number * size to (number + 1) * size - 1 of all.
 
-    size: its ranks; place: this rank's among them; number: this team's; teams: how many there are.
+    size: how many; rank: this one's number in its team; number: the team's number; teams: how many there are;
+    group: torch's process group of the team, None for a rank on its own.
     """
 
     size: int = 1
-    place: int = 0
+    rank: int = 0
     number: int = 0
     teams: int = 1
     group: Any = None
@@ -43,30 +42,29 @@ class Team(NamedTuple):
     def cut(self, batch: dict[str, Tensor], pad_id: int) -> dict[str, Tensor]:
         """Return this rank's slice of a batch of whole rows or packs, all slices of the same width.
 
-        Labels are shifted before they are cut: the last token of a slice learns from the first of the next.
-        There is no
-        attention_mask: rows are padded on the right, where a causal model's other tokens do not look.
+        Labels are shifted before they are cut: the label of a slice's last token is the first of the next.
+        There is no attention_mask: rows are padded on the right, where no token of a causal model attends.
         """
         if self.size == 1:
             return batch
         rows, length = batch["input_ids"].shape
         width = math.ceil(length / self.size)
-        more = width * self.size - length
+        padding = width * self.size - length
         positions = batch.get("position_ids")
-        whole = {}
+        of_packs: dict[str, Tensor] = {}
         if positions is None:
             positions = torch.arange(width * self.size).expand(rows, -1)
-        else:  # of packs; padding is rows of one token
-            whole["whole_position_ids"] = positions = pad(positions, (0, more))
+        else:  # positions start anew in each row of a pack; padding counts as rows of one token
+            of_packs["whole_position_ids"] = positions = pad(positions, (0, padding))
         sequences = {
-            "input_ids": pad(batch["input_ids"], (0, more), value=pad_id),
-            "shift_labels": pad(batch["labels"][:, 1:], (0, 1 + more), value=IGNORED),
+            "input_ids": pad(batch["input_ids"], (0, padding), value=pad_id),
+            "shift_labels": pad(batch["labels"][:, 1:], (0, 1 + padding), value=IGNORED),
             "position_ids": positions,
         }
-        mine = slice(self.place * width, (self.place + 1) * width)
+        mine = slice(self.rank * width, (self.rank + 1) * width)
         cut = {name: tensor[:, mine].contiguous() for name, tensor in sequences.items()}
-        # Trainer and the model ask for labels, and use shift_labels where these are given
-        return cut | {"labels": cut["shift_labels"]} | whole
+        # Trainer and the model require labels, and use shift_labels where there are any
+        return cut | {"labels": cut["shift_labels"]} | of_packs
 
 
 def team_of(size: int, timeout_s: int = 1800) -> Team:
@@ -89,31 +87,41 @@ def check(config: Config, model: Any) -> None:
     size, text = config.strategy.sequence_parallel, model.get_text_config()
     if size == 1:
         return
-    said = f"strategy.sequence_parallel={size} with model.name_or_path={config.model.name_or_path}"
+    setting = f"strategy.sequence_parallel={size} with model.name_or_path={config.model.name_or_path}"
     heads = text.num_attention_heads
     if heads % size:
-        fit = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+        divisors = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
         raise ValueError(
-            f"{said}: its {heads} attention heads are no multiple of {size}; set it to one of {fit}"
+            f"{setting}: its {heads} attention heads are no multiple of {size}; set it to one of {divisors}"
         )
-    if (kind := (getattr(text, "rope_parameters", None) or {}).get("rope_type")) in _OF_LENGTH:
+    rope_type = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
+    if rope_type in _DEPEND_ON_LENGTH:
         raise ValueError(
-            f"{said}: its rope_type is {kind}, which depends on a sequence's length, and a GPU has a part of"
-            " it; set strategy.sequence_parallel: 1"
+            f"{setting}: its rope_type is {rope_type}, which depends on a sequence's length, and a GPU has a"
+            " part of it; set strategy.sequence_parallel: 1"
         )
-    flash = config.model.attn_implementation.startswith("flash")
-    can = {"full_attention", *(["sliding_attention"] if flash else [])}
-    if other := sorted(set(getattr(text, "layer_types", None) or ()) - can):
-        cure = "model.attn_implementation: flash_attention_2" if other == ["sliding_attention"] else ""
+    _check_layers(setting, text, flash=config.model.attn_implementation.startswith("flash"))
+
+
+def _check_layers(setting: str, text: Any, *, flash: bool) -> None:
+    """Refuse layers whose attention cannot be computed head by head from positions alone."""
+    shareable = {"full_attention", "sliding_attention"} if flash else {"full_attention"}
+    if others := sorted(set(getattr(text, "layer_types", None) or ()) - shareable):
+        flash_helps = others == ["sliding_attention"]
+        cure = (
+            "model.attn_implementation: flash_attention_2" if flash_helps else "strategy.sequence_parallel: 1"
+        )
         raise ValueError(
-            f"{said}: it has layers of {' and '.join(other)}, which need more than whole heads; set"
-            f" {cure or 'strategy.sequence_parallel: 1'}"
+            f"{setting}: it has layers of {' and '.join(others)}, which need more than whole heads; set"
+            f" {cure}"
         )
 
 
 def share_attention(model: Any, team: Team) -> None:
-    """Have a model's attention run on whole sequences, of which this rank holds slices. Raises:
-    ValueError."""
+    """Make a model's attention run on whole sequences, of which this rank holds slices.
+
+    Raises: ValueError when the model does not use transformers' exchangeable attentions.
+    """
     if team.size == 1:
         return
     if not getattr(model, "_supports_attention_backend", False):
@@ -124,11 +132,11 @@ def share_attention(model: Any, team: Team) -> None:
     kernel = model.config._attn_implementation
 
     def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **how: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> tuple[Tensor, None]:
-        assert mask is None, "a mask of this rank's slice says nothing of the whole"
-        how["position_ids"] = how.pop("whole_position_ids", None)
-        return _attend(team, kernel, module, query, key, value, how), None
+        assert mask is None, "a mask of this rank's slice says nothing of the whole sequence"
+        options["position_ids"] = options.pop("whole_position_ids", None)
+        return _attend(team, kernel, module, query, key, value, options), None
 
     # no mask function of this name: transformers then makes no mask
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
@@ -136,12 +144,19 @@ def share_attention(model: Any, team: Team) -> None:
 
 
 def _attend(
-    team: Team, kernel: str, module: Any, query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]
+    team: Team,
+    kernel: str,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: dict[str, object],
 ) -> Tensor:
-    """Return attention over whole sequences, [batch, width, heads, dim]; query, key, value: [batch, heads,
-    width, dim].
+    """Return this rank's slice of attention over whole sequences, [batch, width, heads, dim].
 
-    Fewer KV heads than ranks (or no multiple) are repeated, as often as makes each query head meet its own.
+    kernel: its name in transformers, called with options. query, key, value: of this rank's slice, [batch,
+    heads, width, dim]. KV heads are repeated where the team's size does not divide their number, so that each
+    query head comes to the rank of its own KV head.
     """
     size, heads, kv_heads = team.size, query.shape[1], key.shape[1]
     repeats = size // math.gcd(size, kv_heads)
@@ -149,23 +164,24 @@ def _attend(
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     shares = [tensor.view(len(tensor), size, -1, *tensor.shape[2:]) for tensor in (query, key, value)]
     counts = [share.shape[2] for share in shares]
-    # one message instead of three: [ranks, batch, its heads, width, dim], then [batch, own heads, whole
-    # width, dim]
     exchange: Any = _Exchange.apply
+    # one message instead of three: [ranks, batch, that rank's heads, width, dim] becomes
+    # [batch, own heads, whole width, dim]
     mine = exchange(torch.cat(shares, 2).movedim(1, 0), team.group).movedim(0, 2).flatten(2, 3)
-    as_kernel_sees = _Seen(
+    seen_by_kernel = _Overridden(
         module,
         num_key_value_groups=heads // (kv_heads * repeats),
-        config=_Seen(module.config, _attn_implementation=kernel),
+        config=_Overridden(module.config, _attn_implementation=kernel),
     )
-    whole, _ = ALL_ATTENTION_FUNCTIONS[kernel](as_kernel_sees, *mine.split(counts, 1), None, **how)
-    # [ranks, batch, width, own heads, dim], then the heads of all ranks side by side
+    whole, _ = ALL_ATTENTION_FUNCTIONS[kernel](seen_by_kernel, *mine.split(counts, 1), None, **options)
+    # [ranks, batch, width, own heads, dim] becomes the heads of all ranks side by side
     back: Tensor = exchange(whole.unflatten(1, (size, -1)).movedim(1, 0), team.group)
     return back.movedim(0, 2).flatten(2, 3)
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all: part j of the first dimension goes to rank j of the team, and from rank j comes part j."""
+    """All-to-all in a team: part j of the first dimension goes to rank j, part j of the result is from rank
+    j."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:
@@ -180,12 +196,11 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.forward(ctx, gradient, ctx.group), None
 
 
-class _Seen:
-    """An object with some attributes that are others: a kernel asks the module for its name and its number of
-    heads."""
+class _Overridden:
+    """An object of which some attributes are replaced: a kernel reads them from the attention's module."""
 
-    def __init__(self, real: Any, **others: Any) -> None:
-        self.__dict__ = {"_real": real, **others}
+    def __init__(self, original: Any, **attributes: Any) -> None:
+        self.__dict__ = {"_original": original, **attributes}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
+        return getattr(self._original, name)

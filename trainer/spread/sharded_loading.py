@@ -1,8 +1,8 @@
-"""A base that ranks hold in parts, each of which reads its own part and no more.
+"""A sharded base: each rank reads its own shard from the files, and no more.
 
-`load_fsdp` and `load_zero3` return the frozen model that trainer/model.py:load_base returns whole; LoRA comes
-on top of either. All ranks together read the base once (once in each group that holds a whole one), and no
-rank has more in memory than its part and some megabytes. The files' bytes are for trainer/base_files.py.
+`load_fsdp` and `load_zero3` return the frozen model that model/base.py's load_base returns whole; LoRA comes
+on top of either. All ranks together read the base once (once in each group of ranks that shares a base), and
+no rank has more in memory than its shard and some megabytes. model/base_files.py reads the files' bytes.
 """
 
 import logging
@@ -24,21 +24,22 @@ from transformers import AutoModelForCausalLM
 
 from qwenlora.configs.schema import Config
 from qwenlora.trainer.model.base import device, hub_errors, load_config_of, pick_dtype
-from qwenlora.trainer.model.base_files import BaseFiles, Source, WholeBase, peak_memory
+from qwenlora.trainer.model.base_files import BaseFiles, WeightSource, WholeBase, peak_memory
+from qwenlora.trainer.spread.zero import DeepSpeedConfig
 
 log = logging.getLogger("qwenlora")
-SAMPLE = 2**16  # numbers by which tied tensors are compared
+SAMPLE = 2**16  # of a tied tensor's numbers, compared with the other's
 
 
 class Weight(NamedTuple):
-    """A parameter, under all its names: those of tied ones are several."""
+    """A parameter with all its names, of which a tied one has several, and the modules that hold it."""
 
     parameter: Any
     names: list[str]
     holders: list[tuple[nn.Module, str]]
 
-    def become(self, new: nn.Parameter) -> nn.Parameter:
-        """Put another parameter in its places."""
+    def substitute(self, new: nn.Parameter) -> nn.Parameter:
+        """Put another parameter in its place."""
         for module, name in self.holders:
             setattr(module, name, new)
         return new
@@ -46,26 +47,25 @@ class Weight(NamedTuple):
 
 def weights_of(model: nn.Module) -> list[Weight]:
     """Return the model's parameters, each once."""
-    found: dict[int, Weight] = {}
+    weights: dict[int, Weight] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            weight = found.setdefault(id(parameter), Weight(parameter, [], []))
+            weight = weights.setdefault(id(parameter), Weight(parameter, [], []))
             weight.names.append(f"{prefix}.{name}" if prefix else name)
             weight.holders.append((module, name))
-    return list(found.values())
+    return list(weights.values())
 
 
 def skeleton(config: Config, base: str) -> Any:
-    """Return the base without its weights: frozen parameters on torch's meta device, buffers real, on the
-    CPU.
+    """Return the base without its weights: frozen parameters on torch's meta device, real buffers on the CPU.
 
-    Raises: ValueError when its files are quantised: such weights are not what a range of the file says.
+    Raises: ValueError when its files are quantised: a range of such a file is not a range of the weight.
     """
     model_config = load_config_of(config, base)
     if getattr(model_config, "quantization_config", None):
         raise ValueError(
-            f"model.name_or_path={config.model.name_or_path} is quantised in its files, which cannot be held"
-            " in parts; name the model it was made from, or set strategy.name: ddp"
+            f"model.name_or_path={config.model.name_or_path} is quantised in its files, which cannot be"
+            " sharded; name the model it was made from, or set strategy.name: ddp"
         )
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(
@@ -74,54 +74,40 @@ def skeleton(config: Config, base: str) -> Any:
             attn_implementation=config.model.attn_implementation,
             trust_remote_code=config.model.trust_remote_code,
         )
-    model.tie_weights()  # each that went to the meta device became a parameter of its own
+    model.tie_weights()  # the move to the meta device untied them
     return model.requires_grad_(False).eval()
 
 
 def load_fsdp(config: Config, base: str, mesh: DeviceMesh) -> Any:
-    """Return the base under FSDP2. mesh: [parts], or [replicas, parts], where each replica is a base of its
-    own.
+    """Return the base under FSDP2. mesh: [shards], or [replicas, shards], where each replica is a whole base.
 
-    The adapter that is put on it is no part of this: whole on every rank, and its gradients are not reduced
-    here. Modules of lora.modules_to_save stay whole, too: peft copies them.
+    The adapter that is put on it is not sharded: it is whole on every rank, and FSDP2 does not reduce its
+    gradients. Modules of lora.modules_to_save stay whole, too: peft copies them.
     """
-    # Frozen weights have no gradients to reduce, so replicas need not know each other. No names: peft takes a
-    # named mesh for tensor parallelism, and would make LoRA's matrices for a part of each layer's outputs.
+    # Frozen weights have no gradients to reduce, so replicas need not know each other. The mesh has no names:
+    # peft takes a named one for tensor parallelism, and would make LoRA's matrices for a part of each layer.
     mesh = DeviceMesh.from_group(mesh.get_group(mesh.ndim - 1), mesh.device_type)
     started = time.monotonic()
-    offloaded = config.strategy.offload == "params"
-    to = torch.device("cpu") if offloaded else device()
+    to = torch.device("cpu") if config.strategy.offload == "params" else device()
     with hub_errors("model.name_or_path", config.model.name_or_path):
         model = skeleton(config, base)
         _move_buffers(model, device())
-        whole = _kept_whole(config, model)
-        shard = partial(
-            fully_shard,
-            mesh=mesh,
-            offload_policy=CPUOffloadPolicy() if offloaded else OffloadPolicy(),
-            ignored_params=whole,
-        )
-        for layer in _layers(model):
-            shard(layer)
-        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if embeddings.weight is not head.weight and embeddings.weight not in whole:
-            shard(embeddings)  # else they would stay gathered for the whole step, with the head
-        shard(model)
+        _shard_by_fsdp(config, model, mesh)
         size, rank = mesh.size(), mesh.get_local_rank()
 
-        def fill(source: Source, weight: Weight, name: str) -> None:
+        def fill(source: WeightSource, weight: Weight, name: str) -> None:
             parameter = weight.parameter
             if not isinstance(parameter, DTensor):
                 values = torch.empty_like(parameter, device=device())
                 source.copy(name, 0, values)
-                weight.become(nn.Parameter(values, requires_grad=False))
+                weight.substitute(nn.Parameter(values, requires_grad=False))
                 return
             rows, row = parameter.shape[0], parameter.shape[1:]
-            chunk = -(-rows // size)  # FSDP2 cuts rows as torch.chunk does
-            start, stop = (min(chunk * at, rows) for at in (rank, rank + 1))
+            chunk = -(-rows // size)  # FSDP2 splits rows as torch.chunk does
+            start, stop = (min(chunk * number, rows) for number in (rank, rank + 1))
             values = torch.empty(stop - start, *row, dtype=parameter.dtype, device=to)
             source.copy(name, start * row.numel(), values)
-            part = DTensor.from_local(
+            shard = DTensor.from_local(
                 values,
                 parameter.device_mesh,
                 parameter.placements,
@@ -129,54 +115,70 @@ def load_fsdp(config: Config, base: str, mesh: DeviceMesh) -> Any:
                 shape=parameter.shape,
                 stride=parameter.stride(),
             )
-            weight.become(nn.Parameter(part, requires_grad=False))
+            weight.substitute(nn.Parameter(shard, requires_grad=False))
 
         _report(started, _fill(config, base, weights_of(model), fill))
     return model
 
 
-def load_zero3(config: Config, base: str, ds_config: dict[str, Any]) -> Any:
-    """Return the base in DeepSpeed ZeRO-3's parts. ds_config: DeepSpeed's, resolved; its communication has
-    started.
+def _shard_by_fsdp(config: Config, model: Any, mesh: DeviceMesh) -> None:
+    """Put a skeleton under FSDP2: each decoder layer by itself, then what is outside of them."""
+    offloaded = config.strategy.offload == "params"
+    whole = _parameters_that_peft_copies(config, model)
+    shard = partial(
+        fully_shard,
+        mesh=mesh,
+        offload_policy=CPUOffloadPolicy() if offloaded else OffloadPolicy(),
+        ignored_params=whole,
+    )
+    for layer in _layers(model):
+        shard(layer)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embeddings.weight is not head.weight and embeddings.weight not in whole:
+        shard(embeddings)  # else they would stay gathered for the whole step, with the head
+    shard(model)
 
-    With zero_hpz_partition_size, DeepSpeed makes a node's own copy of a parameter when it first lets go of
-    it.
+
+def load_zero3(config: Config, base: str, ds_config: DeepSpeedConfig) -> Any:
+    """Return the base sharded by DeepSpeed's ZeRO-3. Its communication must have started.
+
+    With zero_hpz_partition_size, DeepSpeed makes a node's own copy of a parameter when it first releases it.
     """
     import deepspeed
 
     started = time.monotonic()
 
     class Unsent(deepspeed.zero.Init):
-        """Init that takes the base apart without sending rank 0's values first: there are none yet."""
+        """Init that shards the base without sending rank 0's values first: there are none yet."""
 
         complete = False
 
         def _zero_init_param(self, param: Any) -> None:
-            if self.complete:  # the adapter, later: rank 0's is everyone's
+            if self.complete:  # the adapter, later: all ranks get rank 0's
                 super()._zero_init_param(param)
                 return
             self._convert_to_deepspeed_param(param)
             self._partition_param(param)
             param.ds_status = type(param.ds_status).NOT_AVAILABLE
 
-    def fill(source: Source, weight: Weight, name: str) -> None:
-        part = weight.parameter.ds_tensor
-        start = min(part.ds_numel * dist.get_rank(), weight.parameter.ds_numel)
-        stop = min(start + part.ds_numel, weight.parameter.ds_numel)
-        source.copy(name, start, part.data[: stop - start])
-        part.data[stop - start :].zero_()
+    def fill(source: WeightSource, weight: Weight, name: str) -> None:
+        shard = weight.parameter.ds_tensor
+        start = min(shard.ds_numel * dist.get_rank(), weight.parameter.ds_numel)
+        stop = min(start + shard.ds_numel, weight.parameter.ds_numel)
+        source.copy(name, start, shard.data[: stop - start])
+        shard.data[stop - start :].zero_()
 
     with hub_errors("model.name_or_path", config.model.name_or_path):
         model = skeleton(config, base)
         _move_buffers(model, device())
         weights, init = [], None
         for group in _groups(model):
-            whole = [nn.Parameter(torch.empty_like(w.parameter, device=device()), False) for w in group]
-            weights += [w._replace(parameter=w.become(new)) for w, new in zip(group, whole, strict=True)]
+            empty = [nn.Parameter(torch.empty_like(w.parameter, device=device()), False) for w in group]
+            weights += [w._replace(parameter=w.substitute(new)) for w, new in zip(group, empty, strict=True)]
             if init is None:
-                init = Unsent(module=nn.ParameterList(whole), config_dict_or_path=ds_config)
-            else:  # of the same Init: each makes process groups of its own
-                weights[0].parameter.convert_to_zero_parameters(whole)
+                init = Unsent(module=nn.ParameterList(empty), config_dict_or_path=ds_config)
+            else:  # not another Init: each makes process groups of its own
+                weights[0].parameter.convert_to_zero_parameters(empty)
         assert init is not None
         init.complete = True
         _report(started, _fill(config, base, weights, fill))
@@ -193,7 +195,7 @@ def _layers(model: Any) -> list[nn.Module]:
 
 
 def _groups(model: Any) -> list[list[Weight]]:
-    """Return the parameters, those of a decoder layer together, others each by itself."""
+    """Return the parameters in groups: those of a decoder layer together, each other one by itself."""
     layer_of = {id(p): number for number, layer in enumerate(_layers(model)) for p in layer.parameters()}
     groups: dict[int, list[Weight]] = {}
     for weight in weights_of(model):
@@ -202,10 +204,10 @@ def _groups(model: Any) -> list[list[Weight]]:
     return list(groups.values())
 
 
-def _kept_whole(config: Config, model: nn.Module) -> set[nn.Parameter]:
+def _parameters_that_peft_copies(config: Config, model: nn.Module) -> set[nn.Parameter]:
     """Return the parameters of lora.modules_to_save."""
-    saved = tuple(config.lora.modules_to_save or ())
-    modules = [m for name, m in model.named_modules() if saved and name.endswith(saved)]  # as peft finds them
+    endings = tuple(config.lora.modules_to_save or ())  # none: no name ends with an empty tuple
+    modules = [module for name, module in model.named_modules() if name.endswith(endings)]
     return {parameter for module in modules for parameter in module.parameters()}
 
 
@@ -216,10 +218,9 @@ def _move_buffers(model: nn.Module, to: torch.device) -> None:
 
 
 def _fill(
-    config: Config, base: str, weights: list[Weight], fill: Callable[[Source, Weight, str], None]
+    config: Config, base: str, weights: list[Weight], fill: Callable[[WeightSource, Weight, str], None]
 ) -> int:
-    """Call fill with each parameter and the name under which the source has it; return the bytes that were
-    read."""
+    """Call fill with each parameter and its name in the source; return the bytes read."""
     with BaseFiles(base, config.model.revision) as files:
         names = [_name_in(files, weight) for weight in weights]
         if all(names):
@@ -227,7 +228,7 @@ def _fill(
                 fill(files, weight, str(name))
             return files.bytes_read
     bytes_read = 0
-    # one after the other, so that a node holds one whole base at a time
+    # one rank after the other, so that a node holds one whole base at a time
     for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
         if turn == int(os.environ.get("LOCAL_RANK", "0")):
             source = WholeBase(config, base)
@@ -240,23 +241,23 @@ def _fill(
 
 
 def _name_in(files: BaseFiles, weight: Weight) -> str | None:
-    """Return the name under which the files have a parameter, or None. Raises: ValueError when tied ones
-    differ."""
+    """Return a parameter's name in the files, or None. Raises: ValueError when tied ones differ there."""
     shape = tuple(getattr(weight.parameter, "ds_shape", weight.parameter.shape))
-    there = [name for name in weight.names if name in files.places and files.places[name].shape == shape]
-    for name in there[1:]:
+    names = [name for name in weight.names if name in files.places and files.places[name].shape == shape]
+    for name in names[1:]:
         count = min(SAMPLE, math.prod(shape))
-        if not torch.equal(files.read(there[0], 0, count), files.read(name, 0, count)):
+        if not torch.equal(files.read(names[0], 0, count), files.read(name, 0, count)):
             raise ValueError(
-                f"{there[0]} and {name} differ in the base's files, but its config.json has them tied;"
+                f"{names[0]} and {name} differ in the base's files, but its config.json has them tied;"
                 ' set "tie_word_embeddings": false there'
             )
-    return there[0] if there else None
+    return names[0] if names else None
 
 
 def _report(started: float, bytes_read: int) -> None:
     log.info(
-        "base loaded in %.1f s: %.2f GB read by this process, whose host memory has come to %.2f GB at most",
+        "base loaded in %.1f s: %.2f GB read by this process; the most host memory that it has used is %.2f"
+        " GB",
         time.monotonic() - started,
         bytes_read / 1e9,
         peak_memory() / 1e9,

@@ -1,5 +1,7 @@
-"""How this attempt spreads the model: what the config says, or what auto decides for these GPUs; alike on all
-ranks."""
+"""How this attempt spreads the model over ranks: as the config says, or as auto decides for these GPUs.
+
+All ranks decide the same.
+"""
 
 import logging
 import os
@@ -9,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import ZERO, Machine, refuse
@@ -16,58 +19,56 @@ from qwenlora.configs.deepspeed import deepspeed_config
 from qwenlora.configs.estimate import Sizes, decide
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model.base import pick_dtype
 from qwenlora.trainer.model.base_files import peak_memory
+from qwenlora.trainer.spread import sharded_loading, zero
 from qwenlora.trainer.spread.links import nvlink
+from qwenlora.trainer.spread.zero import DeepSpeedConfig
 
 log = logging.getLogger("qwenlora")
 
 
 class Spread(NamedTuple):
-    """A strategy, decided. shape: of the device mesh that a base in parts is spread over, [replicas, parts]
-    or [parts].
+    """A strategy, as decided.
 
-    deepspeed: its config, for zero1 to zero3; why: the sentence that auto has for it, or empty.
+    shape: of the device mesh over which fsdp and zero3 shard the base, [replicas, shards] or [shards];
+    deepspeed: its config, for zero1 to zero3; why: auto's reason, one sentence, or empty.
     """
 
     name: str = "ddp"
     shape: tuple[int, ...] = (1,)
-    deepspeed: dict[str, Any] | None = None
+    deepspeed: DeepSpeedConfig | None = None
     why: str = ""
 
     @property
-    def said(self) -> str:
-        """The strategy in words: fsdp in 2 groups of 8."""
+    def description(self) -> str:
+        """Return the strategy in words: fsdp in 2 groups of 8."""
         return self.name + (f" in {self.shape[0]} groups of {self.shape[1]}" if len(self.shape) == 2 else "")
 
 
 def machine() -> Machine:
-    """Return where this run is: as the launcher says, and the GPUs as torch sees them."""
+    """Return what this run has: nodes and processes by the launcher's variables, GPUs by torch."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if not torch.cuda.is_available():
         return Machine(world_size // processes, processes, 0)
-    memory = torch.tensor(
-        torch.cuda.get_device_properties(models.device()).total_memory, device=models.device()
-    )
+    memory = torch.cuda.get_device_properties(models.device()).total_memory
+    smallest = torch.tensor([memory, int(processes > 1 and nvlink())], device=models.device())
     if dist.is_initialized():
-        dist.all_reduce(memory, op=dist.ReduceOp.MIN)  # else ranks would decide differently
-    linked = torch.tensor(int(processes > 1 and nvlink()), device=models.device())
-    if dist.is_initialized():
-        dist.all_reduce(linked, op=dist.ReduceOp.MIN)
-    return Machine(world_size // processes, processes, torch.cuda.device_count(), int(memory), bool(linked))
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)  # else ranks would decide differently
+    memory, linked = smallest.tolist()
+    return Machine(world_size // processes, processes, torch.cuda.device_count(), memory, bool(linked))
 
 
 def choose(config: Config, parameters: Parameters, accumulation: int, longest: int = 0) -> Spread:
-    """Return the strategy of this attempt; all ranks call it. longest: row, in tokens; 0: as long as may be.
+    """Return the strategy of this attempt; all ranks call it. longest: row, in tokens; 0: data.max_length.
 
-    Raises: ValueError when nothing fits, or it cannot be.
+    Raises: ValueError when no strategy fits the GPUs, or the config's cannot run here.
     """
     here = machine()
-    dtype = str(pick_dtype(config.model.dtype)).removeprefix("torch.")  # auto is float16 on old GPUs
-    known = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
-    refuse(known, here)
-    decision = decide(known, Sizes.of(parameters, longest), here)
+    dtype = str(models.pick_dtype(config.model.dtype)).removeprefix("torch.")  # auto is float16 on old GPUs
+    resolved = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    refuse(resolved, here)
+    decision = decide(resolved, Sizes.of(parameters, longest), here)
     settings = None
     if decision.name in ZERO:
         settings = deepspeed_config(config, decision.name, here.processes, accumulation)
@@ -77,27 +78,22 @@ def choose(config: Config, parameters: Parameters, accumulation: int, longest: i
 
 
 def load_base(config: Config, base: str, spread: Spread) -> Any:
-    """Return the base model, frozen, as this rank holds it: whole, quantised, or its part."""
+    """Return the base model, frozen, as this rank holds it: whole, quantised, or its shard."""
     if spread.name in (*ZERO, "fsdp"):
         join_alone()
     if spread.name == "fsdp":
-        from qwenlora.trainer.spread import sharded_loading as loading
-
-        names = ("replicas", "parts")[-len(spread.shape) :]
+        names = ("replicas", "shards")[-len(spread.shape) :]
         mesh = init_device_mesh(models.device().type, spread.shape, mesh_dim_names=names)
-        model = loading.load_fsdp(config, base, mesh)
+        model = sharded_loading.load_fsdp(config, base, mesh)
     elif spread.name == "zero3" and spread.deepspeed and config.strategy.quantization == "none":
-        from qwenlora.trainer.spread import sharded_loading as loading
-        from qwenlora.trainer.spread import zero
-
         zero.start_communication()
-        model = loading.load_zero3(config, base, spread.deepspeed)
-    else:  # ZeRO-3 takes a quantised base apart when its engine is made
+        model = sharded_loading.load_zero3(config, base, spread.deepspeed)
+    else:  # ZeRO-3 shards a quantised base when its engine is made
         started = time.monotonic()
         model = models.load_base(config, base)
         seconds, peak = time.monotonic() - started, peak_memory() / 1e9
         log.info(
-            "base loaded in %.1f s, whole; this process's host memory has come to %.2f GB at most",
+            "base loaded in %.1f s, whole; the most host memory that this process has used is %.2f GB",
             seconds,
             peak,
         )
@@ -105,10 +101,21 @@ def load_base(config: Config, base: str, spread: Spread) -> Any:
     return model
 
 
+def replicate_trained(model: Any) -> Any:
+    """Return a model with a sharded base under DDP, which sees only the trained parameters, whole on every
+    rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return model
+    ignored = [name for name, p in model.named_parameters() if not p.requires_grad]
+    ignored += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
+    return DistributedDataParallel(model, find_unused_parameters=False)
+
+
 def join_alone() -> None:
-    """Make a process group of one, where there is none: FSDP2 and DeepSpeed want one in any case."""
+    """Make a process group of one where there is none: FSDP2 and DeepSpeed need one."""
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed looks for it
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)

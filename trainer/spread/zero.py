@@ -1,7 +1,8 @@
-"""DeepSpeed's ZeRO under Trainer: the engine, a step, and what ranks hold in parts as whole tensors by name.
+"""DeepSpeed's ZeRO under Trainer: the engine, a step, and the sharded state as whole tensors by name.
 
-Without Hugging Face's integration, which would cast the adapter to the base's dtype, take over loading and
-checkpoints, and step before anyone could ask whether to. Nothing is compiled: the optimizer is torch's.
+Hugging Face's integration is not used: it would cast the adapter to the base's dtype, take over loading and
+checkpoints, and take a step before ranks could agree to leave it out. Nothing is compiled: the optimizer is
+torch's.
 Source: https://deepspeed.readthedocs.io/en/latest/zero3.html#debugging
 """
 
@@ -13,9 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
 from qwenlora.trainer.ranks.faults import TrainingFault
+
+DeepSpeedConfig = dict[str, Any]  # DeepSpeed's own, which configs/deepspeed.py makes
+OptimizerState = dict[str, dict[str, Tensor]]  # {parameter's name: {key: whole tensor}}
 
 
 def start_communication() -> None:
@@ -23,21 +28,33 @@ def start_communication() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
-    # would be compiled for a minute and a half in every new place, for an all-reduce that only inference uses
+    # compiling it takes a minute and a half on each new machine, for an all-reduce that only inference uses
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
-class Zero:
-    """The engine of a model. settings: DeepSpeed's config.
+class OptimizerOfZero(AcceleratedOptimizer):
+    """The optimizer that Trainer's loop calls when DeepSpeed has taken the step already."""
 
-    optimizer: torch's, over the model's trained parameters. From now on it holds this rank's parts of them,
-    flat.
+    _is_accelerate_prepared = True  # else accelerate copies its state, and DeepSpeed has views of the old
+
+    def step(self, closure: Any = None) -> None:
+        """Do nothing."""
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Do nothing."""
+
+
+class Zero:
+    """The engine of a model.
+
+    optimizer: torch's, over the model's trained parameters. From now on it holds this rank's shards of them,
+    flattened.
     """
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: DeepSpeedConfig
     ) -> None:
         start_communication()
         import deepspeed
@@ -58,20 +75,20 @@ class Zero:
     # ---- a step
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add a micro-batch's gradients. last: of its step."""
+        """Add a micro-batch's gradients. last: whether it is the step's last micro-batch."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Clip, and let the optimizer take its step; return the gradients' norm before that.
+        """Clip, take the optimizer's step, and return the gradients' norm before both.
 
-        A norm that is not finite changes nothing, and the gradients are gone.
+        With a norm that is not finite, DeepSpeed drops the gradients and changes nothing.
         """
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
     def spoil(self) -> None:
-        """Have the step under way change nothing."""
+        """Make the current step change nothing, by a gradient that is not finite."""
         from deepspeed.utils import safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
 
         parameter = self.parameters[0][1]
@@ -80,10 +97,11 @@ class Zero:
         else:
             safe_set_full_grad(parameter, torch.full_like(parameter, math.nan))
 
-    # ---- what is held in parts
+    # ---- what is sharded
 
     def whole(self) -> AbstractContextManager[Any]:
-        """Have all that is trained whole on every rank, to be read; all ranks enter."""
+        """Gather all trained parameters on every rank while the context is open, to be read; all ranks enter
+        it."""
         return self._gathered([p for _, p in self.parameters]) if self.stage == 3 else nullcontext()
 
     @staticmethod
@@ -94,83 +112,83 @@ class Zero:
         return gathered
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (parameter's name, key, what the optimizer keeps of it), whole; all ranks walk through it."""
+        """Yield (parameter's name, key, whole tensor) of the optimizer's state; all ranks must exhaust it."""
         from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
         self._link()
-        like_parameters, shared = self._keys()
+        per_number, shared = self._keys()
         for name, parameter in self.parameters:
             for key, value in shared.items():
                 yield name, key, torch.as_tensor(value)
-            for key in like_parameters:
+            for key in per_number:
                 if self.stage < 3:
                     yield name, key, safe_get_full_optimizer_state(parameter, key)
                     continue
-                part = safe_get_local_optimizer_state(parameter, key)
-                parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-                dist.all_gather(parts, part.contiguous())
-                yield name, key, torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+                shard = safe_get_local_optimizer_state(parameter, key)
+                shards = [torch.empty_like(shard) for _ in range(dist.get_world_size())]
+                dist.all_gather(shards, shard.contiguous())
+                yield name, key, torch.cat(shards)[: parameter.ds_numel].view(parameter.ds_shape)
 
     def _link(self) -> None:
-        """Have DeepSpeed know each parameter's part of the state: it links all groups after the first one's
-        step."""
+        """Have DeepSpeed link each parameter to its part of the optimizer's state."""
+        # by itself it links all groups after the first group's step, when the others have no state yet
         if self.stage < 3 and any(self.optimizer.state.get(flat) for flat in self._flat()):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _keys(self) -> tuple[list[str], dict[str, Any]]:
-        """Return the keys of what the optimizer keeps for each number, and what it keeps once for all, as the
-        step.
+    def _keys(self) -> tuple[list[str], dict[str, Tensor | float]]:
+        """Return the keys of state that each trained number has, and what a parameter has once, as the step.
 
-        Sorted: all ranks gather one after the other, and a file's keys come in any order.
+        Sorted: all ranks must gather in the same order, and a restored state has its keys in any order.
         """
-        flat, values = next(((one, self.optimizer.state[one]) for one in self._flat()), (None, {}))
+        flat = next(iter(self._flat()), None)
+        values = {} if flat is None else self.optimizer.state[flat]
         if flat is None or not values:
             return [], {}
-        whole = sorted(
+        each = sorted(
             key for key, value in values.items() if isinstance(value, Tensor) and value.shape == flat.shape
         )
-        return whole, {
-            key: value for key, value in sorted(values.items()) if key not in whole and value is not None
+        return each, {
+            key: value for key, value in sorted(values.items()) if key not in each and value is not None
         }
 
     def _flat(self) -> list[Tensor]:
-        """Return this rank's parts of all that is trained, as the optimizer sees them."""
+        """Return this rank's shards of all trained parameters, as the optimizer has them."""
         optimizer = self.engine.optimizer
-        parts = (
-            optimizer.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else optimizer.single_partition_of_fp32_groups
-        )
-        return list(parts)
+        if self.stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.single_partition_of_fp32_groups)
 
-    def restore_state(self, saved: dict[str, dict[str, Tensor]]) -> None:
-        """Put the optimizer's state back. saved: whole tensors, {parameter's name: {key: value}}."""
+    def restore_state(self, saved: OptimizerState) -> None:
+        """Put a saved optimizer state back."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        one, first = next(iter(sorted(saved.items())), ("", {}))
-        shape = next(
-            (tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters if name == one), ()
-        )
-        like_parameters = sorted(key for key, value in first.items() if tuple(value.shape) == shape)
-        for flat in self._flat():
-            state = self.optimizer.state[flat]
-            for key, value in first.items():
-                if key not in like_parameters:
-                    state[key] = value.clone()
-                elif key not in state:  # before the first step; DeepSpeed keeps views of it, so it stays
-                    state[key] = torch.zeros_like(flat)
+        per_number = self._make_state(saved)
         self._link()
         for name, parameter in self.parameters:
-            for key in like_parameters:
+            for key in per_number:
                 value = saved[name][key]
                 if self.stage < 3:
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
                 else:
-                    safe_set_local_optimizer_state(parameter, self._part(value, parameter), key)
+                    safe_set_local_optimizer_state(parameter, self._shard(value, parameter), key)
+
+    def _make_state(self, saved: OptimizerState) -> list[str]:
+        """Give the optimizer a state of the saved one's keys; return those that each trained number has."""
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters}
+        name, first = next(iter(sorted(saved.items())), ("", {}))
+        per_number = sorted(key for key, value in first.items() if tuple(value.shape) == shapes.get(name, ()))
+        for flat in self._flat():
+            state = self.optimizer.state[flat]
+            for key, value in first.items():
+                if key not in per_number:
+                    state[key] = value.clone()
+                elif key not in state:  # before the first step; else it stays: DeepSpeed has views of it
+                    state[key] = torch.zeros_like(flat)
+        return per_number
 
     def restore_parameters(self, saved: dict[str, Tensor]) -> None:
-        """Put all that is trained back. saved: whole tensors by parameter's name."""
+        """Put saved parameters back. saved: whole tensors by parameter's name."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, parameter in self.parameters:
@@ -179,12 +197,12 @@ class Zero:
                 safe_set_full_fp32_param(parameter, value)
                 parameter.data.copy_(value)
             else:
-                safe_set_local_fp32_param(parameter, self._part(value, parameter))
-                with self._gathered([parameter], modifier_rank=0):  # small ones are kept whole besides
+                safe_set_local_fp32_param(parameter, self._shard(value, parameter))
+                with self._gathered([parameter], modifier_rank=0):  # DeepSpeed also keeps small ones whole
                     parameter.data.copy_(value)
 
-    def _part(self, whole: Tensor, parameter: Any) -> Tensor:
-        """Return this rank's part of a parameter's tensor, padded as ZeRO-3 pads it."""
+    def _shard(self, whole: Tensor, parameter: Any) -> Tensor:
+        """Return this rank's shard of a parameter's tensor, padded as ZeRO-3 pads it."""
         size = parameter.ds_tensor.ds_numel
         flat = torch.zeros(
             size * dist.get_world_size(), dtype=torch.float32, device=parameter.ds_tensor.device
@@ -193,14 +211,13 @@ class Zero:
         return flat[dist.get_rank() * size :][:size]
 
     def check(self) -> None:
-        """Make sure that it does what its name says. Raises: TrainingFault when ranks hold more than their
-        part."""
+        """Raise TrainingFault when this rank holds more than its share of the optimizer's state."""
         if dist.get_world_size() == 1:
             return
         trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.parameters)
-        held = sum(flat.numel() for flat in self._flat())
+        here = sum(flat.numel() for flat in self._flat())
         most = math.ceil(trained / dist.get_world_size()) + len(self.parameters) * dist.get_world_size() * 2
-        if held > most:
+        if here > most:
             raise TrainingFault(
-                f"ZeRO holds {held:,} of {trained:,} trained numbers on a rank, expected {most:,}"
+                f"ZeRO holds {here:,} of {trained:,} trained numbers on a rank, expected {most:,}"
             )

@@ -1,0 +1,35 @@
+"""`qwenlora data check` and `qwenlora data preview`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwenlora.cli.arguments import ConfigFile, Overrides, screen
+from qwenlora.configs import load_config
+from qwenlora.trainer import data_check
+
+
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Where the page goes. Default: beside the run folder.")
+    ] = None,
+) -> int:
+    """Prepare the rows as training would, and show what they are like: on the screen, and as an HTML page."""
+    return data_check.check(load_config(config, overrides or []), html, screen())
+
+
+def preview(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="How many rows.")] = 3,
+    first: Annotated[int, typer.Option(min=1, help="Number of the first row.")] = 1,
+    ids: Annotated[bool, typer.Option("--ids", help="As a table of tokens.")] = False,
+    evaluation: Annotated[bool, typer.Option("--eval", help="Rows of data.eval.")] = False,
+) -> int:
+    """Show rows as the model sees them, the trained tokens coloured."""
+    loaded, side = load_config(config, overrides or []), "eval" if evaluation else "train"
+    data_check.preview(loaded, side, first, rows, ids=ids, console=screen())
+    return 0

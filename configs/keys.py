@@ -1,0 +1,106 @@
+"""The keys of a config by their dotted names, as messages, tables and command lines use them."""
+
+import difflib
+from collections.abc import Iterator
+
+from pydantic.fields import FieldInfo
+
+from qwenlora.configs.schema import Config, Section
+from qwenlora.configs.wording import show
+
+
+def _fields(section: type[Section] = Config, prefix: str = "") -> dict[str, FieldInfo]:
+    """Return {dotted key: field} of the whole schema, without the sections themselves."""
+    fields: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            fields |= _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            fields[prefix + (field.alias or name)] = field
+    return fields
+
+
+FIELDS = _fields()
+SECTIONS = list(dict.fromkeys(key.split(".")[0] for key in FIELDS if "." in key))
+
+# names that people know from other tools, where a similar spelling does not help
+_ELSEWHERE = {
+    "mask_history": "data.train_on",
+    "neat_packing": "data.packing",
+    "preprocessing_num_workers": "data.num_proc",
+    "sample_packing": "data.packing",
+    "train_on_inputs": "data.train_on",
+    "val_size": "data.eval_fraction",
+    "batch_size": "train.per_device_train_batch_size",
+    "cutoff_len": "data.max_length",
+    "dataset": "data.train",
+    "dropout": "lora.lora_dropout",
+    "epochs": "train.num_train_epochs",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "load_in_4bit": "strategy.quantization",
+    "load_in_8bit": "strategy.quantization",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lr": "train.learning_rate",
+    "max_seq_length": "data.max_length",
+    "model_name_or_path": "model.name_or_path",
+    "output_dir": "run_dir",
+    "rank": "lora.r",
+    "report_to": "log.wandb",
+    "sequence_len": "data.max_length",
+}
+
+
+def keys_of(section: str) -> list[str]:
+    """Return the dotted keys of a section."""
+    return [key for key in FIELDS if key.startswith(f"{section}.")]
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[object, object]]:
+    """Return {dotted key: (old value, new value)} for every key in which the two differ."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    return {key: (flat_old[key], flat_new[key]) for key in flat_old if flat_old[key] != flat_new[key]}
+
+
+def _flatten(section: Section, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for attribute, field in type(section).model_fields.items():
+        name, value = field.alias or attribute, getattr(section, attribute)
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
+    return flat
+
+
+def unknown_key(key: str, value: object) -> str:
+    """Return the message on a key that is not in the schema, with the nearest one that is."""
+    section, _, name = key.rpartition(".")
+    if nearest := next(_similar(section, name), None):
+        hint = f"did you mean {nearest}?"
+    elif section in SECTIONS:
+        hint = f"{section} has: {', '.join(_names_in(section))}"
+    else:
+        hint = f"the sections are: {', '.join(SECTIONS)}"
+    return f"{key}={show(value)}: no such key; {hint}"
+
+
+def _similar(section: str, name: str) -> Iterator[str]:
+    """Yield the keys that may be meant, the most likely first."""
+    names = _names_in(section)
+    prefix = f"{section}." if section else ""
+    if len(name) > 2:
+        yield from (prefix + longer for longer in names if longer.startswith(name))
+    yield from (key for key in FIELDS if _name(key) == name)
+    if name in _ELSEWHERE:
+        yield _ELSEWHERE[name]
+    if not section:
+        yield from difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.6)
+    yield from (prefix + near for near in difflib.get_close_matches(name, names, n=1, cutoff=0.7))
+    nearest = difflib.get_close_matches(name, map(_name, FIELDS), n=1, cutoff=0.7)
+    yield from (key for key in FIELDS if _name(key) in nearest)
+
+
+def _names_in(section: str) -> list[str]:
+    return [_name(key) for key in FIELDS if key.rpartition(".")[0] == section]
+
+
+def _name(key: str) -> str:
+    return key.rpartition(".")[2]

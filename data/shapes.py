@@ -1,0 +1,235 @@
+"""Which shape a row has, found from its keys, and what to write into a config when it has none.
+
+`shape_of(value, options)`. KNOWN has the shapes that people use; data.columns and data.roles bring other
+names to these. What a row of a known shape means is rows.py's.
+"""
+
+import re
+from collections.abc import Mapping
+from itertools import chain
+from typing import NamedTuple
+
+from qwenlora.data.bad_row import BadRow, show, show_names
+from qwenlora.data.chunks import JsonObject
+
+KNOWN = """known shapes of a row:
+  chat               {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+                     {"messages": [{"role": "user", "content": "..."},
+                                   {"role": "assistant", "content": "..."}]}
+  alpaca             {"instruction": "...", "input": "...", "output": "..."}
+  query_response     {"query": "...", "response": "..."}
+  prompt_completion  {"prompt": "...", "completion": "..."}
+  text               {"text": "..."}"""
+
+# shape -> the keys of the question and of the answer
+PAIRS = {
+    "alpaca": ("instruction", "output"),
+    "query_response": ("query", "response"),
+    "prompt_completion": ("prompt", "completion"),
+}
+TURN_LISTS = ("conversations", "messages", "conversation", "dialogue", "dialogues", "dialog")
+# what data.columns may make of a file's keys: those of a row, then those of a turn
+KEYS = (
+    *(key for pair in PAIRS.values() for key in pair),
+    *("input", "history", "system", "tools", "functions", "text"),
+    *TURN_LISTS,
+    *("from", "value", "role", "content", "reasoning_content", "tool_calls", "function_call"),
+)
+_REJECTED = ("rejected", "rejected_response", "rejected_messages")
+_UNKNOWN = "unknown shape"
+# what people call the two halves of a pair
+_QUESTIONS = ("question", "q", "ask", "input", "prompt", "problem", "query", "instruction", "user", "human")
+_ANSWERS = (
+    *("answer", "a", "reply", "response", "output", "completion", "target", "solution", "label"),
+    "assistant",
+)
+_PLAIN_YAML = re.compile(r"[^\W\d][\w-]*")
+_NOT_TEXT_IN_YAML = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
+
+
+class RowOptions(NamedTuple):
+    """How the rows of a source are read. format: as data.format; columns: the file's keys -> ours, None to
+    ignore one; roles: the file's roles -> ours."""
+
+    format: str = "auto"
+    columns: Mapping[str, str | None] = {}
+    roles: Mapping[str, str] = {}
+
+
+def shape_of(value: object, options: RowOptions) -> str:
+    """Return the shape of a row: chat, text or one of PAIRS. Raises: BadRow when it has none, or several."""
+    return shape_of_object(with_our_keys(value, options), options)
+
+
+def shape_of_object(row: JsonObject, options: RowOptions) -> str:
+    """Return the shape of a row whose keys are ours. Raises: BadRow when it has none, or several."""
+    filled = {key for key, value in row.items() if value is not None and value != ""}
+    _refuse_preferences(row, filled)
+    shapes = _shapes(row, filled, options.format)
+    if not shapes:
+        raise BadRow(f"{_UNKNOWN} with keys {show_names(row)}{_hint(row, options.columns)}")
+    shape = _chosen(shapes, options.format)
+    if shapes != ["text"]:
+        _refuse_labels(row)
+    return shape
+
+
+def _shapes(row: JsonObject, filled: set[str], wanted: str) -> list[str]:
+    """Return the shapes that a row may have. filled: its keys with a value: a table has empty cells."""
+    shapes = ["chat"] if filled.intersection(TURN_LISTS) else []
+    shapes += [
+        shape
+        for shape, keys in PAIRS.items()
+        if all(key in row for key in keys) and filled.intersection(keys)
+    ]
+    if "text" in filled and (wanted == "text" or not shapes):
+        shapes.append("text")
+    if shapes:
+        return shapes
+    # all values are empty: the keys decide, so that the message is about the values
+    shapes = [shape for shape, keys in PAIRS.items() if all(key in row for key in keys)]
+    shapes += ["chat"] if any(key in row for key in TURN_LISTS) else []
+    shapes += ["text"] if "text" in row else []
+    return shapes[:1]
+
+
+def _chosen(shapes: list[str], wanted: str) -> str:
+    names = " and ".join(shapes)
+    if wanted == "auto":
+        if len(shapes) > 1:
+            raise BadRow(f"is {names} at once; choose one: data.format: {shapes[0]}")
+        return shapes[0]
+    if wanted in shapes:
+        return wanted
+    if shapes == ["text"]:
+        raise BadRow(
+            f"is pre-training text, data.format={wanted} is asked for; it has no turns to learn replies from:"
+            " name chat rows, or write data.format: text"
+        )
+    raise BadRow(f"is {names}, data.format={wanted} is asked for; leave data.format out, or name other rows")
+
+
+def _refuse_preferences(row: JsonObject, filled: set[str]) -> None:
+    if "chosen" in filled and "rejected" in filled:
+        raise BadRow(f"is preference data (chosen and rejected), which is for DPO{_preference_hint(row)}")
+    if rejected := next((key for key in _REJECTED if key in filled), None):
+        raise BadRow(
+            f"is preference data ({rejected}), which is for DPO; to learn the other replies, write"
+            f" data.columns: {{{rejected}: null}}"
+        )
+
+
+def _preference_hint(row: JsonObject) -> str:
+    if isinstance(row["chosen"], dict):
+        return "; to learn the chosen replies alone, write each as the last of its turns"
+    if any(key in row for key in TURN_LISTS):
+        return "; to learn the turns alone, write data.columns: {chosen: null, rejected: null}"
+    ours = "messages" if isinstance(row["chosen"], list) else _missing_answer(row)
+    if not ours:
+        return ", and is not read here"
+    return f"; to learn the chosen replies alone, write data.columns: {{chosen: {ours}, rejected: null}}"
+
+
+def _missing_answer(row: JsonObject) -> str | None:
+    """Return the answer's key for a row that has the question's alone."""
+    return next(
+        (answer for question, answer in PAIRS.values() if question in row and answer not in row), None
+    )
+
+
+def _refuse_labels(row: JsonObject) -> None:
+    for key in ("label", "kto_tag"):
+        label = row.get(key)
+        if isinstance(label, bool) or (isinstance(label, str) and label.lower() in ("true", "false")):
+            raise BadRow(
+                f"is KTO data ({key}: {show(label)}), in which some replies are bad ones; keep the rows with"
+                f" {key}: true, and write data.columns: {{{key}: null}}"
+            )
+
+
+# ---- what to write when a row has no shape
+
+
+def _hint(row: JsonObject, columns: Mapping[str, str | None]) -> str:
+    if any(len(key) > 40 or key.endswith(tuple("?？.。!！")) for key in map(str, row)):
+        return "; if these are a row: the first line of a table names its columns, as instruction,output"
+    for key, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return _list_hint(key, value[0], columns)
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    return _pair_hint(texts, columns) if len(texts) > 1 else _half_hint(row, texts, columns)
+
+
+def _list_hint(key: str, first: JsonObject, columns: Mapping[str, str | None]) -> str:
+    """Return the hint for a row with a list of objects."""
+    name = as_yaml(key)
+    if any(known in first for known in (*TURN_LISTS, *chain.from_iterable(PAIRS.values()))):
+        return f"; if {name} are the rows, write them alone: jq -c '.{name}[]' old > new"
+    return f"; if {name} are the turns, write data.columns: {as_mapping({**columns, key: 'messages'})}"
+
+
+def _half_hint(row: JsonObject, texts: list[str], columns: Mapping[str, str | None]) -> str:
+    """Return the hint for a row with one text at most."""
+    for one, other in (*PAIRS.values(), *((answer, question) for question, answer in PAIRS.values())):
+        if one in row:
+            return f": {one} without {other}"
+    if not texts:
+        return ""
+    mapping = as_mapping({**columns, texts[0]: "text"})
+    return f"; if {as_yaml(texts[0])} is text to learn, write data.columns: {mapping}"
+
+
+def _pair_hint(texts: list[str], columns: Mapping[str, str | None]) -> str:
+    """Return the hint for a row with two texts or more."""
+    question = next((key for key in texts if key.lower() in _QUESTIONS), None)
+    answer = next((key for key in texts if key.lower() in _ANSWERS and key != question), None)
+    question = question or next(key for key in texts if key != answer)
+    answer = answer or next(key for key in texts if key != question)
+    pairs = (pair for pair in PAIRS.values() if question == pair[0] or answer == pair[1])
+    ours = next(pairs, PAIRS["alpaca"])
+    mapping = as_mapping({**columns, question: ours[0], answer: ours[1]})
+    return f"; if {as_yaml(question)} is asked and {as_yaml(answer)} answered, write data.columns: {mapping}"
+
+
+# ---- keys
+
+
+def with_our_keys(value: object, options: RowOptions) -> JsonObject:
+    """Return an object with its keys renamed as data.columns says. Raises: BadRow when it is no object, or
+    two of its keys become one."""
+    if not isinstance(value, dict):
+        raise BadRow(f"{_UNKNOWN}: a row must be a JSON object, found {show(value)}")
+    columns = options.columns
+    if not columns:
+        return value
+    row = {key: item for key, item in value.items() if key not in columns}
+    for theirs, ours in columns.items():
+        if theirs not in value or ours is None:
+            continue
+        if row.get(ours) is None:
+            row[ours] = value[theirs]
+        elif value[theirs] is not None:
+            other = next((key for key in value if key != theirs and columns.get(key, key) == ours), ours)
+            raise BadRow(
+                f"has {as_yaml(theirs)} and {as_yaml(other)}, and data.columns makes {ours} of both; ignore"
+                f" one: {as_mapping({other: None})}"
+            )
+    return row
+
+
+def as_mapping(names: Mapping[str, str | None]) -> str:
+    """Return a mapping as it is written into a config; names that stay as they are are left out."""
+    pairs = (f"{as_yaml(key)}: {name or 'null'}" for key, name in names.items() if key != name)
+    return "{" + ", ".join(pairs) + "}"
+
+
+def as_yaml(key: object) -> str:
+    """Return a key as it is written into a config: in quotes where YAML needs them."""
+    if (
+        isinstance(key, str)
+        and len(key) <= 60
+        and _PLAIN_YAML.fullmatch(key)
+        and key.lower() not in _NOT_TEXT_IN_YAML
+    ):
+        return key
+    return show(key)

@@ -1,0 +1,295 @@
+"""The turns of a chat row: who speaks, what is said, and the functions that are called.
+
+`read_turns(row, options)` and `read_tools(value)` read them; `check_turns(messages)` refuses what a chat
+template could not write as it stands.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import NotRequired, TypedDict
+
+from qwenlora.data.bad_row import BadRow, show, show_names
+from qwenlora.data.chunks import JsonObject
+from qwenlora.data.json_rows import decode_json
+from qwenlora.data.shapes import TURN_LISTS, RowOptions, as_mapping, with_our_keys
+
+ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "function_call",
+    "observation": "tool",
+    "tool": "tool",
+}
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's own: text that holds one would forge a turn
+THINK, THOUGHT = "<think>", "</think>"
+# JSON of tools and arguments may nest this deep; deeper JSON is no call, and would end in a RecursionError
+MAX_DEPTH = 100
+_TURN_KEYS = (("from", "value"), ("role", "content"))
+# keys that would change what a turn means, and that are not used: what to read them as instead
+_UNUSED = {
+    **dict.fromkeys(("weight", "loss", "loss_weight", "train", "training", "mask"), None),
+    **dict.fromkeys(("thinking", "reasoning"), "reasoning_content"),
+}
+# empty lines before a reply would melt into one token with the line break that ends the turn's header, a
+# token that no prompt for an answer ends with
+_LEADING_LINES = re.compile(r"^\s*[\r\n]")
+# what people call the two fields of a turn, and the roles
+_SPEAKERS = ("speaker", "who", "name", "author", "sender", "type")
+_TEXTS = ("text", "message", "utterance", "body", "msg", "words", "say")
+_ASSISTANTS = (
+    *("bot", "model", "ai", "chatgpt", "agent", "doctor", "counselor", "teacher"),
+    *("医生", "助手", "客服"),
+)
+_OTHER_ROLES = {
+    "assistant": _ASSISTANTS,
+    "user": ("patient", "customer", "client", "student", "prompter", "患者", "病人", "用户"),
+    "system": ("developer", "sys", "instruction", "系统"),
+    "tool": ("function", "function_response", "tool_response", "tool_result", "ipython", "environment"),
+    "function_call": ("tool_call", "action"),
+}
+
+
+class Function(TypedDict):
+    """A call of a function."""
+
+    name: str
+    arguments: JsonObject
+
+
+class ToolCall(TypedDict):
+    """A call as chat templates take it."""
+
+    type: str
+    function: Function
+
+
+class Message(TypedDict):
+    """One turn. role: system, user, assistant or tool."""
+
+    role: str
+    content: str
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+
+
+def reply(text: str) -> Message:
+    """Return an assistant's turn."""
+    return Message(role="assistant", content=_LEADING_LINES.sub("", text))
+
+
+def read_turns(row: JsonObject, options: RowOptions) -> list[Message]:
+    """Return the turns of a chat row. Raises: BadRow."""
+    lists = [key for key in TURN_LISTS if row.get(key) not in (None, "")]
+    if len(lists) > 1:
+        raise BadRow(f"has {' and '.join(lists)}; ignore one: data.columns: {{{lists[1]}: null}}")
+    key = lists[0] if lists else next(key for key in TURN_LISTS if key in row)
+    turns = from_json(row[key], key)
+    if not isinstance(turns, list):
+        raise BadRow(f"{key} must be a list of turns, found {show(turns)}")
+    if not turns:
+        raise BadRow(f"{key} is a list without turns; remove the row")
+    return [_turn(number, turn, options) for number, turn in enumerate(turns, 1)]
+
+
+def _turn(number: int, value: object, options: RowOptions) -> Message:
+    if not isinstance(value, dict):
+        raise BadRow(f"turn {number} must be an object, found {show(value)}")
+    try:
+        turn = with_our_keys(value, options)
+    except BadRow as error:
+        raise BadRow(f"turn {number} {error}") from None
+    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+    speaker, text = _keys_of(number, turn, has_calls=bool(calls))
+    role = _role(number, turn[speaker], options)
+    name = f"turn {number} ({turn[speaker]})"
+    refuse_unused(turn, _UNUSED, f"turn {number} ")
+    if turn.get("tool_calls") and turn.get("function_call"):
+        raise BadRow(
+            f"{name} has tool_calls and function_call; ignore one: data.columns: {{function_call: null}}"
+        )
+    content = turn.get(text)
+    if role == "function_call":
+        return Message(role="assistant", content="", tool_calls=_calls(name, content))
+    if content is None and calls:
+        content = ""
+    if not isinstance(content, str):
+        parts = "; write the text itself, parts are not read" if isinstance(content, list) else ""
+        raise BadRow(f"{name} must be text, found {show(content)}{parts}")
+    message = reply(content) if role == "assistant" else Message(role=role, content=content)
+    if thought := turn.get("reasoning_content"):
+        if role != "assistant" or not isinstance(thought, str):
+            raise BadRow(f"{name}: reasoning_content must be an assistant's text, found {show(thought)}")
+        message["reasoning_content"] = thought
+    if calls:
+        if role != "assistant":
+            raise BadRow(f"{name} has tool_calls, which only an assistant makes")
+        message["tool_calls"] = _calls(name, calls)
+    return message
+
+
+def _keys_of(number: int, turn: JsonObject, *, has_calls: bool) -> tuple[str, str]:
+    """Return the keys of who speaks and of what is said."""
+    pairs = [pair for pair in _TURN_KEYS if pair[0] in turn and pair[1] in turn]
+    if len(pairs) > 1:  # Parquet's turns have all keys that any turn has
+        pairs = [pair for pair in pairs if any(turn[key] is not None for key in pair)] or pairs[:1]
+        if len(pairs) > 1:
+            raise BadRow(
+                f"turn {number} has from and value, and role and content; ignore one pair: data.columns:"
+                " {from: null, value: null}"
+            )
+    if pairs:
+        return pairs[0]
+    if has_calls and "role" in turn:
+        return "role", "content"
+    raise BadRow(
+        f"turn {number} has the keys {show_names(turn)}; expected from and value, or role and"
+        f" content{_turn_hint(turn)}"
+    )
+
+
+def _role(number: int, role: object, options: RowOptions) -> str:
+    """Return what a role is called here."""
+    ours = options.roles.get(role) or ROLES.get(role) if isinstance(role, str) else None
+    if ours is None:
+        known = ", ".join(ROLES)
+        raise BadRow(
+            f"turn {number} has role {show(role)}; known: {known}{_role_hint(number, role, options)}"
+        )
+    return ours
+
+
+def refuse_unused(values: JsonObject, unused: Mapping[str, str | None], where: str) -> None:
+    """Refuse keys that would change what is learnt. unused: key -> what to read it as, if anything."""
+    for key, instead in unused.items():
+        if values.get(key) not in (None, "", []):
+            also = f" read it as {instead}: data.columns: {as_mapping({key: instead})}, or" if instead else ""
+            raise BadRow(
+                f"{where}has {key}, which qwenlora does not use;{also} ignore it: data.columns: {{{key}:"
+                " null}"
+            )
+
+
+def _turn_hint(turn: JsonObject) -> str:
+    speaker = next((key for key in ("from", "role", *_SPEAKERS) if key in turn), None)
+    text = next((key for key in ("value", "content", *_TEXTS) if key in turn and key != speaker), None)
+    if speaker and text:
+        mapping = as_mapping({speaker: "role", text: "content"})
+        return f"; if {speaker} speaks and {text} is said, write data.columns: {mapping}"
+    if any(key in ROLES for key in turn):
+        return ', one turn each: {"role": "user", "content": "..."}'
+    return ""
+
+
+def _role_hint(number: int, role: object, options: RowOptions) -> str:
+    if not isinstance(role, str) or not role:
+        return ""
+    name = role.lower()
+    guess = ROLES.get(name) or next((ours for ours, theirs in _OTHER_ROLES.items() if name in theirs), None)
+    guess = guess or ("user" if number % 2 else "assistant")
+    return f"; write data.roles: {as_mapping({**options.roles, role: guess})}"
+
+
+# ---- functions
+
+
+def _calls(name: str, value: object) -> list[ToolCall]:
+    """Return calls as templates take them. name: of the turn; value: one call or a list, perhaps as text."""
+    value = from_json(value, f"{name}: a call")
+    calls = [_call(name, call) for call in (value if isinstance(value, list) else [value])]
+    if not calls:
+        raise BadRow(f"{name}: a call must name a function, found []")
+    return calls
+
+
+def _call(name: str, call: object) -> ToolCall:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    called = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(called, str) or not called.strip():
+        raise BadRow(f'{name}: a call must be {{"name": ..., "arguments": {{...}}}}, found {show(call)}')
+    if "arguments" not in function and (others := set(function) - {"name", "id", "type", "index"}):
+        raise BadRow(
+            f"{name}: a call has no arguments, but {', '.join(sorted(map(str, others)))}; call it arguments"
+        )
+    # as text, Qwen2.5's template would write it in quotes
+    arguments = from_json(function.get("arguments", {}), f"{name}: the arguments of a call")
+    if not isinstance(arguments, dict):
+        raise BadRow(f"{name}: the arguments of a call must be an object, found {show(arguments)}")
+    return ToolCall(type="function", function=Function(name=called, arguments=arguments))
+
+
+def read_tools(tools: object) -> list[JsonObject] | None:
+    """Return the functions that a row may call; None without any. Raises: BadRow."""
+    if not tools or (isinstance(tools, str) and not tools.strip()):
+        return None
+    tools = from_json(tools, "tools")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow(f"tools must be a list of objects, found {show(tools)}")
+    return tools or None
+
+
+def from_json(value: object, what: str) -> object:
+    """Return a value that some files hold as JSON in a text (CSV, and ShareGPT's tools)."""
+    if isinstance(value, str):
+        try:
+            return decode_json(value)
+        except BadRow as error:
+            raise BadRow(f"{what} must be JSON, found {show(value)}, {error}") from None
+    return value
+
+
+# ---- what no template could write as it stands
+
+
+def check_turns(messages: list[Message]) -> None:
+    """Refuse turns that cannot be trained. Raises: BadRow."""
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRow("no assistant turn: there is nothing to learn from")
+    for number, message in enumerate(messages, 1):
+        if not message["content"].strip() and not message.get("tool_calls"):
+            raise BadRow(f"turn {number} ({message['role']}) is empty; write what is said, or remove it")
+        if message["role"] == "system" and number > 1:
+            raise BadRow(
+                f"turn {number} is a system turn; only the first may be one: remove it, or make it a user's"
+            )
+        check_text(message["content"], f"turn {number}")
+        check_text(message.get("reasoning_content", ""), f"turn {number}")
+        if calls := message.get("tool_calls"):
+            check_json(calls, f"turn {number}")
+
+
+def check_json(value: object, what: str) -> None:
+    """Refuse tools and calls that a template cannot write as JSON."""
+    if _is_deeper(value, MAX_DEPTH):
+        raise BadRow(f"{what} has JSON nested more than {MAX_DEPTH} deep")
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except TypeError as error:  # Parquet's dates, bytes, maps
+        raise BadRow(f"{what}: {error}; write it as text") from None
+    except ValueError:
+        raise BadRow(f"{what} has NaN or Infinity, which is no JSON; write null, or text") from None
+    check_text(text, what)
+
+
+def _is_deeper(value: object, limit: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return not limit or any(_is_deeper(part, limit - 1) for part in parts)
+
+
+def check_text(text: str, what: str, *, markup: bool = True) -> None:
+    """Refuse text that no tokenizer takes as it stands. markup: refuse ChatML's own marks, too."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            f"{what} contains half a character ({show(text[error.start])}) at {error.start}, the other half"
+            " is missing; mend it, or remove the row"
+        ) from None
+    if "\0" in text:
+        raise BadRow(f"{what} contains a NUL character at {text.index(chr(0))}; remove it")
+    for mark in (TURN_START, TURN_END) if markup else ():
+        if mark in text:
+            raise BadRow(f"{what} contains {mark}, which would forge a turn; remove it")

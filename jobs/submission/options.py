@@ -1,0 +1,95 @@
+"""What a user may ask of a job (JobOptions), and what the job is then given (JobSpec)."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+from qwenlora.jobs.ledger import CLUSTERS, Cluster
+from qwenlora.jobs.submission.site import Site
+
+NO_LIMIT_MIN = 60 * 24 * 365
+LONGEST_NAME = 64
+_LEAST = {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "timeout_min": 1}
+
+
+class JobOptions(TypedDict, total=False):
+    """Options of `submit` and `submit_sweep`, each with its help text on the command line.
+
+    A missing option, or None, is as the site has it, or the default.
+    """
+
+    cluster: Annotated[Cluster, "slurm, local (a process of this machine), or debug (this process)."]
+    nodes: Annotated[int | None, "Nodes. Default: the site's, or 1."]
+    gpus_per_node: Annotated[int | None, "GPUs a node. Default: the site's, or none."]
+    cpus_per_task: Annotated[int | None, "CPUs a node. Default: the site's, or one a process."]
+    timeout_min: Annotated[int | None, "Time limit in minutes. Default: the site's."]
+    site: Annotated[
+        str | Path | None, "A site file, or its name in configs/clusters/. Default: QWENLORA_SITE."
+    ]
+    snapshot: Annotated[bool, "Run a copy of the package as it is now."]
+    name: Annotated[str | None, "The job's name. Default: the run folder's."]
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What a job is given. name: safe for a shell; cpus_per_task: CPUs a node; timeout_min: minutes."""
+
+    name: str
+    nodes: int
+    gpus_per_node: int
+    cpus_per_task: int
+    timeout_min: int
+    site: Site
+    snapshot: bool = False
+
+
+def cluster_of(options: JobOptions) -> Cluster:
+    """Return what runs the job."""
+    return options.get("cluster", "slurm")
+
+
+def check_options(options: JobOptions, site: Site) -> None:
+    """Refuse options that cannot be, or do not go together. Raises: ValueError."""
+    cluster, nodes = cluster_of(options), options.get("nodes")
+    if cluster not in CLUSTERS:
+        raise ValueError(f"cluster={cluster}: expected slurm, local or debug")
+    for key, value in options.items():
+        if key in _LEAST and value is not None:
+            _check_number(key, value)
+    if cluster != "slurm" and (nodes or 1) > 1:
+        raise ValueError(
+            f"nodes={nodes}: cluster={cluster} is this machine alone; for several, cluster=slurm"
+        )
+    if cluster == "slurm" and not (options.get("timeout_min") or site.timeout_min):
+        raise ValueError("timeout_min is missing: minutes, as --timeout-min 600; or set it in a site file")
+    if cluster == "debug" and options.get("snapshot"):
+        raise ValueError(
+            "snapshot has no effect with cluster=debug, which runs in this process; leave it out"
+        )
+
+
+def _check_number(key: str, value: object) -> None:
+    least = _LEAST[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{key}={value}: expected a whole number, {least} or more")
+
+
+def job_spec(options: JobOptions, site: Site, processes: int, default_name: str) -> JobSpec:
+    """Return what a job is given. processes: ranks a node."""
+    defaults = site if cluster_of(options) == "slurm" else Site()
+    gpus = options.get("gpus_per_node")
+    return JobSpec(
+        name=safe_name(options.get("name") or default_name),
+        nodes=options.get("nodes") or defaults.nodes or 1,
+        gpus_per_node=(defaults.gpus_per_node if gpus is None else gpus) or 0,
+        cpus_per_task=options.get("cpus_per_task") or defaults.cpus_per_task or processes,
+        timeout_min=options.get("timeout_min") or defaults.timeout_min or NO_LIMIT_MIN,
+        site=site,
+        snapshot=options.get("snapshot", False),
+    )
+
+
+def safe_name(name: str) -> str:
+    """Return a name that means nothing to a shell or to Slurm."""
+    return re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("_")[:LONGEST_NAME] or "qwenlora"

@@ -1,0 +1,41 @@
+"""What Slurm did to end an attempt, in its own word: CANCELLED, NODE_FAIL, PREEMPTED, REQUEUED, TIMEOUT."""
+
+import os
+
+from qwenlora.run.records import Attempt
+from qwenlora.slurm import query
+
+LONGEST_LEAD_S = 840
+LEAD_SIGNALS = ("SIGUSR1", "SIGUSR2")
+_SLURM_ENDS = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "REQUEUED", "TIMEOUT")
+
+
+def cause_of_kill(attempt: Attempt) -> str:
+    """Return what ended an attempt that was killed; empty where Slurm does not know."""
+    past = query.history(attempt.job_id) if attempt.job_id else []
+    if attempt.restarts >= len(past):
+        return ""
+    state = past[attempt.restarts].state
+    return "" if state in query.UNDER_WAY else state
+
+
+def cause_of_stop(job: query.JobInfo | None, stop_signal: str) -> str:
+    """Return what Slurm is doing to a job that was asked to stop; empty when it does nothing.
+
+    stop_signal: the one that came. Slurm sends the signal ahead of the time limit to a running job; but
+    anybody may send the same signal.
+    """
+    if job is None:
+        return ""
+    if job.state in _SLURM_ENDS:
+        return job.state
+    if job.preempted:
+        return "PREEMPTED"
+    if not job.requeue:  # `qwenlora cancel` forbids requeueing, and then has the job save
+        return "CANCELLED"
+    # the lead is not known when it was given on sbatch's command line; Slurm sends it up to a minute early
+    lead = os.environ.get("QWENLORA_LEAD_S", "")
+    lead_s = max(int(lead) if lead.isdecimal() else 0, LONGEST_LEAD_S) + 60
+    if stop_signal in LEAD_SIGNALS and job.seconds_left is not None and job.seconds_left <= lead_s:
+        return "TIMEOUT"
+    return ""

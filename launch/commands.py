@@ -1,0 +1,82 @@
+"""The commands that start ranks, as argument lists; nothing is started here."""
+
+import base64
+import json
+import sys
+from collections.abc import Sequence
+
+from qwenlora.configs import Config
+from qwenlora.launch.allocation import Allocation, free_port
+from qwenlora.launch.children import RANK_MODULE
+from qwenlora.launch.hardware import visible_devices
+from qwenlora.run.folder import PREPARE_ONLY, RunFolder
+
+STANDALONE = ("--standalone",)  # torchrun on one node: a free port of this machine
+
+
+def torchrun_argv(arguments: list[str], processes: int, rendezvous: Sequence[str] = STANDALONE) -> list[str]:
+    """Return the command that starts a node's ranks.
+
+    arguments: a config file and overrides. rendezvous: options that say how nodes meet.
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--nproc-per-node={processes}"]
+    # children.py passes all signals but SIGQUIT on to the ranks
+    return [*torchrun, "--signals-to-handle=SIGQUIT", "-m", RANK_MODULE, *arguments]
+
+
+def deepspeed_argv(arguments: list[str], processes: int, allocation: Allocation, port: int) -> list[str]:
+    """Return the command that starts a node's ranks by DeepSpeed's launcher. port: of the first node.
+
+    `deepspeed` runs the same on each host. `deepspeed` itself is not used: its processes would outlive a
+    killed agent, it needs pdsh, puts variables on command lines, and treats CUDA_VISIBLE_DEVICES in its own
+    way.
+    Source: deepspeed/launcher/runner.py and launch.py.
+    """
+    node, host = allocation.node, allocation.hosts[0] if allocation.nodes > 1 else "127.0.0.1"
+    devices = {f"node-{number}": list[int | str](range(processes)) for number in range(allocation.nodes)}
+    devices[f"node-{node}"] = visible_devices(processes)
+    world = base64.urlsafe_b64encode(json.dumps(devices).encode()).decode()
+    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
+    place = [f"--node_rank={node}", f"--master_addr={host}", f"--master_port={port}"]
+    return [*launcher, *place, "--no_local_rank", "--module", RANK_MODULE, *arguments]
+
+
+def argv_without_agents(
+    config: Config, arguments: list[str], processes: int, hosts: Sequence[str]
+) -> list[str]:
+    """Return the command with which a user starts the ranks without agents."""
+    if config.launch.launcher == "torchrun" and len(hosts) == 1:
+        return torchrun_argv(arguments, processes)
+    port = free_port(str(RunFolder(config.run_dir).path))
+    if config.launch.launcher == "torchrun":
+        meeting = [f"--nnodes={len(hosts)}", "--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0]}:{port}"]
+        return torchrun_argv(arguments, processes, meeting)
+    target = f"--hostfile={config.launch.hostfile}" if config.launch.hostfile else f"--num_gpus={processes}"
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", target, f"--master_port={port}"]
+    return [*runner, "--no_local_rank", "--module", RANK_MODULE, *arguments]
+
+
+def preparing_argv(folder: RunFolder) -> list[str]:
+    """Return the command that prepares model and data, once for all ranks."""
+    return [sys.executable, "-m", RANK_MODULE, str(folder.config), PREPARE_ONLY]
+
+
+def rendezvous_options(allocation: Allocation, run_id: str, port: int, timeout_s: int) -> Sequence[str]:
+    """Return torchrun's options that bring a run's nodes together. port: of the first node."""
+    if allocation.nodes == 1:
+        return STANDALONE
+    first, nodes = allocation.hosts[0], f"--nnodes={allocation.nodes}"
+    if allocation.by_ssh:
+        # a given order, so that rank 0 is on the first node, which has the screen. c10d orders nodes by name;
+        # in a job srun brings rank 0's output to the job's file from any of them
+        address = [f"--master-addr={first}", f"--master-port={port}"]
+        return ["--rdzv-backend=static", nodes, f"--node-rank={allocation.node}", *address]
+    # is_host is given, not guessed from names: a node may have several
+    settings = f"is_host={int(allocation.first)},join_timeout={timeout_s},last_call_timeout=1"
+    backend = ["--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{port}", f"--rdzv-id={run_id}"]
+    return [nodes, *backend, f"--rdzv-conf={settings}"]
+
+
+def processes_in_words(count: int) -> str:
+    """Return how many processes, in words."""
+    return "1 process" if count == 1 else f"{count} processes"

@@ -1,0 +1,218 @@
+"""The agent of the first node: makes or reopens the run folder, and leads an attempt on all nodes."""
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from qwenlora.data.freshness import is_current
+from qwenlora.launch import preflight, restarts, ssh
+from qwenlora.launch.allocation import free_port
+from qwenlora.launch.causes import cause_of_kill
+from qwenlora.launch.commands import preparing_argv, processes_in_words
+from qwenlora.launch.hardware import gpu_count
+from qwenlora.launch.launcher import process_environment, run_ranks
+from qwenlora.launch.meeting import NotMet
+from qwenlora.launch.messages import FileInRunFolder, Message, NodeFacts, StartRanks
+from qwenlora.launch.node import Node
+from qwenlora.launch.refusals import check_resume, check_same_data
+from qwenlora.launch.verdict import conclude, explain_failure, first_error
+from qwenlora.launch.watch import Watch
+from qwenlora.run.folder import PREFLIGHT, RunFolder, step_of
+from qwenlora.run.handover import Handover
+from qwenlora.run.history import EXIT_CODES
+
+# a requeued job may start before the last processes of the one before are gone
+WAIT_FOR_FOLDER_S = 120.0
+FAREWELL_S = 30.0
+MOST_IN_VAIN = 10  # attempts that were stopped before they saved a step: the time they get is too short
+
+M = TypeVar("M", bound=Message)
+
+
+@dataclass
+class Leader:
+    """Leads the nodes of a run. variables: for the agents that it starts on other machines."""
+
+    node: Node
+    variables: dict[str, str] = field(default_factory=dict)
+    _agents: list[ssh.RemoteAgent] = field(default_factory=list)
+    _missing: bool = False  # nodes that were expected have not come yet
+
+    def lead(self, handover: Handover, *, only_check: bool) -> int:
+        """Run an attempt on all nodes; return its exit code. Raises: ValueError when it cannot start."""
+        node, resume = self.node, handover.resume
+        config, folder = node.config, node.folder
+        fresh, wait_s = resume == "none", WAIT_FOR_FOLDER_S if node.allocation.restarts else 0.0
+        try:
+            with folder.claim(config, fresh=fresh, allowed=handover.allowed, wait_s=wait_s) as changed:
+                if only_check:
+                    return self._only_check()
+                if folder.done and resume == "auto" and not changed.length:
+                    return self._report_done()
+                check_resume(config, folder, resume, handover.allowed)
+                return self._attempt(handover)
+        finally:  # the other nodes leave first: srun's exit code is then this one's
+            node.meeting.part(FAREWELL_S, of_all=not self._missing)
+
+    def _report_done(self) -> int:
+        """Say that the run is done already."""
+        run_dir, folder = self.node.config.run_dir, self.node.folder
+        check_same_data(self.node.config, folder)
+        folder.put_back()
+        self._print(
+            f"{run_dir} is done ({folder.history.last_step()} steps): the adapter is in {run_dir}/adapter;"
+            " --fresh trains anew, more train.max_steps or num_train_epochs go on"
+        )
+        return EXIT_CODES["done"]
+
+    def _attempt(self, handover: Handover) -> int:
+        """Run one attempt: check, prepare, train, conclude."""
+        node, folder = self.node, self.node.folder
+        attempt = self._begin_attempt()
+        watch = Watch(node, attempt)
+        code, fault = EXIT_CODES["failed"], ""
+        try:
+            self._check_nodes(attempt)
+            code = self._prepare_and_train(watch, replace(handover, attempt=attempt))
+            fault = watch.fault
+        except NotMet as missing:
+            fault = str(missing)
+        cause = watch.cause_of_the_end()
+        code = conclude(folder, attempt, code, node.children, node.console, fault=fault, cause=cause)
+        if code == EXIT_CODES["refused"]:
+            folder.put_back()
+        return self._exit_code_in_job(code) if node.allocation.requeues else code
+
+    def _begin_attempt(self) -> int:
+        allocation, folder = self.node.allocation, self.node.folder
+        unfinished = folder.history.unfinished
+        return folder.begin_attempt(
+            self.node.processes * allocation.nodes,
+            killed_by=cause_of_kill(unfinished) if unfinished else "",
+            job_id=allocation.job_id,
+            nodes=list(allocation.hosts),
+            restarts=allocation.restarts,
+            saved_before=_newest_step(folder),
+        )
+
+    def _prepare_and_train(self, watch: Watch, handover: Handover) -> int:
+        node, folder = self.node, self.node.folder
+        with folder.log(handover.attempt, "launch").open("ab") as log:
+            if not is_current(node.config, folder, on_gpu=gpu_count() > 0):
+                node.console.print("preparing model and data ...")
+                environment = process_environment(handover)
+                code = node.children.run(preparing_argv(folder), environment, log, watch.while_preparing)
+                if code:
+                    return code
+            if node.stop_requested:
+                return 0
+            node.warn(preflight.space_warning(node.config, folder))
+            return self._train(watch, replace(handover, prepare_s=time.monotonic() - watch.started))
+
+    def _exit_code_in_job(self, code: int) -> int:
+        """Return the exit code to leave a Slurm job with: 75, where it is worth another attempt."""
+        job_id, history = self.node.allocation.job_id, self.node.folder.history
+        saved = _newest_step(self.node.folder)
+        if code == EXIT_CODES["failed"]:
+            max_restarts = self.node.config.launch.max_restarts
+            again, why = restarts.worth_another(history.attempts(), job_id, max_restarts, saved)
+            self._print(why)
+            return EXIT_CODES["stopped"] if again else code
+        if code == EXIT_CODES["stopped"]:
+            count = restarts.in_vain(history.attempts(), job_id, saved)
+            if count >= MOST_IN_VAIN:
+                self._print(f"not requeued: {count} attempts in a row have saved no step")
+                return EXIT_CODES["failed"]
+        return code
+
+    def _only_check(self) -> int:
+        """Do only the checks before a start, in a folder of their own; it is removed when all pass."""
+        node, folder = self.node, self.node.folder
+        watch = Watch(node, PREFLIGHT)
+        folder.logs(PREFLIGHT).mkdir(parents=True, exist_ok=True)
+        self._check_nodes(PREFLIGHT)
+        code = self._train(watch, Handover(PREFLIGHT, only_check=True))
+        if code or watch.fault:
+            error = first_error(folder, PREFLIGHT)
+            message = watch.fault or (error.message if error else f"a process ended with exit code {code}")
+            explain_failure(folder, PREFLIGHT, message, error, node.console, tail=not watch.fault)
+            return EXIT_CODES["failed"]
+        shutil.rmtree(folder.path, ignore_errors=True)
+        return EXIT_CODES["done"]
+
+    def _check_nodes(self, attempt: int) -> None:
+        """Meet the other nodes and compare. Raises: NotMet naming those that do not come, or differ."""
+        node, allocation = self.node, self.node.allocation
+        if allocation.nodes == 1:
+            return
+        if allocation.by_ssh:
+            logs = node.folder.logs(attempt)
+            agents = ssh.agents_started(node.config, allocation, self.variables, logs)
+            self._agents = node.resources.enter_context(agents)
+        self._missing = True
+        answers = self._gather(NodeFacts, float(node.config.launch.join_timeout_s))
+        self._missing = len(answers) < allocation.nodes - 1
+        if node.config.launch.preflight == "off":
+            return
+        theirs = {allocation.hosts[number]: facts for number, facts in answers.items()}
+        mine = preflight.facts_of_this_node(node.config, node.processes)
+        if differences := preflight.differences(mine, theirs):
+            raise NotMet("; ".join(differences))
+        for host, facts in theirs.items():
+            skew_s = facts.time - facts.received_at
+            if abs(skew_s) > preflight.MAX_CLOCK_SKEW_S:
+                node.warn(f"the clock of {host} is {skew_s:+.1f} s off this node's")
+        try:
+            self._check_shared_folder()
+        finally:
+            preflight.remove_files(node.folder, allocation.nodes)
+
+    def _check_shared_folder(self) -> None:
+        """Check that all nodes see each other's files in the run folder. Raises: NotMet."""
+        folder, allocation = self.node.folder, self.node.allocation
+        self.node.meeting.send(FileInRunFolder(text=preflight.write_file(folder, 0)))
+        for number, file in self._gather(FileInRunFolder, preflight.SEEN_WITHIN_S + 5).items():
+            host = allocation.hosts[number]
+            if file.problem:
+                raise NotMet(f"{host}: {file.problem}")
+            if not preflight.sees_file(folder, number, file.text):
+                raise NotMet(
+                    f"{host} wrote a file to run_dir={folder.path} that {allocation.host} does not see:"
+                    " choose a run_dir on a file system that all nodes share"
+                )
+
+    def _gather(self, kind: type[M], timeout_s: float) -> dict[int, M]:
+        """Return the other nodes' messages. Raises: NotMet; at once when ssh cannot start an agent."""
+
+        def failures() -> str:
+            return "; ".join(filter(None, (agent.failure for agent in self._agents)))
+
+        stop: Callable[[], bool] = lambda: self.node.stop_requested or bool(failures())  # noqa: E731
+        answers = self.node.meeting.gather(kind, timeout_s, stop)
+        if problems := failures():
+            raise NotMet(problems)
+        return answers
+
+    def _train(self, watch: Watch, handover: Handover) -> int:
+        """Make all nodes start their ranks; return this node's exit code when all have ended."""
+        node, nodes = self.node, self.node.allocation.nodes
+        if not handover.only_check:
+            over = f" on {nodes} nodes" * (nodes > 1)
+            node.console.print(f"starting {processes_in_words(node.processes * nodes)}{over} ...")
+        port = 0
+        if nodes > 1:
+            port = free_port(node.meeting.run_id)
+        elif node.config.launch.launcher == "deepspeed":  # torchrun finds one by itself
+            port = free_port(secrets.token_hex(8))
+        node.meeting.send(StartRanks(handover=handover, port=port))
+        return run_ranks(node, watch, handover, port)
+
+    def _print(self, line: str) -> None:
+        self.node.console.print(line, soft_wrap=True)
+
+
+def _newest_step(folder: RunFolder) -> int:
+    return next((step_of(path) for path in folder.checkpoints()), 0)

@@ -1,0 +1,114 @@
+"""What agents tell each other: a frozen model a message, sent as a line {"KIND": {fields}}.
+
+Nothing that is received is more than data: JSON that is checked against the model, no pickle.
+"""
+
+import json
+from typing import ClassVar, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from qwenlora.run.handover import Handover
+from qwenlora.run.heartbeat import Beat
+
+
+class Message(BaseModel):
+    """node: that sent it; received_at: seconds since 1970. The receiver sets both."""
+
+    model_config = ConfigDict(frozen=True)
+    KIND: ClassVar[str]
+
+    node: int = 0
+    received_at: float = 0.0
+
+
+class NodeFacts(Message):
+    """What nodes must have in common. config, code: hashes; processes: ranks it runs; time: its clock."""
+
+    KIND = "facts"
+    config: str
+    code: str
+    python: str
+    versions: dict[str, str | None]
+    processes: int
+    time: float
+
+
+class FileInRunFolder(Message):
+    """The text of a file that this node wrote into the run folder, or why it could not."""
+
+    KIND = "file"
+    text: str = ""
+    problem: str = ""
+
+
+class StartRanks(Message):
+    """Start your ranks. port: of the first node, where ranks meet."""
+
+    KIND = "start"
+    handover: Handover
+    port: int
+
+
+class RanksEnded(Message):
+    """This node's ranks have ended. code: their launcher's exit code."""
+
+    KIND = "ended"
+    code: int
+
+
+class EndRanks(Message):
+    """Kill your ranks, unless they end by themselves in time."""
+
+    KIND = "end"
+    within_s: float
+
+
+class WriteStacks(Message):
+    """Ranks hang: have yours write their stacks, and say how far they are."""
+
+    KIND = "stacks"
+
+
+class RankPosition(NamedTuple):
+    """How far a rank is. state: why its process does not run, if so; quiet_s: since its last sign of life."""
+
+    beat: Beat
+    state: str
+    quiet_s: float
+
+
+class RankPositions(Message):
+    """How far this node's ranks are."""
+
+    KIND = "stalled"
+    ranks: list[RankPosition]
+
+
+class RunOver(Message):
+    """The run is over: leave."""
+
+    KIND = "over"
+
+
+class AgentLost(Message):
+    """The connection to that node's agent has ended. Never sent: the receiver makes it."""
+
+    KIND = "lost"
+
+
+_BY_KIND = {message.KIND: message for message in Message.__subclasses__()}
+
+
+def encode(message: Message) -> str:
+    """Return the line that is sent."""
+    return json.dumps({message.KIND: message.model_dump(mode="json")}, ensure_ascii=False)
+
+
+def decode(line: str, node: int, received_at: float) -> Message:
+    """Return the message of a line that a node sent.
+
+    Raises: ValueError, TypeError, KeyError, AttributeError or RecursionError when it is none.
+    """
+    ((kind, fields),) = json.loads(line).items()
+    return _BY_KIND[kind].model_validate(fields | {"node": node, "received_at": received_at})

@@ -1,0 +1,101 @@
+"""What is refused before anything is started: each check raises ValueError with the reason.
+
+`qwenlora train`, its dry run and `qwenlora submit` ask the same questions here.
+"""
+
+import difflib
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from qwenlora.configs import Config
+from qwenlora.configs.combinations import ZERO, Machine, refuse
+from qwenlora.configs.deepspeed import deepspeed_config
+from qwenlora.configs.keys import FIELDS, SECTIONS
+from qwenlora.data import sources
+from qwenlora.data.order import accumulation_steps
+from qwenlora.data.prepared import other_files
+from qwenlora.launch.hardware import gpu_count
+from qwenlora.launch.hostfile import processes_per_node
+from qwenlora.run import checkpoints
+from qwenlora.run.folder import RunFolder
+
+
+def check_start(config: Config, nodes: int = 1, processes: int | None = None) -> int:
+    """Return the accumulation steps of a config that can start. Raises: ValueError for one that cannot.
+
+    processes: on each node; None for those that this machine would run.
+    """
+    sources.find(config.data)
+    if config.launch.launcher == "deepspeed" and not find_spec("deepspeed"):
+        raise ValueError(
+            "launch.launcher=deepspeed needs the deepspeed package, which is not here: pip install deepspeed,"
+            " or leave --launcher out"
+        )
+    strategy, train = config.strategy, config.train
+    # a job's nodes are expected to have a GPU a process; there, its agent checks again
+    gpus = gpu_count() if processes is None else processes
+    processes = processes or processes_per_node(config)
+    machine = Machine(nodes, processes, gpus)
+    refuse(config, machine)
+    accumulation = accumulation_steps(
+        train.global_batch_size,
+        train.per_device_train_batch_size,
+        machine.world_size,
+        strategy.sequence_parallel,
+    )
+    if strategy.name in ZERO:
+        if not find_spec("deepspeed"):
+            raise ValueError(
+                f"strategy.name={strategy.name} needs the deepspeed package, which is not here: pip install"
+                " deepspeed, or set strategy.name: ddp or fsdp"
+            )
+        deepspeed_config(config, strategy.name, processes, accumulation)
+    return accumulation
+
+
+def check_launcher_in_slurm(config: Config) -> None:
+    """Refuse settings that make no sense in a Slurm job. Raises: ValueError."""
+    launch = config.launch
+    if launch.launcher != "torchrun":
+        raise ValueError(
+            f"launch.launcher={launch.launcher} is for machines without Slurm: in a job srun starts an agent"
+            " on each node, which starts torchrun; leave --launcher out"
+        )
+    if launch.hostfile is not None:
+        raise ValueError(
+            f"launch.hostfile={launch.hostfile} is for machines without Slurm: a job runs on the nodes that"
+            " Slurm chose; leave --hostfile out"
+        )
+
+
+def check_allowed_keys(allowed: Sequence[str]) -> None:
+    """Refuse keys of --allow-config-change that no config has. Raises: ValueError."""
+    for key in allowed:
+        if key not in FIELDS and key not in SECTIONS:
+            near = difflib.get_close_matches(key, [*FIELDS, *SECTIONS], n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; the sections are: {', '.join(SECTIONS)}"
+            raise ValueError(f"--allow-config-change {key}: no such key{hint}")
+
+
+def check_resume(config: Config, folder: RunFolder, resume: str, allowed: Sequence[str]) -> None:
+    """Refuse a resume that names, manifests and the config show to be impossible. Raises: ValueError."""
+    newest = next(iter(folder.checkpoints()), None)
+    if resume not in ("auto", "none"):
+        newest = checkpoints.named(folder, resume, config.model_dump(mode="json", by_alias=True), allowed)
+    elif newest is None or checkpoints.flaw(newest, thorough=False):
+        return
+    trained, steps = checkpoints.read(newest).step, config.train.max_steps
+    if steps and trained > steps:
+        raise ValueError(
+            f"train.max_steps={steps} is less than the {trained} steps that {newest.name} has trained; raise"
+            " it, or name an earlier checkpoint: --resume"
+        )
+
+
+def check_same_data(config: Config, folder: RunFolder) -> None:
+    """Refuse to call a run done whose data files changed since. Raises: ValueError."""
+    if other_files(config, folder):
+        raise ValueError(
+            f"run_dir={config.run_dir} is done, but was trained on other data: the files changed since;"
+            " choose another run_dir, or --fresh to set the old run aside"
+        )

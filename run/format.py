@@ -1,0 +1,58 @@
+"""Numbers, durations and texts as people read them."""
+
+from typing import Any
+
+import yaml
+
+
+def number(value: float | None) -> str:
+    """Return a number with the four digits that matter, whole ones whole; - for None."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def count(amount: int, noun: str) -> str:
+    """Return "1 attempt" or "2 attempts"."""
+    return f"{amount:,} {noun}{'s' * (amount != 1)}"
+
+
+def megabytes(size: int) -> str:
+    """Return bytes as megabytes."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def ago(seconds: float) -> str:
+    """Return a duration in its largest unit: 59 s, 2 h, 3 d."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its two largest units: 59 s, 2 min 5 s, 26 h 0 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as H:MM:SS, from a day on as "1 day, 2:03:04"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{count(days, 'day')}, " * (days > 0) + f"{hours}:{minutes:02}:{rest:02}"
+
+
+def printable(text: str) -> str:
+    """Return a text without the characters that a terminal would obey."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def as_yaml(value: Any) -> str:
+    """Return a plain value as YAML has it, on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return printable(text.removesuffix("\n...\n").strip())

@@ -1,0 +1,168 @@
+"""What an attempt trains with: base, adapter, strategy, trainer and its callbacks.
+
+The order of these steps decides the numbers: seeds are set, and collectives called, in between.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from qwenlora.configs import Config
+from qwenlora.data import prepared, sources
+from qwenlora.data.order import accumulation_steps, total_steps
+from qwenlora.data.prepared import Side
+from qwenlora.run.heartbeat import Heart
+from qwenlora.run.records import Facts
+from qwenlora.trainer.context import Context
+from qwenlora.trainer.loop.arguments import order_of, training_arguments
+from qwenlora.trainer.loop.batches import Rows
+from qwenlora.trainer.loop.saver import Saver
+from qwenlora.trainer.loop.trainer import LoraTrainer, Services
+from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model.checks import check_isolation, untrained_turn_tokens
+from qwenlora.trainer.model.lora import add_lora
+from qwenlora.trainer.record.metrics import Metrics
+from qwenlora.trainer.record.recording import Recording
+from qwenlora.trainer.spread import sequence, strategy
+from qwenlora.trainer.spread.sequence import Team
+from qwenlora.trainer.spread.strategy import Spread
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What was built.
+
+    model: the base with its adapter; untrained: turn tokens that the base never learnt; tied: whether its
+    embeddings are its output matrix, too.
+    """
+
+    trainer: LoraTrainer
+    model: Any
+    tokenizer: Any
+    spread: Spread
+    untrained: list[str]
+    tied: bool
+
+
+def build(context: Context) -> Parts:
+    """Build model and trainer on this rank; all ranks call it. Raises: ValueError when it cannot be."""
+    config, facts = context.process.config, context.facts
+    _refuse_fewer_steps(config, facts, context.step)
+    tokenizer = models.load_tokenizer(config, facts.base)
+    longest = max(counts.longest for counts in facts.data.values())
+    accumulation = accumulation_steps(
+        config.train.global_batch_size,
+        config.train.per_device_train_batch_size,
+        context.process.rank.world_size,
+        config.strategy.sequence_parallel,
+    )
+    spread = strategy.choose(config, facts.parameters, accumulation, longest)
+    base = strategy.load_base(config, facts.base, spread)
+    untrained = untrained_turn_tokens(base, tokenizer)
+    torch.manual_seed(config.train.seed)  # a new adapter is the same on all ranks, under any strategy
+    model = add_lora(base, config.lora, config.model.revision)
+    context.heart.beat(context.step)
+    team = sequence.team_of(config.strategy.sequence_parallel, config.launch.ddp_timeout_s)
+    trainer = _trainer(context, model, tokenizer, spread, team)
+    trainer.make_engine()
+    if facts.packing:
+        # before attention is shared: the check is of the kernel, which sees whole packs in either case
+        check_isolation(model)
+    sequence.share_attention(base, team)
+    _beat_in_each_forward(model, context.heart, trainer)
+    return Parts(trainer, model, tokenizer, spread, untrained, bool(base.config.tie_word_embeddings))
+
+
+def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | None) -> list[TrainerCallback]:
+    """Return the callbacks that record the attempt, in their order. recording: None but on rank 0."""
+    process = context.process
+    metrics = Metrics(
+        recording.metrics if recording else None,
+        trainer,
+        context.facts.parameters,
+        process.config.train.gradient_checkpointing,
+        process.run.history.progress if recording else None,
+        process.attempt,
+    )
+    if not recording:
+        return [metrics]
+    # Who reads of an attempt's first step in progress.json must find it in attempts.jsonl: the chronicle
+    # comes before Metrics. Metrics completes Trainer's logs, which W&B sends and progress shows: it comes
+    # before them.
+    ordered = [recording.chronicle, metrics, recording.wandb, recording.progress]
+    return [callback for callback in ordered if callback]
+
+
+def _refuse_fewer_steps(config: Config, facts: Facts, trained: int) -> None:
+    train = config.train
+    steps = total_steps(facts.units, train.global_batch_size, train.num_train_epochs, train.max_steps)
+    if trained > steps:
+        setting = (
+            f"max_steps={train.max_steps}"
+            if train.max_steps
+            else f"num_train_epochs={train.num_train_epochs:g}"
+        )
+        raise ValueError(
+            f"train.{setting} makes {steps} steps, and {trained} are trained already; raise it, or name an"
+            " earlier checkpoint: --resume"
+        )
+
+
+def _trainer(context: Context, model: Any, tokenizer: Any, spread: Spread, team: Team) -> LoraTrainer:
+    process, facts = context.process, context.facts
+    config, world_size, folder = process.config, process.rank.world_size, Path(facts.data_folder)
+    train_side, eval_side = prepared.open_side(folder, "train"), prepared.open_side(folder, "eval")
+    assert train_side is not None, "prepare() wrote no training rows"
+    packs = prepared.open_packs(folder) if facts.packing else None
+    evaluates = eval_side is not None
+    return LoraTrainer(
+        model,
+        config,
+        training_arguments(config, process.run, facts.units, world_size, evaluates, spread.name),
+        Rows(order_of(config, train_side, packs), train_side, eval_side, _place_of(config, train_side)),
+        Services(_saver(context) if process.rank.first else None, context.stop, process.warn),
+        deepspeed=spread.deepspeed,
+        team=team,
+        processing_class=tokenizer,
+    )
+
+
+def _saver(context: Context) -> Saver:
+    process = context.process
+    return Saver(
+        process.run,
+        context.identity,
+        process.rank.world_size,
+        limit=process.config.train.save_total_limit,
+        in_background=process.config.checkpoint.async_,
+        timeout_s=process.config.checkpoint.timeout_s,
+        warn=process.warn,
+        give_up=process.give_up,
+    )
+
+
+def _place_of(config: Config, side: Side) -> Callable[[int], str]:
+    """Return a function from a training row's number to its place: file and line."""
+
+    def place(row: int) -> str:
+        source, file, line = map(int, side.places[side.row_of[row]])
+        return sources.find(config.data)[source].place(file, line)
+
+    return place
+
+
+def _beat_in_each_forward(model: torch.nn.Module, heart: Heart, trainer: LoraTrainer) -> None:
+    """Give a sign of life before and after each forward pass.
+
+    A rank that hangs in one has given fewer than those that wait for it.
+    """
+
+    def beat(*_: object) -> None:
+        heart.beat(trainer.state.global_step + 1)
+
+    model.register_forward_pre_hook(beat)
+    model.register_forward_hook(beat)

@@ -1,0 +1,28 @@
+"""What all stages of an attempt know."""
+
+from dataclasses import dataclass
+
+from qwenlora.run.checkpoints import Chosen
+from qwenlora.run.heartbeat import Heart
+from qwenlora.run.records import Facts, Identity
+from qwenlora.trainer.process import Process
+from qwenlora.trainer.ranks.stop import Stop
+from qwenlora.trainer.record.chronicle import Chronicle
+
+
+@dataclass(frozen=True)
+class Context:
+    """An attempt, as one rank sees it.
+
+    identity: of the checkpoints that it writes; chosen: the checkpoint that it resumes from, if any; step:
+    the last one that this holds, 0 without one; chronicle: None but on rank 0.
+    """
+
+    process: Process
+    heart: Heart
+    facts: Facts
+    identity: Identity
+    stop: Stop
+    chronicle: Chronicle | None
+    chosen: Chosen
+    step: int

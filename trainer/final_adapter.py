@@ -1,0 +1,66 @@
+"""The adapter folder that a done run ends with, and the files of it that are the same in every checkpoint."""
+
+import copy
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors import SafetensorError
+
+from qwenlora.run.disk import seal, settle, sync
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop.saver import reason_of
+from qwenlora.trainer.loop.state import adapter_of, not_finite
+from qwenlora.trainer.ranks.faults import TrainingFault
+
+
+def constant_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
+    """Return {name: content} of the adapter's config and the tokenizer. model: a PeftModel."""
+    adapter = copy.copy(model.peft_config["default"])
+    adapter.inference_mode = True  # as peft's own save_pretrained writes it
+    with TemporaryDirectory() as folder:
+        adapter.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
+    """Write the final adapter and its tokenizer, whole or not at all.
+
+    model: a PeftModel. An earlier adapter is replaced, and its comparison renamed. Raises: TrainingFault when
+    the adapter is not finite or cannot be written.
+    """
+    staging = run.path / ".adapter.staging"
+    if broken := not_finite(adapter_of(model)):
+        raise TrainingFault(
+            f"the last step made weights that are not finite ({broken}); no adapter was written"
+        )
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()  # without its parents: a run folder that is gone is not made again
+        # "auto" would ask the hub whether the base's vocabulary has changed; modules_to_save are saved anyway
+        model.save_pretrained(staging, save_embedding_layers=False)
+        tokenizer.save_pretrained(staging)
+        (staging / "README.md").unlink(missing_ok=True)  # peft's is an empty form
+        seal(staging, but="adapter_config.json")  # it names the base, and that may move
+        settle(staging)
+        _put_in_place(staging, run)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise TrainingFault(
+            f"all steps are trained, but the adapter was not saved: {reason_of(error)}; the same command"
+            " tries again"
+        ) from error
+
+
+def _put_in_place(staging: Path, run: RunFolder) -> None:
+    if run.comparison.exists():  # of the earlier adapter
+        run.comparison.replace(run.comparison.with_suffix(".old.json"))
+    old = run.path / ".adapter.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if run.adapter.exists():
+        run.adapter.rename(old)
+    staging.rename(run.adapter)
+    sync(run.path)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,96 @@
+"""From the config: the row order and transformers' arguments, checked before a model is loaded."""
+
+import torch
+from transformers import TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
+
+from qwenlora.configs import Config
+from qwenlora.data.order import Order, accumulation_steps, total_steps
+from qwenlora.data.packing import Packs
+from qwenlora.data.prepared import Side
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.model.base import pick_dtype
+
+# keys of the config that are transformers' arguments as they are
+SAME_NAME = {
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "seed", "save_strategy", "eval_steps"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "weight_decay"),
+    *("max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
+}
+
+
+def order_of(config: Config, train: Side, packs: Packs | None = None) -> Order:
+    """Return the run's row order."""
+    return Order(
+        train.lengths,
+        config.train.global_batch_size,
+        config.train.per_device_train_batch_size,
+        config.train.seed,
+        packs,
+        config.data.max_length,
+    )
+
+
+def training_arguments(
+    config: Config, run: RunFolder, units: int, world_size: int, evaluates: bool, name: str = "ddp"
+) -> TrainingArguments:
+    """Return transformers' arguments for a config. units: rows an epoch, or packs; name: of the strategy, as
+    decided."""
+    train = config.train
+    dtype = pick_dtype(config.model.dtype)
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(run.path),
+        **train.model_dump(include=SAME_NAME),
+        gradient_accumulation_steps=accumulation_steps(
+            train.global_batch_size,
+            train.per_device_train_batch_size,
+            world_size,
+            config.strategy.sequence_parallel,
+        ),
+        max_steps=total_steps(units, train.global_batch_size, train.num_train_epochs, train.max_steps),
+        eval_strategy=train.eval_strategy if evaluates else "no",
+        **({"save_steps": train.save_steps} if train.save_steps else {}),
+        save_total_limit=None,  # checkpoints.py removes old ones, once the new one is whole
+        logging_steps=config.log.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a NaN loss is shown as NaN
+        # DeepSpeed adds up gradients itself, and has no no_sync
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": name.startswith("zero")}},
+        average_tokens_across_devices=True,  # the loss is a mean over the trained tokens of the global batch
+        bf16=dtype == torch.bfloat16,
+        fp16=on_gpu and dtype == torch.float16,
+        use_cpu=not on_gpu,
+        ddp_find_unused_parameters=False,
+        ddp_timeout=config.launch.ddp_timeout_s,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def check_settings(config: Config, units: int) -> None:
+    """Refuse what transformers would refuse much later, with the model loaded. Raises: ValueError naming the
+    key.
+
+    It makes no TrainingArguments: these join the process group, for which the other ranks are not ready yet.
+    """
+    train = config.train
+    steps = total_steps(units, train.global_batch_size, train.num_train_epochs, train.max_steps)
+    try:
+        OptimizerNames(train.optim)
+    except ValueError as error:
+        raise ValueError(f"train.optim={train.optim}: {str(error).splitlines()[0]}") from error
+    try:
+        get_scheduler(
+            train.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)]),
+            num_warmup_steps=int(train.warmup_steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=dict(train.lr_scheduler_kwargs),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"train.lr_scheduler_kwargs={train.lr_scheduler_kwargs} with"
+            f" lr_scheduler_type={train.lr_scheduler_type}: {error}"
+        ) from error

@@ -1,0 +1,62 @@
+"""Evaluation: a loss that depends neither on the batch size nor on the number of ranks."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwenlora.data.prepared import Side
+from qwenlora.trainer.loop.batches import collate
+from qwenlora.trainer.model.base import IGNORED
+from qwenlora.trainer.ranks.faults import TrainingFault
+from qwenlora.trainer.ranks.stop import Stop
+
+
+def eval_batches(
+    side: Side, per_device: int, world_size: int, rank: int, pad_id: int
+) -> Iterator[dict[str, Tensor]]:
+    """Yield this rank's evaluation batches: rows sorted by length, the same number of batches on every rank.
+
+    Which rows share a batch does not depend on world_size, so neither does their loss.
+    """
+    rows = (-side.lengths.astype("int64")).argsort(kind="stable")
+    per_turn = per_device * world_size
+    for start in range(0, len(rows), per_turn):
+        mine = rows[start + rank * per_device : start + (rank + 1) * per_device]
+        yield collate([side.row(int(number)) for number in mine], pad_id)
+
+
+def sum_losses(
+    model: Any,
+    batches: Iterable[dict[str, Tensor]],
+    stop: Stop,
+    device: torch.device,
+    out_of_memory: Callable[[tuple[int, ...]], TrainingFault],
+) -> Tensor | None:
+    """Return float64 [2]: the sum of this rank's losses and its number of trained tokens.
+
+    None when ranks agree to stop, which they check before each batch.
+    out_of_memory: makes the error to raise, from the shape of the batch's input_ids.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        stop.agree(device)
+        if stop.agreed:
+            return None
+        labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
+        tokens = (labels != IGNORED).sum()
+        try:
+            # num_items_in_batch=1 makes the model return the sum over tokens, not their mean
+            loss = model(**batch, num_items_in_batch=1).loss.double()
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(tuple(batch["input_ids"].shape)) from error
+        sums += torch.stack([loss, tokens.double()])
+    return sums
+
+
+def metrics_of(sums: Tensor) -> dict[str, float]:
+    """Return eval_loss and eval_perplexity. sums: of all ranks, as sum_losses returns them."""
+    loss = (sums[0] / sums[1]).item()
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}

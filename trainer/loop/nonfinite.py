@@ -1,0 +1,47 @@
+"""Steps whose loss or gradient is not finite: which rows they trained, and whether the run may go on."""
+
+from torch import Tensor
+
+from qwenlora.configs import Config
+from qwenlora.trainer.loop.batches import Rows
+from qwenlora.trainer.ranks import faults
+from qwenlora.trainer.spread.sequence import Team
+
+
+class NonFiniteSteps:
+    """Applies train.on_nan. in_a_row: steps left out since the last one that was trained."""
+
+    def __init__(self, config: Config, rows: Rows, team: Team) -> None:
+        self.policy = config.train.on_nan
+        self.in_a_row = 0
+        self._per_device = config.train.per_device_train_batch_size
+        self._rows, self._team = rows, team
+
+    def describe(self, step: int, losses: list[Tensor]) -> str:
+        """Return what is not finite, and in which rows; all ranks call it.
+
+        step: from 1; losses: of this rank's micro-batches. Where all losses are finite it is the gradient,
+        which is of all rows of the step.
+        """
+        broken = faults.broken_micro_batches(losses, self._team.number, self._team.teams)
+        units = self._rows.order.step(*divmod(step - 1, self._rows.order.steps_per_epoch))
+        size = self._per_device
+        of_loss = [unit for number in broken for unit in units[number * size : (number + 1) * size]]
+        rows = sorted(row for unit in of_loss or units for row in unit)
+        return faults.describe(step, "loss" if of_loss else "gradient", rows, self._rows.place)
+
+    def leave_out(self, what: str) -> None:
+        """Count a step that is left out. Raises: TrainingFault when train.on_nan does not allow it.
+
+        what: see describe().
+        """
+        self.in_a_row += 1
+        if self.policy == "stop":
+            raise faults.TrainingFault(
+                f"{what}; it changed no weight, and the checkpoints are from before it: look at these rows,"
+                " lower train.learning_rate, or set train.on_nan: skip or rollback"
+            )
+        if self.in_a_row > faults.IN_A_ROW:
+            raise faults.TrainingFault(
+                f"{what}; train.on_nan={self.policy} gives up: so were the {faults.IN_A_ROW} before"
+            )

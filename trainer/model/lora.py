@@ -1,0 +1,157 @@
+"""The adapter on a base model: made from the config, or from an adapter that is trained further.
+
+`add_lora` is what a rank calls; `count_parameters` needs no weights, only the base's config.json.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from qwenlora.configs.schema import Config, Lora
+from qwenlora.run.records import Parameters
+from qwenlora.trainer.model.base import load_config_of
+
+EMBEDDINGS = ("embed_tokens", "lm_head")
+NAMES_SHOWN = 40
+
+
+def lora_config(lora: Lora, tied: bool) -> LoraConfig:
+    """Return peft's config. tied: whether the base's embeddings and head are one matrix."""
+    saved = list(dict.fromkeys(lora.modules_to_save or ()))
+    if tied and any(name in EMBEDDINGS for name in saved):
+        # either name trains the one matrix; peft then ties the head's copy to the embeddings' again
+        saved = [name for name in saved if name not in EMBEDDINGS] + ["embed_tokens"]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+        target_parameters=lora.target_parameters,
+        modules_to_save=saved or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        ensure_weight_tying=tied and "embed_tokens" in saved,
+    )
+
+
+def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
+    """Return the model with its adapter, the only trainable part, in float32.
+
+    revision: of a base from the hub; adapter_config.json keeps it, so that peft loads the same one later.
+    Raises: ValueError when the model lacks the named modules, or lora.init_from does not fit.
+    """
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    _check_names("modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
+    _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])
+    try:
+        peft_model = get_peft_model(model, lora_config(lora, tied), revision=revision)
+    except ValueError as error:  # peft names the modules that the model lacks
+        raise ValueError(
+            f"lora.target_modules={lora.target_modules}: {str(error).splitlines()[0]}"
+        ) from error
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            # peft leaves modules_to_save in the base's dtype, too coarse for Adam's small steps
+            parameter.data = parameter.data.float()
+    if lora.init_from:
+        _load_adapter(peft_model, lora, Path(lora.init_from).expanduser())
+    return peft_model
+
+
+def _check_names(key: str, wanted: list[str] | None, existing: list[str]) -> None:
+    """Refuse a name that no module has: peft would ignore it silently."""
+    for name in wanted or ():
+        if not any(full == name or full.endswith(f".{name}") for full in existing):
+            last = sorted({full.rpartition(".")[2] for full in existing} - {""})
+            raise ValueError(
+                f"lora.{key}: the model has no {name}; names in it end in {', '.join(last[:NAMES_SHOWN])}"
+            )
+
+
+def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
+    """Put a saved adapter's weights into the model. Raises: ValueError when it does not fit."""
+    _check_saved_config(lora, folder)
+    weights = load_peft_weights(str(folder), device="cpu")
+    try:
+        result = set_peft_model_state_dict(model, weights)
+    except KeyError as error:  # a whole module
+        raise ValueError(
+            f"lora.init_from={lora.init_from} does not fit lora.modules_to_save={lora.modules_to_save}: the"
+            f" adapter lacks {error.args[0]}"
+        ) from error
+    except RuntimeError as error:  # shapes
+        raise ValueError(
+            f"lora.init_from={lora.init_from} does not fit: {str(error).splitlines()[-1]}"
+        ) from error
+    missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
+    if missing or result.unexpected_keys:
+        name = (missing or result.unexpected_keys)[0]
+        raise ValueError(
+            f"lora.init_from={lora.init_from} does not fit lora.target_modules={lora.target_modules}:"
+            f" {'the adapter lacks' if missing else 'the model lacks'} {name}"
+        )
+
+
+def _check_saved_config(lora: Lora, folder: Path) -> None:
+    """Refuse an adapter whose settings are not those of the config. Raises: ValueError naming the key."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"lora.init_from={lora.init_from} is no adapter folder: it has no adapter_config.json"
+        )
+    saved = json.loads(file.read_text())
+    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        if saved.get(key, getattr(lora, key)) != getattr(lora, key):
+            raise ValueError(
+                f"lora.init_from={lora.init_from} has {key}={saved[key]}, the config says"
+                f" {getattr(lora, key)}; set lora.{key}: {saved[key]}"
+            )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if saved.get(key):
+            raise ValueError(f"lora.init_from={lora.init_from} has a {key}, which qwenlora has no key for")
+
+
+def count_parameters(config: Config, base: str) -> Parameters:
+    """Return the run's parameter counts without loading a weight (on torch's meta device)."""
+    model_config = load_config_of(config, base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            model_config, trust_remote_code=config.model.trust_remote_code, dtype=torch.float32
+        )
+        total = sum(p.numel() for p in model.parameters())
+        head = model.get_output_embeddings().weight
+        embeddings = model.get_input_embeddings().weight
+        body = total - embeddings.numel() - (0 if head is embeddings else head.numel())
+        lora = config.lora.model_copy(update={"init_from": None})
+        trainable = sum(p.numel() for p in add_lora(model, lora).parameters() if p.requires_grad)
+    text = model_config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Parameters(
+        total=total,
+        trainable=trainable,
+        body=body,
+        head=head.numel(),
+        layers=text.num_hidden_layers,
+        attention_width=text.num_attention_heads * head_dim,
+        hidden_size=text.hidden_size,
+        intermediate_size=_intermediate_size(text),
+        kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim,
+    )
+
+
+def _intermediate_size(text: Any) -> int:
+    """Return the width of a token's MLP: with experts, the sum over all that a token passes.
+
+    text: a transformers config.
+    """
+    experts = getattr(text, "num_experts_per_tok", None)
+    if not experts:
+        return int(text.intermediate_size)
+    shared = getattr(text, "shared_expert_intermediate_size", None) or 0
+    return int(experts * text.moe_intermediate_size + shared)
