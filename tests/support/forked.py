@@ -40,39 +40,6 @@ MODULES = ("qwenlora.trainer.main", "torch.distributed.run", "deepspeed.launcher
 SABOTAGE = (
     "QWENLORA_TESTS_SABOTAGE"  # a file that such a process runs first, as Python does with sitecustomize.py
 )
-LIBRARIES = [
-    "torch.distributed.run",
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint.state_dict",
-    "transformers.trainer",
-    "peft",
-    "accelerate",
-    "datasets",
-    "pyarrow.parquet",
-    "psutil",
-    "pydantic",
-    "rich.console",
-    "rich.progress",
-    "typer",
-    "yaml",
-    "safetensors.torch",
-    "transformers.models.qwen2.modeling_qwen2",
-    "transformers.models.qwen3.modeling_qwen3",
-    "jinja2",
-    "deepspeed",
-    "pydantic.main",
-    "pydantic.json_schema",
-    "charset_normalizer",
-    "requests",
-    "typer._adapters",
-    "annotated_types",
-    "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
-    "rich._emoji_codes",
-    "safetensors.numpy",
-    "transformers.models.qwen2.tokenization_qwen2",
-    "transformers.trainer_callback",
-    "transformers.generation.utils",
-]
 # read when a library is imported, or by the interpreter itself
 READ_EARLY = (
     "HF_",
@@ -242,16 +209,7 @@ def _received(connection: socket.socket, size: int) -> bytes:
 
 
 def _serve(address: str, ready: int, life: int) -> None:
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    mapping = importlib.import_module("transformers.conversion_mapping")
-    mapping.get_checkpoint_conversion_mapping("qwen3")  # kept: a second of regular expressions
-    inspect.stack = _stack  # type: ignore[assignment]
-    assert not any(name.partition(".")[0] == "qwenlora" for name in sys.modules)
-    _can_be_named()  # those that are forked know, too
-    baseline = _Baseline()
-    gc.collect()
-    gc.freeze()
+    baseline = _imported()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -289,6 +247,27 @@ def _serve(address: str, ready: int, life: int) -> None:
                 break
             with contextlib.suppress(OSError), children.pop(pid) as connection:
                 connection.sendall(struct.pack("i", status))
+
+
+def _imported() -> "_Baseline":
+    """Import the libraries."""
+    importlib.import_module("libraries")
+    inspect.stack = _stack  # type: ignore[assignment]
+    assert not any(name.partition(".")[0] == "qwenlora" for name in sys.modules)
+    _can_be_named()  # those that are forked know, too
+    gc.collect()
+    gc.freeze()
+    return _Baseline()
+
+
+def lead(command: str, arguments: list[str]) -> None:
+    """Import the libraries, and be `command arguments`, whose processes are forked from this one: an agent of
+    a job, which no nursery can fork."""
+    baseline = _imported()
+    named = _name([sys.executable, command, *arguments], dict(os.environ))  # noqa: F841  its memory must stay
+    subprocess.Popen._execute_child = _forking(baseline, subprocess.Popen._execute_child)  # type: ignore
+    sys.argv = [command, *arguments]
+    os._exit(_run([*COMMAND, *arguments]))
 
 
 def _stack(context: int = 1) -> list[inspect.FrameInfo]:
