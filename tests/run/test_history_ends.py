@@ -1,5 +1,7 @@
 """When and how attempts ended, and what that makes of the time they took."""
 
+import fcntl
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -87,3 +89,31 @@ def test_goodput_counts_neither_refused_attempts_nor_the_one_under_way():
     under_way = Attempt(attempt=3, start=at(50))
     assert goodput([trained, refused, under_way]) == pytest.approx(0.8)
     assert goodput([refused, under_way]) is None
+
+
+def test_what_an_attempt_that_ended_would_be_is_what_it_was(history):
+    history.begin(1)
+    history.end("stopped", "SIGUSR1")
+    before = history.attempts()
+    assert history.so_far("failed") == before
+
+
+def test_the_seconds_since_the_start_are_those_of_the_last_attempt(history, monkeypatch):
+    history.begin(1)
+    history.begin(1)
+    start = history.attempts()[-1].start
+    monkeypatch.setattr("qwenlora.run.history.now", lambda: start + timedelta(seconds=90))
+    assert history.seconds_since_start() == 90
+
+
+def test_who_writes_waits_for_who_is_writing(history):
+    history.begin(1)
+    with history.file.with_name(".attempts.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        other = threading.Thread(target=history.end, args=("done",))
+        other.start()
+        other.join(0.3)
+        assert other.is_alive()
+        assert history.unfinished is not None
+    other.join(30)
+    assert history.unfinished is None

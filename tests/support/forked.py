@@ -12,6 +12,7 @@ What a new interpreter would do otherwise with its environment (PYTHONPATH, HF_H
 all where Linux does not let a process name its command line.
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -28,10 +29,13 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import types
 import warnings
+import weakref
 from collections.abc import Sequence
+from multiprocessing import resource_tracker, util
 from pathlib import Path
 from typing import Any
 
@@ -373,8 +377,12 @@ def _reset_signals() -> None:
 def _reset_modules() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "qwenlora"]:
         del sys.modules[name]
-    from multiprocessing import resource_tracker
-
+    # what the parent would do at its end, such as remove its temporary folders, is not for its children
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    atexit.register(logging.shutdown)
+    atexit.register(util._exit_function)  # type: ignore[attr-defined]
     resource_tracker._resource_tracker._fd = None
     resource_tracker._resource_tracker._pid = None
     import numpy as np
@@ -453,6 +461,7 @@ def _run(argv: list[str]) -> int:
         elif not kind:
             exec(compile(Path(what).read_text(), what, "exec"), main.__dict__)
         else:
+            sys.modules.pop(what, None)
             runpy._run_module_as_main(what)  # type: ignore[attr-defined]
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 0 if left.code is None else 1
@@ -465,9 +474,6 @@ def _run(argv: list[str]) -> int:
     except BaseException:
         traceback.print_exc()
         code = 1
-    import atexit
-    import threading
-
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
