@@ -206,6 +206,8 @@ def main() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "qwenlora"]:
         del sys.modules[name]
     path = Path(spec.origin)
+    same = Changed(given.module, str(path), ast.parse(path.read_text()))
+    assert run(same, tests, 600)[0] == 0, "the tests fail where modules are imported by this script"
     first, last = map(int, given.lines.split("-")) if given.lines else (0, 10**9)
     count, survivors = 0, 0
     for line, what, tree in changes_of(ast.parse(path.read_text())):
