@@ -1,6 +1,7 @@
 # make train   from nothing to a fine-tuned tiny Qwen       make test    everything this machine can run
 # make check   lint, format, types                          make gpu     the tests that need a CUDA GPU
 # make chaos   kills runs 200 times and signals them 50    make clean   remove .venv and build leftovers
+# make test-quick  the tests that train no whole run, and need no cluster
 # make test-slow   the long tests: all pairs of the resume matrix, ten random disturbances of a Slurm job ...
 # make slurm-up, slurm-down   a Slurm cluster on this machine, the one that the tests use
 #
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 SOURCES := README.md pyproject.toml setup.cfg __init__.py py.typed $(shell find adapter cli configs data jobs launch run slurm trainer \
 	-name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' -o -name '*.html' -o -name '*.md' -o -name schema.json)
 
-.PHONY: train test test-slow gpu chaos slurm-up slurm-down check format schema clean system
+.PHONY: train test test-quick test-slow gpu chaos slurm-up slurm-down check format schema clean system
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -27,9 +28,13 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	@echo '== running the tests that this machine can run, two at a time'
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not long and not slurm'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 25 -m 'not long and not slurm'
 	@echo '== running those on a Slurm cluster of this machine, one after the other'
 	$(BIN)/python -m pytest --durations 25 -m 'slurm and not long'
+
+test-quick: $(VENV)/.installed-test
+	@echo '== running the tests that train no whole run, two at a time'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m 'not slow and not long and not slurm'
 
 test-slow: $(VENV)/.installed-test
 	@echo '== running the tests that take long, or show again what quicker ones show'

@@ -1,8 +1,11 @@
 """Shared ground of the tests: real tokenizers where they are, the tiny model, and whole runs made once a
 session."""
 
+import fcntl
 import os
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import forked
@@ -27,12 +30,19 @@ os.environ["NETRC"] = os.devnull
 settings.load_profile("ci")  # the same examples each time; others: --hypothesis-profile default
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Call slow what waits for a whole training run. pytest-xdist's processes begin with the files that have
-    such."""
+    """Call slow what waits for a whole training run.
+
+    pytest-xdist's processes begin with the files that have such, and one of them takes all files whose tests
+    look at the tiny run: it is trained once.
+    """
+    alike = {item.path for item in items if "tiny_run" in item.fixturenames}
     for item in items:
         if "tiny_run" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
+        group = "tiny-run" if item.path in alike else str(item.path.relative_to(ROOT)).replace("/", "-")
+        item.add_marker(pytest.mark.xdist_group(group))
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
@@ -45,12 +55,29 @@ def assets() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
+def shared(tmp_path_factory):
+    """Return what makes a folder once, whichever of pytest-xdist's processes comes first: name, how ->
+    path."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (base / f"{name}.made").exists():
+                shutil.rmtree(base / name, ignore_errors=True)  # of a failure
+                make(base / name)
+                (base / f"{name}.made").touch()
+        return base / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(shared) -> Path:
     from qwenlora.trainer.model.tiny import build_tiny
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    build_tiny(folder)
-    return folder
+    return shared("tiny", build_tiny)
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +120,15 @@ def qwenlora(tmp_path) -> Command:
 def tiny_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """Return the run folder and the output of `qwenlora train configs/tiny.yaml`, as `make train` runs it."""
     folder = tmp_path_factory.mktemp("tiny run")
-    answer = Command(folder)("train", ROOT / "configs" / "tiny.yaml", WANDB_MODE="offline", timeout=550)
+    answer = subprocess.run(  # by new interpreters, as users run it
+        [*forked.COMMAND, "train", str(ROOT / "configs" / "tiny.yaml")],
+        cwd=folder,
+        env=os.environ | {"WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        timeout=550,
+        check=False,
+    )
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return folder / "runs" / "tiny", answer
 

@@ -4,11 +4,12 @@ import json
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from slurm_runs import QWENLORA, attempts, sbatch, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
-SABOTEUR = Path(__file__).parents[1] / "support" / "saboteur"
+SABOTEUR = Path(__file__).parents[1] / "support" / "saboteur" / "sitecustomize.py"
 
 
 def said_by(folder, job):
@@ -38,7 +39,7 @@ def test_a_job_whose_rank_dies_after_progress_is_restarted(cluster, tmp_path):
     """Rank 1, on the other node, is killed in the tenth step of each attempt; saves are every 4 steps."""
     config = write_config(tmp_path, 22)
     plan = {"process": "rank-1", "inside": "training_step", "nth": 20, "after_s": 0, "everyone": False}
-    env = {"QWENLORA_CHAOS": json.dumps(plan), "PYTHONPATH": str(SABOTEUR)}
+    env = {"QWENLORA_CHAOS": json.dumps(plan), forked.SABOTAGE: str(SABOTEUR)}
     job = sbatch(cluster, tmp_path, config, "run_dir=runs/run", **env)
     cluster.wait(job, "COMPLETED", timeout=300)
     found = attempts(tmp_path / "runs/run")

@@ -12,6 +12,7 @@ What a new interpreter would do otherwise with its environment (PYTHONPATH, HF_H
 all where Linux does not let a process name its command line.
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -28,10 +29,13 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import types
 import warnings
+import weakref
 from collections.abc import Sequence
+from multiprocessing import resource_tracker, util
 from pathlib import Path
 from typing import Any
 
@@ -40,39 +44,6 @@ MODULES = ("qwenlora.trainer.main", "torch.distributed.run", "deepspeed.launcher
 SABOTAGE = (
     "QWENLORA_TESTS_SABOTAGE"  # a file that such a process runs first, as Python does with sitecustomize.py
 )
-LIBRARIES = [
-    "torch.distributed.run",
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint.state_dict",
-    "transformers.trainer",
-    "peft",
-    "accelerate",
-    "datasets",
-    "pyarrow.parquet",
-    "psutil",
-    "pydantic",
-    "rich.console",
-    "rich.progress",
-    "typer",
-    "yaml",
-    "safetensors.torch",
-    "transformers.models.qwen2.modeling_qwen2",
-    "transformers.models.qwen3.modeling_qwen3",
-    "jinja2",
-    "deepspeed",
-    "pydantic.main",
-    "pydantic.json_schema",
-    "charset_normalizer",
-    "requests",
-    "typer._adapters",
-    "annotated_types",
-    "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
-    "rich._emoji_codes",
-    "safetensors.numpy",
-    "transformers.models.qwen2.tokenization_qwen2",
-    "transformers.trainer_callback",
-    "transformers.generation.utils",
-]
 # read when a library is imported, or by the interpreter itself
 READ_EARLY = (
     "HF_",
@@ -242,15 +213,7 @@ def _received(connection: socket.socket, size: int) -> bytes:
 
 
 def _serve(address: str, ready: int, life: int) -> None:
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    mapping = importlib.import_module("transformers.conversion_mapping")
-    mapping.get_checkpoint_conversion_mapping("qwen3")  # kept: a second of regular expressions
-    inspect.stack = _stack  # type: ignore[assignment]
-    assert not any(name.partition(".")[0] == "qwenlora" for name in sys.modules)
-    baseline = _Baseline()
-    gc.collect()
-    gc.freeze()
+    baseline = _imported()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -290,6 +253,27 @@ def _serve(address: str, ready: int, life: int) -> None:
                 connection.sendall(struct.pack("i", status))
 
 
+def _imported() -> "_Baseline":
+    """Import the libraries."""
+    importlib.import_module("libraries")
+    inspect.stack = _stack  # type: ignore[assignment]
+    assert not any(name.partition(".")[0] == "qwenlora" for name in sys.modules)
+    _can_be_named()  # those that are forked know, too
+    gc.collect()
+    gc.freeze()
+    return _Baseline()
+
+
+def lead(command: str, arguments: list[str]) -> None:
+    """Import the libraries, and be `command arguments`, whose processes are forked from this one: an agent of
+    a job, which no nursery can fork."""
+    baseline = _imported()
+    named = _name([sys.executable, command, *arguments], dict(os.environ))  # noqa: F841  its memory must stay
+    subprocess.Popen._execute_child = _forking(baseline, subprocess.Popen._execute_child)  # type: ignore
+    sys.argv = [command, *arguments]
+    os._exit(_run([*COMMAND, *arguments]))
+
+
 def _stack(context: int = 1) -> list[inspect.FrameInfo]:
     """inspect.stack without lines of source: torchrun names its callers by it, and with as many modules as
     there are here the original takes a second each time."""
@@ -322,10 +306,10 @@ class _Baseline:
         for name in list(logging.root.manager.loggerDict):
             if name not in self.loggers:
                 del logging.root.manager.loggerDict[name]
-        for logger, handlers, level, propagate, disabled in self.loggers.values():
-            logger.handlers[:] = handlers
-            logger.level, logger.propagate, logger.disabled = level, propagate, disabled
-            logger.manager._clear_cache()  # type: ignore[attr-defined]
+        for known, handlers, level, propagate, disabled in self.loggers.values():
+            known.handlers[:] = handlers
+            known.level, known.propagate, known.disabled = level, propagate, disabled
+        logging.root.manager._clear_cache()  # type: ignore[attr-defined]
         warnings.filters[:] = self.filters  # type: ignore[index]
         warnings._filters_mutated()  # type: ignore[attr-defined]
 
@@ -360,7 +344,7 @@ def _become(
         baseline.restore()
         _reset_modules()
         _open_streams(unbuffered=argv[1] == "-u" or bool(variables.get("PYTHONUNBUFFERED")))
-        named = _name(argv)  # noqa: F841  its memory must stay
+        named = _name(argv, variables)  # noqa: F841  its memory must stay
         subprocess.Popen._execute_child = _forking(baseline, subprocess.Popen._execute_child)  # type: ignore
         code = _run(argv)
     except BaseException:
@@ -393,8 +377,12 @@ def _reset_signals() -> None:
 def _reset_modules() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "qwenlora"]:
         del sys.modules[name]
-    from multiprocessing import resource_tracker
-
+    # what the parent would do at its end, such as remove its temporary folders, is not for its children
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    atexit.register(logging.shutdown)
+    atexit.register(util._exit_function)  # type: ignore[attr-defined]
     resource_tracker._resource_tracker._fd = None
     resource_tracker._resource_tracker._pid = None
     import numpy as np
@@ -473,6 +461,7 @@ def _run(argv: list[str]) -> int:
         elif not kind:
             exec(compile(Path(what).read_text(), what, "exec"), main.__dict__)
         else:
+            sys.modules.pop(what, None)
             runpy._run_module_as_main(what)  # type: ignore[attr-defined]
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 0 if left.code is None else 1
@@ -485,9 +474,6 @@ def _run(argv: list[str]) -> int:
     except BaseException:
         traceback.print_exc()
         code = 1
-    import atexit
-    import threading
-
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -496,24 +482,26 @@ def _run(argv: list[str]) -> int:
     return code & 255
 
 
-def _name(argv: list[str]) -> Any:
-    """Have Linux show argv as this process's command line. Returns: the memory that it shows, or None where
-    it cannot."""
+def _name(argv: list[str], variables: dict[str, str]) -> Any:
+    """Have Linux show argv and variables as what this process was started with. Returns: the memory that it
+    shows, or None where it cannot."""
     fields = [
         "",
         "",
         "",
         *Path("/proc/self/stat").read_text().rpartition(")")[2].split(),
     ]  # numbered as in proc(5)
-    text = b"".join(os.fsencode(word) + b"\0" for word in argv)
-    memory = ctypes.create_string_buffer(text, len(text))
+    arguments = b"".join(os.fsencode(word) + b"\0" for word in argv)
+    environment = b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in variables.items())
+    memory = ctypes.create_string_buffer(arguments + environment, len(arguments) + len(environment))
     start = ctypes.addressof(memory)
+    middle, end = start + len(arguments), start + len(memory)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.sbrk.restype = ctypes.c_void_p
     # struct prctl_mm_map: code, data, brk, stack, arguments, environment, auxiliary vector (kept), executable
     # (kept)
     values = [*map(int, fields[26:28]), *map(int, fields[45:48]), libc.sbrk(0), int(fields[28])]
-    values += [start, start + len(text), int(fields[50]), int(fields[51]), 0]
+    values += [start, middle, middle, end, 0]
     layout = struct.pack("=12QIi", *values, 0, -1)
     done = libc.prctl(PR_SET_MM, PR_SET_MM_MAP, ctypes.c_char_p(layout), ctypes.c_ulong(len(layout)), 0) == 0
     return memory if done else None
@@ -527,7 +515,7 @@ def _can_be_named() -> bool:
     if not _NAMED:
         code = (
             f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import forked; named ="
-            " forked._name(['a', 'b']); "
+            " forked._name(['a', 'b'], {}); "
         )
         code += "sys.exit(open('/proc/self/cmdline', 'rb').read() != b'a' + bytes(1) + b'b' + bytes(1))"
         _NAMED.append(

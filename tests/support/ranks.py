@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 TIMEOUT_S = 180.0
-# imported once, by the process that ranks are forked from: each rank is as if it had imported them itself
-LIBRARIES = ["torch.distributed.fsdp", "transformers.trainer", "peft", "datasets"]
+# imported once, by the process that ranks are forked from: each rank is as new as if it had imported them
+# itself
+PRELOAD = ["libraries"]
 
 
 def run_ranks(
@@ -29,7 +30,7 @@ def run_ranks(
     hang.
     """
     fresh, deadline = get_context("forkserver"), time.monotonic() + timeout
-    fresh.set_forkserver_preload(LIBRARIES)
+    fresh.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(count):

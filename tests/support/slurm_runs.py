@@ -2,15 +2,24 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+import forked
 
 import qwenlora
 
 TRAIN = str(Path(qwenlora.__path__[0], "slurm", "train.sh"))
 QWENLORA = str(Path(sys.executable).with_name("qwenlora"))
+# as QWENLORA, but what it starts is forked from it: see forked.lead
+AGENT = f"""#!{sys.executable}
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import forked
+if __name__ == "__main__":
+    forked.lead({QWENLORA!r}, sys.argv[1:])
+"""
 
 CONFIG = """
 model: {name_or_path: tiny}
@@ -30,16 +39,19 @@ def write_config(folder: Path, steps: int) -> str:
 
 def sbatch(cluster, folder: Path, *arguments: object, options: tuple[str, ...] = (), **env: str) -> str:
     """Submit slurm/train.sh with arguments to two nodes; return the job's id."""
+    agent = folder / "agent"
+    agent.write_text(AGENT)
+    agent.chmod(0o755)
     options = ("--nodes=2", "--time=20", *options)
-    return cluster.sbatch(*options, TRAIN, *arguments, cwd=folder, env={"QWENLORA": QWENLORA} | env)
+    return cluster.sbatch(*options, TRAIN, *arguments, cwd=folder, env={"QWENLORA": str(agent)} | env)
 
 
 def locally(folder: Path, config: str, name: str, processes: int, *more: str) -> None:
     """Run a config on this machine, undisturbed, without Slurm."""
     arguments = ["train", config, f"run_dir=runs/{name}", "--nproc", str(processes), *more]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
-    answer = subprocess.run(
-        [QWENLORA, *arguments],
+    answer = forked.run(
+        [*forked.COMMAND, *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
