@@ -23,8 +23,8 @@ from qwenlora.adapter.publish.leaks import Private
 from qwenlora.adapter.publish.run_summary import LORA_SETTINGS, OPTIMIZER_SETTINGS, RunSummary, Settings
 from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig
 from qwenlora.adapter.verify import lora_kind
-from qwenlora.run.format import as_yaml, printable
 from qwenlora.run.comparison import ComparedModel
+from qwenlora.run.format import as_yaml, printable
 
 WITHHELD = "(withheld)"
 NO_BASE = "BASE"  # in place of a base whose name on the hub is not known
