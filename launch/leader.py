@@ -15,7 +15,7 @@ from qwenlora.launch.commands import preparing_argv, processes_in_words
 from qwenlora.launch.hardware import gpu_count
 from qwenlora.launch.launcher import process_environment, run_ranks
 from qwenlora.launch.meeting import NotMet
-from qwenlora.launch.messages import FileInRunFolder, Message, NodeFacts, StartRanks
+from qwenlora.launch.messages import AgentMessage, FileInRunFolder, NodeFacts, StartRanks
 from qwenlora.launch.node import Node
 from qwenlora.launch.refusals import check_resume, check_same_data
 from qwenlora.launch.verdict import conclude, explain_failure, first_error
@@ -29,7 +29,7 @@ WAIT_FOR_FOLDER_S = 120.0
 FAREWELL_S = 30.0
 MOST_IN_VAIN = 10  # attempts that were stopped before they saved a step: the time they get is too short
 
-M = TypeVar("M", bound=Message)
+M = TypeVar("M", bound=AgentMessage)
 
 
 @dataclass

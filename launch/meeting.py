@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from qwenlora.launch.allocation import FIRST_PORT, PORTS, Allocation, candidate_ports
-from qwenlora.launch.messages import AgentLost, Message, RunOver, decode, encode
+from qwenlora.launch.messages import AgentLost, AgentMessage, RunOver, decode, encode
 
 RETRY_S = 0.2
 HELLO_S = 10.0  # for a new connection to say who it is
@@ -25,7 +25,7 @@ SETTLE_S = 0.5  # from the end of a process until srun has noticed it
 _UNTIL_EXIT: list[socket.socket] = []
 _MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
-M = TypeVar("M", bound=Message)
+M = TypeVar("M", bound=AgentMessage)
 
 
 class NotMet(Exception):  # noqa: N818 (nothing is wrong with the code)
@@ -42,7 +42,7 @@ class Meeting:
         self._token = f"{self.run_id} {allocation.secret or os.environ.get('QWENLORA_SECRET', '')}"
         self._over = self._closed = False
         self._left: set[int] = set()
-        self.inbox: queue.Queue[Message] = queue.Queue()
+        self.inbox: queue.Queue[AgentMessage] = queue.Queue()
         self._peers: dict[int, socket.socket] = {}
         self._sending = threading.Lock()  # a node hears that it is admitted before anything else
         self._listener: socket.socket | None = None
@@ -145,14 +145,14 @@ class Meeting:
         self._left.add(node)
         self.inbox.put(AgentLost(node=node))
 
-    def send(self, message: Message) -> None:
+    def send(self, message: AgentMessage) -> None:
         """Send to the other side; an agent that is gone does not matter."""
         line = encode(message)
         with self._sending:
             for connection in self._peers.values():
                 _send_line(connection, line)
 
-    def receive(self, timeout_s: float = 0.0) -> Message | None:
+    def receive(self, timeout_s: float = 0.0) -> AgentMessage | None:
         """Return the next message, or None when none came in time."""
         try:
             return self.inbox.get(timeout=timeout_s) if timeout_s else self.inbox.get_nowait()

@@ -12,7 +12,7 @@ from qwenlora.run.handover import Handover
 from qwenlora.run.heartbeat import Beat
 
 
-class Message(BaseModel):
+class AgentMessage(BaseModel):
     """node: that sent it; received_at: seconds since 1970. The receiver sets both."""
 
     model_config = ConfigDict(frozen=True)
@@ -22,7 +22,7 @@ class Message(BaseModel):
     received_at: float = 0.0
 
 
-class NodeFacts(Message):
+class NodeFacts(AgentMessage):
     """What nodes must have in common. config, code: hashes; processes: ranks it runs; time: its clock."""
 
     KIND = "facts"
@@ -34,7 +34,7 @@ class NodeFacts(Message):
     time: float
 
 
-class FileInRunFolder(Message):
+class FileInRunFolder(AgentMessage):
     """The text of a file that this node wrote into the run folder, or why it could not."""
 
     KIND = "file"
@@ -42,7 +42,7 @@ class FileInRunFolder(Message):
     problem: str = ""
 
 
-class StartRanks(Message):
+class StartRanks(AgentMessage):
     """Start your ranks. port: of the first node, where ranks meet."""
 
     KIND = "start"
@@ -50,21 +50,21 @@ class StartRanks(Message):
     port: int
 
 
-class RanksEnded(Message):
+class RanksEnded(AgentMessage):
     """This node's ranks have ended. code: their launcher's exit code."""
 
     KIND = "ended"
     code: int
 
 
-class EndRanks(Message):
+class EndRanks(AgentMessage):
     """Kill your ranks, unless they end by themselves in time."""
 
     KIND = "end"
     within_s: float
 
 
-class WriteStacks(Message):
+class WriteStacks(AgentMessage):
     """Ranks hang: have yours write their stacks, and say how far they are."""
 
     KIND = "stacks"
@@ -78,34 +78,34 @@ class RankPosition(NamedTuple):
     quiet_s: float
 
 
-class RankPositions(Message):
+class RankPositions(AgentMessage):
     """How far this node's ranks are."""
 
     KIND = "stalled"
     ranks: list[RankPosition]
 
 
-class RunOver(Message):
+class RunOver(AgentMessage):
     """The run is over: leave."""
 
     KIND = "over"
 
 
-class AgentLost(Message):
+class AgentLost(AgentMessage):
     """The connection to that node's agent has ended. Never sent: the receiver makes it."""
 
     KIND = "lost"
 
 
-_BY_KIND = {message.KIND: message for message in Message.__subclasses__()}
+_BY_KIND = {message.KIND: message for message in AgentMessage.__subclasses__()}
 
 
-def encode(message: Message) -> str:
+def encode(message: AgentMessage) -> str:
     """Return the line that is sent."""
     return json.dumps({message.KIND: message.model_dump(mode="json")}, ensure_ascii=False)
 
 
-def decode(line: str, node: int, received_at: float) -> Message:
+def decode(line: str, node: int, received_at: float) -> AgentMessage:
     """Return the message of a line that a node sent.
 
     Raises: ValueError, TypeError, KeyError, AttributeError or RecursionError when it is none.

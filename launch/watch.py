@@ -7,8 +7,8 @@ from qwenlora.launch.causes import cause_of_stop
 from qwenlora.launch.deaths import Deaths
 from qwenlora.launch.messages import (
     AgentLost,
+    AgentMessage,
     EndRanks,
-    Message,
     RankPosition,
     RankPositions,
     RanksEnded,
@@ -79,7 +79,7 @@ class Watch:
             if message := self.node.meeting.receive(0.2):
                 self._handle(message)
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: AgentMessage) -> None:
         match message:
             case RanksEnded():
                 self._ended.add(message.node)
