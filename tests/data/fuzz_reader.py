@@ -23,10 +23,10 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from qwenlora.configs.schema import Data
-from qwenlora.data import rows, sources, tokenise
+from qwenlora.data import sources, tokenise
 from qwenlora.data.bad_row import BadRow
-from qwenlora.data.rows import Row
-from qwenlora.data.shapes import RowOptions
+from qwenlora.data.rows import Row, to_row
+from qwenlora.data.shapes import RowOptions, shape_of
 
 TOOL = {
     "type": "function",
@@ -276,7 +276,7 @@ def try_file(path: Path, encoding: str | None, format_: str) -> str:
 def try_row(value: Any, options: RowOptions) -> str:
     """Return what became of a row: read, or refused."""
     try:
-        row = rows.to_row(1, value, rows.shape_of(value, options), options)
+        row = to_row(1, value, shape_of(value, options), options)
     except BadRow as error:
         _look(1, error)
         return "refused"

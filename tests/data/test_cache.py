@@ -22,7 +22,8 @@ class Built(Index):
 def build(folder):
     (folder / "half").write_text("x")
     print("building", flush=True)
-    time.sleep(float(sys.argv[2]))
+    while not Path(sys.argv[2]).exists():
+        time.sleep(0.02)
     (folder / "whole").write_text(sys.argv[3])
     return Built(by=sys.argv[3])
 print(build_once(Path(sys.argv[1]), Built, build, lambda line: print(line, flush=True)).by, flush=True)
@@ -35,8 +36,9 @@ class Built(Index):
     by: str = ""
 
 
-def builder(folder, seconds: float, name: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", BUILDER, str(folder), str(seconds), name]
+def builder(folder, until, name: str) -> subprocess.Popen:
+    """Start a process that builds a folder, and ends when the file `until` is there."""
+    command = [sys.executable, "-c", BUILDER, str(folder), str(until), name]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -52,22 +54,22 @@ def test_what_is_there_is_not_built_again(tmp_path):
 
 def test_two_that_start_together_build_once(tmp_path):
     folder = tmp_path / "a"
-    first = builder(folder, 1.0, "first")
+    first = builder(folder, tmp_path / "go", "first")
     assert first.stdout.readline() == "building\n"
-    second = builder(folder, 0, "second")
-    assert (
-        second.communicate(timeout=120)[0]
-        == f"waiting for process {first.pid} on {os.uname().nodename}, which prepares the same data\nfirst\n"
-    )
+    second = builder(folder, tmp_path, "second")
+    place = f"process {first.pid} on {os.uname().nodename}"
+    assert second.stdout.readline() == f"waiting for {place}, which prepares the same data\n"
+    (tmp_path / "go").touch()
+    assert second.communicate(timeout=120)[0] == "first\n"
     assert first.communicate(timeout=120)[0] == "first\n"
-    assert others(folder) == []
+    assert others(folder) == ["go"]
 
 
 def test_a_killed_builder_leaves_nothing_and_the_one_that_waits_takes_over(tmp_path):
     folder = tmp_path / "a"
-    first = builder(folder, 60, "first")
+    first = builder(folder, tmp_path / "never", "first")
     assert first.stdout.readline() == "building\n"
-    second = builder(folder, 0, "second")
+    second = builder(folder, tmp_path, "second")
     assert "waiting for" in second.stdout.readline()
     first.send_signal(signal.SIGKILL)
     first.wait()
