@@ -171,7 +171,7 @@ def test_a_question_longer_than_the_context_is_refused_and_the_conversation_goes
     with pytest.raises(ValueError, match=r"the question has [\d,]+ tokens, the model takes 120; shorten it"):
         conversation.ask("开门" * 500, unheard)
     assert conversation.turns == turns
-    length = len(conversation._ids([{"role": "user", "content": SECOND * 5}]))
+    length = len(conversation._ids(conversation._prompt([{"role": "user", "content": SECOND * 5}])))
     conversation.limit = length + 3
     reply = conversation.ask(SECOND * 5, unheard)
     assert (reply.tokens, reply.forgotten) == (3, 1)

@@ -224,7 +224,7 @@ def test_a_file_that_tells_something_private_is_refused(run, tmp_path, on_a_mach
     with (run / "adapter" / file).open("a") as opened:
         opened.write(said)
     seal(run / "adapter", but="adapter_config.json")
-    with pytest.raises(ValueError, match=f"{file} would hold {kind}; take it out of what it comes from"):
+    with pytest.raises(ValueError, match=f"{file} would hold {kind}; take it out of its source"):
         export(run, tmp_path / "out")
 
 
