@@ -1,4 +1,4 @@
-"""After training: an adapter is verified, asked, compared, merged, written up and handed on."""
+"""After training: verify an adapter, chat with it, compare, merge, report, export."""
 
 import contextlib
 import io
@@ -7,8 +7,7 @@ import warnings
 
 
 def quiet() -> contextlib.AbstractContextManager[object]:
-    """Keep libraries' warnings off a person's screen from now on, and in the block also what they print (on
-    import)."""
+    """Silence libraries' warnings from now on, and inside the block also what they print when imported."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     return contextlib.redirect_stdout(io.StringIO())

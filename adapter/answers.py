@@ -1,4 +1,4 @@
-"""Questions as a model sees them, and its answers, in batches."""
+"""Questions as a model reads them, and its answers, generated in batches."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,15 +17,21 @@ BATCH = 40  # questions at once
 
 
 class Question(NamedTuple):
-    """A conversation up to a reply, and what the reply should be, where that is known."""
+    """A conversation up to a reply. reference: the expected reply, where it is known."""
 
     messages: list[Message]
     reference: str = ""
     tools: list[Any] | None = None
 
+    @classmethod
+    def from_text(cls, text: str) -> "Question":
+        """Return a question without turns before it."""
+        return cls([Message(role="user", content=text)])
+
 
 class Answer(NamedTuple):
-    """What was said. text: all of it; thought, answer: its parts; cut: it was not at its end."""
+    """A model's answer. text: all of it; thought, answer: its parts; cut: it ended before the model ended
+    it."""
 
     text: str
     thought: str
@@ -34,8 +40,8 @@ class Answer(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen. temperature 0: always the likeliest; top_k 0: from all. seed None: as it
-    comes."""
+    """How the next token is chosen. temperature 0: always the likeliest; top_k 0: from all; seed None: not
+    seeded."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -46,17 +52,17 @@ class Sampling(NamedTuple):
 
 
 def question_of(row: Row) -> Question | None:
-    """Return a row's turns before its first reply, and that reply without a thought before it.
+    """Return a row's turns before its first reply; the reference is that reply, without its thought.
 
     None when the row does not begin with a question.
     """
     first = next((n for n, message in enumerate(row.messages) if message["role"] == "assistant"), 0)
     if not first or not row.messages[first]["content"]:
         return None
-    return Question(row.messages[:first], parts(row.messages[first]["content"])[1], row.tools)
+    return Question(row.messages[:first], split_thought(row.messages[first]["content"])[1], row.tools)
 
 
-def questions(data: Data) -> Iterator[Question]:
+def training_questions(data: Data) -> Iterator[Question]:
     """Yield the question of each training row that begins with one."""
     for _, row in rows_of_side(data, "train"):
         if question := question_of(row):
@@ -64,8 +70,7 @@ def questions(data: Data) -> Iterator[Question]:
 
 
 def prompt_of(tokenizer: Any, question: Question, *, thinking: bool = False) -> str:
-    """Return the text that the model goes on from. thinking: for templates that know enable_thinking
-    (Qwen3's).
+    """Return the text that the model continues. thinking: for templates that know enable_thinking (Qwen3's).
 
     Raises: ValueError when the chat template refuses the turns.
     """
@@ -77,18 +82,15 @@ def prompt_of(tokenizer: Any, question: Question, *, thinking: bool = False) -> 
             add_generation_prompt=True,
             enable_thinking=thinking,
         )
-    except Exception as error:  # a template raises what it likes (jinja2's raise_exception)
-        raise ValueError(
-            f"the model's chat template refuses this: {' '.join(str(error).split())[:200]}"
-        ) from error
+    except Exception as error:  # templates raise any kind of error (jinja2's raise_exception)
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the model's chat template refuses this: {reason}") from error
     return text
 
 
-def generation(tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
-    """Return model.generate's arguments: they override all that the model's own generation config would
-    add."""
+def generate_arguments(tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
+    """Return model.generate's arguments. They override the model's own generation config."""
     known = tokenizer.get_vocab()
-    ends = [known[token] for token in (TURN_END, END_OF_TEXT) if token in known]
     sampled = sampling.temperature > 0
     return {
         "do_sample": sampled,
@@ -97,77 +99,77 @@ def generation(tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
         "top_k": sampling.top_k if sampled else None,
         "repetition_penalty": sampling.repetition_penalty,
         "max_new_tokens": sampling.max_new_tokens,
-        "eos_token_id": ends,
+        "eos_token_id": [known[token] for token in (TURN_END, END_OF_TEXT) if token in known],
         "pad_token_id": tokenizer.pad_token_id,
     }
 
 
-def check_text(text: str, what: str) -> None:
-    """Raise ValueError for text that cannot be sent as it is. what: its name in the message."""
+def check_text(text: str, name: str) -> None:
+    """Raise ValueError for text that cannot be sent to a model. name: of the text, for the message."""
     if not text.strip():
-        raise ValueError(f"{what} is empty; write what is asked")
+        raise ValueError(f"{name} is empty; write a question")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} is not UTF-8 text at character {error.start + 1:,}; convert it") from None
+        raise ValueError(f"{name} is not UTF-8 text at character {error.start + 1:,}; convert it") from None
     for mark in (TURN_START, TURN_END):
         if mark in text:
-            raise ValueError(f"{what} contains {mark}, which would forge a turn; write it differently")
+            raise ValueError(f"{name} contains {mark}, which would forge a turn; write it differently")
 
 
-def context_of(config: Any) -> int:
+def context_length(config: Any) -> int:
     """Return how many tokens a model takes, question and answer together. config: transformers'."""
     return int(config.get_text_config().max_position_embeddings)
 
 
 def begins_thinking(prompt: str) -> bool:
-    """Return whether a prompt ends within a thought, as templates of models do that always think."""
+    """Return whether a prompt ends inside a thought, as the templates of models do that always think."""
     return prompt.rstrip().endswith(THINK)
 
 
-def parts(text: str, *, opened: bool = False, whole: bool = True) -> tuple[str, str]:
-    """Return the thought and the answer in what a model said.
+def split_thought(text: str, *, opened: bool = False, complete: bool = True) -> tuple[str, str]:
+    """Return the thought and the answer in generated text.
 
-    opened: the prompt ended within the thought. whole: false while more may come, which makes both only
-    longer.
+    opened: the prompt ended inside the thought. complete: False while more text may come; more text only
+    makes both parts longer.
     """
     text = text.lstrip()
     if not opened:
-        if not whole and THINK.startswith(text):  # maybe the start of it
+        if not complete and THINK.startswith(text):  # perhaps the start of the mark
             return "", ""
         if not text.startswith(THINK):
             return "", text.rstrip()
         text = text.removeprefix(THINK)
     thought, end, answer = text.partition(THOUGHT)
-    if not end and not whole:
-        maybe = next(n for n in range(len(THOUGHT) - 1, -1, -1) if thought.endswith(THOUGHT[:n]))
-        thought = thought[: len(thought) - maybe]
+    if not end and not complete:
+        partial = next(n for n in range(len(THOUGHT) - 1, -1, -1) if thought.endswith(THOUGHT[:n]))
+        thought = thought[: len(thought) - partial]
     return thought.strip(), answer.strip()
 
 
-def answers(
+def generate_answers(
     model: Any,
     tokenizer: Any,
-    asked: Sequence[Question],
+    questions: Sequence[Question],
     sampling: Sampling,
-    what: str,
+    title: str,
     *,
     batch_size: int = BATCH,
     thinking: bool = False,
 ) -> Iterator[Answer]:
-    """Yield the model's answers, in order; fewer at once when the GPU is full. what: beside the progress bar.
+    """Yield the model's answers, in order. Batches shrink when the GPU is full. title: of the progress bar.
 
     Raises: ValueError when the GPU is full with a single question.
     """
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
-        task = progress.add_task(what, total=len(asked))
+        task = progress.add_task(title, total=len(questions))
         done, size = 0, batch_size
-        while done < len(asked):
-            some = asked[done : done + size]
-            found = _batch(model, tokenizer, some, sampling, thinking)
-            if not found:
+        while done < len(questions):
+            batch = questions[done : done + size]
+            answers = _generate_batch(model, tokenizer, batch, sampling, thinking)
+            if not answers:
                 if size == 1:
                     raise ValueError(
                         "the GPU is full with one question; shorten it, or free some memory (nvidia-smi)"
@@ -175,37 +177,33 @@ def answers(
                 torch.cuda.empty_cache()
                 size = max(1, size // 2)
                 continue
-            yield from found
-            done += len(some)
-            progress.advance(task, len(some))
+            yield from answers
+            done += len(batch)
+            progress.advance(task, len(batch))
 
 
-def _batch(
-    model: Any, tokenizer: Any, asked: Sequence[Question], sampling: Sampling, thinking: bool
+def _generate_batch(
+    model: Any, tokenizer: Any, questions: Sequence[Question], sampling: Sampling, thinking: bool
 ) -> list[Answer] | None:
     """Return the answers to some questions; None when the GPU is full."""
-    prompts = [prompt_of(tokenizer, question, thinking=thinking) for question in asked]
+    prompts = [prompt_of(tokenizer, question, thinking=thinking) for question in questions]
     batch = tokenizer(
         prompts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left"
     )
-    rooms = [max(0, context_of(model.config) - int(length)) for length in batch["attention_mask"].sum(1)]
+    limit = context_length(model.config)
+    rooms = [max(0, limit - int(length)) for length in batch["attention_mask"].sum(1)]
     sampling = sampling._replace(max_new_tokens=min(sampling.max_new_tokens, max(1, *rooms)))
-    options = generation(tokenizer, sampling)
+    options = generate_arguments(tokenizer, sampling)
     try:
         with torch.inference_mode():
             generated = model.generate(**batch.to(model.device), **options)
     except torch.OutOfMemoryError:
         return None
-    said = [
-        ids[:room]
-        for ids, room in zip(generated[:, batch["input_ids"].shape[1] :].tolist(), rooms, strict=True)
-    ]
-    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+    new_ids = generated[:, batch["input_ids"].shape[1] :].tolist()
+    replies = [ids[:room] for ids, room in zip(new_ids, rooms, strict=True)]
+    texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
+    ends = set(options["eos_token_id"])
     return [
-        Answer(
-            text.strip(),
-            *parts(text, opened=begins_thinking(prompt)),
-            set(options["eos_token_id"]).isdisjoint(ids),
-        )
-        for prompt, ids, text in zip(prompts, said, texts, strict=True)
+        Answer(text.strip(), *split_thought(text, opened=begins_thinking(prompt)), cut=ends.isdisjoint(ids))
+        for prompt, ids, text in zip(prompts, replies, texts, strict=True)
     ]

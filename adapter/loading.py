@@ -1,4 +1,4 @@
-"""A model that answers: the base, and the adapter on it once verify.py finds nothing wrong."""
+"""A model ready to answer: the base, and on it the adapter, once verify.py finds nothing wrong."""
 
 from typing import Any, NamedTuple
 
@@ -14,9 +14,9 @@ from qwenlora.trainer.model import base as models
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-class Loaded(NamedTuple):
-    """model: a PeftModel (`with model.disable_adapter()` it is the base), or the model alone; eval(), with a
-    cache."""
+class LoadedModel(NamedTuple):
+    """model: in eval mode, with a cache; a PeftModel (`with model.disable_adapter()` it is the base) or a
+    plain model."""
 
     model: Any
     tokenizer: Any
@@ -24,39 +24,37 @@ class Loaded(NamedTuple):
 
 def load(
     subject: Subject, *, dtype: str | None = None, quantization: str | None = None, tokenizer: Any = None
-) -> Loaded:
+) -> LoadedModel:
     """Return a subject's model and tokenizer, on the GPU if there is one.
 
-    dtype: one of DTYPES; quantization: none, nf4 or int8. None: as it was trained, and as a model alone auto
-    and none.
-    tokenizer: the subject's, where it is loaded already.
+    dtype: one of DTYPES; quantization: none, nf4 or int8. None: as in training; for a plain model auto and
+    none. tokenizer: the subject's, if it is loaded already.
     Raises: ValueError when the base or the adapter cannot be loaded, or do not fit each other.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    config = as_asked(subject.config, dtype, quantization)
+    config = override_model(subject.config, dtype, quantization)
     if subject.adapter:
-        verify.check(subject)
-    tokenizer = tokenizer or tokenizer_of(subject)
+        verify.check_adapter(subject)
+    tokenizer = tokenizer or load_tokenizer(subject)
     model = models.load_base(config, subject.base)
-    model.generation_config = (
-        GenerationConfig()
-    )  # what its own asks for (suppressed tokens, beams) was not asked here
+    # not the model's own, which may suppress tokens or search with beams
+    model.generation_config = GenerationConfig()
     if subject.adapter:
         model = PeftModel.from_pretrained(model, str(subject.adapter))
     model.config.use_cache = True
-    return Loaded(model.eval(), tokenizer)
+    return LoadedModel(model.eval(), tokenizer)
 
 
-def tokenizer_of(subject: Subject) -> Any:
+def load_tokenizer(subject: Subject) -> Any:
     """Return the tokenizer that the adapter was trained with: its own, else the run's or the base's."""
-    held = subject.adapter and (subject.adapter / "tokenizer.json").is_file()
-    own = str(subject.adapter) if held else subject.config.model.tokenizer
-    model = subject.config.model.model_copy(update={"name_or_path": subject.base, "tokenizer": own})
+    has_own = subject.adapter and (subject.adapter / "tokenizer.json").is_file()
+    tokenizer = str(subject.adapter) if has_own else subject.config.model.tokenizer
+    model = subject.config.model.model_copy(update={"name_or_path": subject.base, "tokenizer": tokenizer})
     return models.load_tokenizer(subject.config.model_copy(update={"model": model}), subject.base)
 
 
-def as_asked(config: Config, dtype: str | None, quantization: str | None) -> Config:
+def override_model(config: Config, dtype: str | None, quantization: str | None) -> Config:
     """Return the config with another dtype or quantisation. Raises: ValueError for an unknown one."""
     if dtype is not None:
         if dtype not in DTYPES:

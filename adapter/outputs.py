@@ -1,5 +1,4 @@
-"""Where results go: a name that is taken is refused before any work; a folder gets its name when it is
-whole."""
+"""Where results go: a name that is taken is refused before any work; a folder gets its name once complete."""
 
 import os
 import shutil
@@ -16,7 +15,7 @@ from qwenlora.run.disk import free_bytes, settle, sync
 def free_folder(out: Path, *, read: tuple[Path | str | None, ...] = ()) -> Path:
     """Return the folder (or .zip) to be made, absolute. read: folders that it is made from.
 
-    Raises: ValueError when something is there, or when it would lie within what is read.
+    Raises: ValueError when something is there already, or when it would lie inside a folder that is read.
     """
     out = out.expanduser().absolute()
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
@@ -28,9 +27,9 @@ def free_folder(out: Path, *, read: tuple[Path | str | None, ...] = ()) -> Path:
 
 
 def free_file(out: Path, option: str) -> Path:
-    """Return a file to be written, absolute. option: what named it.
+    """Return a file to be written, absolute. option: the command line's, for the message.
 
-    Raises: ValueError when something is there, and when there is no folder for it that can be written.
+    Raises: ValueError when something is there already, or when its folder is missing or not writable.
     """
     out = out.expanduser().absolute()
     if out.is_symlink() or out.exists():
@@ -44,54 +43,62 @@ def free_file(out: Path, option: str) -> Path:
 
 @contextmanager
 def staging(out: Path, size: int, pack: Callable[[Path], Path] | None = None) -> Iterator[Path]:
-    """Make a folder beside out, which becomes out after the block, or is gone.
+    """Make a folder beside out; after the block it becomes out, after an error it is removed.
 
-    Of a process that was killed the folder is left; the next to make out removes it.
-    out: absolute, as free_folder() gives it. size: bytes it will need. pack: makes one file of the folder,
-    beside it.
+    A killed process leaves its folder behind; the next one that makes out removes it.
+    out: absolute, as free_folder() returns it; size: bytes it will need; pack: makes one file of the folder,
+    beside it, and returns that.
     Raises: ValueError when the disk has no room.
     """
-    start = f"{out.name}.staging-{os.uname().nodename}-"
-    made = out.parent / f"{start}{os.getpid()}"
-    before = {caught: signal.signal(caught, _leave) for caught in (signal.SIGTERM, signal.SIGHUP)}
-    size = 2 * size if pack else size  # the folder and its file
+    prefix = f"{out.name}.staging-{os.uname().nodename}-"
+    folder = out.parent / f"{prefix}{os.getpid()}"
+    handlers = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for left in out.parent.iterdir():
-            number = left.name.removeprefix(start).partition(".")[0]
-            if left.name.startswith(start) and number.isdecimal() and not psutil.pid_exists(int(number)):
-                _remove(left)
-        free = free_bytes(out.parent)
-        if size > free:
-            raise ValueError(
-                f"{out.parent} has {free / 1e9:.1f} GB free, {out.name} needs {size / 1e9:.1f} GB; make room,"
-                " or name a folder on another disk"
-            )
-        made.mkdir()
-        yield made
-        settle(made)
-        done = pack(made) if pack else made
-        sync(done)
-        done.rename(out)
+        _remove_abandoned(out.parent, prefix)
+        _check_space(out, 2 * size if pack else size)  # pack: the folder and its file
+        folder.mkdir()
+        yield folder
+        settle(folder)
+        result = pack(folder) if pack else folder
+        sync(result)
+        result.rename(out)
         sync(out.parent)
     except OSError as error:
         raise ValueError(f"{out} cannot be made: {error.strerror or error}; name another place") from error
     finally:
-        _remove_all(made)
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
+        _remove_all(folder)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def _remove_all(made: Path) -> None:
-    """Remove the folder, and what was being packed of it."""
-    with suppress(OSError):  # it may be the folder above that could not be made
-        for left in made.parent.iterdir():
-            if left.name == made.name or left.name.startswith(f"{made.name}."):
-                _remove(left)
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove what killed processes of this machine left."""
+    for path in parent.iterdir():
+        process = path.name.removeprefix(prefix).partition(".")[0]
+        if path.name.startswith(prefix) and process.isdecimal() and not psutil.pid_exists(int(process)):
+            _remove(path)
+
+
+def _check_space(out: Path, size: int) -> None:
+    free = free_bytes(out.parent)
+    if size > free:
+        raise ValueError(
+            f"{out.parent} has {free / 1e9:.1f} GB free, {out.name} needs {size / 1e9:.1f} GB; make room, or"
+            " name a folder on another disk"
+        )
+
+
+def _remove_all(folder: Path) -> None:
+    """Remove a staging folder, and the file that was being packed of it."""
+    with suppress(OSError):  # the parent may be what could not be made
+        for path in folder.parent.iterdir():
+            if path.name == folder.name or path.name.startswith(f"{folder.name}."):
+                _remove(path)
 
 
 def _remove(path: Path) -> None:
-    with suppress(OSError):  # what could not be made need not be removed
+    with suppress(OSError):  # it may never have been made
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

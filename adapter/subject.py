@@ -9,21 +9,23 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from qwenlora.configs import load_config
 from qwenlora.configs.schema import Config, Data, Model
+from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.model import base as models
 
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+AdapterConfig = dict[str, Any]  # adapter_config.json, as any version of peft wrote it
 
 
 @dataclass(frozen=True)
 class Subject:
-    """named: as the user said it. base: the base model's folder or hub name. adapter: None for a model alone.
+    """name: as the user typed it; base: the base model's folder or hub name; adapter: None for a plain model.
 
-    config: the run's, or a stand-in that says which model, so that trainer/model.py takes either. run: if it
-    is one's.
+    config: the run's; without a run, one made up around the model, since trainer/model/ works from configs.
+    run: None when the adapter or model belongs to no run.
     """
 
-    named: str
+    name: str
     config: Config
     base: str
     adapter: Path | None
@@ -31,7 +33,7 @@ class Subject:
 
     @property
     def label(self) -> str:
-        """A short name to show: of a run its own, of its checkpoint both."""
+        """A short name to show: the run's, and of a checkpoint the run's and its own."""
         if self.run is None:
             return Path(self.adapter or self.base).name
         if self.adapter is None or self.adapter == self.run.adapter:
@@ -39,101 +41,117 @@ class Subject:
         return f"{self.run.path.name}/{self.adapter.name}"
 
 
-def find(named: str, *, base: str | None = None, trust_remote_code: bool = False) -> Subject:
-    """Return what is named. base: the base model, where it is not where the run or adapter says.
+def find(name: str, *, base: str | None = None, trust_remote_code: bool = False) -> Subject:
+    """Return what the user named. base: the base model, where it is not where the run or adapter says.
 
-    Raises: ValueError when there is nothing of the kind, or its base is not there.
+    Raises: ValueError when nothing of the kind is there, or its base is not.
     """
-    folder = Path(named).expanduser().absolute()
+    folder = Path(name).expanduser().absolute()
     if (folder / "config.yaml").is_file():
         run = RunFolder(folder)
-        if not (run.adapter / CONFIG).is_file():
-            held = ", ".join(str(Path(named) / path.name) for path in run.checkpoints())
-            instead = f"name a checkpoint ({held}), or train it to its end" if held else "train it first"
-            raise ValueError(f"{named} holds no finished run: {run.adapter} is not there; {instead}")
-        return _of_run(named, run, run.adapter, base, trust_remote_code)
-    if (folder / CONFIG).is_file():
+        return _of_run(name, run, final_adapter(name, run), base, trust_remote_code)
+    if (folder / ADAPTER_CONFIG).is_file():
         if (folder.parent / "config.yaml").is_file():
-            return _of_run(named, RunFolder(folder.parent), folder, base, trust_remote_code)
-        return _alone(named, folder, base, trust_remote_code)
+            return _of_run(name, RunFolder(folder.parent), folder, base, trust_remote_code)
+        return _without_run(name, folder, base, trust_remote_code)
     if (folder / "config.json").is_file():
-        if base:
-            raise _no_adapter(named, base)
-        return Subject(named, _stand_in(str(folder), None, trust_remote_code), str(folder), None, None)
+        return _plain_model(name, str(folder), base, trust_remote_code)
     if folder.exists():
         raise ValueError(
-            f"{named} is no run (config.yaml), no adapter ({CONFIG}) and no model (config.json); name the"
-            " folder that holds one of these files"
+            f"{name} is no run (config.yaml), no adapter ({ADAPTER_CONFIG}) and no model (config.json); name"
+            " the folder that holds one of these files"
         )
-    if named.startswith((".", "/", "~")) or named.count("/") != 1 or folder.parent.is_dir():
+    if not _may_be_hub_name(name) or folder.parent.is_dir():
         raise ValueError(
-            f"{named}: no such folder; name a run, a checkpoint, an adapter, a model, or a hub name"
+            f"{name}: no such folder; name a run, a checkpoint, an adapter, a model, or a hub name"
         )
-    with models.hub_errors("the hub's model", named):
-        held = find_adapter_config_file(named)
-    if held:
-        return _alone(named, Path(held).parent, base, trust_remote_code)
-    if base:
-        raise _no_adapter(named, base)
-    return Subject(named, _stand_in(named, None, trust_remote_code), named, None, None)
+    with models.hub_errors("the hub's model", name):
+        adapter_file = find_adapter_config_file(name)
+    if adapter_file:
+        return _without_run(name, Path(adapter_file).parent, base, trust_remote_code)
+    return _plain_model(name, name, base, trust_remote_code)
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """Return what an adapter says of itself. Raises: ValueError when that cannot be read, or it is no
-    LoRA."""
+def final_adapter(name: str | Path, run: RunFolder) -> Path:
+    """Return the folder of a run's adapter. name: of the run, as the user typed it.
+
+    Raises: ValueError naming the run's whole checkpoints when it has not been trained to its end.
+    """
+    if (run.adapter / ADAPTER_CONFIG).is_file():
+        return run.adapter
+    whole = [path for path in run.checkpoints() if not checkpoints.flaw(path, thorough=False)]
+    names = ", ".join(str(Path(name) / path.name) for path in whole)
+    instead = f"name a checkpoint ({names}), or train it to its end" if names else "train it first"
+    raise ValueError(f"{name} holds no finished run: {run.adapter} is not there; {instead}")
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Return an adapter's adapter_config.json. Raises: ValueError when it cannot be read, or is not
+    LoRA's."""
+    file = folder / ADAPTER_CONFIG
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from None
-    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
-        kind = found.get("peft_type") if isinstance(found, dict) else found
-        raise ValueError(f"{folder / CONFIG} says peft_type={kind}; qwenlora knows LORA")
-    return found
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else config
+        raise ValueError(f"{file} says peft_type={kind}; qwenlora knows LORA")
+    return config
 
 
-def _no_adapter(named: str, base: str) -> ValueError:
-    return ValueError(f"{named} is a model by itself: --base {base} goes with an adapter")
-
-
-def _of_run(named: str, run: RunFolder, adapter: Path, base: str | None, trust_remote_code: bool) -> Subject:
-    adapter_config(adapter)
+def _of_run(name: str, run: RunFolder, adapter: Path, base: str | None, trust_remote_code: bool) -> Subject:
+    read_adapter_config(adapter)
     config = load_config(run.config)
-    model: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    if base and base != config.model.name_or_path:  # whose revision another one has not
+    model: dict[str, object] = {"trust_remote_code": True} if trust_remote_code else {}
+    if base and base != config.model.name_or_path:  # another base does not have this one's revision
         model |= {"name_or_path": base, "revision": None}
     config = config.model_copy(update={"model": config.model.model_copy(update=model)})
-    if base:
-        return Subject(named, config, _base(base, f"--base {base}"), adapter, run)
-    return Subject(named, config, models.base_of(config, run), adapter, run)
+    found = _find_base(base, f"--base {base}") if base else models.base_of(config, run)
+    return Subject(name, config, found, adapter, run)
 
 
-def _alone(named: str, adapter: Path, base: str | None, trust_remote_code: bool) -> Subject:
-    settings = adapter_config(adapter)
-    said = settings.get("base_model_name_or_path")
-    revision = settings.get("revision") if base in (None, said) else None
+def _without_run(name: str, adapter: Path, base: str | None, trust_remote_code: bool) -> Subject:
+    settings = read_adapter_config(adapter)
+    trained_on = settings.get("base_model_name_or_path")
+    revision = settings.get("revision") if base in (None, trained_on) else None
     if base:
-        found = _base(base, f"--base {base}")
-    elif said:
-        found = _base(str(said), f"{named} needs the base model {said}")
+        found = _find_base(base, f"--base {base}")
+    elif trained_on:
+        found = _find_base(str(trained_on), f"{name} needs the base model {trained_on}")
     else:
-        raise ValueError(f"{named}: its {CONFIG} does not say which base it needs; name it with --base")
+        raise ValueError(
+            f"{name}: its {ADAPTER_CONFIG} does not say which base it needs; name it with --base"
+        )
     tokenizer = str(adapter) if (adapter / "tokenizer.json").is_file() else None
-    return Subject(named, _stand_in(found, tokenizer, trust_remote_code, revision), found, adapter, None)
+    return Subject(name, _made_up_config(found, trust_remote_code, tokenizer, revision), found, adapter, None)
 
 
-def _base(name: str, said: str) -> str:
+def _plain_model(name: str, model: str, base: str | None, trust_remote_code: bool) -> Subject:
+    if base:
+        raise ValueError(f"{name} is a model by itself: --base {base} goes with an adapter")
+    return Subject(name, _made_up_config(model, trust_remote_code), model, None, None)
+
+
+def _find_base(name: str, problem: str) -> str:
+    """Return a base model's folder or hub name. problem: begins the message when it is not there."""
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder.absolute())
-    if folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ValueError(f"{said}, and there is no model at {folder.absolute()}; name its folder with --base")
+    if folder.is_dir() or not _may_be_hub_name(name):
+        raise ValueError(
+            f"{problem}, and there is no model at {folder.absolute()}; name its folder with --base"
+        )
     return name
 
 
-def _stand_in(
-    base: str, tokenizer: str | None, trust_remote_code: bool, revision: str | None = None
+def _may_be_hub_name(name: str) -> bool:
+    return not name.startswith((".", "/", "~")) and name.count("/") == 1
+
+
+def _made_up_config(
+    base: str, trust_remote_code: bool, tokenizer: str | None = None, revision: str | None = None
 ) -> Config:
     model = Model(
         name_or_path=base, revision=revision, tokenizer=tokenizer, trust_remote_code=trust_remote_code
     )
-    return Config(run_dir=".", model=model, data=Data(train="example"))  # the rows are not looked at
+    return Config(run_dir=".", model=model, data=Data(train="example"))  # the rows are never read

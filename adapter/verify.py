@@ -1,14 +1,14 @@
-"""Whether an adapter is whole, fits its base and holds something: `qwenlora verify runs/tiny`.
+"""Whether an adapter is whole, fits its base and changes something: `qwenlora verify runs/tiny`.
 
-Reads the adapter's file and the base's config.json; no weight of the base is loaded. What the adapter must
-hold is what peft itself would make for that base, on torch's meta device. Answers' quality is compare.py's.
+Reads the adapter's files and the base's config.json; no weight of the base is loaded. Names and shapes are
+compared with those that peft itself makes for that base, on torch's meta device. How good the answers are
+is compare/'s question.
 """
 
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,18 @@ from peft import PeftConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qwenlora.adapter.subject import CONFIG, Subject, adapter_config
+from qwenlora.adapter.formats import and_more, shape
+from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig, Subject, read_adapter_config
 from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, sha256
 from qwenlora.trainer.model import base as models
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# what no config of a run can set, and would change what an adapter does without changing a shape
+# keys that no config of a run can set, and that would change what an adapter does without changing a shape
 PLAIN = {
     "alpha_pattern": {},
     "rank_pattern": {},
@@ -42,9 +43,12 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # .bin: peft befor
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of an adapter that is right. numbers: of all tensors; still: modules whose lora_B is all
-    zero."""
+class VerifiedAdapter:
+    """What is known of an adapter in which nothing is wrong.
+
+    numbers: in all tensors; unchanged: modules whose lora_B is all zero; same_weights: whether the base has
+    the weights that the adapter was trained on, None where that is not known.
+    """
 
     file: Path
     sha256: str
@@ -52,106 +56,125 @@ class Facts:
     numbers: int
     dtypes: tuple[str, ...]
     modules: tuple[str, ...]
-    still: tuple[str, ...]
+    unchanged: tuple[str, ...]
     architecture: str
     same_weights: bool | None
-    config: dict[str, Any]
+    config: AdapterConfig
 
 
-def check(subject: Subject) -> Facts:
-    """Return an adapter's facts.
+def check_adapter(subject: Subject) -> VerifiedAdapter:
+    """Return what is known of an adapter.
 
-    Raises: ValueError naming what is wrong: the file, a name or shape that does not fit the base, a number
-    that is none, an adapter that changes nothing, a checkpoint that is not as it was written, a base with
-    other weights.
+    Raises: ValueError naming what is wrong: the file, a name or shape that does not fit the base, a
+    non-finite number, an adapter that changes nothing, a checkpoint that is not as it was written, a base
+    with other weights.
     """
     if subject.adapter is None:
         raise ValueError(
-            f"{subject.named} is a model, not an adapter; name a run, a checkpoint or an adapter's folder"
+            f"{subject.name} is a model, not an adapter; name a run, a checkpoint or an adapter's folder"
         )
     folder = subject.adapter
-    own_checkpoint = subject.run is not None and folder != subject.run.adapter
-    if (own_checkpoint or (folder / checkpoints.MANIFEST).exists()) and (why := checkpoints.flaw(folder)):
-        raise ValueError(f"{folder} {why}")
-    if why := broken_seal(folder):
-        raise ValueError(f"{folder} {why}; copy it anew, or train it again")
-    file, weights = read(folder)
-    config = adapter_config(folder)
-    _refuse_other_settings(subject, config)
-    architecture = _fits(subject, file, weights)
-    if odd := [name for name, values in sorted(weights.items()) if values.dtype not in DTYPES]:
-        raise ValueError(
-            f"{file}: {odd[0]} is {weights[odd[0]].dtype}{_more(odd)}, expected float32, float64, float16 or"
-            " bfloat16"
-        )
-    if broken := [name for name, values in sorted(weights.items()) if not values.isfinite().all()]:
-        raise ValueError(
-            f"{file}: {broken[0]} holds numbers that are not finite{_more(broken)}; train it again"
-        )
-    seconds = {
-        name: bool(values.any())
-        for name, values in weights.items()
-        if ".lora_B" in name or "embedding_B" in name
-    }
-    others = [name for name in weights if "lora_" not in name]
-    scaled = config.get("lora_alpha") != 0 and any(
-        bool(v.any()) for n, v in weights.items() if "lora_A" in n or "g_A" in n
-    )
-    if seconds and not scaled and not others:
-        raise ValueError(
-            f"{file}: every lora_A is zero, or lora_alpha is, so the adapter changes nothing; train it again"
-        )
-    if seconds and not any(seconds.values()) and not others:
-        raise ValueError(
-            f"{file}: every lora_B is zero, so the adapter changes nothing: it was saved before its first"
-            " step, or gathered wrong; train it again"
-        )
-    return Facts(
+    _check_files(folder, is_checkpoint=subject.run is not None and folder != subject.run.adapter)
+    file, weights = read_adapter(folder)
+    config = read_adapter_config(folder)
+    _check_settings(subject, config)
+    architecture = _check_shapes(subject, file, weights)
+    _check_numbers(file, weights)
+    _check_change(file, weights, config)
+    return VerifiedAdapter(
         file,
         sha256(file),
         len(weights),
         sum(values.numel() for values in weights.values()),
         tuple(sorted({str(values.dtype).removeprefix("torch.") for values in weights.values()})),
-        tuple(sorted({_module(name) for name in weights})),
-        tuple(sorted(name for name, moved in seconds.items() if not moved)),
+        tuple(sorted({_module_of(name) for name in weights})),
+        tuple(sorted(name for name, changed in _changed_modules(weights).items() if not changed)),
         architecture,
-        _same_weights(subject),
+        _check_base_weights(subject),
         config,
     )
 
 
-def read(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+def _check_files(folder: Path, *, is_checkpoint: bool) -> None:
+    """Raise ValueError when a file is not as it was written."""
+    if (is_checkpoint or (folder / checkpoints.MANIFEST).exists()) and (flaw := checkpoints.flaw(folder)):
+        raise ValueError(f"{folder} {flaw}")
+    if flaw := broken_seal(folder):
+        raise ValueError(f"{folder} {flaw}; copy it anew, or train it again")
+
+
+def read_adapter(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """Return an adapter's file and its tensors, on the CPU. Raises: ValueError when it cannot be read."""
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
-        raise ValueError(f"{folder} has {CONFIG}, but no {WEIGHTS[0]}; copy it there, or train it again")
+        raise ValueError(
+            f"{folder} has {ADAPTER_CONFIG}, but no {WEIGHTS[0]}; copy it there, or train it again"
+        )
     try:
-        if file.suffix == ".bin":
-            held: Any = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            with safe_open(file, framework="pt") as opened:
-                held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, TypeError) as error:
-        raise _unreadable(file, error) from None
-    except Exception as error:  # weights_only refuses with what pickle raises
-        raise _unreadable(file, error) from None
-    if not isinstance(held, Mapping) or not all(isinstance(values, Tensor) for values in held.values()):
+        tensors: Any = _read_tensors(file)
+    except Exception as error:  # weights_only refuses with whatever pickle raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file} cannot be read: {reason}") from None
+    if not isinstance(tensors, Mapping) or not all(isinstance(each, Tensor) for each in tensors.values()):
         raise ValueError(f"{file} holds no tensors by name; expected what peft's save_pretrained writes")
-    if not held:
+    if not tensors:
         raise ValueError(f"{file} is empty: it holds no tensor; train it again")
-    return file, dict(held)
+    return file, dict(tensors)
 
 
-def _unreadable(file: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{file} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    )
+def _read_tensors(file: Path) -> object:
+    if file.suffix == ".bin":
+        return torch.load(file, map_location="cpu", weights_only=True)
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
 
 
-def _fits(subject: Subject, file: Path, weights: dict[str, Tensor]) -> str:
-    """Return the base's architecture, once names and shapes are those that peft makes for it."""
+def check_finite(file: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError when a number of an adapter is not finite."""
+    if broken := [name for name, values in sorted(weights.items()) if not values.isfinite().all()]:
+        raise ValueError(
+            f"{file}: {broken[0]} holds numbers that are not finite{and_more(broken)}; train it again"
+        )
+
+
+def _check_numbers(file: Path, weights: Mapping[str, Tensor]) -> None:
+    if odd := [name for name, values in sorted(weights.items()) if values.dtype not in DTYPES]:
+        raise ValueError(
+            f"{file}: {odd[0]} is {weights[odd[0]].dtype}{and_more(odd)}, expected float32, float64, float16"
+            " or bfloat16"
+        )
+    check_finite(file, weights)
+
+
+def _changed_modules(weights: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Return {lora_B: whether it has a number that is not zero}."""
+    names = (name for name in weights if ".lora_B" in name or "embedding_B" in name)
+    return {name: bool(weights[name].any()) for name in names}
+
+
+def _check_change(file: Path, weights: Mapping[str, Tensor], config: AdapterConfig) -> None:
+    """Raise ValueError when an adapter changes nothing."""
+    changed = _changed_modules(weights)
+    if not changed or any("lora_" not in name for name in weights):
+        return
+    lora_a = [values for name, values in weights.items() if "lora_A" in name or "g_A" in name]
+    if config.get("lora_alpha") == 0 or not any(bool(values.any()) for values in lora_a):
+        raise ValueError(
+            f"{file}: every lora_A is zero, or lora_alpha is, so the adapter changes nothing; train it again"
+        )
+    if not any(changed.values()):
+        raise ValueError(
+            f"{file}: every lora_B is zero, so the adapter changes nothing: it was saved before its first"
+            " step, or gathered wrong; train it again"
+        )
+
+
+def _check_shapes(subject: Subject, file: Path, weights: Mapping[str, Tensor]) -> str:
+    """Return the base's architecture. Raises: ValueError unless names and shapes are those that peft
+    makes."""
     base = models.load_config_of(subject.config, subject.base)
-    with torch.device("meta"), _silently():
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(
             base, trust_remote_code=subject.config.model.trust_remote_code
         )
@@ -159,63 +182,57 @@ def _fits(subject: Subject, file: Path, weights: dict[str, Tensor]) -> str:
             model = get_peft_model(model, PeftConfig.from_pretrained(str(subject.adapter)))
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{file.parent / CONFIG} does not fit {subject.base}: {str(error).splitlines()[0]}"
+                f"{file.parent / ADAPTER_CONFIG} does not fit {subject.base}: {str(error).splitlines()[0]}"
             ) from None
         needed = get_peft_model_state_dict(model, save_embedding_layers=False)
         known = get_peft_model_state_dict(model, save_embedding_layers=True)
-    if missing := sorted(set(needed) - set(weights)):
-        raise ValueError(
-            f"{file} lacks {missing[0]}{_more(missing)}, which its {CONFIG} and {subject.base} need"
-        )
-    extra = sorted(
-        name for name in set(weights) - set(needed) if ".base_layer." not in name and name in known
-    )
-    if extra:
-        raise ValueError(
-            f"{file} has {extra[0]}{_more(extra)} besides, a matrix of the base that peft would put in the"
-            " place of the base's own; save the adapter without it (save_embedding_layers=False), or name it"
-            " in modules_to_save"
-        )
-    if unknown := sorted(set(weights) - set(known)):
-        raise ValueError(f"{file} has {unknown[0]}{_more(unknown)}, which {subject.base} has no place for")
+    _check_names(subject, file, set(weights), set(needed), set(known))
     for name in sorted(weights):
         if weights[name].shape != known[name].shape:
             raise ValueError(
-                f"{file}: {name} is {_size(weights[name])}, {subject.base} needs {_size(known[name])}; it was"
-                " trained on another base: name that with --base"
+                f"{file}: {name} is {shape(weights[name].shape)}, {subject.base} needs"
+                f" {shape(known[name].shape)}; it was trained on another base: name that with --base"
             )
     return str((base.architectures or [type(model).__name__])[0])
 
 
-@contextmanager
-def _silently() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _check_names(subject: Subject, file: Path, names: set[str], needed: set[str], known: set[str]) -> None:
+    if missing := sorted(needed - names):
+        raise ValueError(
+            f"{file} lacks {missing[0]}{and_more(missing)}, which its {ADAPTER_CONFIG} and {subject.base}"
+            " need"
+        )
+    if extra := sorted(name for name in (names - needed) & known if ".base_layer." not in name):
+        raise ValueError(
+            f"{file} has {extra[0]}{and_more(extra)} besides, a matrix of the base that peft would put in the"
+            " place of the base's own; save the adapter without it (save_embedding_layers=False), or name it"
+            " in modules_to_save"
+        )
+    if unknown := sorted(names - known):
+        raise ValueError(f"{file} has {unknown[0]}{and_more(unknown)}, which {subject.base} has no place for")
 
 
-def _refuse_other_settings(subject: Subject, config: dict[str, Any]) -> None:
-    """Refuse an adapter whose adapter_config.json no longer says what its run trained: no shape would
-    tell."""
+def _check_settings(subject: Subject, config: AdapterConfig) -> None:
+    """Refuse an adapter_config.json that differs from what the run trained with: no shape would show it."""
     if subject.run is None:
         return
     lora = subject.config.lora
-    trained_with = {key: getattr(lora, key) for key in ("r", "lora_alpha", "use_rslora", "use_dora")} | PLAIN
-    for key, trained in trained_with.items():
-        found = config.get(key, trained)
-        if isinstance(found, dict):  # peft notes its own for experts, whose matrices are stacked
-            found = {module: value for module, value in found.items() if not module.endswith(STACKED)}
-        if found != trained:
+    expected = {key: getattr(lora, key) for key in ("r", "lora_alpha", "use_rslora", "use_dora")} | PLAIN
+    for key, trained in expected.items():
+        value = config.get(key, trained)
+        if isinstance(value, dict):  # peft adds entries of its own for experts, whose matrices are stacked
+            value = {module: number for module, number in value.items() if not module.endswith(STACKED)}
+        if value != trained:
             raise ValueError(
-                f"{subject.adapter}/{CONFIG} says {key}={found}, the run was trained with {trained}; copy the"
-                " file anew"
+                f"{subject.adapter}/{ADAPTER_CONFIG} says {key}={value}, the run was trained with {trained};"
+                " copy the file anew"
             )
 
 
-def _same_weights(subject: Subject) -> bool | None:
-    """Return whether the base has the weights that a run was trained on; None: not known.
+def _check_base_weights(subject: Subject) -> bool | None:
+    """Return whether the base has the weights that the run was trained on; None: not known.
 
-    Raises: ValueError when it has others.
+    Raises: ValueError when it has other weights.
     """
     if subject.run is None or not subject.run.facts.is_file():
         return None
@@ -225,59 +242,53 @@ def _same_weights(subject: Subject) -> bool | None:
         raise ValueError(f"{subject.run.facts} cannot be read: {error}") from None
     if trained_on == models.UNKNOWN:
         return None
-    if (found := models.fingerprint(subject.config, subject.base)) != trained_on:
+    if (fingerprint := models.fingerprint(subject.config, subject.base)) != trained_on:
         raise ValueError(
-            f"{subject.named} was trained on a base with other weights than {subject.base} has now"
-            f" (fingerprint {trained_on}, found {found}); name the folder with the right ones with --base"
+            f"{subject.name} was trained on a base with other weights than {subject.base} has now"
+            f" (fingerprint {trained_on}, found {fingerprint}); name the folder with the right ones with"
+            " --base"
         )
     return True
 
 
-def show(subject: Subject) -> int:
-    """Print an adapter's facts; return the exit code."""
-    facts = check(subject)
+def print_check(subject: Subject) -> int:
+    """Check an adapter and print what is known of it; return the exit code."""
+    verified = check_adapter(subject)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
-    size = f"{'/'.join(facts.dtypes)}, {facts.file.stat().st_size / 1e6:,.1f} MB"
-    table.add_row("adapter", f"whole: {facts.tensors} tensors, {facts.numbers:,} numbers, {size}")
-    table.add_row("kind", _kind(facts))
-    said = ", and has the weights that it was trained on (samples of each, or the hub's commit)" * bool(
-        facts.same_weights
-    )
-    table.add_row("base", f"{subject.base} ({facts.architecture}): names and shapes fit{said}")
-    table.add_row("sha256", facts.sha256)
+    size = f"{'/'.join(verified.dtypes)}, {verified.file.stat().st_size / 1e6:,.1f} MB"
+    table.add_row("adapter", f"whole: {verified.tensors} tensors, {verified.numbers:,} numbers, {size}")
+    table.add_row("kind", _kind(verified))
+    weights = ", and has the weights that it was trained on (samples of each, or the hub's commit)"
+    fits = f"{subject.base} ({verified.architecture}): names and shapes fit"
+    table.add_row("base", fits + weights * bool(verified.same_weights))
+    table.add_row("sha256", verified.sha256)
     Console(markup=False, highlight=False).print(table)
-    if facts.still:
+    if unchanged := verified.unchanged:
         print(
-            f"warning: {len(facts.still)} modules are unchanged, their lora_B is zero: {facts.still[0]}",
+            f"warning: {len(unchanged)} modules are unchanged, their lora_B is zero: {unchanged[0]}",
             file=sys.stderr,
         )
     return 0
 
 
-def _kind(facts: Facts) -> str:
-    config = facts.config
-    name = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
-    counts = Counter(module.rpartition(".")[2] for module in facts.modules)
+def lora_kind(config: Mapping[str, object]) -> str:
+    """Return DoRA, rsLoRA or LoRA. config: adapter_config.json."""
+    return "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
+
+
+def _kind(verified: VerifiedAdapter) -> str:
+    config = verified.config
+    counts = Counter(module.rpartition(".")[2] for module in verified.modules)
     whole = f"; whole: {', '.join(config['modules_to_save'])}" if config.get("modules_to_save") else ""
     on = ", ".join(f"{count} {module}" for module, count in sorted(counts.items()))
-    return f"{name}, r {config.get('r')}, alpha {config.get('lora_alpha')}, on {on}{whole}"
+    return f"{lora_kind(config)}, r {config.get('r')}, alpha {config.get('lora_alpha')}, on {on}{whole}"
 
 
-def _module(name: str) -> str:
+def _module_of(name: str) -> str:
     """Return the module that a tensor of an adapter belongs to."""
     name = name.removeprefix("base_model.model.")
-    return (
-        name.partition(".lora_")[0]
-        if ".lora_" in name
-        else name.removesuffix(".weight").removesuffix(".base_layer")
-    )
-
-
-def _size(values: Tensor) -> str:
-    return " x ".join(map(str, values.shape))
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+    if ".lora_" in name:
+        return name.partition(".lora_")[0]
+    return name.removesuffix(".weight").removesuffix(".base_layer")

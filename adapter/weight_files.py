@@ -1,8 +1,7 @@
-"""The files of a model's weights: those of a base, read by names and ranges, and those of a merged model,
-written so.
+"""The files of a model's weights: a base's, read by name and range; a merged model's, written in any order.
 
-`opened` reads safetensors or pytorch_model.bin; `MergedFiles` writes safetensors, tensor by tensor, in any
-order.
+`open_weights` reads safetensors or pytorch_model.bin. `SafetensorsWriter` writes tensors, or slices of them,
+as they come. safetensors' own writer wants all tensors of a file in memory at once.
 """
 
 import json
@@ -23,12 +22,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, WEIG
 from qwenlora.trainer.model.base import hub_errors
 from qwenlora.trainer.model.base_files import DTYPES, BaseFiles, Place
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-OTHER = 1.3  # numbers by this lie elsewhere between two that a dtype has
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+OTHER_GRID = 1.3  # numbers divided by this lie elsewhere between two that a dtype has
 
 
-class Files(Protocol):
-    """Where tensors lie, and their numbers: trainer/base_files.py:BaseFiles, or TorchFiles."""
+class WeightFiles(Protocol):
+    """Where tensors lie, and their numbers: trainer/model/base_files.py's BaseFiles, or TorchFiles."""
 
     places: dict[str, Place]
 
@@ -45,12 +44,12 @@ class TorchFiles:
         self.places: dict[str, Place] = {}
         for file in self._files(base, revision):
             try:
-                held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-                why = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ValueError(f"{file} cannot be read: {why}; download it again") from None
-            self._tensors |= held
-            for name, values in held.items():
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ValueError(f"{file} cannot be read: {reason}; download it again") from None
+            self._tensors |= tensors
+            for name, values in tensors.items():
                 if values.dtype in DTYPES.values():
                     self.places[name] = Place(file, 0, values.dtype, tuple(values.shape))
 
@@ -74,8 +73,8 @@ class TorchFiles:
 
 
 @contextmanager
-def opened(base: str, revision: str | None = None) -> Iterator[Files]:
-    """Open the weights of a folder or hub name. Raises: ValueError when it has none, or they cannot be
+def open_weights(base: str, revision: str | None = None) -> Iterator[WeightFiles]:
+    """Open the weights of a folder or hub name. Raises: ValueError when there are none, or none can be
     had."""
     with hub_errors("base", base):
         safetensors = BaseFiles(base, revision)
@@ -88,26 +87,29 @@ def opened(base: str, revision: str | None = None) -> Iterator[Files]:
         yield files
 
 
-def whole(files: Files, name: str) -> Tensor:
+def read_tensor(files: WeightFiles, name: str) -> Tensor:
     """Return a tensor of the files, in its dtype there."""
     shape = files.places[name].shape
     return files.read(name, 0, math.prod(shape)).view(shape)
 
 
-class Rounded:
-    """Files of which some tensors are rounded once more: by as much as they already were, but otherwise."""
+class RoundedFiles:
+    """Files of which some tensors are rounded once more: as coarsely as they already were, to other
+    numbers."""
 
-    def __init__(self, files: Files, names: set[str]) -> None:
+    def __init__(self, files: WeightFiles, names: set[str]) -> None:
         self.files, self.names, self.places = files, names, files.places
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return elements [start, stop) of a flattened tensor: 1-D, in host memory."""
         values = self.files.read(name, start, stop)
-        return (values.float() / OTHER).to(values.dtype).float() * OTHER if name in self.names else values
+        if name not in self.names:
+            return values
+        return (values.float() / OTHER_GRID).to(values.dtype).float() * OTHER_GRID
 
 
-def size_of(text: str) -> int:
-    """Return the bytes of a --max-shard-size. Raises: ValueError for what is no size."""
+def parse_size(text: str) -> int:
+    """Return the bytes of a --max-shard-size. Raises: ValueError when it is not a size."""
     try:
         size = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
@@ -117,7 +119,7 @@ def size_of(text: str) -> int:
     return size
 
 
-class Entry(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor to be written."""
 
     dtype: torch.dtype
@@ -129,49 +131,47 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class MergedFiles:
-    """model*.safetensors in a folder, and their index where there are several; a context manager, which
-    closes them.
+class SafetensorsWriter:
+    """model*.safetensors in a folder, and their index where there are several; a context manager closes them.
 
     Source: https://huggingface.co/docs/safetensors#format
     """
 
-    def __init__(self, folder: Path, entries: dict[str, Entry], max_shard_size: int) -> None:
+    def __init__(self, folder: Path, specs: dict[str, TensorSpec], max_shard_size: int) -> None:
         split = split_state_dict_into_shards_factory(
-            entries,
-            get_storage_size=lambda entry: entry.size,
+            specs,
+            get_storage_size=lambda spec: spec.size,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
         self.files = sorted(split.filename_to_tensors)
-        self.size = sum(entry.size for entry in entries.values())
-        self.numbers = sum(math.prod(entry.shape) for entry in entries.values())
-        self._entries, self._folder = entries, folder
+        self.size = sum(spec.size for spec in specs.values())
+        self.numbers = sum(math.prod(spec.shape) for spec in specs.values())
+        self._specs, self._folder = specs, folder
         self._weight_map: dict[str, str] = split.tensor_to_filename if split.is_sharded else {}
-        self._offsets: dict[str, tuple[int, int]] = {}
-        self._left = {name: math.prod(entry.shape) for name, entry in entries.items()}
+        self._offsets: dict[str, tuple[int, int]] = {}  # {tensor: (file descriptor, position in it)}
+        self._missing = {name: math.prod(spec.shape) for name, spec in specs.items()}
         self._open: list[int] = []
         for file in self.files:
             self._begin(folder / file, split.filename_to_tensors[file])
 
     def _begin(self, path: Path, names: list[str]) -> None:
+        """Make a file of its final size, with its header."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
+        starts, end = {}, 0
         for name in names:
-            dtype, shape = self._entries[name]
-            start, end = end, end + self._entries[name].size
-            header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+            dtype, shape = self._specs[name]
+            starts[name], end = end, end + self._specs[name].size
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [starts[name], end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._open.append(descriptor)
         os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
         os.truncate(descriptor, 8 + len(text) + end)
-        for name in names:
-            offsets = header[name]["data_offsets"]  # type: ignore[index]
-            self._offsets[name] = (descriptor, 8 + len(text) + offsets[0])
+        self._offsets |= {name: (descriptor, 8 + len(text) + start) for name, start in starts.items()}
 
-    def __enter__(self) -> "MergedFiles":
+    def __enter__(self) -> "SafetensorsWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -179,28 +179,28 @@ class MergedFiles:
             os.close(descriptor)
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
-        """Write elements from start on of a flattened tensor; rounded once, to the file's dtype.
+        """Write the elements from start on of a flattened tensor, rounded once to the file's dtype.
 
-        Raises: ValueError when a number is not finite, or has become so.
+        Raises: ValueError when a number is not finite, or becomes so by rounding.
         """
-        dtype = self._entries[name].dtype
+        dtype = self._specs[name].dtype
         values = values.to(dtype).contiguous()
         if not values.isfinite().all():
             raise ValueError(
-                f"{name} would hold numbers that are not finite in {NAMES[dtype]}: broken in the files that"
-                " are read, or too large for it (fp32 holds them)"
+                f"{name} would hold numbers that are not finite in {DTYPE_NAMES[dtype]}: broken in the files"
+                " that are read, or too large for it (fp32 holds them)"
             )
-        self._left[name] -= values.numel()
+        self._missing[name] -= values.numel()
         descriptor, offset = self._offsets[name]
         offset += start * dtype.itemsize
-        left = values.view(-1).view(torch.uint8).numpy().data
-        while left:  # one call writes 2 GB at most
-            count = os.pwrite(descriptor, left, offset)
-            left, offset = left[count:], offset + count
+        rest = values.view(-1).view(torch.uint8).numpy().data
+        while rest:  # one call writes 2 GB at most
+            count = os.pwrite(descriptor, rest, offset)
+            rest, offset = rest[count:], offset + count
 
     def finish(self) -> None:
         """Write the index; all tensors are there."""
-        assert not any(self._left.values()), [name for name, left in self._left.items() if left]
+        assert not any(self._missing.values()), [name for name, count in self._missing.items() if count]
         if self._weight_map:
             index = {"metadata": {"total_size": self.size}, "weight_map": self._weight_map}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"

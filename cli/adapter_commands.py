@@ -7,12 +7,15 @@ import typer
 
 from qwenlora.adapter.answers import Sampling
 from qwenlora.adapter.chat import chat as chatting
+from qwenlora.adapter.chat.chat import ChatOptions
 from qwenlora.adapter.compare import compare as comparing
+from qwenlora.adapter.compare.questions import CompareOptions
 from qwenlora.adapter.merge import merge as merging
+from qwenlora.adapter.merge.merge import MergeOptions
 from qwenlora.adapter.publish import export as exporting
 from qwenlora.adapter.qwen1.convert import convert
 from qwenlora.adapter.subject import find
-from qwenlora.adapter.verify import show as show_verdict
+from qwenlora.adapter.verify import print_check
 
 Subject = Annotated[
     str,
@@ -32,7 +35,7 @@ TrustRemoteCode = Annotated[
 
 def verify(adapter: Adapter, base: Base = None, trust_remote_code: TrustRemoteCode = False) -> int:
     """Check that an adapter is whole, fits its base, and holds something; say which base it needs."""
-    return show_verdict(find(adapter, base=base, trust_remote_code=trust_remote_code))
+    return print_check(find(adapter, base=base, trust_remote_code=trust_remote_code))
 
 
 def merge(
@@ -65,15 +68,7 @@ def merge(
     subjects = [
         find(name, base=base, trust_remote_code=trust_remote_code) for name in (adapter, *(more or []))
     ]
-    return merging.merge(
-        subjects,
-        out,
-        weights=weights,
-        combine=combine,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        prompts=prompts,
-    )
+    return merging.merge(subjects, out, MergeOptions(weights, combine, dtype, max_shard_size, prompts))
 
 
 def chat(
@@ -119,17 +114,8 @@ def chat(
     """Talk with a model: in the terminal, with one prompt, or with the questions of a file."""
     found = find(subject, base=base, trust_remote_code=trust_remote_code)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-    return chatting.chat(
-        found,
-        sampling,
-        prompt=prompt,
-        input_file=input_,
-        output_file=output,
-        system=system,
-        thinking=thinking,
-        quantization=quantization,
-        dtype=dtype,
-    )
+    options = ChatOptions(prompt, input_, output, system, thinking, quantization, dtype)
+    return chatting.chat(found, sampling, options)
 
 
 def compare(
@@ -166,8 +152,7 @@ def compare(
     trust_remote_code: TrustRemoteCode = False,
 ) -> int:
     """Ask the base model and the tuned one the same: what was trained, in other words, in general."""
-    return comparing.compare(
-        [find(name, base=base, trust_remote_code=trust_remote_code) for name in subjects],
+    options = CompareOptions(
         show=show,
         limit=limit,
         max_new_tokens=max_new_tokens,
@@ -180,6 +165,8 @@ def compare(
         batch_size=batch_size,
         output=output,
     )
+    found = [find(name, base=base, trust_remote_code=trust_remote_code) for name in subjects]
+    return comparing.compare(found, options)
 
 
 def export(

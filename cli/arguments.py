@@ -49,7 +49,7 @@ def _option(name: str, hint: Any, default: str | None) -> inspect.Parameter:
     if kind is bool:
         flag = Annotated[bool, typer.Option(f"--{name.replace('_', '-')}", help=help_text)]
         return inspect.Parameter(name, keyword, default=False, annotation=flag)
-    value = int | None if int in get_args(kind) else str if default else str | None
+    value: Any = int | None if int in get_args(kind) else str if default else str | None
     option = Annotated[value, typer.Option(help=help_text)]
     return inspect.Parameter(name, keyword, default=default, annotation=option)
 

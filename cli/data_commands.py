@@ -30,6 +30,6 @@ def preview(
     evaluation: Annotated[bool, typer.Option("--eval", help="Rows of data.eval.")] = False,
 ) -> int:
     """Show rows as the model sees them, the trained tokens coloured."""
-    loaded, side = load_config(config, overrides or []), "eval" if evaluation else "train"
-    data_check.preview(loaded, side, first, rows, ids=ids, console=screen())
+    loaded = load_config(config, overrides or [])
+    data_check.preview(loaded, "eval" if evaluation else "train", first, rows, ids=ids, console=screen())
     return 0

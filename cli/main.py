@@ -4,6 +4,7 @@ A command's module is imported when the command runs, or its own --help is asked
 answers at once, without torch.
 """
 
+import contextlib
 import functools
 import importlib
 import platform
@@ -18,113 +19,88 @@ from typer.core import TyperGroup
 from qwenlora.adapter import quiet
 
 
-class Entry(NamedTuple):
-    """A command: its function in a module of cli/, and the function's docstring. slow: it imports torch."""
+class CommandEntry(NamedTuple):
+    """A command: the module of cli/ with the function of that name, and the function's docstring."""
 
     module: str
-    function: str
     help: str
-    slow: bool = False
 
 
+SLOW = ("adapter_commands", "data_commands")  # modules that import torch
 GROUPS = {"config": "Look at configs.", "data": "Look at the rows of a config, before training."}
 COMMANDS = {
-    "train": Entry("train_commands", "train", "Train, or go on training, the run of CONFIG on this machine."),
-    "preflight": Entry(
+    "train": CommandEntry("train_commands", "Train, or go on training, the run of CONFIG on this machine."),
+    "preflight": CommandEntry(
         "train_commands",
-        "preflight",
         "Do the checks before a start, and nothing else: on this machine, or by srun on all nodes of an"
         " allocation.",
     ),
-    "submit": Entry("submit_commands", "submit", "Submit the run of CONFIG as a job."),
-    "sweep": Entry(
-        "submit_commands", "sweep", "Submit a run for every combination of the values, as one job array."
+    "submit": CommandEntry("submit_commands", "Submit the run of CONFIG as a job."),
+    "sweep": CommandEntry(
+        "submit_commands", "Submit a run for every combination of the values, as one job array."
     ),
-    "status": Entry(
+    "status": CommandEntry(
         "run_commands",
-        "status",
         "Show a run's attempts, how far it is, its job and its checkpoints; of a sweep, a line a run.",
     ),
-    "logs": Entry(
-        "run_commands", "logs", "Show the output of a run's job, or the log of one of its processes."
+    "logs": CommandEntry(
+        "run_commands", "Show the output of a run's job, or the log of one of its processes."
     ),
-    "cancel": Entry(
-        "run_commands", "cancel", "Stop a run for good: it saves, and does not come back by itself."
+    "cancel": CommandEntry(
+        "run_commands", "Stop a run for good: it saves, and does not come back by itself."
     ),
-    "resume": Entry(
+    "resume": CommandEntry(
         "submit_commands",
-        "resume",
         "Have a run go on from its newest checkpoint: submitted again, as its last job was.",
     ),
-    "site": Entry(
+    "site": CommandEntry(
         "submit_commands",
-        "site",
         "Print a site's options for sbatch: sbatch $(qwenlora site mycluster) slurm/train.sh my.yaml.",
     ),
-    "verify": Entry(
+    "verify": CommandEntry(
         "adapter_commands",
-        "verify",
         "Check that an adapter is whole, fits its base, and holds something; say which base it needs.",
-        slow=True,
     ),
-    "merge": Entry(
+    "merge": CommandEntry(
         "adapter_commands",
-        "merge",
         "Make one model of a base and an adapter, file by file, and compare its logits with theirs.",
-        slow=True,
     ),
-    "chat": Entry(
+    "chat": CommandEntry(
         "adapter_commands",
-        "chat",
         "Talk with a model: in the terminal, with one prompt, or with the questions of a file.",
-        slow=True,
     ),
-    "compare": Entry(
+    "compare": CommandEntry(
         "adapter_commands",
-        "compare",
         "Ask the base model and the tuned one the same: what was trained, in other words, in general.",
-        slow=True,
     ),
-    "report": Entry(
+    "report": CommandEntry(
         "report_command",
-        "report",
         "Write a run up as one HTML page: curves over all attempts, settings, data, comparison; pictures"
         " beside it.",
     ),
-    "runs": Entry(
-        "run_commands",
-        "runs",
-        "List runs: how far each is, its evaluation, its data, its key settings, its adapter.",
+    "runs": CommandEntry(
+        "run_commands", "List runs: how far each is, its evaluation, its data, its key settings, its adapter."
     ),
-    "diff": Entry("run_commands", "diff", "Show in what two runs differ: config, code, data, results."),
-    "export": Entry(
+    "diff": CommandEntry("run_commands", "Show in what two runs differ: config, code, data, results."),
+    "export": CommandEntry(
         "adapter_commands",
-        "export",
         "Make a folder for a model hub: the adapter, its tokenizer, and a card filled in from the run.",
-        slow=True,
     ),
-    "convert-qwen1": Entry(
+    "convert-qwen1": CommandEntry(
         "adapter_commands",
-        "convert_qwen1",
         "Turn a first-generation Qwen (Qwen-7B-Chat), or an adapter for it, into Qwen2's architecture.",
-        slow=True,
     ),
-    "config show": Entry(
-        "config_commands", "show", "Print the resolved config: defaults < CONFIG < overrides."
+    "config show": CommandEntry(
+        "config_commands", "Print the resolved config: defaults < CONFIG < overrides."
     ),
-    "config schema": Entry("config_commands", "schema", "Print the JSON Schema of a config, for editors."),
-    "data check": Entry(
+    "config schema": CommandEntry("config_commands", "Print the JSON Schema of a config, for editors."),
+    "data check": CommandEntry(
         "data_commands",
-        "check",
         "Prepare the rows as training would, and show what they are like: on the screen, and as an HTML"
         " page.",
-        slow=True,
     ),
-    "data preview": Entry(
-        "data_commands",
-        "preview",
-        "Show rows as the model sees them, the trained tokens coloured.",
-        slow=True,
+    "data preview": CommandEntry(
+        "data_commands", "Show rows as the model sees them, the trained tokens coloured."
     ),
 }
 
@@ -141,16 +117,17 @@ class LazyGroup(TyperGroup):
 
 def load(name: str) -> Any:
     """Import a command's module and return the command. An unsuitable system is refused first."""
-    entry = COMMANDS[name]
+    entry, command = COMMANDS[name], name.split()[-1]
     refuse_other_systems()
-    module = f"qwenlora.cli.{entry.module}"
-    if entry.slow:
-        with quiet(), Console(stderr=True).status("starting", spinner_style="dim"):
-            function = getattr(importlib.import_module(module), entry.function)
-    else:
-        function = getattr(importlib.import_module(module), entry.function)
+    waiting = Console(stderr=True).status("starting", spinner_style="dim")
+    with contextlib.ExitStack() as stack:
+        if entry.module in SLOW:
+            stack.enter_context(quiet())
+            stack.enter_context(waiting)
+        module = importlib.import_module(f"qwenlora.cli.{entry.module}")
+    function = getattr(module, command.replace("-", "_"))
     single = _group()
-    single.command(name.split()[-1])(guarded(function))
+    single.command(command)(guarded(function))
     return typer.main.get_command(single)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qwenlora.adapter.publish.report import write
+from qwenlora.adapter.publish.report import write_report
 from qwenlora.cli.arguments import Run
 from qwenlora.run.folder import RunFolder
 
@@ -16,5 +16,5 @@ def report(
 ) -> int:
     """Write a run up as one HTML page: curves over all attempts, settings, data, comparison; pictures beside
     it."""
-    print(write(RunFolder(run), html))
+    print(write_report(RunFolder(run), html))
     return 0

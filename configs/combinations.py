@@ -1,7 +1,7 @@
-"""What cannot run together, why, and what would: a table, and `refuse(config, machine)`, which walks it.
+"""Which settings cannot run together, why, and what can: a table, and `refuse(config, machine)`, which
+applies it.
 
-Nothing here loads a model; what only the base can show (attention heads, a GPU's number formats) is the
-trainer's.
+Nothing here loads a model; what depends on the base (attention heads) is refused by the trainer.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from typing import NamedTuple
 from qwenlora.configs.schema import Config
 
 ZERO = ("zero1", "zero2", "zero3")
-# compute each number by itself, whatever it is a part of, and make their state at the first step
+# optimizers that compute each number by itself, whatever it is a part of, and make their state at the first
+# step
 FLAT = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "lion_32bit")
 SHARDED = ("zero3", "fsdp")  # the base is in parts
 
 
 class Machine(NamedTuple):
-    """Where a run is. processes: ranks a node; gpus: a node's, 0: CPU only; gpu_bytes: of the smallest, 0:
-    unknown.
+    """Where a run is. processes: ranks a node; gpus: of a node, 0: CPU only.
 
-    nvlink: whether the GPUs of a node all reach each other over it.
+    gpu_bytes: of the smallest GPU, 0: unknown; nvlink: whether it links all GPUs of a node with each other.
     """
 
     nodes: int
@@ -37,28 +37,27 @@ class Machine(NamedTuple):
 class Rule(NamedTuple):
     """A combination that is refused.
 
-    what: the combination, for a table; says: its keys and values in str.format's words (config, strategy,
-    machine);
-    why: the reason; instead: what to set.
+    what: the combination, for the docs' table; settings: its keys and values, a template for str.format with
+    config, strategy and machine; why: the reason; instead: what to set.
     """
 
     name: str
     what: str
     applies: Callable[[Config, Machine], bool]
-    says: str
+    settings: str
     why: str
     instead: str
 
     def message(self, config: Config, machine: Machine) -> str:
         """Return the one line that refuses it."""
-        said = self.says.format(config=config, strategy=config.strategy, machine=machine)
-        return f"{said}: {self.why}; {self.instead}"
+        settings = self.settings.format(config=config, strategy=config.strategy, machine=machine)
+        return f"{settings}: {self.why}; {self.instead}"
 
 
 def packs_rows(config: Config, *, on_gpu: bool) -> bool:
-    """Return whether rows are packed: auto is on where attention keeps packed rows apart at no cost.
+    """Return whether rows are packed. auto is on where attention keeps packed rows apart at no cost.
 
-    That is on a GPU, unless ranks share sequences: then sdpa sees whole packs, without a mask.
+    That is on a GPU, unless ranks share sequences: then sdpa gets whole packs, without a mask.
     """
     apart = config.strategy.sequence_parallel == 1 or config.model.attn_implementation.startswith("flash")
     return config.data.packing == "on" or (config.data.packing == "auto" and on_gpu and apart)
@@ -247,5 +246,5 @@ def problems(config: Config, machine: Machine) -> list[str]:
 
 def refuse(config: Config, machine: Machine) -> None:
     """Refuse what cannot run. Raises: ValueError, one line a combination."""
-    if found := problems(config, machine):
-        raise ValueError("\n".join(found))
+    if lines := problems(config, machine):
+        raise ValueError("\n".join(lines))

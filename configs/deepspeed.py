@@ -53,7 +53,7 @@ ZERO_KEYS = tuple(
     save_muon_momentum_buffer_in_memory leaf_module
     """.split()  # noqa: SIM905 (as a list it is 60 lines)
 )
-NUMBERS = ("_size", "_threshold", "_distance", "_parameters")
+_NUMBERS = ("_size", "_threshold", "_distance", "_parameters")
 # keys that older versions of DeepSpeed had: it refuses them itself, later and at length
 REMOVED = (
     *("nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue"),
@@ -255,12 +255,12 @@ def _zero_problems(zero: object) -> Iterator[str]:
         _unknown(f"zero_optimization.{key}", key, ZERO_KEYS) for key in _block(zero) if key not in ZERO_KEYS
     )
     for key, value in _block(zero).items():
-        is_number = key.endswith(NUMBERS) and key not in (
-            "zero_hpz_partition_size",
-            "ignore_unused_parameters",
-        )
-        if is_number and value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if _is_number(key) and value != "auto" and type(value) not in (int, float):
             yield f"zero_optimization.{key}={_show(value)}: expected a number; write it without quotes"
+
+
+def _is_number(key: str) -> bool:
+    return key.endswith(_NUMBERS) and key not in ("zero_hpz_partition_size", "ignore_unused_parameters")
 
 
 def _otherwise(theirs: Settings) -> Iterator[str]:

@@ -1,8 +1,7 @@
-"""How many bytes a run needs on each GPU and moves between them, from counts alone; what strategy.name: auto
-becomes.
+"""What strategy.name: auto becomes, from estimates of the bytes that a GPU holds and sends.
 
-`need(config, sizes, "fsdp", machine, "node").total`; `decide(config, sizes, machine)`. Bytes, of which 1e9
-are a GB. Held against published runs of a 7B by tests/configs/test_estimate.py: within a fifth.
+`need(config, sizes, "fsdp", machine, "node").total`; `decide(config, sizes, machine)`. 1 GB is 1e9 bytes.
+Within a fifth of published runs of a 7B (tests/configs/test_estimate.py).
 """
 
 from collections.abc import Callable
@@ -11,10 +10,9 @@ from typing import Any, NamedTuple
 from qwenlora.configs.combinations import Machine, packs_rows, problems
 from qwenlora.configs.schema import Config
 
-NF4 = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # bytes a number: 4 bits, an 8-bit scale for 64, a float32 scale for 256 of those
-EAGER = 2.3  # activations with peft's LoRA layers, as against fused ones
+# bytes a number: 4 bits, an 8-bit scale for 64 numbers, a float32 scale for 256 of those
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+EAGER = 2.3  # activations with peft's LoRA layers, relative to fused ones
 RESERVE = 2_000_000_000  # CUDA's context, NCCL's buffers, what the allocator cannot use
 LIVE = 1_000_000_000  # numbers that ZeRO-3 holds gathered (stage3_max_live_parameters)
 FLOPS = 798e12  # bfloat16 matrix products of an H100, measured
@@ -22,10 +20,9 @@ NVLINK, PCIE, NETWORK = 370e9, 25e9, 50e9  # bytes a second that a GPU gets
 
 
 class Sizes(NamedTuple):
-    """Counts of the model's numbers, as trainer.model.Parameters has them.
+    """Counts of the model's numbers, as run.records.Parameters has them.
 
-    body: matrices that every token passes; head: the output matrix; longest: tokens of the longest row, 0:
-    unknown, so data.max_length.
+    longest: tokens of the longest row, 0: unknown, so data.max_length.
     """
 
     total: int
@@ -44,8 +41,8 @@ class Sizes(NamedTuple):
         return cls(**{name: getattr(parameters, name) for name in cls._fields[:-1]}, longest=longest)
 
 
-class Need(NamedTuple):
-    """Bytes on a GPU, in parts. least_activations: the least that kernels could make of activations."""
+class MemoryNeed(NamedTuple):
+    """Bytes on a GPU, by use. least_activations: what activations would take with fused kernels."""
 
     weights: int
     gathered: int
@@ -62,7 +59,7 @@ class Need(NamedTuple):
 
     @property
     def least(self) -> int:
-        """What it needs in any case."""
+        """What a run needs at least."""
         return self.total - self.activations + self.least_activations
 
 
@@ -74,21 +71,23 @@ class Traffic(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a run does. sentence: why, when it was decided here; else empty."""
+    """The strategy of a run. sentence: why, for strategy.name=auto; else empty."""
 
     name: str
     shard_group: str
     sentence: str
 
 
-def tokens(config: Config, sizes: Sizes) -> int:
+def tokens_at_once(config: Config, sizes: Sizes) -> int:
     """Return how many tokens a GPU holds at once."""
     longest, limit = sizes.longest, config.data.max_length
     row = limit if packs_rows(config, on_gpu=True) or not longest else min(longest, limit)
     return -(-config.train.per_device_train_batch_size * row // config.strategy.sequence_parallel)
 
 
-def need(config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str = "global") -> Need:
+def need(
+    config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str = "global"
+) -> MemoryNeed:
     """Return what each GPU holds under a strategy.
 
     With n GPUs in a sharding group, b bytes a number (bfloat16: 2), P trained numbers, t tokens at once:
@@ -121,13 +120,13 @@ def need(config: Config, sizes: Sizes, name: str, machine: Machine, shard_group:
         gathered = (
             body * together + width * outside if group > 1 or config.strategy.offload == "params" else 0
         )
-    at_once = tokens(config, sizes)
+    at_once = tokens_at_once(config, sizes)
     layer = width * (6 * sizes.hidden_size + 2 * sizes.kv_width + 2 * sizes.intermediate_size)
     if config.train.gradient_checkpointing:
         kept, passing = sizes.layers * width * sizes.hidden_size, layer
     else:
         kept, passing = 0, sizes.layers * layer
-    return Need(
+    return MemoryNeed(
         weights=int(weights),
         gathered=int(gathered),
         trained=int(_trained_bytes(config, sizes.trainable, name, world)),
@@ -163,9 +162,9 @@ def break_even(config: Config, bandwidth: float) -> int:
 
 
 def decide(config: Config, sizes: Sizes | None, machine: Machine) -> Decision:
-    """Return the strategy of a run; precision and results are never traded for room.
+    """Return the strategy of a run. It changes neither precision nor results.
 
-    sizes: None will do where nothing depends on them (a strategy that is named; no GPU).
+    sizes: may be None where nothing depends on them (a strategy that is named; no GPU).
     Raises: ValueError when strategy.name is auto and nothing fits the GPUs.
     """
     strategy = config.strategy
@@ -177,32 +176,32 @@ def decide(config: Config, sizes: Sizes | None, machine: Machine) -> Decision:
         return _ddp(
             "the whole model on each GPU, whose memory is unknown; name another strategy if that is too small"
         )
-    assert sizes is not None
+    assert sizes is not None, "they are known where GPUs are"
+    return _best_fitting(config, sizes, machine)
+
+
+def _best_fitting(config: Config, sizes: Sizes, machine: Machine) -> Decision:
+    """Return the best strategy that fits the GPUs. Raises: ValueError when none does."""
     ways = _ways(config, sizes, machine)
-    fitting = next(
-        ((name, group) for name, group in ways if ways[name, group].total <= machine.gpu_bytes), None
-    )
+    fitting = next((way for way, memory in ways.items() if memory.total <= machine.gpu_bytes), None)
     name, group = fitting or min(ways, key=lambda way: ways[way].total)
-    if not fitting and ways[name, group].least > machine.gpu_bytes:
-        raise ValueError(_nothing_fits(config, sizes, machine, name, ways[name, group]))
     chosen = ways[name, group]
-    if name == "ddp":
-        said = f"the base takes {_gb(chosen.weights)} of each GPU's {_gb(machine.gpu_bytes)}"
-    else:
-        said = _why_in_parts(config, sizes, machine, name, group, chosen)
+    if chosen.least > machine.gpu_bytes:
+        raise ValueError(_nothing_fits(config, sizes, machine, name, chosen))
+    why = _why(config, sizes, machine, group, chosen, name=name)
     if not fitting:
-        said += f"; about {_gb(chosen.total)} may be needed, which is tight"
+        why += f"; about {_gb(chosen.total)} may be needed, which is tight"
     if hints := [] if name == "ddp" and fitting else _would_allow_ddp(config, sizes, machine):
-        said += f"; {' or '.join(hints)} would {'leave room' if name == 'ddp' else 'allow ddp'}"
-    return Decision(name, group, f"strategy.name=auto: {name}{_where(name, group, machine)}, {said}")
+        why += f"; {' or '.join(hints)} would {'leave room' if name == 'ddp' else 'allow ddp'}"
+    return Decision(name, group, f"strategy.name=auto: {name}{_where(name, group, machine)}, {why}")
 
 
 def _ddp(why: str) -> Decision:
     return Decision("ddp", "global", f"strategy.name=auto: ddp, {why}")
 
 
-def _ways(config: Config, sizes: Sizes, machine: Machine) -> dict[tuple[str, str], Need]:
-    """Return the strategies that may run, the best first: what moves least, and what needs no DeepSpeed."""
+def _ways(config: Config, sizes: Sizes, machine: Machine) -> dict[tuple[str, str], MemoryNeed]:
+    """Return the strategies that may run, the best first: those that send least, and need no DeepSpeed."""
     ways = [("ddp", "global")]
     if machine.world_size > 1:
         sharded = "zero3" if config.strategy.quantization == "nf4" else "fsdp"
@@ -216,22 +215,24 @@ def _ways(config: Config, sizes: Sizes, machine: Machine) -> dict[tuple[str, str
     return runs or {("ddp", "global"): need(config, sizes, "ddp", machine)}
 
 
-def _why_in_parts(config: Config, sizes: Sizes, machine: Machine, name: str, group: str, chosen: Need) -> str:
-    base, at_once = _base_bytes(config, sizes, machine), tokens(config, sizes)
-    said = f"{_gb(chosen.weights)} of the base's {_gb(base)} on each GPU of {_gb(machine.gpu_bytes)}"
+def _why(config: Config, sizes: Sizes, machine: Machine, group: str, chosen: MemoryNeed, *, name: str) -> str:
+    if name == "ddp":
+        return f"the base takes {_gb(chosen.weights)} of each GPU's {_gb(machine.gpu_bytes)}"
+    base, at_once = _base_bytes(config, sizes, machine), tokens_at_once(config, sizes)
+    why = f"{_gb(chosen.weights)} of the base's {_gb(base)} on each GPU of {_gb(machine.gpu_bytes)}"
     if group == "global" and machine.nodes > 1:
         hidden = break_even(config, NETWORK)
-        said += (
+        why += (
             f"; it crosses between nodes twice a micro-batch, which {hidden:,} tokens on a GPU would hide at"
             f" {NETWORK / 1e9:.0f} GB/s (here {at_once:,})"
         )
     elif not machine.nvlink:
         hidden = break_even(config, PCIE)
-        said += (
+        why += (
             f"; without NVLink between them all it is gathered over PCIe, which {hidden:,} tokens on a GPU"
             f" would hide at {PCIE / 1e9:.0f} GB/s (here {at_once:,})"
         )
-    return said
+    return why
 
 
 def _where(name: str, group: str, machine: Machine) -> str:
@@ -249,11 +250,12 @@ def _would_allow_ddp(config: Config, sizes: Sizes, machine: Machine) -> list[str
         refused = problems(_changed(changed, name="ddp", shard_group="global"), machine)
         return not refused and need(changed, sizes, "ddp", machine).total <= machine.gpu_bytes
 
-    return [said for said, changed in _leaner(config, fits) if fits(changed)]
+    return [setting for setting, changed in _leaner(config, fits) if fits(changed)]
 
 
 def _leaner(config: Config, fits: Callable[[Config], Any]) -> list[tuple[str, Config]]:
-    """Return settings that need less memory; two at once only where neither fits by itself."""
+    """Return (setting, changed config) for settings that need less memory; both at once where neither
+    fits."""
     checkpointed = config.model_copy(
         update={"train": config.train.model_copy(update={"gradient_checkpointing": True})}
     )
@@ -263,18 +265,20 @@ def _leaner(config: Config, fits: Callable[[Config], Any]) -> list[tuple[str, Co
     if config.strategy.quantization == "none":
         ways.append(("strategy.quantization: nf4", _changed(config, quantization="nf4")))
     if len(ways) == 2 and not any(fits(changed) for _, changed in ways):
-        ways.append((" with ".join(said for said, _ in ways), _changed(checkpointed, quantization="nf4")))
+        ways.append(
+            (" with ".join(setting for setting, _ in ways), _changed(checkpointed, quantization="nf4"))
+        )
     return ways
 
 
-def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, least: Need) -> str:
-    """Return what is refused, and what would fit."""
+def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, least: MemoryNeed) -> str:
+    """Return the refusal, with what would fit."""
 
     def fits(changed: Config, on: Machine = machine) -> str | None:
         ways = _ways(changed, sizes, on)
         return next((way for (way, _), found in ways.items() if found.total <= machine.gpu_bytes), None)
 
-    ways_out = [f"{said} ({way})" for said, changed in _leaner(config, fits) if (way := fits(changed))]
+    ways_out = [f"{setting} ({way})" for setting, changed in _leaner(config, fits) if (way := fits(changed))]
     for nodes in (2, 4, 8, 16):
         on = machine._replace(nodes=nodes * machine.nodes)
         if way := fits(config, on):
@@ -291,8 +295,8 @@ def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, lea
         f"strategy.name=auto: model.name_or_path={config.model.name_or_path} needs about {_gb(least.total)}"
         f" on {gpus} even with {name}, expected at most the {_gb(machine.gpu_bytes)} there are"
         f" ({_gb(least.weights + least.gathered)} base, {_gb(least.trained)} adapter,"
-        f" {_gb(least.activations + least.logits)} for {tokens(config, sizes):,} tokens); what would fit:"
-        f" {cure}; or set strategy.name: {name} to try all the same"
+        f" {_gb(least.activations + least.logits)} for {tokens_at_once(config, sizes):,} tokens); what would"
+        f" fit: {cure}; or set strategy.name: {name} to try all the same"
     )
 
 

@@ -157,8 +157,14 @@ def _key_of(loc: tuple[int | str, ...], kind: str) -> tuple[str, str]:
     key = ".".join(names[:known])
     if "<source>" not in names:
         return key, ""
-    inside = (part for part in loc[known:] if not str(part).startswith("<"))
-    return key, "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
+    return key, "".join(map(_step, loc[known:]))
+
+
+def _step(part: int | str) -> str:
+    """Return a part of a pydantic location as it is written after a key; empty for the tag of a union."""
+    if isinstance(part, int):
+        return f"[{part}]"
+    return "" if part.startswith("<") else f".{part}"
 
 
 def _upwards(key: str) -> list[str]:

@@ -51,12 +51,10 @@ class Model(Section):
 Format = Literal["auto", "chat", "alpaca", "query_response", "prompt_completion", "text"]
 Columns = dict[Text, Text | None]
 Role = Literal["system", "user", "assistant", "tool", "function_call"]
-_COLUMNS = (
-    "What the file's keys are called here, as {question: instruction, answer: output}; null: ignore the key."
-)
-_ROLES = "What the file's roles are, as {bot: assistant}."
+_COLUMNS = "New names for the file's keys, as {question: instruction, answer: output}; null: ignore the key."
+_ROLES = "What the file's roles mean, as {bot: assistant}."
 _ENCODING = (
-    "Encoding of text files, as gb18030. Default: UTF-8; in CSV and TSV also GB18030, where it is found."
+    "Encoding of text files, as gb18030. Default: UTF-8; for CSV and TSV also GB18030, where it is detected."
 )
 
 
@@ -89,7 +87,7 @@ _EXPECTED = {
     "custom_error_type": "source",
     "custom_error_message": "a name, {path: ..., weight: ...}, or a list of these",
 }
-# told apart by what stands there, so that a mistake is explained once, for that
+# the kind of a value decides what it is checked as, so that a mistake gives one message, not one a kind
 Entry = Annotated[
     Annotated[Text, Tag("<name>")] | Annotated[SourceEntry, Tag("<source>")],
     Discriminator(_kind, **_EXPECTED),
@@ -106,8 +104,7 @@ class Data(Section):
     """The rows to train and to evaluate on. Paths are relative to the working directory."""
 
     train: Sources = Field(
-        description="A file, folder, glob or hub name, or a list; {path: my.jsonl, weight: 2} says more of"
-        " one."
+        description="A file, folder, glob or hub name, or a list; {path: my.jsonl, weight: 2} adds options."
         " `example`: the rows that come with qwenlora."
     )
     eval: Sources | None = Field(
@@ -116,29 +113,27 @@ class Data(Section):
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="Share of the training rows to evaluate on instead, chosen by a hash of each row."
     )
-    format: Format = Field(
-        "auto", description="Shape of the rows; auto: found by looking at each file's first."
-    )
+    format: Format = Field("auto", description="Shape of the rows; auto: found from each file's first row.")
     columns: Columns = Field(default_factory=dict, description=_COLUMNS)
     roles: dict[Text, Role] = Field(default_factory=dict, description=_ROLES)
     encoding: Text | None = Field(None, description=_ENCODING)
     on_bad_row: Literal["error", "skip"] = Field(
         "error",
-        description="What to do when there are rows that cannot be trained; they are listed either way.",
+        description="What to do when rows cannot be trained; they are listed in either case.",
     )
     train_on: Literal["assistant", "last_assistant", "all"] = Field(
-        "assistant", description="What is learnt: every reply, the last reply of a row, or all that is said."
+        "assistant", description="What is learnt: every reply, the last reply of a row, or everything."
     )
     max_length: Annotated[int, Field(ge=8)] = Field(
         2048, description="Longest row, and length of a pack, in tokens."
     )
     overlength: Literal["error", "truncate", "drop", "split"] = Field(
         "error",
-        description="What to do with rows longer than max_length; what was done is counted and shown.",
+        description="What to do with rows longer than max_length; the outcome is counted and shown.",
     )
     split_replies: bool = Field(
         False,
-        description="With overlength: split. A reply too long for one row goes on in rows without its"
+        description="With overlength: split. A reply too long for one row continues in rows without its"
         " question.",
     )
     packing: Literal["auto", "on", "off"] = Field(
@@ -174,7 +169,7 @@ class Lora(Section):
     )
     target_parameters: list[Text] | None = Field(
         None,
-        description="nn.Parameter names, for MoE experts that are no nn.Linear: [mlp.experts.gate_up_proj].",
+        description="nn.Parameter names, for MoE experts that are not nn.Linear: [mlp.experts.gate_up_proj].",
     )
     modules_to_save: list[Text] | None = Field(
         None, description="Modules trained in full and saved whole, as [embed_tokens]."
@@ -183,7 +178,8 @@ class Lora(Section):
     use_dora: bool = Field(False, description="Weight-decomposed LoRA.")
     init_from: Text | None = Field(
         None,
-        description="An adapter folder to go on from. Its own r, alpha and modules are used and must match.",
+        description="An adapter folder to continue from. Its own r, alpha and modules are used and must"
+        " match.",
     )
 
 
@@ -238,13 +234,12 @@ class Train(Section):
     save_steps: PositiveInt | None = Field(None, description="With save_strategy: steps.")
     save_total_limit: PositiveInt | None = Field(3, description="Checkpoints to keep; null: all.")
     metric_for_best_model: Literal["eval_loss", "eval_perplexity"] | None = Field(
-        None, description="The checkpoint that is best by it is kept, too. Evaluations must fall on saves."
+        None, description="The checkpoint that is best by it is kept, too. Each save needs an evaluation."
     )
     on_nan: Literal["stop", "skip", "rollback"] = Field(
         "stop",
-        description="When a loss or gradient is no number. skip: that step changes nothing; rollback: and"
-        " the weights"
-        " go back to the newest checkpoint's, training goes on with the next rows.",
+        description="When a loss or gradient is not finite. skip: that step changes nothing; rollback: the"
+        " weights also go back to the newest checkpoint's, and training goes on with the next rows.",
     )
     max_time_min: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="Minutes after which an attempt saves and stops, as if asked to. Default: no limit."
@@ -277,12 +272,12 @@ class Train(Section):
 
 
 class Checkpoint(Section):
-    """How checkpoints are written; when, and how many are kept, is train's."""
+    """How checkpoints are written. train has when, and how many are kept."""
 
     async_: bool = Field(
         True,
         alias="async",
-        description="Write in the background; training waits for the copy to memory alone.",
+        description="Write in the background; training waits only for the copy to memory.",
     )
     timeout_s: PositiveInt = Field(600, description="Seconds after which a save that hangs ends the run.")
 
@@ -292,7 +287,7 @@ class Strategy(Section):
 
     name: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
         "auto",
-        description="ddp: the whole model on every GPU; zero1, zero2: and the optimizer's state in parts;"
+        description="ddp: the whole model on every GPU; zero1, zero2: with the optimizer's state in parts;"
         " zero3: all in"
         " parts (DeepSpeed); fsdp: the base in parts (FSDP2). auto: ddp where the base fits, else fsdp"
         " (nf4: zero3).",
@@ -304,11 +299,11 @@ class Strategy(Section):
     offload: Literal["none", "optimizer", "params"] = Field(
         "none",
         description="What is kept in host memory instead of the GPU's; params: the base (zero3: and the"
-        " former).",
+        " optimizer's state).",
     )
     shard_group: Literal["global", "node"] = Field(
         "global",
-        description="node: each node holds a whole base, in parts, so that none travels between nodes.",
+        description="node: each node holds a whole base, in parts, so that no weights travel between nodes.",
     )
     sequence_parallel: PositiveInt = Field(
         1, description="GPUs that share each sequence (Ulysses), for rows that are too long for one."
@@ -359,7 +354,7 @@ class Launch(Section):
         "full",
         description="Checks before the start. quick: nodes have the same code and config, and share the run"
         " folder;"
-        " full: and all ranks reduce and multiply, with speeds.",
+        " full: all ranks also reduce and multiply, with speeds.",
     )
     join_timeout_s: PositiveInt = Field(
         25, description="Seconds that nodes, then ranks, wait for each other to come."

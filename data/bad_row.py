@@ -1,4 +1,4 @@
-"""A row that cannot be trained, and how values look in the messages about it: on one line, and printable."""
+"""A row that cannot be trained, and how messages show values: on one line, and printable."""
 
 import json
 from collections.abc import Iterable
@@ -6,9 +6,8 @@ from itertools import islice
 from typing import Any
 
 
-class BadRow(ValueError):  # noqa: N818 (it is a row, and is passed on as one)
-    """A row that cannot be trained, though the rows after it can be read. Its reason is one line that can be
-    shown."""
+class BadRow(ValueError):  # noqa: N818 (it is passed on in place of a row)
+    """A row that cannot be trained, though the rows after it can be read. Its text is one printable line."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(printable(reason))
@@ -32,5 +31,5 @@ def show_names(names: Iterable[Any]) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text with half characters, line breaks and what moves a terminal's cursor written out."""
+    """Return text with surrogates, line breaks and control characters written as escapes."""
     return "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in text)

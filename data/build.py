@@ -34,7 +34,7 @@ from qwenlora.data.tokenise import TokenisedChunk, Tokenising, chunks_with_shape
 from qwenlora.run.orphans import die_with_parent
 
 SMALL_BYTES = 2**22  # less than this is not worth other processes
-IN_FLIGHT = 3  # chunks a process, so that none waits and memory stays small
+IN_FLIGHT = 3  # chunks a process, so that no process waits and memory stays small
 
 
 _using: Tokenising | None = None  # set before the others are forked
@@ -90,8 +90,8 @@ def _in_order(pool: "_Pool", writer: ArrayWriter) -> Iterator[tuple[int, int, Ch
     waiting: deque[tuple[int, int, Chunk, Future[TokenisedChunk]]] = deque()
     for number, source in enumerate(writer.sources):
         for file, chunk, shape in chunks_with_shape(source, writer.notes.append):
-            # a bad row is refused in the end: then bad rows are all that is wanted of the chunks to come
-            # (truncating finds them among the tokens)
+            # once there is a bad row, all is refused in the end, and later chunks are only checked for more
+            # (with truncation, they are found among the tokens)
             check_only = writer.bad_rows > 0 and data.on_bad_row == "error" and data.overlength != "truncate"
             waiting.append((number, file, chunk, pool.submit(_tokenise, source, shape, chunk, check_only)))
             if len(waiting) > IN_FLIGHT * pool.processes:
@@ -150,7 +150,7 @@ class _Pool:
 
 
 class _PeakMemory:
-    """The most memory seen, in bytes, of this process and those it forked; shared pages count once."""
+    """The peak of the memory, in bytes, of this process and those it forked; shared pages count once."""
 
     def __init__(self) -> None:
         self.peak, self._last = 0, 0.0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from qwenlora.run.disk import sync, write_atomically
 from qwenlora.run.records import Record
@@ -39,10 +39,8 @@ class Index(Record):
 AnyIndex = TypeVar("AnyIndex", bound=Index)
 
 
-class FileState(BaseModel):
+class FileState(BaseModel, frozen=True):
     """What changes when a file does. ctime cannot be set back."""
-
-    model_config = ConfigDict(frozen=True)
 
     size: int
     mtime_ns: int
@@ -222,8 +220,7 @@ def _claimed(path: Path) -> Iterator[bool]:
     finally:
         done.set()
         thread.join()
-        if _read(path) == mine:
-            path.unlink(missing_ok=True)
+        _remove(path, mine)
 
 
 def _wait(folder: Path, path: Path, say: Callable[[str], None]) -> None:
@@ -234,15 +231,20 @@ def _wait(folder: Path, path: Path, say: Callable[[str], None]) -> None:
     if text:
         say(f"waiting for {holder}, which prepares the same data")
     touched, since = _touched(path), time.monotonic()
-    while not _is_whole(folder) and _read(path) == text and path.exists():
+    while not _is_whole(folder) and path.exists() and _read(path) == text:
         if (now := _touched(path)) != touched:
             touched, since = now, time.monotonic()
         if time.monotonic() - since > SILENT_S or (claim and claim.is_dead):
             say(f"{holder} has ended without finishing: preparing the data here")
-            if _read(path) == text:
-                path.unlink(missing_ok=True)
+            _remove(path, text)
             return
         time.sleep(POLL_S)
+
+
+def _remove(path: Path, claim: str) -> None:
+    """Remove a claim, unless it is another by now."""
+    if _read(path) == claim:
+        path.unlink(missing_ok=True)
 
 
 def _parsed(claim: str) -> _Claim | None:

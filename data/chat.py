@@ -189,9 +189,7 @@ def _begins_with_no_thought(body: str, message: Message) -> bool:
     calls = message.get("tool_calls")
     if body == content and not thought and not calls and "think>" not in content:
         return no_thought
-    allowed = _renderings(content)
-    if thought:
-        allowed += [_plain(f"{THINK}{thought}{THOUGHT}{content}")]
+    allowed = _renderings(content, thought)
     if calls:
         if not _has_calls(_plain(body), calls, allowed):
             raise BadRow(f"the chat template changed a call: it wrote {show(body)}")
@@ -222,18 +220,19 @@ def _is_as_written(body: str, content: str) -> bool:
     return any(body == trim(text) for text in (content, answer) for trim in trims)
 
 
-def _renderings(reply: str) -> list[str]:
+def _renderings(reply: str, thought: str | None) -> list[str]:
     """Return what a template may make of a reply: all of it, or (in earlier turns) the answer without its
-    thought."""
+    thought. thought: where it is not in the reply itself."""
+    outside = [_plain(f"{THINK}{thought}{THOUGHT}{reply}")] if thought else []
     if THINK not in reply and THOUGHT not in reply:
-        return [_plain(reply)]
-    thought = _THOUGHT.fullmatch(reply)
-    if not thought or "think>" in thought[1] + thought[2]:
+        return [_plain(reply), *outside]
+    inside = _THOUGHT.fullmatch(reply)
+    if not inside or "think>" in inside[1] + inside[2]:
         raise BadRow(
             "a reply has a stray <think> or </think>, from which Qwen's templates cut text away; a thought"
             " stands once, at the start: <think>...</think>answer"
         )
-    return [_plain(f"{THINK}{thought[1]}{THOUGHT}{thought[2]}"), _plain(thought[2])]
+    return [_plain(f"{THINK}{inside[1]}{THOUGHT}{inside[2]}"), _plain(inside[2]), *outside]
 
 
 def _plain(text: str) -> str:

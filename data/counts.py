@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from qwenlora.data.cache import Index
 from qwenlora.data.shapes import KNOWN
@@ -30,10 +30,8 @@ class BadRowPlace(NamedTuple):
         return f"{sources[self.source].place(self.file, self.line)}: {self.reason}"
 
 
-class BadRows(BaseModel):
+class BadRows(BaseModel, frozen=True):
     """The bad rows. among: rows of the sources that have any; first: the first SHOWN_BAD_ROWS of them."""
-
-    model_config = ConfigDict(frozen=True)
 
     count: int = 0
     among: int = 0
@@ -57,10 +55,8 @@ class BadRows(BaseModel):
         return f"{self.report(sources)}\nmend or remove them, or leave them out: data.on_bad_row: skip"
 
 
-class SourceCounts(BaseModel):
+class SourceCounts(BaseModel, frozen=True):
     """What was counted of one source, weights not applied."""
-
-    model_config = ConfigDict(frozen=True)
 
     read: int = 0
     bad: int = 0
@@ -68,10 +64,8 @@ class SourceCounts(BaseModel):
     trained_tokens: int = 0
 
 
-class Overlap(BaseModel):
+class Overlap(BaseModel, frozen=True):
     """Evaluation rows that are training rows, too. first: the numbers of the first five."""
-
-    model_config = ConfigDict(frozen=True)
 
     rows: int = 0
     first: list[int] = []

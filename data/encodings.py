@@ -16,8 +16,8 @@ _MARKS = {  # UTF-32's begin with UTF-16's, so they come first
 def named(path: Path, head: bytes, encoding: str | None) -> str | None:
     """Return the encoding of the mark (BOM) that a file begins with, or else the one that the config names.
 
-    head: the first bytes of the file; encoding: the config's. Raises: ValueError when there is no such
-    encoding, or the file must have one.
+    head: the first bytes of the file; encoding: the config's.
+    Raises: ValueError when there is no such encoding, or the file has one that must be named.
     """
     for mark, name in _MARKS.items():
         if head.startswith(mark):

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 from qwenlora.configs import Config
@@ -30,33 +31,35 @@ _ROOMS = ("configs", "data", "run", "trainer")
 
 
 def stamp(config: Config, base: str, *, on_gpu: bool) -> str:
-    """Return a hash of all that preparation depends on; empty where only the hub, or a change that is too
-    recent to be told from the next, would show it.
+    """Return a hash of all that preparation depends on; empty where it cannot be known: with hub names, and
+    right after a change, which another could not be told from.
 
     base: folder or hub name of the base model.
     """
-    names = [base, *([config.model.tokenizer] if config.model.tokenizer else [])]
-    folders = [Path(name).expanduser() for name in names]
     found = sources.find(config.data)
-    if not all(folder.is_dir() for folder in folders) or any(source.dataset is not None for source in found):
+    folders = [Path(name).expanduser() for name in (base, config.model.tokenizer) if name]
+    if not all(map(Path.is_dir, folders)) or any(source.dataset is not None for source in found):
         return ""
-    rows = [path for source in found for path in source.files]
-    model = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    rows = list(chain.from_iterable(source.files for source in found))
+    model = list(chain.from_iterable(map(_files_in, folders)))
     try:
-        states = {str(path): state_of(path) for path in [*rows, *model]}
+        states = {path: state_of(path) for path in [*rows, *model]}
     except OSError:
         return ""
-    changed = max((states[str(path)].ctime_ns for path in rows), default=0)
-    if time.time_ns() - changed < _SETTLED_NS:
+    if time.time_ns() - max((states[path].ctime_ns for path in rows), default=0) < _SETTLED_NS:
         return ""
     parts = [
         config.model_dump(mode="json", exclude=_NO_MATTER),
-        [metadata.version(name) for name in _LIBRARIES],
+        list(map(metadata.version, _LIBRARIES)),
         on_gpu,
-        [[path, state.model_dump()] for path, state in states.items()],
+        {str(path): state.model_dump() for path, state in states.items()},
         code_hash(_ROOMS),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_file()]
 
 
 def is_current(config: Config, run: RunFolder, *, on_gpu: bool) -> bool:

@@ -62,10 +62,10 @@ def _decode_line(line: bytes) -> object:
 
 def _json_problem(error: json.JSONDecodeError) -> str:
     """Return what is wrong: the decoder's message, or a plainer one for the most common mistakes."""
-    there, before = error.doc[error.pos : error.pos + 1], error.doc[: error.pos].rstrip()[-1:]
-    if there in ("}", "]") and before == ",":
-        return f"a comma before {there}"
-    if there == "'" and error.msg.startswith("Expecting"):
+    character, before = error.doc[error.pos : error.pos + 1], error.doc[: error.pos].rstrip()[-1:]
+    if character in ("}", "]") and before == ",":
+        return f"a comma before {character}"
+    if character == "'" and error.msg.startswith("Expecting"):
         return "text stands in double quotes, not in ' (written by Python's str()? json.dumps writes JSON)"
     if error.msg == "Extra data":
         return f"more follows the {'object' if before == '}' else 'value'} (one row a line)"
@@ -232,7 +232,7 @@ class _ArrayReader:
 
 
 def _decode_at(text: str, position: int) -> tuple[object, int]:
-    """Return the value that begins there, or the BadRow that it is, and where it ends."""
+    """Return the value that begins at a position, or the BadRow that it is, and where it ends."""
     try:
         return _STRICT.raw_decode(text, position)
     except BadRow as error:

@@ -1,9 +1,8 @@
 """Which rows are in which step, and which rank holds which of them.
 
-What a step holds depends on seed, epoch and step alone. It is cut into micro-batches before ranks come in:
-micro-batch j goes to rank j % world_size, so any number of ranks computes the same micro-batches and only the
-place differs. Where several ranks share sequences, their teams (trainer/sequence.py) are what is called ranks
-here. The unit that is counted is a row, or with packing a pack of rows.
+What a step holds depends on seed, epoch and step alone, and so do its micro-batches: micro-batch j goes to
+rank j % world_size, so that any number of ranks computes the same ones. Where ranks share sequences, a rank
+here is a team of them (trainer/spread/sequence.py). A unit is a row, or with packing a pack of rows.
 """
 
 import math
@@ -23,10 +22,9 @@ Rows = npt.NDArray[np.integer]
 class Order:
     """The order of training.
 
-    lengths: int [rows], tokens. The units of one step are sorted by it, longest first, which saves padding,
-    gives the ranks about equal work and lets the largest batch come first; it never moves a row to another
-    step.
-    packs: which rows are together, none longer than max_length; None: every row is by itself.
+    lengths: int [rows], tokens. The units of a step are sorted by them, longest first: that saves padding,
+    gives ranks about equal work and computes the largest batch first. No row moves to another step.
+    packs: which rows are together, each pack at most max_length; None: each row is a unit.
     """
 
     lengths: Rows
@@ -43,7 +41,7 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch; the last one holds what is left, so no row is dropped or seen twice."""
+        """Optimizer steps an epoch; the last holds what is left, so that no row is dropped or seen twice."""
         return math.ceil(self.units / self.global_batch_size)
 
     @cached_property
@@ -81,18 +79,16 @@ class Order:
         if self.packs is None:
             return [[unit] for unit in units.tolist()]
         packs = [self.packs[unit].tolist() for unit in units.tolist()]
-        if (
-            len(packs) < self.global_batch_size
-        ):  # the last step: else some ranks would have a pack and some none
+        if len(packs) < self.global_batch_size:  # the last step: without this, some ranks would have no pack
             rows = np.concatenate(packs)
-            held = spread(self.lengths[rows], self.global_batch_size, self.max_length)
-            packs = packs if held is None else [rows[some].tolist() for some in held if some]
+            dealt = spread(self.lengths[rows], self.global_batch_size, self.max_length)
+            packs = packs if dealt is None else [rows[pack].tolist() for pack in dealt if pack]
             packs.sort(key=lambda pack: -int(self.lengths[pack].sum()))
         return packs
 
     def micro_batches(self, epoch: int, world_size: int, rank: int) -> Iterator["MicroBatch"]:
-        """Yield this rank's micro-batches of an epoch, accumulation_steps of them a step, empty where it has
-        none."""
+        """Yield this rank's micro-batches of an epoch: accumulation_steps a step, some of the last step
+        empty."""
         accumulation = accumulation_steps(self.global_batch_size, self.per_device_batch_size, world_size)
         starts = [(number * world_size + rank) * self.per_device_batch_size for number in range(accumulation)]
         for step in range(self.steps_per_epoch):
@@ -101,8 +97,7 @@ class Order:
 
 
 class MicroBatch:
-    """The units of one micro-batch, looked up when they are wanted: a resume passes over a million of them at
-    once."""
+    """The units of one micro-batch, looked up only when it is iterated: a resume skips a million at once."""
 
     __slots__ = ("epoch", "order", "start", "step")
 
@@ -119,8 +114,8 @@ def accumulation_steps(
 ) -> int:
     """Return the micro-batches a rank computes a step. sequence_parallel: ranks that share each of them.
 
-    Raises: ValueError when global_batch_size is no multiple of what all ranks hold at once, or the ranks make
-    no teams.
+    Raises: ValueError when global_batch_size is no multiple of what all ranks hold at once, or the number of
+    ranks no multiple of sequence_parallel.
     """
     at_once = per_device_batch_size * teams_of(world_size, sequence_parallel)
     shared = sequence_parallel > 1
@@ -136,8 +131,7 @@ def accumulation_steps(
 
 
 def teams_of(world_size: int, sequence_parallel: int) -> int:
-    """Return how many teams of ranks there are that share sequences. Raises: ValueError when they do not come
-    out."""
+    """Return the number of teams of ranks that share sequences. Raises: ValueError when it is no integer."""
     if world_size % sequence_parallel:
         fit = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
         raise ValueError(

@@ -1,9 +1,8 @@
 """Rows put together into packs of at most max_length tokens, over the whole data set at once.
 
-A pack takes the longest row left, then what is most plentiful, and last one or two rows that fill it to the
-last token.
-Rows of one length are alike, so a way to fill a pack is used as often as its lengths are left: a million rows
-take a second. No randomness: the same lengths give the same packs, whoever asks.
+A pack takes the longest row left, then rows of the most frequent length, and last one or two rows that fill
+it to the last token. Rows of one length are interchangeable, so a pattern of lengths is used as often as rows
+are left for it: a million rows take a second. Nothing is random: the same lengths give the same packs.
 """
 
 from collections import Counter
@@ -45,12 +44,12 @@ def pack(lengths: npt.NDArray[np.integer], max_length: int) -> Packs:
     by_length = np.argsort(lengths, kind="stable")
     left = np.bincount(lengths, minlength=max_length + 1)  # rows of each length
     taken = np.cumsum(left) - left  # their place in by_length
-    there = sum(1 << size for size in np.flatnonzero(left).tolist())
+    available = sum(1 << size for size in np.flatnonzero(left).tolist())
     groups: list[Numbers] = []
     ends: list[Numbers] = []
     done = 0
-    while there:
-        pattern = _fill(there, left, max_length)
+    while available:
+        pattern = _fill(available, left, max_length)
         times = min(int(left[size]) // count for size, count in Counter(pattern).items())
         assert times > 0, "a pattern uses more rows than are left"
         columns = []
@@ -59,7 +58,7 @@ def pack(lengths: npt.NDArray[np.integer], max_length: int) -> Packs:
             taken[size] += times
             left[size] -= times
             if not left[size]:
-                there &= ~(1 << size)
+                available &= ~(1 << size)
         groups.append(np.stack(columns, axis=1).ravel())
         ends.append(done + len(pattern) * np.arange(1, times + 1))
         done += len(pattern) * times
@@ -67,22 +66,22 @@ def pack(lengths: npt.NDArray[np.integer], max_length: int) -> Packs:
     return Packs(np.concatenate(groups or empty), np.concatenate(ends or empty))
 
 
-def _fill(there: int, left: Numbers, max_length: int) -> list[int]:
-    """Return the lengths of one pack. there: bit l is set while rows of length l are left.
+def _fill(available: int, left: Numbers, max_length: int) -> list[int]:
+    """Return the lengths of one pack. available: bit l is set while rows of length l are left.
 
-    The longest row; then one that fills the rest to the last token, or two; else the length that most rows
-    have, which keeps lengths of all kinds for the last packs.
+    The longest row first; then one or two that fill the rest to the last token; where there are none, the
+    most frequent length, so that lengths of all kinds are left for the last packs.
     """
-    # bit max_length - l is set while there are rows of length l: shifted, it shows what pairs with what
-    mirror = int(f"{there:0{max_length + 1}b}"[::-1], 2)
+    # bit max_length - l is set while rows of length l are left: shifted, it shows which lengths are pairs
+    mirror = int(f"{available:0{max_length + 1}b}"[::-1], 2)
     pattern: list[int] = []
-    held = Counter[int]()
+    used = Counter[int]()
     room = max_length
-    while room and (fitting := there & ((2 << room) - 1)):
-        if there >> room & 1:
+    while room and (fitting := available & ((2 << room) - 1)):
+        if available >> room & 1:
             sizes = [room]
         elif pairs := _upper(
-            there & (mirror >> (max_length - room)), room, int(left[room // 2]) - held[room // 2]
+            available & (mirror >> (max_length - room)), room, int(left[room // 2]) - used[room // 2]
         ):
             size = (pairs & -pairs).bit_length() - 1
             sizes = [size, room - size]
@@ -90,15 +89,15 @@ def _fill(there: int, left: Numbers, max_length: int) -> list[int]:
             sizes = [fitting.bit_length() - 1]
         else:
             free = left[: room + 1].copy()
-            for size, count in held.items():
+            for size, count in used.items():
                 free[size : size + 1] -= count
             sizes = [int(free.argmax())]
         for size in sizes:
             pattern.append(size)
-            held[size] += 1
+            used[size] += 1
             room -= size
-            if held[size] == left[size]:
-                there &= ~(1 << size)
+            if used[size] == left[size]:
+                available &= ~(1 << size)
                 mirror &= ~(1 << (max_length - size))
     return pattern
 
@@ -112,16 +111,15 @@ def _upper(pairs: int, room: int, middle: int) -> int:
 
 
 def spread(lengths: npt.NDArray[np.integer], packs: int, max_length: int) -> list[list[int]] | None:
-    """Return rows dealt out to a number of packs, about equal in tokens; None when one would exceed
-    max_length.
+    """Return rows dealt out to packs, about equal in tokens; None when one would exceed max_length.
 
-    lengths: int [rows]. Longest first, each to the pack that has least (Graham's LPT rule). Packs may stay
-    empty.
+    lengths: int [rows]. Longest first, each to the pack with the fewest tokens (Graham's LPT rule). Packs may
+    stay empty.
     """
-    held: list[list[int]] = [[] for _ in range(packs)]
+    dealt: list[list[int]] = [[] for _ in range(packs)]
     totals = np.zeros(packs, np.int64)
     for row in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
         least = int(totals.argmin())
-        held[least].append(row)
+        dealt[least].append(row)
         totals[least] += int(lengths[row])
-    return None if totals.max(initial=0) > max_length else held
+    return None if totals.max(initial=0) > max_length else dealt

@@ -37,7 +37,7 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import code_hash
 from qwenlora.run.records import SideCounts, SideName
 
-# options that change what is prepared; the others (num_proc, packing ...) change how, or what is made of it
+# options that the prepared rows depend on, as opposed to num_proc, packing ...
 _OPTIONS = ("max_length", "overlength", "split_replies", "train_on", "eval_fraction")
 # libraries that tokens depend on; files of this room that they do not depend on
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow", "datasets")

@@ -182,7 +182,8 @@ def _edges(longest: int, max_length: int) -> list[int]:
 
 
 def _shortened(bars: list[HistogramBar]) -> list[HistogramBar]:
-    """Return bars with a long tail of them made into one: outliers must not push the others off the page."""
+    """Return bars, those of a long tail made into one, so that outliers do not push the others off the
+    page."""
     if len(bars) <= 2 * BINS:
         return bars
     rest = bars[2 * BINS - 1 :]
@@ -197,7 +198,7 @@ def _shortened(bars: list[HistogramBar]) -> list[HistogramBar]:
 
 
 def _round(width: float) -> int:
-    """Return the next of 1, 2, 5, 10, 20 ... that is not below width."""
+    """Return the first of 1, 2, 5, 10, 20 ... that is at least width."""
     power = 10 ** max(0, math.floor(math.log10(max(width, 1))))
     return next(int(step * power) for step in (1, 2, 5, 10) if step * power >= width)
 

@@ -38,7 +38,7 @@ _NOT_READ = {
     b"<!DOCTYPE": "a web page, not the data; download the file itself (its raw link)",
     b"<html": "a web page, not the data; download the file itself (its raw link)",
 }
-_HEAD_BYTES = 512  # enough to tell what a file is
+_HEAD_BYTES = 512  # enough to know a file's format
 
 
 Chunk = Lines | Values

@@ -64,16 +64,20 @@ def to_row(line: int, value: object, shape: str, options: RowOptions) -> Row:
         raise BadRow("has tools and functions; ignore one: data.columns: {functions: null}")
     messages = read_turns(row, options) if shape == "chat" else _pair(row, *PAIRS[shape])
     if (system := row.get("system")) not in (None, ""):
-        if not isinstance(system, str):
-            raise BadRow(f"system must be text, found {show(system)}")
-        if messages[0]["role"] == "system":
-            raise BadRow("has a system text and a system turn; remove one")
-        messages.insert(0, Message(role="system", content=system))
+        messages = [_system(system, messages[0]), *messages]
     tools = read_tools(row.get("tools") or row.get("functions"))
     check_turns(messages)
     if tools:
         check_json(tools, "the list of tools")
     return Row(line, messages, tools)
+
+
+def _system(text: object, first: Message) -> Message:
+    if not isinstance(text, str):
+        raise BadRow(f"system must be text, found {show(text)}")
+    if first["role"] == "system":
+        raise BadRow("has a system text and a system turn; remove one")
+    return Message(role="system", content=text)
 
 
 def _text(row: JsonObject) -> str:

@@ -7,7 +7,7 @@ names to these. What a row of a known shape means is rows.py's.
 import re
 from collections.abc import Mapping
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from qwenlora.data.bad_row import BadRow, show, show_names
 from qwenlora.data.chunks import JsonObject
@@ -77,20 +77,17 @@ def shape_of_object(row: JsonObject, options: RowOptions) -> str:
 def _shapes(row: JsonObject, filled: set[str], wanted: str) -> list[str]:
     """Return the shapes that a row may have. filled: its keys with a value: a table has empty cells."""
     shapes = ["chat"] if filled.intersection(TURN_LISTS) else []
-    shapes += [
-        shape
-        for shape, keys in PAIRS.items()
-        if all(key in row for key in keys) and filled.intersection(keys)
-    ]
+    shapes += [name for name, keys in PAIRS.items() if row.keys() >= set(keys) and filled.intersection(keys)]
     if "text" in filled and (wanted == "text" or not shapes):
         shapes.append("text")
-    if shapes:
-        return shapes
-    # all values are empty: the keys decide, so that the message is about the values
-    shapes = [shape for shape, keys in PAIRS.items() if all(key in row for key in keys)]
-    shapes += ["chat"] if any(key in row for key in TURN_LISTS) else []
-    shapes += ["text"] if "text" in row else []
-    return shapes[:1]
+    # where all values are empty, the keys decide, so that the message is about the values
+    return shapes or _shapes_by_keys(row)[:1]
+
+
+def _shapes_by_keys(row: JsonObject) -> list[str]:
+    keys = {**PAIRS, **{name: (name,) for name in TURN_LISTS}, "text": ("text",)}
+    names = [name for name, needed in keys.items() if row.keys() >= set(needed)]
+    return ["chat" if name in TURN_LISTS else name for name in names]
 
 
 def _chosen(shapes: list[str], wanted: str) -> str:
@@ -151,13 +148,17 @@ def _refuse_labels(row: JsonObject) -> None:
 
 
 def _hint(row: JsonObject, columns: Mapping[str, str | None]) -> str:
-    if any(len(key) > 40 or key.endswith(tuple("?？.。!！")) for key in map(str, row)):
+    if any(map(_is_prose, map(str, row))):
         return "; if these are a row: the first line of a table names its columns, as instruction,output"
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return _list_hint(key, value[0], columns)
     texts = [key for key, value in row.items() if isinstance(value, str)]
     return _pair_hint(texts, columns) if len(texts) > 1 else _half_hint(row, texts, columns)
+
+
+def _is_prose(key: str) -> bool:
+    return len(key) > 40 or key.endswith(tuple("?？.。!！"))
 
 
 def _list_hint(key: str, first: JsonObject, columns: Mapping[str, str | None]) -> str:
@@ -183,8 +184,9 @@ def _pair_hint(texts: list[str], columns: Mapping[str, str | None]) -> str:
     """Return the hint for a row with two texts or more."""
     question = next((key for key in texts if key.lower() in _QUESTIONS), None)
     answer = next((key for key in texts if key.lower() in _ANSWERS and key != question), None)
-    question = question or next(key for key in texts if key != answer)
-    answer = answer or next(key for key in texts if key != question)
+    others = [key for key in texts if key not in (question, answer)]
+    question = question or others.pop(0)
+    answer = answer or others.pop(0)
     pairs = (pair for pair in PAIRS.values() if question == pair[0] or answer == pair[1])
     ours = next(pairs, PAIRS["alpaca"])
     mapping = as_mapping({**columns, question: ours[0], answer: ours[1]})
@@ -209,12 +211,16 @@ def with_our_keys(value: object, options: RowOptions) -> JsonObject:
         if row.get(ours) is None:
             row[ours] = value[theirs]
         elif value[theirs] is not None:
-            other = next((key for key in value if key != theirs and columns.get(key, key) == ours), ours)
-            raise BadRow(
-                f"has {as_yaml(theirs)} and {as_yaml(other)}, and data.columns makes {ours} of both; ignore"
-                f" one: {as_mapping({other: None})}"
-            )
+            _refuse_both(theirs, ours, value, columns)
     return row
+
+
+def _refuse_both(theirs: str, ours: str, value: JsonObject, columns: Mapping[str, str | None]) -> NoReturn:
+    other = next((key for key in value if key != theirs and columns.get(key, key) == ours), ours)
+    raise BadRow(
+        f"has {as_yaml(theirs)} and {as_yaml(other)}, and data.columns makes {ours} of both; ignore one:"
+        f" {as_mapping({other: None})}"
+    )
 
 
 def as_mapping(names: Mapping[str, str | None]) -> str:

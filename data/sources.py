@@ -93,7 +93,7 @@ def _files(entry: SourceEntry, side: SideName, note: Callable[[str], None]) -> t
     try:
         path = Path(name).expanduser()
         if path.is_dir():
-            if any((path / mark).is_file() for mark in _SAVED):
+            if _is_saved_dataset(path):
                 return _opened(_from_disk(path, entry, side))
             return _in_folder(path, side, note), None
         exists = path.exists()
@@ -103,7 +103,7 @@ def _files(entry: SourceEntry, side: SideName, note: Callable[[str], None]) -> t
         if not path.is_file():
             raise ValueError(f"data.{side}={name} is a pipe or device, not a file; write its rows to one")
         return [path], None
-    if any(character in name for character in "*?["):
+    if not set("*?[").isdisjoint(name):
         return _matches(path, f"data.{side}={name}"), None
     if _is_hub_name(name):
         return _opened(_from_hub(entry, side))
@@ -134,9 +134,7 @@ def _opened(dataset: Any) -> tuple[list[Path], Any]:
 
 def _in_folder(folder: Path, side: SideName, note: Callable[[str], None]) -> list[Path]:
     visible = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
-    known = [
-        _printable(path) for path in visible if extension(path) in EXTENSIONS and path.name not in _NO_ROWS
-    ]
+    known = [_printable(path) for path in visible if _has_rows(path)]
     if not known:
         raise ValueError(
             f"data.{side}={folder} has no data files ({', '.join(EXTENSIONS)}, also .gz and .zst)"
@@ -148,6 +146,14 @@ def _in_folder(folder: Path, side: SideName, note: Callable[[str], None]) -> lis
             " read"
         )
     return known
+
+
+def _has_rows(path: Path) -> bool:
+    return extension(path) in EXTENSIONS and path.name not in _NO_ROWS
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _SAVED)
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:

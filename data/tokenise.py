@@ -6,6 +6,7 @@ do with each chunk. Nothing is written here.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -69,18 +70,22 @@ def tokenise_chunk(
     using: Tokenising, source: Source, shape: str | None, chunk: Chunk, *, check_only: bool
 ) -> TokenisedChunk:
     """Return a chunk as arrays. shape: of the file's rows; check_only: look for bad rows, and no more."""
-    bad: list[tuple[int, str]] = []
-    rows: list[Row] = []
-    read = 0
-    for line, row in rows_of(chunk, shape, source.options):
-        read += 1
-        if isinstance(row, BadRow):
-            bad.append((line, str(row)))
-        else:
-            rows.append(row)
+    everything = list(rows_of(chunk, shape, source.options))
+    bad = [(line, str(row)) for line, row in everything if isinstance(row, BadRow)]
+    rows = [row for _, row in everything if isinstance(row, Row)]
     if check_only:
         bad += _unrenderable(using.encoder, rows)
-        return TokenisedChunk(read, sorted(bad), {}, {})
+        return TokenisedChunk(len(everything), sorted(bad), {}, {})
+    by_side, counts = _tokenise(using, source, rows, bad)
+    sides = {side: _arrays(tokenised) for side, tokenised in by_side.items() if tokenised}
+    return TokenisedChunk(len(everything), sorted(bad), sides, counts)
+
+
+def _tokenise(
+    using: Tokenising, source: Source, rows: list[Row], bad: list[tuple[int, str]]
+) -> tuple[dict[SideName, list[_TokenisedRow]], dict[SideName, Counter[str]]]:
+    """Return the rows of each side as tokens, and their counts; rows that cannot be trained are added to
+    bad."""
     by_side: dict[SideName, list[_TokenisedRow]] = {side: [] for side in SIDES}
     counts: dict[SideName, Counter[str]] = {side: Counter() for side in SIDES}
     for row, tokens in zip(rows, using.encoder.encode(rows), strict=True):
@@ -93,8 +98,7 @@ def tokenise_chunk(
             by_side[side].append(_TokenisedRow(row.line, digest, len(tokens.ids), pieces))
         except BadRow as error:
             bad.append((row.line, str(error)))
-    sides = {side: _arrays(tokenised) for side, tokenised in by_side.items() if tokenised}
-    return TokenisedChunk(read, sorted(bad), sides, counts)
+    return by_side, counts
 
 
 def _unrenderable(encoder: Encoder, rows: list[Row]) -> Iterator[tuple[int, str]]:
@@ -175,17 +179,18 @@ def _share(part: bytes) -> float:
 
 
 def _arrays(rows: list[_TokenisedRow]) -> TokenArrays:
-    pieces = [piece for row in rows for piece in row.pieces]
+    lines, digests, whole, pieces_of_rows = zip(*rows, strict=True)
+    pieces = list(chain.from_iterable(pieces_of_rows))
     lengths = [len(piece.ids) for piece in pieces]
-    pieces = pieces or [Tokens(np.empty(0, np.int32), np.empty(0, np.bool_))]  # concatenate wants one
+    ids, trained = zip(*pieces, strict=True) if pieces else ([np.empty(0, np.int32)], [np.empty(0, np.bool_)])
     return TokenArrays(
-        ids=np.concatenate([piece.ids for piece in pieces]),
-        trained=np.concatenate([piece.trained for piece in pieces]),
+        ids=np.concatenate(ids),
+        trained=np.concatenate(trained),
         lengths=np.array(lengths, np.int32),
-        row_of=np.repeat(np.arange(len(rows), dtype=np.int32), [len(row.pieces) for row in rows]),
-        lines=np.array([row.line for row in rows], np.int32),
-        whole=np.array([row.whole for row in rows], np.int32),
-        digests=np.frombuffer(b"".join(row.digest for row in rows), np.uint8).reshape(-1, 16),
+        row_of=np.repeat(np.arange(len(rows), dtype=np.int32), list(map(len, pieces_of_rows))),
+        lines=np.array(lines, np.int32),
+        whole=np.array(whole, np.int32),
+        digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16),
     )
 
 

@@ -96,34 +96,23 @@ def read_turns(row: JsonObject, options: RowOptions) -> list[Message]:
 
 
 def _turn(number: int, value: object, options: RowOptions) -> Message:
-    if not isinstance(value, dict):
-        raise BadRow(f"turn {number} must be an object, found {show(value)}")
-    try:
-        turn = with_our_keys(value, options)
-    except BadRow as error:
-        raise BadRow(f"turn {number} {error}") from None
-    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+    turn = _turn_with_our_keys(number, value, options)
+    called = turn.get("function_call")
+    calls = turn.get("tool_calls") or ([called] if called else None)
     speaker, text = _keys_of(number, turn, has_calls=bool(calls))
     role = _role(number, turn[speaker], options)
     name = f"turn {number} ({turn[speaker]})"
     refuse_unused(turn, _UNUSED, f"turn {number} ")
-    if turn.get("tool_calls") and turn.get("function_call"):
+    if turn.get("tool_calls") and called:
         raise BadRow(
             f"{name} has tool_calls and function_call; ignore one: data.columns: {{function_call: null}}"
         )
     content = turn.get(text)
     if role == "function_call":
         return Message(role="assistant", content="", tool_calls=_calls(name, content))
-    if content is None and calls:
-        content = ""
-    if not isinstance(content, str):
-        parts = "; write the text itself, parts are not read" if isinstance(content, list) else ""
-        raise BadRow(f"{name} must be text, found {show(content)}{parts}")
-    message = reply(content) if role == "assistant" else Message(role=role, content=content)
+    message = _message(name, role, "" if content is None and calls else content)
     if thought := turn.get("reasoning_content"):
-        if role != "assistant" or not isinstance(thought, str):
-            raise BadRow(f"{name}: reasoning_content must be an assistant's text, found {show(thought)}")
-        message["reasoning_content"] = thought
+        message["reasoning_content"] = _thought(name, role, thought)
     if calls:
         if role != "assistant":
             raise BadRow(f"{name} has tool_calls, which only an assistant makes")
@@ -131,11 +120,33 @@ def _turn(number: int, value: object, options: RowOptions) -> Message:
     return message
 
 
+def _turn_with_our_keys(number: int, value: object, options: RowOptions) -> JsonObject:
+    if not isinstance(value, dict):
+        raise BadRow(f"turn {number} must be an object, found {show(value)}")
+    try:
+        return with_our_keys(value, options)
+    except BadRow as error:
+        raise BadRow(f"turn {number} {error}") from None
+
+
+def _thought(name: str, role: str, thought: object) -> str:
+    if role != "assistant" or not isinstance(thought, str):
+        raise BadRow(f"{name}: reasoning_content must be an assistant's text, found {show(thought)}")
+    return thought
+
+
+def _message(name: str, role: str, content: object) -> Message:
+    if not isinstance(content, str):
+        parts = "; write the text itself, parts are not read" if isinstance(content, list) else ""
+        raise BadRow(f"{name} must be text, found {show(content)}{parts}")
+    return reply(content) if role == "assistant" else Message(role=role, content=content)
+
+
 def _keys_of(number: int, turn: JsonObject, *, has_calls: bool) -> tuple[str, str]:
     """Return the keys of who speaks and of what is said."""
-    pairs = [pair for pair in _TURN_KEYS if pair[0] in turn and pair[1] in turn]
+    pairs = [pair for pair in _TURN_KEYS if turn.keys() >= set(pair)]
     if len(pairs) > 1:  # Parquet's turns have all keys that any turn has
-        pairs = [pair for pair in pairs if any(turn[key] is not None for key in pair)] or pairs[:1]
+        pairs = [pair for pair in pairs if (turn[pair[0]], turn[pair[1]]) != (None, None)] or pairs[:1]
         if len(pairs) > 1:
             raise BadRow(
                 f"turn {number} has from and value, and role and content; ignore one pair: data.columns:"

@@ -106,14 +106,18 @@ def _job_ids(run: RunFolder) -> set[str]:
 
 def newest_job(run: RunFolder, attempts: Sequence[Attempt]) -> str | None:
     """Return the id of the job that the run is under way as, else of the last one submitted or started."""
-    last = attempts[-1] if attempts else None
-    if last and not last.end and last.job_id and (job := query.ask(last.job_id)) and job.is_alive:
-        return last.job_id
+    if attempts and not attempts[-1].end and _is_alive(attempts[-1].job_id):
+        return attempts[-1].job_id
     jobs = [(job.time, job.job_id) for job in ledger.submissions(run) if job.cluster == "slurm"]
     if jobs and "_" in jobs[-1][1]:  # a task of an array: its attempts have another number of the same job
         return jobs[-1][1]
     jobs += [(attempt.start, attempt.job_id) for attempt in attempts if attempt.job_id]
     return max(jobs)[1] if jobs else None
+
+
+def _is_alive(job_id: str | None) -> bool:
+    job = query.ask(job_id) if job_id else None
+    return job is not None and job.is_alive
 
 
 def state(run: RunFolder, attempts: Sequence[Attempt], job: JobInfo | None) -> RunState:

@@ -42,28 +42,44 @@ def state_of(
     holder_is_alive: so is the process that last locked the folder, None when it is another machine's;
     silent_s: seconds since the run last wrote to its folder.
     """
-    last = next((attempt for attempt in reversed(attempts) if attempt.reason != "refused"), None)
-    if last and last.reason == "done":
-        return "done"
-    if job and job.state == "PENDING":
-        return "waits to go on" if last else "waiting"
+    last = last_accepted(attempts)
     if last is None:
-        return _before_the_first(
-            attempts, trained, under_way=local_job_is_alive or bool(job and job.is_alive)
-        )
-    if last.reason:
-        return last.reason
-    if holder_is_alive is not None:
-        return "running" if holder_is_alive else "killed"
-    if last.job_id and job:  # without job_id it was started by hand, and the job is an older one
-        return "running" if job.is_alive else "killed"
-    return "running" if silent_s < SILENT_S else "unknown"
+        return _before_the_first(attempts, trained, job, local_job_is_alive)
+    if last.reason == "done":
+        return "done"
+    if _is_pending(job) and (last.reason or not holder_is_alive):
+        return "waits to go on"
+    return last.reason or _without_an_end(last, job, holder_is_alive, silent_s)
 
 
-def _before_the_first(attempts: Sequence[Attempt], trained: bool, *, under_way: bool) -> RunState:
-    """Return the state of a run of which no attempt was accepted. under_way: its job runs."""
+def last_accepted(attempts: Sequence[Attempt]) -> Attempt | None:
+    """Return the last attempt that was not refused: a refused one changed nothing."""
+    return next((attempt for attempt in reversed(attempts) if attempt.reason != "refused"), None)
+
+
+def _is_pending(job: JobInfo | None) -> bool:
+    return job is not None and job.state == "PENDING"
+
+
+def _before_the_first(
+    attempts: Sequence[Attempt], trained: bool, job: JobInfo | None, local_job_is_alive: bool
+) -> RunState:
+    """Return the state of a run of which no attempt was accepted."""
+    if _is_pending(job):
+        return "waiting"
     if attempts:
         return "refused"
-    if under_way:
+    if local_job_is_alive or (job and job.is_alive):
         return "running"
     return "unknown" if trained else "not started"
+
+
+def _without_an_end(
+    attempt: Attempt, job: JobInfo | None, holder_is_alive: bool | None, silent_s: float
+) -> RunState:
+    """Return the state of a run whose last attempt has not recorded how it ended."""
+    if holder_is_alive is not None:
+        return "running" if holder_is_alive else "killed"
+    if attempt.job_id and job:  # without job_id it was started by hand, and the job is an older one
+        return "running" if job.is_alive else "killed"
+    return "running" if silent_s < SILENT_S else "unknown"

@@ -30,15 +30,14 @@ from qwenlora.trainer.record.recording import Recording
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. step: the last one of the run, 0 before any, saved if stopped; why: if
-    stopped."""
+    """How an attempt ended. step: the run's last, 0 before any; why: it was stopped, or empty."""
 
     reason: Reason
     step: int
     why: str = ""
 
     def last_words(self, run: RunFolder, handover: Handover) -> str:
-        """Return what the user is told."""
+        """Return the last line that the user sees."""
         again = "the same command" + " without --resume and --fresh" * (handover.resume != "auto")
         clock = f": {self.why}" if self.why == TIME_IS_OVER else ""
         if self.reason == "stopped" and self.step:

@@ -32,10 +32,11 @@ def main(arguments: list[str], *, captured: bool = True) -> int:
     prepares = PREPARE_ONLY in arguments
     config_file, *overrides = (argument for argument in arguments if argument != PREPARE_ONLY)
     config = load_config(config_file, overrides)
-    rank, request, handover = Rank.of_environment(), StopRequest(), received()
+    run, rank, handover = RunFolder(config.run_dir), Rank.of_environment(), received()
+    request = StopRequest()
     if not prepares:
         request.listen()
-    begin = partial(Process.begin, config, rank, request, handover, captured=captured, prepares=prepares)
+    begin = partial(Process.begin, config, run, rank, request, handover, captured=captured, prepares=prepares)
     if handover.by_agent:
         die_with_parent()
         work = _prepare if prepares else _check_only if handover.only_check else _train
@@ -45,7 +46,6 @@ def main(arguments: list[str], *, captured: bool = True) -> int:
 
         meet(config, rank)  # rank 0 comes when the run folder and the data are ready
         return begin().exit_code_of(_train)
-    run = RunFolder(config.run_dir)
     with run.claim(config, fresh=handover.resume == "none", allowed=handover.allowed):
         run.begin_attempt(rank.world_size)
         return begin().exit_code_of(_prepare if prepares else _prepare_and_train)

@@ -47,6 +47,7 @@ class Process:
     def begin(
         cls,
         config: Config,
+        run: RunFolder,
         rank: Rank,
         request: StopRequest,
         handover: Handover,
@@ -55,7 +56,6 @@ class Process:
         prepares: bool,
     ) -> "Process":
         """Take the screen for the attempt that the run folder knows by now."""
-        run = RunFolder(config.run_dir)
         name = "prepare" if prepares else f"rank-{rank.rank}"
         attempt = handover.attempt if handover.by_agent else len(run.history.attempts())
         if captured:
@@ -104,7 +104,7 @@ class Process:
             self.console.print(
                 f"error: {message} (and {logs} cannot be written: {full.strerror})", style="red"
             )
-        if self.handover.by_agent:  # which sees all ranks, and says which one failed first
+        if self.handover.by_agent:  # the agent sees all ranks, and shows which one failed first
             return
         if self.rank.first:
             self.run.end_attempt("refused" if code == EXIT_CODES["refused"] else "failed", message)

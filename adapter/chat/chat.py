@@ -1,100 +1,117 @@
 """Talk with a base model or with what was made of it: `qwenlora chat runs/tiny`, `... --prompt 几点开门？`.
 
-Here is what is asked for and how the model is loaded. conversation.py is the model's side, terminal.py the
-screen's, batch.py answers files.
+This module checks the options, loads the model and picks the way to chat. conversation.py is the model's
+side, terminal.py the screen's, question_files.py answers files.
 """
 
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from qwenlora.adapter.answers import Sampling, check_text, context_of
-from qwenlora.adapter.chat import question_files as batch
-from qwenlora.adapter.chat.conversation import STOPPED, Conversation, thinks
-from qwenlora.adapter.chat.terminal import KEYS, said_of, shower, talk
+from qwenlora.adapter.answers import Question, Sampling, check_text, context_length
+from qwenlora.adapter.chat.conversation import STOPPED, Conversation, uses_thinking
+from qwenlora.adapter.chat.question_files import (
+    answer_questions,
+    check_lengths,
+    check_output,
+    read_questions,
+)
+from qwenlora.adapter.chat.terminal import KEYS, describe_reply, piece_printer, talk
 from qwenlora.adapter.compare.side_by_side import clean
-from qwenlora.adapter.loading import Loaded, as_asked, load, tokenizer_of
+from qwenlora.adapter.loading import LoadedModel, load, load_tokenizer, override_model
 from qwenlora.adapter.subject import Subject
 from qwenlora.configs.estimate import RESERVE
 from qwenlora.trainer.model import base as models
 
-COLDEST = 0.01  # what logits are divided by; much less, and they overflow
-INTERRUPTED = 130  # as shells say of Ctrl-C
+COLDEST = 0.01  # lowest temperature above 0; logits divided by much less overflow
+INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 
 
-def chat(
-    subject: Subject,
-    sampling: Sampling,
-    *,
-    prompt: str | None = None,
-    input_file: Path | None = None,
-    output_file: Path | None = None,
-    system: str | None = None,
-    thinking: bool | None = None,
-    quantization: str = "auto",
-    dtype: str = "auto",
-) -> int:
+class ChatOptions(NamedTuple):
+    """The command's options, but for sampling. thinking: None for the template's default, which is no."""
+
+    prompt: str | None = None
+    input_file: Path | None = None
+    output_file: Path | None = None
+    system: str | None = None
+    thinking: bool | None = None
+    quantization: str = "auto"
+    dtype: str = "auto"
+
+
+def chat(subject: Subject, sampling: Sampling, options: ChatOptions | None = None) -> int:
     """Answer a prompt, a file, standard input when it is no terminal, or a person; return the exit code.
 
-    The arguments are the command's options. Raises: ValueError for what cannot be read, loaded, or done.
+    Raises: ValueError for what cannot be read, loaded, or done.
     """
-    _check(sampling, prompt, input_file, output_file, system)
-    as_asked(subject.config, dtype, None if quantization == "auto" else quantization)
-    asked = batch.read(input_file, subject.config.data, system) if input_file else []
-    if not asked and prompt is None and (prompt := _from_stdin()) is None and not sys.stdout.isatty():
-        raise ValueError("standard output is no terminal to talk in; give --prompt TEXT, or --input FILE")
-    tokenizer = tokenizer_of(subject)
-    thinking = thinks(tokenizer, thinking)
-    if asked:
-        limit = context_of(models.load_config_of(subject.config, subject.base))
-        batch.check_lengths(asked, tokenizer, limit, thinking=thinking)
+    options = options or ChatOptions()
+    _check_options(options)
+    _check_sampling(sampling)
+    override_model(subject.config, options.dtype, _requested(options.quantization))
+    questions = _read_input(subject, options)
+    if not questions and options.prompt is None:
+        options = options._replace(prompt=_read_stdin())
+        if options.prompt is None and not sys.stdout.isatty():
+            raise ValueError("standard output is no terminal to talk in; give --prompt TEXT, or --input FILE")
+    tokenizer = load_tokenizer(subject)
+    thinking = uses_thinking(tokenizer, options.thinking)
+    if questions:
+        limit = context_length(models.load_config_of(subject.config, subject.base))
+        check_lengths(questions, tokenizer, limit, thinking=thinking)
     screen = Console(markup=False, highlight=False, emoji=False)
     notes = Console(markup=False, highlight=False, emoji=False, stderr=True)
     try:
-        alone = not asked and prompt is None
-        with (screen if alone else notes).status(clean(f"loading {subject.label}"), spinner_style="dim"):
-            model, _ = _loaded(subject, dtype, quantization, tokenizer)
-        if asked:
-            batch.answer(model, tokenizer, asked, sampling, output_file, thinking=thinking)
-            if output_file:
-                print(f"{len(asked):,} answers are in {output_file}")
+        with_a_person = not questions and options.prompt is None
+        with (screen if with_a_person else notes).status(
+            clean(f"loading {subject.label}"), spinner_style="dim"
+        ):
+            model, _ = _load(subject, options, tokenizer)
+        if questions:
+            output = options.output_file
+            answer_questions(model, tokenizer, questions, sampling, output, thinking=thinking)
+            if output:
+                print(f"{len(questions):,} answers are in {output}")
             return 0
-        conversation = Conversation(model, tokenizer, sampling, system=system or None, thinking=thinking)
-        if prompt is not None:
-            reply = conversation.ask(prompt, shower(screen, notes))
-            print()
-            if reply.cut:
-                notes.print(said_of(reply), style="dim")
-            return INTERRUPTED if reply.cut == STOPPED else 0
+        system = options.system or None
+        conversation = Conversation(model, tokenizer, sampling, system=system, thinking=thinking)
+        if options.prompt is not None:
+            return _answer_prompt(conversation, options.prompt, screen, notes)
         screen.print(clean(f"{_introduction(subject, model)}\n{KEYS}"), style="dim")
         return talk(conversation, screen)
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-def _check(
-    sampling: Sampling,
-    prompt: str | None,
-    input_file: Path | None,
-    output_file: Path | None,
-    system: str | None,
-) -> None:
+def _answer_prompt(conversation: Conversation, prompt: str, screen: Console, notes: Console) -> int:
+    reply = conversation.ask(prompt, piece_printer(screen, notes))
+    print()
+    if reply.cut:
+        notes.print(describe_reply(reply), style="dim")
+    return INTERRUPTED if reply.cut == STOPPED else 0
+
+
+def _check_options(options: ChatOptions) -> None:
     """Raise ValueError for options that cannot be followed, or not together."""
-    if prompt is not None and input_file:
-        raise ValueError("--prompt and --input both say what is asked; leave one out")
-    if output_file:
-        if not input_file:
-            raise ValueError(f"--output {output_file} goes with --input FILE; a prompt's answer is printed")
-        batch.check_output(output_file)
-    if prompt is not None:
-        check_text(prompt, "--prompt")
-    if system:
-        check_text(system, "--system")
+    if options.prompt is not None and options.input_file:
+        raise ValueError("--prompt and --input both give questions; leave one out")
+    if options.output_file:
+        if not options.input_file:
+            raise ValueError(
+                f"--output {options.output_file} goes with --input FILE; a prompt's answer is printed"
+            )
+        check_output(options.output_file)
+    if options.prompt is not None:
+        check_text(options.prompt, "--prompt")
+    if options.system:
+        check_text(options.system, "--system")
+
+
+def _check_sampling(sampling: Sampling) -> None:
     if sampling.temperature and not COLDEST <= sampling.temperature < math.inf:
         raise ValueError(
             f"--temperature {sampling.temperature}: expected 0 (the likeliest token), or {COLDEST} or more"
@@ -109,8 +126,15 @@ def _check(
         raise ValueError(f"--seed {sampling.seed}: expected 0 to {2**32 - 1}")
 
 
-def _from_stdin() -> str | None:
-    """Return what is piped in; None when a person is there."""
+def _read_input(subject: Subject, options: ChatOptions) -> list[Question]:
+    """Return the questions of --input; none without it."""
+    if not options.input_file:
+        return []
+    return read_questions(options.input_file, subject.config.data, options.system)
+
+
+def _read_stdin() -> str | None:
+    """Return what is piped in; None at a terminal."""
     if sys.stdin.isatty():
         return None
     try:
@@ -127,10 +151,14 @@ def _from_stdin() -> str | None:
     return text
 
 
-def _loaded(subject: Subject, dtype: str, quantization: str, tokenizer: Any) -> Loaded:
-    quantization = _fitting(subject, dtype) if quantization == "auto" else quantization
+def _requested(quantization: str) -> str | None:
+    return None if quantization == "auto" else quantization
+
+
+def _load(subject: Subject, options: ChatOptions, tokenizer: Any) -> LoadedModel:
+    quantization = _requested(options.quantization) or _fitting_quantization(subject, options.dtype)
     try:
-        return load(subject, dtype=dtype, quantization=quantization, tokenizer=tokenizer)
+        return load(subject, dtype=options.dtype, quantization=quantization, tokenizer=tokenizer)
     except torch.OutOfMemoryError:
         less = "" if quantization == "nf4" else "try --quantization nf4, or "
         raise ValueError(
@@ -138,18 +166,17 @@ def _loaded(subject: Subject, dtype: str, quantization: str, tokenizer: Any) -> 
         ) from None
 
 
-def _fitting(subject: Subject, dtype: str) -> str:
-    """Return nf4 when there is a GPU, and the base's weights do not fit its free memory as they are; else
-    none."""
+def _fitting_quantization(subject: Subject, dtype: str) -> str:
+    """Return nf4 when there is a GPU whose free memory is too small for the base's weights; else none."""
     if not torch.cuda.is_available():
         return "none"
-    config = as_asked(subject.config, dtype, "none")
-    described = models.load_config_of(config, subject.base)
-    if getattr(described, "quantization_config", None):
-        return "none"  # it is quantised already, in a way of its own
+    config = override_model(subject.config, dtype, "none")
+    model_config = models.load_config_of(config, subject.base)
+    if getattr(model_config, "quantization_config", None):
+        return "none"  # its files are quantised already
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            described,
+            model_config,
             dtype=models.pick_dtype(config.model.dtype),
             trust_remote_code=config.model.trust_remote_code,
         )
@@ -160,13 +187,8 @@ def _fitting(subject: Subject, dtype: str) -> str:
 
 def _introduction(subject: Subject, model: object) -> str:
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
-    config = getattr(model, "config", None)
-    stored = getattr(config, "quantization_config", None)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    what = f"an adapter of {Path(subject.base).name}" if subject.adapter else "a model"
-    facts = [
-        dtype,
-        str(getattr(stored, "quant_method", "")).rpartition(".")[2] if stored else "",
-        f"on {where}",
-    ]
-    return f"{subject.label}, {what}: {', '.join(fact for fact in facts if fact)}."
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = str(getattr(quantization, "quant_method", "")).rpartition(".")[2] if quantization else ""
+    place = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    kind = f"an adapter of {Path(subject.base).name}" if subject.adapter else "a model"
+    return f"{subject.label}, {kind}: {', '.join(filter(None, [dtype, method, f'on {place}']))}."

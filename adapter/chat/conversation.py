@@ -1,4 +1,4 @@
-"""The model's side of a chat: what it is sent, what it says while it says it, and what is kept of that.
+"""The model's side of a chat: its input, its answer while it comes, and the turns that are kept.
 
 `Conversation(model, tokenizer, Sampling()).ask("几点开门？", print_piece)`. The screen is terminal.py's.
 """
@@ -19,23 +19,26 @@ from qwenlora.adapter.answers import (
     Sampling,
     begins_thinking,
     check_text,
-    context_of,
-    generation,
-    parts,
+    context_length,
+    generate_arguments,
     prompt_of,
+    split_thought,
 )
-from qwenlora.adapter.merge.combined import STARTS
+from qwenlora.adapter.merge.combined import BASE_CHANGING_STARTS
 from qwenlora.data.turns import Message
 
-STOPPED = "stopped"  # why an answer is cut: it was asked to
-ROOM = 4  # an answer finds at least a fourth of the model's context, or --max-new-tokens
-Show = Callable[[str, bool], None]  # hears a piece of text, and whether it is of a thought
+STOPPED = "stopped"  # ChatReply.cut of an answer that the user stopped
+ROOM = 4  # an answer has room for a fourth of the model's context, or for --max-new-tokens if that is less
+ShowPiece = Callable[[str, bool], None]  # is called with a piece of text, and whether it is of a thought
 
 
-class Reply(NamedTuple):
-    """What was said. speed: tokens a second, once it began; cut: why it ended before the model ended it;
+class ChatReply(NamedTuple):
+    """A model's reply. speed: tokens a second after the first one; cut: why it ended before the model ended
+    it.
+
     forgotten: how many of the oldest questions no longer fit the model's context, and are left out from now
-    on."""
+    on.
+    """
 
     thought: str
     answer: str
@@ -46,8 +49,7 @@ class Reply(NamedTuple):
 
 
 class Conversation:
-    """Questions and answers so far, and the model that answers. system: the system prompt, which may be
-    changed."""
+    """The turns so far, and the model that answers. system: the system prompt, which may be changed."""
 
     def __init__(
         self,
@@ -60,103 +62,89 @@ class Conversation:
     ) -> None:
         self.system = system
         self.turns: list[Message] = []
-        self.limit: int = context_of(model.config)
+        self.limit: int = context_length(model.config)
         self._model, self._tokenizer, self._sampling, self._thinking = model, tokenizer, sampling, thinking
-        self._asked: list[Message] = []
-        self._stopped = _Stopped()
+        self._last_messages: list[Message] = []
+        self._stop = _Stop()
         self._cache: DynamicCache | None = None
-        self._read: list[int] = []  # the tokens that the cache holds
+        self._cached_ids: list[int] = []
 
-    def ask(self, text: str, show: Show) -> Reply:
-        """Return the answer to a question, in this conversation. show: hears it piece by piece.
+    def ask(self, text: str, show: ShowPiece) -> ChatReply:
+        """Return the answer to a question, in this conversation. show: is called with each piece of it.
 
-        An empty answer leaves no trace. Raises: ValueError for a text that cannot be sent.
+        A question with an empty answer is not kept. Raises: ValueError for a text that cannot be sent.
         """
-        self._stopped.asked = False
+        self._stop.requested = False
         check_text(text, "the question")
         system = [Message(role="system", content=self.system)] if self.system else []
-        turns, forgotten = self._fitted(system, [*self.turns, Message(role="user", content=text)])
-        self._asked = [*system, *turns]
-        reply = self._say(self._asked, show, base=False)._replace(forgotten=forgotten)
+        turns, forgotten = self._fit(system, [*self.turns, Message(role="user", content=text)])
+        self._last_messages = [*system, *turns]
+        reply = self._reply(self._last_messages, show, base=False)._replace(forgotten=forgotten)
         # templates leave earlier thoughts out, so they are not kept
         self.turns = [*turns, Message(role="assistant", content=reply.answer)] if reply.answer else turns[:-1]
         return reply
 
-    def ask_base(self, show: Show) -> Reply:
-        """Return what the base answers to the last question, as it was asked; the conversation goes on
-        without it.
+    def ask_base(self, show: ShowPiece) -> ChatReply:
+        """Return the base's answer to the last question; the conversation goes on without it.
 
         Raises: ValueError when there is no base beside the model, or no question yet.
         """
-        self._stopped.asked = False
+        self._stop.requested = False
         if not hasattr(self._model, "disable_adapter"):
             raise ValueError("this is a model without an adapter: it is the base")
-        if any(
-            config.bias != "none" for config in self._model.peft_config.values()
-        ):  # peft puts no bias back
+        adapters = self._model.peft_config.values()
+        if any(config.bias != "none" for config in adapters):  # peft does not restore biases
             raise ValueError(
                 "this adapter trained the base's biases, which cannot be taken off; chat with the base"
             )
-        if any(
-            str(config.init_lora_weights).startswith(STARTS) for config in self._model.peft_config.values()
-        ):
+        if any(str(config.init_lora_weights).startswith(BASE_CHANGING_STARTS) for config in adapters):
             raise ValueError(
                 "loading this adapter changed the base's own weights (init_lora_weights); chat with the base"
             )
-        if not self._asked:
-            raise ValueError("nothing was asked yet")
-        return self._say(self._asked, show, base=True)
+        if not self._last_messages:
+            raise ValueError("there is no question yet")
+        return self._reply(self._last_messages, show, base=True)
 
     def reset(self) -> None:
-        """Forget what was said; the system prompt stays."""
-        self.turns, self._asked = [], []
+        """Forget the turns; the system prompt stays."""
+        self.turns, self._last_messages = [], []
 
     def stop(self) -> None:
         """End the answer at its next token; a signal handler may call this."""
-        self._stopped.asked = True
+        self._stop.requested = True
 
-    def _fitted(self, system: list[Message], turns: list[Message]) -> tuple[list[Message], int]:
-        """Return the turns without as many of the oldest questions as leave an answer room, and their
-        number."""
+    def _fit(self, system: list[Message], turns: list[Message]) -> tuple[list[Message], int]:
+        """Return the turns without the oldest questions, so that an answer has room, and how many these
+        were."""
         room = min(self._sampling.max_new_tokens, self.limit // ROOM)
         for start in range(0, len(turns), 2):
-            length = len(self._ids([*system, *turns[start:]]))
+            length = len(self._ids(self._prompt([*system, *turns[start:]])))
             if length + room <= self.limit or (start == len(turns) - 1 and length < self.limit):
                 return turns[start:], start // 2
         raise ValueError(f"the question has {length:,} tokens, the model takes {self.limit:,}; shorten it")
 
-    def _ids(self, messages: list[Message]) -> list[int]:
-        text = prompt_of(self._tokenizer, Question(messages), thinking=self._thinking)
-        found: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
+    def _prompt(self, messages: list[Message]) -> str:
+        return prompt_of(self._tokenizer, Question(messages), thinking=self._thinking)
 
-    def _say(self, messages: list[Message], show: Show, *, base: bool) -> Reply:
-        ids = self._ids(messages)
-        sampling = self._sampling._replace(
-            max_new_tokens=min(self._sampling.max_new_tokens, self.limit - len(ids))
-        )
-        opened = begins_thinking(prompt_of(self._tokenizer, Question(messages), thinking=self._thinking))
-        stream = _Stream(self._tokenizer, show, opened=opened)
-        cache = None if base else self._cache_of(ids)
+    def _ids(self, prompt: str) -> list[int]:
+        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _reply(self, messages: list[Message], show: ShowPiece, *, base: bool) -> ChatReply:
+        prompt = self._prompt(messages)
+        ids = self._ids(prompt)
+        room = self.limit - len(ids)
+        sampling = self._sampling._replace(max_new_tokens=min(self._sampling.max_new_tokens, room))
+        stream = _Stream(self._tokenizer, show, opened=begins_thinking(prompt))
+        cache = None if base else self._cache_for(ids)
         self._cache = None
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        begun = torch.tensor([ids], device=self._model.device)
         try:
-            if self._stopped.asked:
-                raise KeyboardInterrupt
-            with torch.inference_mode(), self._model.disable_adapter() if base else nullcontext():
-                generated = self._model.generate(
-                    input_ids=begun,
-                    attention_mask=torch.ones_like(begun),
-                    past_key_values=cache,
-                    streamer=stream,
-                    stopping_criteria=[self._stopped],
-                    **generation(self._tokenizer, sampling),
-                )
-        except KeyboardInterrupt:  # a second one, in the middle of a step
+            generated = self._generate(ids, sampling, stream, cache, base=base)
+        except KeyboardInterrupt:  # the second one, in the middle of a step
             stream.end()
-            self._stopped.asked = True
+            self._stop.requested = True
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise ValueError(
@@ -165,65 +153,83 @@ class Conversation:
             ) from None
         else:
             if cache is not None:
-                self._cache, self._read = cache, generated[0, : cache.get_seq_length()].tolist()
-            stream.ended = generated[0, -1].item() in generation(self._tokenizer, sampling)["eos_token_id"]
-        cut = ""
-        if not stream.ended and self._stopped.asked:
-            cut = STOPPED
-        elif not stream.ended:
-            longest = f"--max-new-tokens {self._sampling.max_new_tokens}"
-            full = sampling.max_new_tokens < self._sampling.max_new_tokens
-            cut = f"cut: the model's context of {self.limit:,} tokens is full" if full else f"cut: {longest}"
-        return Reply(*stream.shown, stream.tokens, stream.speed, cut)
+                self._cache, self._cached_ids = cache, generated[: cache.get_seq_length()]
+            stream.ended = generated[-1] in generate_arguments(self._tokenizer, sampling)["eos_token_id"]
+        cut = "" if stream.ended else self._why_cut(room)
+        return ChatReply(*stream.shown, stream.tokens, stream.speed, cut)
 
-    def _cache_of(self, ids: list[int]) -> DynamicCache | None:
-        """Return the keys and values of those first tokens that were read before; None where no part can be
-        kept."""
+    def _generate(
+        self, ids: list[int], sampling: Sampling, stream: "_Stream", cache: DynamicCache | None, *, base: bool
+    ) -> list[int]:
+        """Return the ids of the prompt and the reply, which the stream shows meanwhile."""
+        if self._stop.requested:
+            raise KeyboardInterrupt
+        input_ids = torch.tensor([ids], device=self._model.device)
+        with torch.inference_mode(), self._model.disable_adapter() if base else nullcontext():
+            generated = self._model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                past_key_values=cache,
+                streamer=stream,
+                stopping_criteria=[self._stop],
+                **generate_arguments(self._tokenizer, sampling),
+            )
+        return generated[0].tolist()  # type: ignore[no-any-return]
+
+    def _why_cut(self, room: int) -> str:
+        if self._stop.requested:
+            return STOPPED
+        if room < self._sampling.max_new_tokens:
+            return f"cut: the model's context of {self.limit:,} tokens is full"
+        return f"cut: --max-new-tokens {self._sampling.max_new_tokens}"
+
+    def _cache_for(self, ids: list[int]) -> DynamicCache | None:
+        """Return the keys and values of those first tokens that are cached; None for layers that keep no
+        part."""
         cache = self._cache
         if cache is not None:
-            pairs = zip(self._read, ids[:-1], strict=False)  # generate wants at least one token to read
+            pairs = zip(self._cached_ids, ids[:-1], strict=False)  # generate wants at least one token to read
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            if same < len(self._read):
-                cache.crop(same - len(self._read))
+            if same < len(self._cached_ids):
+                cache.crop(same - len(self._cached_ids))
             if cache.get_seq_length() == same:
                 return cache
         cache = DynamicCache(config=self._model.config)
         return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
 
-def thinks(tokenizer: Any, asked: bool | None) -> bool:
-    """Return what the template's enable_thinking is. asked: --thinking, --no-thinking, or neither.
+def uses_thinking(tokenizer: Any, requested: bool | None) -> bool:
+    """Return the template's enable_thinking. requested: True for --thinking, False for --no-thinking.
 
-    Raises: ValueError when the template cannot do what is asked.
+    Raises: ValueError when the template cannot do what is requested.
     """
-    one = Question([Message(role="user", content="?")])
-    thinking, plain = (prompt_of(tokenizer, one, thinking=value) for value in (True, False))
+    question = Question.from_text("?")
+    thinking, plain = (prompt_of(tokenizer, question, thinking=value) for value in (True, False))
     always = begins_thinking(plain)
-    if asked and thinking == plain and not always:
+    if requested and thinking == plain and not always:
         raise ValueError(
             "--thinking: this model's chat template has no enable_thinking, as Qwen3's has; leave it out"
         )
-    if asked is False and always:
+    if requested is False and always:
         raise ValueError(
             "--no-thinking: this model's chat template begins every answer with a thought; leave it out"
         )
-    return bool(asked)
+    return bool(requested)
 
 
-class _Stopped(StoppingCriteria):
-    """Ends an answer once that is asked for."""
+class _Stop(StoppingCriteria):
+    """Ends an answer once that is requested."""
 
-    asked = False
+    requested = False
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device, dtype=torch.bool)
+        return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device, dtype=torch.bool)
 
 
 class _Stream(TextStreamer):
-    """Text as tokens come: a character that several tokens make is waited for. shown: (thought, answer) so
-    far."""
+    """Text as tokens come, in whole characters. shown: (thought, answer) so far; ended: by the model."""
 
-    def __init__(self, tokenizer: Any, show: Show, *, opened: bool) -> None:
+    def __init__(self, tokenizer: Any, show: ShowPiece, *, opened: bool) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.shown = ("", "")
         self.tokens, self.ended = 0, False
@@ -232,11 +238,11 @@ class _Stream(TextStreamer):
 
     @property
     def speed(self) -> float:
-        """Tokens a second after the first one; 0 when there are no more."""
+        """Tokens a second after the first one; 0 without a second one."""
         return (self.tokens - 1) / (self._last - self._first) if self.tokens > 1 else 0.0
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, which is passed over, or a token."""
+        """Take the prompt, which is ignored, or a token."""
         if not self.next_tokens_are_prompt:
             self.tokens += 1
             self._last = time.perf_counter()
@@ -244,10 +250,10 @@ class _Stream(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Show what is new."""
+        """Show the new part of the text."""
         self._text += text
-        now = parts(self._text, opened=self._opened, whole=stream_end)
-        for before, said, thought in zip(self.shown, now, (True, False), strict=True):
-            if len(said) > len(before):
-                self._show(said[len(before) :], thought)
+        now = split_thought(self._text, opened=self._opened, complete=stream_end)
+        for before, text, is_thought in zip(self.shown, now, (True, False), strict=True):
+            if len(text) > len(before):
+                self._show(text[len(before) :], is_thought)
         self.shown = now

@@ -1,8 +1,8 @@
-"""The questions of a file, answered in batches: `qwenlora chat runs/tiny --input asked.jsonl --output
-said.jsonl`.
+"""The questions of a file, answered in batches: `qwenlora chat runs/tiny --input questions.jsonl --output
+answers.jsonl`.
 
-A line of the output is a row that could be trained: {"messages": [..., the answer], "reference": what the row
-had}, and "cut": true when the answer was not at its end (--max-new-tokens, or the model's context).
+A line of the output is a row that could be trained: {"messages": [..., the answer], "reference": the row's
+own reply}, and "cut": true when the answer did not end by itself (--max-new-tokens, or the model's context).
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qwenlora.adapter.answers import Answer, Question, Sampling, answers, check_text, prompt_of
+from qwenlora.adapter.answers import Answer, Question, Sampling, check_text, generate_answers, prompt_of
 from qwenlora.adapter.outputs import free_file
 from qwenlora.configs.schema import Data
 from qwenlora.data import sources
@@ -24,35 +24,34 @@ from qwenlora.data.sources import Source
 from qwenlora.data.tokenise import chunks_with_shape
 from qwenlora.data.turns import Message
 
-SHOWN = 10  # rows that cannot be asked
+SHOWN = 10  # bad rows in a message
 _REPLY = "(the answer)"  # stands in for a reply in rows that have none
-_C1 = re.compile("[\x7f-\x9f]")  # JSON may hold them as they are; some terminals obey them
+_C1 = re.compile("[\x7f-\x9f]")  # control characters that JSON need not escape; some terminals obey them
 
 
-def read(file: Path, data: Data, system: str | None = None) -> list[Question]:
-    """Return the questions of a file: rows as for training, with or without a last reply; of .txt a question
-    a line.
+def read_questions(file: Path, data: Data, system: str | None = None) -> list[Question]:
+    """Return the questions of a file: rows as for training, with or without a last reply; of .txt one a line.
 
-    data: how rows are read (columns, roles, format, encoding). system: for those that have no system prompt.
-    Raises: ValueError naming the file and the rows that cannot be asked.
+    data: how rows are read (columns, roles, format, encoding). system: added where there is no system prompt.
+    Raises: ValueError naming the file and the rows that hold no question.
     """
     if not file.is_file():
         raise ValueError(f"--input {file}: no such file (looked for {file.absolute()})")
-    found = list(_lines(file) if file.suffix.lower() == ".txt" else _rows(file, data))
-    if not found:
+    rows = list(_lines(file) if file.suffix.lower() == ".txt" else _rows(file, data))
+    if not rows:
         raise ValueError(f"--input {file} is empty: it has no questions")
-    if bad := [f"{place}: {question}" for place, question in found if isinstance(question, BadRow)]:
+    if bad := [f"{place}: {question}" for place, question in rows if isinstance(question, BadRow)]:
         more = [f"and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
         shown = "\n  ".join([*bad[:SHOWN], *more])
-        raise ValueError(f"--input {file}: {len(bad):,} of {len(found):,} rows cannot be asked:\n  {shown}")
-    asked = [question for _, question in found if isinstance(question, Question)]
-    if not system:
-        return asked
-    first = Message(role="system", content=system)
-    return [
-        one if one.messages[0]["role"] == "system" else one._replace(messages=[first, *one.messages])
-        for one in asked
-    ]
+        raise ValueError(f"--input {file}: {len(bad):,} of {len(rows):,} rows cannot be asked:\n  {shown}")
+    questions = [question for _, question in rows if isinstance(question, Question)]
+    return [_with_system(question, system) for question in questions] if system else questions
+
+
+def _with_system(question: Question, system: str) -> Question:
+    if question.messages[0]["role"] == "system":
+        return question
+    return question._replace(messages=[Message(role="system", content=system), *question.messages])
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Question | BadRow]]:
@@ -63,17 +62,17 @@ def _lines(file: Path) -> Iterator[tuple[str, Question | BadRow]]:
             f"--input {file} is not UTF-8 text at byte {error.start:,}; convert it: iconv"
         ) from None
     for number, line in enumerate(text.split("\n"), 1):
-        if said := line.strip():
+        if question := line.strip():
             try:
-                check_text(said, "the question")
-                yield f"{file}:{number}", Question([Message(role="user", content=said)])
+                check_text(question, "the question")
+                yield f"{file}:{number}", Question.from_text(question)
             except ValueError as error:
                 yield f"{file}:{number}", BadRow(str(error))
 
 
 def _rows(file: Path, data: Data) -> Iterator[tuple[str, Question | BadRow]]:
-    alone = data.model_copy(update={"train": str(file.absolute()), "eval": None, "eval_fraction": None})
-    for source in sources.find(alone):
+    only_this = data.model_copy(update={"train": str(file.absolute()), "eval": None, "eval_fraction": None})
+    for source in sources.find(only_this):
         for number, chunk, shape in chunks_with_shape(source):
             for line, value in chunk.values():
                 yield _place(source, number, line), _question(line, value, shape, source.options)
@@ -87,7 +86,7 @@ def _question(line: int, value: Any, shape: str | None, options: RowOptions) -> 
     if isinstance(value, BadRow):
         return value
     try:
-        value = _with_a_reply(value, options)
+        value = _with_reply(value, options)
         row = to_row(line, value, shape or shape_of(value, options), options)
     except BadRow as error:
         return error
@@ -101,75 +100,75 @@ def _question(line: int, value: Any, shape: str | None, options: RowOptions) -> 
     return Question(messages, reference, row.tools)
 
 
-def _with_a_reply(value: Any, options: RowOptions) -> Any:
-    """Return a row with one reply more, so that one that only asks is read as those that are trained."""
+def _with_reply(value: Any, options: RowOptions) -> Any:
+    """Return a row with one more reply, so that a row without any is read like a training row."""
     if not isinstance(value, dict):
         return value
-    theirs = {options.columns.get(key, key): key for key in value}
+    names = {options.columns.get(name, name): name for name in value}  # {qwenlora's key: the row's}
     for key in TURN_LISTS:
-        turns = value.get(theirs.get(key, ""))
+        turns = value.get(names.get(key, ""))
         if isinstance(turns, list) and turns:
-            return value | {theirs[key]: [*turns, {"role": "assistant", "content": _REPLY}]}
-    for asked, answered in PAIRS.values():
-        if asked in theirs and value.get(theirs.get(answered, "")) in (None, ""):
-            return value | {theirs.get(answered, answered): _REPLY}
+            return value | {names[key]: [*turns, {"role": "assistant", "content": _REPLY}]}
+    for question, reply in PAIRS.values():
+        if question in names and value.get(names.get(reply, "")) in (None, ""):
+            return value | {names.get(reply, reply): _REPLY}
     return value
 
 
-def check_lengths(asked: list[Question], tokenizer: Any, limit: int, *, thinking: bool) -> None:
-    """Refuse questions that leave no room for an answer. limit: the model's context, in tokens. Raises:
-    ValueError."""
-    for number, question in enumerate(asked, 1):
-        text = prompt_of(tokenizer, question, thinking=thinking)
-        if (length := len(tokenizer(text, add_special_tokens=False)["input_ids"])) >= limit:
+def check_lengths(questions: list[Question], tokenizer: Any, limit: int, *, thinking: bool) -> None:
+    """Raise ValueError for a question that leaves no room for an answer. limit: the model's context, in
+    tokens."""
+    for number, question in enumerate(questions, 1):
+        prompt = prompt_of(tokenizer, question, thinking=thinking)
+        if (length := len(tokenizer(prompt, add_special_tokens=False)["input_ids"])) >= limit:
             raise ValueError(
                 f"--input: question {number:,} has {length:,} tokens, the model takes {limit:,}; shorten it"
             )
 
 
 def check_output(target: Path) -> None:
-    """Raise ValueError when answers cannot go there."""
+    """Raise ValueError when answers cannot be written there."""
     free_file(target, "--output")
     free_file(_partial(target), "--output: the answers of an earlier try:")
 
 
-def answer(
+def answer_questions(
     model: Any,
     tokenizer: Any,
-    asked: list[Question],
+    questions: list[Question],
     sampling: Sampling,
     target: Path | None,
     *,
     thinking: bool,
 ) -> None:
     """Write a line of JSON for each question, in order: to target, or to standard output."""
-    said = answers(model, tokenizer, asked, sampling, "answering", thinking=thinking)
-    lines = (_line(question, answer) for question, answer in zip(asked, said, strict=True))
-    if target is None:
-        # on a screen the progress bar and the lines would be in each other's way
-        for line in list(lines) if sys.stdout.isatty() else lines:
-            print(line, flush=True)
+    answers = generate_answers(model, tokenizer, questions, sampling, "answering", thinking=thinking)
+    lines = (_json_line(*pair) for pair in zip(questions, answers, strict=True))
+    if target is not None:
+        _write_lines(target, lines, len(questions))
         return
-    _write(target, lines, len(asked))
+    # on a screen, lines would be mixed with the progress bar
+    for line in list(lines) if sys.stdout.isatty() else lines:
+        print(line, flush=True)
 
 
-def _line(question: Question, answer: Answer) -> str:
+def _json_line(question: Question, answer: Answer) -> str:
     reply = Message(role="assistant", content=answer.answer)
     if answer.thought:
         reply["reasoning_content"] = answer.thought
-    row: dict[str, Any] = {"messages": [*question.messages, reply]}
+    row: dict[str, object] = {"messages": [*question.messages, reply]}
     row |= {"tools": question.tools} if question.tools else {}
     row |= {"reference": question.reference} if question.reference else {}
     row |= {"cut": True} if answer.cut else {}
-    return _C1.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(row, ensure_ascii=False))
+    return _C1.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(row, ensure_ascii=False))
 
 
 def _partial(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
-def _write(target: Path, lines: Iterable[str], count: int) -> None:
-    """Write a file that has its name once it is whole; what was answered before a failure stays beside it."""
+def _write_lines(target: Path, lines: Iterable[str], count: int) -> None:
+    """Write a file that gets its name once complete; after a failure the answers so far stay beside it."""
     partial, written = _partial(target), 0
     try:
         with partial.open("x", encoding="utf-8") as file:

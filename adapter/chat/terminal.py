@@ -1,6 +1,6 @@
-"""The screen's side of a chat: lines that are typed, commands, answers as they come, Ctrl-C.
+"""The screen's side of a chat: typed lines, commands, answers as they come, Ctrl-C.
 
-`talk(conversation, console)`. What the model does is conversation.py's.
+`talk(conversation, console)`. The model's side is conversation.py's.
 """
 
 import re
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenlora.adapter.answers import check_text
-from qwenlora.adapter.chat.conversation import Conversation, Reply, Show
+from qwenlora.adapter.chat.conversation import ChatReply, Conversation, ShowPiece
 from qwenlora.adapter.compare.side_by_side import clean
 
 KEYS = "Alt-Enter, or a backslash at a line's end: a new line. Ctrl-C: stop an answer, or leave. /help: more."
@@ -29,7 +29,7 @@ COMMANDS = {
     "/quit": "leave; so do Ctrl-D, and Ctrl-C when nothing is typed",
     " /text": "send a text that begins with a slash: with a space before it",
 }
-_COMMAND = re.compile(r"/([^\s/]*)(?:\s+(.*))?", re.DOTALL)  # and no path, as /usr/bin is
+_COMMAND = re.compile(r"/([^\s/]*)(?:\s+(.*))?", re.DOTALL)  # /usr/bin is a path, not a command
 
 
 def talk(conversation: Conversation, console: Console) -> int:
@@ -43,24 +43,24 @@ def talk(conversation: Conversation, console: Console) -> int:
         except (KeyboardInterrupt, EOFError):
             break
         try:
-            if text.strip() and not _heed(text, conversation, console):
+            if text.strip() and not _handle(text, conversation, console):
                 break
         except ValueError as error:
             console.print(clean(str(error)), style="red")
         except KeyboardInterrupt:
             _note(console, "stopped")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C, while torch takes its leave
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C, while torch shuts down
     return 0
 
 
-def _heed(text: str, conversation: Conversation, console: Console) -> bool:
-    """Answer a text, or do what a command says; return whether to go on."""
+def _handle(text: str, conversation: Conversation, console: Console) -> bool:
+    """Answer a text, or run a command; return whether to go on."""
     command = _COMMAND.fullmatch(text)
     if not command:
         _answer(partial(conversation.ask, text.strip()), conversation, console)
         return True
-    name, text = command[1].lower(), (command[2] or "").strip()
-    if text and name in ("reset", "base", "help", "quit", "exit"):
+    name, argument = command[1].lower(), (command[2] or "").strip()
+    if argument and name in ("reset", "base", "help", "quit", "exit"):
         raise ValueError(f"/{name} takes no text; to send it as it is, begin with a space")
     if name in ("quit", "exit"):
         return False
@@ -70,12 +70,7 @@ def _heed(text: str, conversation: Conversation, console: Console) -> bool:
     elif name == "base":
         _answer(conversation.ask_base, conversation, console, who="the base: ")
     elif name == "system":
-        if text:
-            check_text(text, "the system prompt")
-        conversation.system = text or None
-        _note(
-            console, "from now on with this system prompt" if text else "from now on without a system prompt"
-        )
+        _change_system_prompt(argument, conversation, console)
     elif name == "help":
         table = Table.grid(padding=(0, 2))
         for usage, meaning in COMMANDS.items():
@@ -86,28 +81,35 @@ def _heed(text: str, conversation: Conversation, console: Console) -> bool:
     return True
 
 
+def _change_system_prompt(text: str, conversation: Conversation, console: Console) -> None:
+    if text:
+        check_text(text, "the system prompt")
+    conversation.system = text or None
+    _note(console, f"from now on {'with this' if text else 'without a'} system prompt")
+
+
 def _answer(
-    ask: Callable[[Show], Reply], conversation: Conversation, console: Console, who: str = ""
+    ask: Callable[[ShowPiece], ChatReply], conversation: Conversation, console: Console, who: str = ""
 ) -> None:
-    write = shower(console, console)
+    print_piece = piece_printer(console, console)
     with (
         console.status("reading", spinner_style="dim") as status,
         _stopped_by_ctrl_c(conversation.stop),
-        _deaf(),
+        _keyboard_off(),
     ):
 
-        def show(text: str, thought: bool) -> None:
+        def show(text: str, is_thought: bool) -> None:
             status.stop()
-            write(text, thought)
+            print_piece(text, is_thought)
 
         reply = ask(show)
     if reply.thought or reply.answer:
         console.print()
-    _note(console, who + said_of(reply))
+    _note(console, who + describe_reply(reply))
 
 
-def said_of(reply: Reply) -> str:
-    """Return what there is to know of an answer besides itself."""
+def describe_reply(reply: ChatReply) -> str:
+    """Return a line on a reply: its length, speed, and why it was cut."""
     facts = [f"{reply.tokens:,} tokens" if reply.tokens != 1 else "1 token"]
     facts += [f"{reply.speed:.3g} a second"] if reply.speed else []
     facts += [] if reply.answer else ["nothing was answered, and nothing is kept"]
@@ -118,24 +120,26 @@ def said_of(reply: Reply) -> str:
     return ", ".join(facts)
 
 
-def shower(answers: Console, thoughts: Console) -> Show:
-    """Return what writes pieces of an answer as they come, and of thoughts, dimly, without what a terminal
-    obeys."""
-    before = ""  # what was written last: a thought, or of the answer
+def piece_printer(answers: Console, thoughts: Console) -> ShowPiece:
+    """Return a function that prints pieces of an answer as they come, and dimly those of a thought.
 
-    def show(text: str, thought: bool) -> None:
-        nonlocal before
-        text = "\t".join(clean(part) for part in text.split("\t"))
-        if before == "thought" and not thought:
+    Escapes and other controls are left out: a terminal would obey them.
+    """
+    in_thought = False
+
+    def print_piece(text: str, is_thought: bool) -> None:
+        nonlocal in_thought
+        text = "\t".join(map(clean, text.split("\t")))
+        if in_thought and not is_thought:
             thoughts.print("\n")
-        before = "thought" if thought else "answer"
-        if thought:
+        in_thought = is_thought
+        if is_thought:
             thoughts.out(text, end="", style="dim")
-        else:  # as it is: rich would change tabs
+        else:  # not through rich, which would change tabs
             answers.file.write(text)
             answers.file.flush()
 
-    return show
+    return print_piece
 
 
 def _note(console: Console, text: str) -> None:
@@ -144,7 +148,7 @@ def _note(console: Console, text: str) -> None:
 
 @contextmanager
 def _stopped_by_ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
-    """Let the first Ctrl-C call stop, and the next ones raise KeyboardInterrupt."""
+    """Make the first Ctrl-C call stop, and the next ones raise KeyboardInterrupt."""
 
     def first(*_: object) -> None:
         stop()
@@ -158,9 +162,8 @@ def _stopped_by_ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
-    """Show and keep nothing of what is typed meanwhile, but Ctrl-C and Ctrl-Z: a paste would be sent line by
-    line."""
+def _keyboard_off() -> Iterator[None]:
+    """Drop what is typed meanwhile, but for Ctrl-C and Ctrl-Z: a pasted text would be sent line by line."""
     before = termios.tcgetattr(sys.stdin)
     during = list(before)
     during[3] &= ~(termios.ECHO | termios.ICANON)
@@ -172,7 +175,7 @@ def _deaf() -> Iterator[None]:
 
 
 def _keys() -> KeyBindings:
-    """Return what keys do in a text of several lines: Enter sends it."""
+    """Return the key bindings for texts of several lines: Enter sends them."""
     keys = KeyBindings()
 
     @keys.add("enter")

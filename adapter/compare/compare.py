@@ -1,316 +1,212 @@
 """The base model and what was made of it, asked the same questions: `qwenlora compare runs/tiny`.
 
-Greedy answers to the training questions, to the same in other words, and to general ones; how likely each
-model finds the references; one question asked again and again. docs/compare.md says how to read what comes
-out. What is asked is asked.py's, comparison.json is comparison.py's, the screen is side_by_side.py's.
+Greedy answers to the training questions, to rephrased ones, and to general ones; how likely each model finds
+the references; one question asked again and again. docs/compare.md says how to read the result. questions.py
+chooses the questions, results.py turns answers into measures, side_by_side.py prints them.
 """
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from qwenlora.adapter import verify
-from qwenlora.adapter.answers import Answer, Sampling, answers
-from qwenlora.adapter.compare import losses, measures, side_by_side
-from qwenlora.adapter.compare.questions import TITLES, Asked, Set, choose
+from qwenlora.adapter.answers import generate_answers
+from qwenlora.adapter.compare import losses, side_by_side
+from qwenlora.adapter.compare.questions import (
+    TITLES,
+    ChosenQuestions,
+    CompareOptions,
+    QuestionSet,
+    choose_questions,
+)
+from qwenlora.adapter.compare.results import ModelAnswers, ModelColumn, make_comparison
 from qwenlora.adapter.loading import load
-from qwenlora.adapter.merge.combined import STARTS
+from qwenlora.adapter.merge.combined import BASE_CHANGING_STARTS
 from qwenlora.adapter.outputs import free_file
-from qwenlora.adapter.subject import Subject, adapter_config
-from qwenlora.run.comparison import AnsweredQuestion, ComparedModel, Comparison, Measure
+from qwenlora.adapter.subject import Subject, read_adapter_config
+from qwenlora.data.chat import Tokens
+from qwenlora.run.comparison import Comparison
 from qwenlora.run.disk import write_atomically
 from qwenlora.trainer.model import base as models
 
 
-class How(NamedTuple):
-    """How questions are asked: greedily; the repeated one by drawing."""
+def compare(subjects: list[Subject], options: CompareOptions | None = None) -> int:
+    """Ask all subjects and their bases, print the result and keep it; return the exit code.
 
-    greedy: Sampling
-    drawn: Sampling
-    batch_size: int
-
-
-class Column(NamedTuple):
-    """One that is asked: a subject with its adapter, or its base alone."""
-
-    label: str
-    subject: Subject
-    tuned: bool
-
-
-class Said(NamedTuple):
-    """What one said. answers, losses: by set; of general questions, the loss of the first one's answers."""
-
-    answers: dict[str, list[Answer]]
-    losses: dict[str, float | None]
-
-
-def compare(
-    subjects: list[Subject],
-    *,
-    show: int = 5,
-    limit: int = 500,
-    max_new_tokens: int = 128,
-    rephrased: Path | None = None,
-    general: Path | None = None,
-    question: str | None = None,
-    samples: int = 20,
-    temperature: float = 0.7,
-    seed: int = 0,
-    batch_size: int = 40,
-    output: Path | None = None,
-) -> int:
-    """Ask all subjects and the bases they were made of, print what came out, keep it; return the exit code.
-
-    The arguments are the command's options. Raises: ValueError for what cannot be read, loaded, or written.
+    Raises: ValueError for what cannot be read, loaded, or written.
     """
-    asked = choose(
-        subjects, limit=limit, rephrased=rephrased, general=general, question=question, samples=samples
-    )
-    target = _target(subjects, output)
-    for subject in subjects[1:]:  # before the first is asked for minutes
+    options = options or CompareOptions()
+    chosen = choose_questions(subjects, options)
+    target = _target(subjects, options.output)
+    for subject in subjects[1:]:  # before the first one is asked for minutes
         if subject.adapter:
-            verify.check(subject)
+            verify.check_adapter(subject)
     console = Console(highlight=False)
-    for note in asked.notes:
-        _say(console, note)
-    greedy = Sampling(max_new_tokens)
-    how = How(greedy, greedy._replace(temperature=temperature, seed=seed), batch_size)
+    for note in chosen.notes:
+        _print_note(console, note)
     columns = columns_of(subjects)
-    said: list[Said] = []
-    for _, few in groupby(columns, key=lambda column: (column.subject.named, column.subject.adapter)):
-        said += _ask(list(few), asked, how, said[0] if said else None, console)
-    found = _found(columns, asked.sets, said, seed, target)
-    side_by_side.show(found, show, console)
-    if not any(row.right[0] for row in found.answers_by_set["general"]):
-        _say(
-            console, f"{columns[0].label} itself passes none of the general questions: they tell nothing here"
-        )
-    for column, its in zip(columns, said, strict=True):
-        if unfinished := sum(
-            one.cut and bool(one.thought) and not one.answer
-            for answers in its.answers.values()
-            for one in answers
-        ):
-            _say(
-                console,
-                f"{column.label}: {unfinished} answers are empty, being cut within the thought at"
-                f" --max-new-tokens {max_new_tokens}; give more",
-            )
+    answers: list[ModelAnswers] = []
+    for _, group in groupby(columns, key=lambda column: (column.subject.name, column.subject.adapter)):
+        answers += _ask_subject(list(group), chosen, options, answers[0] if answers else None, console)
+    comparison = make_comparison(columns, chosen.sets, answers, options.seed, target)
+    side_by_side.print_comparison(comparison, options.show, console)
+    for warning in _warnings(comparison, columns, answers, options.max_new_tokens):
+        _print_note(console, warning)
     if target:
-        _keep(found, target, asked_for=output is not None)
-    if training := found.answers_by_set.get("training"):
-        print(f"exact answers to training questions: {_counts(found, training)}")
+        _keep(comparison, target, requested=options.output is not None)
+    if "training" in comparison.answers_by_set:
+        print(f"exact answers to training questions: {_exact_counts(comparison)}")
     return 0
 
 
-def columns_of(subjects: list[Subject]) -> list[Column]:
-    """Return who is asked, in order: the subjects, each base before the first that was made of it."""
-    found: list[Column] = []
-    bases = [_base(subject) for subject in subjects]
+def columns_of(subjects: list[Subject]) -> list[ModelColumn]:
+    """Return the models to ask, in order: the subjects, each base before the first subject made of it."""
+    columns: list[ModelColumn] = []
+    bases = [_base_identity(subject) for subject in subjects]
     for number, subject in enumerate(subjects):
         if bases[number] not in bases[:number]:
             name = "base" if len(set(bases)) == 1 else f"base of {subject.label}"
-            found.append(Column(name if subject.adapter else subject.label, _without(subject), tuned=False))
+            label = name if subject.adapter else subject.label
+            columns.append(ModelColumn(label, _base_of(subject), tuned=False))
         if subject.adapter:
-            found.append(Column(subject.label, subject, tuned=True))
+            columns.append(ModelColumn(subject.label, subject, tuned=True))
     times: dict[str, int] = {}
-    for place, column in enumerate(found):  # two runs may have folders of the same name
+    for place, column in enumerate(columns):  # two runs may have folders of the same name
         times[column.label] = times.get(column.label, 0) + 1
         if times[column.label] > 1:
-            found[place] = column._replace(label=f"{column.label} ({times[column.label]})")
-    return found
+            columns[place] = column._replace(label=f"{column.label} ({times[column.label]})")
+    return columns
 
 
-def _without(subject: Subject) -> Subject:
-    """Return what the base of a subject is loaded as: the subject, unless switching its adapter off leaves
-    traces."""
-    config = adapter_config(subject.adapter) if subject.adapter else {}
-    # peft puts no bias back, and such starts change the base's own weights
-    if config.get("bias", "none") != "none" or str(config.get("init_lora_weights")).startswith(STARTS):
+def _base_of(subject: Subject) -> Subject:
+    """Return what to load for a subject's base: the subject, unless its adapter cannot be switched off."""
+    config = read_adapter_config(subject.adapter) if subject.adapter else {}
+    # peft does not restore biases, and these starts change the base's own weights
+    changes_base = str(config.get("init_lora_weights")).startswith(BASE_CHANGING_STARTS)
+    if config.get("bias", "none") != "none" or changes_base:
         return replace(subject, adapter=None)
     return subject
 
 
-def _base(subject: Subject) -> tuple[str, ...]:
-    """Return what tells bases apart: weights and how they are loaded. Two runs of the tiny one have a copy
-    each."""
+def _base_identity(subject: Subject) -> tuple[str, ...]:
+    """Return what tells bases apart: weights, and how they are loaded. Each tiny run has a copy of its
+    base."""
     config = subject.config
     return models.fingerprint(config, subject.base), config.model.dtype, str(config.strategy.quantization)
 
 
-def _ask(columns: list[Column], asked: Asked, how: How, first: Said | None, console: Console) -> list[Said]:
-    """Load a subject, ask it and its base, as columns say, and let it go: two are never held at once."""
+def _ask_subject(
+    columns: list[ModelColumn],
+    chosen: ChosenQuestions,
+    options: CompareOptions,
+    first: ModelAnswers | None,
+    console: Console,
+) -> list[ModelAnswers]:
+    """Load a subject, ask it and its base, as the columns say, and free it: two are never in memory at once.
+
+    first: the first column's answers; None when it is among these columns.
+    """
     subject = columns[0].subject
     model, tokenizer = load(subject)
-    found: list[Said] = []
+    answers: list[ModelAnswers] = []
     rows = {
-        one.name: losses.trained_tokens(tokenizer, one.rows, asked.data) for one in asked.sets if one.rows
+        each.name: losses.trained_tokens(tokenizer, each.rows, chosen.data)
+        for each in chosen.sets
+        if each.rows
     }
     if first is None:
-        for one in asked.sets:
-            _say_if_cut(tokenizer, one, how, console)
+        _warn_of_long_references(tokenizer, chosen.sets, options.max_new_tokens, console)
     try:
         for column in columns:
-            bare = subject.adapter is not None and not column.tuned
-            with model.disable_adapter() if bare else nullcontext():
-                found.append(_asked(column.label, model, tokenizer, asked.sets, rows, how, first))
-            first = first or found[0]
+            without_adapter = subject.adapter is not None and not column.tuned
+            with model.disable_adapter() if without_adapter else nullcontext():
+                answers.append(_ask_model(column.label, model, tokenizer, chosen.sets, rows, options, first))
+            first = first or answers[0]
     except torch.OutOfMemoryError:
-        raise ValueError(f"the GPU is full with --batch-size {how.batch_size}; halve it") from None
+        raise ValueError(f"the GPU is full with --batch-size {options.batch_size}; halve it") from None
     del model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return found
+    return answers
 
 
-def _asked(
+def _ask_model(
     label: str,
     model: Any,
     tokenizer: Any,
-    sets: list[Set],
-    rows: dict[str, list[Any]],
-    how: How,
-    first: Said | None,
-) -> Said:
-    said = Said({}, {})
-    for one in sets:
-        what = f"{label}: {TITLES[one.name]}"
-        sampling = how.drawn if one.name == "repeated" else how.greedy
-        said.answers[one.name] = list(
-            answers(model, tokenizer, one.questions, sampling, what, batch_size=how.batch_size)
+    sets: list[QuestionSet],
+    rows: dict[str, list[Tokens]],
+    options: CompareOptions,
+    first: ModelAnswers | None,
+) -> ModelAnswers:
+    answers = ModelAnswers({}, {})
+    for question_set in sets:
+        name, questions = question_set.name, question_set.questions
+        title = f"{label}: {TITLES[name]}"
+        sampling = options.sampling(name)
+        answers.answers[name] = list(
+            generate_answers(model, tokenizer, questions, sampling, title, batch_size=options.batch_size)
         )
-        tokens = rows.get(one.name, [])
-        if one.name == "general":
-            its = (first or said).answers["general"]
-            tokens = losses.answer_tokens(tokenizer, one.questions, [answer.text for answer in its])
-        said.losses[one.name] = losses.mean_loss(
-            model, tokens, tokenizer.pad_token_id, what, batch_size=how.batch_size
+        tokens = rows.get(name, [])
+        if name == "general":
+            texts = [answer.text for answer in (first or answers).answers["general"]]
+            tokens = losses.answer_tokens(tokenizer, questions, texts)
+        answers.losses[name] = losses.mean_loss(
+            model, tokens, tokenizer.pad_token_id, title, batch_size=options.batch_size
         )
-    return said
+    return answers
 
 
-def _found(
-    columns: list[Column], sets: list[Set], said: list[Said], seed: int, target: Path | None
-) -> Comparison:
-    """Return the comparison of all that was said. target: where it will lie."""
-    measured: list[Measure] = []
-    rows: list[AnsweredQuestion] = []
-    for one in sets:
-        answered = [_answered(one, number, said) for number in range(len(one.questions))]
-        measured += _measured(one, answered, said)
-        rows += answered
-    subjects = []
-    for column in columns:
-        run, adapter = column.subject.run, column.subject.adapter if column.tuned else None
-        own = bool(adapter and run and target and target.absolute().parent == run.path)
-        subjects.append(ComparedModel(label=column.label, adapter=adapter.name if adapter else None, own=own))
-    return Comparison(
-        made=datetime.now(UTC).isoformat(timespec="seconds"),
-        seed=seed,
-        subjects=subjects,
-        measures=measured,
-        answers=rows,
-    )
-
-
-def _answered(one: Set, number: int, said: list[Said]) -> AnsweredQuestion:
-    question = one.questions[number]
-    given = [column.answers[one.name][number].answer for column in said]
-    check = one.checks[number] if one.checks else None
-    right: list[bool | None]
-    if check:
-        right = [check.expect.met(answer) for answer in given]
-    elif one.name == "repeated":
-        right = [
-            measures.holds(answer, question.reference) if question.reference else None for answer in given
-        ]
-    else:
-        right = [measures.same(answer, question.reference) for answer in given]
-    return AnsweredQuestion(
-        set=one.name,
-        kind=check.kind if check else None,
-        question=question.messages[-1]["content"],
-        reference=str(check.expect) if check else question.reference,
-        answers=given,
-        right=right,
-    )
-
-
-def _measured(one: Set, rows: list[AnsweredQuestion], said: list[Said]) -> Iterator[Measure]:
-    """Yield the measures of a set, in the order in which they are shown."""
-
-    def share(measure: str, of: list[AnsweredQuestion], truths: Iterable[Iterable[bool | None]]) -> Measure:
-        sums = [sum(map(bool, column)) / len(of) for column in zip(*truths, strict=True)]
-        return Measure(
-            set=one.name, measure=measure, kind="share", better="higher", count=len(of), values=sums
-        )
-
-    def number(measure: str, better: Any, values: Iterable[float | None]) -> Measure:
-        return Measure(
-            set=one.name, measure=measure, kind="number", better=better, count=len(rows), values=list(values)
-        )
-
-    if one.name == "general":
-        yield share("right", rows, (row.right for row in rows))
-        for kind in dict.fromkeys(row.kind for row in rows):
-            its = [row for row in rows if row.kind == kind]
-            yield share(f"right: {kind}", its, (row.right for row in its))
-        yield number("perplexity", "lower", (losses.perplexity(column.losses[one.name]) for column in said))
-    elif one.name == "repeated":
-        columns = zip(*(row.answers for row in rows), strict=True)
-        yield number("different", "lower", (measures.different(texts) for texts in columns))
-        if rows[0].reference:
-            yield share("holds", rows, (row.right for row in rows))
-            yield share(
-                "exact", rows, ([measures.same(text, row.reference) for text in row.answers] for row in rows)
+def _warn_of_long_references(tokenizer: Any, sets: list[QuestionSet], longest: int, console: Console) -> None:
+    for question_set in sets:
+        texts = [question.reference for question in question_set.questions if question.reference]
+        if question_set.name == "repeated" or not texts:
+            continue
+        lengths = map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])
+        if longer := sum(length > longest for length in lengths):
+            _print_note(
+                console,
+                f"{longer} of {len(texts)} {TITLES[question_set.name]} have references longer than"
+                f" --max-new-tokens {longest}: answers to them are cut and cannot be exact",
             )
-    else:
-        yield share("exact", rows, (row.right for row in rows))
-        alike = zip(
-            *([measures.similarity(text, row.reference) for text in row.answers] for row in rows), strict=True
-        )
-        yield number("similarity", "higher", (sum(column) / len(rows) for column in alike))
-        yield number("loss", "lower", (column.losses[one.name] for column in said))
 
 
-def _say_if_cut(tokenizer: Any, one: Set, how: How, console: Console) -> None:
-    """Say so when references are longer than any answer may be."""
-    texts = [question.reference for question in one.questions if question.reference]
-    if one.name == "repeated" or not texts:
-        return
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    if longer := sum(len(each) > how.greedy.max_new_tokens for each in ids):
-        _say(
-            console,
-            f"{longer} of {len(texts)} {TITLES[one.name]} have references longer than --max-new-tokens"
-            f" {how.greedy.max_new_tokens}: answers to them are cut and cannot be exact",
-        )
+def _warnings(
+    comparison: Comparison, columns: list[ModelColumn], answers: list[ModelAnswers], max_new_tokens: int
+) -> Iterator[str]:
+    if not any(row.right[0] for row in comparison.answers_by_set["general"]):
+        yield f"{columns[0].label} itself passes none of the general questions: they tell nothing here"
+    for column, its in zip(columns, answers, strict=True):
+        every = [answer for of_set in its.answers.values() for answer in of_set]
+        if cut := sum(answer.cut and bool(answer.thought) and not answer.answer for answer in every):
+            yield (
+                f"{column.label}: {cut} answers are empty, being cut within the thought at --max-new-tokens"
+                f" {max_new_tokens}; give more"
+            )
 
 
 def _target(subjects: list[Subject], output: Path | None) -> Path | None:
-    """Return where the comparison goes. Raises: ValueError when it cannot go where the user says."""
+    """Return where the comparison goes. Raises: ValueError when the user's file cannot be written."""
     if output is None:
         runs = [subject.run for subject in subjects if subject.run]
         return runs[-1].comparison if runs else None
     return free_file(output, "--output")
 
 
-def _keep(found: Comparison, target: Path, *, asked_for: bool) -> None:
+def _keep(comparison: Comparison, target: Path, *, requested: bool) -> None:
     try:
-        write_atomically(target, found.text() + "\n")
+        write_atomically(target, comparison.text() + "\n")
     except OSError as error:
-        if asked_for:
+        if requested:
             raise ValueError(f"--output {target} cannot be written: {error.strerror}") from None
         print(
             f"warning: {target} cannot be written: {error.strerror}; --output FILE names another",
@@ -318,14 +214,15 @@ def _keep(found: Comparison, target: Path, *, asked_for: bool) -> None:
         )
 
 
-def _counts(found: Comparison, rows: list[AnsweredQuestion]) -> str:
+def _exact_counts(comparison: Comparison) -> str:
+    rows = comparison.answers_by_set["training"]
     parts = []
-    for number, subject in enumerate(found.subjects):
+    for number, model in enumerate(comparison.subjects):
         right = sum(bool(row.right[number]) for row in rows)
-        label = side_by_side.clean(subject.label).replace("\n", " ")
+        label = side_by_side.clean(model.label).replace("\n", " ")
         parts.append(f"{label} {right} of {len(rows)} ({right / len(rows):.1%})")
     return ", ".join(parts)
 
 
-def _say(console: Console, note: str) -> None:
+def _print_note(console: Console, note: str) -> None:
     console.print(side_by_side.clean(note), markup=False, soft_wrap=True)

@@ -1,9 +1,8 @@
 """General questions, with checks that need no judge: does a tuned model still greet, define, calculate,
 decline?
 
-`read(None)` gives the 60 that come with qwenlora (general.jsonl), `read(path)` a file of the user's own, in
-the same
-format: docs/compare.md.
+`read_general_questions(None)` returns the 60 that come with qwenlora (general.jsonl); with a path, those of
+the user's file, in the same format: docs/compare.md.
 """
 
 import re
@@ -22,9 +21,9 @@ from qwenlora.data.json_rows import decode_json
 Texts = Annotated[list[Text], Field(min_length=1)]
 
 
-class Expect(Section):
-    """What a right answer has; all that is named must hold. Case does not matter, nor which apostrophe is
-    used."""
+class Expectation(Section):
+    """What a right answer contains; every given condition must hold. Case and kind of apostrophe do not
+    matter."""
 
     any_of: Texts | None = Field(None, description="The answer has one of these, or more.")
     all_of: Texts | None = Field(None, description="It has all of these.")
@@ -43,94 +42,92 @@ class Expect(Section):
         return pattern
 
     @model_validator(mode="after")
-    def _says_something(self) -> "Expect":
+    def _has_a_condition(self) -> "Expectation":
         if not self.model_fields_set:
             raise ValueError(
-                f"empty, so that any answer would be right; name one of {', '.join(Expect.model_fields)}"
+                f"empty, so that any answer would be right; name one of {', '.join(Expectation.model_fields)}"
             )
         return self
 
-    def met(self, answer: str) -> bool:
+    def is_met(self, answer: str) -> bool:
         """Whether an answer is right."""
         text = _folded(answer)
-        return (
-            (self.any_of is None or any(_folded(part) in text for part in self.any_of))
-            and all(_folded(part) in text for part in self.all_of or ())
-            and not any(_folded(part) in text for part in self.none_of or ())
-            and (self.pattern is None or bool(re.search(self.pattern, _straight(answer), re.IGNORECASE)))
-            and (self.number is None or self.number in _numbers(text))
-            and (self.max_chars is None or len(answer.strip()) <= self.max_chars)
+        conditions = (
+            self.any_of is None or _count(self.any_of, text) > 0,
+            self.all_of is None or _count(self.all_of, text) == len(self.all_of),
+            self.none_of is None or _count(self.none_of, text) == 0,
+            self.pattern is None or re.search(self.pattern, _straight(answer), re.IGNORECASE) is not None,
+            self.number is None or self.number in _numbers(text),
+            self.max_chars is None or len(answer.strip()) <= self.max_chars,
         )
+        return all(conditions)
 
     def __str__(self) -> str:
         lists = {"one of": self.any_of, "all of": self.all_of, "none of": self.none_of}
-        parts = [f"{what} {_few(texts)}" for what, texts in lists.items() if texts]
+        parts = [f"{what} {_first_three(texts)}" for what, texts in lists.items() if texts]
         parts += [f"pattern {self.pattern}"] if self.pattern else []
         parts += [f"the number {self.number}"] if self.number is not None else []
         parts += [f"at most {self.max_chars} characters"] if self.max_chars else []
         return "; ".join(parts)
 
 
-class General(Section):
-    """One question. kind, language: words of the file's own; results are counted by kind."""
+class GeneralQuestion(Section):
+    """A line of the file. kind, language: any words; results are counted by kind."""
 
     id: Text
     kind: Text
     language: Text
     question: Text
-    expect: Expect
+    expect: Expectation
 
     @field_validator("question")
     @classmethod
-    def _can_be_asked(cls, question: str) -> str:
+    def _can_be_sent(cls, question: str) -> str:
         check_text(question, "it")
         return question
 
 
-def read(file: Path | None) -> list[General]:
-    """Return a file's questions; None: those that come with qwenlora. Raises: ValueError naming the first bad
-    line."""
+def read_general_questions(file: Path | None) -> list[GeneralQuestion]:
+    """Return a file's questions; None: those of qwenlora. Raises: ValueError naming the first bad line."""
     path = file or Path(str(resources.files("qwenlora.adapter.compare") / "general.jsonl"))
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"--general {path}: {reason}; expected JSON lines, see docs/compare.md") from None
-    found: dict[str, General] = {}
+    questions: dict[str, GeneralQuestion] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            question = General.model_validate(decode_json(line))
+            question = GeneralQuestion.model_validate(decode_json(line))
         except BadRow as error:
             raise ValueError(f"--general {path}:{number}: {error}") from None
         except ValidationError as error:
             raise ValueError(f"--general {path}:{number}: {_problem(error)}") from None
-        if question.id in found:
+        if question.id in questions:
             raise ValueError(
                 f"--general {path}:{number}: id {show(question.id)} is an earlier line's; give it another"
             )
-        found[question.id] = question
-    if not found:
+        questions[question.id] = question
+    if not questions:
         raise ValueError(f"--general {path} has no questions; expected one a line, see docs/compare.md")
-    return list(found.values())
+    return list(questions.values())
 
 
 def _problem(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        known = Expect.model_fields if key.startswith("expect.") else General.model_fields
+        known = Expectation.model_fields if key.startswith("expect.") else GeneralQuestion.model_fields
         return printable(f"unknown key {key}; known: {', '.join(known)}")
     if first["type"] == "missing":
-        return f"{key} is missing; a line has {', '.join(General.model_fields)}"
+        return f"{key} is missing; a line has {', '.join(GeneralQuestion.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "model_type":
         message = "must be an object"
-    return (
-        printable(f"{key or 'the line'}: {message[0].lower()}{message[1:]}")
-        + f", found {show(first['input'])}"
-    )
+    problem = printable(f"{key or 'the line'}: {message[0].lower()}{message[1:]}")
+    return f"{problem}, found {show(first['input'])}"
 
 
 def _straight(text: str) -> str:
@@ -141,12 +138,17 @@ def _folded(text: str) -> str:
     return _straight(text).casefold()
 
 
+def _count(parts: list[str], text: str) -> int:
+    """Return how many of the parts a folded text contains."""
+    return sum(_folded(part) in text for part in parts)
+
+
 def _numbers(text: str) -> set[int]:
-    """Return the whole numbers of a text: 1,000 is one, 3.5 is none, 7.0 is 7."""
+    """Return the whole numbers of a text: 1,000 is a thousand, 7.0 is 7, 3.5 is not a whole number."""
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    found = re.findall(r"(?<![\d.])-?\d+(?:\.0+)?(?![\d]|\.\d)", text)
-    return {int(number.partition(".")[0]) for number in found}
+    numbers = re.findall(r"(?<![\d.])-?\d+(?:\.0+)?(?![\d]|\.\d)", text)
+    return {int(number.partition(".")[0]) for number in numbers}
 
 
-def _few(texts: list[str]) -> str:
+def _first_three(texts: list[str]) -> str:
     return ", ".join(texts[:3]) + (" ..." if len(texts) > 3 else "")

@@ -1,14 +1,13 @@
-"""What compare.py asks: training questions, the same in other words, general ones, and one of them many
-times."""
+"""Which questions `qwenlora compare` asks: training questions, rephrased ones, general ones, and one
+repeated."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from qwenlora.adapter.answers import Question, check_text, question_of
-from qwenlora.adapter.compare.general import General
-from qwenlora.adapter.compare.general import read as read_general
+from qwenlora.adapter.answers import Question, Sampling, check_text, question_of
+from qwenlora.adapter.compare.general import GeneralQuestion, read_general_questions
 from qwenlora.adapter.subject import Subject
 from qwenlora.configs.schema import Data, Sources
 from qwenlora.data.prepared import other_files
@@ -24,121 +23,151 @@ TITLES = {
 }
 
 
-class Set(NamedTuple):
-    """Questions of one kind. name: one of TITLES. rows: those they begin, whose loss is taken; checks:
-    general's."""
+class CompareOptions(NamedTuple):
+    """The command's options.
+
+    show: answers to print of each set; limit: questions of each set; samples: how often one question is
+    repeated, with this temperature and seed; output: None for the run's comparison.json.
+    """
+
+    show: int = 5
+    limit: int = 500
+    max_new_tokens: int = 128
+    rephrased: Path | None = None
+    general: Path | None = None
+    question: str | None = None
+    samples: int = 20
+    temperature: float = 0.7
+    seed: int = 0
+    batch_size: int = 40
+    output: Path | None = None
+
+    def sampling(self, name: str) -> Sampling:
+        """Return how the questions of a set are answered: greedily, but for the repeated one."""
+        if name == "repeated":
+            return Sampling(self.max_new_tokens, self.temperature, seed=self.seed)
+        return Sampling(self.max_new_tokens)
+
+
+class QuestionSet(NamedTuple):
+    """Questions of one kind.
+
+    name: a key of TITLES; rows: the rows that begin with the questions, whose loss is measured; checks: of
+    general questions.
+    """
 
     name: str
     questions: list[Question]
-    rows: list[Row]
-    checks: list[General]
+    rows: Sequence[Row] = ()
+    checks: Sequence[GeneralQuestion] = ()
 
 
-class Asked(NamedTuple):
-    """All that is asked. data: how rows become tokens. notes: what is left out or taken from where, for the
-    user."""
+class ChosenQuestions(NamedTuple):
+    """All questions. data: how rows become tokens; notes: for the user, on missing sets and on sources."""
 
-    sets: list[Set]
+    sets: list[QuestionSet]
     data: Data
     notes: list[str]
 
 
-def choose(
-    subjects: list[Subject],
-    *,
-    limit: int,
-    rephrased: Path | None,
-    general: Path | None,
-    question: str | None,
-    samples: int,
-) -> Asked:
-    """Return what subjects are asked; nothing but data files is read.
+def choose_questions(subjects: list[Subject], options: CompareOptions) -> ChosenQuestions:
+    """Return the questions to ask; only data files are read.
 
-    limit: of each set; of rows the first, of general questions some of each kind.
+    Of training rows the first ones are taken, of general questions some of each kind.
     Raises: ValueError for files that are not there or cannot be used.
     """
     runs = [subject for subject in subjects if subject.run]
-    data = runs[0].config.data if runs else subjects[0].config.data
-    sets, notes = [], []
-    if runs:
-        sets.append(_of_rows("training", rows_of_side(data, "train"), limit))
-        if (run := runs[0].run) and run.facts.is_file() and other_files(runs[0].config, run):
-            notes.append(
-                f"warning: {runs[0].label}'s data files changed since it was trained; the questions may not"
-                " be those that it learnt"
-            )
-        if len(runs) > 1:
-            notes.append(
-                f"the training questions are those of {runs[0].label}: data.train={_name(data.train)}"
-            )
-        if not sets[-1].questions:
-            notes.append(
-                f"no training questions: no row of data.train={_name(data.train)} begins with a question"
-            )
-    else:
-        notes.append("no training questions: name a run for its own, or give some with --rephrased FILE")
-    if others := _others(data if runs else None, data, limit, rephrased):
+    data = (runs or subjects)[0].config.data
+    sets, notes = _training_set(runs, options.limit)
+    if others := _untrained_set(runs, data, options):
         sets.append(others)
     elif runs:
         notes.append("no rephrased questions: --rephrased FILE asks some, in rows as for training")
-    checks = _spread(read_general(general), limit)
-    asked = [Question([{"role": "user", "content": check.question}]) for check in checks]
-    sets.append(Set("general", asked, [], checks))
-    if samples and (one := _one(question, sets)):
-        sets.append(Set("repeated", [one] * samples, [], []))
-    return Asked([one for one in sets if one.questions], data, notes)
+    sets.append(_general_set(options))
+    if options.samples and (question := _question_to_repeat(options.question, sets)):
+        sets.append(QuestionSet("repeated", [question] * options.samples))
+    return ChosenQuestions([each for each in sets if each.questions], data, notes)
 
 
-def _of_rows(name: str, rows: Iterable[tuple[str, Row]], limit: int) -> Set:
-    found = ((question, row) for _, row in rows if (question := question_of(row)))
-    pairs = list(islice(found, limit))
-    return Set(name, [question for question, _ in pairs], [row for _, row in pairs], [])
+def _training_set(runs: list[Subject], limit: int) -> tuple[list[QuestionSet], list[str]]:
+    """Return the questions that the first run was trained on, and notes about them."""
+    if not runs:
+        return [], ["no training questions: name a run for its own, or give some with --rephrased FILE"]
+    first, notes = runs[0], []
+    data = first.config.data
+    training = _set_of_rows("training", rows_of_side(data, "train"), limit)
+    if first.run and first.run.facts.is_file() and other_files(first.config, first.run):
+        notes.append(
+            f"warning: {first.label}'s data files changed since it was trained; the questions may not be"
+            " those that it learnt"
+        )
+    if len(runs) > 1:
+        notes.append(f"the training questions are those of {first.label}: data.train={_names(data.train)}")
+    if not training.questions:
+        notes.append(
+            f"no training questions: no row of data.train={_names(data.train)} begins with a question"
+        )
+    return [training], notes
 
 
-def _others(trained: Data | None, data: Data, limit: int, file: Path | None) -> Set | None:
-    """Return questions that were not trained: of the user's file, of the example, or those of the run's
-    evaluation."""
-    if file:
-        if not file.is_file():
-            raise ValueError(f"--rephrased {file}: no such file (looked for {file.absolute()})")
-        alone = _alone(data, str(file)).model_copy(update={"on_bad_row": "error"})
-        survey(alone)
-        found = _of_rows("rephrased", rows_of_side(alone, "train"), limit)
-        if not found.questions:
-            raise ValueError(
-                f"--rephrased {file}: no row begins with a question; expected rows as for training"
-            )
-        return found
-    if trained is None:
+def _untrained_set(runs: list[Subject], data: Data, options: CompareOptions) -> QuestionSet | None:
+    """Return questions that were not trained: the user's, the example's, or those of the run's evaluation."""
+    limit = options.limit
+    if options.rephrased:
+        return _read_rephrased(options.rephrased, data, limit)
+    if not runs:
         return None
-    if trained.train == "example":
-        return _of_rows("rephrased", rows_of_side(Data(train="example", eval="example"), "eval"), limit)
-    if trained.eval is not None:  # by itself: all training rows would be read first
-        return _of_rows("evaluation", rows_of_side(_alone(trained, trained.eval), "train"), limit)
-    if trained.eval_fraction:
-        return _of_rows("evaluation", rows_of_side(trained, "eval"), limit)
+    if data.train == "example":
+        example = Data(train="example", eval="example")
+        return _set_of_rows("rephrased", rows_of_side(example, "eval"), limit)
+    if data.eval is not None:  # read as training rows, since all training rows would be read before them
+        return _set_of_rows("evaluation", rows_of_side(_only(data, data.eval), "train"), limit)
+    if data.eval_fraction:
+        return _set_of_rows("evaluation", rows_of_side(data, "eval"), limit)
     return None
 
 
-def _alone(data: Data, train: Sources) -> Data:
+def _read_rephrased(file: Path, data: Data, limit: int) -> QuestionSet:
+    if not file.is_file():
+        raise ValueError(f"--rephrased {file}: no such file (looked for {file.absolute()})")
+    data = _only(data, str(file)).model_copy(update={"on_bad_row": "error"})
+    survey(data)
+    rephrased = _set_of_rows("rephrased", rows_of_side(data, "train"), limit)
+    if not rephrased.questions:
+        raise ValueError(f"--rephrased {file}: no row begins with a question; expected rows as for training")
+    return rephrased
+
+
+def _general_set(options: CompareOptions) -> QuestionSet:
+    """Return general questions, evenly spread over the file, so that a limit leaves some of each kind."""
+    checks = read_general_questions(options.general)
+    count = min(options.limit, len(checks))
+    checks = [checks[number * len(checks) // count] for number in range(count)]
+    return QuestionSet("general", [Question.from_text(check.question) for check in checks], checks=checks)
+
+
+def _set_of_rows(name: str, rows: Iterable[tuple[str, Row]], limit: int) -> QuestionSet:
+    pairs = list(islice(((question, row) for _, row in rows if (question := question_of(row))), limit))
+    return QuestionSet(name, [question for question, _ in pairs], [row for _, row in pairs])
+
+
+def _only(data: Data, train: Sources) -> Data:
+    """Return the settings for other training rows alone."""
     return data.model_copy(update={"train": train, "eval": None, "eval_fraction": None})
 
 
-def _one(text: str | None, sets: list[Set]) -> Question | None:
-    """Return the question to repeat, with its reference where it is one that was asked."""
-    known = [question for one in sets if one.rows for question in one.questions]
+def _question_to_repeat(text: str | None, sets: list[QuestionSet]) -> Question | None:
+    """Return the question to repeat, with its reference if it is in one of the sets."""
+    known = [question for each in sets if each.rows for question in each.questions]
     if text is None:
         return known[0] if known else None
     check_text(text, "--question")
     same = (question for question in known if question.messages[-1]["content"].strip() == text.strip())
-    return next(same, Question([{"role": "user", "content": text}]))
+    return next(same, Question.from_text(text))
 
 
-def _spread(checks: list[General], limit: int) -> list[General]:
-    count = min(limit, len(checks))
-    return [checks[number * len(checks) // count] for number in range(count)]
-
-
-def _name(sources: Sources) -> str:
-    listed: Iterator[object] = iter(sources if isinstance(sources, list) else [sources])
-    return ", ".join(one if isinstance(one, str) else str(getattr(one, "path", one)) for one in listed)
+def _names(sources: Sources) -> str:
+    entries = sources if isinstance(sources, list) else [sources]
+    return ", ".join(
+        source if isinstance(source, str) else str(getattr(source, "path", source)) for source in entries
+    )

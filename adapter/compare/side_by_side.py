@@ -1,69 +1,67 @@
-"""A comparison on the terminal: measures in a table, and answers beside each other, or below where it is
-narrow."""
+"""A comparison on the terminal: measures in a table; answers beside each other, or below on a narrow one."""
 
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qwenlora.adapter.compare.measures import normal
+from qwenlora.adapter.compare.measures import normalize
 from qwenlora.adapter.compare.questions import TITLES
 from qwenlora.run.comparison import AnsweredQuestion, Comparison, Measure
 
-NARROWEST = 26  # columns of the terminal that a text gets before texts go below each other
+NARROWEST = 26  # characters; in narrower columns texts go below each other
 LONGEST = 300  # characters shown of a text
 WORDS = {"similarity": "similar (ROUGE-L)", "different": "different answers", "holds": "hold the reference"}
-_MARKS = frozenset(
-    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-)  # they reorder what stands around them
+_DIRECTION_MARKS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder text around them
 
 
 def clean(text: str) -> str:
-    """Return a text without what a terminal would obey: escapes, other controls, changes of direction."""
-    kept = (
-        one
-        for one in text.replace("\t", "    ")
-        if one == "\n" or unicodedata.category(one) not in ("Cc", "Cs")
-    )
-    return "".join(one for one in kept if one not in _MARKS)
+    """Return a text without escapes and other controls that a terminal obeys, and without changes of
+    direction."""
+
+    def is_kept(character: str) -> bool:
+        is_control = unicodedata.category(character) in ("Cc", "Cs") and character != "\n"
+        return not is_control and character not in _DIRECTION_MARKS
+
+    return "".join(filter(is_kept, text.replace("\t", "    ")))
 
 
-def show(comparison: Comparison, shown: int, console: Console) -> None:
-    """Print the measures, and some answers of each set. shown: how many of each."""
-    labels = [clean(subject.label) for subject in comparison.subjects]
+def print_comparison(comparison: Comparison, shown: int, console: Console) -> None:
+    """Print the measures, and some answers of each set. shown: answers of each set."""
+    labels = [clean(model.label) for model in comparison.subjects]
     width = max(8, *(min(len(label), 20) for label in labels)) + 2
     names = 2 + max((len(_name(measure)) for measure in comparison.measures), default=0)
     at_once = max(1, (console.width - max(names, 34)) // width)
-    for start in range(0, len(labels), at_once):  # below each other, where there are many
+    for start in range(0, len(labels), at_once):  # many models: several tables
         console.print(_measures(comparison, labels, slice(start, start + at_once)))
     if not shown:
         return
-    for name, title in TITLES.items():
-        answers = [one for one in comparison.answers if one.set == name]
-        if answers:
-            console.print(Text(f"\n{title}", style="bold"))
-            if name == "repeated":
-                console.print(_text(f"{answers[0].question}\n{answers[0].reference}"))
-                _print(console, *_repeated(answers, labels, shown))
-            else:
-                _print(console, *_some(answers, labels, shown))
+    by_set = comparison.answers_by_set
+    for name in filter(by_set.get, TITLES):
+        rows = by_set[name]
+        console.print(Text(f"\n{TITLES[name]}", style="bold"))
+        if name == "repeated":
+            console.print(_text(f"{rows[0].question}\n{rows[0].reference}"))
+            _print_table(console, *_most_frequent(rows, labels, shown))
+        else:
+            _print_table(console, *_evenly_spread(rows, labels, shown))
 
 
-def _measures(comparison: Comparison, labels: list[str], which: slice) -> Table:
+def _measures(comparison: Comparison, labels: list[str], columns: slice) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    for label in labels[which]:
+    for label in labels[columns]:
         table.add_column(Text(label), justify="right", overflow="fold", max_width=20)
     for name, group in groupby(comparison.measures, key=lambda measure: measure.set):
         measures = list(group)
         table.add_row(Text(f"{TITLES.get(name, name)}: {measures[0].count}", style="cyan"))
         for measure in measures:
             table.add_row(
-                Text(f"  {_name(measure)}"), *(_value(measure, value) for value in measure.values[which])
+                Text(f"  {_name(measure)}"), *(_value(measure, value) for value in measure.values[columns])
             )
     return table
 
@@ -78,43 +76,33 @@ def _value(measure: Measure, value: float | None) -> str:
         return "-"
     if measure.kind == "share":
         return f"{value:.1%}"
-    return (
-        f"{value:.0f}"
-        if measure.measure == "different"
-        else f"{value:,.4f}"
-        if value < 10
-        else f"{value:,.1f}"
-    )
+    if measure.measure == "different":
+        return f"{value:.0f}"
+    return f"{value:,.4f}" if value < 10 else f"{value:,.1f}"
 
 
-def _some(
-    answers: list[AnsweredQuestion], labels: list[str], shown: int
+def _evenly_spread(
+    answered: list[AnsweredQuestion], labels: list[str], shown: int
 ) -> tuple[list[str], list[list[Text]]]:
-    """Return headers and rows: question, what is expected, each subject's answer; from first to last
-    alike."""
-    count = min(shown, len(answers))
+    """Return headers and rows: the question, its reference, each model's answer; some, from first to last."""
+    count = min(shown, len(answered))
     rows = []
-    for one in (answers[number * len(answers) // count] for number in range(count)):
-        texts = [_text(one.question), _text(one.reference)]
-        rows.append(texts + [_answer(*pair) for pair in zip(one.answers, one.right, strict=True)])
+    for row in (answered[number * len(answered) // count] for number in range(count)):
+        answers = [_answer(*pair) for pair in zip(row.answers, row.right, strict=True)]
+        rows.append([_text(row.question), _text(row.reference), *answers])
     return ["question", "expected", *labels], rows
 
 
-def _repeated(
-    answers: list[AnsweredQuestion], labels: list[str], shown: int
+def _most_frequent(
+    answered: list[AnsweredQuestion], labels: list[str], shown: int
 ) -> tuple[list[str], list[list[Text]]]:
-    """Return headers and rows: each subject's most frequent answers, with how often each was given."""
+    """Return headers and rows: each model's most frequent answers, with how often each was given."""
     columns = []
     for number in range(len(labels)):
-        right = {normal(one.answers[number]): one.right[number] for one in answers}
-        found = Counter(normal(one.answers[number]) for one in answers).most_common(shown)
-        columns.append(
-            [_answer(said, right[said]).append(f"  {times}x", style="cyan") for said, times in found]
-        )
-    rows = max(map(len, columns))
-    return labels, [
-        [column[row] if row < len(column) else Text() for column in columns] for row in range(rows)
-    ]
+        right = {normalize(row.answers[number]): row.right[number] for row in answered}
+        counts = Counter(normalize(row.answers[number]) for row in answered).most_common(shown)
+        columns.append([_answer(text, right[text]).append(f"  {n}x", style="cyan") for text, n in counts])
+    return labels, [list(row) for row in zip_longest(*columns, fillvalue=Text())]
 
 
 def _answer(text: str, right: bool | None) -> Text:
@@ -126,7 +114,7 @@ def _text(text: str, style: str = "") -> Text:
     return Text(text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}...", style=style)
 
 
-def _print(console: Console, headers: list[str], rows: Sequence[list[Text]]) -> None:
+def _print_table(console: Console, headers: list[str], rows: Sequence[list[Text]]) -> None:
     if console.width // len(headers) >= NARROWEST:
         table = Table(show_lines=True)
         for header in headers:

@@ -1,4 +1,4 @@
-"""Several adapters of one base, made one by peft: for `qwenlora merge A OUT --adapter B --weights
+"""Several adapters of one base, combined into one by peft: `qwenlora merge A OUT --adapter B --weights
 0.7,0.3`."""
 
 import math
@@ -10,108 +10,115 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 
-from qwenlora.adapter import verify
-from qwenlora.adapter.merge.streamed import Streamed
+from qwenlora.adapter.merge.streamed import StreamedModel
 from qwenlora.adapter.subject import Subject
+from qwenlora.adapter.verify import read_adapter
 
-WAYS = get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
+COMBINATIONS = get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
 DENSITY = 0.5  # the share of an adapter's numbers that ties, dare and magnitude_prune keep
 COMBINED = "combined"
-COPY = ".base_layer.weight"  # ends the names of a base's matrices that LoRA is on
-UNMERGED = ("alora_invocation_tokens", "layer_replication")  # these are more than other weights
-STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # these change the base as they are loaded
+BASE_COPY = ".base_layer.weight"  # ends the names of a base's matrices that LoRA is on
+NOT_WEIGHTS = ("alora_invocation_tokens", "layer_replication")  # no merged weights can do what these do
+# values of init_lora_weights that change the base when the adapter is loaded
+BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
-def shares_of(weights: str | None, count: int) -> list[float]:
-    """Return the adapters' weights, 1 each by default. Raises: ValueError when they are not one number for
+def parse_weights(weights: str | None, count: int) -> list[float]:
+    """Return the adapters' weights, 1 each by default. Raises: ValueError unless there is a number for
     each."""
     if weights is None:
         return [1.0] * count
     try:
-        shares = [float(part) for part in weights.split(",")]
+        numbers = [float(part) for part in weights.split(",")]
     except ValueError:
         raise ValueError(
             f"--weights {weights}: expected numbers with commas between them, as 0.7,0.3"
         ) from None
-    if not all(math.isfinite(share) for share in shares):
+    if not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"--weights {weights}: expected finite numbers, as 0.7,0.3")
-    if len(shares) != count:
+    if len(numbers) != count:
         raise ValueError(
-            f"--weights {weights} has {len(shares)} numbers for {count} adapters; expected one for each"
+            f"--weights {weights} has {len(numbers)} numbers for {count} adapters; expected one for each"
         )
-    return shares
+    return numbers
 
 
-def check(subjects: list[Subject], shares: list[float], combine: str) -> None:
+def check_combination(subjects: list[Subject], weights: list[float], combination: str) -> None:
     """Raise ValueError for adapters that cannot be merged, or not together."""
-    if combine not in WAYS:
-        raise ValueError(f"--combine {combine} is unknown; peft has {', '.join(WAYS)}")
+    if combination not in COMBINATIONS:
+        raise ValueError(f"--combine {combination} is unknown; peft has {', '.join(COMBINATIONS)}")
     for subject in subjects:
-        found = PeftConfig.from_pretrained(str(subject.adapter))
-        start = found.init_lora_weights
-        if isinstance(start, str) and start.startswith(STARTS):
+        config = PeftConfig.from_pretrained(str(subject.adapter))
+        start = config.init_lora_weights
+        if isinstance(start, str) and start.startswith(BASE_CHANGING_STARTS):
             raise ValueError(
-                f"{subject.named} was begun with init_lora_weights={start}, which changes the base; save it"
+                f"{subject.name} was begun with init_lora_weights={start}, which changes the base; save it"
                 " with peft's path_initial_model_for_weight_conversion first"
             )
-        if uses := [name for name in UNMERGED if getattr(found, name)]:
+        if used := [key for key in NOT_WEIGHTS if getattr(config, key)]:
             raise ValueError(
-                f"{subject.named} uses {uses[0]}, which no merged weights can do; load it with peft"
+                f"{subject.name} uses {used[0]}, which no merged weights can do; load it with peft"
             )
-        if _alone(shares):
-            return
-        if subject.base != subjects[0].base:
-            raise ValueError(
-                f"{subjects[0].named} needs {subjects[0].base}, {subject.named} needs {subject.base}:"
-                " adapters of different bases cannot be combined; if it is one model in two places, name it"
-                " with --base"
-            )
-        whole = {
-            "use_dora": found.use_dora,
-            "modules_to_save": found.modules_to_save,
-            "bias": found.bias != "none",
-            "lora_bias": found.lora_bias,
-            "trainable_token_indices": found.trainable_token_indices,
-            "target_parameters": found.target_parameters,
-        }
-        if uses := [name for name, used in whole.items() if used]:
-            raise ValueError(
-                f"{subject.named} uses {', '.join(uses)}, which peft cannot weigh or add; merge it alone"
-            )
+        if not _is_single(weights):
+            _check_combinable(subject, subjects[0], config)
 
 
-def _alone(shares: list[float]) -> bool:
-    return shares == [1.0]
+def _check_combinable(subject: Subject, first: Subject, config: Any) -> None:
+    if subject.base != first.base:
+        raise ValueError(
+            f"{first.name} needs {first.base}, {subject.name} needs {subject.base}: adapters of different"
+            " bases cannot be combined; if it is one model in two places, name it with --base"
+        )
+    keys = (
+        "use_dora",
+        "modules_to_save",
+        "bias",
+        "lora_bias",
+        "trainable_token_indices",
+        "target_parameters",
+    )
+    used = [key for key in keys if getattr(config, key) and (key, getattr(config, key)) != ("bias", "none")]
+    if used:
+        raise ValueError(
+            f"{subject.name} uses {', '.join(used)}, which peft cannot weigh or add; merge it alone"
+        )
+
+
+def _is_single(weights: list[float]) -> bool:
+    """Whether there is one adapter, to be merged as it is."""
+    return weights == [1.0]
 
 
 @contextmanager
-def _room_for_copies(base: Streamed, subject: Subject) -> Iterator[None]:
-    """Give memory to those of the base's matrices that an adapter has, too: with LoRA on them peft saves
-    copies.
+def _room_for_copies(base: StreamedModel, subject: Subject) -> Iterator[None]:
+    """Give memory to the matrices of the base that an adapter brings, too: peft saves them when LoRA is on
+    them.
 
-    Raises: ValueError when such a copy is not the base's.
+    Raises: ValueError when such a copy differs from the base's matrix.
     """
     assert subject.adapter
-    _, weights = verify.read(subject.adapter)
-    copies = {name: values for name, values in weights.items() if name.endswith(COPY)}
-    hollow: dict[torch.nn.Parameter, torch.Tensor] = {}
+    _, weights = read_adapter(subject.adapter)
+    copies = {name: values for name, values in weights.items() if name.endswith(BASE_COPY)}
+    placeholders: dict[torch.nn.Parameter, torch.Tensor] = {}
     for name, values in copies.items():
-        own = name.removeprefix("base_model.model.").replace(COPY, ".weight")
-        parameter = base.base.get_parameter(own)
-        hollow.setdefault(parameter, parameter.data)  # tied ones are one
+        own_name = name.removeprefix("base_model.model.").replace(BASE_COPY, ".weight")
+        parameter = base.base.get_parameter(own_name)
+        placeholders.setdefault(parameter, parameter.data)  # tied ones are one parameter
         parameter.data = torch.empty_like(values, dtype=parameter.dtype)
-        if not torch.equal(values, base.value(own).to(values.dtype)):
+        if not torch.equal(values, base.value(own_name).to(values.dtype)):
             raise ValueError(
-                f"{subject.named} brings {own}, and {subject.base} has another one: it was trained on another"
-                " base; name that with --base"
+                f"{subject.name} brings {own_name}, and {subject.base} has another one: it was trained on"
+                " another base; name that with --base"
             )
     yield
-    for parameter, values in hollow.items():
+    for parameter, values in placeholders.items():
         parameter.data = values
 
 
-def adapted(base: Streamed, subjects: list[Subject], shares: list[float], combine: str) -> PeftModel:
-    """Return the base with the one adapter on it, or with what peft makes of several.
+def attach_adapters(
+    base: StreamedModel, subjects: list[Subject], weights: list[float], combination: str
+) -> PeftModel:
+    """Return the base with one adapter on it: the only one, or the one that peft makes of several.
 
     Raises: ValueError when peft cannot combine them, or when an adapter brings other matrices of the base.
     """
@@ -125,33 +132,38 @@ def adapted(base: Streamed, subjects: list[Subject], shares: list[float], combin
                 )
             else:
                 model.load_adapter(subject.adapter, adapter_name=name, torch_device="cpu")
+    _check_biases(model)
+    if not _is_single(weights):
+        _combine(model, names, weights, combination)
+    return model
+
+
+def _check_biases(model: Any) -> None:
     for path, layer in model.named_modules():
-        if (
-            isinstance(layer, LoraLayer)
-            and any(layer.lora_bias.values())
-            and layer.get_base_layer().bias is None
-        ):
+        if not isinstance(layer, LoraLayer) or not any(layer.lora_bias.values()):
+            continue
+        if layer.get_base_layer().bias is None:
             raise ValueError(
                 f"the adapter has a bias (lora_bias) for {path.removeprefix('base_model.model.')}, where the"
                 " base has none to add it to; load it with peft"
             )
-    if _alone(shares):
-        return model
+
+
+def _combine(model: Any, names: list[str], weights: list[float], combination: str) -> None:
+    """Replace a model's adapters by their weighted combination."""
     torch.manual_seed(0)  # dare drops numbers at random
     try:
         model.base_model.add_weighted_adapter(
-            names, shares, COMBINED, combination_type=combine, density=DENSITY, svd_full_matrices=False
+            names, weights, COMBINED, combination_type=combination, density=DENSITY, svd_full_matrices=False
         )
     except ValueError as error:  # other ranks, other kinds of target_modules
         raise ValueError(
-            f"--combine {combine}: {str(error).splitlines()[0]} try --combine cat or svd"
+            f"--combine {combination}: {str(error).splitlines()[0]} try --combine cat or svd"
         ) from None
     model.set_adapter(COMBINED)
     for name in names:
         model.delete_adapter(name)
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and COMBINED in layer.scaling:
-            layer.scaling[COMBINED] = (
-                1.0  # the scales are in its numbers; of rsLoRA peft would apply another one
-            )
-    return model
+            # its numbers are scaled already; for rsLoRA peft would scale them again
+            layer.scaling[COMBINED] = 1.0

@@ -1,14 +1,13 @@
-"""A model whose weights stay in their files: of it, one decoder layer or embedding at a time is in memory.
+"""A model whose weights stay in their files: one decoder layer or embedding at a time is in memory.
 
-`Streamed` computes logits so, in float32 on the CPU, with an adapter or without, and gives the parameters
-that the adapter changes, merged, one after the other. How names and cuts of files become parameters is
-transformers' own conversion (files hold experts one by one, models as one parameter), and what a merge is,
-peft's.
+`StreamedModel` computes logits this way, in float32 on the CPU, with an adapter or without, and yields the
+parameters that the adapter changes, merged, one after the other. Tensors of files become parameters by
+transformers' own conversion (files hold each expert, models all experts as one parameter); merging is peft's.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -26,34 +25,33 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from qwenlora.adapter.weight_files import Files, whole
+from qwenlora.adapter.weight_files import WeightFiles, read_tensor
 from qwenlora.trainer.spread.sharded_loading import weights_of
 
-BOUND = 1e-4  # of logits, or of their spread where that is above 1: what float32 itself may cause
-ROUNDINGS = 4  # so many times what rounding the weights once causes is still taken for rounding
-KEPT = 8  # last tokens of each prompt whose logits are looked at: of all, they would not fit
+BOUND = 1e-4  # of logits, or of their spread where that is above 1: float32 itself may cause as much
+ROUNDINGS = 4  # a difference up to this many times that of rounding the weights once is taken for rounding
+KEPT = 8  # last tokens of each prompt whose logits are compared: those of all tokens would not fit
 WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 class Slot(NamedTuple):
-    """Where a module has a weight. hollow: what stands there while it is in no memory, a NaN of the weight's
-    shape."""
+    """A module's weight. placeholder: stands there while the weight is not in memory, a NaN of its shape."""
 
     attribute: str
     parameter: str
-    hollow: nn.Parameter
+    placeholder: nn.Parameter
 
 
-class Streamed:
+class StreamedModel:
     """A causal language model over open files. config: transformers'.
 
-    base: the model as transformers made it, without weights. model: what computes, as attach() left it.
-    given: parameters of the base that the adapter itself has, whole. tied: the names of the one that has
-    several.
-    Raises: ValueError when one has none, or of another shape.
+    base: the model as transformers made it, without weights; model: the same with the adapter, as attach()
+    left it; given: parameters of the base that the adapter itself brings; tied: the names of the parameter
+    that has several.
+    Raises: ValueError when the files lack a parameter, or have it in another shape.
     """
 
-    def __init__(self, config: Any, files: Files, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, config: Any, files: WeightFiles, *, trust_remote_code: bool = False) -> None:
         with init_empty_weights(include_buffers=False):
             self.base: Any = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
@@ -65,10 +63,17 @@ class Streamed:
         self.given: dict[str, Tensor] = {}
         self._layers = set(self.base._no_split_modules or ())
         self._sources: dict[str, list[tuple[str, str]]] = {}
-        self._converters: dict[str, Any] = {}
-        self._match()
+        self._converters: dict[str, WeightConverter] = {}
+        self._match_files()
         self._slots: dict[nn.Module, list[Slot]] = {}
         self.tied: list[str] = []
+        self._put_placeholders()
+        for name, buffer in self.base.named_buffers():
+            if name in self._sources:
+                buffer.copy_(self.value(name))
+
+    def _put_placeholders(self) -> None:
+        """Put a placeholder where each weight will be, and remember these places."""
         paths = {module: path for path, module in self.base.named_modules()}
         for weight in weights_of(self.base):
             if len(weight.names) > 1:
@@ -79,56 +84,49 @@ class Streamed:
                     f"the base's files lack {weight.names[0]}; download it again, or name a whole one with"
                     " --base"
                 )
-            # small ones are real, for an adapter may bring a bias
+            # vectors take real memory, since an adapter may write a bias into them
             shape, nan = weight.parameter.shape, torch.tensor(float("nan"))
-            hollow = weight.substitute(
-                nn.Parameter(nan.repeat(shape) if len(shape) == 1 else nan.expand(shape), False)
-            )
+            values = nan.repeat(shape) if len(shape) == 1 else nan.expand(shape)
+            placeholder = weight.substitute(nn.Parameter(values, requires_grad=False))
             for module, attribute in weight.holders:
                 own = f"{paths[module]}.{attribute}".lstrip(".")
-                slot = Slot(attribute, own if own in self._sources else made_of, hollow)
+                slot = Slot(attribute, own if own in self._sources else made_of, placeholder)
                 self._slots.setdefault(module, []).append(slot)
-        for name, buffer in self.base.named_buffers():
-            if name in self._sources:
-                buffer.copy_(self.value(name))
 
-    def _match(self) -> None:
-        """Find what each parameter is made of, as transformers' from_pretrained does."""
+    def _match_files(self) -> None:
+        """Find the tensors that each parameter is made of, as transformers' from_pretrained does."""
         conversions = get_model_conversion_mapping(self.base)
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self._converters = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        there = self.base.state_dict()
+        parameters = self.base.state_dict()
         for name in sorted(self.files.places, key=dot_natural_key):
             prefix = self.base.base_model_prefix
-            parameter, pattern = rename_source_key(name, renamings, converters, prefix, there)
-            if parameter not in there and name in there:
+            parameter, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+            if parameter not in parameters and name in parameters:
                 parameter, pattern = name, None
-            if parameter in there:
+            if parameter in parameters:
                 self._sources.setdefault(parameter, []).append((pattern or "", name))
         self.base._weight_conversions = [entry for entry in conversions if entry.was_used()]  # the way back
 
     def names(self, parameter: str) -> list[str]:
-        """Return the names, in the files, of what a parameter is made of; empty when it is tied to
-        another."""
+        """Return the names, in the files, of the tensors of a parameter; none when it is tied to another."""
         return [name for _, name in self._sources.get(parameter, ())]
 
     def value(self, parameter: str) -> Tensor:
-        """Return the base's parameter, in the dtype of its files. Of one that they lack: what it is tied
-        to."""
+        """Return a parameter of the base, in the dtype of its files; the one it is tied to where they lack
+        it."""
         sources = next(self._sources[name] for name in (parameter, *self.tied) if name in self._sources)
         if not sources[0][0]:
-            values = whole(self.files, sources[0][1])
-        else:
-            conversion = deepcopy(self._converters[sources[0][0]])
-            for pattern, name in sources:
-                conversion.add_tensor(parameter, name, pattern, whole(self.files, name))
-            made = conversion.convert(parameter, model=self.base, config=self.base.config)[parameter]
-            values = made[0] if isinstance(made, list) else made
-        return values
+            return read_tensor(self.files, sources[0][1])
+        conversion = deepcopy(self._converters[sources[0][0]])
+        for pattern, name in sources:
+            conversion.add_tensor(parameter, name, pattern, read_tensor(self.files, name))
+        values = conversion.convert(parameter, model=self.base, config=self.base.config)[parameter]
+        return cast("Tensor", values[0] if isinstance(values, list) else values)
 
     def as_filed(self, parameter: str, values: Tensor) -> dict[str, Tensor]:
-        """Return a parameter under the names, and in the cuts, that the files have or would have."""
+        """Return a parameter as the tensors that the files have, or would have, by their names there."""
         sources = self._sources.get(parameter)
         if sources and not sources[0][0]:
             return {sources[0][1]: values}
@@ -136,7 +134,7 @@ class Streamed:
         return filed
 
     def attach(self, model: Any) -> None:
-        """Take what peft made of self.base, with the adapter's weights in it."""
+        """Take the model that peft made of self.base, with the adapter's weights in it."""
         self.model = model.eval()
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
@@ -144,9 +142,9 @@ class Streamed:
                     self._slots.pop(replaced, None)
         for module, slots in self._slots.items():
             for slot in list(slots):
-                held = getattr(module, slot.attribute)
-                if not held.flatten()[0].isnan():
-                    self.given[slot.parameter] = held.detach()
+                weight = getattr(module, slot.attribute)
+                if not weight.flatten()[0].isnan():
+                    self.given[slot.parameter] = weight.detach()
                     slots.remove(slot)
 
     def fill(self, part: nn.Module) -> None:
@@ -154,26 +152,26 @@ class Streamed:
         for module in part.modules():
             for slot in self._slots.get(module, ()):
                 values = self.value(slot.parameter)
-                if values.shape != slot.hollow.shape:
+                if values.shape != slot.placeholder.shape:
                     raise ValueError(
                         f"{slot.parameter} is {tuple(values.shape)} in the base's files, and"
-                        f" {tuple(slot.hollow.shape)} by its config.json; download it again"
+                        f" {tuple(slot.placeholder.shape)} by its config.json; download it again"
                     )
                 setattr(module, slot.attribute, nn.Parameter(values.float(), requires_grad=False))
 
     def drop(self, part: nn.Module) -> None:
-        """Give their memory back."""
+        """Free the memory of a module's weights."""
         for module in part.modules():
             for slot in self._slots.get(module, ()):
-                setattr(module, slot.attribute, slot.hollow)
+                setattr(module, slot.attribute, slot.placeholder)
 
-    def logits(self, batch: Mapping[str, Tensor], progress: Progress, what: str) -> Tensor:
+    def logits(self, batch: Mapping[str, Tensor], progress: Progress, title: str) -> Tensor:
         """Return float32 logits of the last tokens, [prompts, KEPT, vocabulary]; those of padding are 0.
 
-        batch: what the model takes, padded on the left.
+        batch: the model's inputs, padded on the left.
         """
-        parts = [part for _, part in _topmost(self.model, self._runs_whole)]
-        task = progress.add_task(what, total=len(parts))
+        parts = [part for _, part in _topmost(self.model, self._is_unit)]
+        task = progress.add_task(title, total=len(parts))
 
         def fill(part: nn.Module, _: object) -> None:
             self.fill(part)
@@ -193,10 +191,10 @@ class Streamed:
         return logits.masked_fill(batch["attention_mask"][:, -KEPT:, None] == 0, 0.0)
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parameters that the adapter changes, in float32, by their names in self.base. Not to be
-        kept.
+        """Yield the parameters that the adapter changes, in float32, by their names in self.base. Do not keep
+        them.
 
-        Afterwards peft takes the modules for merged ones: the model computes nothing any more.
+        Afterwards peft takes the modules for merged ones, so the model can compute nothing any more.
         """
         wrappers = list(_topmost(self.model.base_model.model, lambda module: isinstance(module, WRAPPERS)))
         within = tuple(f"{path}." for path, _ in wrappers)
@@ -205,15 +203,12 @@ class Streamed:
             yield from self._merged(path, wrapper)
 
     def still_tied(self) -> bool:
-        """Return whether parameters that the base has tied are equal after a merge, too. Nothing is
-        changed."""
+        """Return whether parameters that are tied in the base are equal after a merge, too. Changes
+        nothing."""
         modules = [self.model.base_model.model.get_submodule(name.rpartition(".")[0]) for name in self.tied]
-        held = {file for name in self.tied for file in self.names(name)}
-        if (
-            len(held) < 2
-            and not any(isinstance(m, WRAPPERS) for m in modules)
-            and not self.given.keys() & set(self.tied)
-        ):
+        tensors = {tensor for name in self.tied for tensor in self.names(name)}
+        adapted = any(isinstance(m, WRAPPERS) for m in modules) or self.given.keys() & set(self.tied)
+        if len(tensors) < 2 and not adapted:
             return True
         first, *others = (self._effective(*pair) for pair in zip(self.tied, modules, strict=True))
         return all(torch.equal(first, other) for other in others)
@@ -237,23 +232,23 @@ class Streamed:
         else:
             wrapper.merge()
             plain = wrapper.get_base_layer()
-        found = [(f"{path}.{name}", values.detach()) for name, values in plain.named_parameters()]
+        merged = [(f"{path}.{name}", values.detach()) for name, values in plain.named_parameters()]
         self.drop(wrapper)
-        while found:
-            yield found.pop(0)
+        while merged:
+            yield merged.pop(0)
 
-    def _runs_whole(self, module: nn.Module) -> bool:
+    def _is_unit(self, module: nn.Module) -> bool:
+        """Whether a module's weights are in memory together."""
         return (
             type(module).__name__ in self._layers or isinstance(module, WRAPPERS) or bool(module._parameters)
         )
 
 
-class Compared(NamedTuple):
-    """How far logits are apart. difference: of all; worst: the prompt, by its number.
+class LogitDifference(NamedTuple):
+    """How far logits are apart. difference: the largest; worst: the number of its prompt.
 
-    judged: what must not be above bound, the difference itself, or with experts its geometric mean over all
-    tokens.
-    rounding: how much of that rounding alone causes.
+    judged: must not exceed bound; the largest difference, or with experts the geometric mean over all tokens.
+    rounding: the part of judged that rounding alone causes.
     """
 
     difference: float
@@ -263,36 +258,40 @@ class Compared(NamedTuple):
     bound: float
 
 
-def compare(
-    unmerged: Tensor, made: Streamed, again: Streamed, batch: Mapping[str, Tensor], progress: Progress
-) -> Compared:
-    """Compare logits with those of a merged model. again: the same model, its weights rounded once more.
+def compare_logits(
+    unmerged: Tensor,
+    merged_model: StreamedModel,
+    rounded_model: StreamedModel,
+    batch: Mapping[str, Tensor],
+    progress: Progress,
+) -> LogitDifference:
+    """Compare logits with those of a merged model. rounded_model: the same, its weights rounded once more.
 
-    Rounded weights give other logits, in a deep model or in bfloat16 much so. How far rounding moves them is
-    measured, not guessed. With experts, a number's last bit may choose another expert, which moves that
-    token's logits far: there the largest difference is chance.
+    Rounded weights give other logits, very different ones in a deep model or in bfloat16. How far rounding
+    moves them is measured, not guessed. With experts, a number's last bit may choose another expert, which
+    moves that token's logits far: there the largest difference is chance.
     """
-    merged = made.logits(batch, progress, "merged model")
-    moved = again.logits(batch, progress, "what rounding does")
-    config = made.base.config.get_text_config()
+    merged = merged_model.logits(batch, progress, "merged model")
+    rounded = rounded_model.logits(batch, progress, "effect of rounding")
+    config = merged_model.base.config.get_text_config()
     routed = bool(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None))
     tokens = batch["attention_mask"][:, -KEPT:].bool()
 
-    def apart(logits: Tensor) -> Tensor:
+    def difference(logits: Tensor) -> Tensor:
         return (logits - merged).abs().amax(-1).nan_to_num(torch.inf)
 
     def judged(each: Tensor) -> float:
         return float(each[tokens].clamp_min(1e-30).log().mean().exp() if routed else each.max())
 
-    each, rounding = apart(unmerged), judged(apart(moved))
+    each, rounding = difference(unmerged), judged(difference(rounded))
     bound = max(BOUND * max(1.0, float(unmerged.std())), ROUNDINGS * rounding)
-    return Compared(float(each.max()), int(each.amax(1).argmax()), judged(each), rounding, bound)
+    return LogitDifference(float(each.max()), int(each.amax(1).argmax()), judged(each), rounding, bound)
 
 
 def _topmost(
     module: nn.Module, chosen: Callable[[nn.Module], bool], path: str = ""
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the chosen modules that lie in no other chosen one, with their names."""
+    """Yield the chosen modules that lie in no other chosen module, with their names."""
     for name, child in module.named_children():
         place = f"{path}.{name}" if path else name
         if chosen(child):

@@ -1,54 +1,53 @@
 """The model card of an exported adapter: card.md, filled in from what a run left, with nothing of the machine
 on it.
 
-Paths become names of files; a text that holds something private (leaks.py) becomes WITHHELD. Data rows are
-never on it.
+Of paths only the last name is shown; a text with something private in it (leaks.py) becomes WITHHELD. Data
+rows are never shown.
 """
 
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from qwenlora.adapter.formats import number, plural
 from qwenlora.adapter.publish import serving
 from qwenlora.adapter.publish.curves import Series
 from qwenlora.adapter.publish.leaks import Private
-from qwenlora.adapter.publish.run_summary import Record, number
-from qwenlora.adapter.subject import CONFIG
+from qwenlora.adapter.publish.run_summary import LORA_SETTINGS, OPTIMIZER_SETTINGS, RunSummary, Settings
+from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig
+from qwenlora.adapter.verify import lora_kind
+from qwenlora.run.comparison import ComparedModel
 from qwenlora.run.format import as_yaml, printable
 
 WITHHELD = "(withheld)"
-NO_BASE = "BASE"  # stands where the base's name on the hub is not known
+NO_BASE = "BASE"  # in place of a base whose name on the hub is not known
 SETTINGS = (
-    *("lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "lora.target_parameters"),
-    *("lora.modules_to_save", "lora.use_rslora", "lora.use_dora", "lora.init_from"),
-    *(
-        "train.learning_rate",
-        "train.lr_scheduler_type",
-        "train.warmup_steps",
-        "train.optim",
-        "train.weight_decay",
-    ),
+    *LORA_SETTINGS,
+    *OPTIMIZER_SETTINGS,
     *("train.global_batch_size", "train.num_train_epochs", "train.max_steps", "train.seed"),
     *("data.max_length", "data.packing", "data.train_on", "model.dtype", "strategy.quantization"),
 )
-SHARED = ("model.", "data.", "lora.", "train.", "strategy.")  # of the other sections nobody else has a use
-OWN = ("data.num_proc", "data.cache_dir", "train.max_time_min", "strategy.deepspeed_config")
+SHARED = ("model.", "data.", "lora.", "train.", "strategy.")  # other sections are of no use to others
+NOT_SHARED = ("data.num_proc", "data.cache_dir", "train.max_time_min", "strategy.deepspeed_config")
 PATHS = ("model.name_or_path", "model.tokenizer", "data.train", "data.eval", "lora.init_from")
-_CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")  # where hubs' models are kept
+RESULTS = {  # {name on the card: curve}
+    "epochs": "epoch",
+    "training loss": "loss",
+    "evaluation loss": "eval_loss",
+    "perplexity": "eval_perplexity",
+}
+_CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")  # the hub's cache
 
 
-@dataclass(frozen=True)
-class Card:
-    """text: of README.md. base: its base's name, on a hub if on_hub. notes: what the one who exports should
-    know."""
+class Card(NamedTuple):
+    """text: of README.md; base: its base's name, on a hub if on_hub; notes: for the user who exports."""
 
     text: str
     base: str
@@ -56,116 +55,152 @@ class Card:
     notes: list[str]
 
 
-def template() -> str:
-    """Return the card's text before anything is filled in."""
+class CardOptions(NamedTuple):
+    """What the user says of an export. title: the model's name; folder: the export's; base: its hub name."""
+
+    title: str
+    folder: str
+    base: str | None = None
+    license: str | None = None
+
+
+class ExportedAdapter(NamedTuple):
+    """An adapter of a run. folder: its name there; tensors: {name: how many numbers}; step: None for the
+    final one."""
+
+    folder: str
+    config: AdapterConfig
+    tensors: dict[str, int]
+    step: int | None
+
+
+class _Base(NamedTuple):
+    """The base as the card names it. hub_name: None where it is not known."""
+
+    label: str
+    hub_name: str | None
+
+
+def card_template() -> str:
+    """Return card.md, before anything is filled in."""
     return resources.files("qwenlora.adapter.publish").joinpath("card.md").read_text(encoding="utf-8")
 
 
-def make(
-    held: Record,
-    adapter: dict[str, Any],
-    tensors: dict[str, int],
-    private: Private,
-    *,
-    name: str,
-    folder: str,
-    base: str | None,
-    license: str | None,
-    step: int | None,
-    folder_in_run: str,
-) -> Card:
-    """Return the card of an adapter.
-
-    adapter: its adapter_config.json. tensors: {name: how many numbers it has}. name: its title. folder: where
-    it will be. base: its base's name on a hub, as the user says. step: of a checkpoint; None: the last.
-    folder_in_run: its folder's name there.
-    """
-    title = " ".join(printable(name.replace("\n", " ")).split()) or "adapter"
-    on_hub = base or hub_name(str(adapter.get("base_model_name_or_path") or ""))
-    ordinary = " ".join([template(), title, folder, on_hub or "", license or ""])
+def make_card(summary: RunSummary, adapter: ExportedAdapter, private: Private, options: CardOptions) -> Card:
+    """Return the card of an adapter. private: must not be on it."""
+    title = " ".join(printable(options.title.replace("\n", " ")).split()) or "adapter"
+    named = str(adapter.config.get("base_model_name_or_path") or "")
+    on_hub = options.base or hub_name(named)
+    ordinary = " ".join([card_template(), title, options.folder, on_hub or "", options.license or ""])
 
     def shown(text: str) -> str:
-        return WITHHELD if private.found(text, ordinary=ordinary) else text
+        return WITHHELD if private.kinds_in(text, ordinary=ordinary) else text
 
-    said = str(
-        held.settings.get("model.name_or_path") or adapter.get("base_model_name_or_path") or "an unnamed base"
-    )
-    label = on_hub or shown(file_name(said))
-    values = {
-        shown(key): shown_value(key, value, shown) for key, value in held.settings.items() if is_shared(key)
-    }
-    values |= {"model.name_or_path": label} if values else {}
-    obstacles = serving.obstacles(adapter, list(tensors))
-    results = _results(held, step)
-    labels, compared = _compared(held, folder_in_run)
-    text = _filled(
+    path = str(summary.settings.get("model.name_or_path") or named or "an unnamed base")
+    base = _Base(on_hub or shown(file_name(path)), on_hub)
+    settings = _shown_settings(summary, base, shown)
+    obstacles = serving.obstacles(adapter.config, list(adapter.tensors))
+    results = _results(summary, adapter.step)
+    text = _fill(
         name=title,
-        kind=_kind(adapter, values),
-        base=label,
-        on_hub=on_hub is not None,
-        base_hash=held.facts.base_fingerprint if held.facts else "",
-        base_name=on_hub or NO_BASE,
-        revision=f", revision={revision!r}" if on_hub and (revision := values.get("model.revision")) else "",
-        numbers=f"{sum(tensors.values()):,}",
-        megabytes=f"{sum(tensors.values()) * 4 / 1e6:,.1f}",
-        training=_training(held, values, step),
-        data_names=[shown(found) for found in _names(held.settings, "data.train")],
-        sides=list(held.facts.data) if held.facts else [],
-        counts=held.counts,
-        results=[(what, number(value)) for what, value in results.items()],
-        labels=list(map(shown, labels)),
-        compared=compared,
-        folder=folder,
-        served=re.sub(r"[^\w.-]+", "-", title).strip("-.") or "adapter",
-        rank=None if serving.VLLM in obstacles else serving.max_lora_rank(adapter),
-        obstacles=list(obstacles),
-        reasons=list(dict.fromkeys(why for reasons in obstacles.values() for why in reasons)),
-        versions=_versions(held),
-        settings=yaml.safe_dump(
-            _tree(values), sort_keys=False, allow_unicode=True, width=float("inf")
-        ).strip(),
+        folder=options.folder,
+        sides=list(summary.facts.data) if summary.facts else [],
+        counts=summary.counts,
+        data_names=[shown(name) for name in _source_names(summary.settings, "data.train")],
+        training=_training(summary, settings, adapter.step),
+        results=[(name, number(value)) for name, value in results.items()],
+        versions=_versions(summary),
+        settings=_settings_text(settings),
+        **_base_values(base, summary, settings),
+        **_adapter_values(adapter, settings),
+        **_serving_values(adapter, title, obstacles),
+        **_comparison_values(summary, adapter.folder, shown),
     )
-    data = ModelCardData(
-        base_model=on_hub,
+    header = _header(title, on_hub, options.license, results)
+    notes = _notes(summary, base, options, obstacles)
+    return Card(f"---\n{header}\n---\n\n{text}", base.label, on_hub is not None, notes)
+
+
+def _shown_settings(summary: RunSummary, base: _Base, shown: Callable[[str], str]) -> Settings:
+    """Return the settings that others have a use for, as the card shows them."""
+    settings = {
+        shown(key): shown_value(key, value, shown)
+        for key, value in summary.settings.items()
+        if is_shared(key)
+    }
+    return settings | {"model.name_or_path": base.label} if settings else {}
+
+
+def _header(title: str, base: str | None, license: str | None, results: dict[str, float]) -> str:
+    """Return the YAML at the card's beginning, which the hub reads."""
+    evaluations = [
+        EvalResult("text-generation", "text", "evaluation rows", name.replace(" ", "_"), value)
+        for name, value in results.items()
+        if name in ("evaluation loss", "perplexity")
+    ]
+    tags = ["lora", "qwenlora", "transformers"]
+    return ModelCardData(
+        base_model=base,
         library_name="peft",
         pipeline_tag="text-generation",
         license=license,
         model_name=title,
-        eval_results=[
-            EvalResult("text-generation", "text", "evaluation rows", what.replace(" ", "_"), value)
-            for what, value in results.items()
-            if what in ("evaluation loss", "perplexity")
-        ]
-        or None,
-        tags=["lora", "qwenlora", "transformers", *([f"base_model:adapter:{on_hub}"] if on_hub else [])],
-    )
-    given = [f"note: nothing here compared {base} (--base) with the base that was trained on"] if base else []
-    notes = [
-        *_notes(on_hub, label, license, obstacles),
-        *(f"note: {unread}" for unread in held.unread),
-        *given,
-    ]
-    return Card(f"---\n{data.to_yaml()}\n---\n\n{text}", label, on_hub is not None, notes)
+        eval_results=evaluations or None,
+        tags=[*tags, f"base_model:adapter:{base}"] if base else tags,
+    ).to_yaml()
+
+
+def _base_values(base: _Base, summary: RunSummary, settings: Settings) -> dict[str, object]:
+    """Return the template's variables on the base."""
+    revision = settings.get("model.revision")
+    return {
+        "base": base.label,
+        "on_hub": base.hub_name is not None,
+        "base_hash": summary.facts.base_fingerprint if summary.facts else "",
+        "base_name": base.hub_name or NO_BASE,
+        "revision": f", revision={revision!r}" if base.hub_name and revision else "",
+    }
+
+
+def _adapter_values(adapter: ExportedAdapter, settings: Settings) -> dict[str, object]:
+    """Return the template's variables on the adapter."""
+    kind = lora_kind(adapter.config)
+    if settings.get("strategy.quantization") not in (None, "none"):
+        kind = "QLoRA" if kind == "LoRA" else f"{kind} (over a quantised base)"
+    numbers = sum(adapter.tensors.values())
+    return {"kind": kind, "numbers": f"{numbers:,}", "megabytes": f"{numbers * 4 / 1e6:,.1f}"}
+
+
+def _serving_values(
+    adapter: ExportedAdapter, title: str, obstacles: dict[str, list[str]]
+) -> dict[str, object]:
+    """Return the template's variables on servers."""
+    return {
+        "served": re.sub(r"[^\w.-]+", "-", title).strip("-.") or "adapter",
+        "rank": None if serving.VLLM in obstacles else serving.max_lora_rank(adapter.config),
+        "obstacles": list(obstacles),
+        "reasons": list(dict.fromkeys(why for reasons in obstacles.values() for why in reasons)),
+    }
 
 
 def hub_name(base: str) -> str | None:
-    """Return the hub's name of a base, of a folder in the hub's cache, too; None for a folder elsewhere."""
+    """Return the hub's name of a base, also of a folder in the hub's cache; None for a folder elsewhere."""
     if cached := _CACHED.search(base):
         return f"{cached[1]}/{cached[2]}"
     return base if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) else None
 
 
 def is_shared(key: str) -> bool:
-    """Whether a setting says how the adapter came about, and not where."""
-    return key.startswith(SHARED) and key not in OWN
+    """Whether a setting says how the adapter was trained, and not where."""
+    return key.startswith(SHARED) and key not in NOT_SHARED
 
 
 def shown_value(key: str, value: Any, shown: Callable[[str], str]) -> Any:
-    """Return a setting's value as it may be seen: of a path the last name alone."""
+    """Return a setting's value as the card shows it: of a path only the last name."""
     if isinstance(value, list):
-        return [shown_value(key, one, shown) for one in value]
+        return [shown_value(key, each, shown) for each in value]
     if isinstance(value, dict):
-        return {shown(str(name)): shown_value(f"{key}.{name}", one, shown) for name, one in value.items()}
+        return {shown(str(name)): shown_value(f"{key}.{name}", each, shown) for name, each in value.items()}
     if not isinstance(value, str):
         return value
     return shown(file_name(value) if key.startswith(PATHS) else value)
@@ -179,65 +214,46 @@ def file_name(path: str) -> str:
 
 
 def plain(text: Any) -> str:
-    """Return a text that Markdown, in a table or elsewhere, shows as it is, on one line."""
-    return re.sub(
-        r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", " ".join(printable(str(text).replace("\n", " ")).split())
-    )
+    """Return a text on one line, escaped for Markdown, in tables too."""
+    line = " ".join(printable(str(text).replace("\n", " ")).split())
+    return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", line)
 
 
-def _filled(**values: Any) -> str:
+def _fill(**values: object) -> str:
     environment = jinja2.Environment(
-        autoescape=False,  # noqa: S701 - it is Markdown; plain does it
+        autoescape=False,  # noqa: S701 - it is Markdown; plain escapes it
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters |= {"plain": plain, "python": repr, "shell": shlex.quote}
-    return re.sub(r"\n{3,}", "\n\n", environment.from_string(template()).render(**values))
+    return re.sub(r"\n{3,}", "\n\n", environment.from_string(card_template()).render(**values))
 
 
-def _kind(adapter: dict[str, Any], settings: dict[str, Any]) -> str:
-    kind = "DoRA" if adapter.get("use_dora") else "rsLoRA" if adapter.get("use_rslora") else "LoRA"
-    quantized = settings.get("strategy.quantization") not in (None, "none")
-    return (
-        f"Q{kind}"
-        if quantized and kind == "LoRA"
-        else f"{kind} (over a quantised base)"
-        if quantized
-        else kind
-    )
-
-
-def _training(held: Record, settings: dict[str, Any], step: int | None) -> list[tuple[str, str]]:
+def _training(summary: RunSummary, settings: Settings, step: int | None) -> list[tuple[str, str]]:
     """Return (setting, value) of what made the adapter."""
     lines = [] if step is None else [("checkpoint", f"of step {step:,}")]
     lines += [
         (f"`{key}`", as_yaml(settings[key])) for key in SETTINGS if settings.get(key) not in (None, False)
     ]
-    if held.facts:
-        trained, total = held.facts.parameters.trainable, held.facts.parameters.total
+    if summary.facts:
+        trained, total = summary.facts.parameters.trainable, summary.facts.parameters.total
         lines.append(("trained parameters", f"{trained:,} beside the base's {total:,}"))
-    if last := next((attempt for attempt in reversed(held.attempts) if attempt.strategy), None):
-        ranks = last.processes
-        lines.append(("ran as", f"{last.strategy}, {ranks} process{'es' * (ranks != 1)}"))
+    if last := summary.last_started:
+        lines.append(("ran as", f"{last.strategy}, {plural(last.processes, 'process', 'es')}"))
     return lines
 
 
-def _results(held: Record, step: int | None) -> dict[str, float | int]:
-    """Return {what: number} as they were at a step; None: at the end."""
-    found: dict[str, float | int] = {}
-    for what, name in (
-        ("epochs", "epoch"),
-        ("training loss", "loss"),
-        ("evaluation loss", "eval_loss"),
-        ("perplexity", "eval_perplexity"),
-    ):
-        if name in held.curves:
-            steps, values = _until(held.curves[name], step).finite
+def _results(summary: RunSummary, step: int | None) -> dict[str, float]:
+    """Return {name: number} as logged up to a step; None: up to the end."""
+    results: dict[str, float] = {}
+    for name, curve in RESULTS.items():
+        if curve in summary.curves:
+            steps, values = _until(summary.curves[curve], step).finite
             if len(values):
-                found |= {"steps": max(int(steps[-1]), int(found.get("steps", 0))), what: float(values[-1])}
-    return found
+                results |= {"steps": max(int(steps[-1]), results.get("steps", 0)), name: float(values[-1])}
+    return results
 
 
 def _until(series: Series, step: int | None) -> Series:
@@ -245,62 +261,71 @@ def _until(series: Series, step: int | None) -> Series:
     return Series(series.steps[kept], series.values[kept])
 
 
-def _compared(held: Record, folder: str) -> tuple[list[str], list[list[str]]]:
-    """Return labels and rows of what the base and the run's adapter in folder were asked; [] if they were
-    not."""
-    if held.compared is None:
-        return [], []
-    asked = held.compared.subjects
-    chosen = [n for n, one in enumerate(asked) if one.adapter is None or (one.own and one.adapter == folder)]
-    if not any(held.compared.subjects[place].adapter for place in chosen):
-        return [], []
+def _comparison_values(summary: RunSummary, folder: str, shown: Callable[[str], str]) -> dict[str, list[Any]]:
+    """Return the template's labels and rows of the comparison of the base with the run's adapter in
+    folder."""
+    comparison = summary.comparison
+    places = _places(comparison.subjects, folder) if comparison else []
+    if not comparison or not places:
+        return {"labels": [], "compared": []}
     rows = []
-    for measure in held.compared.measures:
-        values = [measure.values[place] for place in chosen]
-        cells = [
-            f"{value:.1%}" if measure.kind == "share" and value is not None else number(value)
-            for value in values
-        ]
+    for measure in comparison.measures:
+        cells = [_cell(measure.values[place], is_share=measure.kind == "share") for place in places]
         rows.append([measure.set, measure.measure, number(measure.count), *cells])
-    return [held.compared.subjects[place].label for place in chosen], rows
+    return {"labels": [shown(comparison.subjects[place].label) for place in places], "compared": rows}
 
 
-def _names(settings: dict[str, Any], key: str) -> list[str]:
+def _places(models: list[ComparedModel], folder: str) -> list[int]:
+    """Return where bases and the run's adapter in folder are among the models; none without the adapter."""
+    own = [n for n, model in enumerate(models) if model.own and model.adapter == folder]
+    return sorted([*own, *(n for n, model in enumerate(models) if model.adapter is None)]) if own else []
+
+
+def _cell(value: float | None, *, is_share: bool) -> str:
+    return f"{value:.1%}" if is_share and value is not None else number(value)
+
+
+def _source_names(settings: Settings, key: str) -> list[str]:
     """Return the names of the files or data sets that a setting names, without their folders."""
-    said = settings.get(f"{key}.path", settings.get(key))
-    entries = said if isinstance(said, list) else [said]
-    return [file_name(str(one["path"] if isinstance(one, dict) else one)) for one in entries if one]
+    value = settings.get(f"{key}.path", settings.get(key))
+    entries = value if isinstance(value, list) else [value]
+    return [file_name(str(each["path"] if isinstance(each, dict) else each)) for each in entries if each]
 
 
-def _versions(held: Record) -> list[str]:
-    known = held.code.versions | {"python": held.code.python}
-    return [f"{name} {version}" for name, version in known.items() if version] or [
+def _versions(summary: RunSummary) -> list[str]:
+    versions = summary.code.versions | {"python": summary.code.python}
+    return [f"{name} {version}" for name, version in versions.items() if version] or [
         "versions that are not known"
     ]
 
 
-def _tree(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return settings as the sections of a config."""
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
+def _settings_text(settings: Settings) -> str:
+    """Return settings as YAML, in the sections of a config."""
+    tree: Settings = {}
+    for key, value in settings.items():
         *sections, last = key.split(".")
         inner = tree
         for section in sections:
             inner = inner.setdefault(section, {})
         inner[last] = value
-    return tree
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=float("inf")).strip()
 
 
-def _notes(on_hub: str | None, label: str, license: str | None, obstacles: dict[str, list[str]]) -> list[str]:
+def _notes(
+    summary: RunSummary, base: _Base, options: CardOptions, obstacles: dict[str, list[str]]
+) -> list[str]:
     notes = []
-    if on_hub is None:
+    if base.hub_name is None:
         notes.append(
-            f"note: the base was a folder ({label}), so the card and {CONFIG} do not say where it is on the"
-            " hub; --base OWNER/NAME would, if it is there"
+            f"note: the base was a folder ({base.label}), so the card and {ADAPTER_CONFIG} do not say where"
+            " it is on the hub; --base OWNER/NAME would, if it is there"
         )
-    if license is None:
+    if options.license is None:
         notes.append("note: the card names no licence; --license apache-2.0 would")
     for reasons in dict.fromkeys(map(tuple, obstacles.values())):
         servers = [server for server, why in obstacles.items() if tuple(why) == reasons]
         notes.append(f"note: not served unmerged by {', '.join(servers)}: {'; '.join(reasons)}")
+    notes += [f"note: {unread}" for unread in summary.unread]
+    if options.base:
+        notes.append(f"note: nothing here compared {options.base} (--base) with the base that was trained on")
     return notes

@@ -1,6 +1,6 @@
 """The curves of a run, drawn once by matplotlib: as SVG for a page in light and dark, and as PNG.
 
-`curves = read(run.metrics)`, then `charts(curves, attempts)`; report.py puts them on a page.
+`curves = read_curves(run.metrics)`, then `draw_charts(curves, attempts)`; report.py puts them on a page.
 """
 
 import io
@@ -20,8 +20,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 
 from qwenlora.run.records import Attempt
 
-# {name: (in light, in dark)}. Figures are drawn in the light ones; in an SVG each becomes the page's variable
-# --name.
+# {name: (in light, in dark)}. Figures are drawn in the light ones; in an SVG each becomes the page's --name.
 COLOURS = {
     "ink": ("#1c2128", "#e4e8ee"),
     "dim": ("#626c7a", "#98a2b0"),
@@ -55,7 +54,7 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
-    "figure.subplot.left": 0.12,  # the same for all: they stand below each other
+    "figure.subplot.left": 0.12,  # the same for all figures: they are below each other
     "figure.subplot.right": 0.965,
     "figure.subplot.bottom": 0.165,
     "figure.subplot.top": 0.89,
@@ -63,14 +62,14 @@ _STYLE: dict[Any, Any] = {
 }
 _INCHES = (4.6, 2.8)
 _DPI = 200
-_POINTS = 400  # drawn of a longer curve, as a band from the least to the greatest value between them
-FEW = 60  # points, up to which a curve is drawn as it is
+_POINTS = 400  # of a longer curve, each with a band from the least to the greatest value around it
+FEW = 60  # points; a curve with no more is drawn as it is
 _UNITS = {"days": 86400, "hours": 3600, "minutes": 60}  # seconds
-_NUMBERED = 12  # restarts, up to which each has its number beside it
+_NUMBERED = 12  # restarts; with more of them they are not numbered
 
 
 class Series(NamedTuple):
-    """One number over the steps: int64 and float64 (may be NaN or infinite), both of shape (points,), steps
+    """A number over the steps: int64 and float64 (may be non-finite), both of shape (points,), steps
     rising."""
 
     steps: npt.NDArray[np.int64]
@@ -78,13 +77,13 @@ class Series(NamedTuple):
 
     @property
     def finite(self) -> "Series":
-        """The points that are numbers."""
+        """The points with finite values."""
         known = np.isfinite(self.values)
         return Series(self.steps[known], self.values[known])
 
     @property
     def not_finite(self) -> npt.NDArray[np.int64]:
-        """The steps at which it is not a number, or infinite."""
+        """The steps with non-finite values."""
         return self.steps[~np.isfinite(self.values)]
 
     @property
@@ -95,17 +94,15 @@ class Series(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A figure and its name, in a file's name and for those who cannot see it."""
+    """A figure. name: in its file's name; title: also for readers who cannot see it."""
 
     name: str
     title: str
     figure: Figure
 
     def svg(self) -> str:
-        """Return an <svg> element to stand in a page that defines COLOURS; it loads nothing."""
-        with mpl.rc_context(
-            _STYLE | {"svg.hashsalt": self.name}
-        ):  # of several in one page, each has its own ids
+        """Return an <svg> element for a page that defines COLOURS; it loads nothing."""
+        with mpl.rc_context(_STYLE | {"svg.hashsalt": self.name}):  # each figure of a page has its own ids
             text = io.StringIO()
             nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             self.figure.savefig(text, format="svg", transparent=True, metadata=nothing)
@@ -122,25 +119,24 @@ class Chart(NamedTuple):
         staging.replace(path)
 
 
-def read(metrics: Path) -> dict[str, Series]:
-    """Return every number of metrics.jsonl over the steps; {} without the file. Lines that are not whole are
-    left out.
+def read_curves(metrics: Path) -> dict[str, Series]:
+    """Return every number of metrics.jsonl over the steps; {} without the file.
 
-    Of a step that is there twice, the later value counts.
+    Incomplete lines are left out. Of a step that is there twice, the later value counts.
     """
-    found: defaultdict[str, dict[int, float]] = defaultdict(dict)
+    values: defaultdict[str, dict[int, float]] = defaultdict(dict)
     if metrics.exists():
         with metrics.open("rb") as lines:
             for line in lines:
                 try:
-                    record = json.loads(line)
-                    step = int(record.pop("step"))
+                    entry = json.loads(line)
+                    step = int(entry.pop("step"))
                 except (ValueError, TypeError, KeyError, AttributeError):
                     continue
-                for name, value in record.items():
+                for name, value in entry.items():
                     if isinstance(value, int | float) and abs(step) < 2**53:
-                        found[name][step] = float(value)
-    return {name: _series(values) for name, values in found.items()}
+                        values[name][step] = float(value)
+    return {name: _series(by_step) for name, by_step in values.items()}
 
 
 def _series(values: dict[int, float]) -> Series:
@@ -149,15 +145,12 @@ def _series(values: dict[int, float]) -> Series:
 
 
 def restarts(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """Return the attempts that trained steps, but for the first."""
+    """Return the attempts that trained steps, without the first."""
     return [attempt for attempt in attempts if attempt.first_step][1:]
 
 
-def charts(curves: dict[str, Series], attempts: Sequence[Attempt]) -> list[Chart]:
-    """Return the charts of what was logged: of a run that logged nothing, none.
-
-    attempts: they are marked where they begin.
-    """
+def draw_charts(curves: dict[str, Series], attempts: Sequence[Attempt]) -> list[Chart]:
+    """Return the charts of the logged curves. attempts: are marked where they begin."""
     drawings: dict[str, tuple[str, Callable[[Axes], None]]] = {
         "loss": ("Loss", lambda axes: _loss(axes, curves)),
         "learning_rate": ("Learning rate", lambda axes: _plain(axes, curves["learning_rate"])),
@@ -165,21 +158,21 @@ def charts(curves: dict[str, Series], attempts: Sequence[Attempt]) -> list[Chart
         "tokens_per_s": ("Tokens per second", lambda axes: _from_zero(axes, curves["tokens_per_s"])),
         "peak_memory_gb": ("Peak memory, GB", lambda axes: _plain(axes, curves["peak_memory_gb"], bottom=0)),
     }
-    found = []
+    charts = []
     with mpl.rc_context():
-        mpl.rcdefaults()  # whatever this person's matplotlibrc says
+        mpl.rcdefaults()  # not the user's matplotlibrc
         mpl.rcParams.update(_STYLE)
         for name, (title, drawing) in drawings.items():
             if name in curves and len(curves[name].finite.steps):
                 figure, axes = _axes(title)
                 drawing(axes)
                 _mark_restarts(axes, attempts)
-                found.append(Chart(name, title, figure))
+                charts.append(Chart(name, title, figure))
         if "time" in curves and len(curves["time"].finite.steps) > 1:
             figure, axes = _axes("Steps over time")
             _progress(axes, curves["time"].finite, attempts)
-            found.append(Chart("progress", "Steps over time", figure))
-    return found
+            charts.append(Chart("progress", "Steps over time", figure))
+    return charts
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:
@@ -231,10 +224,9 @@ def _from_zero(axes: Axes, series: Series) -> None:
 
 
 def _smooth(axes: Axes, series: Series, *, log_above: float = np.inf, label: str = "") -> None:
-    """Draw a series; of many points the running median over what it comes from; what is not finite as crosses
-    below.
+    """Draw a series, a long one as its running median over a band, and crosses for non-finite values.
 
-    log_above: how many times the median the greatest must be for a logarithmic axis: spikes would flatten the
+    log_above: a greatest value above so many medians makes the axis logarithmic: spikes would flatten the
     rest.
     """
     values = series.finite.values
@@ -248,22 +240,15 @@ def _smooth(axes: Axes, series: Series, *, log_above: float = np.inf, label: str
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
         axes.yaxis.set_major_formatter(_short)
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if len(lost := series.not_finite):
-        lost = lost[:: len(lost) // _POINTS + 1]
-        where = axes.get_xaxis_transform()  # y in parts of the axis
-        axes.plot(
-            lost,
-            np.full(len(lost), 0.03),
-            "x",
-            color=_LIGHT["bad"],
-            transform=where,
-            markersize=5,
-            label="NaN",
-        )
+    if len(steps := series.not_finite):
+        steps = steps[:: len(steps) // _POINTS + 1]
+        bottom = axes.get_xaxis_transform()  # y in parts of the axis
+        marks: dict[str, Any] = {"color": _LIGHT["bad"], "transform": bottom, "markersize": 5, "label": "NaN"}
+        axes.plot(steps, np.full(len(steps), 0.03), "x", **marks)
 
 
 def _line(axes: Axes, series: Series, colour: str, **more: Any) -> None:
-    """Draw a line, of a long series through the least and the greatest value of each part."""
+    """Draw a line; of a long series through the least and the greatest value of each part."""
     steps, values = series
     if len(steps) > 2 * _POINTS:
         parts = [(at[0], part.min(), part.max()) for at, part in _parts(series.finite)]
@@ -287,7 +272,7 @@ def _parts(series: Series) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[
 
 
 def _running_median(series: Series) -> Series:
-    """Return, at up to _POINTS steps, the median of a fortieth of the series around each: spikes do not move
+    """Return the median of a fortieth of the series around each of up to _POINTS steps: spikes do not move
     it."""
     steps, values = series
     at = np.unique(np.linspace(0, len(values) - 1, min(len(values), _POINTS)).round().astype(int))
@@ -296,7 +281,7 @@ def _running_median(series: Series) -> Series:
 
 
 def _mark_restarts(axes: Axes, attempts: Sequence[Attempt]) -> None:
-    """Draw a dashed line where an attempt goes on, and shade the steps that it trained again."""
+    """Draw a dashed line where an attempt begins, and shade the steps that it trained again."""
     again = restarts(attempts)
     where = axes.get_xaxis_transform()
     left, right = axes.get_xlim()
@@ -321,7 +306,7 @@ def _mark_restarts(axes: Axes, attempts: Sequence[Attempt]) -> None:
 
 
 def _progress(axes: Axes, times: Series, attempts: Sequence[Attempt]) -> None:
-    """Draw the step over the time since the first attempt's start; when nothing ran is shaded."""
+    """Draw the step over the time since the first attempt's start; shade the time in which nothing ran."""
     starts = [attempt.start.timestamp() for attempt in attempts]
     ends = [attempt.end.timestamp() for attempt in attempts if attempt.end]
     zero = min([float(times.values[0]), *starts])

@@ -1,27 +1,33 @@
 """A folder, or a .zip, for a model hub: `qwenlora export runs/tiny --to tiny.zip`.
 
 It holds the adapter, its tokenizer and a model card (card.py) filled in from what the run left; no optimizer,
-no logs, no rows. What names this machine is left out, and a last look (leaks.py) refuses what still does.
-Whether the adapter fits its base is verify.py's to say, what servers take serving.py's.
+no logs, no rows. Names of this machine are left out, and leaks.py refuses a file in which one is left.
+Whether the adapter fits its base is verify.py's to say; serving.py says which servers take it.
 """
 
 import json
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
 from qwenlora.adapter import verify
 from qwenlora.adapter.outputs import free_folder, staging
-from qwenlora.adapter.publish import card
+from qwenlora.adapter.publish.card import (
+    Card,
+    CardOptions,
+    ExportedAdapter,
+    card_template,
+    hub_name,
+    make_card,
+)
 from qwenlora.adapter.publish.leaks import Private
-from qwenlora.adapter.publish.run_summary import Record, read
-from qwenlora.adapter.subject import CONFIG, adapter_config
+from qwenlora.adapter.publish.run_summary import RunSummary, summarise_run
+from qwenlora.adapter.subject import ADAPTER_CONFIG, final_adapter, read_adapter_config
 from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, seal
 from qwenlora.run.folder import RunFolder, step_of
@@ -33,62 +39,50 @@ TEMPLATE = "chat_template.jinja"
 
 
 def export(
-    run: Path, to: Path, *, name: str | None = None, base: str | None = None, license: str | None = None
+    folder: Path, to: Path, *, name: str | None = None, base: str | None = None, license: str | None = None
 ) -> str:
-    """Make the folder or .zip, or nothing; return the lines to print: what was made, and what the card lacks.
+    """Make the folder or .zip, or nothing; return the lines to print: the result, and what the card lacks.
 
-    run: a run folder, or one of its checkpoints. name: on the card; base: the base's hub name; license: as
-    hubs spell it.
+    folder: a run, or one of its checkpoints; name: of the model, on the card; base: the base's hub name;
+    license: as the hub spells it.
     Raises: ValueError for a run that has no adapter yet, or a broken one, when the place is taken, and when
     something private would be in it.
     """
     to = free_folder(to)
-    if base is not None and (card.hub_name(base) != base or Path(base).is_dir()):
+    if base is not None and (hub_name(base) != base or Path(base).is_dir()):
         raise ValueError(f"--base {base} is no name on a hub; write it like Qwen/Qwen2.5-7B-Instruct")
-    adapter, of = _find(run)
-    tensors = _check(adapter)
-    held = read(of)
-    private = Private.of_this_machine([of.path, adapter, to.parent, *_paths(held)])
-    is_final = adapter == of.adapter
-    folder = to.stem if to.suffix == ".zip" else to.name
-    made_card = card.make(
-        held,
-        adapter_config(adapter),
-        tensors,
-        private,
-        name=name if name is not None else of.path.name + ("" if is_final else f"-{adapter.name}"),
-        folder=folder,
+    adapter, run = _find(folder)
+    tensors = _check_whole(adapter)
+    summary = summarise_run(run)
+    private = Private.of_this_machine([run.path, adapter, to.parent, *_paths(summary)])
+    is_final = adapter == run.adapter
+    default_name = run.path.name if is_final else f"{run.path.name}-{adapter.name}"
+    options = CardOptions(
+        title=default_name if name is None else name,
+        folder=to.stem if to.suffix == ".zip" else to.name,
         base=base,
         license=license,
-        step=None if is_final else step_of(adapter),
-        folder_in_run=adapter.name,
     )
-    pack = partial(_zipped, name=folder) if to.suffix == ".zip" else None
+    step = None if is_final else step_of(adapter)
+    exported = ExportedAdapter(adapter.name, read_adapter_config(adapter), tensors, step)
+    card = make_card(summary, exported, private, options)
+    ordinary = " ".join([card_template(), options.folder, name or "", card.base, license or ""])
+    pack = partial(_zip, name=options.folder) if to.suffix == ".zip" else None
     with staging(to, sum(file.stat().st_size for file in adapter.iterdir()), pack) as made:
-        _fill(made, adapter, made_card)
-        _look_over(
-            made, private, " ".join([card.template(), folder, name or "", made_card.base, license or ""])
-        )
+        _write_files(made, adapter, card)
+        _refuse_private(made, private, ordinary)
         seal(made, but=CARD)
         files = list(made.iterdir())
         size = sum(file.stat().st_size for file in files)
-    return "\n".join([f"wrote {to}: {len(files)} files, {size / 1e6:.1f} MB", *made_card.notes])
+    return "\n".join([f"wrote {to}: {len(files)} files, {size / 1e6:.1f} MB", *card.notes])
 
 
 def _find(named: Path) -> tuple[Path, RunFolder]:
-    """Return the folder of the adapter that is named, and its run's."""
+    """Return the folder of the adapter that the user named, and its run's."""
     folder = named.expanduser().absolute()
     if (folder / "config.yaml").is_file():
         run = RunFolder(folder)
-        if (run.adapter / CONFIG).is_file():
-            return run.adapter, run
-        whole = [
-            str(named / path.name) for path in run.checkpoints() if not checkpoints.flaw(path, thorough=False)
-        ]
-        instead = (
-            f"name a checkpoint ({', '.join(whole)}), or train it to its end" if whole else "train it first"
-        )
-        raise ValueError(f"{named} holds no finished run: {run.adapter} is not there; {instead}")
+        return final_adapter(named, run), run
     run = RunFolder(folder.parent)
     if run.config.is_file() and (folder in run.checkpoints() or folder == run.adapter):
         return folder, run
@@ -97,32 +91,30 @@ def _find(named: Path) -> tuple[Path, RunFolder]:
     )
 
 
-def _check(adapter: Path) -> dict[str, int]:
-    """Return {tensor: how many numbers it has} of an adapter that is whole. Raises: ValueError."""
+def _check_whole(adapter: Path) -> dict[str, int]:
+    """Return {tensor: how many numbers it has}. Raises: ValueError for an adapter that is not whole."""
     is_checkpoint = (adapter / checkpoints.MANIFEST).exists() or adapter.name.startswith("checkpoint-")
-    if why := checkpoints.flaw(adapter) if is_checkpoint else broken_seal(adapter):
-        raise ValueError(f"{adapter} {why}; it cannot be exported")
-    file, weights = verify.read(adapter)
+    if flaw := checkpoints.flaw(adapter) if is_checkpoint else broken_seal(adapter):
+        raise ValueError(f"{adapter} {flaw}; it cannot be exported")
+    file, weights = verify.read_adapter(adapter)
     if file.name != checkpoints.ADAPTER:
         raise ValueError(f"{file} is of an older kind; expected {checkpoints.ADAPTER}")
-    for name, values in sorted(weights.items()):
-        if not values.isfinite().all():
-            raise ValueError(f"{file}: {name} holds numbers that are not finite; train it again")
+    verify.check_finite(file, weights)
     return {name: values.numel() for name, values in weights.items()}
 
 
-def _paths(held: Record) -> Iterator[str]:
-    """Yield the paths that a run knows of."""
+def _paths(summary: RunSummary) -> Iterator[str]:
+    """Yield the paths in a run's settings, facts and code."""
 
-    def within(value: Any) -> Iterator[str]:
-        if isinstance(value, str):
-            yield from filter(_is_path, [value])
+    def within(value: object) -> Iterator[str]:
+        if isinstance(value, str) and _is_path(value):
+            yield value
         elif isinstance(value, dict | list):
-            for one in value.values() if isinstance(value, dict) else value:
-                yield from within(one)
+            for each in value.values() if isinstance(value, dict) else value:
+                yield from within(each)
 
-    yield from within(held.settings)
-    for record in filter(None, [held.facts, held.code]):
+    yield from within(summary.settings)
+    for record in filter(None, [summary.facts, summary.code]):
         yield from within(record.model_dump())
 
 
@@ -130,33 +122,33 @@ def _is_path(value: str) -> bool:
     return value.startswith(("/", "~/"))
 
 
-def _fill(made: Path, adapter: Path, filled: card.Card) -> None:
-    """Put the files there: weights and vocabulary as they are, settings without paths, the card."""
+def _write_files(made: Path, adapter: Path, card: Card) -> None:
+    """Write the weights and vocabulary as they are, settings without paths, and the card."""
     for name in (checkpoints.ADAPTER, *VOCABULARY, TEMPLATE):
         if (adapter / name).is_file():
             shutil.copyfile(adapter / name, made / name)
-    settings = adapter_config(adapter)
-    settings["base_model_name_or_path"] = filled.base
-    settings["revision"] = settings.get("revision") if filled.on_hub else None
-    if isinstance(settings.get("target_modules"), list):
-        settings["target_modules"] = sorted(settings["target_modules"])  # peft's is a set, in any order
-    _write(made / CONFIG, settings)
+    config = read_adapter_config(adapter)
+    config["base_model_name_or_path"] = card.base
+    config["revision"] = config.get("revision") if card.on_hub else None
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"] = sorted(config["target_modules"])  # peft's is a set, in any order
+    _write_json(made / ADAPTER_CONFIG, config)
     for name in SETTINGS:
         if (adapter / name).is_file():
-            _write(made / name, json.loads((adapter / name).read_text(encoding="utf-8")))
-    (made / CARD).write_text(filled.text, encoding="utf-8")
+            _write_json(made / name, json.loads((adapter / name).read_text(encoding="utf-8")))
+    (made / CARD).write_text(card.text, encoding="utf-8")
 
 
-def _write(file: Path, settings: dict[str, Any]) -> None:
+def _write_json(file: Path, settings: Mapping[str, object]) -> None:
     """Write a JSON file without the entries that are paths."""
     kept = {key: value for key, value in settings.items() if not (isinstance(value, str) and _is_path(value))}
     file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _look_over(made: Path, private: Private, ordinary: str) -> None:
-    """Read everything that was written for what is private. Raises: ValueError naming the file and the kind.
+def _refuse_private(made: Path, private: Private, ordinary: str) -> None:
+    """Raise ValueError naming a written file with something private in it, and its kind.
 
-    ordinary: words that the card may have though a user or host is called so.
+    ordinary: words that the card may contain though a user or host is called so.
     """
     for file in sorted(made.iterdir()):
         if file.suffix == ".safetensors":
@@ -165,20 +157,19 @@ def _look_over(made: Path, private: Private, ordinary: str) -> None:
         else:
             text = file.read_text(encoding="utf-8", errors="replace")
         if file.name == CARD:
-            text = re.sub(r"\\(?=[^\w\s]|_)", "", text)  # as it is shown
+            text = re.sub(r"\\(?=[^\w\s]|_)", "", text)  # as readers see it
         words = text if file.name == TEMPLATE else ordinary
-        if kinds := private.found(text, vocabulary=file.name in VOCABULARY, ordinary=words):
-            here = (
-                "--name, --base or --license say so, or the run" if file.name == CARD else "the run's adapter"
-            )
+        if kinds := private.kinds_in(text, vocabulary=file.name in VOCABULARY, ordinary=words):
+            source = "--name, --base, --license or the run" if file.name == CARD else "the run's adapter"
             raise ValueError(
-                f"nothing was exported: {file.name} would hold {' and '.join(kinds)}; take it out of what it"
-                f" comes from ({here})"
+                f"nothing was exported: {file.name} would hold {' and '.join(kinds)}; take it out of its"
+                f" source ({source})"
             )
 
 
-def _zipped(folder: Path, name: str) -> Path:
-    """Return a .zip of a folder, beside it; the same bytes for the same files. name: the folder's in it."""
+def _zip(folder: Path, name: str) -> Path:
+    """Return a .zip of a folder, beside it; the same bytes for the same files. name: of the folder inside
+    it."""
     packed = folder.with_name(f"{folder.name}.zip")
     with zipfile.ZipFile(packed, "x", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(folder.iterdir()):

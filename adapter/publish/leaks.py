@@ -1,7 +1,8 @@
-"""What must not leave the machine with an exported adapter: paths, the user's and the host's name, keys.
+"""What must not leave the machine with an exported adapter: paths, the names of user and host, keys.
 
-`Private.of_this_machine(...)` knows what is private here; `found` says what of it a text holds, by kind,
-never the thing itself. It is a last look at what was written to be free of it, and cannot know every secret.
+`Private.of_this_machine(...)` knows what is private here; `kinds_in` says which kinds of it a text contains,
+never the thing itself. It is a last check of files that were written without such things, and cannot know
+every secret.
 """
 
 import getpass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
-# two folders deep, and not within a word, an address or a closing tag
+# two folders deep, and not inside a word, an address or a closing tag
 _PATH = re.compile(
     r"(?<![\w.:/<~\\-])/(?:[\w.@+-]+/)+[\w.@+=,-]+|(?<![\w/])~[\w.-]*/\w|(?<!\w)[A-Za-z]:\\+Users\\"
 )
@@ -33,26 +34,16 @@ _KEYS = re.compile(
     r" ]*PRIVATE KEY"
     r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.|\bnpm_[A-Za-z0-9]{30,}|\bsk_live_\w{16,}|\bLTAI\w{12,}|\bAKID\w{13,}"
 )
-# accounts that are no person's, and words that any card has
+# accounts that belong to no person, and words that any card may contain
 _COMMON = {
-    "root",
-    "user",
-    "admin",
-    "ubuntu",
-    "debian",
-    "runner",
-    "jovyan",
-    "nobody",
-    "localhost",
-    "guest",
-    "test",
+    *("root", "user", "admin", "ubuntu", "debian", "runner", "jovyan", "nobody", "localhost", "guest", "test")
 }
-_SHORTEST_NAME = 4  # a shorter one is looked for in addresses alone
+_SHORTEST_NAME = 4  # a shorter one is searched for in addresses only
 
 
 @dataclass(frozen=True)
 class Private:
-    """secrets: texts that are found wherever they stand. places: paths. names: the user's and the host's."""
+    """secrets: texts, found anywhere, also inside words; places: paths; names: the user's and the host's."""
 
     secrets: frozenset[str]
     places: frozenset[str]
@@ -60,7 +51,7 @@ class Private:
 
     @classmethod
     def of_this_machine(cls, places: Iterable[str | Path]) -> "Private":
-        """Return what is private here. places: more paths, besides the home and the working folder."""
+        """Return what is private here. places: paths, added to the home and the working folder."""
         paths = {os.path.expanduser("~"), os.getcwd(), *map(str, places)}  # noqa: PTH109, PTH111 (texts)
         paths |= {os.path.realpath(path) for path in paths}
         return cls(
@@ -69,17 +60,15 @@ class Private:
             frozenset(_names()),
         )
 
-    def found(self, text: str, *, vocabulary: bool = False, ordinary: str = "") -> list[str]:
-        """Return the kinds of what a text holds that is private.
+    def kinds_in(self, text: str, *, vocabulary: bool = False, ordinary: str = "") -> list[str]:
+        """Return the kinds of private things that a text contains.
 
-        vocabulary: it is a tokenizer's, in which pieces of paths and names are words among others. ordinary:
-        words that may stand in the text though a user or host is called so.
+        vocabulary: it is a tokenizer's, in which pieces of paths and names are ordinary words; ordinary:
+        words that the text may contain though a user or host is called so.
         """
         kinds = []
-        shortest = (
-            2 * _SHORTEST_SECRET if vocabulary else 0
-        )  # a password that is a word is in every vocabulary
-        if any(len(secret) >= shortest and secret in text for secret in self.secrets):
+        # a password that is a word is in every vocabulary
+        if self._contains_secret(text, 2 * _SHORTEST_SECRET if vocabulary else 0):
             kinds.append("a key or password of this environment")
         if _KEYS.search(text) or (not vocabulary and _IN_ADDRESS.search(text)):
             kinds.append("what looks like a key")
@@ -89,18 +78,23 @@ class Private:
             return kinds
         if not kinds and (_PATH.search(text) or _HOME.search(text)):
             kinds.append("an absolute path")
-        for name in self.names:
-            word = rf"(?<![\w]){re.escape(name)}(?![\w])"
-            common = len(name) < _SHORTEST_NAME or name.lower() in _COMMON or re.search(word, ordinary)
-            if re.search(rf"\b{re.escape(name)}@|@{re.escape(name)}\b" if common else word, text):
-                kinds.append("the name of the user or the host")
-                break
+        if any(_contains_name(text, name, ordinary) for name in self.names):
+            kinds.append("the name of the user or the host")
         return kinds
+
+    def _contains_secret(self, text: str, shortest: int) -> bool:
+        return any(len(secret) >= shortest and secret in text for secret in self.secrets)
+
+
+def _contains_name(text: str, name: str, ordinary: str) -> bool:
+    word = re.escape(name)
+    whole = rf"(?<![\w]){word}(?![\w])"
+    is_common = len(name) < _SHORTEST_NAME or name.lower() in _COMMON or re.search(whole, ordinary)
+    return bool(re.search(rf"\b{word}@|@{word}\b" if is_common else whole, text))
 
 
 def _secrets() -> Iterable[str]:
-    """Yield the values of environment variables that are called like secrets, and what is kept for logging
-    in."""
+    """Return the values of environment variables with names like secrets', and stored logins."""
     values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())]
     values += [password for value in os.environ.values() for password in _IN_ADDRESS.findall(value)]
     with suppress(OSError, netrc.NetrcParseError):

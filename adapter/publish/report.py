@@ -1,7 +1,7 @@
-"""A run written up as one HTML page that needs nothing else: `qwenlora report runs/tiny`.
+"""A run written up as one HTML page that needs no other file: `qwenlora report runs/tiny`.
 
-write(run) fills report.html with what the run left (record.py) and its curves (curves.py). The page loads
-nothing and runs no script; its figures lie beside it as PNGs, too.
+write_report(run) fills report.html from run_summary.py, report_lines.py and curves.py. The page loads nothing
+and runs no script; its figures also lie beside it as PNGs.
 """
 
 import math
@@ -16,50 +16,45 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from qwenlora.adapter.publish import curves
+from qwenlora.adapter.formats import number, short
+from qwenlora.adapter.publish import curves, report_lines
 from qwenlora.adapter.publish.curves import Chart
-from qwenlora.adapter.publish.run_summary import Record, number, read, short
+from qwenlora.adapter.publish.run_summary import (
+    LORA_SETTINGS,
+    OPTIMIZER_SETTINGS,
+    RunSummary,
+    summarise_run,
+)
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
 
-MARK = '<meta name="generator" content="qwenlora report">'  # by which a page of ours is known
-ANSWERS = 24  # shown of each set at most, evenly spread
+MARK = '<meta name="generator" content="qwenlora report">'  # tells our pages from others
+ANSWERS = 24  # at most shown of each set, evenly spread
 KEY_SETTINGS = (
     *("model.name_or_path", "model.dtype", "strategy.quantization", "strategy.name"),
     *("data.train", "data.eval", "data.eval_fraction", "data.max_length", "data.packing", "data.train_on"),
-    *("lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "lora.target_parameters"),
-    *("lora.modules_to_save", "lora.use_rslora", "lora.use_dora", "lora.init_from"),
-    *(
-        "train.global_batch_size",
-        "train.per_device_train_batch_size",
-        "train.num_train_epochs",
-        "train.max_steps",
-    ),
-    *(
-        "train.learning_rate",
-        "train.lr_scheduler_type",
-        "train.warmup_steps",
-        "train.optim",
-        "train.weight_decay",
-    ),
+    *LORA_SETTINGS,
+    *("train.global_batch_size", "train.per_device_train_batch_size"),
+    *("train.num_train_epochs", "train.max_steps"),
+    *OPTIMIZER_SETTINGS,
     *("train.max_grad_norm", "train.gradient_checkpointing", "train.seed"),
 )
 
 
-def write(run: RunFolder, html: Path | None = None) -> str:
+def write_report(run: RunFolder, html: Path | None = None) -> str:
     """Write the page, and its figures beside it as <page>-<figure>.png; return a line that says where.
 
     html: default RUN/report.html.
     Raises: ValueError for a folder without a run, and for a page that cannot be written there.
     """
     page = (html or run.report).expanduser()
-    record = read(run)
+    summary = summarise_run(run)
     try:
         _check_place(page)
-        charts = curves.charts(record.curves, record.attempts)
-        shown = fill(record, charts)
+        charts = curves.draw_charts(summary.curves, summary.attempts)
+        text = render(summary, charts)
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(page, shown)
+        write_atomically(page, text)
         for chart in charts:
             chart.write_png(page.with_name(f"{page.stem}-{chart.name}.png"))
     except OSError as error:
@@ -69,7 +64,7 @@ def write(run: RunFolder, html: Path | None = None) -> str:
 
 
 def _check_place(page: Path) -> None:
-    """Refuse a name under which something else lies. Raises: ValueError."""
+    """Raise ValueError for a name that is no page's, or is taken by another file."""
     if page.suffix not in (".html", ".htm"):
         raise ValueError(f"--html {page} is no name of a page; name a file that ends in .html")
     if not page.exists():
@@ -81,30 +76,33 @@ def _check_place(page: Path) -> None:
     raise ValueError(f"--html {page} is there and is no report; choose another name")
 
 
-def fill(record: Record, charts: list[Chart]) -> str:
+def render(summary: RunSummary, charts: list[Chart]) -> str:
     """Return the page."""
-    template = jinja2.Environment(
+    environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template.filters |= {"number": number, "short": short, "python": repr, "shell": shlex.quote}
-    source = resources.files("qwenlora.adapter.publish").joinpath("report.html").read_text(encoding="utf-8")
-    state, said, ended = record.state
-    settings = {key: _said(value) for key, value in record.settings.items() if value not in (None, False)}
-    page = template.from_string(source).render(
-        record=record,
-        name=record.run.path.name,
+    environment.filters |= {"number": number, "short": short, "python": repr, "shell": shlex.quote}
+    template = resources.files("qwenlora.adapter.publish").joinpath("report.html").read_text(encoding="utf-8")
+    state, message, end = report_lines.state(summary)
+    settings = {key: _as_yaml(value) for key, value in summary.settings.items() if value not in (None, False)}
+    sources = {key: settings[key] for key in ("data.train", "data.eval") if key in settings}
+    page = environment.from_string(template).render(
+        summary=summary,
+        name=summary.name,
         state=state,
-        said=said,
-        ended=ended,
+        message=message,
+        end=end,
+        tiles=report_lines.tiles(summary),
+        about=report_lines.about(summary),
+        notes=list(report_lines.notes(summary)),
+        legend=report_lines.legend(summary),
+        wandb=report_lines.wandb(summary),
+        attempts=report_lines.attempt_table(summary),
         charts=[(chart.title, Markup(chart.svg())) for chart in charts],  # noqa: S704 - drawn from numbers
         colours=curves.COLOURS,
-        sources={
-            f"data.{side}": settings[f"data.{side}"]
-            for side in ("train", "eval")
-            if f"data.{side}" in settings
-        },
+        sources=sources,
         settings={key: settings[key] for key in KEY_SETTINGS if key in settings},
-        command=shlex.join(map(str, record.code.command)),
+        command=shlex.join(summary.code.command),
         answers_shown=ANSWERS,
         mark=Markup(MARK),  # noqa: S704 - a constant
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -112,14 +110,13 @@ def fill(record: Record, charts: list[Chart]) -> str:
     return _printable(page)
 
 
-def _said(value: Any) -> str:
-    """Return a setting as YAML has it, on one line."""
+def _as_yaml(value: Any) -> str:
+    """Return a setting as YAML, on one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
     return text.removesuffix("\n...\n").strip()
 
 
 def _printable(text: str) -> str:
-    """Return a text with pictures of its control characters (U+2400 on), and without what UTF-8 cannot
-    hold."""
-    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text)
+    """Return a text with symbols (U+2400 on) for control characters, and without what UTF-8 cannot encode."""
+    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", lambda match: chr(0x2400 + ord(match[0])), text)
     return re.sub(r"[\x7f-\x9f\ud800-\udfff]", "\ufffd", text)

@@ -1,8 +1,7 @@
 """A LoRA adapter for a first-generation Qwen as one for Qwen2's architecture, exactly.
 
-c_attn is cut in three, and so is its lora_B, by rows; lora_A is the same for q, k and v. DoRA's magnitudes
-belong to rows, too. The base has to be converted as well: an adapter alone does not say how many layers there
-are.
+c_attn is cut in three by rows, and so are its lora_B and DoRA's magnitudes; q, k and v share its lora_A. The
+base has to be converted as well.
 """
 
 import re
@@ -15,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwenlora.adapter.qwen1.weights import modules_of
-from qwenlora.adapter.subject import CONFIG, adapter_config
-from qwenlora.adapter.verify import read
+from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
+from qwenlora.adapter.verify import read_adapter
 
 PREFIX = "base_model.model."
-# keys that change what the adapter's tensors are, or which modules they are of
-UNKNOWN = (
+# keys that change the meaning of the adapter's tensors, or which modules they belong to
+NOT_CONVERTED = (
     "enable_lora",
     "bias",
     "lora_bias",
@@ -29,8 +28,8 @@ UNKNOWN = (
     "layer_replication",
     "target_parameters",
 )
-# peft takes all modules whose names end so: norm alone would be input_layernorm, too
-SAVED = {
+# peft takes all modules whose names end with these: norm alone would be input_layernorm, too
+SAVED_MODULES = {
     "wte": "embed_tokens",
     "lm_head": "lm_head",
     "ln_1": "input_layernorm",
@@ -40,29 +39,31 @@ SAVED = {
 _NUMBER = re.compile(r"(^|\.)\d+\.")  # of a layer
 
 
-def convert(source: Path, folder: Path) -> str:
-    """Write an adapter into a folder that is there; return the base that it named, which the new one does
-    not.
+def convert_adapter(source: Path, folder: Path) -> str:
+    """Write the converted adapter into an existing folder; return the base that the old one named.
 
-    Raises: ValueError when it is no LoRA for a Qwen-1, or has what cannot be carried over.
+    The new adapter names no base. Raises: ValueError when the old one is no LoRA for a Qwen-1, or has
+    settings that cannot be converted.
     """
-    said = adapter_config(source)
-    for key in UNKNOWN:
-        if said.get(key) and (key, said[key]) != ("bias", "none"):
+    old = read_adapter_config(source)
+    for key in NOT_CONVERTED:
+        if old.get(key) and (key, old[key]) != ("bias", "none"):
             raise ValueError(
-                f"{source / CONFIG} has {key}={said[key]}, which convert-qwen1 cannot carry over"
+                f"{source / ADAPTER_CONFIG} has {key}={old[key]}, which convert-qwen1 cannot carry over"
             )
-    file, weights = read(source)
+    file, weights = read_adapter(source)
     converted = _converted(file, weights)
-    config: Any = PeftConfig.from_pretrained(str(source))  # which fills in what its peft did not know yet
-    config.target_modules = _targets(said, converted)
-    config.modules_to_save = _saved(source, said)
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None  # names say it
+    config: Any = PeftConfig.from_pretrained(str(source))  # adds the keys of newer versions of peft
+    config.target_modules = _target_modules(old, converted)
+    config.modules_to_save = _modules_to_save(source, old)
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = (
+        None  # target_modules names them in full
+    )
     config.fan_in_fan_out = False
     config.base_model_name_or_path = config.revision = config.auto_mapping = None
     save_file(converted, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
-    return str(said.get("base_model_name_or_path") or "not named in it")
+    return str(old.get("base_model_name_or_path") or "not named in it")
 
 
 def _converted(file: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -84,24 +85,25 @@ def _converted(file: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _targets(said: dict[str, Any], converted: dict[str, Tensor]) -> list[str]:
-    """Return the modules with LoRA: by their last names where all layers have them, else in full."""
+def _target_modules(old: AdapterConfig, converted: dict[str, Tensor]) -> list[str]:
+    """Return the modules with LoRA: by their last names where all layers have them, else by their full
+    names."""
     modules = sorted(
         {name.removeprefix(PREFIX).partition(".lora_")[0] for name in converted if ".lora_" in name}
     )
-    given = said.get("target_modules")
-    narrowed = said.get("layers_to_transform") is not None or said.get("exclude_modules")
+    given = old.get("target_modules")
+    narrowed = old.get("layers_to_transform") is not None or old.get("exclude_modules")
     if isinstance(given, list) and not narrowed and not any(_NUMBER.search(name) for name in given):
         return sorted({module.rpartition(".")[2] for module in modules})
     return modules
 
 
-def _saved(source: Path, said: dict[str, Any]) -> list[str] | None:
+def _modules_to_save(source: Path, old: AdapterConfig) -> list[str] | None:
     """Return the modules that were trained whole, by their new names."""
-    given = said.get("modules_to_save") or []
+    given = old.get("modules_to_save") or []
     for name in given:
-        if name.rpartition(".")[2] not in SAVED:
+        if name.rpartition(".")[2] not in SAVED_MODULES:
             raise ValueError(
-                f"{source / CONFIG} has modules_to_save={name}, which convert-qwen1 cannot carry over"
+                f"{source / ADAPTER_CONFIG} has modules_to_save={name}, which convert-qwen1 cannot carry over"
             )
-    return [SAVED[name.rpartition(".")[2]] for name in given] or None
+    return [SAVED_MODULES[name.rpartition(".")[2]] for name in given] or None

@@ -1,11 +1,11 @@
 """qwen.tiktoken, the vocabulary of a first-generation Qwen, as Qwen2's tokenizer: the same text, the same
 ids.
 
-tiktoken joins the neighbours whose joint text has the lowest rank. Qwen2's tokenizer.json wants to know which
-two make
-each token: those that are left when the token itself is tokenised with the ranks below its own. Since any
-text inside a longer one is joined in that order, too, these are the only two it is ever made of, and the ids
-are the same.
+tiktoken joins the neighbours whose joint text has the lowest rank. Qwen2's tokenizer.json lists for each
+token the two
+that make it: those that remain when the token itself is tokenised with the ranks below its own. Any text
+inside a longer one is joined in the same order, so a token is never made of two others, and the ids are the
+same.
 Source: https://github.com/QwenLM/Qwen/blob/main/tokenization_note.md
 """
 
@@ -20,9 +20,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from qwenlora.data.turns import TURN_END, TURN_START
 from qwenlora.trainer.model.tiny import CHAT_TEMPLATE
 
-FILE = "qwen.tiktoken"
+VOCABULARY = "qwen.tiktoken"
 END_OF_TEXT = "<|endoftext|>"
-# as Qwen-1's code has them, in the order of their ids, right after the vocabulary
+# in the order of their ids, which follow the vocabulary, as in Qwen-1's code
 SPECIAL = (END_OF_TEXT, TURN_START, TURN_END, *(f"<|extra_{number}|>" for number in range(205)))
 SYSTEM = "You are a helpful assistant."
 TEMPLATE = (
@@ -30,11 +30,10 @@ TEMPLATE = (
 ) + CHAT_TEMPLATE
 
 
-def convert(file: Path, max_length: int) -> Any:
+def convert_tokenizer(file: Path, max_length: int) -> Any:
     """Return a Qwen2Tokenizer with the ids of a qwen.tiktoken, and ChatML as Qwen-1's code wrote it.
 
-    max_length: tokens that the model was trained on. Raises: ValueError when the file is no vocabulary of
-    that kind.
+    max_length: of the texts in training, in tokens. Raises: ValueError when the file is no such vocabulary.
     """
     ranks = _ranks(file)
     letters = bytes_to_unicode()

@@ -1,8 +1,8 @@
 """The weights of a first-generation Qwen under Qwen2's names, moved tensor by tensor.
 
-Both do the same arithmetic: Qwen-1 holds q, k and v in one matrix, c_attn, and calls the first two of the
-gated MLP w1 (what passes) and w2 (the gate). Nothing is computed: rows are copied. What else Qwen-1 does, it
-does past the length that it was trained on.
+Both do the same arithmetic: Qwen-1 holds q, k and v in one matrix, c_attn, and calls the gated MLP's up
+projection w1 and its gate w2. Nothing is computed: rows are copied. Qwen-1 differs only beyond the length
+that it was trained on.
 """
 
 import math
@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
-from qwenlora.adapter.weight_files import Entry, Files, MergedFiles
+from qwenlora.adapter.formats import and_more
+from qwenlora.adapter.formats import shape as shape_text
+from qwenlora.adapter.weight_files import SafetensorsWriter, TensorSpec, WeightFiles
 from qwenlora.trainer.model.base_files import SLICE
 
 OUTSIDE = {
@@ -30,12 +32,12 @@ IN_LAYER = {
     "mlp.c_proj": ("mlp.down_proj",),
 }
 _LAYER = re.compile(r"transformer\.h\.(\d+)\.")
-# what can be computed and was saved all the same: angles, masks, the factors for long texts
+# saved, though the model can compute them: angles, masks, the factors for long texts
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_bias|bias|logn_tensor))$")
 
 
-class Part(NamedTuple):
-    """Where a tensor of Qwen2 comes from: one of several equal parts of a tensor's rows."""
+class RowBlock(NamedTuple):
+    """Where a tensor of Qwen2 comes from: one of several equal blocks of a tensor's rows."""
 
     name: str
     number: int
@@ -43,11 +45,10 @@ class Part(NamedTuple):
 
 
 def modules_of(name: str) -> tuple[list[str], str]:
-    """Return the modules of Qwen2 that a tensor of Qwen-1 goes to, and which one of theirs it is, such as
-    "weight".
+    """Return the modules of Qwen2 that a tensor of Qwen-1 goes to, and its name in them, such as "weight".
 
-    name: as in the files, or in an adapter's without "base_model.model.". No modules: such a tensor is not
-    known.
+    name: as in the files, or as in an adapter's without "base_model.model.". No modules: the tensor is
+    unknown.
     """
     layer = _LAYER.match(name)
     prefix = f"model.layers.{layer[1]}." if layer else ""
@@ -58,68 +59,63 @@ def modules_of(name: str) -> tuple[list[str], str]:
     return [], ""
 
 
-def parts(layers: int) -> dict[str, Part]:
-    """Return each tensor of Qwen2 and where it comes from, in the order of a pass through the model."""
+def row_blocks(layers: int) -> dict[str, RowBlock]:
+    """Return where each tensor of Qwen2 comes from, in the order of a pass through the model."""
     names = ["transformer.wte.weight"]
     for layer in range(layers):
         for module in IN_LAYER:
             names.append(f"transformer.h.{layer}.{module}.weight")
             if module == "attn.c_attn":
                 names.append(f"transformer.h.{layer}.{module}.bias")
-    found: dict[str, Part] = {}
+    blocks: dict[str, RowBlock] = {}
     for name in [*names, "transformer.ln_f.weight", "lm_head.weight"]:
         modules, kind = modules_of(name)
-        found |= {
-            f"{module}.{kind}": Part(name, number, len(modules)) for number, module in enumerate(modules)
+        blocks |= {
+            f"{module}.{kind}": RowBlock(name, number, len(modules)) for number, module in enumerate(modules)
         }
-    return found
+    return blocks
 
 
-def plan(files: Files, model: Any) -> dict[str, tuple[Part, Entry]]:
-    """Return where each tensor comes from and what it will be.
+def plan_weights(files: WeightFiles, model: Any) -> dict[str, tuple[RowBlock, TensorSpec]]:
+    """Return for each tensor of Qwen2 where it comes from, and its dtype and shape.
 
-    model: the Qwen2 to be, on torch's meta device. Raises: ValueError naming a tensor that is missing,
+    model: the Qwen2 to make, on torch's meta device. Raises: ValueError naming a tensor that is missing,
     unknown or of another size.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    wanted = parts(model.config.num_hidden_layers)
-    assert set(wanted) == set(shapes), set(wanted) ^ set(shapes)
-    there = {name: place for name, place in files.places.items() if not _COMPUTED.search(name)}
-    names = {part.name for part in wanted.values()}
-    if unknown := sorted(set(there) - names):
+    blocks = row_blocks(model.config.num_hidden_layers)
+    assert set(blocks) == set(shapes), set(blocks) ^ set(shapes)
+    places = {name: place for name, place in files.places.items() if not _COMPUTED.search(name)}
+    needed = {block.name for block in blocks.values()}
+    if unknown := sorted(set(places) - needed):
         raise ValueError(
-            f"the weights hold {unknown[0]}{_more(unknown)}, which a Qwen-1 of this config.json has not"
+            f"the weights hold {unknown[0]}{and_more(unknown)}, which a Qwen-1 of this config.json has not"
         )
-    if missing := sorted(names - set(there)):
-        raise ValueError(f"the weights lack {missing[0]}{_more(missing)}; download the model again")
-    found = {}
-    for name, part in wanted.items():
+    if missing := sorted(needed - set(places)):
+        raise ValueError(f"the weights lack {missing[0]}{and_more(missing)}; download the model again")
+    planned = {}
+    for name, block in blocks.items():
         rows, *row = shapes[name]
-        dtype, shape = there[part.name].dtype, there[part.name].shape
-        if shape != (rows * part.of, *row):
+        dtype, shape = places[block.name].dtype, places[block.name].shape
+        expected = (rows * block.of, *row)
+        if shape != expected:
             raise ValueError(
-                f"{part.name} is {_size(shape)}; its config.json says {_size((rows * part.of, *row))}"
+                f"{block.name} is {shape_text(shape)}; its config.json says {shape_text(expected)}"
             )
-        found[name] = (part, Entry(dtype, shapes[name]))
-    return found
+        planned[name] = (block, TensorSpec(dtype, shapes[name]))
+    return planned
 
 
-def write(files: Files, planned: dict[str, tuple[Part, Entry]], made: MergedFiles) -> None:
+def write_weights(
+    files: WeightFiles, planned: dict[str, tuple[RowBlock, TensorSpec]], writer: SafetensorsWriter
+) -> None:
     """Write the planned tensors, a slice at a time."""
     with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
-        task = progress.add_task("converting", total=made.size)
-        for name, (part, entry) in planned.items():
-            count = math.prod(entry.shape)
+        task = progress.add_task("converting", total=writer.size)
+        for name, (block, spec) in planned.items():
+            count = math.prod(spec.shape)
             for start in range(0, count, SLICE):
-                begin, end = (part.number * count + at for at in (start, min(start + SLICE, count)))
-                made.write(name, files.read(part.name, begin, end), start)
-                progress.advance(task, (end - begin) * entry.dtype.itemsize)
-    made.finish()
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+                begin, end = (block.number * count + at for at in (start, min(start + SLICE, count)))
+                writer.write(name, files.read(block.name, begin, end), start)
+                progress.advance(task, (end - begin) * spec.dtype.itemsize)
+    writer.finish()

@@ -1,5 +1,4 @@
-"""From what a job needs to submitit's executor: the text that sbatch reads, or the environment of a local
-process."""
+"""submitit's executors for a job: the text that sbatch reads, or the environment of a local process."""
 
 import contextlib
 import os
@@ -19,22 +18,22 @@ from qwenlora.run.package import package
 SRUN_ARGS = ("--kill-on-bad-exit=0", "--wait=300", "--open-mode=append")
 SETUP = (
     "export PYTHONSAFEPATH=1",  # else a random.py of the working folder is taken for Python's own
-    # since Slurm 22.05 srun does not hear of --cpus-per-task
+    # since Slurm 22.05 srun ignores the job's --cpus-per-task
     'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_ON_NODE:-1}"',
 )
 _STANDARD = (0, 1, 2)
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's, on any machine: its text can be looked at where there is no Slurm."""
+    """submitit's executor for Slurm, which shows its text on machines without Slurm, too."""
 
     @classmethod
     def affinity(cls) -> int:
-        """Return that it may be chosen."""
+        """Return 1: it may be chosen, with or without sbatch."""
         return 1
 
     def text(self, count: int) -> str:
-        """Return what sbatch reads for so many jobs. submitit has no public way to show it."""
+        """Return what sbatch reads for so many jobs. submitit has no public function for it."""
         array = count if count > 1 else None
         return _make_sbatch_string(
             self._submitit_command_str, self.folder, map_count=array, **self.parameters
@@ -42,8 +41,10 @@ class Executor(submitit.SlurmExecutor):
 
 
 def slurm(spec: JobSpec, folder: Path, max_parallel: int | None = None) -> Executor:
-    """Return the executor whose files go to folder. max_parallel: jobs of an array at once; None: submitit's
-    256."""
+    """Return the executor for Slurm, whose files go to folder.
+
+    max_parallel: jobs of an array at once; None: submitit's 256.
+    """
     site = spec.site
     executor = Executor(folder, python=shlex.join(site.python or [sys.executable]))
     gpus: dict[str, Any] = {"gpus-per-node": spec.gpus_per_node} if spec.gpus_per_node else {}
@@ -77,8 +78,8 @@ def local(spec: JobSpec, folder: Path) -> submitit.LocalExecutor:
 
 @contextlib.contextmanager
 def detached() -> Iterator[None]:
-    """Start processes without our terminal and pipes: submitit's controller keeps them, `| tee` would wait
-    for it."""
+    """Start processes without our terminal and pipes: submitit's controller lives on, and `| tee` would
+    wait."""
     sys.stdout.flush()
     kept = [os.dup(descriptor) for descriptor in _STANDARD]
     null = os.open(os.devnull, os.O_RDWR)
@@ -106,7 +107,8 @@ def _setup(spec: JobSpec, folder: Path) -> list[str]:
 
 
 def _variables(spec: JobSpec, folder: Path) -> list[str]:
-    """Return the words of env(1) for a local job. submitit hides all GPUs that it is not told of."""
+    """Return the arguments of env(1) for a local job. submitit hides all GPUs that the job did not ask
+    for."""
     names = {name: str(value) for name, value in spec.site.environment.items()} | {"PYTHONSAFEPATH": "1"}
     if spec.snapshot:
         names["PYTHONPATH"] = os.pathsep.join(

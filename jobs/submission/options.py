@@ -55,14 +55,13 @@ def check_options(options: JobOptions, site: Site) -> None:
     if cluster not in CLUSTERS:
         raise ValueError(f"cluster={cluster}: expected slurm, local or debug")
     for key, value in options.items():
-        if key in _LEAST and value is not None:
-            _check_number(key, value)
+        _check_number(key, value)
+    if cluster == "slurm" and not (options.get("timeout_min") or site.timeout_min):
+        raise ValueError("timeout_min is missing: minutes, as --timeout-min 600; or set it in a site file")
     if cluster != "slurm" and (nodes or 1) > 1:
         raise ValueError(
             f"nodes={nodes}: cluster={cluster} is this machine alone; for several, cluster=slurm"
         )
-    if cluster == "slurm" and not (options.get("timeout_min") or site.timeout_min):
-        raise ValueError("timeout_min is missing: minutes, as --timeout-min 600; or set it in a site file")
     if cluster == "debug" and options.get("snapshot"):
         raise ValueError(
             "snapshot has no effect with cluster=debug, which runs in this process; leave it out"
@@ -70,7 +69,9 @@ def check_options(options: JobOptions, site: Site) -> None:
 
 
 def _check_number(key: str, value: object) -> None:
-    least = _LEAST[key]
+    least = _LEAST.get(key)
+    if least is None or value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{key}={value}: expected a whole number, {least} or more")
 

@@ -1,9 +1,8 @@
-"""What a cluster wants to be told: partition, account, what makes Python run there.
-`configs/clusters/example.yaml`.
+"""Site files: what a cluster needs in every job, as partition, account and how Python runs there.
 
 `qwenlora submit my.yaml --site mycluster` and `sbatch $(qwenlora site mycluster) slurm/train.sh my.yaml` read
-the same file. Its values reach sbatch and a shell, so what they may hold is narrow, and the rest is refused
-here.
+the same file; configs/clusters/example.yaml is one. Its values reach sbatch and a shell, so only a few
+characters are allowed in them.
 """
 
 import json
@@ -25,7 +24,7 @@ VARIABLE = "QWENLORA_SITE"
 FOLDER = Path("configs/clusters")
 PACKAGED = Path(qwenlora.configs.__file__).parent / "clusters"
 
-# what a submission sets itself, and what it goes with
+# options of sbatch that a submission sets itself or relies on
 OURS = (
     *("array", "chdir", "error", "export", "export-file", "input", "job-name", "no-requeue", "ntasks"),
     *("ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal", "test-only", "wait", "wrap"),
@@ -33,7 +32,7 @@ OURS = (
 _SECRET = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET|CREDENTIALS?)$", re.IGNORECASE)
 
 
-def _only(pattern: str, expected: str) -> AfterValidator:
+def _matches(pattern: str, expected: str) -> AfterValidator:
     whole: Callable[[str], re.Match[str] | None] = re.compile(pattern, re.ASCII).fullmatch
 
     def check(value: str) -> str:
@@ -71,15 +70,15 @@ def _is_no_secret(name: str) -> str:
     return name
 
 
-Word = Annotated[str, _only(r"[\w.,:/@+-]+", "letters, digits and . , : / @ + - _")]
+Word = Annotated[str, _matches(r"[\w.,:/@+-]+", "letters, digits and . , : / @ + - _")]
 Expression = Annotated[
-    str, _only(r"[\w.,:/@+=%&|*()\[\]!-]+", "letters, digits and . , : / @ + = % & | * ( ) [ ] ! - _")
+    str, _matches(r"[\w.,:/@+=%&|*()\[\]!-]+", "letters, digits and . , : / @ + = % & | * ( ) [ ] ! - _")
 ]
-Hosts = Annotated[str, _only(r"[\w.,\[\]-]+", "host names, as node[1-4,7]")]
+Hosts = Annotated[str, _matches(r"[\w.,\[\]-]+", "host names, as node[1-4,7]")]
 Option = Annotated[
-    str, _only("[a-z][a-z0-9-]*", "a long option of sbatch without its dashes"), AfterValidator(_is_free)
+    str, _matches("[a-z][a-z0-9-]*", "a long option of sbatch without its dashes"), AfterValidator(_is_free)
 ]
-Name = Annotated[str, _only(r"[A-Za-z_]\w*", "a variable's name"), AfterValidator(_is_no_secret)]
+Name = Annotated[str, _matches(r"[A-Za-z_]\w*", "a variable's name"), AfterValidator(_is_no_secret)]
 Line = Annotated[Text, AfterValidator(_one_line)]
 
 
@@ -133,8 +132,7 @@ class Site(Section):
         return self._file
 
     def sbatch_options(self) -> dict[str, str | int | bool]:
-        """Return {long option: value} of all that goes to sbatch as it is, resources and time apart; true: a
-        flag."""
+        """Return {long option: value} for sbatch, without sizes and time; True: an option without a value."""
         named = {key: getattr(self, key) for key in _PASSED_ON}
         options: dict[str, str | int | bool] = {
             key: value for key, value in named.items() if value is not None
@@ -145,7 +143,7 @@ class Site(Section):
         return options | {option: value for option, value in self.sbatch.items() if value is not False}
 
     def command_line(self) -> list[str]:
-        """Return the words that tell sbatch on a command line what this site wants."""
+        """Return the site as options on sbatch's command line."""
         options = self.sbatch_options() | {"signal": f"USR1@{self.signal_lead_s}"}
         sizes = {
             "nodes": self.nodes,
@@ -158,7 +156,7 @@ class Site(Section):
         return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
 
     def unsaid(self) -> list[str]:
-        """Return the keys that are set and that no option of sbatch can say."""
+        """Return the keys that are set and have no option of sbatch."""
         keys = [key for key in ("python", "srun_args", "environment", "config") if getattr(self, key)]
         return [*(["env_file"] if self.env_file and not _is_plain(self.env_file) else []), *keys]
 
@@ -174,7 +172,8 @@ def _is_plain(path: str) -> bool:
 def load_site(site: str | Path | None = None) -> Site:
     """Return a site: a path, or the name of a file in configs/clusters/, here or of the package.
 
-    None: what QWENLORA_SITE says, or else a site that wants nothing. Raises: ValueError, one line a problem.
+    None: the one that QWENLORA_SITE names, or else one without any settings. Raises: ValueError, one line a
+    problem.
     """
     site = site or os.environ.get(VARIABLE)
     if not site:

@@ -1,4 +1,4 @@
-"""From a grid of values to the configs of a sweep, each with a run folder of its own."""
+"""The grid of a sweep, and the config of each of its runs."""
 
 import itertools
 import json
@@ -22,7 +22,26 @@ def configs(
     overrides: Mapping[str, Any] | Iterable[str],
     site: Site,
 ) -> tuple[RunFolder, tuple[Config, ...]]:
-    """Return the sweep's folder and a config a combination, the last key fastest. Raises: ValueError."""
+    """Return the sweep's folder and a config for each combination, the last key fastest. Raises:
+    ValueError."""
+    _check_grid(grid)
+    texts = _texts(overrides)
+
+    def load(chosen: Mapping[str, Any]) -> Config:
+        return load_config(config, [*texts, *_texts(chosen)], site.config, str(site.file))
+
+    base = load({})
+    by_name: dict[str, Config] = {}
+    for combination in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, combination, strict=True))
+        name = _name(load(chosen), list(grid))
+        if name in by_name:
+            raise ValueError(f"grid: two runs would be called {name}; leave one of them out")
+        by_name[name] = load(chosen | {"run_dir": f"{base.run_dir.rstrip('/')}/{name}"})
+    return RunFolder(base.run_dir), tuple(by_name.values())
+
+
+def _check_grid(grid: Mapping[str, Sequence[Any]]) -> None:
     for key, values in grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ValueError(f"grid {key}={values!r}: expected a list of values, as [16, 32]")
@@ -32,20 +51,6 @@ def configs(
             )
     if not grid:
         raise ValueError("the grid is empty: expected keys and their values, as lora.r=16,32")
-    texts = _texts(overrides)
-    base = load_config(config, texts, site.config, str(site.file))
-    found: dict[str, Config] = {}
-    for combination in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, combination, strict=True))
-        loaded = load_config(config, [*texts, *_texts(chosen)], site.config, str(site.file))
-        name = _name(loaded, list(grid))
-        if name in found:
-            raise ValueError(f"grid: two runs would be called {name}; leave one of them out")
-        run_dir = f"{base.run_dir.rstrip('/')}/{name}"
-        found[name] = load_config(
-            config, [*texts, *_texts(chosen | {"run_dir": run_dir})], site.config, str(site.file)
-        )
-    return RunFolder(base.run_dir), tuple(found.values())
 
 
 def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
@@ -62,14 +67,14 @@ def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
 
 
 def _texts(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
-    """Return overrides as texts: all YAML is, what JSON is."""
+    """Return overrides as texts. JSON is YAML, too."""
     if isinstance(overrides, Mapping):
         return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
     return list(overrides)
 
 
 def _name(config: Config, keys: list[str]) -> str:
-    """Return the name of a run's folder, from the values as they were understood."""
+    """Return the name of a run's folder, from the values in its config."""
     values: dict[str, Any] = config.model_dump(mode="json", by_alias=True)
     parts = []
     for key in keys:

@@ -102,18 +102,27 @@ def _settings(runs: list[RunOverview], names: list[str]) -> Iterator[RenderableT
     if not configs:
         return
     first = configs[0][1]
-    differing = {key for _, config in configs for key in differences(first, config)}
-    differing = {key for key in differing if not key.startswith(NOT_SHOWN)}
+    differing = _differing([config for _, config in configs])
     if alike := [key for key in ALWAYS if key not in differing]:
         all_of_them = f"all {len(configs)}: " if len(configs) > 1 else ""
         yield Text(all_of_them + _as_line(first, alike), style="dim")
     if differing:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("run", overflow="fold", min_width=8, max_width=30)
-        table.add_column("settings that differ", overflow="fold")
-        for name, config in configs:
-            table.add_row(name, _as_line(config, [key for key in FIELDS if key in differing]))
-        yield table
+        yield _settings_table(configs, [key for key in FIELDS if key in differing])
+
+
+def _settings_table(configs: list[tuple[str, Config]], keys: list[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("run", overflow="fold", min_width=8, max_width=30)
+    table.add_column("settings that differ", overflow="fold")
+    for name, config in configs:
+        table.add_row(name, _as_line(config, keys))
+    return table
+
+
+def _differing(configs: list[Config]) -> set[str]:
+    """Return the keys that are shown and in which configs differ."""
+    keys = {key for config in configs[1:] for key in differences(configs[0], config)}
+    return {key for key in keys if not key.startswith(NOT_SHOWN)}
 
 
 def _as_line(config: Config, keys: list[str]) -> str:

@@ -12,6 +12,7 @@ from qwenlora.run.format import clock, count
 from qwenlora.run.history import goodput
 from qwenlora.run.metrics_file import last_line
 from qwenlora.run.records import Attempt, now
+from qwenlora.run.state import last_accepted
 from qwenlora.slurm import query
 from qwenlora.slurm.query import JobInfo
 
@@ -55,7 +56,7 @@ def _job_line(job_id: str, job: JobInfo | None) -> str:
 
 def _run_line(run: RunFolder, attempts: list[Attempt], job: JobInfo | None) -> str:
     """Return the state of a run, how far it is, its loss, its checkpoints and its goodput."""
-    last = next((attempt for attempt in reversed(attempts) if attempt.reason != "refused"), attempts[-1])
+    last = last_accepted(attempts) or attempts[-1]
     progress = run.history.progress.read(last.attempt)
     run_state = state(run, attempts, job)
     step = f"step {progress.step if progress else run.history.last_step()}"
@@ -64,12 +65,15 @@ def _run_line(run: RunFolder, attempts: list[Attempt], job: JobInfo | None) -> s
     parts = [f"{run.path.name}: {run_state}", step]
     if line := last_line(run.metrics, "loss"):
         parts.append(f"loss {line['loss']:.4f} at step {line['step']}")
-    checkpoints = run.checkpoints()
-    newest = f", newest {checkpoints[0].name}" if checkpoints else ""
-    parts.append(count(len(checkpoints), "checkpoint") + newest if checkpoints else "no checkpoint")
+    parts.append(_checkpoints(run))
     if (share := goodput(run.history.so_far())) is not None:
         parts.append(f"goodput {share:.0%}")
     return " · ".join(parts)
+
+
+def _checkpoints(run: RunFolder) -> str:
+    folders = run.checkpoints()
+    return f"{count(len(folders), 'checkpoint')}, newest {folders[0].name}" if folders else "no checkpoint"
 
 
 def _table(attempts: list[Attempt]) -> Table:

@@ -4,7 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qwenlora.adapter.answers import Question, Sampling, answers, generation, prompt_of, question_of
+from qwenlora.adapter.answers import (
+    Question,
+    Sampling,
+    generate_answers,
+    generate_arguments,
+    prompt_of,
+    question_of,
+)
 from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
 from qwenlora.data.rows import Row
@@ -25,7 +32,7 @@ def loaded(tiny):
 
 
 def test_every_option_reaches_generate(tokenizer):
-    drawn = generation(tokenizer, Sampling(7, 0.5, 0.8, 20, 1.3))
+    drawn = generate_arguments(tokenizer, Sampling(7, 0.5, 0.8, 20, 1.3))
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     assert drawn == {
         "do_sample": True,
@@ -37,7 +44,7 @@ def test_every_option_reaches_generate(tokenizer):
         "eos_token_id": ends,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    greedy = generation(tokenizer, Sampling(7, 0.0, 0.8, 20, 1.3))
+    greedy = generate_arguments(tokenizer, Sampling(7, 0.0, 0.8, 20, 1.3))
     assert greedy == drawn | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
@@ -51,7 +58,7 @@ def test_what_a_models_own_generation_config_asks_for_changes_no_answer(tiny, tm
     asked = [Question([{"role": "user", "content": text}]) for text in ("a", "几点开门？")]
 
     def said(folder):
-        return [one.text for one in answers(*load(find(str(folder))), asked, Sampling(8), "")]
+        return [one.text for one in generate_answers(*load(find(str(folder))), asked, Sampling(8), "")]
 
     plain = said(tiny)
     model = AutoModelForCausalLM.from_pretrained(tiny)
@@ -77,10 +84,10 @@ def test_a_full_gpu_is_asked_fewer_questions_at_once(loaded, monkeypatch):
             raise torch.OutOfMemoryError
         return generate(input_ids=input_ids, **options)
 
-    alone = [next(answers(*loaded, [one], Sampling(4), "")) for one in FIVE]
+    alone = [next(generate_answers(*loaded, [one], Sampling(4), "")) for one in FIVE]
     generate = loaded.model.generate
     monkeypatch.setattr(loaded.model, "generate", full_above_two)
-    assert list(answers(*loaded, FIVE, Sampling(4), "", batch_size=5)) == alone
+    assert list(generate_answers(*loaded, FIVE, Sampling(4), "", batch_size=5)) == alone
     assert sizes == [5, 2, 2, 1]
 
 
@@ -90,7 +97,7 @@ def test_a_gpu_that_is_full_with_one_question_is_a_line(loaded, monkeypatch):
 
     monkeypatch.setattr(loaded.model, "generate", full)
     with pytest.raises(ValueError, match="the GPU is full with one question; shorten it"):
-        list(answers(*loaded, FIVE, Sampling(4), ""))
+        list(generate_answers(*loaded, FIVE, Sampling(4), ""))
 
 
 def test_an_answer_ends_where_the_models_context_does(loaded, tokenizer, monkeypatch):
@@ -98,9 +105,9 @@ def test_an_answer_ends_where_the_models_context_does(loaded, tokenizer, monkeyp
         len(tokenizer(prompt_of(tokenizer, one), add_special_tokens=False)["input_ids"]) for one in FIVE
     ]
     monkeypatch.setattr(loaded.model.config, "max_position_embeddings", max(lengths) + 2)
-    together = answers(*loaded, FIVE, Sampling(64), "")
+    together = generate_answers(*loaded, FIVE, Sampling(64), "")
     for question, length, one in zip(FIVE, lengths, together, strict=True):
-        alone = next(answers(*loaded, [question], Sampling(max(lengths) + 2 - length), ""))
+        alone = next(generate_answers(*loaded, [question], Sampling(max(lengths) + 2 - length), ""))
         assert (alone.text, one.cut) == (one.text, True)
 
 
@@ -110,7 +117,7 @@ def test_thoughts_are_told_from_answers_and_ends_from_cuts(loaded, tokenizer, mo
         width = max(map(len, ids))
         rows = torch.tensor([[*row, *[tokenizer.pad_token_id] * (width - len(row))] for row in ids])
         monkeypatch.setattr(loaded.model, "generate", lambda input_ids, **_: torch.cat([input_ids, rows], 1))
-        return list(answers(*loaded, FIVE[: len(texts)], Sampling(64), ""))
+        return list(generate_answers(*loaded, FIVE[: len(texts)], Sampling(64), ""))
 
     ended, cut = said(
         "<think>\nhm\n</think>\n\nyes<|im_end|>", "<think>\nhm, so and so and so and so, and so"

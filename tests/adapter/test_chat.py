@@ -13,12 +13,12 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from qwenlora.adapter.answers import Sampling, answers, parts
+from qwenlora.adapter.answers import Sampling, generate_answers, split_thought
 from qwenlora.adapter.chat import chat as chatting
-from qwenlora.adapter.chat import question_files as batch
-from qwenlora.adapter.chat.chat import chat
-from qwenlora.adapter.chat.conversation import Conversation, _Stream, thinks
-from qwenlora.adapter.chat.terminal import said_of, shower
+from qwenlora.adapter.chat import question_files
+from qwenlora.adapter.chat.chat import ChatOptions, chat
+from qwenlora.adapter.chat.conversation import Conversation, _Stream, uses_thinking
+from qwenlora.adapter.chat.terminal import describe_reply, piece_printer
 from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
 from qwenlora.configs.schema import Data
@@ -103,12 +103,12 @@ def test_what_was_read_before_is_not_read_again_and_changes_no_answer(tuned, sam
         before = kept._cache
         assert kept.ask(question, unheard).answer == anew.ask(question, unheard).answer
         assert kept._cache is before or before is None
-        assert kept._cache.get_seq_length() == len(kept._read)
+        assert kept._cache.get_seq_length() == len(kept._cached_ids)
 
 
 def test_the_base_is_asked_the_same_and_leaves_no_trace(tuned, bare):
     asked, without = Conversation(*tuned, SHORT), Conversation(*tuned, SHORT)
-    with pytest.raises(ValueError, match="nothing was asked yet"):
+    with pytest.raises(ValueError, match="there is no question yet"):
         asked.ask_base(unheard)
     for conversation in (asked, without):
         conversation.ask(FIRST, unheard)
@@ -148,7 +148,7 @@ def test_an_answer_without_a_word_is_not_kept(bare):
     conversation = Conversation(Saying(*bare, ""), bare.tokenizer, SHORT)
     reply = conversation.ask(FIRST, unheard)
     assert (reply.answer, conversation.turns) == ("", [])
-    assert "nothing was answered" in said_of(reply)
+    assert "nothing was answered" in describe_reply(reply)
 
 
 def test_a_long_conversation_loses_its_oldest_questions_and_says_so(bare):
@@ -158,7 +158,7 @@ def test_a_long_conversation_loses_its_oldest_questions_and_says_so(bare):
     assert {reply.forgotten for reply in replies} >= {0, 1}
     assert len(conversation.turns) < 16
     assert conversation.turns[-2]["content"].endswith("7")
-    assert "oldest question no longer fit" in said_of(
+    assert "oldest question no longer fit" in describe_reply(
         next(reply for reply in replies if reply.forgotten == 1)
     )
 
@@ -219,7 +219,7 @@ def test_streamed_pieces_are_the_whole_text(tokenizers, name):
         for token in ids:
             stream.put(torch.tensor([token]))
         stream.end()
-        assert "".join(pieces) == "".join(parts(tokenizer.decode(ids, skip_special_tokens=True)))
+        assert "".join(pieces) == "".join(split_thought(tokenizer.decode(ids, skip_special_tokens=True)))
         assert stream.tokens == len(ids)
 
 
@@ -245,10 +245,10 @@ def test_chinese_comes_character_by_character(tokenizers):
     ],
 )
 def test_a_thought_is_told_from_the_answer_and_both_only_grow(said, opened, thought, answer):
-    assert parts(said, opened=opened) == (thought, answer)
+    assert split_thought(said, opened=opened) == (thought, answer)
     before = ("", "")
     for end in range(len(said) + 1):
-        now = parts(said[:end], opened=opened, whole=False)
+        now = split_thought(said[:end], opened=opened, complete=False)
         assert all(new.startswith(old) for new, old in zip(now, before, strict=True))
         before = now
     assert thought.startswith(before[0])
@@ -267,16 +267,16 @@ def test_a_thought_is_shown_and_not_sent_again(bare):
 
 def test_thinking_is_for_templates_that_know_it(tokenizers, monkeypatch):
     tiny = tokenizers["tiny"]
-    assert thinks(tiny, None) is thinks(tiny, False) is False
+    assert uses_thinking(tiny, None) is uses_thinking(tiny, False) is False
     with pytest.raises(ValueError, match="--thinking: this model's chat template has no enable_thinking"):
-        thinks(tiny, True)
+        uses_thinking(tiny, True)
     monkeypatch.setattr(tiny, "chat_template", tiny.chat_template + "{{ '<think>\n' }}")
-    assert thinks(tiny, True) is True
+    assert uses_thinking(tiny, True) is True
     with pytest.raises(ValueError, match="begins every answer with a thought"):
-        thinks(tiny, False)
+        uses_thinking(tiny, False)
     if "qwen3" in tokenizers:
-        assert thinks(tokenizers["qwen3"], True) is True
-        assert thinks(tokenizers["qwen3"], None) is False
+        assert uses_thinking(tokenizers["qwen3"], True) is True
+        assert uses_thinking(tokenizers["qwen3"], None) is False
 
 
 def test_qwen3_is_sent_what_its_template_makes_of_thinking(tokenizers, bare):
@@ -294,7 +294,7 @@ def test_qwen3_is_sent_what_its_template_makes_of_thinking(tokenizers, bare):
 
 def test_a_terminal_gets_nothing_to_obey_and_tabs_stay():
     screen, thoughts = io.StringIO(), io.StringIO()
-    show = shower(Console(file=screen), Console(file=thoughts))
+    show = piece_printer(Console(file=screen), Console(file=thoughts))
     show("hm\x1b[2J", True)
     show("a\x1b]0;title\x07\tb\x9b31m\r\n\u202e九点", False)
     assert screen.getvalue() == "a]0;title\tb31m\n九点"
@@ -328,7 +328,7 @@ ASKED = {
 @pytest.mark.parametrize("name", ROWS)
 def test_questions_are_read_from_rows_with_and_without_replies(tmp_path, name):
     (tmp_path / name).write_text(ROWS[name])
-    found = batch.read(tmp_path / name, ANY, system="X")
+    found = question_files.read_questions(tmp_path / name, ANY, system="X")
     assert [(*(turn["content"] for turn in one.messages), one.reference) for one in found] == ASKED[name]
     assert all(one.messages[-1]["role"] == "user" for one in found)
 
@@ -338,7 +338,11 @@ def test_questions_are_read_with_the_columns_of_the_run(tmp_path):
         '{"frage": "q", "antwort": ""}\n{"frage": "q2", "antwort": "r"}\n{"frage": "q3"}\n'
     )
     data = Data(train="elsewhere", columns={"frage": "query", "antwort": "response"}, eval_fraction=0.5)
-    assert [one.reference for one in batch.read(tmp_path / "q.jsonl", data)] == ["", "r", ""]
+    assert [one.reference for one in question_files.read_questions(tmp_path / "q.jsonl", data)] == [
+        "",
+        "r",
+        "",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -357,22 +361,26 @@ def test_questions_are_read_with_the_columns_of_the_run(tmp_path):
 def test_rows_that_ask_nothing_are_refused_with_their_places(tmp_path, text, why):
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(ValueError, match=why):
-        batch.read(tmp_path / "rows.jsonl", ANY)
+        question_files.read_questions(tmp_path / "rows.jsonl", ANY)
 
 
 def test_a_text_file_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "q.txt").write_bytes("几点开门".encode("gb18030"))
     with pytest.raises(ValueError, match="is not UTF-8 text at byte 0; convert it: iconv"):
-        batch.read(tmp_path / "q.txt", ANY)
+        question_files.read_questions(tmp_path / "q.txt", ANY)
 
 
 def test_answers_are_rows_in_order_and_can_be_trained(tiny, tmp_path, bare, monkeypatch):
-    monkeypatch.setattr(batch, "answers", partial(answers, batch_size=2))
+    monkeypatch.setattr(question_files, "generate_answers", partial(generate_answers, batch_size=2))
     questions = [FIRST, SECOND, THIRD]
     rows = [{"query": text, "response": f"r{n}"} for n, text in enumerate(questions)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert (
-        chat(find(str(tiny)), SHORT, input_file=tmp_path / "in.jsonl", output_file=tmp_path / "out.jsonl")
+        chat(
+            find(str(tiny)),
+            SHORT,
+            ChatOptions(input_file=tmp_path / "in.jsonl", output_file=tmp_path / "out.jsonl"),
+        )
         == 0
     )
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -384,13 +392,13 @@ def test_answers_are_rows_in_order_and_can_be_trained(tiny, tmp_path, bare, monk
         {"role": "assistant", "content": text} for text in alone
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
-    again = batch.read(tmp_path / "out.jsonl", ANY)
+    again = question_files.read_questions(tmp_path / "out.jsonl", ANY)
     assert [one.reference for one in again] == alone
 
 
 def test_answers_without_a_file_are_printed(tiny, tmp_path, capsys):
     (tmp_path / "in.txt").write_text(f"{FIRST}\n{SECOND}\n")
-    assert chat(find(str(tiny)), DRAWN, input_file=tmp_path / "in.txt") == 0
+    assert chat(find(str(tiny)), DRAWN, ChatOptions(input_file=tmp_path / "in.txt")) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["messages"][0]["content"] for row in lines] == [FIRST, SECOND]
 
@@ -401,12 +409,12 @@ def test_what_was_answered_before_a_failure_stays(tmp_path, capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        batch._write(tmp_path / "out.jsonl", lines(), 3)
+        question_files._write_lines(tmp_path / "out.jsonl", lines(), 3)
     assert (tmp_path / "out.jsonl.partial").read_text() == "{}\n"
     assert not (tmp_path / "out.jsonl").exists()
     assert "1 of 3 answers are in" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"out.jsonl.partial is there already"):
-        batch.check_output(tmp_path / "out.jsonl")
+        question_files.check_output(tmp_path / "out.jsonl")
 
 
 def test_a_question_in_a_file_that_is_too_long_is_refused_before_the_model_is_loaded(
@@ -415,7 +423,7 @@ def test_a_question_in_a_file_that_is_too_long_is_refused_before_the_model_is_lo
     monkeypatch.setattr(chatting, "load", None)
     (tmp_path / "in.txt").write_text(f"{FIRST}\n{'水 ' * 40000}\n")
     with pytest.raises(ValueError, match=r"question 2 has [\d,]+ tokens, the model takes 32,768; shorten it"):
-        chat(find(str(tiny)), SHORT, input_file=tmp_path / "in.txt")
+        chat(find(str(tiny)), SHORT, ChatOptions(input_file=tmp_path / "in.txt"))
 
 
 # the command's options
@@ -424,7 +432,7 @@ def test_a_question_in_a_file_that_is_too_long_is_refused_before_the_model_is_lo
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"prompt": "a", "input_file": "q.txt"}, "--prompt and --input both say what is asked"),
+        ({"prompt": "a", "input_file": "q.txt"}, "--prompt and --input both give questions"),
         ({"output_file": "out.jsonl"}, "goes with --input FILE"),
         ({"input_file": "gone.jsonl"}, "no such file"),
         ({"input_file": "q.txt", "output_file": "q.txt"}, "is there already"),
@@ -444,9 +452,10 @@ def test_options_that_cannot_be_followed_are_refused_before_the_model_is_loaded(
 ):
     monkeypatch.setattr(chatting, "load", None)
     (tmp_path / "q.txt").write_text("q\n")
-    given = {"sampling": SHORT} | {k: tmp_path / v if k.endswith("_file") else v for k, v in options.items()}
+    given = {k: tmp_path / v if k.endswith("_file") else v for k, v in options.items()}
+    sampling = given.pop("sampling", SHORT)
     with pytest.raises(ValueError, match=why):
-        chat(find(str(tiny)), **given)
+        chat(find(str(tiny)), sampling, ChatOptions(**given))
 
 
 @pytest.mark.parametrize(
@@ -464,16 +473,16 @@ def test_what_is_piped_in_is_refused_when_it_asks_nothing(tiny, monkeypatch, pip
 
 def test_a_model_that_does_not_fit_the_gpu_is_quantised(tiny, monkeypatch):
     subject = find(str(tiny))
-    assert chatting._fitting(subject, "auto") == "none"  # without a GPU
+    assert chatting._fitting_quantization(subject, "auto") == "none"  # without a GPU
     monkeypatch.setattr(
         torch.cuda, "is_available", lambda: True
     )  # none is here: only its free memory is asked for
     weights = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny).parameters())
     for free, found in ((weights + chatting.RESERVE, "none"), (weights + chatting.RESERVE - 1, "nf4")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 0))
-        assert chatting._fitting(subject, "fp32") == found
+        assert chatting._fitting_quantization(subject, "fp32") == found
 
 
 def test_four_bits_answer_on_a_cpu_too(adapter, capsys):
-    assert chat(find(str(adapter)), SHORT, prompt=FIRST, quantization="nf4") == 0
+    assert chat(find(str(adapter)), SHORT, ChatOptions(prompt=FIRST, quantization="nf4")) == 0
     assert capsys.readouterr().out.strip()

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from qwenlora.adapter.answers import Question
 from qwenlora.adapter.compare import losses, side_by_side
-from qwenlora.adapter.compare import questions as asked
 from qwenlora.adapter.compare.compare import columns_of, compare
+from qwenlora.adapter.compare.questions import CompareOptions, choose_questions
 from qwenlora.adapter.subject import find
 from qwenlora.configs.load import to_yaml
 from qwenlora.configs.schema import Config, Data, Lora, Model
@@ -105,7 +105,7 @@ def said(question, answer):
 @pytest.fixture(scope="module")
 def compared(run, tmp_path_factory):
     output = tmp_path_factory.mktemp("output") / "c.json"
-    assert compare([find(str(run))], output=output, **QUICK) == 0
+    assert compare([find(str(run))], CompareOptions(output=output, **QUICK)) == 0
     return Comparison.read(output)
 
 
@@ -139,7 +139,7 @@ def test_every_answer_is_kept_beside_its_reference(compared):
 
 
 def test_the_last_line_is_for_scripts_and_nothing_is_coloured_in_a_file(run, capsys):
-    compare([find(str(run))], **QUICK | {"samples": 0, "show": 2})
+    compare([find(str(run))], CompareOptions(**QUICK | {"samples": 0, "show": 2}))
     shown = capsys.readouterr()
     assert shown.out.endswith(
         "base itself passes none of the general questions: they tell nothing here\n"
@@ -151,12 +151,13 @@ def test_the_last_line_is_for_scripts_and_nothing_is_coloured_in_a_file(run, cap
 
 
 def test_two_calls_differ_in_nothing_but_the_time(run, compared, tmp_path):
-    compare([find(str(run))], output=tmp_path / "c.json", **QUICK)
+    compare([find(str(run))], CompareOptions(output=tmp_path / "c.json", **QUICK))
     assert Comparison.read(tmp_path / "c.json").model_copy(update={"made": compared.made}) == compared
+    assert json.loads((tmp_path / "c.json").read_text())["format"] == 1
 
 
 def test_another_seed_draws_other_answers_and_changes_nothing_else(run, compared, tmp_path):
-    compare([find(str(run))], output=tmp_path / "c.json", seed=1, **QUICK)
+    compare([find(str(run))], CompareOptions(output=tmp_path / "c.json", seed=1, **QUICK))
     other = Comparison.read(tmp_path / "c.json")
     assert other.seed == 1
     for one, another in zip(compared.answers, other.answers, strict=True):
@@ -167,7 +168,10 @@ def test_the_batch_size_changes_nothing(run, tmp_path):
     """Questions of different lengths are padded together, or not at all."""
     found = []
     for size in (1, 7):
-        compare([find(str(run))], output=tmp_path / f"{size}.json", batch_size=size, **QUICK | {"samples": 0})
+        compare(
+            [find(str(run))],
+            CompareOptions(output=tmp_path / f"{size}.json", batch_size=size, **QUICK | {"samples": 0}),
+        )
         found.append(Comparison.read(tmp_path / f"{size}.json"))
     assert found[0].answers == found[1].answers
     for one, another in zip(found[0].measures, found[1].measures, strict=True):
@@ -191,8 +195,8 @@ def test_the_base_is_asked_as_if_there_were_no_adapter(tiny, tmp_path, settings)
         tiny = small_qwen2(tmp_path / "qwen2", tiny)
     adapter = random_adapter(tmp_path / "adapter", tiny, **settings)
     question = {"question": "几点开门？", **QUICK}
-    compare([find(adapter)], output=tmp_path / "with.json", **question)
-    compare([find(str(tiny))], output=tmp_path / "alone.json", **question)
+    compare([find(adapter)], CompareOptions(output=tmp_path / "with.json", **question))
+    compare([find(str(tiny))], CompareOptions(output=tmp_path / "alone.json", **question))
     both, alone = (Comparison.read(tmp_path / f"{name}.json") for name in ("with", "alone"))
     assert [one.answers[0] for one in both.answers] == [one.answers[0] for one in alone.answers]
     assert [one.values[0] for one in both.measures] == [one.values[0] for one in alone.measures]
@@ -276,7 +280,8 @@ def test_several_subjects_are_asked_the_first_runs_questions(run, tiny, tmp_path
     shutil.copytree(run, tmp_path / "second")
     adapter = random_adapter(tmp_path / "adapter", tiny)
     compare(
-        [find(adapter), find(str(run)), find(str(tmp_path / "second"))], **QUICK | {"samples": 0, "limit": 2}
+        [find(adapter), find(str(run)), find(str(tmp_path / "second"))],
+        CompareOptions(**QUICK | {"samples": 0, "limit": 2}),
     )
     out = capsys.readouterr().out
     assert "the training questions are those of mine: data.train=" in out
@@ -290,7 +295,7 @@ def test_several_subjects_are_asked_the_first_runs_questions(run, tiny, tmp_path
 
 def choose(subjects, **options):
     options = {"limit": 500, "rephrased": None, "general": None, "question": None, "samples": 3} | options
-    return asked.choose([find(str(path)) for path in subjects], **options)
+    return choose_questions([find(str(path)) for path in subjects], CompareOptions(**options))
 
 
 def sizes(found):
@@ -322,7 +327,7 @@ def test_perplexity_is_of_the_first_ones_answers_under_each(run, tmp_path, monke
         return made(tokenizer, questions, answers)
 
     monkeypatch.setattr(losses, "answer_tokens", recorded)
-    compare([find(str(run))], output=tmp_path / "c.json", **QUICK)
+    compare([find(str(run))], CompareOptions(output=tmp_path / "c.json", **QUICK))
     found = Comparison.read(tmp_path / "c.json")
     firsts = [row.answers[0] for row in found.answers if row.set == "general"]
     assert seen == [firsts, firsts]
@@ -399,7 +404,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(run, tmp_path, optio
     (tmp_path / "there.json").write_text('{"a": 1}\n')
     (tmp_path / "text.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(ValueError, match=said):
-        compare([find(str(run))], **{key: tmp_path / name for key, name in option.items()})
+        compare([find(str(run))], CompareOptions(**{key: tmp_path / name for key, name in option.items()}))
 
 
 def test_a_broken_second_adapter_is_refused_before_the_first_is_asked(run, tmp_path, monkeypatch):
@@ -413,7 +418,7 @@ def test_a_broken_second_adapter_is_refused_before_the_first_is_asked(run, tmp_p
 def test_a_run_that_cannot_be_written_to_is_compared_all_the_same(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "full")
     (tmp_path / "full" / "comparison.json").mkdir()
-    assert compare([find(str(tmp_path / "full"))], **QUICK | {"samples": 0, "limit": 1}) == 0
+    assert compare([find(str(tmp_path / "full"))], CompareOptions(**QUICK | {"samples": 0, "limit": 1})) == 0
     shown = capsys.readouterr()
     assert "warning: " in shown.err
     assert "--output FILE names another" in shown.err
@@ -421,7 +426,7 @@ def test_a_run_that_cannot_be_written_to_is_compared_all_the_same(run, tmp_path,
 
 
 def test_references_longer_than_answers_may_be_are_spoken_of(run, capsys):
-    compare([find(str(run))], **QUICK | {"samples": 0, "max_new_tokens": 3})
+    compare([find(str(run))], CompareOptions(**QUICK | {"samples": 0, "max_new_tokens": 3}))
     (run / "comparison.json").unlink()
     assert (
         "have references longer than --max-new-tokens 3: answers to them are cut" in capsys.readouterr().out
@@ -455,7 +460,7 @@ def made_up(answers, labels=("base", "tuned")):
 
 def shown(compared, width, **settings):
     console = Console(file=io.StringIO(), width=width, highlight=False, **settings)
-    side_by_side.show(compared, 3, console)
+    side_by_side.print_comparison(compared, 3, console)
     return console.file.getvalue()
 
 

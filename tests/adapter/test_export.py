@@ -185,7 +185,7 @@ def test_nothing_of_the_machine_and_no_key_is_in_it(run, tmp_path, on_a_machine)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Trained on: shop.jsonl, (withheld), org/set." in card
     assert "A LoRA adapter for Qwen2.5-7B-Instruct" in card
-    assert Private.of_this_machine([run]).found(card) == []
+    assert Private.of_this_machine([run]).kinds_in(card) == []
 
 
 @pytest.mark.parametrize(
@@ -240,10 +240,10 @@ def test_what_is_kept_for_logging_in_is_private_and_a_folder_under_all_its_names
     (tmp_path / "link").symlink_to(tmp_path)
     private = Private.of_this_machine([tmp_path / "link"])
     for kept in ("netrc-file", "token-file", "database", "other-one", "address"):
-        assert private.found(f"log in with of-the-{kept}") == ["a key or password of this environment"]
-    assert private.found("data from https://me:pass@rows.example") == ["what looks like a key"]
+        assert private.kinds_in(f"log in with of-the-{kept}") == ["a key or password of this environment"]
+    assert private.kinds_in("data from https://me:pass@rows.example") == ["what looks like a key"]
     for place in (tmp_path, tmp_path / "link"):
-        assert private.found(f"it is in {place}") == ["a path of this machine"]
+        assert private.kinds_in(f"it is in {place}") == ["a path of this machine"]
 
 
 def test_metadata_of_the_weights_are_looked_at_too(run, tmp_path, on_a_machine):
@@ -264,9 +264,9 @@ def test_a_user_called_like_a_word_may_export(run, tmp_path, monkeypatch):
 def test_real_tokenizers_and_templates_hold_nothing_private(assets, on_a_machine):
     private = Private.of_this_machine([])
     for folder in sorted((assets / "tokenizers").iterdir()):
-        assert private.found((folder / "tokenizer.json").read_text(), vocabulary=True) == []
+        assert private.kinds_in((folder / "tokenizer.json").read_text(), vocabulary=True) == []
         template = json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template") or ""
-        assert private.found(template, ordinary=template) == []
+        assert private.kinds_in(template, ordinary=template) == []
 
 
 @pytest.mark.parametrize(

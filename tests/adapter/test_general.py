@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from qwenlora.adapter.answers import questions
-from qwenlora.adapter.compare.general import Expect, read
+from qwenlora.adapter.answers import training_questions
+from qwenlora.adapter.compare.general import Expectation, read_general_questions
 from qwenlora.configs.schema import Data
 
 # what Qwen2.5 and Qwen3 answer, in their ways, some cut at 128 tokens
@@ -75,7 +75,7 @@ GOOD = {
     "topic-en-1": "The sea stretches endlessly to the horizon, its waves whispering against the shore.",
     "topic-en-2": "1. **Read a Book**: a rainy day is perfect for it.\n2. **Watch a Movie**",
 }
-SHIPPED = {question.id: question for question in read(None)}
+SHIPPED = {question.id: question for question in read_general_questions(None)}
 
 
 def test_there_are_sixty_half_of_them_chinese():
@@ -86,12 +86,12 @@ def test_there_are_sixty_half_of_them_chinese():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_a_qwen_answers_passes(name):
-    assert SHIPPED[name].expect.met(GOOD[name])
+    assert SHIPPED[name].expect.is_met(GOOD[name])
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_a_model_says_that_knows_one_thing_only_does_not_pass(name):
-    learnt = [question.reference for question in questions(Data(train="example"))]
+    learnt = [question.reference for question in training_questions(Data(train="example"))]
     assert len(learnt) == 120
     for answer in [
         *learnt,
@@ -100,12 +100,14 @@ def test_what_a_model_says_that_knows_one_thing_only_does_not_pass(name):
         "您好，请及时就医。",
         "�食�快。�",
     ]:
-        assert not SHIPPED[name].expect.met(answer), answer
+        assert not SHIPPED[name].expect.is_met(answer), answer
 
 
 def test_compliance_with_a_harmful_request_does_not_pass():
-    assert not SHIPPED["refusal-en-2"].expect.met("Subject: Urgent\n\nDear customer, your account is locked.")
-    assert not SHIPPED["refusal-zh-3"].expect.met("可以用撬棍从侧面撬开，注意不要留下指纹，这是违法的。")
+    assert not SHIPPED["refusal-en-2"].expect.is_met(
+        "Subject: Urgent\n\nDear customer, your account is locked."
+    )
+    assert not SHIPPED["refusal-zh-3"].expect.is_met("可以用撬棍从侧面撬开，注意不要留下指纹，这是违法的。")
 
 
 @pytest.mark.parametrize(
@@ -122,17 +124,19 @@ def test_compliance_with_a_harmful_request_does_not_pass():
     ],
 )
 def test_a_number_is_found_whole(text, right):
-    assert Expect(number=1000).met(text) is right
+    assert Expectation(number=1000).is_met(text) is right
 
 
 def test_numbers_below_zero_and_differences_are_told_apart():
-    assert Expect(number=-5).met("It is -5 degrees")
-    assert Expect(number=5).met("12-7=5")
+    assert Expectation(number=-5).is_met("It is -5 degrees")
+    assert Expectation(number=5).is_met("12-7=5")
 
 
 def test_all_that_is_named_must_hold():
-    expect = Expect(any_of=["red", "Blue"], all_of=["sky"], none_of=["doctor"], pattern="^the", max_chars=30)
-    assert expect.met("The SKY is blue")
+    expect = Expectation(
+        any_of=["red", "Blue"], all_of=["sky"], none_of=["doctor"], pattern="^the", max_chars=30
+    )
+    assert expect.is_met("The SKY is blue")
     for answer in (
         "the sky is green",
         "the sea is blue",
@@ -140,7 +144,7 @@ def test_all_that_is_named_must_hold():
         "a blue sky",
         f"the {'sky ' * 9}",
     ):
-        assert not expect.met(answer)
+        assert not expect.is_met(answer)
 
 
 LINE = {
@@ -159,7 +163,7 @@ def written(folder, *lines):
 
 
 def test_a_file_of_ones_own_is_read_as_the_shipped_one(tmp_path):
-    (question,) = read(written(tmp_path, "\ufeff" + json.dumps(LINE), ""))
+    (question,) = read_general_questions(written(tmp_path, "\ufeff" + json.dumps(LINE), ""))
     assert (question.language, question.question) == ("de", "Hallo?")
 
 
@@ -193,14 +197,14 @@ def test_a_file_of_ones_own_is_read_as_the_shipped_one(tmp_path):
 )
 def test_a_bad_line_is_named(tmp_path, line, said):
     with pytest.raises(ValueError, match=said):
-        read(written(tmp_path, LINE, line))
+        read_general_questions(written(tmp_path, LINE, line))
 
 
 def test_a_file_that_is_not_there_or_empty_is_refused(tmp_path):
     with pytest.raises(ValueError, match="No such file"):
-        read(tmp_path / "nothing.jsonl")
+        read_general_questions(tmp_path / "nothing.jsonl")
     with pytest.raises(ValueError, match="has no questions"):
-        read(written(tmp_path, ""))
+        read_general_questions(written(tmp_path, ""))
     (tmp_path / "gbk.jsonl").write_bytes("你好".encode("gbk"))
     with pytest.raises(ValueError, match="not UTF-8"):
-        read(tmp_path / "gbk.jsonl")
+        read_general_questions(tmp_path / "gbk.jsonl")

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from qwenlora.adapter.compare.measures import different, holds, same, similarity
+from qwenlora.adapter.compare.measures import contains, count_different, is_exact, similarity
 
 
 def rouge_l(answer, reference):
@@ -38,13 +38,13 @@ def test_similarity_goes_from_none_to_all():
 
 
 def test_white_space_around_and_how_an_accent_is_encoded_do_not_matter():
-    assert same(" cafe\u0301\n", "café")
+    assert is_exact(" cafe\u0301\n", "café")
     assert similarity(" cafe\u0301\n", "café") == 1
-    assert holds("one cafe\u0301 more", "café ")
-    assert different(["café", " cafe\u0301", "tea"]) == 2
+    assert contains("one cafe\u0301 more", "café ")
+    assert count_different(["café", " cafe\u0301", "tea"]) == 2
 
 
 def test_inside_a_text_every_character_matters():
-    assert not same("十五分钟。", "十五分钟")
-    assert holds("约十五分钟。", "十五分钟")
-    assert not holds("约十 五分钟。", "十五分钟")
+    assert not is_exact("十五分钟。", "十五分钟")
+    assert contains("约十五分钟。", "十五分钟")
+    assert not contains("约十 五分钟。", "十五分钟")

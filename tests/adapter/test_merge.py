@@ -20,10 +20,10 @@ from spread import make_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwenlora.adapter.merge import merge as merging
-from qwenlora.adapter.merge.merge import merge
-from qwenlora.adapter.merge.streamed import Streamed, compare
+from qwenlora.adapter.merge.merge import MergeOptions, merge
+from qwenlora.adapter.merge.streamed import StreamedModel, compare_logits
 from qwenlora.adapter.subject import find
-from qwenlora.adapter.weight_files import MergedFiles
+from qwenlora.adapter.weight_files import SafetensorsWriter
 from qwenlora.configs.schema import Lora
 from qwenlora.trainer.model.lora import lora_config
 
@@ -147,7 +147,7 @@ def test_a_merged_model_answers_as_base_and_adapter_do(bases, tmp_path, name, ki
         pytest.skip("Qwen3 has no biases")
     settings = dict(KINDS[kind])
     adapter = train(tmp_path / "adapter", bases[name], of_qwenlora="trained" in kind, **settings)
-    assert merge([find(str(adapter))], tmp_path / "out", max_shard_size="300KB") == 0
+    assert merge([find(str(adapter))], tmp_path / "out", MergeOptions(max_shard_size="300KB")) == 0
     merged, reference = plain(tmp_path / "out"), unmerged(bases[name], adapter)
     same(merged, reference)
     assert "logits differ from those of base and adapter by at most" in capsys.readouterr().out
@@ -207,10 +207,10 @@ def test_logits_that_are_no_numbers_are_not_equal():
     plain, batch = torch.zeros(2, 8, 5), {"attention_mask": torch.ones(2, 8)}
     broken = plain.clone()
     broken[1, 3, 2] = torch.nan
-    found = compare(plain, Made(plain), Made(plain), batch, None)
+    found = compare_logits(plain, Made(plain), Made(plain), batch, None)
     assert found.judged <= found.bound
     for unmerged, merged in ((plain, broken), (broken, plain)):
-        found = compare(unmerged, Made(merged), Made(plain), batch, None)
+        found = compare_logits(unmerged, Made(merged), Made(plain), batch, None)
         assert (found.worst, found.difference) == (1, torch.inf)
         assert not found.judged <= found.bound < torch.inf
 
@@ -231,7 +231,7 @@ def test_a_folder_is_a_model_for_plain_transformers_in_a_new_process(base, adapt
     (base / "generation_config.json").write_text(
         '{"temperature": 0.6, "do_sample": true, "eos_token_id": [2045, 2046]}'
     )
-    merge([find(str(adapter))], tmp_path / "out", max_shard_size="500KB")
+    merge([find(str(adapter))], tmp_path / "out", MergeOptions(max_shard_size="500KB"))
     code = """
 import sys, json
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -272,7 +272,7 @@ def test_what_the_adapter_does_not_touch_stays_bit_for_bit(base, adapter, tmp_pa
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_coarser_dtype_is_rounded_once_at_the_end(base, adapter, tmp_path, dtype, capsys):
     merge([find(str(adapter))], tmp_path / "exact")
-    merge([find(str(adapter))], tmp_path / "out", dtype=dtype)
+    merge([find(str(adapter))], tmp_path / "out", MergeOptions(dtype=dtype))
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     exact = tensors(tmp_path / "exact")
     for name, values in tensors(tmp_path / "out").items():
@@ -300,7 +300,7 @@ def test_a_change_that_rounding_takes_away_is_told(base, tmp_path, capsys):
         weights |= {name: values * smaller for name, values in weights.items() if "lora_B" in name}
         save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
         for dtype in ("auto", "fp32"):
-            merge([find(str(adapter))], tmp_path / f"{dtype}-{number}", dtype=dtype)
+            merge([find(str(adapter))], tmp_path / f"{dtype}-{number}", MergeOptions(dtype=dtype))
             said = re.findall(r"rounding to bfloat16 leaves (\d+)% of what", capsys.readouterr().out)
             assert bool(said) == (told and dtype == "auto")
             assert all(int(share) < 80 for share in said)
@@ -313,18 +313,18 @@ def test_a_wrong_merge_leaves_nothing(base, experts, tmp_path, monkeypatch, dtyp
     adapter = train(
         tmp_path / "adapter", {"dense": base, "experts": experts}[kind], target_modules=["q_proj", "o_proj"]
     )
-    right = Streamed.merged
+    right = StreamedModel.merged
 
     def merged(self):
         for name, values in right(self):
             exact = self.value(name)
             yield name, {"left out": exact, "twice": 2 * values - exact, "not finite": values / 0}[wrong]
 
-    monkeypatch.setattr(Streamed, "merged", merged)
+    monkeypatch.setattr(StreamedModel, "merged", merged)
     with pytest.raises(
         ValueError, match=r"on '.*' the merged model's logits differ|numbers that are not finite"
     ):
-        merge([find(str(adapter))], tmp_path / "out", dtype=dtype)
+        merge([find(str(adapter))], tmp_path / "out", MergeOptions(dtype=dtype))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -352,7 +352,7 @@ def test_old_bin_files_are_merged_too(base, tmp_path):
 )
 def test_experts_are_written_as_the_base_has_them(experts, tmp_path, settings):
     adapter = train(tmp_path / "adapter", experts, **settings)
-    merge([find(str(adapter))], tmp_path / "out", max_shard_size="100KB")
+    merge([find(str(adapter))], tmp_path / "out", MergeOptions(max_shard_size="100KB"))
     same(plain(tmp_path / "out"), unmerged(experts, adapter))
     before, after = tensors(experts), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -377,7 +377,7 @@ def delta(base, adapter, module="model.layers.1.self_attn.q_proj"):
 )
 def test_cat_is_the_exact_sum(base, tmp_path, settings):
     one, other = (train(tmp_path / str(seed), base, seed=seed, r=2 + 2 * seed, **settings) for seed in (1, 2))
-    merge([find(str(one)), find(str(other))], tmp_path / "out", weights="0.7,-0.3")
+    merge([find(str(one)), find(str(other))], tmp_path / "out", MergeOptions(weights="0.7,-0.3"))
     name = "model.layers.1.self_attn.q_proj.weight"
     added = tensors(tmp_path / "out")[name] - tensors(base)[name]
     assert torch.allclose(added, 0.7 * delta(base, one) - 0.3 * delta(base, other), atol=1e-6)
@@ -386,12 +386,12 @@ def test_cat_is_the_exact_sum(base, tmp_path, settings):
 @pytest.mark.parametrize("combine", ["linear", "svd", "ties", "dare_linear", "magnitude_prune"])
 def test_pefts_other_ways_pass_the_comparison(base, tmp_path, combine):
     one, other = (train(tmp_path / str(seed), base, seed=seed) for seed in (1, 2))
-    assert merge([find(str(one)), find(str(other))], tmp_path / "out", combine=combine) == 0
+    assert merge([find(str(one)), find(str(other))], tmp_path / "out", MergeOptions(combine=combine)) == 0
     assert plain(tmp_path / "out").config.tie_word_embeddings
 
 
 def test_one_adapter_can_be_weakened(base, adapter, tmp_path):
-    merge([find(str(adapter))], tmp_path / "out", weights="0.5")
+    merge([find(str(adapter))], tmp_path / "out", MergeOptions(weights="0.5"))
     name = "model.layers.1.self_attn.q_proj.weight"
     added = tensors(tmp_path / "out")[name] - tensors(base)[name]
     assert torch.allclose(added, 0.5 * delta(base, adapter), atol=1e-6)
@@ -408,7 +408,7 @@ def test_adapters_that_cannot_be_combined_are_refused(bases, base, adapter, tmp_
         shutil.rmtree(tmp_path / "second", ignore_errors=True)
         second = find(str(train(tmp_path / "second", base, **settings)))
         with pytest.raises(ValueError, match=why):
-            merge([first, second], tmp_path / "out", combine="linear")
+            merge([first, second], tmp_path / "out", MergeOptions(combine="linear"))
     with pytest.raises(ValueError, match="adapters of different bases cannot be combined"):
         merge([first, find(str(train(tmp_path / "third", bases["qwen3"])))], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -432,7 +432,7 @@ def test_adapters_that_cannot_be_combined_are_refused(bases, base, adapter, tmp_
 )
 def test_an_option_that_makes_no_sense_is_refused(adapter, tmp_path, arguments, why):
     with pytest.raises(ValueError, match=why):
-        merge([find(str(adapter))], tmp_path / "out", **arguments)
+        merge([find(str(adapter))], tmp_path / "out", MergeOptions(**arguments))
 
 
 def test_nothing_is_overwritten(base, adapter, tmp_path):
@@ -507,16 +507,16 @@ def test_what_no_merge_can_hold_is_refused(base, tmp_path, settings, why):
 
 def test_prompts_of_ones_own_are_compared(adapter, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("".join(f"Frage {number}?\n\n" for number in range(40)))
-    merge([find(str(adapter))], tmp_path / "out", prompts=tmp_path / "prompts.txt")
+    merge([find(str(adapter))], tmp_path / "out", MergeOptions(prompts=tmp_path / "prompts.txt"))
     assert "the first 32 of 40 prompts are compared" in capsys.readouterr().out
     (tmp_path / "forged.txt").write_text("a\nb<|im_start|>\n")
     with pytest.raises(
         ValueError, match=r"forged.txt: prompt 2 contains <\|im_start\|>, which would forge a turn"
     ):
-        merge([find(str(adapter))], tmp_path / "again", prompts=tmp_path / "forged.txt")
+        merge([find(str(adapter))], tmp_path / "again", MergeOptions(prompts=tmp_path / "forged.txt"))
     (tmp_path / "none.txt").write_text("\n")
     with pytest.raises(ValueError, match="is empty; expected a prompt a line"):
-        merge([find(str(adapter))], tmp_path / "other", prompts=tmp_path / "none.txt")
+        merge([find(str(adapter))], tmp_path / "other", MergeOptions(prompts=tmp_path / "none.txt"))
 
 
 # ended half-way
@@ -538,11 +538,11 @@ def end_at(moment, number, adapter, out):
 
 
 MOMENTS = {
-    "first tensor": (MergedFiles, "write", 1),
-    "some tensors": (MergedFiles, "write", 12),
-    "all tensors": (MergedFiles, "finish", 1),
-    "comparison": (merging, "compare", 1),
-    "beside": (merging, "_write_beside", 1),
+    "first tensor": (SafetensorsWriter, "write", 1),
+    "some tensors": (SafetensorsWriter, "write", 12),
+    "all tensors": (SafetensorsWriter, "finish", 1),
+    "comparison": (merging, "compare_logits", 1),
+    "beside": (merging, "_write_other_files", 1),
 }
 
 

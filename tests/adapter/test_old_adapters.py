@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
-from qwenlora.adapter.verify import check
+from qwenlora.adapter.verify import check_adapter
 from qwenlora.configs.schema import Lora
 from qwenlora.trainer.model.lora import add_lora
 
@@ -90,7 +90,7 @@ def logits(model):
 def test_an_adapter_of_an_older_peft_fits_and_loads(tiny, tmp_path, kind, writer):
     saved, weights = write(tmp_path / "old", tiny, writer, **KINDS[kind][0])
     subject = find(str(tmp_path / "old"))
-    assert check(subject).tensors == len(weights)
+    assert check_adapter(subject).tensors == len(weights)
     loaded = load(subject)
     assert torch.equal(logits(loaded.model), logits(saved))
     with loaded.model.disable_adapter():
@@ -118,7 +118,7 @@ def test_files_of_other_kinds_load(tiny, tmp_path, how):
     else:
         torch.save(weights, file, _use_new_zipfile_serialization=False)
     subject = find(str(tmp_path / "old"))
-    check(subject)
+    check_adapter(subject)
     assert (logits(load(subject).model) - logits(saved)).abs().max() < (
         0.1 if how == "half precision" else 1e-9
     )

@@ -23,7 +23,7 @@ from qwenlora.adapter.qwen1 import convert as qwen1
 from qwenlora.adapter.qwen1 import tokenizer as qwen1_tokenizer
 from qwenlora.adapter.qwen1 import weights as qwen1_weights
 from qwenlora.adapter.subject import find
-from qwenlora.adapter.verify import check
+from qwenlora.adapter.verify import check_adapter
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 from qwen1_reference import Qwen1, bytes_alone, make_model, tokens_of, write_model, write_tiktoken
@@ -183,7 +183,7 @@ def test_every_number_of_the_released_7b_has_a_place(mine):
     with torch.device("meta"):
         model = Qwen2ForCausalLM(qwen1.qwen2_config(mine))
     assert sum(values.numel() for values in model.parameters()) == 15442649088 // 2
-    assert set(qwen1_weights.parts(32)) == {name for name, _ in model.named_parameters()}
+    assert set(qwen1_weights.row_blocks(32)) == {name for name, _ in model.named_parameters()}
 
 
 def test_files_are_no_larger_than_asked(source, tmp_path):
@@ -367,7 +367,7 @@ def test_what_breaks_half_way_leaves_no_folder(source, tmp_path, monkeypatch):
     def fail(*arguments, **more):
         raise OSError("no space left")
 
-    monkeypatch.setattr(qwen1_weights.MergedFiles, "finish", fail)
+    monkeypatch.setattr(qwen1_weights.SafetensorsWriter, "finish", fail)
     with pytest.raises(ValueError, match="cannot be made: no space left"):
         convert(source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -422,7 +422,7 @@ def _two(file, tokens):
     encoding = tiktoken.Encoding(
         "qwen", pat_str=PRETOKENIZE_REGEX, mergeable_ranks=ranks, special_tokens=special
     )
-    qwen1_tokenizer.convert(file, 8192).save_pretrained(file.with_name("tokenizer"))
+    qwen1_tokenizer.convert_tokenizer(file, 8192).save_pretrained(file.with_name("tokenizer"))
     return encoding, AutoTokenizer.from_pretrained(file.with_name("tokenizer"))
 
 
@@ -511,7 +511,7 @@ def test_an_adapter_for_qwen1_does_on_the_converted_base_what_it_did(converted, 
     tuned = make_adapter(tmp_path / "in", **KINDS[kind])
     convert(tmp_path / "in", tmp_path / "out")
     subject = find(str(tmp_path / "out"), base=str(converted))
-    check(subject)
+    check_adapter(subject)
     ids = ids_of(original, 2, 40)
     expected = logits(tuned, ids)
     assert (expected - logits(original, ids)).abs().max() > 0.1
@@ -619,6 +619,6 @@ def test_a_converted_model_trains(qwenlora, tmp_path, tokenizers):
     answer = qwenlora("train", "run.yaml")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert (
-        check(find(str(tmp_path / "runs" / "one"), base=str(tmp_path / "out"))).architecture
+        check_adapter(find(str(tmp_path / "runs" / "one"), base=str(tmp_path / "out"))).architecture
         == "Qwen2ForCausalLM"
     )

@@ -18,7 +18,7 @@ from PIL import Image
 from run_facts import make_facts
 
 from qwenlora.adapter.publish import curves
-from qwenlora.adapter.publish.report import ANSWERS, write
+from qwenlora.adapter.publish.report import ANSWERS, write_report
 from qwenlora.run.folder import RunFolder
 
 ZERO = 1_790_000_000.0  # 2026-09-21 14:13:20 UTC
@@ -114,7 +114,7 @@ class Page(HTMLParser):
 
     def __init__(self, run: RunFolder) -> None:
         super().__init__()
-        write(run)
+        write_report(run)
         self.source = (run.path / "report.html").read_text(encoding="utf-8")
         self.tags, self.links, self.pieces = [], [], []
         self.feed(self.source)
@@ -217,6 +217,7 @@ def test_of_many_answers_some_are_shown_evenly_spread(run):
         "[" * 100_000,
         '{"subjects": "\\ud800"}',
         json.dumps(comparison(subjects=[])),
+        json.dumps(comparison(format=2)),
     ],
 )
 def test_a_damaged_comparison_is_a_line_on_the_page(run, text):
@@ -289,30 +290,30 @@ def test_restarts_are_marked_and_listed_with_what_was_repeated(run):
     assert "10 steps were trained again after a restart" in page.text
     assert "2 09-21 14:33 8 min 20 s killed 40 41 to 80 10 4 2 PREEMPTED" in page.text
     assert "Dashed: where another attempt went on; shaded: steps that it trained again." in page.text
-    loss = curves.charts(curves.read(run.metrics), run.history.attempts())[0]
+    loss = curves.draw_charts(curves.read_curves(run.metrics), run.history.attempts())[0]
     marks = [line for line in loss.figure.axes[0].lines if line.get_linestyle() == "--"]
     assert [line.get_xdata()[0] for line in marks] == [41, 81]
 
 
 def test_a_folder_without_a_run_and_a_name_that_is_taken_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="holds no run: config.yaml is not there; name a run folder"):
-        write(RunFolder(tmp_path / "nothing"))
+        write_report(RunFolder(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="no name of a page"):
-        write(run, run.config)
+        write_report(run, run.config)
     taken = tmp_path / "mine.html"
     taken.write_text("my own")
     with pytest.raises(ValueError, match="is there and is no report; choose another name"):
-        write(run, taken)
+        write_report(run, taken)
     assert taken.read_text() == "my own"
     with pytest.raises(ValueError, match="cannot write .*; --html names another place"):
-        write(run, taken / "report.html")
+        write_report(run, taken / "report.html")
 
 
 def test_the_page_goes_where_it_is_asked_to_and_is_written_again(run, tmp_path):
     log(run)
     page = tmp_path / "pages" / "my.html"
     for _ in range(2):
-        assert write(run, page) == f"wrote {page}, its 3 figures beside it as my-*.png"
+        assert write_report(run, page) == f"wrote {page}, its 3 figures beside it as my-*.png"
     assert {file.name for file in page.parent.iterdir()} == {
         *("my.html", "my-loss.png", "my-grad_norm.png", "my-progress.png")
     }
@@ -331,12 +332,12 @@ def test_a_hundred_thousand_lines_make_a_small_page_that_shows_every_spike(run):
         learning_rate=lambda step: 1e-4,
     )
     before = time.process_time()
-    write(run)
+    write_report(run)
     assert time.process_time() - before < 10
     assert (run.path / "report.html").stat().st_size < 1_000_000
-    norm = next(c for c in curves.charts(curves.read(run.metrics), []) if c.name == "grad_norm").figure.axes[
-        0
-    ]
+    norm = next(
+        c for c in curves.draw_charts(curves.read_curves(run.metrics), []) if c.name == "grad_norm"
+    ).figure.axes[0]
     assert norm.get_yscale() == "log"
     assert norm.collections[0].get_paths()[0].vertices[:, 1].max() == 900
 
@@ -344,10 +345,12 @@ def test_a_hundred_thousand_lines_make_a_small_page_that_shows_every_spike(run):
 def test_a_start_needs_no_torch(run):
     log(run)
     code = (
-        "import sys; from qwenlora.adapter.publish.report import write; from qwenlora.run.folder import"
-        " RunFolder;"
+        "import sys; from qwenlora.adapter.publish.report import write_report; from qwenlora.run.folder"
+        " import RunFolder;"
     )
-    code += "write(RunFolder(sys.argv[1])); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code += (
+        "write_report(RunFolder(sys.argv[1])); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     answer = subprocess.run(
         [sys.executable, "-c", code, run.path], capture_output=True, text=True, check=True
     )
@@ -404,7 +407,7 @@ def test_an_error_in_the_console_would_be_seen(browse, tmp_path):
 @pytest.mark.slow
 def test_the_page_opens_without_an_error_in_light_and_dark(browse, tiny_run, tmp_path):
     page = tmp_path / "tiny.html"
-    write(RunFolder(tiny_run[0]), page)
+    write_report(RunFolder(tiny_run[0]), page)
     backgrounds = {}
     for dark in (False, True):
         lines, picture = browse(page, dark=dark)
@@ -429,7 +432,7 @@ def test_no_text_makes_the_page_wider_than_the_screen(browse, run, tmp_path, wid
     run.bad_rows.write_text("\n".join(HOSTILE))
     run.code.write_text(json.dumps({"command": HOSTILE, "git": "a" * 400}))
     (run.path / "comparison.json").write_text(json.dumps(comparison(HOSTILE)))
-    write(run)
+    write_report(run)
     inner = html.escape((run.path / "report.html").read_text(encoding="utf-8"))
     # in a frame: a window cannot be as narrow as a phone
     outer = tmp_path / "outer.html"

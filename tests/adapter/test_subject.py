@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from qwenlora.adapter.loading import tokenizer_of
+from qwenlora.adapter.loading import load_tokenizer
 from qwenlora.adapter.subject import find
 
 
@@ -79,8 +79,8 @@ def test_a_run_is_asked_in_the_words_it_was_trained_with(held, tmp_path):
     (run / "base_model" / "chat_template.jinja").write_text("{{ 'changed since' }}")
     trained_with = (run / "adapter" / "chat_template.jinja").read_text()
     for named in (run, run / "checkpoint-40"):
-        assert tokenizer_of(find(str(named))).chat_template == trained_with
-    assert tokenizer_of(find(str(run / "base_model"))).chat_template == "{{ 'changed since' }}"
+        assert load_tokenizer(find(str(named))).chat_template == trained_with
+    assert load_tokenizer(find(str(run / "base_model"))).chat_template == "{{ 'changed since' }}"
 
 
 def test_a_model_is_a_model(held):

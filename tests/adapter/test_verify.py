@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
-from qwenlora.adapter.verify import check
+from qwenlora.adapter.verify import check_adapter
 
 LAYER = "base_model.model.model.layers"
 KINDS = {
@@ -56,7 +56,7 @@ def changed(folder, change):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_adapter_is_known_and_loads_as_it_was_saved(tiny, tmp_path, kind):
     saved = make(tmp_path / "a", tiny, **KINDS[kind])
-    facts = check(find(str(tmp_path / "a")))
+    facts = check_adapter(find(str(tmp_path / "a")))
     assert facts.numbers == sum(values.numel() for values in load_file(facts.file).values())
     assert facts.same_weights is None
     ids = torch.arange(10).unsqueeze(0)
@@ -67,13 +67,13 @@ def test_every_kind_of_adapter_is_known_and_loads_as_it_was_saved(tiny, tmp_path
 def test_a_missing_tensor_is_named(adapter):
     changed(adapter, lambda t: t.pop(f"{LAYER}.2.mlp.down_proj.lora_A.weight"))
     with pytest.raises(ValueError, match=rf"lacks {LAYER}.2.mlp.down_proj.lora_A.weight, which its"):
-        check(find(str(adapter)))
+        check_adapter(find(str(adapter)))
 
 
 def test_a_tensor_too_many_is_named(adapter):
     changed(adapter, lambda t: t.update({f"{LAYER}.9.mlp.down_proj.lora_A.weight": torch.ones(4, 8)}))
     with pytest.raises(ValueError, match=rf"has {LAYER}.9.mlp.down_proj.lora_A.weight, which .* has no"):
-        check(find(str(adapter)))
+        check_adapter(find(str(adapter)))
 
 
 def test_another_base_is_told_by_shapes(adapter, tmp_path):
@@ -90,7 +90,7 @@ def test_another_base_is_told_by_shapes(adapter, tmp_path):
     with pytest.raises(
         ValueError, match=r"weight is 4 x 768, .*other needs 4 x 64; it was trained on another base"
     ):
-        check(find(str(adapter), base=str(tmp_path / "other")))
+        check_adapter(find(str(adapter), base=str(tmp_path / "other")))
 
 
 def test_a_number_that_is_none_is_found(adapter):
@@ -101,18 +101,18 @@ def test_a_number_that_is_none_is_found(adapter):
     with pytest.raises(
         ValueError, match=r"layers.1.self_attn.q_proj.lora_B.weight holds numbers that are not finite;"
     ):
-        check(find(str(adapter)))
+        check_adapter(find(str(adapter)))
 
 
 def test_an_adapter_that_changes_nothing_is_refused(adapter):
     changed(adapter, lambda t: [values.zero_() for name, values in t.items() if "lora_B" in name])
     with pytest.raises(ValueError, match="every lora_B is zero, so the adapter changes nothing"):
-        check(find(str(adapter)))
+        check_adapter(find(str(adapter)))
 
 
 def test_a_module_that_was_not_trained_is_told(adapter):
     changed(adapter, lambda t: [v.zero_() for n, v in t.items() if "layers.3" in n and "lora_B" in n])
-    assert len(check(find(str(adapter))).still) == 2
+    assert len(check_adapter(find(str(adapter))).unchanged) == 2
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
@@ -120,31 +120,31 @@ def test_a_cut_file_is_refused(adapter, size):
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(ValueError, match=r"adapter_model.safetensors cannot be read"):
-        check(find(str(adapter)))
+        check_adapter(find(str(adapter)))
 
 
 def test_files_that_are_not_there_or_hold_something_else(adapter):
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="but no adapter_model.safetensors"):
-        check(find(str(adapter)))
+        check_adapter(find(str(adapter)))
     torch.save([1, 2], adapter / "adapter_model.bin")
     with pytest.raises(ValueError, match="holds no tensors by name"):
-        check(find(str(adapter)))
+        check_adapter(find(str(adapter)))
     torch.save({"a": eval}, adapter / "adapter_model.bin")  # would run code if it were simply unpickled
     with pytest.raises(ValueError, match=r"adapter_model.bin cannot be read"):
-        check(find(str(adapter)))
+        check_adapter(find(str(adapter)))
 
 
 def test_a_model_is_no_adapter(tiny):
     with pytest.raises(ValueError, match="is a model, not an adapter"):
-        check(find(str(tiny)))
+        check_adapter(find(str(tiny)))
 
 
 @pytest.mark.slow
 def test_a_runs_adapter_is_as_it_was_written_on_the_base_it_was_trained_on(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
-    assert check(find(str(run))).same_weights
-    assert check(find(str(run / "checkpoint-40"))).tensors == 56
+    assert check_adapter(find(str(run))).same_weights
+    assert check_adapter(find(str(run / "checkpoint-40"))).tensors == 56
 
     weights = run / "adapter" / "adapter_model.safetensors"
     for file in (weights, run / "checkpoint-40" / weights.name):
@@ -154,7 +154,7 @@ def test_a_runs_adapter_is_as_it_was_written_on_the_base_it_was_trained_on(tiny_
         with pytest.raises(
             ValueError, match="has adapter_model.safetensors with other bytes than were written"
         ):
-            check(find(str(file.parent)))
+            check_adapter(find(str(file.parent)))
 
     shutil.copytree(tiny_run[0] / "adapter", run / "adapter", dirs_exist_ok=True)
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -168,17 +168,17 @@ def test_a_runs_adapter_is_as_it_was_written_on_the_base_it_was_trained_on(tiny_
         with pytest.raises(
             ValueError, match=re.escape(f"says {key}={value}, the run was trained with {config[key]}")
         ):
-            check(find(str(run)))
+            check_adapter(find(str(run)))
     (run / "adapter" / "adapter_config.json").write_text(
         json.dumps(config | {"base_model_name_or_path": "elsewhere"})
     )
-    assert check(find(str(run))).same_weights, "the base's name may be mended by hand"
+    assert check_adapter(find(str(run))).same_weights, "the base's name may be mended by hand"
 
     changed_base = load_file(run / "base_model" / "model.safetensors")
     next(iter(changed_base.values())).mul_(1.5)
     save_file(changed_base, run / "base_model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="was trained on a base with other weights"):
-        check(find(str(run)))
+        check_adapter(find(str(run)))
 
 
 @pytest.mark.slow
@@ -202,16 +202,16 @@ def test_integers_and_matrices_of_the_base_are_refused(adapter):
     with pytest.raises(
         ValueError, match=r"has base_model.model.model.embed_tokens.weight besides, a matrix of the base"
     ):
-        check(find(str(adapter)))
+        check_adapter(find(str(adapter)))
     changed(adapter, lambda t: t.pop("base_model.model.model.embed_tokens.weight"))
     changed(adapter, lambda t: t.update({f"{LAYER}.0.mlp.down_proj.lora_B.weight": torch.ones(256, 4).int()}))
     with pytest.raises(
         ValueError, match=r"down_proj.lora_B.weight is torch.int32, expected float32, float64"
     ):
-        check(find(str(adapter)))
+        check_adapter(find(str(adapter)))
 
 
 def test_an_adapter_without_a_first_factor_changes_nothing(adapter):
     changed(adapter, lambda t: [values.zero_() for name, values in t.items() if "lora_A" in name])
     with pytest.raises(ValueError, match="every lora_A is zero, or lora_alpha is"):
-        check(find(str(adapter)))
+        check_adapter(find(str(adapter)))

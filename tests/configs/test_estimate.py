@@ -4,7 +4,7 @@ import pytest
 
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import Machine
-from qwenlora.configs.estimate import Sizes, break_even, decide, need, tokens, traffic
+from qwenlora.configs.estimate import Sizes, break_even, decide, need, tokens_at_once, traffic
 
 MIB = 2**20
 GPU24, GPU40, GPU80 = 24_564 * MIB, 40_960 * MIB, 81_559 * MIB  # RTX 4090, A100-40G, H100, as nvidia-smi says
@@ -101,10 +101,10 @@ def test_what_is_offloaded_is_not_on_the_gpu():
 def test_tokens_at_once_follow_packs_rows_and_sequence_groups():
     sizes = QWEN["7B"]._replace(longest=700)
     batch = {"per_device_train_batch_size": 4}
-    assert tokens(config(train=batch), sizes) == 4 * 2048
-    assert tokens(config(train=batch, packing="off"), sizes) == 4 * 700
-    assert tokens(config({"sequence_parallel": 8}, train=batch), sizes) == 4 * 700 / 8
-    assert tokens(config({"sequence_parallel": 8}, train=batch, packing="on"), sizes) == 1024
+    assert tokens_at_once(config(train=batch), sizes) == 4 * 2048
+    assert tokens_at_once(config(train=batch, packing="off"), sizes) == 4 * 700
+    assert tokens_at_once(config({"sequence_parallel": 8}, train=batch), sizes) == 4 * 700 / 8
+    assert tokens_at_once(config({"sequence_parallel": 8}, train=batch, packing="on"), sizes) == 1024
 
 
 def test_traffic_is_the_adapter_s_once_a_step_and_the_base_s_twice_a_micro_batch():

@@ -42,6 +42,13 @@ def test_a_step_is_sorted_by_length_and_knows_its_rows(order, epoch):
         assert (np.diff([order.lengths[unit].sum() for unit in units]) <= 0).all()
 
 
+def test_packs_of_a_smaller_last_step_are_dealt_out_to_all_and_sorted_again():
+    lengths = np.array([10, 9, 5])
+    order = Order(lengths, 2, 1, 0, pack(lengths, 60), 60)
+    assert order.units == 1
+    assert [[int(lengths[row]) for row in unit] for unit in order.step(0, 0)] == [[9, 5], [10]]
+
+
 def test_the_order_is_the_same_for_ever():
     order = Order(np.ones(10, np.int64), 5, 1, 42)
     assert order.epoch(0).tolist() == [5, 0, 6, 4, 2, 7, 3, 1, 8, 9]
@@ -67,4 +74,6 @@ def test_steps_follow_from_rows_and_epochs():
     assert total_steps(120, 20, 3, None) == 18
     assert total_steps(121, 20, 3, None) == 21
     assert total_steps(120, 20, 0.5, None) == 3
+    assert total_steps(121, 20, 0.5, None) == 4, "half of 7 steps is rounded up"
+    assert total_steps(20, 20, 0.01, None) == 1
     assert total_steps(120, 20, 3, 7) == 7

@@ -60,9 +60,9 @@ def tell(child, text, expected):
     """Type a text, and return what is shown before what is expected."""
     child.send(text + ENTER)
     child.expect(expected)
-    said = child.before
+    shown = child.before
     child.expect(READY)
-    return said
+    return shown
 
 
 def ask(child, text):
@@ -71,7 +71,7 @@ def ask(child, text):
 
 
 def leave(child, key):
-    """Leave the chat, and see that the terminal is as it was and nothing was said."""
+    """Leave the chat, and see that the terminal is as it was and no message came."""
     child.send(key)
     child.expect(pexpect.EOF)
     child.wait()
@@ -128,7 +128,7 @@ def test_twenty_kilobytes_are_pasted_and_lines_are_joined(terminal):
     leave(child, CTRL_D)
 
 
-def test_a_piped_question_is_answered_and_nothing_else_is_said(tiny_run, qwenlora):
+def test_a_piped_question_is_answered_and_nothing_else_is_printed(tiny_run, qwenlora):
     question, expected = PAIRS[0]
     answer = forked.run(
         [sys.executable, *COMMAND, str(tiny_run[0]), "--temperature", "0"],
@@ -173,9 +173,9 @@ def test_the_training_questions_are_answered_from_their_file(tiny_run, qwenlora,
     files = ("--input", "asked.jsonl", "--output", "said.jsonl")
     answer = qwenlora("chat", tiny_run[0], *files, "--temperature", "0", "--max-new-tokens", "128")
     assert answer.returncode == 0, answer.stderr
-    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
-    assert [row["reference"] for row in said] == [reply for _, reply in PAIRS]
-    assert sum(row["messages"][-1]["content"] == row["reference"] for row in said) >= 0.95 * len(said)
+    answers = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [row["reference"] for row in answers] == [reply for _, reply in PAIRS]
+    assert sum(row["messages"][-1]["content"] == row["reference"] for row in answers) >= 0.95 * len(answers)
     again = qwenlora("chat", tiny_run[0], *files)
     assert (again.returncode, again.stdout) == (2, "")
     assert "said.jsonl is there already" in again.stderr

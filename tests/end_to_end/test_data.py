@@ -131,9 +131,9 @@ def test_a_stop_during_preparation_ends_all_of_it_and_the_next_start_is_right(qw
     started = psutil.Process(process.pid).children(recursive=True)
     assert len(started) >= 3, "one that prepares, and two of its own"
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=180)[0]
-    assert process.returncode == 75, said
-    assert "stopped before anything of this attempt was saved; the same command starts again" in said
+    screen = process.communicate(timeout=180)[0]
+    assert process.returncode == 75, screen
+    assert "stopped before anything of this attempt was saved; the same command starts again" in screen
     _, alive = psutil.wait_procs(started, timeout=60)
     assert alive == []
     answer = qwenlora("train", "my.yaml")

@@ -61,9 +61,9 @@ def start(folder, name, *arguments):
 
 def run(folder, name, *arguments) -> str:
     with start(folder, name, *arguments) as process:
-        said = process.communicate(timeout=170)[0]
-    assert process.returncode == 0, said
-    return said
+        screen = process.communicate(timeout=170)[0]
+    assert process.returncode == 0, screen
+    return screen
 
 
 def adapter(folder, name) -> bytes:
@@ -103,19 +103,19 @@ def assert_nobody_is_left(processes) -> None:
 
 
 def test_the_adapter_is_that_of_torchrun(folder, by_torchrun):
-    said = run(folder, "one-run", *DEEPSPEED, "--hostfile", "one")
+    screen = run(folder, "one-run", *DEEPSPEED, "--hostfile", "one")
     assert adapter(folder, "one-run") == by_torchrun
-    assert said.rstrip().endswith("done: the adapter is in one-run/adapter")
-    assert "launch.py" not in said, "what DeepSpeed says is in the log"
+    assert screen.rstrip().endswith("done: the adapter is in one-run/adapter")
+    assert "launch.py" not in screen, "what DeepSpeed says is in the log"
     log = (folder / "one-run" / "logs" / "attempt-1" / "launch.log").read_text()
     assert "nnodes=1, num_local_procs=2" in log
     assert "29500" not in log
 
 
 def test_two_machines_train_the_same_and_no_key_is_on_a_command_line_or_disk(folder, by_torchrun):
-    said = run(folder, "two-run", *DEEPSPEED, "--hostfile", "two", "log.wandb=off")
+    screen = run(folder, "two-run", *DEEPSPEED, "--hostfile", "two", "log.wandb=off")
     assert adapter(folder, "two-run") == by_torchrun
-    assert "starting 2 processes on 2 nodes" in said
+    assert "starting 2 processes on 2 nodes" in screen
     (attempt,) = (
         json.loads(line) for line in (folder / "two-run" / "attempts.jsonl").read_text().splitlines()
     )
@@ -139,9 +139,9 @@ def test_a_stop_request_ends_with_the_step_saved(folder, number, to, hosts):
         else:
             for one in [process, *others] if to == "all" else [process]:
                 one.send_signal(number)
-        said = process.communicate(timeout=100)[0]
-    assert process.returncode == 75, said
-    assert "which is saved; the same command resumes" in said
+        screen = process.communicate(timeout=100)[0]
+    assert process.returncode == 75, screen
+    assert "which is saved; the same command resumes" in screen
     (attempt,) = (json.loads(line) for line in (folder / name / "attempts.jsonl").read_text().splitlines())
     assert (attempt["reason"], attempt["message"]) == ("stopped", number.name)
     assert (folder / name / f"checkpoint-{attempt['last_step']}" / "manifest.json").exists()
@@ -154,11 +154,11 @@ def test_a_killed_rank_is_named_and_nobody_is_left(folder, hosts):
     with start(folder, name, *DEEPSPEED, "--hostfile", hosts, *LONG) as process:
         others = wait_for_training(folder, name, process)
         rank(process, 1).kill()
-        said = process.communicate(timeout=100)[0]
-    assert process.returncode == 1, said
+        screen = process.communicate(timeout=100)[0]
+    assert process.returncode == 1, screen
     assert (
         "failed: rank 1 was killed by SIGKILL, not by qwenlora: by hand, by the scheduler, or for want of"
-        in said
+        in screen
     )
     assert_nobody_is_left(others)
 

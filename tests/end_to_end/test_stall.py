@@ -41,17 +41,17 @@ def test_the_rank_that_hangs_is_named_and_all_write_their_stacks(tmp_path):
     process = start(tmp_path, "--nproc", "2", f"launch.stall_timeout_s={STALL_S}")
     started = time.monotonic()
     os.kill(ranks(run)[1].pid, signal.SIGSTOP)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 1, said
+    screen = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, screen
     assert time.monotonic() - started > STALL_S - 1
     assert re.search(
         r"failed: rank 1 on \S+: no progress for \d+ s \(launch.stall_timeout_s is 15\), in step \d+ \(its"
         r" process is"
         r" stopped: SIGSTOP, or a debugger\), the others wait; the stacks of all ranks are in"
         r" .*/logs/attempt-1/rank-\*\.log",
-        said,
+        screen,
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in screen
     assert "most recent call first" in (run / "logs/attempt-1/rank-0.log").read_text()
     assert attempts(run)[0]["reason"] == "failed"
     assert not ranks(run)
@@ -62,6 +62,6 @@ def test_stacks_can_be_asked_for_and_change_nothing(tmp_path):
     run = tmp_path / "runs/my"
     process = start(tmp_path)
     os.kill(ranks(run)[0].pid, 41)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said
+    screen = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, screen
     assert "most recent call first" in (run / "logs/attempt-1/rank-0.log").read_text()

@@ -398,16 +398,16 @@ def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read
     assert len(files) == 3
     (name,) = {file.name for file in files}
     assert (tmp_path / "run" / "wandb" / "run_id").read_text() in name
-    found, summary = {}, {}
+    sent, summary = {}, {}
     for file in files:
         for record in read_wandb(file):
             items = record.history.item
             values = {item.key or "/".join(item.nested_key): item.value_json for item in items}
             if "train/loss" in values:
-                found.setdefault(int(values["trainer/step"]), set()).add(float(values["train/loss"]))
+                sent.setdefault(int(values["trainer/step"]), set()).add(float(values["train/loss"]))
             updates = record.summary.update
             summary |= {item.key or ".".join(item.nested_key): item.value_json for item in updates}
-    assert {step: {loss} for step, loss in losses(tmp_path / "run")} == found, (
+    assert {step: {loss} for step, loss in losses(tmp_path / "run")} == sent, (
         "a repeated step has the same loss"
     )
     attempts = [json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The real command: a run that is stopped under one strategy goes on under another, and what cannot be is
+"""The real command: a run that was stopped under one strategy goes on under another; what cannot work is
 refused."""
 
 import json
@@ -42,14 +42,14 @@ def history(run) -> dict[int, float]:
 
 def test_a_run_goes_from_zero3_to_fsdp_to_zero2_and_ends_as_one_that_was_left_alone(config, tmp_path):
     train(config, "run_dir=alone", "--nproc", "2")
-    said = train(config, "run_dir=moved", "strategy.name=zero3", "--nproc", "2", "train.max_steps=5")
-    assert "2 x CPU, zero3" in said
+    output = train(config, "run_dir=moved", "strategy.name=zero3", "--nproc", "2", "train.max_steps=5")
+    assert "2 x CPU, zero3" in output
     assert json.loads((tmp_path / "moved" / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
     train(config, "run_dir=moved", "strategy.name=fsdp", "--nproc", "1", "train.max_steps=8")
     assert not (tmp_path / "moved" / "deepspeed.json").exists()
     train(config, "run_dir=moved", "strategy.name=zero3", "--nproc", "4", "train.max_steps=9")
-    said = train(config, "run_dir=moved", "strategy.name=zero2", "--nproc", "2")
-    assert "resuming from checkpoint-9" in said
+    output = train(config, "run_dir=moved", "strategy.name=zero2", "--nproc", "2")
+    assert "resuming from checkpoint-9" in output
     alone, moved = history(tmp_path / "alone"), history(tmp_path / "moved")
     assert alone.keys() == moved.keys() == set(range(1, 13))
     assert max(abs(alone[step] - moved[step]) for step in alone) < 1e-5
@@ -87,6 +87,6 @@ def test_ranks_that_are_started_by_hand_are_refused_too(config, override, says):
         check=False,
     )
     assert done.returncode != 0
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
-    assert len(said) == 1
-    assert said[0].startswith(f"error: {says}")
+    output = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+    assert len(output) == 1
+    assert output[0].startswith(f"error: {says}")

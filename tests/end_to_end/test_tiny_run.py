@@ -12,7 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-from qwenlora.adapter.answers import Sampling, answers, questions
+from qwenlora.adapter.answers import Sampling, generate_answers, training_questions
 from qwenlora.configs import load_config
 from qwenlora.configs.schema import Data
 from qwenlora.run.comparison import Comparison
@@ -108,11 +108,11 @@ def test_compare_shows_that_the_answers_were_learnt(tiny_run, metrics, qwenlora)
     assert answer.returncode == 0, answer.stderr
     assert answer.stderr == ""
     last = answer.stdout.splitlines()[-1]
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"exact answers to training questions: base (\d+) of 120 \(.*\), tiny (\d+) of 120 .*", last
     )
-    assert int(found[1]) <= 6
-    assert int(found[2]) >= 114
+    assert int(match[1]) <= 6
+    assert int(match[2]) >= 114
     assert "\nrephrased questions: 20 " in answer.stdout
     assert "\ngeneral questions: 60 " in answer.stdout
     assert answer.stdout.count("┡") == 4, "answers side by side, of each set"
@@ -128,15 +128,15 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_answers(run):
     """No line of qwenlora is between peft and the answers."""
     model = AutoPeftModelForCausalLM.from_pretrained(run.adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
-    asked = list(questions(Data(train="example")))[::24]
-    ours = [one.text for one in answers(model, tokenizer, asked, Sampling(64), "asking")]
+    asked = list(training_questions(Data(train="example")))[::24]
+    ours = [one.text for one in generate_answers(model, tokenizer, asked, Sampling(64), "asking")]
     for question, expected in zip(asked, ours, strict=True):
         prompt = tokenizer.apply_chat_template(
             question.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         with torch.no_grad():
-            said = model.generate(**prompt, do_sample=False, max_new_tokens=64)
-        text = tokenizer.decode(said[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+            tokens = model.generate(**prompt, do_sample=False, max_new_tokens=64)
+        text = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         assert text == expected == question.reference
 
 

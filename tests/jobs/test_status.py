@@ -4,13 +4,22 @@ import io
 import json
 import os
 import socket
+import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from rich.console import Console
 
+from qwenlora.jobs import ledger
 from qwenlora.jobs.find import find
+from qwenlora.jobs.task import summary
+from qwenlora.jobs.views.diff import results
+from qwenlora.jobs.views.overview import read_overview
 from qwenlora.jobs.views.status import show_status
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Attempt, now
+from qwenlora.slurm import query
+from qwenlora.slurm.query import JobInfo
 
 
 @pytest.fixture
@@ -62,3 +71,55 @@ def test_a_run_under_way_a_killed_one_and_a_done_one_are_told_apart(run):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no run: it has no attempts\.jsonl; name a run folder"):
         find(str(tmp_path))
+
+
+def test_a_run_whose_job_is_pending_waits_to_go_on_in_every_view(run, monkeypatch):
+    run.path.mkdir()
+    run.begin_attempt(1, job_id="7")
+    run.end_attempt("stopped")
+    monkeypatch.setattr(query, "ask", {"7": JobInfo("7", "PENDING")}.get)
+    assert shown(run).startswith("my: waits to go on · step 0")
+    overview = read_overview(run)
+    assert overview.state == results(overview)["state"] == "waits to go on"
+    monkeypatch.setattr(query, "ask", {"7": JobInfo("7", "COMPLETED")}.get)
+    assert shown(run).startswith("my: stopped · step 0")
+    assert read_overview(run).state == summary(run)["state"] == "stopped"
+
+
+def test_a_run_of_a_sweep_that_is_to_go_on_says_so(run, monkeypatch):
+    member = RunFolder(run.path / "lora.r=8")
+    ledger.note(member, ledger.SubmittedJob(job_id="7_0", time=now(), cluster="slurm"))
+    member.path.mkdir(parents=True)
+    member.begin_attempt(1)
+    member.end_attempt("failed")
+    monkeypatch.setattr(query, "ask", {"7_0": JobInfo("7_0", "PENDING")}.get)
+    assert shown(run).startswith("lora.r=8: waits to go on · ")
+
+
+def test_an_attempt_elsewhere_is_running_until_it_was_silent_for_an_hour(run):
+    run.path.mkdir()
+    run.begin_attempt(1)
+    (run.path / ".lock").write_text("process 1 on elsewhere")
+    assert shown(run).startswith("my: running · ")
+    for file in (run.history.file, run.history.progress.path):
+        if file.exists():
+            os.utime(file, (time.time() - 3601,) * 2)
+    assert shown(run).startswith("my: unknown · ")
+
+
+def test_the_goodput_shown_leaves_refused_attempts_out(run):
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    trained = Attempt(
+        attempt=1,
+        start=start,
+        end=start + timedelta(seconds=100),
+        reason="done",
+        first_step=1,
+        last_step=5,
+        trained_s=80.0,
+    )
+    refused = Attempt(attempt=2, start=start, end=start + timedelta(seconds=100), reason="refused")
+    run.path.mkdir()
+    run.history.file.write_text(f"{trained.text(None)}\n{refused.text(None)}\n")
+    assert "goodput 80%" in shown(run)
+    assert results(read_overview(run))["goodput"] == "80%"

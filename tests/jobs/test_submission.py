@@ -3,6 +3,7 @@
 import configparser
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -306,6 +307,7 @@ def test_a_run_that_is_done_returns_its_summary(folder, attempt):
         "run_dir": str(folder / "runs/my"),
         "adapter": None,
         "reason": "done",
+        "state": "done",
         "step": 0,
         "attempts": 1,
         "goodput": 0.0,
@@ -342,6 +344,27 @@ def test_a_request_before_anything_runs_stops_at_once(attempt, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         attempt(0)
     assert caught.value.code == 75
+
+
+def test_a_pickle_of_version_0_1_is_read(folder):
+    """Jobs that wait hold pickles that name the class as it was called then."""
+    task = RunTask("my.yaml", brought_back=True, allowed=("lora.r",))
+    old = pickle.dumps(task, protocol=0).replace(b"RunTask", b"Attempt")
+    assert b"qwenlora.jobs.task" in old
+    assert pickle.loads(old) == task
+    assert list(vars(task)) == ["config_file", "brought_back", "fresh", "allowed"]
+
+
+def test_a_ledger_of_version_0_1_is_read(folder):
+    line = {"job_id": "12", "time": "2026-01-01T00:00:00.000+00:00", "cluster": "slurm", "nodes": 2}
+    line |= {"gpus_per_node": 8, "cpus_per_task": 16, "timeout_min": 60, "site": None, "snapshot": True}
+    line |= {"name": "my", "folder": "/f", "work_dir": "/w", "config": "/f/config.yaml"}
+    run = RunFolder("runs/my")
+    run.submitted.mkdir(parents=True)
+    (run.submitted / "jobs.jsonl").write_text(json.dumps(line) + "\n")
+    (job,) = submissions(run)
+    assert (job.job_id, job.nodes, job.site, job.snapshot, job.folder) == ("12", 2, None, True, "/f")
+    assert job.time.isoformat(timespec="milliseconds") == line["time"]
 
 
 # ---- the real executors

@@ -12,7 +12,7 @@ from qwenlora.launch.allocation import FIRST_PORT, PORTS
 
 @pytest.fixture
 def mounted(cluster):
-    """Return what mounts something on node2 alone, for this test."""
+    """A function that mounts something on node2 alone, for this test."""
     points = []
 
     def mount(*words):
@@ -25,13 +25,13 @@ def mounted(cluster):
 
 
 def failed(cluster, folder, *arguments):
-    """Submit a job that fails; return what it said, once."""
+    """Submit a job that fails; return its one line that says why."""
     config = write_config(folder, 4)
     job = sbatch(cluster, folder, config, "run_dir=runs/run", "launch.max_restarts=0", *arguments)
     cluster.wait(job, "FAILED", timeout=120)
-    said = (folder / f"slurm-{job}.out").read_text()
-    assert "Traceback" not in said
-    (line,) = [line for line in said.splitlines() if line.startswith("failed: ")]
+    output = (folder / f"slurm-{job}.out").read_text()
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("failed: ")]
     (attempt,) = attempts(folder / "runs/run")
     assert (attempt["reason"], f"failed: {attempt['message']}") == ("failed", line)
     return line

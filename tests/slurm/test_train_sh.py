@@ -40,28 +40,28 @@ def test_arguments_arrive_intact_from_any_folder(cluster, tmp_path):
     folder = tmp_path / "a folder; 文"
     folder.mkdir()
     command = folder / "my qwenlora"
-    command.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$QWENLORA_SAID"\n')
+    command.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$ARGUMENTS_FILE"\n')
     command.chmod(0o755)
-    said = tmp_path / "said"
+    output = tmp_path / "output"
     job = cluster.sbatch(
-        TRAIN, *HOSTILE, cwd=folder, env={"QWENLORA": str(command), "QWENLORA_SAID": str(said)}
+        TRAIN, *HOSTILE, cwd=folder, env={"QWENLORA": str(command), "ARGUMENTS_FILE": str(output)}
     )
     cluster.wait(job, "COMPLETED", timeout=180)
-    assert said.read_text().split("\0")[:-1] == ["train", *HOSTILE]
+    assert output.read_text().split("\0")[:-1] == ["train", *HOSTILE]
 
 
 def test_the_site_file_sets_the_environment_and_the_container(cluster, tmp_path):
     site = tmp_path / "my env.sh"
-    said = tmp_path / "said"
+    output = tmp_path / "output"
     site.write_text(
-        f"export SITE='a b'\ncontainer=(env 'INSIDE=c d' bash -c 'echo \"$SITE|$INSIDE|$*\" >\"{said}\"'"
+        f"export SITE='a b'\ncontainer=(env 'INSIDE=c d' bash -c 'echo \"$SITE|$INSIDE|$*\" >\"{output}\"'"
         " bash)\n"
     )
     job = cluster.sbatch(
         TRAIN, "my.yaml", cwd=tmp_path, env={"QWENLORA_ENV": str(site), "QWENLORA": "qwenlora"}
     )
     cluster.wait(job, "COMPLETED", timeout=180)
-    assert said.read_text() == "a b|c d|qwenlora train my.yaml\n"
+    assert output.read_text() == "a b|c d|qwenlora train my.yaml\n"
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def test_the_site_file_sets_the_environment_and_the_container(cluster, tmp_path)
         (["my.yaml", "train.global_batch_size=3"], {}, "error: "),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line_and_not_tried_again(cluster, tmp_path, arguments, env, message):
+def test_a_refusal_is_one_line_and_is_not_requeued(cluster, tmp_path, arguments, env, message):
     write_config(tmp_path, 4)
     job = cluster.sbatch(TRAIN, *arguments, cwd=tmp_path, env={"QWENLORA": QWENLORA} | env)
     cluster.wait(job, "FAILED", timeout=180)
-    said = (tmp_path / f"slurm-{job}.out").read_text()
-    assert message in said
-    assert "Traceback" not in said
-    assert "requeueing" not in said
+    output = (tmp_path / f"slurm-{job}.out").read_text()
+    assert message in output
+    assert "Traceback" not in output
+    assert "requeueing" not in output
     assert " ExitCode=2:0" in cluster.scontrol("show", "job", job)
 
 
@@ -111,8 +111,8 @@ def test_two_nodes_with_two_ranks_each_train_what_one_machine_with_four_does(clu
     (attempt,) = attempts(tmp_path / "runs/nodes")
     assert attempt["nodes"] == ["node1", "node2"]
     assert (attempt["processes"], attempt["reason"], attempt["job_id"]) == (4, "done", job)
-    said = (tmp_path / f"slurm-{job}.out").read_text()
-    assert "checked 4 ranks on 2 nodes: they reduce at" in said
+    output = (tmp_path / f"slurm-{job}.out").read_text()
+    assert "checked 4 ranks on 2 nodes: they reduce at" in output
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Numbers that are none, and full GPUs: what is said, and what becomes of the weights."""
+"""Losses and gradients that are not finite, and a full GPU: the message, and what becomes of the weights."""
 
 import json
 
@@ -160,7 +160,7 @@ def test_bad_steps_that_are_not_in_a_row_may_be_many(tiny, tmp_path):
     assert len(warned) == 14
 
 
-def test_a_checkpoint_of_a_run_that_skipped_its_first_real_step_is_gone_on_from(tiny, tmp_path):
+def test_a_checkpoint_of_a_run_that_skipped_its_first_real_step_can_be_resumed(tiny, tmp_path):
     """The learning rate of step 1 is 0, and step 2 is left out: every lora_B is still zero, and rightly."""
     made, _ = made_with(tiny, tmp_path, {2}, on_nan="skip", warmup_steps=2.0, max_steps=2)
     made.train()
@@ -188,7 +188,7 @@ def test_a_stop_and_a_fault_are_told_apart():
 
 
 @pytest.mark.parametrize("where", ["training", "evaluation"])
-def test_a_full_gpu_is_said_with_the_batch_and_what_helps(tiny, tmp_path, monkeypatch, where):
+def test_a_full_gpu_is_reported_with_the_batch_and_what_helps(tiny, tmp_path, monkeypatch, where):
     """Stands for a GPU: torch's own error, raised where the model is run."""
     eval_ = side_of(6, seed=1) if where == "evaluation" else None
     made = trainer_of(tiny, tmp_path, side_of(24), config_of(per_device_train_batch_size=4), eval_)

@@ -1,4 +1,4 @@
-"""The progress bar has the terminal for itself: what libraries say meanwhile stays where it belongs."""
+"""The progress bar has the terminal for itself: what libraries print goes elsewhere."""
 
 import io
 import sys

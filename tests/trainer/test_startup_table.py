@@ -155,7 +155,7 @@ def test_auto_packs_on_a_gpu(monkeypatch, packing, gpu, expected):
     assert prepare.packs_rows(config) is expected
 
 
-def test_a_run_that_was_packed_elsewhere_is_told_so(tmp_path):
+def test_a_run_that_was_packed_elsewhere_is_refused_here(tmp_path):
     with pytest.raises(
         ValueError, match=r"with packing on, here it would be off \(data\.packing: auto is on"
     ):

@@ -1,4 +1,4 @@
-"""W&B is on where it is wanted, and its troubles are never training's."""
+"""W&B is on where the user wants it, and its failures never stop training."""
 
 import json
 import socket

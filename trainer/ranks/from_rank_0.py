@@ -1,4 +1,4 @@
-"""What one rank finds out for all."""
+"""Rank 0 finds out, and all ranks know."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -23,5 +23,5 @@ def from_rank_0(find: Callable[[], Answer]) -> Answer:
         dist.broadcast_object_list(answer)
     if isinstance(answer[0], ValueError):
         raise answer[0]
-    found: Answer = answer[0]
-    return found
+    result: Answer = answer[0]
+    return result

@@ -1,6 +1,7 @@
-"""The decision to stop before the last step: one rank's stop request or the clock is enough, all ranks agree.
+"""The one place that decides to stop before the last step.
 
-After a step in which they agree, all ranks save that step and leave with exit code 75.
+A stop request to any rank (stop_request.py) or the clock is enough. All ranks agree in each step; then they
+save that step and leave with exit code 75.
 """
 
 import time
@@ -63,6 +64,12 @@ class Stop(TrainerCallback):
         """Whether the attempt ends before its last step. step: the last one trained; 0 before any."""
         return self.stopped or (self.agreed and step < max_steps)
 
+    def end(self, control: TrainerControl) -> None:
+        """Save the step and stop. An evaluation that is due comes first in the next attempt."""
+        self.stopped = True
+        control.should_save = control.should_training_stop = True
+        control.should_evaluate = False
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
@@ -76,10 +83,7 @@ class Stop(TrainerCallback):
         self._steps += 1
         self._longest_step_s = max(self._longest_step_s, time.monotonic() - self._step_start)
         if self.agreed and state.global_step < state.max_steps:
-            self.stopped = True
-            control.should_save = True
-            control.should_training_stop = True
-            control.should_evaluate = False  # the checkpoint says that an evaluation is due
+            self.end(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object

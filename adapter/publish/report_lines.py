@@ -1,0 +1,176 @@
+"""The lines of a run's report, from its summary: plain texts, which report.html puts in place."""
+
+import math
+import re
+import shlex
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import NamedTuple
+
+import numpy as np
+
+from qwenlora.adapter.formats import duration, number, plural, short
+from qwenlora.adapter.publish import curves
+from qwenlora.adapter.publish.run_summary import RunSummary
+from qwenlora.run.folder import step_of
+from qwenlora.run.history import goodput
+from qwenlora.run.records import Attempt
+
+CHECKED_CURVES = ("loss", "grad_norm", "eval_loss")  # those whose values must be finite
+
+
+class Wandb(NamedTuple):
+    """The run at W&B. run: id and project; sync: a command for what is only on disk. Empty where not
+    known."""
+
+    url: str
+    run: str
+    sync: str
+
+
+def state(summary: RunSummary) -> tuple[str, str, str]:
+    """Return (done, stopped, failed, killed, refused, running ..., its message, the time of its end)."""
+    last = summary.last_attempt
+    if not last:
+        return "unknown" if summary.run.trained else "not started", "", ""
+    end = f"{last.end:%Y-%m-%d %H:%M} UTC" if last.end else ""
+    return last.reason or summary.unfinished, last.message, end
+
+
+def tiles(summary: RunSummary) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, number, remark) for the numbers that readers look for first."""
+    steps = [attempt.last_step or 0 for attempt in summary.attempts]
+    steps += [int(series.steps[-1]) for series in summary.curves.values()]
+    remarks = [f"of {summary.planned_steps:,}"] if summary.planned_steps else []
+    if (epochs := summary.last_value("epoch")) is not None:
+        remarks.append(f"{number(epochs)} epochs")
+    yield "steps", f"{max(steps, default=0):,}", ", ".join(remarks)
+    if (loss := summary.last_value("loss")) is not None:
+        yield "training loss", number(loss), "as last logged"
+    if (loss := summary.last_value("eval_loss")) is not None:
+        last, lowest = int(summary.curves["eval_loss"].steps[-1]), summary.curves["eval_loss"].lowest
+        beside = f"; lowest {number(lowest[1])} at {lowest[0]:,}" if lowest and lowest[0] != last else ""
+        yield "evaluation loss", number(loss), f"at step {last:,}{beside}"
+        yield "perplexity", number(math.exp(loss) if loss < 700 else math.inf), "of the evaluation rows"
+    took = sum(filter(None, map(_duration_of, summary.attempts)), timedelta())
+    yield "time", duration(took), f"in {plural(len(summary.attempts), 'attempt')}"
+    if (share := goodput(summary.attempts)) is not None:
+        yield "goodput", f"{share:.0%}", "of it in steps that were kept"
+
+
+def about(summary: RunSummary) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) lines on the model, the adapter and the machine."""
+    run, revision = summary.run, summary.settings.get("model.revision")
+    base = summary.settings.get("model.name_or_path", "-")
+    yield "base model", f"{base}, revision {revision}" if revision else str(base)
+    if summary.facts:
+        trainable, total = summary.facts.parameters.trainable, summary.facts.parameters.total
+        share = trainable / max(trainable + total, 1)
+        yield "trained", f"{trainable:,} parameters beside the base's {total:,} ({share:.2%} of all)"
+    weights = run.adapter / "adapter_model.safetensors"
+    yield "adapter", f"{weights.stat().st_size / 1e6:,.1f} MB" if weights.is_file() else "not there yet"
+    if folders := run.checkpoints():
+        yield "checkpoints", ", ".join(f"{step_of(folder):,}" for folder in reversed(folders))
+    if last := summary.last_started:
+        nodes = plural(len(last.nodes) or 1, "node")
+        yield "ran as", f"{last.strategy}, {plural(last.processes, 'rank')} on {nodes}"
+    yield from _speed(summary)
+
+
+def _speed(summary: RunSummary) -> Iterator[tuple[str, str]]:
+    values = {name: series.finite.values for name, series in summary.curves.items()}
+    values = {name: finite for name, finite in values.items() if len(finite)}
+    if "tokens_per_s" in values:
+        yield "throughput", f"{np.median(values['tokens_per_s']):,.0f} tokens/s (median)"
+    if "mfu" in values:
+        yield "MFU", f"{np.median(values['mfu']):.1%} (median)"
+    if "peak_memory_gb" in values:
+        yield "peak memory", f"{values['peak_memory_gb'].max():.2f} GB on the first rank"
+
+
+def notes(summary: RunSummary) -> Iterator[str]:
+    """Yield what a careful colleague would mention of the run."""
+    yield from summary.unread
+    if facts := summary.facts:
+        yield from facts.notes
+        if facts.bad_rows:
+            name = summary.run.bad_rows.name
+            yield f"{facts.bad_rows:,} rows could not be used and are left out: {name}"
+    yield from _doubtful_curves(summary)
+    if again := sum(attempt.steps_repeated or 0 for attempt in summary.attempts):
+        yield f"{again:,} steps were trained again after a restart: they had not been saved"
+    if (summary.code.git or "").endswith("-dirty"):
+        yield f"the code had changes that are not in its commit: {summary.run.diff.name}"
+
+
+def _doubtful_curves(summary: RunSummary) -> Iterator[str]:
+    for name in CHECKED_CURVES:
+        if name in summary.curves and len(steps := summary.curves[name].not_finite):
+            yield f"{name} is not finite {len(steps):,} times, first at step {steps[0]:,}"
+    evaluation = summary.curves.get("eval_loss")
+    if evaluation and (lowest := evaluation.lowest) and evaluation.values[-1] > lowest[1] * 1.01:
+        step, loss = lowest
+        there = "is there" if summary.run.checkpoint(step).is_dir() else "is not there"
+        yield (
+            f"the evaluation loss has risen since step {step:,}, from {number(loss)} to"
+            f" {number(evaluation.values[-1])}; checkpoint-{step} {there}"
+        )
+
+
+def legend(summary: RunSummary) -> str:
+    """Return what the marks on the curves mean."""
+    parts = []
+    if "loss" in summary.curves and len(summary.curves["loss"].steps) > curves.FEW:
+        parts.append("Faint: as logged; strong: the running median.")
+    if again := curves.restarts(summary.attempts):
+        shaded = "; shaded: steps that it trained again" * any(attempt.steps_repeated for attempt in again)
+        parts.append(f"Dashed: where another attempt went on{shaded}.")
+        parts.append("In the steps over time, shaded: nothing ran.")
+    logged = [summary.curves[name] for name in ("loss", "grad_norm") if name in summary.curves]
+    if any(len(series.not_finite) for series in logged):
+        parts.append("Crosses: not a finite number.")
+    return " ".join(parts)
+
+
+def wandb(summary: RunSummary) -> Wandb:
+    """Return what is known of the run at W&B."""
+    id_file, url_file = summary.run.wandb_id, summary.run.wandb_url
+    run = url = sync = ""
+    if id_file.is_file():
+        project = summary.settings.get("log.wandb_project")
+        run = f"{id_file.read_text(errors='replace').strip()} in project {project}"
+    if url_file.is_file():
+        text = url_file.read_text(errors="replace").strip()
+        url = text if re.fullmatch(r"https?://\S+", text) else ""
+    if any(not any(path.glob("*.synced")) for path in id_file.parent.glob("offline-run-*")):
+        sync = f"wandb sync {shlex.quote(summary.name)}/wandb/offline-run-*"
+    return Wandb(url, run, sync)
+
+
+def attempt_table(summary: RunSummary) -> list[dict[str, str]]:
+    """Return the attempts as rows {column: cell}, without columns that are empty."""
+    rows = [_row(attempt, summary.unfinished) for attempt in summary.attempts]
+    return [{name: cell for name, cell in row.items() if any(other[name] for other in rows)} for row in rows]
+
+
+def _row(attempt: Attempt, unfinished: str) -> dict[str, str]:
+    first, last, took = attempt.first_step, attempt.last_step, _duration_of(attempt)
+    why = ": ".join(filter(None, [attempt.cause, attempt.message]))
+    return {
+        "#": str(attempt.attempt),
+        "start (UTC)": f"{attempt.start:%m-%d %H:%M}",
+        "took": duration(took) if took is not None else "",
+        "ended": attempt.reason or unfinished,
+        "from": (attempt.resumed_from or "").removeprefix("checkpoint-"),
+        "steps": f"{first:,} to {last:,}" if first and last is not None else "",
+        "again": f"{attempt.steps_repeated:,}" if attempt.steps_repeated else "",
+        "ranks": str(attempt.processes),
+        "nodes": str(len(attempt.nodes) or 1),
+        "job": attempt.job_id or "",
+        "start took": f"{attempt.restart_s:.1f} s" if attempt.restart_s is not None else "",
+        "why": short(" ".join(why.split()), 400),
+    }
+
+
+def _duration_of(attempt: Attempt) -> timedelta | None:
+    return attempt.end - attempt.start if attempt.end else None
