@@ -28,13 +28,13 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	@echo '== running the tests that this machine can run, two at a time'
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 25 -m 'not long and not slurm'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not long and not slurm'
 	@echo '== running those on a Slurm cluster of this machine, one after the other'
 	$(BIN)/python -m pytest --durations 25 -m 'slurm and not long'
 
 test-quick: $(VENV)/.installed-test
 	@echo '== running the tests that train no whole run, two at a time'
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m 'not slow and not long and not slurm'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not long and not slurm'
 
 test-slow: $(VENV)/.installed-test
 	@echo '== running the tests that take long, or show again what quicker ones show'

@@ -30,19 +30,12 @@ os.environ["NETRC"] = os.devnull
 settings.load_profile("ci")  # the same examples each time; others: --hypothesis-profile default
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Call slow what waits for a whole training run.
-
-    pytest-xdist's processes begin with the files that have such, and one of them takes all files whose tests
-    look at the tiny run: it is trained once.
-    """
-    alike = {item.path for item in items if "tiny_run" in item.fixturenames}
+    """Call slow what waits for a whole training run. pytest-xdist's processes begin with the files that have
+    such."""
     for item in items:
         if "tiny_run" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
-        group = "tiny-run" if item.path in alike else str(item.path.relative_to(ROOT)).replace("/", "-")
-        item.add_marker(pytest.mark.xdist_group(group))
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

@@ -255,7 +255,16 @@ def _serve(address: str, ready: int, life: int) -> None:
 
 def _imported() -> "_Baseline":
     """Import the libraries."""
-    importlib.import_module("libraries")
+    with Path(os.devnull).open("w") as nothing:  # DeepSpeed says on the screen what it found
+        kept = os.dup(1), os.dup(2)
+        for number in (1, 2):
+            os.dup2(nothing.fileno(), number)
+        try:
+            importlib.import_module("libraries")
+        finally:
+            for number, fd in enumerate(kept, 1):
+                os.dup2(fd, number)
+                os.close(fd)
     inspect.stack = _stack  # type: ignore[assignment]
     assert not any(name.partition(".")[0] == "qwenlora" for name in sys.modules)
     _can_be_named()  # those that are forked know, too
