@@ -8,7 +8,6 @@ opens, and returns its index.
 import gc
 import os
 import resource
-import shutil
 import signal
 import time
 from collections import deque
@@ -31,6 +30,7 @@ from qwenlora.data.counts import PreparedIndex
 from qwenlora.data.row_io import Chunk
 from qwenlora.data.sources import Source
 from qwenlora.data.tokenise import TokenisedChunk, Tokenising, chunks_with_shape, tokenise_chunk
+from qwenlora.run.disk import free_bytes
 from qwenlora.run.orphans import die_with_parent
 
 SMALL_BYTES = 2**22  # less than this is not worth other processes
@@ -197,7 +197,7 @@ def _bar(console: Console | None, total: int) -> Iterator[Callable[[Source, int,
 
 
 def _check_space(folder: Path, size: int) -> None:
-    free, needed = shutil.disk_usage(folder).free, 2 * size  # a token is about three bytes of text
+    free, needed = free_bytes(folder), 2 * size  # a token is about three bytes of text
     if free < needed:
         raise ValueError(
             f"data.cache_dir={folder.parent} has {free / 2**20:,.0f} MiB free, the prepared rows need about"

@@ -8,7 +8,6 @@ found in the cache.
 
 import hashlib
 import json
-import shutil
 import time
 from importlib import metadata
 from itertools import chain
@@ -17,6 +16,7 @@ from pathlib import Path
 from qwenlora.configs import Config
 from qwenlora.data import sources
 from qwenlora.data.cache import Index, read_index, state_of
+from qwenlora.run.disk import free_bytes
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import code_hash
 
@@ -70,7 +70,7 @@ def is_current(config: Config, run: RunFolder, *, on_gpu: bool) -> bool:
         return False
     if not facts.stamp or stamp(config, facts.base, on_gpu=on_gpu) != facts.stamp:
         return False
-    if shutil.disk_usage(run.path).free < facts.checkpoint_bytes:
+    if free_bytes(run.path) < facts.checkpoint_bytes:
         return False  # preparation says what is missing
     has_rows = read_index(Path(facts.data_folder), Index) is not None
     return has_rows and (not facts.bad_rows or run.bad_rows.exists())

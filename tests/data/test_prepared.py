@@ -303,7 +303,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, make, rows_file, monke
 
 
 def test_a_cache_without_room_is_refused_before_anything_is_read(make, rows_file, monkeypatch):
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(build, "free_bytes", lambda _: 10)
     with pytest.raises(ValueError, match=r"data\.cache_dir=.* has 0 MiB free, the prepared rows need about"):
         make(rows_file)
 
