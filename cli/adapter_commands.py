@@ -1,21 +1,32 @@
 """The commands that load a model: verify, merge, chat, compare, export, convert-qwen1."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwenlora.adapter.answers import Sampling
-from qwenlora.adapter.chat import chat as chatting
-from qwenlora.adapter.chat.chat import ChatOptions
-from qwenlora.adapter.compare import compare as comparing
-from qwenlora.adapter.compare.questions import CompareOptions
-from qwenlora.adapter.merge import merge as merging
-from qwenlora.adapter.merge.merge import MergeOptions
-from qwenlora.adapter.publish import export as exporting
-from qwenlora.adapter.qwen1.convert import convert
-from qwenlora.adapter.subject import find
-from qwenlora.adapter.verify import print_check
+from qwenlora.cli.deferred import Deferred
+
+if TYPE_CHECKING:
+    from qwenlora.adapter import answers
+    from qwenlora.adapter import subject as finding
+    from qwenlora.adapter import verify as verifying
+    from qwenlora.adapter.chat import chat as chatting
+    from qwenlora.adapter.compare import compare as comparing
+    from qwenlora.adapter.compare import questions
+    from qwenlora.adapter.merge import merge as merging
+    from qwenlora.adapter.publish import export as exporting
+    from qwenlora.adapter.qwen1 import convert
+else:
+    answers = Deferred("qwenlora.adapter.answers")
+    finding = Deferred("qwenlora.adapter.subject")
+    verifying = Deferred("qwenlora.adapter.verify")
+    chatting = Deferred("qwenlora.adapter.chat.chat")
+    comparing = Deferred("qwenlora.adapter.compare.compare")
+    questions = Deferred("qwenlora.adapter.compare.questions")
+    merging = Deferred("qwenlora.adapter.merge.merge")
+    exporting = Deferred("qwenlora.adapter.publish.export")
+    convert = Deferred("qwenlora.adapter.qwen1.convert")
 
 Subject = Annotated[
     str,
@@ -35,7 +46,7 @@ TrustRemoteCode = Annotated[
 
 def verify(adapter: Adapter, base: Base = None, trust_remote_code: TrustRemoteCode = False) -> int:
     """Check that an adapter is whole, fits its base, and holds something; say which base it needs."""
-    return print_check(find(adapter, base=base, trust_remote_code=trust_remote_code))
+    return verifying.print_check(finding.find(adapter, base=base, trust_remote_code=trust_remote_code))
 
 
 def merge(
@@ -66,9 +77,12 @@ def merge(
 ) -> int:
     """Make one model of a base and an adapter, file by file, and compare its logits with theirs."""
     subjects = [
-        find(name, base=base, trust_remote_code=trust_remote_code) for name in (adapter, *(more or []))
+        finding.find(name, base=base, trust_remote_code=trust_remote_code)
+        for name in (adapter, *(more or []))
     ]
-    return merging.merge(subjects, out, MergeOptions(weights, combine, dtype, max_shard_size, prompts))
+    return merging.merge(
+        subjects, out, merging.MergeOptions(weights, combine, dtype, max_shard_size, prompts)
+    )
 
 
 def chat(
@@ -112,9 +126,9 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> int:
     """Talk with a model: in the terminal, with one prompt, or with the questions of a file."""
-    found = find(subject, base=base, trust_remote_code=trust_remote_code)
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-    options = ChatOptions(prompt, input_, output, system, thinking, quantization, dtype)
+    found = finding.find(subject, base=base, trust_remote_code=trust_remote_code)
+    sampling = answers.Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    options = chatting.ChatOptions(prompt, input_, output, system, thinking, quantization, dtype)
     return chatting.chat(found, sampling, options)
 
 
@@ -152,7 +166,7 @@ def compare(
     trust_remote_code: TrustRemoteCode = False,
 ) -> int:
     """Ask the base model and the tuned one the same: what was trained, in other words, in general."""
-    options = CompareOptions(
+    options = questions.CompareOptions(
         show=show,
         limit=limit,
         max_new_tokens=max_new_tokens,
@@ -165,7 +179,7 @@ def compare(
         batch_size=batch_size,
         output=output,
     )
-    found = [find(name, base=base, trust_remote_code=trust_remote_code) for name in subjects]
+    found = [finding.find(name, base=base, trust_remote_code=trust_remote_code) for name in subjects]
     return comparing.compare(found, options)
 
 
@@ -191,4 +205,4 @@ def convert_qwen1(
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
 ) -> int:
     """Turn a first-generation Qwen (Qwen-7B-Chat), or an adapter for it, into Qwen2's architecture."""
-    return convert(source, out, max_shard_size=max_shard_size)
+    return convert.convert(source, out, max_shard_size=max_shard_size)

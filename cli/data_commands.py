@@ -1,13 +1,18 @@
 """`qwenlora data check` and `qwenlora data preview`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwenlora.cli.arguments import ConfigFile, Overrides, screen
+from qwenlora.cli.deferred import Deferred
 from qwenlora.configs import load_config
-from qwenlora.trainer import data_check
+
+if TYPE_CHECKING:
+    from qwenlora.trainer import data_check
+else:
+    data_check = Deferred("qwenlora.trainer.data_check")
 
 
 def check(
@@ -18,7 +23,8 @@ def check(
     ] = None,
 ) -> int:
     """Prepare the rows as training would, and show what they are like: on the screen, and as an HTML page."""
-    return data_check.check(load_config(config, overrides or []), html, screen())
+    loaded = load_config(config, overrides or [])
+    return data_check.check(loaded, html, screen())
 
 
 def preview(

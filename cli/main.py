@@ -4,7 +4,6 @@ A command's module is imported when the command runs, or its own --help is asked
 answers at once, without torch.
 """
 
-import contextlib
 import functools
 import importlib
 import platform
@@ -13,10 +12,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
-
-from qwenlora.adapter import quiet
 
 
 class CommandEntry(NamedTuple):
@@ -26,7 +22,6 @@ class CommandEntry(NamedTuple):
     help: str
 
 
-SLOW = ("adapter_commands", "data_commands")  # modules that import torch
 GROUPS = {"config": "Look at configs.", "data": "Look at the rows of a config, before training."}
 COMMANDS = {
     "train": CommandEntry("train_commands", "Train, or go on training, the run of CONFIG on this machine."),
@@ -119,12 +114,7 @@ def load(name: str) -> Any:
     """Import a command's module and return the command. An unsuitable system is refused first."""
     entry, command = COMMANDS[name], name.split()[-1]
     refuse_other_systems()
-    waiting = Console(stderr=True).status("starting", spinner_style="dim")
-    with contextlib.ExitStack() as stack:
-        if entry.module in SLOW:
-            stack.enter_context(quiet())
-            stack.enter_context(waiting)
-        module = importlib.import_module(f"qwenlora.cli.{entry.module}")
+    module = importlib.import_module(f"qwenlora.cli.{entry.module}")
     function = getattr(module, command.replace("-", "_"))
     single = _group()
     single.command(command)(guarded(function))

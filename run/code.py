@@ -29,7 +29,11 @@ def versions() -> dict[str, str | None]:
 def record(facts: Path, diff: Path) -> None:
     """Write what runs to facts (JSON), and what git knows to have changed since the commit to diff."""
     git, changes = _git()
-    code = Code(git=git, versions=versions(), python=platform.python_version(), command=sys.argv)
+    # an argument need not be UTF-8, JSON must
+    command = [
+        argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for argument in sys.argv
+    ]
+    code = Code(git=git, versions=versions(), python=platform.python_version(), command=command)
     write_atomically(facts, code.text())
     if changes:
         write_atomically(diff, changes)

@@ -16,6 +16,7 @@ import yaml
 from qwenlora.adapter.formats import duration, number, short
 from qwenlora.adapter.publish import curves
 from qwenlora.data.order import total_steps
+from qwenlora.jobs.find import state_now
 from qwenlora.run.comparison import Comparison
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Attempt, Code, Facts, now
@@ -159,7 +160,7 @@ def _attempts(run: RunFolder) -> tuple[list[Attempt], str]:
         end = datetime.fromtimestamp(progress.time, UTC)
         message = f"step {progress.step:,} was done {duration(max(now() - end, timedelta()))} ago"
         last = last.revised(end=end, message=message, last_step=progress.step, trained_s=progress.trained_s)
-    return [*before, last], "killed" if run.abandoned else "running"
+    return [*before, last], state_now(run, attempts)
 
 
 def _first_lines(file: Path) -> list[str]:

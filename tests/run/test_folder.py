@@ -193,3 +193,10 @@ def test_a_folder_in_use_is_refused_and_free_again_afterwards(run, config, fresh
         other.stdin.close()
         assert other.wait(60) == 0
     claim(run, config(), fresh=fresh)
+
+
+def test_an_argument_that_is_no_utf_8_is_recorded_all_the_same(run, config, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["qwenlora", "train", "caf\udce9.yaml"])
+    with run.claim(config()):
+        pass
+    assert json.loads(run.code.read_text())["command"][-1] == "caf\ufffd.yaml"

@@ -1,0 +1,25 @@
+"""Modules that import torch, named at the top of a file and loaded when they are first used.
+
+A command's --help, and what is refused before it needs them, need not wait ten seconds for torch.
+"""
+
+import importlib
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from qwenlora.adapter import quiet
+
+
+class Deferred:
+    """Stands for a module until one of its attributes is used."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        if self._module not in sys.modules:
+            with quiet(), Console(stderr=True).status("starting", spinner_style="dim"):
+                importlib.import_module(self._module)
+        return getattr(sys.modules[self._module], name)
