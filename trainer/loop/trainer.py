@@ -280,7 +280,7 @@ class LoraTrainer(Trainer):
         self.model.train(was_training)
         self.idle_s += time.perf_counter() - start
         if sums is None:
-            self.stop.stopped = self.control.should_save = self.control.should_training_stop = True
+            self.stop.end(self.control)
             return {}
         metrics = metrics_of(sums)
         self.losses[self.state.global_step] = metrics["eval_loss"]
