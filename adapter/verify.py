@@ -22,10 +22,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qwenlora.adapter.formats import and_more, shape
 from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig, Subject, read_adapter_config
 from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, sha256
+from qwenlora.run.format import and_more, shape
 from qwenlora.trainer.model import base as models
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

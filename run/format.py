@@ -1,5 +1,6 @@
 """Numbers, durations and texts as people read them."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
@@ -12,14 +13,30 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
-def count(amount: int, noun: str) -> str:
-    """Return "1 attempt" or "2 attempts"."""
-    return f"{amount:,} {noun}{'s' * (amount != 1)}"
+def count(amount: int, noun: str, ending: str = "s") -> str:
+    """Return "1 attempt" or "2 attempts". ending: of the plural."""
+    return f"{amount:,} {noun}{ending * (amount != 1)}"
 
 
-def megabytes(size: int) -> str:
-    """Return bytes as megabytes."""
-    return f"{size / 1e6:,.1f} MB"
+def size(count: int) -> str:
+    """Return bytes in MB or GB."""
+    return f"{count / 1e9:,.1f} GB" if count > 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def shape(lengths: Iterable[int]) -> str:
+    """Return a tensor's shape, as 2 x 3."""
+    return " x ".join(map(str, lengths))
+
+
+def and_more(names: Sequence[str]) -> str:
+    """Return how many names there are beside the first, which the message names."""
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def short(text: str, longest: int = 2000) -> str:
+    """Return a text cut to so many characters, with how many more there were."""
+    rest = len(text) - longest
+    return f"{text[:longest]} ... ({rest:,} more characters)" if rest > 0 else text
 
 
 def ago(seconds: float) -> str:

@@ -24,7 +24,6 @@ from transformers.utils import logging as transformers_logging
 
 from qwenlora.adapter import verify
 from qwenlora.adapter.answers import Question, check_text, prompt_of, training_questions
-from qwenlora.adapter.formats import plural, size
 from qwenlora.adapter.loading import DTYPES, load_tokenizer
 from qwenlora.adapter.merge.combined import attach_adapters, check_combination, parse_weights
 from qwenlora.adapter.merge.streamed import LogitDifference, StreamedModel, compare_logits
@@ -37,6 +36,7 @@ from qwenlora.adapter.weight_files import (
     open_weights,
     parse_size,
 )
+from qwenlora.run.format import count, size
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model.base_files import SLICE
 
@@ -198,7 +198,7 @@ def _write_weights(
             rounded.add(name)
     writer.finish()
     dtypes = "/".join(sorted({_name(spec.dtype) for spec in specs.values()}))
-    files = plural(len(writer.files), "file")
+    files = count(len(writer.files), "file")
     text = f"{writer.numbers:,} parameters, {dtypes}, {size(writer.size)} in {files}"
     return _Written(text, rounded, kept / changed if changed else 1.0, dtypes)
 

@@ -16,7 +16,6 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from qwenlora.adapter.formats import number, plural
 from qwenlora.adapter.publish import serving
 from qwenlora.adapter.publish.curves import Series
 from qwenlora.adapter.publish.leaks import Private
@@ -24,7 +23,7 @@ from qwenlora.adapter.publish.run_summary import LORA_SETTINGS, OPTIMIZER_SETTIN
 from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig
 from qwenlora.adapter.verify import lora_kind
 from qwenlora.run.comparison import ComparedModel
-from qwenlora.run.format import as_yaml, printable
+from qwenlora.run.format import as_yaml, count, number, printable
 
 WITHHELD = "(withheld)"
 NO_BASE = "BASE"  # in place of a base whose name on the hub is not known
@@ -241,7 +240,7 @@ def _training(summary: RunSummary, settings: Settings, step: int | None) -> list
         trained, total = summary.facts.parameters.trainable, summary.facts.parameters.total
         lines.append(("trained parameters", f"{trained:,} beside the base's {total:,}"))
     if last := summary.last_started:
-        lines.append(("ran as", f"{last.strategy}, {plural(last.processes, 'process', 'es')}"))
+        lines.append(("ran as", f"{last.strategy}, {count(last.processes, 'process', 'es')}"))
     return lines
 
 

@@ -16,7 +16,6 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from qwenlora.adapter.formats import number, short
 from qwenlora.adapter.publish import curves, report_lines
 from qwenlora.adapter.publish.curves import Chart
 from qwenlora.adapter.publish.run_summary import (
@@ -27,6 +26,7 @@ from qwenlora.adapter.publish.run_summary import (
 )
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.format import number, short
 
 MARK = '<meta name="generator" content="qwenlora report">'  # tells our pages from others
 ANSWERS = 24  # at most shown of each set, evenly spread

@@ -4,15 +4,14 @@ import math
 import re
 import shlex
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
 
-from qwenlora.adapter.formats import duration, number, plural, short
 from qwenlora.adapter.publish import curves
 from qwenlora.adapter.publish.run_summary import RunSummary
 from qwenlora.run.folder import step_of
+from qwenlora.run.format import count, duration, number, short
 from qwenlora.run.history import goodput
 from qwenlora.run.records import Attempt
 
@@ -52,8 +51,8 @@ def tiles(summary: RunSummary) -> Iterator[tuple[str, str, str]]:
         beside = f"; lowest {number(lowest[1])} at {lowest[0]:,}" if lowest and lowest[0] != last else ""
         yield "evaluation loss", number(loss), f"at step {last:,}{beside}"
         yield "perplexity", number(math.exp(loss) if loss < 700 else math.inf), "of the evaluation rows"
-    took = sum(filter(None, map(_duration_of, summary.attempts)), timedelta())
-    yield "time", duration(took), f"in {plural(len(summary.attempts), 'attempt')}"
+    took = sum(filter(None, map(_seconds_of, summary.attempts)))
+    yield "time", duration(took), f"in {count(len(summary.attempts), 'attempt')}"
     if (share := goodput(summary.attempts)) is not None:
         yield "goodput", f"{share:.0%}", "of it in steps that were kept"
 
@@ -72,8 +71,8 @@ def about(summary: RunSummary) -> Iterator[tuple[str, str]]:
     if folders := run.checkpoints():
         yield "checkpoints", ", ".join(f"{step_of(folder):,}" for folder in reversed(folders))
     if last := summary.last_started:
-        nodes = plural(len(last.nodes) or 1, "node")
-        yield "ran as", f"{last.strategy}, {plural(last.processes, 'rank')} on {nodes}"
+        nodes = count(len(last.nodes) or 1, "node")
+        yield "ran as", f"{last.strategy}, {count(last.processes, 'rank')} on {nodes}"
     yield from _speed(summary)
 
 
@@ -154,7 +153,7 @@ def attempt_table(summary: RunSummary) -> list[dict[str, str]]:
 
 
 def _row(attempt: Attempt, unfinished: str) -> dict[str, str]:
-    first, last, took = attempt.first_step, attempt.last_step, _duration_of(attempt)
+    first, last, took = attempt.first_step, attempt.last_step, _seconds_of(attempt)
     why = ": ".join(filter(None, [attempt.cause, attempt.message]))
     return {
         "#": str(attempt.attempt),
@@ -172,5 +171,5 @@ def _row(attempt: Attempt, unfinished: str) -> dict[str, str]:
     }
 
 
-def _duration_of(attempt: Attempt) -> timedelta | None:
-    return attempt.end - attempt.start if attempt.end else None
+def _seconds_of(attempt: Attempt) -> float | None:
+    return (attempt.end - attempt.start).total_seconds() if attempt.end else None

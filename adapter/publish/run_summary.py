@@ -6,19 +6,19 @@ becomes a note (`unread`).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from qwenlora.adapter.formats import duration, number, short
 from qwenlora.adapter.publish import curves
 from qwenlora.data.order import total_steps
 from qwenlora.jobs.find import state_now
 from qwenlora.run.comparison import Comparison
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.format import duration, number, short
 from qwenlora.run.records import Attempt, Code, Facts, now
 
 BAD_ROWS = 20  # lines of bad_rows.txt
@@ -158,7 +158,7 @@ def _attempts(run: RunFolder) -> tuple[list[Attempt], str]:
     *before, last = attempts
     if progress := run.history.progress.read(last.attempt):
         end = datetime.fromtimestamp(progress.time, UTC)
-        message = f"step {progress.step:,} was done {duration(max(now() - end, timedelta()))} ago"
+        message = f"step {progress.step:,} was done {duration(max((now() - end).total_seconds(), 0.0))} ago"
         last = last.revised(end=end, message=message, last_step=progress.step, trained_s=progress.trained_s)
     return [*before, last], state_now(run, attempts)
 

@@ -13,7 +13,6 @@ import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from qwenlora.adapter.formats import plural, size
 from qwenlora.adapter.outputs import free_folder, staging
 from qwenlora.adapter.qwen1.adapter import convert_adapter
 from qwenlora.adapter.qwen1.tokenizer import END_OF_TEXT, VOCABULARY, convert_tokenizer
@@ -21,6 +20,7 @@ from qwenlora.adapter.qwen1.weights import plan_weights, write_weights
 from qwenlora.adapter.subject import ADAPTER_CONFIG
 from qwenlora.adapter.weight_files import SafetensorsWriter, open_weights, parse_size
 from qwenlora.data.turns import TURN_END
+from qwenlora.run.format import count, size
 
 # keys of config.json as the first release spelled them
 OLD_KEYS = {
@@ -83,9 +83,9 @@ def convert(source: Path, out: Path, *, max_shard_size: str) -> int:
             config.dtype = specs["model.embed_tokens.weight"].dtype
             config.eos_token_id, config.pad_token_id = generation.eos_token_id[0], generation.pad_token_id
             (folder / "config.json").write_text(_config_text(config), encoding="utf-8")
-    count = plural(len(writer.files), "file")
+    files = count(len(writer.files), "file")
     print(
-        f"{out}: {size(writer.size)} of weights in {count}, as they were; tokenizer with {len(tokenizer)} ids"
+        f"{out}: {size(writer.size)} of weights in {files}, as they were; tokenizer with {len(tokenizer)} ids"
     )
     print(
         f"equal to the original up to {config.max_position_embeddings} tokens, the length it was trained on;"

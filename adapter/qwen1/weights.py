@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
-from qwenlora.adapter.formats import and_more
-from qwenlora.adapter.formats import shape as shape_text
 from qwenlora.adapter.weight_files import SafetensorsWriter, TensorSpec, WeightFiles
+from qwenlora.run.format import and_more
+from qwenlora.run.format import shape as shape_text
 from qwenlora.trainer.model.base_files import SLICE
 
 OUTSIDE = {

@@ -13,7 +13,7 @@ from qwenlora.configs import Config
 from qwenlora.configs.keys import FIELDS, differences
 from qwenlora.jobs.views.overview import RunOverview, is_run, read_overview, settings
 from qwenlora.run.folder import RunFolder
-from qwenlora.run.format import ago, as_yaml, megabytes, number, printable
+from qwenlora.run.format import ago, as_yaml, number, printable, size
 
 ALWAYS = ("model.name_or_path", "data.train", "lora.r", "train.learning_rate")  # shown of every run
 # not shown: runs that differ in these alone were made the same way
@@ -82,7 +82,7 @@ def _progress_table(runs: list[RunOverview], names: list[str]) -> Table:
     for column in ("step", "loss", "eval loss", "rows", "adapter", "ago"):
         table.add_column(column, no_wrap=True, justify="right")
     for name, run in zip(names, runs, strict=True):
-        size, counts = run.adapter_bytes, run.counts("train")
+        adapter, counts = run.adapter_bytes, run.counts("train")
         table.add_row(
             name,
             run.state,
@@ -90,7 +90,7 @@ def _progress_table(runs: list[RunOverview], names: list[str]) -> Table:
             number(run.loss.get("loss")),
             number(run.evaluated.get("eval_loss")),
             number(counts.rows if counts else None),
-            "-" if size is None else megabytes(size),
+            "-" if adapter is None else size(adapter),
             ago(time.time() - run.last_sign),
         )
     return table

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwenlora.run.format import ago, as_yaml, clock, count, duration, megabytes, number, printable
+from qwenlora.run.format import ago, as_yaml, clock, count, duration, number, printable, size
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,7 @@ def test_a_duration_is_shown_in_three_ways(seconds, texts):
 
 def test_counts_sizes_and_texts():
     assert (count(1, "run"), count(0, "run"), count(1200, "run")) == ("1 run", "0 runs", "1,200 runs")
-    assert megabytes(2_500_000) == "2.5 MB"
+    assert (size(2_500_000), size(2_500_000_000)) == ("2.5 MB", "2.5 GB")
+    assert count(2, "process", "es") == "2 processes"
     assert printable("a\x1b[31m\nb") == "a\ufffd[31m\ufffdb"
     assert as_yaml([{"path": "a b", "weight": 2.0}, True]) == "[{path: a b, weight: 2.0}, true]"
