@@ -83,9 +83,9 @@ def convert(source: Path, out: Path, *, max_shard_size: str) -> int:
             config.dtype = specs["model.embed_tokens.weight"].dtype
             config.eos_token_id, config.pad_token_id = generation.eos_token_id[0], generation.pad_token_id
             (folder / "config.json").write_text(_config_text(config), encoding="utf-8")
-    files = count(len(writer.files), "file")
+    written = count(len(writer.files), "file")
     print(
-        f"{out}: {size(writer.size)} of weights in {files}, as they were; tokenizer with {len(tokenizer)} ids"
+        f"{out}: {size(writer.size)} of weights in {written}, as they were; tokenizer with {len(tokenizer)} ids"
     )
     print(
         f"equal to the original up to {config.max_position_embeddings} tokens, the length it was trained on;"
