@@ -28,12 +28,10 @@ class Wandb(NamedTuple):
 
 
 def state(summary: RunSummary) -> tuple[str, str, str]:
-    """Return (done, stopped, failed, killed, refused, running ..., its message, the time of its end)."""
+    """Return the run's state, the message of its last attempt, and the time when that ended."""
     last = summary.last_attempt
-    if not last:
-        return "unknown" if summary.run.trained else "not started", "", ""
-    end = f"{last.end:%Y-%m-%d %H:%M} UTC" if last.end else ""
-    return last.reason or summary.unfinished, last.message, end
+    end = f"{last.end:%Y-%m-%d %H:%M} UTC" if last and last.end else ""
+    return summary.state, last.message if last else "", end
 
 
 def tiles(summary: RunSummary) -> Iterator[tuple[str, str, str]]:
@@ -148,18 +146,18 @@ def wandb(summary: RunSummary) -> Wandb:
 
 def attempt_table(summary: RunSummary) -> list[dict[str, str]]:
     """Return the attempts as rows {column: cell}, without columns that are empty."""
-    rows = [_row(attempt, summary.unfinished) for attempt in summary.attempts]
+    rows = [_row(attempt, summary.state) for attempt in summary.attempts]
     return [{name: cell for name, cell in row.items() if any(other[name] for other in rows)} for row in rows]
 
 
-def _row(attempt: Attempt, unfinished: str) -> dict[str, str]:
+def _row(attempt: Attempt, state: str) -> dict[str, str]:
     first, last, took = attempt.first_step, attempt.last_step, _seconds_of(attempt)
     why = ": ".join(filter(None, [attempt.cause, attempt.message]))
     return {
         "#": str(attempt.attempt),
         "start (UTC)": f"{attempt.start:%m-%d %H:%M}",
         "took": duration(took) if took is not None else "",
-        "ended": attempt.reason or unfinished,
+        "ended": attempt.reason or state,
         "from": (attempt.resumed_from or "").removeprefix("checkpoint-"),
         "steps": f"{first:,} to {last:,}" if first and last is not None else "",
         "again": f"{attempt.steps_repeated:,}" if attempt.steps_repeated else "",

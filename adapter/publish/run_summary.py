@@ -20,6 +20,7 @@ from qwenlora.run.comparison import Comparison
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import duration, number, short
 from qwenlora.run.records import Attempt, Code, Facts, now
+from qwenlora.run.state import RunState
 
 BAD_ROWS = 20  # lines of bad_rows.txt
 COUNTS = {  # {field of SideCounts: its name on the page}
@@ -53,15 +54,15 @@ class RunSummary:
     """What a run left.
 
     config: config.yaml's text; settings: its values; attempts: the last one with its end so far, if it is
-    unfinished; unfinished: the state of such an attempt, else empty; facts: None, and code: empty, without
-    their files; curves: of metrics.jsonl; unread: files that cannot be read, and why.
+    unfinished; facts: None, and code: empty, without their files; curves: of metrics.jsonl; unread: files
+    that cannot be read, and why.
     """
 
     run: RunFolder
     config: str
     settings: Settings
     attempts: list[Attempt]
-    unfinished: str
+    state: RunState
     facts: Facts | None
     code: Code
     curves: dict[str, curves.Series]
@@ -140,7 +141,7 @@ def summarise_run(run: RunFolder) -> RunSummary:
         run,
         config,
         tried(run.config, lambda: _flat(yaml.safe_load(config)), Settings()),
-        *tried(run.history.file, lambda: _attempts(run), (list[Attempt](), "")),
+        *tried(run.history.file, lambda: _attempts(run), (list[Attempt](), "unknown")),
         tried(run.facts, run.read_facts, None),
         tried(run.code, lambda: Code.read(run.code), Code()),
         tried(run.metrics, lambda: curves.read_curves(run.metrics), dict[str, curves.Series]()),
@@ -150,11 +151,11 @@ def summarise_run(run: RunFolder) -> RunSummary:
     )
 
 
-def _attempts(run: RunFolder) -> tuple[list[Attempt], str]:
-    """Return the attempts, the last one as far as it came, and the state of that one if it has no end."""
+def _attempts(run: RunFolder) -> tuple[list[Attempt], RunState]:
+    """Return the attempts, an unfinished last one with its end so far, and the run's state."""
     attempts = run.history.attempts()
     if not attempts or attempts[-1].end:
-        return attempts, ""
+        return attempts, state_now(run, attempts)
     *before, last = attempts
     if progress := run.history.progress.read(last.attempt):
         end = datetime.fromtimestamp(progress.time, UTC)

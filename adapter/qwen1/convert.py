@@ -85,7 +85,8 @@ def convert(source: Path, out: Path, *, max_shard_size: str) -> int:
             (folder / "config.json").write_text(_config_text(config), encoding="utf-8")
     written = count(len(writer.files), "file")
     print(
-        f"{out}: {size(writer.size)} of weights in {written}, as they were; tokenizer with {len(tokenizer)} ids"
+        f"{out}: {size(writer.size)} of weights in {written}, as they were; tokenizer with {len(tokenizer)}"
+        " ids"
     )
     print(
         f"equal to the original up to {config.max_position_embeddings} tokens, the length it was trained on;"

@@ -20,6 +20,8 @@ from run_facts import make_facts
 from qwenlora.adapter.publish import curves
 from qwenlora.adapter.publish.report import ANSWERS, write_report
 from qwenlora.run.folder import RunFolder
+from qwenlora.slurm import query
+from qwenlora.slurm.query import JobInfo
 
 ZERO = 1_790_000_000.0  # 2026-09-21 14:13:20 UTC
 HOSTILE = [
@@ -265,6 +267,15 @@ def test_a_run_under_way_says_how_long_ago_its_last_step_was(run):
     text = Page(run).text
     assert "running : step 7 was done 0 s ago" in text
     assert "steps 7 of 100" in text
+
+
+def test_a_stopped_run_whose_job_is_pending_waits_to_go_on(run, monkeypatch):
+    log(run, steps=range(1, 8))
+    monkeypatch.setenv("SLURM_JOB_ID", "31")
+    run.begin_attempt(2)
+    run.end_attempt("stopped", "SIGUSR1")
+    monkeypatch.setattr(query, "ask", lambda job_id: JobInfo(job_id, "PENDING"))
+    assert "waits to go on : SIGUSR1" in Page(run).text
 
 
 def test_numbers_that_are_not_finite_are_noted_and_marked(run):

@@ -162,23 +162,36 @@ def test_a_system_that_is_not_linux(monkeypatch, capsys, command):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_the_table_s_help_is_the_command_s(name):
-    """And the command is loaded: its options are sound, and it is slow only where the table says so."""
+    """And the command is loaded: its options are sound."""
     entry = cli.COMMANDS[name]
     command = cli.load(name)
     assert " ".join(command.help.split()) == entry.help
     assert command.name == name.split()[-1]
 
 
-def test_quick_commands_import_no_torch():
-    modules = {
-        f"qwenlora.cli.{entry.module}" for entry in cli.COMMANDS.values() if entry.module not in cli.SLOW
-    }
+def test_no_command_imports_torch_before_it_needs_it():
+    modules = {f"qwenlora.cli.{entry.module}" for entry in cli.COMMANDS.values()}
     script = (
         f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print('torch' in"
         " sys.modules)"
     )
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert answer.stdout == "False\n"
+
+
+def test_a_config_that_is_wrong_is_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "my.yaml").write_text("train: {max_stepz: 3}\n")
+    script = (
+        "import sys; from qwenlora.cli import main\ntry: main.main()\nfinally: print('torch' in sys.modules)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", script, "data", "check", str(tmp_path / "my.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (answer.returncode, answer.stdout) == (2, "False\n")
+    assert "max_stepz" in answer.stderr
 
 
 def test_the_version_has_the_commit_of_a_clone(qwenlora):
