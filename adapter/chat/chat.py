@@ -1,7 +1,6 @@
-"""Talk with a base model or with what was made of it: `qwenlora chat runs/tiny`, `... --prompt 几点开门？`.
+"""Talk with a base model or an adapter on it: `qwenlora chat runs/tiny`, `... --prompt 几点开门？`.
 
-This module checks the options, loads the model and picks the way to chat. conversation.py is the model's
-side, terminal.py the screen's, question_files.py answers files.
+Options are checked and the model loaded here; conversation.py is the model's side, terminal.py the screen's.
 """
 
 import math
@@ -33,7 +32,7 @@ INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 
 
 class ChatOptions(NamedTuple):
-    """The command's options, but for sampling. thinking: None for the template's default, which is no."""
+    """The command's options, but for sampling. thinking: None for the default, off."""
 
     prompt: str | None = None
     input_file: Path | None = None
@@ -45,10 +44,7 @@ class ChatOptions(NamedTuple):
 
 
 def chat(subject: Subject, sampling: Sampling, options: ChatOptions | None = None) -> int:
-    """Answer a prompt, a file, standard input when it is no terminal, or a person; return the exit code.
-
-    Raises: ValueError for what cannot be read, loaded, or done.
-    """
+    """Answer a prompt, file, piped text or person; return the exit code. Raises: ValueError for bad input."""
     options = options or ChatOptions()
     _check_options(options)
     _check_sampling(sampling)
@@ -127,14 +123,14 @@ def _check_sampling(sampling: Sampling) -> None:
 
 
 def _read_input(subject: Subject, options: ChatOptions) -> list[Question]:
-    """Return the questions of --input; none without it."""
+    """Return the questions of --input; [] without it."""
     if not options.input_file:
         return []
     return read_questions(options.input_file, subject.config.data, options.system)
 
 
 def _read_stdin() -> str | None:
-    """Return what is piped in; None at a terminal."""
+    """Return the text that is piped in; None at a terminal."""
     if sys.stdin.isatty():
         return None
     try:

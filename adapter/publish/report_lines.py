@@ -19,8 +19,7 @@ CHECKED_CURVES = ("loss", "grad_norm", "eval_loss")  # those whose values must b
 
 
 class Wandb(NamedTuple):
-    """The run at W&B. run: id and project; sync: a command for what is only on disk. Empty where not
-    known."""
+    """The run at W&B. run: id and project; sync: a command to upload offline runs. Empty if not known."""
 
     url: str
     run: str
@@ -28,7 +27,7 @@ class Wandb(NamedTuple):
 
 
 def state(summary: RunSummary) -> tuple[str, str, str]:
-    """Return (done, stopped, failed, killed, refused, running ..., its message, the time of its end)."""
+    """Return the state (done, stopped, failed, killed, refused, running ...), its message and its end."""
     last = summary.last_attempt
     if not last:
         return "unknown" if summary.run.trained else "not started", "", ""
@@ -88,7 +87,7 @@ def _speed(summary: RunSummary) -> Iterator[tuple[str, str]]:
 
 
 def notes(summary: RunSummary) -> Iterator[str]:
-    """Yield what a careful colleague would mention of the run."""
+    """Yield what a reader should know: unread files, rows left out, doubtful curves, steps trained again."""
     yield from summary.unread
     if facts := summary.facts:
         yield from facts.notes
@@ -117,7 +116,7 @@ def _doubtful_curves(summary: RunSummary) -> Iterator[str]:
 
 
 def legend(summary: RunSummary) -> str:
-    """Return what the marks on the curves mean."""
+    """Return the meaning of the marks on the curves."""
     parts = []
     if "loss" in summary.curves and len(summary.curves["loss"].steps) > curves.FEW:
         parts.append("Faint: as logged; strong: the running median.")
