@@ -58,7 +58,7 @@ def question_of(row: Row) -> Question | None:
 
 
 def training_questions(data: Data) -> Iterator[Question]:
-    """Yield the question of each training row that begins with one."""
+    """Yield the questions that training rows begin with."""
     for _, row in rows_of_side(data, "train"):
         if question := question_of(row):
             yield question
@@ -126,7 +126,7 @@ def split_thought(text: str, *, opened: bool = False, complete: bool = True) -> 
     """
     text = text.lstrip()
     if not opened:
-        if not complete and THINK.startswith(text):  # perhaps the start of the mark
+        if not complete and THINK.startswith(text):  # perhaps a part of the mark
             return "", ""
         if not text.startswith(THINK):
             return "", text.rstrip()
@@ -173,7 +173,7 @@ def generate_answers(
 def _generate_batch(
     model: Any, tokenizer: Any, questions: Sequence[Question], sampling: Sampling, thinking: bool
 ) -> list[Answer] | None:
-    """Return the answers to some questions; None when the GPU is full."""
+    """Return the answers to a batch; None when the GPU is full."""
     prompts = [prompt_of(tokenizer, question, thinking=thinking) for question in questions]
     batch = tokenizer(
         prompts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left"

@@ -96,7 +96,7 @@ def _of_run(name: str, run: RunFolder, adapter: Path, base: str | None, trust_re
     read_adapter_config(adapter)
     config = load_config(run.config)
     model: dict[str, object] = {"trust_remote_code": True} if trust_remote_code else {}
-    if base and base != config.model.name_or_path:  # another base does not have this one's revision
+    if base and base != config.model.name_or_path:  # the revision is not another base's
         model |= {"name_or_path": base, "revision": None}
     config = config.model_copy(update={"model": config.model.model_copy(update=model)})
     found = _find_base(base, f"--base {base}") if base else models.base_of(config, run)

@@ -1,6 +1,6 @@
 """A base's weights, read by tensor name and range; a merged model's, written in any order.
 
-`SafetensorsWriter` writes slices as they come: safetensors' own writer wants a whole file in memory at once.
+`SafetensorsWriter` writes slices as they come: safetensors' own writer needs a whole file in memory.
 """
 
 import json
@@ -22,7 +22,7 @@ from qwenlora.trainer.model.base import hub_errors
 from qwenlora.trainer.model.base_files import DTYPES, BaseFiles, Place
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-OTHER_GRID = 1.3  # a dtype's numbers, divided by this, lie between two others of the dtype
+OTHER_GRID = 1.3  # dividing by this moves numbers off their dtype's grid, so that they are rounded anew
 
 
 class WeightFiles(Protocol):
@@ -73,7 +73,7 @@ class TorchFiles:
 
 @contextmanager
 def open_weights(base: str, revision: str | None = None) -> Iterator[WeightFiles]:
-    """Open the weights of a folder or hub name. Raises: ValueError when there are none, or broken ones."""
+    """Open the weights of a folder or hub name. Raises: ValueError when they are missing or broken."""
     with hub_errors("base", base):
         safetensors = BaseFiles(base, revision)
     with safetensors:
@@ -173,7 +173,7 @@ class SafetensorsWriter:
             os.close(descriptor)
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
-        """Write elements from start on, rounded to the file's dtype. Raises: ValueError for NaN or inf."""
+        """Write a flattened tensor from element start on. Raises: ValueError if not finite in its dtype."""
         dtype = self._specs[name].dtype
         values = values.to(dtype).contiguous()
         if not values.isfinite().all():

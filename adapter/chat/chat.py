@@ -163,7 +163,7 @@ def _load(subject: Subject, options: ChatOptions, tokenizer: Any) -> LoadedModel
 
 
 def _fitting_quantization(subject: Subject, dtype: str) -> str:
-    """Return nf4 when there is a GPU whose free memory is too small for the base's weights; else none."""
+    """Return nf4 when there is a GPU whose free memory is too small for the base's weights, else none."""
     if not torch.cuda.is_available():
         return "none"
     config = override_model(subject.config, dtype, "none")

@@ -175,10 +175,10 @@ class Conversation:
         return f"cut: --max-new-tokens {self._sampling.max_new_tokens}"
 
     def _cache_for(self, ids: list[int]) -> DynamicCache | None:
-        """Return the cache, cut to the ids it shares, or an empty one; None for layers that cannot be cut."""
+        """Return the cache, cut to its first ids that match, or a new one; None if layers cannot be cut."""
         cache = self._cache
         if cache is not None:
-            pairs = zip(self._cached_ids, ids[:-1], strict=False)  # generate wants at least one token to read
+            pairs = zip(self._cached_ids, ids[:-1], strict=False)  # generate needs a token to read
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             if same < len(self._cached_ids):
                 cache.crop(same - len(self._cached_ids))

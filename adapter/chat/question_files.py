@@ -99,7 +99,7 @@ def _question(line: int, value: Any, shape: str | None, options: RowOptions) -> 
 
 
 def _with_reply(value: Any, options: RowOptions) -> Any:
-    """Return a row with one more reply, so that a row without any is read like a training row."""
+    """Return a row with a reply added, so that a row without a reply is read like a training row."""
     if not isinstance(value, dict):
         return value
     names = {options.columns.get(name, name): name for name in value}  # {qwenlora's key: the row's}

@@ -142,7 +142,7 @@ def _note(console: Console, text: str) -> None:
 
 @contextmanager
 def _stopped_by_ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
-    """Make the first Ctrl-C call stop, and the next ones raise KeyboardInterrupt."""
+    """Make the first Ctrl-C call stop, and the next raise KeyboardInterrupt."""
 
     def first(*_: object) -> None:
         stop()
@@ -157,7 +157,7 @@ def _stopped_by_ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _keyboard_off() -> Iterator[None]:
-    """Drop what is typed meanwhile, but for Ctrl-C and Ctrl-Z: a pasted text would be sent line by line."""
+    """Drop keys typed meanwhile, but for Ctrl-C and Ctrl-Z: a pasted text would be sent line by line."""
     before = termios.tcgetattr(sys.stdin)
     during = list(before)
     during[3] &= ~(termios.ECHO | termios.ICANON)

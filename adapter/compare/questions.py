@@ -41,7 +41,7 @@ class CompareOptions(NamedTuple):
     output: Path | None = None
 
     def sampling(self, name: str) -> Sampling:
-        """Return how the questions of a set are answered: greedily, but for the repeated one."""
+        """Return how the questions of a set are answered: greedily, but for the repeated question."""
         if name == "repeated":
             return Sampling(self.max_new_tokens, self.temperature, seed=self.seed)
         return Sampling(self.max_new_tokens)
@@ -142,12 +142,12 @@ def _set_of_rows(name: str, rows: Iterable[tuple[str, Row]], limit: int) -> Ques
 
 
 def _only(data: Data, train: Sources) -> Data:
-    """Return the settings for other training rows alone."""
+    """Return the settings with these training rows and no evaluation rows."""
     return data.model_copy(update={"train": train, "eval": None, "eval_fraction": None})
 
 
 def _question_to_repeat(text: str | None, sets: list[QuestionSet]) -> Question | None:
-    """Return the question to repeat, with its reference if it is in one of the sets."""
+    """Return the question to repeat, with its reference if it is in a set."""
     known = [question for each in sets if each.rows for question in each.questions]
     if text is None:
         return known[0] if known else None

@@ -36,7 +36,7 @@ def make_comparison(
     seed: int,
     target: Path | None,
 ) -> Comparison:
-    """Return the comparison of the columns' answers. target: the file that it will be written to."""
+    """Return the comparison of the columns' answers. target: the file that it is for."""
     measured: list[Measure] = []
     rows: list[AnsweredQuestion] = []
     for question_set in sets:

@@ -1,4 +1,5 @@
-"""A comparison on the terminal: measures in a table; answers beside each other, or below on a narrow one."""
+"""A comparison on the terminal: measures in a table; answers beside each other, or below on a narrow
+screen."""
 
 import unicodedata
 from collections import Counter

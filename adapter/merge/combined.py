@@ -42,7 +42,7 @@ def parse_weights(weights: str | None, count: int) -> list[float]:
 
 
 def check_combination(subjects: list[Subject], weights: list[float], combination: str) -> None:
-    """Raise ValueError for adapters that cannot be merged, or not together."""
+    """Raise ValueError for adapters that cannot be merged, alone or together."""
     if combination not in COMBINATIONS:
         raise ValueError(f"--combine {combination} is unknown; peft has {', '.join(COMBINATIONS)}")
     for subject in subjects:

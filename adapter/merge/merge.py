@@ -247,13 +247,13 @@ def _file_of(subject: Subject, name: str) -> Path | None:
 def _default_prompts(subject: Subject) -> list[Question]:
     """Return the built-in questions and the first of the run's own."""
     own: list[Question] = []
-    with suppress(ValueError, OSError):  # the run's data may be gone
+    with suppress(ValueError, OSError):  # the run's data may no longer be there
         own = list(islice(training_questions(subject.config.data), OWN_PROMPTS)) if subject.run else []
     return [*map(Question.from_text, PROMPTS), *own]
 
 
 def _read_prompts(file: Path) -> list[Question]:
-    """Return the questions of a file, one a line."""
+    """Return the questions of a file: its lines."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:

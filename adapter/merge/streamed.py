@@ -111,7 +111,7 @@ class StreamedModel:
         return [name for _, name in self._sources.get(parameter, ())]
 
     def value(self, parameter: str) -> Tensor:
-        """Return a base's parameter in its files' dtype; if they lack it, the one that it is tied to."""
+        """Return a base's parameter in its files' dtype; if they lack it, its tied partner."""
         sources = next(self._sources[name] for name in (parameter, *self.tied) if name in self._sources)
         if not sources[0][0]:
             return read_tensor(self.files, sources[0][1])
@@ -186,7 +186,7 @@ class StreamedModel:
     def merged(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name in self.base, merged float32 values) of what the adapter changes; do not keep them.
 
-        Afterwards peft takes the modules for merged ones, so the model can compute nothing any more.
+        Afterwards peft takes the modules for merged ones, so the model can compute nothing more.
         """
         wrappers = list(_topmost(self.model.base_model.model, lambda module: isinstance(module, WRAPPERS)))
         within = tuple(f"{path}." for path, _ in wrappers)

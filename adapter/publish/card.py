@@ -187,7 +187,7 @@ def hub_name(base: str) -> str | None:
 
 
 def is_shared(key: str) -> bool:
-    """Whether a setting says how the adapter was trained, and not where."""
+    """Whether a setting tells how the adapter was trained, not where."""
     return key.startswith(SHARED) and key not in NOT_SHARED
 
 

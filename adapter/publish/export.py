@@ -1,7 +1,7 @@
 """A folder, or a .zip, for a model hub: `qwenlora export runs/tiny --to tiny.zip`.
 
 It holds the adapter, its tokenizer and a model card (card.py); no optimizer, no logs, no rows. Names of this
-machine are left out, and leaks.py refuses a file that still has one. verify.py tells if it fits its base.
+machine are left out, and leaks.py refuses a file that still has one. verify.py checks the base.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Texts that must not leave the machine with an exported adapter: paths, names of user and host, keys.
 
-This is a last check of files that were written without them; it cannot know every secret, and shows none.
+This is a last check of files that were written without them; it cannot know every secret.
 """
 
 import getpass

@@ -131,7 +131,7 @@ def legend(summary: RunSummary) -> str:
 
 
 def wandb(summary: RunSummary) -> Wandb:
-    """Return what is known of the run at W&B."""
+    """Return the run's id and addresses at W&B, as far as they are known."""
     id_file, url_file = summary.run.wandb_id, summary.run.wandb_url
     run = url = sync = ""
     if id_file.is_file():

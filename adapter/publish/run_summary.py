@@ -71,7 +71,7 @@ class RunSummary:
 
     @property
     def last_attempt(self) -> Attempt | None:
-        """The last attempt that was not refused; the last of all if every one was."""
+        """The last attempt that was not refused; the last of all if all were."""
         tried = [attempt for attempt in self.attempts if attempt.reason != "refused"] or self.attempts
         return tried[-1] if tried else None
 

@@ -54,9 +54,8 @@ def convert_adapter(source: Path, folder: Path) -> str:
     config: Any = PeftConfig.from_pretrained(str(source))  # adds the keys of newer versions of peft
     config.target_modules = _target_modules(old, converted)
     config.modules_to_save = _modules_to_save(source, old)
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = (
-        None  # target_modules names them in full
-    )
+    # target_modules names the modules in full
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     config.fan_in_fan_out = False
     config.base_model_name_or_path = config.revision = config.auto_mapping = None
     save_file(converted, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,7 +1,7 @@
 """The weights of a first-generation Qwen under Qwen2's names: rows are copied, nothing is computed.
 
-Qwen-1 holds q, k and v in one matrix, c_attn, and calls the MLP's up projection w1 and its gate w2. It
-computes the same as Qwen2, except beyond the length that it was trained on.
+Qwen-1 has q, k and v in one matrix, c_attn, and calls the MLP's up projection w1 and its gate w2. Its results
+differ only beyond the length that it was trained on.
 """
 
 import math
