@@ -1,7 +1,4 @@
-"""Talk with a base model or an adapter on it: `qwenlora chat runs/tiny`, `... --prompt 几点开门？`.
-
-Options are checked and the model loaded here; conversation.py is the model's side, terminal.py the screen's.
-"""
+"""Talk with a base model or an adapter on it: `qwenlora chat runs/tiny`, `... --prompt 几点开门？`."""
 
 import math
 import sys

@@ -77,10 +77,7 @@ class Conversation:
         return reply
 
     def ask_base(self, show: ShowPiece) -> ChatReply:
-        """Return the base's answer to the last question; it is not kept.
-
-        Raises: ValueError when there is no base beside the model, or no question yet.
-        """
+        """Answer the last question by the base; keep nothing. Raises: ValueError without base or question."""
         self._stop.requested = False
         if not hasattr(self._model, "disable_adapter"):
             raise ValueError("this is a model without an adapter: it is the base")

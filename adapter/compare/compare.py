@@ -82,8 +82,7 @@ def columns_of(subjects: list[Subject]) -> list[ModelColumn]:
 
 
 def _base_of(subject: Subject) -> Subject:
-    """Return the subject to load for a base: the subject itself, unless its adapter cannot be switched
-    off."""
+    """Return the subject to load for a base: itself, unless its adapter cannot be switched off."""
     config = read_adapter_config(subject.adapter) if subject.adapter else {}
     # peft does not restore biases, nor weights of the base that these starts change
     changes_base = str(config.get("init_lora_weights")).startswith(BASE_CHANGING_STARTS)

@@ -1,7 +1,4 @@
-"""General questions, with checks that need no judge: does a tuned model still greet, calculate, decline?
-
-general.jsonl holds the 60 that come with qwenlora; a user's file has the same format: docs/compare.md.
-"""
+"""General questions (general.jsonl, or a user's file: docs/compare.md), with checks that need no judge."""
 
 import re
 import unicodedata

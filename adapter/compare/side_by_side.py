@@ -1,5 +1,4 @@
-"""A comparison on the terminal: measures in a table; answers beside each other, or below on a narrow
-screen."""
+"""A comparison on the terminal: measures in a table; answers side by side, or below on a narrow screen."""
 
 import unicodedata
 from collections import Counter

@@ -115,10 +115,7 @@ def _room_for_copies(base: StreamedModel, subject: Subject) -> Iterator[None]:
 def attach_adapters(
     base: StreamedModel, subjects: list[Subject], weights: list[float], combination: str
 ) -> PeftModel:
-    """Return the base with its adapter, or with the adapter that peft makes of several.
-
-    Raises: ValueError when peft cannot combine them, or when an adapter brings other matrices of the base.
-    """
+    """Return the base with its adapter, or several combined. Raises: ValueError when they do not fit."""
     names = [f"adapter_{number}" for number in range(len(subjects))]
     model: Any = None
     for name, subject in zip(names, subjects, strict=True):

@@ -72,10 +72,8 @@ class _Written(NamedTuple):
 
 
 def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = None) -> int:
-    """Make the folder out, or nothing; return the exit code.
-
-    Raises: ValueError for adapters that cannot be merged, and for logits unlike those of base and adapter.
-    """
+    """Make the folder out; return the exit code. Raises: ValueError for adapters or logits that do not
+    fit."""
     options = options or MergeOptions()
     transformers_logging.set_verbosity_error()
     first = subjects[0]

@@ -1,7 +1,4 @@
-"""Texts that must not leave the machine with an exported adapter: paths, names of user and host, keys.
-
-This is a last check of files that were written without them; it cannot know every secret.
-"""
+"""A last check that no path, key or name of user or host leaves the machine; it cannot know every secret."""
 
 import getpass
 import netrc

@@ -1,7 +1,4 @@
-"""A run's report: one HTML page that loads nothing and runs no script: `qwenlora report runs/tiny`.
-
-report.html is filled in from run_summary.py, report_lines.py and curves.py; PNGs of figures lie beside it.
-"""
+"""A run's report: one HTML page that loads nothing and runs no script: `qwenlora report runs/tiny`."""
 
 import math
 import re

@@ -75,10 +75,7 @@ def row_blocks(layers: int) -> dict[str, RowBlock]:
 
 
 def plan_weights(files: WeightFiles, model: Any) -> dict[str, tuple[RowBlock, TensorSpec]]:
-    """Return the source, dtype and shape of each tensor of model, a Qwen2 on torch's meta device.
-
-    Raises: ValueError naming a tensor that is missing, unknown or of another size.
-    """
+    """Return the source, dtype and shape of each tensor of model. Raises: ValueError if one does not fit."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     blocks = row_blocks(model.config.num_hidden_layers)
     assert set(blocks) == set(shapes), set(blocks) ^ set(shapes)
