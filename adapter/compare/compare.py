@@ -104,7 +104,7 @@ def _ask_subject(
     first: ModelAnswers | None,
     console: Console,
 ) -> list[ModelAnswers]:
-    """Load a subject, ask its columns, free its memory. first: the first column's answers, if known."""
+    """Load a subject, ask its columns, free it for the next. first: the first column's answers, if known."""
     subject = columns[0].subject
     model, tokenizer = load(subject)
     answers: list[ModelAnswers] = []

@@ -72,8 +72,7 @@ class _Written(NamedTuple):
 
 
 def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = None) -> int:
-    """Make the folder out; return the exit code. Raises: ValueError for adapters or logits that do not
-    fit."""
+    """Make the folder out; return the exit code. Raises: ValueError for adapters or logits that misfit."""
     options = options or MergeOptions()
     transformers_logging.set_verbosity_error()
     first = subjects[0]
