@@ -162,8 +162,7 @@ class StreamedModel:
                 setattr(module, slot.attribute, slot.placeholder)
 
     def logits(self, batch: Mapping[str, Tensor], progress: Progress, title: str) -> Tensor:
-        """Return float32 logits [prompts, last KEPT tokens, vocabulary]; 0 on padding, which is on the
-        left."""
+        """Return float32 logits [prompts, last KEPT tokens, vocabulary]; 0 on padding (left)."""
         parts = [part for _, part in _topmost(self.model, self._is_unit)]
         task = progress.add_task(title, total=len(parts))
 
