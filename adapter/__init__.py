@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet() -> contextlib.AbstractContextManager[object]:
-    """Silence libraries' warnings from now on, and inside the block also what they print when imported."""
+    """Silence libraries' warnings from now on, and inside the block their output on import, too."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     return contextlib.redirect_stdout(io.StringIO())

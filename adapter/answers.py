@@ -17,7 +17,7 @@ BATCH = 40  # questions at once
 
 
 class Question(NamedTuple):
-    """A conversation up to a reply. reference: the expected reply, where it is known."""
+    """A conversation up to a reply. reference: the expected reply; empty where it is not known."""
 
     messages: list[Message]
     reference: str = ""
@@ -25,13 +25,12 @@ class Question(NamedTuple):
 
     @classmethod
     def from_text(cls, text: str) -> "Question":
-        """Return a question without turns before it."""
+        """Return a question that begins a conversation."""
         return cls([Message(role="user", content=text)])
 
 
 class Answer(NamedTuple):
-    """A model's answer. text: all of it; thought, answer: its parts; cut: it ended before the model ended
-    it."""
+    """A model's answer. text: thought and answer; cut: generation stopped before the model ended it."""
 
     text: str
     thought: str
@@ -40,8 +39,7 @@ class Answer(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen. temperature 0: always the likeliest; top_k 0: from all; seed None: not
-    seeded."""
+    """How the next token is chosen. temperature 0: the likeliest; top_k 0: of all; seed None: not seeded."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -52,10 +50,7 @@ class Sampling(NamedTuple):
 
 
 def question_of(row: Row) -> Question | None:
-    """Return a row's turns before its first reply; the reference is that reply, without its thought.
-
-    None when the row does not begin with a question.
-    """
+    """Return the turns before a row's first reply; the reference is its answer. None without a question."""
     first = next((n for n, message in enumerate(row.messages) if message["role"] == "assistant"), 0)
     if not first or not row.messages[first]["content"]:
         return None
@@ -63,17 +58,14 @@ def question_of(row: Row) -> Question | None:
 
 
 def training_questions(data: Data) -> Iterator[Question]:
-    """Yield the question of each training row that begins with one."""
+    """Yield the questions that training rows begin with."""
     for _, row in rows_of_side(data, "train"):
         if question := question_of(row):
             yield question
 
 
 def prompt_of(tokenizer: Any, question: Question, *, thinking: bool = False) -> str:
-    """Return the text that the model continues. thinking: for templates that know enable_thinking (Qwen3's).
-
-    Raises: ValueError when the chat template refuses the turns.
-    """
+    """Return the prompt. thinking: Qwen3's enable_thinking. Raises: ValueError when the template fails."""
     try:
         text: str = tokenizer.apply_chat_template(
             question.messages,
@@ -123,19 +115,18 @@ def context_length(config: Any) -> int:
 
 
 def begins_thinking(prompt: str) -> bool:
-    """Return whether a prompt ends inside a thought, as the templates of models do that always think."""
+    """Return whether a prompt ends inside a thought: templates of models that always think open it."""
     return prompt.rstrip().endswith(THINK)
 
 
 def split_thought(text: str, *, opened: bool = False, complete: bool = True) -> tuple[str, str]:
-    """Return the thought and the answer in generated text.
+    """Return (thought, answer) of generated text. opened: the prompt ended inside the thought.
 
-    opened: the prompt ended inside the thought. complete: False while more text may come; more text only
-    makes both parts longer.
+    complete: False while more text may come, which will only make both parts longer.
     """
     text = text.lstrip()
     if not opened:
-        if not complete and THINK.startswith(text):  # perhaps the start of the mark
+        if not complete and THINK.startswith(text):  # perhaps a part of the mark
             return "", ""
         if not text.startswith(THINK):
             return "", text.rstrip()
@@ -157,10 +148,7 @@ def generate_answers(
     batch_size: int = BATCH,
     thinking: bool = False,
 ) -> Iterator[Answer]:
-    """Yield the model's answers, in order. Batches shrink when the GPU is full. title: of the progress bar.
-
-    Raises: ValueError when the GPU is full with a single question.
-    """
+    """Yield answers, in order; a full GPU halves batches. Raises: ValueError when one question fills it."""
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
@@ -185,7 +173,7 @@ def generate_answers(
 def _generate_batch(
     model: Any, tokenizer: Any, questions: Sequence[Question], sampling: Sampling, thinking: bool
 ) -> list[Answer] | None:
-    """Return the answers to some questions; None when the GPU is full."""
+    """Return the answers to a batch; None when the GPU is full."""
     prompts = [prompt_of(tokenizer, question, thinking=thinking) for question in questions]
     batch = tokenizer(
         prompts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left"

@@ -1,4 +1,4 @@
-"""A model ready to answer: the base, and on it the adapter, once verify.py finds nothing wrong."""
+"""A model ready to answer: the base and, once verify.py finds nothing wrong, the adapter on it."""
 
 from typing import Any, NamedTuple
 
@@ -15,8 +15,7 @@ DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float3
 
 
 class LoadedModel(NamedTuple):
-    """model: in eval mode, with a cache; a PeftModel (`with model.disable_adapter()` it is the base) or a
-    plain model."""
+    """A model in eval mode that caches keys and values. A PeftModel is its base within disable_adapter()."""
 
     model: Any
     tokenizer: Any
@@ -25,10 +24,9 @@ class LoadedModel(NamedTuple):
 def load(
     subject: Subject, *, dtype: str | None = None, quantization: str | None = None, tokenizer: Any = None
 ) -> LoadedModel:
-    """Return a subject's model and tokenizer, on the GPU if there is one.
+    """Return a subject's model and tokenizer, on the GPU if there is one. tokenizer: if it is loaded already.
 
-    dtype: one of DTYPES; quantization: none, nf4 or int8. None: as in training; for a plain model auto and
-    none. tokenizer: the subject's, if it is loaded already.
+    dtype: one of DTYPES; quantization: none, nf4 or int8. None: as in training (plain models: auto, none).
     Raises: ValueError when the base or the adapter cannot be loaded, or do not fit each other.
     """
     transformers_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Where results go: a name that is taken is refused before any work; a folder gets its name once complete."""
+"""Places for results: a taken name is refused before any work; a folder gets its name once complete."""
 
 import os
 import shutil
@@ -13,10 +13,7 @@ from qwenlora.run.disk import free_bytes, settle, sync
 
 
 def free_folder(out: Path, *, read: tuple[Path | str | None, ...] = ()) -> Path:
-    """Return the folder (or .zip) to be made, absolute. read: folders that it is made from.
-
-    Raises: ValueError when something is there already, or when it would lie inside a folder that is read.
-    """
+    """Return out, absolute. Raises: ValueError when it is taken, or lies inside a folder that is read."""
     out = out.expanduser().absolute()
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ValueError(f"{out} is there already; choose a name that is not there yet")
@@ -27,10 +24,7 @@ def free_folder(out: Path, *, read: tuple[Path | str | None, ...] = ()) -> Path:
 
 
 def free_file(out: Path, option: str) -> Path:
-    """Return a file to be written, absolute. option: the command line's, for the message.
-
-    Raises: ValueError when something is there already, or when its folder is missing or not writable.
-    """
+    """Return out, absolute; option names it in the message. Raises: ValueError when taken or not writable."""
     out = out.expanduser().absolute()
     if out.is_symlink() or out.exists():
         raise ValueError(f"{option} {out} is there already; choose another name, or remove it")
@@ -45,10 +39,8 @@ def free_file(out: Path, option: str) -> Path:
 def staging(out: Path, size: int, pack: Callable[[Path], Path] | None = None) -> Iterator[Path]:
     """Make a folder beside out; after the block it becomes out, after an error it is removed.
 
-    A killed process leaves its folder behind; the next one that makes out removes it.
-    out: absolute, as free_folder() returns it; size: bytes it will need; pack: makes one file of the folder,
-    beside it, and returns that.
-    Raises: ValueError when the disk has no room.
+    The folder of a killed process is removed by the next one that makes out. size: its bytes; pack: makes one
+    file of the folder, beside it, and returns its path. Raises: ValueError when the disk is full.
     """
     prefix = f"{out.name}.staging-{os.uname().nodename}-"
     folder = out.parent / f"{prefix}{os.getpid()}"
@@ -73,7 +65,7 @@ def staging(out: Path, size: int, pack: Callable[[Path], Path] | None = None) ->
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove what killed processes of this machine left."""
+    """Remove the staging folders and files that killed processes of this machine left."""
     for path in parent.iterdir():
         process = path.name.removeprefix(prefix).partition(".")[0]
         if path.name.startswith(prefix) and process.isdecimal() and not psutil.pid_exists(int(process)):
@@ -90,15 +82,15 @@ def _check_space(out: Path, size: int) -> None:
 
 
 def _remove_all(folder: Path) -> None:
-    """Remove a staging folder, and the file that was being packed of it."""
-    with suppress(OSError):  # the parent may be what could not be made
+    """Remove a staging folder, and the file that is packed from it."""
+    with suppress(OSError):  # the parent may be missing: making it may have failed
         for path in folder.parent.iterdir():
             if path.name == folder.name or path.name.startswith(f"{folder.name}."):
                 _remove(path)
 
 
 def _remove(path: Path) -> None:
-    with suppress(OSError):  # it may never have been made
+    with suppress(OSError):  # it may not exist
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -1,4 +1,4 @@
-"""What a user names after training: a run, a checkpoint, an adapter, or a model: `find("runs/tiny")`."""
+"""The run, checkpoint, adapter or model that a user names after training: `find("runs/tiny")`."""
 
 import json
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ AdapterConfig = dict[str, Any]  # adapter_config.json, as any version of peft wr
 
 @dataclass(frozen=True)
 class Subject:
-    """name: as the user typed it; base: the base model's folder or hub name; adapter: None for a plain model.
+    """A run, checkpoint, adapter or model, as the user named it. base: the base model's folder or hub name.
 
-    config: the run's; without a run, one made up around the model, since trainer/model/ works from configs.
-    run: None when the adapter or model belongs to no run.
+    adapter: None for a plain model; run: None for an adapter or model that belongs to no run. config: the
+    run's; without a run, one made up around the model, since trainer/model/ works from configs.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Subject:
 
     @property
     def label(self) -> str:
-        """A short name to show: the run's, and of a checkpoint the run's and its own."""
+        """The name to show: the run's, followed by a checkpoint's; without a run, the folder's."""
         if self.run is None:
             return Path(self.adapter or self.base).name
         if self.adapter is None or self.adapter == self.run.adapter:
@@ -42,10 +42,7 @@ class Subject:
 
 
 def find(name: str, *, base: str | None = None, trust_remote_code: bool = False) -> Subject:
-    """Return what the user named. base: the base model, where it is not where the run or adapter says.
-
-    Raises: ValueError when nothing of the kind is there, or its base is not.
-    """
+    """Return what the user named. base: replaces its own. Raises: ValueError when either is missing."""
     folder = Path(name).expanduser().absolute()
     if (folder / "config.yaml").is_file():
         run = RunFolder(folder)
@@ -73,10 +70,7 @@ def find(name: str, *, base: str | None = None, trust_remote_code: bool = False)
 
 
 def final_adapter(name: str | Path, run: RunFolder) -> Path:
-    """Return the folder of a run's adapter. name: of the run, as the user typed it.
-
-    Raises: ValueError naming the run's whole checkpoints when it has not been trained to its end.
-    """
+    """Return a run's adapter folder. Raises: ValueError naming the whole checkpoints of an unfinished run."""
     if (run.adapter / ADAPTER_CONFIG).is_file():
         return run.adapter
     whole = [path for path in run.checkpoints() if not checkpoints.flaw(path, thorough=False)]
@@ -86,8 +80,7 @@ def final_adapter(name: str | Path, run: RunFolder) -> Path:
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Return an adapter's adapter_config.json. Raises: ValueError when it cannot be read, or is not
-    LoRA's."""
+    """Return adapter_config.json. Raises: ValueError when it cannot be read, or is not LoRA's."""
     file = folder / ADAPTER_CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -103,7 +96,7 @@ def _of_run(name: str, run: RunFolder, adapter: Path, base: str | None, trust_re
     read_adapter_config(adapter)
     config = load_config(run.config)
     model: dict[str, object] = {"trust_remote_code": True} if trust_remote_code else {}
-    if base and base != config.model.name_or_path:  # another base does not have this one's revision
+    if base and base != config.model.name_or_path:  # the revision is not another base's
         model |= {"name_or_path": base, "revision": None}
     config = config.model_copy(update={"model": config.model.model_copy(update=model)})
     found = _find_base(base, f"--base {base}") if base else models.base_of(config, run)
@@ -133,7 +126,7 @@ def _plain_model(name: str, model: str, base: str | None, trust_remote_code: boo
 
 
 def _find_base(name: str, problem: str) -> str:
-    """Return a base model's folder or hub name. problem: begins the message when it is not there."""
+    """Return a base model's folder or hub name. problem: how the message begins when it is not there."""
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder.absolute())

@@ -1,8 +1,7 @@
 """Whether an adapter is whole, fits its base and changes something: `qwenlora verify runs/tiny`.
 
-Reads the adapter's files and the base's config.json; no weight of the base is loaded. Names and shapes are
-compared with those that peft itself makes for that base, on torch's meta device. How good the answers are
-is compare/'s question.
+No weight of the base is loaded: names and shapes are compared with those that peft makes on torch's meta
+device from the base's config.json. compare/ judges the answers.
 """
 
 import sys
@@ -29,7 +28,7 @@ from qwenlora.run.format import and_more, shape
 from qwenlora.trainer.model import base as models
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# keys that no config of a run can set, and that would change what an adapter does without changing a shape
+# keys that a run's config cannot set, and that change what an adapter does but no shape
 PLAIN = {
     "alpha_pattern": {},
     "rank_pattern": {},
@@ -38,16 +37,15 @@ PLAIN = {
     "layer_replication": None,
     "fan_in_fan_out": False,
 }
-STACKED = "gate_up_proj"  # two matrices in one: peft gives it twice the rank by such a pattern
+STACKED = "gate_up_proj"  # two matrices in one; peft's own pattern entries double its rank
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # .bin: peft before 0.7
 
 
 @dataclass(frozen=True)
 class VerifiedAdapter:
-    """What is known of an adapter in which nothing is wrong.
+    """An adapter in which nothing is wrong. numbers: in all tensors; unchanged: modules whose lora_B is zero.
 
-    numbers: in all tensors; unchanged: modules whose lora_B is all zero; same_weights: whether the base has
-    the weights that the adapter was trained on, None where that is not known.
+    same_weights: True if the base has the weights that the adapter was trained on, None if that is not known.
     """
 
     file: Path
@@ -63,12 +61,7 @@ class VerifiedAdapter:
 
 
 def check_adapter(subject: Subject) -> VerifiedAdapter:
-    """Return what is known of an adapter.
-
-    Raises: ValueError naming what is wrong: the file, a name or shape that does not fit the base, a
-    non-finite number, an adapter that changes nothing, a checkpoint that is not as it was written, a base
-    with other weights.
-    """
+    """Return an adapter's facts. Raises: ValueError naming the file, tensor or setting that is wrong."""
     if subject.adapter is None:
         raise ValueError(
             f"{subject.name} is a model, not an adapter; name a run, a checkpoint or an adapter's folder"
@@ -96,7 +89,7 @@ def check_adapter(subject: Subject) -> VerifiedAdapter:
 
 
 def _check_files(folder: Path, *, is_checkpoint: bool) -> None:
-    """Raise ValueError when a file is not as it was written."""
+    """Raise ValueError when a file is missing, or is not as it was written."""
     if (is_checkpoint or (folder / checkpoints.MANIFEST).exists()) and (flaw := checkpoints.flaw(folder)):
         raise ValueError(f"{folder} {flaw}")
     if flaw := broken_seal(folder):
@@ -147,7 +140,7 @@ def _check_numbers(file: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def _changed_modules(weights: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Return {lora_B: whether it has a number that is not zero}."""
+    """Return {lora_B: whether any of its numbers is not zero}."""
     names = (name for name in weights if ".lora_B" in name or "embedding_B" in name)
     return {name: bool(weights[name].any()) for name in names}
 
@@ -170,8 +163,7 @@ def _check_change(file: Path, weights: Mapping[str, Tensor], config: AdapterConf
 
 
 def _check_shapes(subject: Subject, file: Path, weights: Mapping[str, Tensor]) -> str:
-    """Return the base's architecture. Raises: ValueError unless names and shapes are those that peft
-    makes."""
+    """Return the base's architecture. Raises: ValueError unless peft makes the same names and shapes."""
     base = models.load_config_of(subject.config, subject.base)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -230,10 +222,7 @@ def _check_settings(subject: Subject, config: AdapterConfig) -> None:
 
 
 def _check_base_weights(subject: Subject) -> bool | None:
-    """Return whether the base has the weights that the run was trained on; None: not known.
-
-    Raises: ValueError when it has other weights.
-    """
+    """Return True if the run was trained on this base, None: not known. Raises: ValueError for another."""
     if subject.run is None or not subject.run.facts.is_file():
         return None
     try:
@@ -252,7 +241,7 @@ def _check_base_weights(subject: Subject) -> bool | None:
 
 
 def print_check(subject: Subject) -> int:
-    """Check an adapter and print what is known of it; return the exit code."""
+    """Check an adapter and print its facts; return the exit code."""
     verified = check_adapter(subject)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="cyan", no_wrap=True)

@@ -1,7 +1,6 @@
-"""The files of a model's weights: a base's, read by name and range; a merged model's, written in any order.
+"""A base's weights, read by tensor name and range; a merged model's, written in any order.
 
-`open_weights` reads safetensors or pytorch_model.bin. `SafetensorsWriter` writes tensors, or slices of them,
-as they come. safetensors' own writer wants all tensors of a file in memory at once.
+`SafetensorsWriter` writes slices as they come: safetensors' own writer needs a whole file in memory.
 """
 
 import json
@@ -23,11 +22,11 @@ from qwenlora.trainer.model.base import hub_errors
 from qwenlora.trainer.model.base_files import DTYPES, BaseFiles, Place
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-OTHER_GRID = 1.3  # numbers divided by this lie elsewhere between two that a dtype has
+OTHER_GRID = 1.3  # dividing by this moves numbers off their dtype's grid, so that they are rounded anew
 
 
 class WeightFiles(Protocol):
-    """Where tensors lie, and their numbers: trainer/model/base_files.py's BaseFiles, or TorchFiles."""
+    """Tensors in files, read by name: BaseFiles (trainer/model/base_files.py) or TorchFiles."""
 
     places: dict[str, Place]
 
@@ -74,8 +73,7 @@ class TorchFiles:
 
 @contextmanager
 def open_weights(base: str, revision: str | None = None) -> Iterator[WeightFiles]:
-    """Open the weights of a folder or hub name. Raises: ValueError when there are none, or none can be
-    had."""
+    """Open the weights of a folder or hub name. Raises: ValueError when they are missing or broken."""
     with hub_errors("base", base):
         safetensors = BaseFiles(base, revision)
     with safetensors:
@@ -88,14 +86,13 @@ def open_weights(base: str, revision: str | None = None) -> Iterator[WeightFiles
 
 
 def read_tensor(files: WeightFiles, name: str) -> Tensor:
-    """Return a tensor of the files, in its dtype there."""
+    """Return a whole tensor, in the dtype that the files have."""
     shape = files.places[name].shape
     return files.read(name, 0, math.prod(shape)).view(shape)
 
 
 class RoundedFiles:
-    """Files of which some tensors are rounded once more: as coarsely as they already were, to other
-    numbers."""
+    """Files with some tensors rounded once more: as coarsely as before, to other numbers (OTHER_GRID)."""
 
     def __init__(self, files: WeightFiles, names: set[str]) -> None:
         self.files, self.names, self.places = files, names, files.places
@@ -109,7 +106,7 @@ class RoundedFiles:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a --max-shard-size. Raises: ValueError when it is not a size."""
+    """Return a --max-shard-size in bytes. Raises: ValueError when it is not a size."""
     try:
         size = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
@@ -120,22 +117,19 @@ def parse_size(text: str) -> int:
 
 
 class TensorSpec(NamedTuple):
-    """A tensor to be written."""
+    """The dtype and shape of a tensor to write."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Return its bytes."""
+        """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsWriter:
-    """model*.safetensors in a folder, and their index where there are several; a context manager closes them.
-
-    Source: https://huggingface.co/docs/safetensors#format
-    """
+    """Writes model*.safetensors into a folder. Format: https://huggingface.co/docs/safetensors#format"""
 
     def __init__(self, folder: Path, specs: dict[str, TensorSpec], max_shard_size: int) -> None:
         split = split_state_dict_into_shards_factory(
@@ -156,7 +150,7 @@ class SafetensorsWriter:
             self._begin(folder / file, split.filename_to_tensors[file])
 
     def _begin(self, path: Path, names: list[str]) -> None:
-        """Make a file of its final size, with its header."""
+        """Create a file of its final size, with its header."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         starts, end = {}, 0
         for name in names:
@@ -179,10 +173,7 @@ class SafetensorsWriter:
             os.close(descriptor)
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
-        """Write the elements from start on of a flattened tensor, rounded once to the file's dtype.
-
-        Raises: ValueError when a number is not finite, or becomes so by rounding.
-        """
+        """Write a flattened tensor from element start on. Raises: ValueError if not finite in its dtype."""
         dtype = self._specs[name].dtype
         values = values.to(dtype).contiguous()
         if not values.isfinite().all():
@@ -199,7 +190,7 @@ class SafetensorsWriter:
             rest, offset = rest[count:], offset + count
 
     def finish(self) -> None:
-        """Write the index; all tensors are there."""
+        """Write the index if there are several files. All tensors must have been written."""
         assert not any(self._missing.values()), [name for name, count in self._missing.items() if count]
         if self._weight_map:
             index = {"metadata": {"total_size": self.size}, "weight_map": self._weight_map}

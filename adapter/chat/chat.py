@@ -1,8 +1,4 @@
-"""Talk with a base model or with what was made of it: `qwenlora chat runs/tiny`, `... --prompt 几点开门？`.
-
-This module checks the options, loads the model and picks the way to chat. conversation.py is the model's
-side, terminal.py the screen's, question_files.py answers files.
-"""
+"""Talk with a base model or an adapter on it: `qwenlora chat runs/tiny`, `... --prompt 几点开门？`."""
 
 import math
 import sys
@@ -33,7 +29,7 @@ INTERRUPTED = 130  # a shell's exit code for Ctrl-C
 
 
 class ChatOptions(NamedTuple):
-    """The command's options, but for sampling. thinking: None for the template's default, which is no."""
+    """The command's options, but for sampling. thinking: None for the default, off."""
 
     prompt: str | None = None
     input_file: Path | None = None
@@ -45,10 +41,7 @@ class ChatOptions(NamedTuple):
 
 
 def chat(subject: Subject, sampling: Sampling, options: ChatOptions | None = None) -> int:
-    """Answer a prompt, a file, standard input when it is no terminal, or a person; return the exit code.
-
-    Raises: ValueError for what cannot be read, loaded, or done.
-    """
+    """Answer a prompt, file, piped text or person; return the exit code. Raises: ValueError for bad input."""
     options = options or ChatOptions()
     _check_options(options)
     _check_sampling(sampling)
@@ -127,14 +120,14 @@ def _check_sampling(sampling: Sampling) -> None:
 
 
 def _read_input(subject: Subject, options: ChatOptions) -> list[Question]:
-    """Return the questions of --input; none without it."""
+    """Return the questions of --input; [] without it."""
     if not options.input_file:
         return []
     return read_questions(options.input_file, subject.config.data, options.system)
 
 
 def _read_stdin() -> str | None:
-    """Return what is piped in; None at a terminal."""
+    """Return the text that is piped in; None at a terminal."""
     if sys.stdin.isatty():
         return None
     try:
@@ -167,7 +160,7 @@ def _load(subject: Subject, options: ChatOptions, tokenizer: Any) -> LoadedModel
 
 
 def _fitting_quantization(subject: Subject, dtype: str) -> str:
-    """Return nf4 when there is a GPU whose free memory is too small for the base's weights; else none."""
+    """Return nf4 when there is a GPU whose free memory is too small for the base's weights, else none."""
     if not torch.cuda.is_available():
         return "none"
     config = override_model(subject.config, dtype, "none")

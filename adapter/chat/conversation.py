@@ -1,7 +1,4 @@
-"""The model's side of a chat: its input, its answer while it comes, and the turns that are kept.
-
-`Conversation(model, tokenizer, Sampling()).ask("几点开门？", print_piece)`. The screen is terminal.py's.
-"""
+"""The model's side of a chat (terminal.py is the screen's): the turns, and answers while they come."""
 
 import time
 from collections.abc import Callable
@@ -28,16 +25,14 @@ from qwenlora.adapter.merge.combined import BASE_CHANGING_STARTS
 from qwenlora.data.turns import Message
 
 STOPPED = "stopped"  # ChatReply.cut of an answer that the user stopped
-ROOM = 4  # an answer has room for a fourth of the model's context, or for --max-new-tokens if that is less
-ShowPiece = Callable[[str, bool], None]  # is called with a piece of text, and whether it is of a thought
+ROOM = 4  # a fourth of the model's context is kept for an answer, or --max-new-tokens if that is less
+ShowPiece = Callable[[str, bool], None]  # gets a piece of text, and whether it belongs to a thought
 
 
 class ChatReply(NamedTuple):
-    """A model's reply. speed: tokens a second after the first one; cut: why it ended before the model ended
-    it.
+    """A model's reply. speed: tokens a second after the first; cut: why it ended before the model ended it.
 
-    forgotten: how many of the oldest questions no longer fit the model's context, and are left out from now
-    on.
+    forgotten: how many of the oldest questions no longer fit the context, and are left out from now on.
     """
 
     thought: str
@@ -70,10 +65,7 @@ class Conversation:
         self._cached_ids: list[int] = []
 
     def ask(self, text: str, show: ShowPiece) -> ChatReply:
-        """Return the answer to a question, in this conversation. show: is called with each piece of it.
-
-        A question with an empty answer is not kept. Raises: ValueError for a text that cannot be sent.
-        """
+        """Answer a question; keep both if the answer is not empty. Raises: ValueError for a bad question."""
         self._stop.requested = False
         check_text(text, "the question")
         system = [Message(role="system", content=self.system)] if self.system else []
@@ -85,10 +77,7 @@ class Conversation:
         return reply
 
     def ask_base(self, show: ShowPiece) -> ChatReply:
-        """Return the base's answer to the last question; the conversation goes on without it.
-
-        Raises: ValueError when there is no base beside the model, or no question yet.
-        """
+        """Answer the last question by the base; keep nothing. Raises: ValueError without base or question."""
         self._stop.requested = False
         if not hasattr(self._model, "disable_adapter"):
             raise ValueError("this is a model without an adapter: it is the base")
@@ -114,8 +103,7 @@ class Conversation:
         self._stop.requested = True
 
     def _fit(self, system: list[Message], turns: list[Message]) -> tuple[list[Message], int]:
-        """Return the turns without the oldest questions, so that an answer has room, and how many these
-        were."""
+        """Drop the oldest questions so that an answer has room; return the turns and the number dropped."""
         room = min(self._sampling.max_new_tokens, self.limit // ROOM)
         for start in range(0, len(turns), 2):
             length = len(self._ids(self._prompt([*system, *turns[start:]])))
@@ -142,7 +130,7 @@ class Conversation:
             torch.manual_seed(sampling.seed)
         try:
             generated = self._generate(ids, sampling, stream, cache, base=base)
-        except KeyboardInterrupt:  # the second one, in the middle of a step
+        except KeyboardInterrupt:  # a second Ctrl-C, in the middle of a step
             stream.end()
             self._stop.requested = True
         except torch.OutOfMemoryError:
@@ -161,7 +149,7 @@ class Conversation:
     def _generate(
         self, ids: list[int], sampling: Sampling, stream: "_Stream", cache: DynamicCache | None, *, base: bool
     ) -> list[int]:
-        """Return the ids of the prompt and the reply, which the stream shows meanwhile."""
+        """Return the ids of the prompt and the reply; the stream shows the reply meanwhile."""
         if self._stop.requested:
             raise KeyboardInterrupt
         input_ids = torch.tensor([ids], device=self._model.device)
@@ -184,11 +172,10 @@ class Conversation:
         return f"cut: --max-new-tokens {self._sampling.max_new_tokens}"
 
     def _cache_for(self, ids: list[int]) -> DynamicCache | None:
-        """Return the keys and values of those first tokens that are cached; None for layers that keep no
-        part."""
+        """Return the cache, cut to its first ids that match, or a new one; None if layers cannot be cut."""
         cache = self._cache
         if cache is not None:
-            pairs = zip(self._cached_ids, ids[:-1], strict=False)  # generate wants at least one token to read
+            pairs = zip(self._cached_ids, ids[:-1], strict=False)  # generate needs a token to read
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             if same < len(self._cached_ids):
                 cache.crop(same - len(self._cached_ids))
@@ -199,10 +186,7 @@ class Conversation:
 
 
 def uses_thinking(tokenizer: Any, requested: bool | None) -> bool:
-    """Return the template's enable_thinking. requested: True for --thinking, False for --no-thinking.
-
-    Raises: ValueError when the template cannot do what is requested.
-    """
+    """Return enable_thinking, as requested. Raises: ValueError when the template cannot do it."""
     question = Question.from_text("?")
     thinking, plain = (prompt_of(tokenizer, question, thinking=value) for value in (True, False))
     always = begins_thinking(plain)
@@ -218,7 +202,7 @@ def uses_thinking(tokenizer: Any, requested: bool | None) -> bool:
 
 
 class _Stop(StoppingCriteria):
-    """Ends an answer once that is requested."""
+    """Ends an answer once requested is set."""
 
     requested = False
 
@@ -238,7 +222,7 @@ class _Stream(TextStreamer):
 
     @property
     def speed(self) -> float:
-        """Tokens a second after the first one; 0 without a second one."""
+        """Tokens a second after the first token; 0 for a single token."""
         return (self.tokens - 1) / (self._last - self._first) if self.tokens > 1 else 0.0
 
     def put(self, value: Tensor) -> None:

@@ -1,5 +1,4 @@
-"""The questions of a file, answered in batches: `qwenlora chat runs/tiny --input questions.jsonl --output
-answers.jsonl`.
+"""The questions of a file, answered in batches: `qwenlora chat RUN --input FILE --output ANSWERS`.
 
 A line of the output is a row that could be trained: {"messages": [..., the answer], "reference": the row's
 own reply}, and "cut": true when the answer did not end by itself (--max-new-tokens, or the model's context).
@@ -30,10 +29,9 @@ _C1 = re.compile("[\x7f-\x9f]")  # control characters that JSON need not escape;
 
 
 def read_questions(file: Path, data: Data, system: str | None = None) -> list[Question]:
-    """Return the questions of a file: rows as for training, with or without a last reply; of .txt one a line.
+    """Return a file's questions: rows as for training, with or without a last reply; or the lines of a .txt.
 
-    data: how rows are read (columns, roles, format, encoding). system: added where there is no system prompt.
-    Raises: ValueError naming the file and the rows that hold no question.
+    data: how rows are read; system: for rows without a system prompt. Raises: ValueError naming the bad rows.
     """
     if not file.is_file():
         raise ValueError(f"--input {file}: no such file (looked for {file.absolute()})")
@@ -101,7 +99,7 @@ def _question(line: int, value: Any, shape: str | None, options: RowOptions) -> 
 
 
 def _with_reply(value: Any, options: RowOptions) -> Any:
-    """Return a row with one more reply, so that a row without any is read like a training row."""
+    """Return a row with a reply added, so that a row without a reply is read like a training row."""
     if not isinstance(value, dict):
         return value
     names = {options.columns.get(name, name): name for name in value}  # {qwenlora's key: the row's}
@@ -116,8 +114,7 @@ def _with_reply(value: Any, options: RowOptions) -> Any:
 
 
 def check_lengths(questions: list[Question], tokenizer: Any, limit: int, *, thinking: bool) -> None:
-    """Raise ValueError for a question that leaves no room for an answer. limit: the model's context, in
-    tokens."""
+    """Raise ValueError for a question that leaves no room for an answer. limit: the context, in tokens."""
     for number, question in enumerate(questions, 1):
         prompt = prompt_of(tokenizer, question, thinking=thinking)
         if (length := len(tokenizer(prompt, add_special_tokens=False)["input_ids"])) >= limit:

@@ -1,7 +1,4 @@
-"""The screen's side of a chat: typed lines, commands, answers as they come, Ctrl-C.
-
-`talk(conversation, console)`. The model's side is conversation.py's.
-"""
+"""The screen's side of a chat (conversation.py is the model's): typed lines, commands, answers, Ctrl-C."""
 
 import re
 import signal
@@ -49,7 +46,7 @@ def talk(conversation: Conversation, console: Console) -> int:
             console.print(clean(str(error)), style="red")
         except KeyboardInterrupt:
             _note(console, "stopped")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C, while torch shuts down
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not disturb torch's shutdown
     return 0
 
 
@@ -121,10 +118,7 @@ def describe_reply(reply: ChatReply) -> str:
 
 
 def piece_printer(answers: Console, thoughts: Console) -> ShowPiece:
-    """Return a function that prints pieces of an answer as they come, and dimly those of a thought.
-
-    Escapes and other controls are left out: a terminal would obey them.
-    """
+    """Return a function that prints pieces of an answer (of a thought dimly), without terminal controls."""
     in_thought = False
 
     def print_piece(text: str, is_thought: bool) -> None:
@@ -148,7 +142,7 @@ def _note(console: Console, text: str) -> None:
 
 @contextmanager
 def _stopped_by_ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
-    """Make the first Ctrl-C call stop, and the next ones raise KeyboardInterrupt."""
+    """Make the first Ctrl-C call stop, and the next raise KeyboardInterrupt."""
 
     def first(*_: object) -> None:
         stop()
@@ -163,7 +157,7 @@ def _stopped_by_ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _keyboard_off() -> Iterator[None]:
-    """Drop what is typed meanwhile, but for Ctrl-C and Ctrl-Z: a pasted text would be sent line by line."""
+    """Drop keys typed meanwhile, but for Ctrl-C and Ctrl-Z: a pasted text would be sent line by line."""
     before = termios.tcgetattr(sys.stdin)
     during = list(before)
     during[3] &= ~(termios.ECHO | termios.ICANON)

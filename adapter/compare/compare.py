@@ -1,8 +1,6 @@
-"""The base model and what was made of it, asked the same questions: `qwenlora compare runs/tiny`.
+"""The base model and adapters on it, asked the same questions: `qwenlora compare runs/tiny`, docs/compare.md.
 
-Greedy answers to the training questions, to rephrased ones, and to general ones; how likely each model finds
-the references; one question asked again and again. docs/compare.md says how to read the result. questions.py
-chooses the questions, results.py turns answers into measures, side_by_side.py prints them.
+questions.py chooses the questions, results.py turns answers into measures, side_by_side.py prints them.
 """
 
 import gc
@@ -39,14 +37,11 @@ from qwenlora.trainer.model import base as models
 
 
 def compare(subjects: list[Subject], options: CompareOptions | None = None) -> int:
-    """Ask all subjects and their bases, print the result and keep it; return the exit code.
-
-    Raises: ValueError for what cannot be read, loaded, or written.
-    """
+    """Ask all models, print and keep the result; return the exit code. Raises: ValueError for bad files."""
     options = options or CompareOptions()
     chosen = choose_questions(subjects, options)
     target = _target(subjects, options.output)
-    for subject in subjects[1:]:  # before the first one is asked for minutes
+    for subject in subjects[1:]:  # now: asking the first subject takes minutes
         if subject.adapter:
             verify.check_adapter(subject)
     console = Console(highlight=False)
@@ -87,9 +82,9 @@ def columns_of(subjects: list[Subject]) -> list[ModelColumn]:
 
 
 def _base_of(subject: Subject) -> Subject:
-    """Return what to load for a subject's base: the subject, unless its adapter cannot be switched off."""
+    """Return the subject to load for a base: itself, unless its adapter cannot be switched off."""
     config = read_adapter_config(subject.adapter) if subject.adapter else {}
-    # peft does not restore biases, and these starts change the base's own weights
+    # peft does not restore biases, nor weights of the base that these starts change
     changes_base = str(config.get("init_lora_weights")).startswith(BASE_CHANGING_STARTS)
     if config.get("bias", "none") != "none" or changes_base:
         return replace(subject, adapter=None)
@@ -97,8 +92,7 @@ def _base_of(subject: Subject) -> Subject:
 
 
 def _base_identity(subject: Subject) -> tuple[str, ...]:
-    """Return what tells bases apart: weights, and how they are loaded. Each tiny run has a copy of its
-    base."""
+    """Return a base's weights and how they are loaded, not its path: each tiny run has a copy of its base."""
     config = subject.config
     return models.fingerprint(config, subject.base), config.model.dtype, str(config.strategy.quantization)
 
@@ -110,10 +104,7 @@ def _ask_subject(
     first: ModelAnswers | None,
     console: Console,
 ) -> list[ModelAnswers]:
-    """Load a subject, ask it and its base, as the columns say, and free it: two are never in memory at once.
-
-    first: the first column's answers; None when it is among these columns.
-    """
+    """Load a subject, ask its columns, free it for the next. first: the first column's answers, if known."""
     subject = columns[0].subject
     model, tokenizer = load(subject)
     answers: list[ModelAnswers] = []

@@ -1,9 +1,4 @@
-"""General questions, with checks that need no judge: does a tuned model still greet, define, calculate,
-decline?
-
-`read_general_questions(None)` returns the 60 that come with qwenlora (general.jsonl); with a path, those of
-the user's file, in the same format: docs/compare.md.
-"""
+"""General questions (general.jsonl, or a user's file: docs/compare.md), with checks that need no judge."""
 
 import re
 import unicodedata
@@ -22,8 +17,7 @@ Texts = Annotated[list[Text], Field(min_length=1)]
 
 
 class Expectation(Section):
-    """What a right answer contains; every given condition must hold. Case and kind of apostrophe do not
-    matter."""
+    """Conditions of a right answer; all given ones must hold. Case and kind of apostrophe do not matter."""
 
     any_of: Texts | None = Field(None, description="The answer has one of these, or more.")
     all_of: Texts | None = Field(None, description="It has all of these.")
@@ -88,7 +82,7 @@ class GeneralQuestion(Section):
 
 
 def read_general_questions(file: Path | None) -> list[GeneralQuestion]:
-    """Return a file's questions; None: those of qwenlora. Raises: ValueError naming the first bad line."""
+    """Return a file's questions; None: qwenlora's own. Raises: ValueError naming the first bad line."""
     path = file or Path(str(resources.files("qwenlora.adapter.compare") / "general.jsonl"))
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")

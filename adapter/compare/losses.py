@@ -22,7 +22,7 @@ from qwenlora.trainer.loop.batches import collate
 from qwenlora.trainer.model.base import IGNORED
 
 TOKENS_AT_ONCE = 16384  # of a batch, padding included
-LOGITS_AT_ONCE = 1024  # tokens whose logits are held: 0.6 GB of float32 at Qwen's 152 thousand words
+LOGITS_AT_ONCE = 1024  # tokens whose logits are in memory: 0.6 GB of float32 at Qwen's 152 thousand words
 
 
 def trained_tokens(tokenizer: Any, rows: Sequence[Row], data: Data) -> list[Tokens]:
@@ -41,10 +41,9 @@ def trained_tokens(tokenizer: Any, rows: Sequence[Row], data: Data) -> list[Toke
 
 
 def answer_tokens(tokenizer: Any, questions: Sequence[Question], answers: Sequence[str]) -> list[Tokens]:
-    """Return each question and answer as the model would have written them; the answer's tokens are trained
-    on.
+    """Return each question and answer as the model would have written them; only answers are trained on.
 
-    The answer has no end of turn, since a long one was cut. Empty answers are left out.
+    The answer has no end of turn, since a long answer was cut. Empty answers are left out.
     """
     encoded = []
     for question, answer in zip(questions, answers, strict=True):
@@ -63,10 +62,9 @@ def mean_loss(
 ) -> float | None:
     """Return the mean cross-entropy over all trained tokens, as evaluation computes it; None without any.
 
-    Summed in float64 and divided once, so batches do not matter. Logits are computed for trained tokens only,
-    LOGITS_AT_ONCE at a time. title: of the progress bar.
+    Summed in float64 and divided once, so batches do not matter. Only trained tokens get logits.
     """
-    # the adapter is inside the base's layers
+    # still with the adapter, which is inside the base's layers
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     total, count = 0.0, 0
@@ -85,8 +83,7 @@ def mean_loss(
 
 
 def perplexity(loss: float | None) -> float | None:
-    """Return exp(loss), at most exp(700) so that it is finite: among how many equally likely tokens it
-    chooses."""
+    """Return exp(loss), at most exp(700) so that it is finite."""
     return None if loss is None else math.exp(min(loss, 700.0))
 
 

@@ -1,7 +1,4 @@
-"""How close an answer is to its reference, as numbers: functions of texts alone, without a model.
-
-Texts are compared in NFC (as Qwen's tokenizers have them), without the white space around them.
-"""
+"""How close an answer is to its reference, as numbers: functions of texts alone, without a model."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -10,7 +7,7 @@ from rapidfuzz.distance import Indel
 
 
 def normalize(text: str) -> str:
-    """Return a text as it is compared."""
+    """Return a text as it is compared: in NFC (as Qwen's tokenizers have it), without outer white space."""
     return unicodedata.normalize("NFC", text).strip()
 
 
@@ -25,10 +22,10 @@ def contains(answer: str, reference: str) -> bool:
 
 
 def similarity(answer: str, reference: str) -> float:
-    """Return ROUGE-L's F1 on characters, 0 to 1: twice the longest common subsequence by both lengths' sum.
+    """Return ROUGE-L's F1, 0 to 1: twice the longest common subsequence by both lengths' sum.
 
-    Characters, since Chinese has no spaces between words. Two empty texts give 1.
-    Source: Lin, ROUGE (2004), with beta 1; as rapidfuzz computes it: 1 - Indel distance / (len a + len b).
+    Of characters, since Chinese has no spaces between words; two empty texts give 1. Source: Lin, ROUGE
+    (2004), with beta 1; as rapidfuzz computes it: 1 - Indel distance / (len a + len b).
     """
     return float(Indel.normalized_similarity(normalize(answer), normalize(reference)))
 

@@ -1,5 +1,4 @@
-"""Which questions `qwenlora compare` asks: training questions, rephrased ones, general ones, and one
-repeated."""
+"""The questions of `qwenlora compare`: training questions, rephrased ones, general ones, and one repeated."""
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -24,10 +23,9 @@ TITLES = {
 
 
 class CompareOptions(NamedTuple):
-    """The command's options.
+    """The command's options. show: answers printed of each set; limit: questions asked of each set.
 
-    show: answers to print of each set; limit: questions of each set; samples: how often one question is
-    repeated, with this temperature and seed; output: None for the run's comparison.json.
+    samples: how often one question is repeated, at this temperature; output: default RUN/comparison.json.
     """
 
     show: int = 5
@@ -43,18 +41,14 @@ class CompareOptions(NamedTuple):
     output: Path | None = None
 
     def sampling(self, name: str) -> Sampling:
-        """Return how the questions of a set are answered: greedily, but for the repeated one."""
+        """Return how the questions of a set are answered: greedily, but for the repeated question."""
         if name == "repeated":
             return Sampling(self.max_new_tokens, self.temperature, seed=self.seed)
         return Sampling(self.max_new_tokens)
 
 
 class QuestionSet(NamedTuple):
-    """Questions of one kind.
-
-    name: a key of TITLES; rows: the rows that begin with the questions, whose loss is measured; checks: of
-    general questions.
-    """
+    """Questions of a kind. name: a key of TITLES; rows: to measure losses; checks: of general questions."""
 
     name: str
     questions: list[Question]
@@ -71,11 +65,7 @@ class ChosenQuestions(NamedTuple):
 
 
 def choose_questions(subjects: list[Subject], options: CompareOptions) -> ChosenQuestions:
-    """Return the questions to ask; only data files are read.
-
-    Of training rows the first ones are taken, of general questions some of each kind.
-    Raises: ValueError for files that are not there or cannot be used.
-    """
+    """Return the questions to ask; reads only data files. Raises: ValueError for missing or bad files."""
     runs = [subject for subject in subjects if subject.run]
     data = (runs or subjects)[0].config.data
     sets, notes = _training_set(runs, options.limit)
@@ -120,7 +110,7 @@ def _untrained_set(runs: list[Subject], data: Data, options: CompareOptions) -> 
     if data.train == "example":
         example = Data(train="example", eval="example")
         return _set_of_rows("rephrased", rows_of_side(example, "eval"), limit)
-    if data.eval is not None:  # read as training rows, since all training rows would be read before them
+    if data.eval is not None:  # as training rows, or all real training rows would be read first
         return _set_of_rows("evaluation", rows_of_side(_only(data, data.eval), "train"), limit)
     if data.eval_fraction:
         return _set_of_rows("evaluation", rows_of_side(data, "eval"), limit)
@@ -152,12 +142,12 @@ def _set_of_rows(name: str, rows: Iterable[tuple[str, Row]], limit: int) -> Ques
 
 
 def _only(data: Data, train: Sources) -> Data:
-    """Return the settings for other training rows alone."""
+    """Return the settings with these training rows and no evaluation rows."""
     return data.model_copy(update={"train": train, "eval": None, "eval_fraction": None})
 
 
 def _question_to_repeat(text: str | None, sets: list[QuestionSet]) -> Question | None:
-    """Return the question to repeat, with its reference if it is in one of the sets."""
+    """Return the question to repeat, with its reference if it is in a set."""
     known = [question for each in sets if each.rows for question in each.questions]
     if text is None:
         return known[0] if known else None

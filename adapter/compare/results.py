@@ -1,4 +1,4 @@
-"""From the models' answers to the measures of a comparison."""
+"""The measures of a comparison, made from the models' answers."""
 
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -23,8 +23,7 @@ class ModelColumn(NamedTuple):
 
 
 class ModelAnswers(NamedTuple):
-    """A model's answers and losses by set. The loss of general questions is that of the first model's
-    answers."""
+    """A model's answers and losses by set; for general questions, its loss of the first model's answers."""
 
     answers: dict[str, list[Answer]]
     losses: dict[str, float | None]
@@ -37,7 +36,7 @@ def make_comparison(
     seed: int,
     target: Path | None,
 ) -> Comparison:
-    """Return the comparison of the columns' answers. target: the file that it will be written to."""
+    """Return the comparison of the columns' answers. target: the file that it is for."""
     measured: list[Measure] = []
     rows: list[AnsweredQuestion] = []
     for question_set in sets:

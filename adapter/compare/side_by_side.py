@@ -1,4 +1,4 @@
-"""A comparison on the terminal: measures in a table; answers beside each other, or below on a narrow one."""
+"""A comparison on the terminal: measures in a table; answers side by side, or below on a narrow screen."""
 
 import unicodedata
 from collections import Counter
@@ -20,8 +20,7 @@ _DIRECTION_MARKS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # t
 
 
 def clean(text: str) -> str:
-    """Return a text without escapes and other controls that a terminal obeys, and without changes of
-    direction."""
+    """Return a text without the controls that a terminal obeys, and without changes of direction."""
 
     def is_kept(character: str) -> bool:
         is_control = unicodedata.category(character) in ("Cc", "Cs") and character != "\n"
@@ -31,7 +30,7 @@ def clean(text: str) -> str:
 
 
 def print_comparison(comparison: Comparison, shown: int, console: Console) -> None:
-    """Print the measures, and some answers of each set. shown: answers of each set."""
+    """Print the measures, and some answers. shown: how many of each set."""
     labels = [clean(model.label) for model in comparison.subjects]
     width = max(8, *(min(len(label), 20) for label in labels)) + 2
     names = 2 + max((len(_name(measure)) for measure in comparison.measures), default=0)

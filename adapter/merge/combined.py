@@ -1,5 +1,4 @@
-"""Several adapters of one base, combined into one by peft: `qwenlora merge A OUT --adapter B --weights
-0.7,0.3`."""
+"""Several adapters of a base, combined by peft: `qwenlora merge A OUT --adapter B --weights 0.7,0.3`."""
 
 import math
 from collections.abc import Iterator
@@ -17,15 +16,14 @@ from qwenlora.adapter.verify import read_adapter
 COMBINATIONS = get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
 DENSITY = 0.5  # the share of an adapter's numbers that ties, dare and magnitude_prune keep
 COMBINED = "combined"
-BASE_COPY = ".base_layer.weight"  # ends the names of a base's matrices that LoRA is on
-NOT_WEIGHTS = ("alora_invocation_tokens", "layer_replication")  # no merged weights can do what these do
+BASE_COPY = ".base_layer.weight"  # the end of names of base matrices that LoRA is on
+NOT_WEIGHTS = ("alora_invocation_tokens", "layer_replication")  # settings that merged weights cannot express
 # values of init_lora_weights that change the base when the adapter is loaded
 BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 def parse_weights(weights: str | None, count: int) -> list[float]:
-    """Return the adapters' weights, 1 each by default. Raises: ValueError unless there is a number for
-    each."""
+    """Return the adapters' weights, by default 1 each. Raises: ValueError unless each has a finite number."""
     if weights is None:
         return [1.0] * count
     try:
@@ -44,7 +42,7 @@ def parse_weights(weights: str | None, count: int) -> list[float]:
 
 
 def check_combination(subjects: list[Subject], weights: list[float], combination: str) -> None:
-    """Raise ValueError for adapters that cannot be merged, or not together."""
+    """Raise ValueError for adapters that cannot be merged, alone or together."""
     if combination not in COMBINATIONS:
         raise ValueError(f"--combine {combination} is unknown; peft has {', '.join(COMBINATIONS)}")
     for subject in subjects:
@@ -85,14 +83,13 @@ def _check_combinable(subject: Subject, first: Subject, config: Any) -> None:
 
 
 def _is_single(weights: list[float]) -> bool:
-    """Whether there is one adapter, to be merged as it is."""
+    """Whether there is a single adapter, with weight 1."""
     return weights == [1.0]
 
 
 @contextmanager
 def _room_for_copies(base: StreamedModel, subject: Subject) -> Iterator[None]:
-    """Give memory to the matrices of the base that an adapter brings, too: peft saves them when LoRA is on
-    them.
+    """Give memory to the base's matrices that an adapter brings, too: peft saves those that LoRA is on.
 
     Raises: ValueError when such a copy differs from the base's matrix.
     """
@@ -103,7 +100,7 @@ def _room_for_copies(base: StreamedModel, subject: Subject) -> Iterator[None]:
     for name, values in copies.items():
         own_name = name.removeprefix("base_model.model.").replace(BASE_COPY, ".weight")
         parameter = base.base.get_parameter(own_name)
-        placeholders.setdefault(parameter, parameter.data)  # tied ones are one parameter
+        placeholders.setdefault(parameter, parameter.data)  # tied names share a parameter
         parameter.data = torch.empty_like(values, dtype=parameter.dtype)
         if not torch.equal(values, base.value(own_name).to(values.dtype)):
             raise ValueError(
@@ -118,10 +115,7 @@ def _room_for_copies(base: StreamedModel, subject: Subject) -> Iterator[None]:
 def attach_adapters(
     base: StreamedModel, subjects: list[Subject], weights: list[float], combination: str
 ) -> PeftModel:
-    """Return the base with one adapter on it: the only one, or the one that peft makes of several.
-
-    Raises: ValueError when peft cannot combine them, or when an adapter brings other matrices of the base.
-    """
+    """Return the base with its adapter, or several combined. Raises: ValueError when they do not fit."""
     names = [f"adapter_{number}" for number in range(len(subjects))]
     model: Any = None
     for name, subject in zip(names, subjects, strict=True):
@@ -156,7 +150,7 @@ def _combine(model: Any, names: list[str], weights: list[float], combination: st
         model.base_model.add_weighted_adapter(
             names, weights, COMBINED, combination_type=combination, density=DENSITY, svd_full_matrices=False
         )
-    except ValueError as error:  # other ranks, other kinds of target_modules
+    except ValueError as error:  # different ranks or kinds of target_modules
         raise ValueError(
             f"--combine {combination}: {str(error).splitlines()[0]} try --combine cat or svd"
         ) from None

@@ -1,9 +1,7 @@
-"""One model made of a base and an adapter, or several: `qwenlora merge runs/tiny merged`.
+"""Merge a base and an adapter, or several, into a model: `qwenlora merge runs/tiny merged`.
 
-The base is read and the merged model written tensor by tensor, so that the largest model merges in the memory
-of a few of its tensors. The formulas are peft's own, in float32, rounded once. Before it reports success, the
-command compares the logits of base and adapter with those of the written files, both computed layer by layer
-(streamed.py).
+Tensors are read, merged by peft's formulas in float32, rounded once and written one at a time, so the memory
+of a few is enough for any model. The logits of base and adapter are compared with those of the written files.
 """
 
 import json
@@ -49,7 +47,7 @@ PROMPTS = (
     "小明有 12 个苹果，吃了 5 个，又买了 8 个，现在有几个？",
     "List three things to keep in mind when you store food in a fridge.",
 )
-ENOUGH = 0.95  # of the adapter's change; if rounding leaves less, the user is warned
+ENOUGH = 0.95  # share of the adapter's change; if rounding leaves less, the user is warned
 OWN_PROMPTS = 5  # training questions that are added to PROMPTS
 MOST_PROMPTS, LONGEST_PROMPT = 32, 512  # LONGEST_PROMPT: tokens
 
@@ -65,8 +63,7 @@ class MergeOptions(NamedTuple):
 
 
 class _Written(NamedTuple):
-    """The merged weights. rounded: names of tensors that were; kept: share of the adapter's change that is
-    left."""
+    """The merged weights. rounded: names of rounded tensors; kept: the share left of the adapter's change."""
 
     text: str
     rounded: set[str]
@@ -75,11 +72,7 @@ class _Written(NamedTuple):
 
 
 def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = None) -> int:
-    """Make the folder out, or nothing; return the exit code.
-
-    Raises: ValueError for adapters that cannot be merged, and when the merged model's logits are not those of
-    base and adapter.
-    """
+    """Make the folder out; return the exit code. Raises: ValueError for adapters or logits that misfit."""
     options = options or MergeOptions()
     transformers_logging.set_verbosity_error()
     first = subjects[0]
@@ -130,11 +123,8 @@ def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = Non
 
 
 def say(line: str) -> None:
-    """Print a line, at once."""
+    """Print a line and flush it."""
     print(line, flush=True)
-
-
-# the options
 
 
 def _parse_dtype(name: str) -> torch.dtype | None:
@@ -154,12 +144,8 @@ def _base_config(subject: Subject) -> Any:
     return config
 
 
-# the merged weights
-
-
 def _plan(base: StreamedModel, dtype: torch.dtype | None, untied: bool) -> dict[str, TensorSpec]:
-    """Return the tensors to write: those of the base's files, and the second of two that are no longer
-    tied."""
+    """Return the tensors to write: the base's, and of two that are no longer tied the second."""
     specs = {name: TensorSpec(dtype or place.dtype, place.shape) for name, place in base.files.places.items()}
     for parameter in base.tied if untied else ():
         if not base.names(parameter):
@@ -169,7 +155,7 @@ def _plan(base: StreamedModel, dtype: torch.dtype | None, untied: bool) -> dict[
 
 
 def _source(base: StreamedModel, parameter: str) -> str:
-    """Return the name, in the files, of a parameter, or of the one it is tied to."""
+    """Return the name in the files of a parameter, or of the parameter that it is tied to."""
     return next(name for tied in (parameter, *base.tied) for name in base.names(tied))
 
 
@@ -211,10 +197,9 @@ def _copy(base: StreamedModel, source: str, writer: SafetensorsWriter, name: str
 
 
 def _kept_change(before: Tensor, merged: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the part of a change that rounding leaves, and the whole change, both as sums of squares.
+    """Return the part of a weight's change that rounding leaves, and the whole, both as sums of squares.
 
-    before: the base's weight. A change smaller than a weight's last bit is rounded away: always, where the
-    base itself has that dtype.
+    A change smaller than the weight's last bit is rounded away if the base itself has that dtype.
     """
     if before.shape != merged.shape:
         return 0.0, 0.0
@@ -256,19 +241,16 @@ def _file_of(subject: Subject, name: str) -> Path | None:
     return Path(file) if file else None
 
 
-# the comparison
-
-
 def _default_prompts(subject: Subject) -> list[Question]:
     """Return the built-in questions and the first of the run's own."""
     own: list[Question] = []
-    with suppress(ValueError, OSError):  # the run's data may be gone
+    with suppress(ValueError, OSError):  # the run's data may no longer be there
         own = list(islice(training_questions(subject.config.data), OWN_PROMPTS)) if subject.run else []
     return [*map(Question.from_text, PROMPTS), *own]
 
 
 def _read_prompts(file: Path) -> list[Question]:
-    """Return the questions of a file, one a line."""
+    """Return the questions of a file: its lines."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
@@ -283,7 +265,7 @@ def _read_prompts(file: Path) -> list[Question]:
 
 
 def _batch(tokenizer: Any, questions: list[Question], vocabulary: int) -> Mapping[str, Tensor]:
-    """Return the questions as token ids, of long ones the last LONGEST_PROMPT, padded on the left."""
+    """Return the questions as token ids, padded on the left; of long ones the last LONGEST_PROMPT."""
     texts = [prompt_of(tokenizer, question) for question in questions]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"][-LONGEST_PROMPT:] for text in texts]
     if (highest := max(map(max, ids))) >= vocabulary:

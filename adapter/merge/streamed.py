@@ -1,8 +1,7 @@
 """A model whose weights stay in their files: one decoder layer or embedding at a time is in memory.
 
-`StreamedModel` computes logits this way, in float32 on the CPU, with an adapter or without, and yields the
-parameters that the adapter changes, merged, one after the other. Tensors of files become parameters by
-transformers' own conversion (files hold each expert, models all experts as one parameter); merging is peft's.
+It computes logits in float32 on the CPU, and yields the parameters that an adapter changes, merged by peft.
+transformers' own conversion makes parameters of the files' tensors (all experts are one parameter).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,14 +27,14 @@ from transformers.core_model_loading import (
 from qwenlora.adapter.weight_files import WeightFiles, read_tensor
 from qwenlora.trainer.spread.sharded_loading import weights_of
 
-BOUND = 1e-4  # of logits, or of their spread where that is above 1: float32 itself may cause as much
-ROUNDINGS = 4  # a difference up to this many times that of rounding the weights once is taken for rounding
+BOUND = 1e-4  # of logits, times their standard deviation if above 1: float32 itself may cause as much
+ROUNDINGS = 4  # a difference up to so many times that of one more rounding of the weights counts as rounding
 KEPT = 8  # last tokens of each prompt whose logits are compared: those of all tokens would not fit
 WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 class Slot(NamedTuple):
-    """A module's weight. placeholder: stands there while the weight is not in memory, a NaN of its shape."""
+    """A module's weight. placeholder: a NaN of its shape, in its place while the weight is not in memory."""
 
     attribute: str
     parameter: str
@@ -43,12 +42,10 @@ class Slot(NamedTuple):
 
 
 class StreamedModel:
-    """A causal language model over open files. config: transformers'.
+    """A causal language model over open files. Raises: ValueError when they lack a parameter.
 
-    base: the model as transformers made it, without weights; model: the same with the adapter, as attach()
-    left it; given: parameters of the base that the adapter itself brings; tied: the names of the parameter
-    that has several.
-    Raises: ValueError when the files lack a parameter, or have it in another shape.
+    base: transformers' model without weights; model: the same with the adapter, after attach(); given:
+    parameters of the base that the adapter itself brings; tied: the names of the parameter that has several.
     """
 
     def __init__(self, config: Any, files: WeightFiles, *, trust_remote_code: bool = False) -> None:
@@ -73,7 +70,7 @@ class StreamedModel:
                 buffer.copy_(self.value(name))
 
     def _put_placeholders(self) -> None:
-        """Put a placeholder where each weight will be, and remember these places."""
+        """Put a placeholder where each weight will be, and remember these slots."""
         paths = {module: path for path, module in self.base.named_modules()}
         for weight in weights_of(self.base):
             if len(weight.names) > 1:
@@ -110,12 +107,11 @@ class StreamedModel:
         self.base._weight_conversions = [entry for entry in conversions if entry.was_used()]  # the way back
 
     def names(self, parameter: str) -> list[str]:
-        """Return the names, in the files, of the tensors of a parameter; none when it is tied to another."""
+        """Return the names in the files of a parameter's tensors; [] when it is tied to another."""
         return [name for _, name in self._sources.get(parameter, ())]
 
     def value(self, parameter: str) -> Tensor:
-        """Return a parameter of the base, in the dtype of its files; the one it is tied to where they lack
-        it."""
+        """Return a base's parameter in its files' dtype; if they lack it, its tied partner."""
         sources = next(self._sources[name] for name in (parameter, *self.tied) if name in self._sources)
         if not sources[0][0]:
             return read_tensor(self.files, sources[0][1])
@@ -126,7 +122,7 @@ class StreamedModel:
         return cast("Tensor", values[0] if isinstance(values, list) else values)
 
     def as_filed(self, parameter: str, values: Tensor) -> dict[str, Tensor]:
-        """Return a parameter as the tensors that the files have, or would have, by their names there."""
+        """Return a parameter as {name: tensor}, as the files have it, or would have it."""
         sources = self._sources.get(parameter)
         if sources and not sources[0][0]:
             return {sources[0][1]: values}
@@ -148,7 +144,7 @@ class StreamedModel:
                     slots.remove(slot)
 
     def fill(self, part: nn.Module) -> None:
-        """Read the base's weights of a module into memory, in float32."""
+        """Read a module's weights of the base into memory, in float32. Raises: ValueError on other shapes."""
         for module in part.modules():
             for slot in self._slots.get(module, ()):
                 values = self.value(slot.parameter)
@@ -166,10 +162,7 @@ class StreamedModel:
                 setattr(module, slot.attribute, slot.placeholder)
 
     def logits(self, batch: Mapping[str, Tensor], progress: Progress, title: str) -> Tensor:
-        """Return float32 logits of the last tokens, [prompts, KEPT, vocabulary]; those of padding are 0.
-
-        batch: the model's inputs, padded on the left.
-        """
+        """Return float32 logits [prompts, last KEPT tokens, vocabulary]; 0 on padding (left)."""
         parts = [part for _, part in _topmost(self.model, self._is_unit)]
         task = progress.add_task(title, total=len(parts))
 
@@ -191,10 +184,9 @@ class StreamedModel:
         return logits.masked_fill(batch["attention_mask"][:, -KEPT:, None] == 0, 0.0)
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parameters that the adapter changes, in float32, by their names in self.base. Do not keep
-        them.
+        """Yield (name in self.base, merged float32 values) of what the adapter changes; do not keep them.
 
-        Afterwards peft takes the modules for merged ones, so the model can compute nothing any more.
+        Afterwards peft takes the modules for merged ones, so the model can compute nothing more.
         """
         wrappers = list(_topmost(self.model.base_model.model, lambda module: isinstance(module, WRAPPERS)))
         within = tuple(f"{path}." for path, _ in wrappers)
@@ -203,8 +195,7 @@ class StreamedModel:
             yield from self._merged(path, wrapper)
 
     def still_tied(self) -> bool:
-        """Return whether parameters that are tied in the base are equal after a merge, too. Changes
-        nothing."""
+        """Return whether the base's tied parameters stay equal after a merge; changes nothing."""
         modules = [self.model.base_model.model.get_submodule(name.rpartition(".")[0]) for name in self.tied]
         tensors = {tensor for name in self.tied for tensor in self.names(name)}
         adapted = any(isinstance(m, WRAPPERS) for m in modules) or self.given.keys() & set(self.tied)
@@ -248,7 +239,7 @@ class LogitDifference(NamedTuple):
     """How far logits are apart. difference: the largest; worst: the number of its prompt.
 
     judged: must not exceed bound; the largest difference, or with experts the geometric mean over all tokens.
-    rounding: the part of judged that rounding alone causes.
+    rounding: the same measure, of weights that are only rounded once more.
     """
 
     difference: float
@@ -267,9 +258,8 @@ def compare_logits(
 ) -> LogitDifference:
     """Compare logits with those of a merged model. rounded_model: the same, its weights rounded once more.
 
-    Rounded weights give other logits, very different ones in a deep model or in bfloat16. How far rounding
-    moves them is measured, not guessed. With experts, a number's last bit may choose another expert, which
-    moves that token's logits far: there the largest difference is chance.
+    Rounding moves logits, far in a deep model or bfloat16, so its effect is measured. With experts, a last
+    bit may choose another expert and move a token's logits far: there the largest difference is chance.
     """
     merged = merged_model.logits(batch, progress, "merged model")
     rounded = rounded_model.logits(batch, progress, "effect of rounding")

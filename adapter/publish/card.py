@@ -1,8 +1,6 @@
-"""The model card of an exported adapter: card.md, filled in from what a run left, with nothing of the machine
-on it.
+"""The model card of an exported adapter: card.md, filled in from a run's files, with nothing private on it.
 
-Of paths only the last name is shown; a text with something private in it (leaks.py) becomes WITHHELD. Data
-rows are never shown.
+Paths are cut to their last name; texts with something private (leaks.py) become WITHHELD; rows are left out.
 """
 
 import re
@@ -33,7 +31,7 @@ SETTINGS = (
     *("train.global_batch_size", "train.num_train_epochs", "train.max_steps", "train.seed"),
     *("data.max_length", "data.packing", "data.train_on", "model.dtype", "strategy.quantization"),
 )
-SHARED = ("model.", "data.", "lora.", "train.", "strategy.")  # other sections are of no use to others
+SHARED = ("model.", "data.", "lora.", "train.", "strategy.")  # other sections are of no use to other people
 NOT_SHARED = ("data.num_proc", "data.cache_dir", "train.max_time_min", "strategy.deepspeed_config")
 PATHS = ("model.name_or_path", "model.tokenizer", "data.train", "data.eval", "lora.init_from")
 RESULTS = {  # {name on the card: curve}
@@ -46,7 +44,7 @@ _CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")  # the hub's 
 
 
 class Card(NamedTuple):
-    """text: of README.md; base: its base's name, on a hub if on_hub; notes: for the user who exports."""
+    """A model card. text: README.md's; base: the base's name, a hub's if on_hub; notes: for the user."""
 
     text: str
     base: str
@@ -55,7 +53,7 @@ class Card(NamedTuple):
 
 
 class CardOptions(NamedTuple):
-    """What the user says of an export. title: the model's name; folder: the export's; base: its hub name."""
+    """The user's options. title: the model's name; folder: the export's name; base: the base's hub name."""
 
     title: str
     folder: str
@@ -64,8 +62,7 @@ class CardOptions(NamedTuple):
 
 
 class ExportedAdapter(NamedTuple):
-    """An adapter of a run. folder: its name there; tensors: {name: how many numbers}; step: None for the
-    final one."""
+    """A run's adapter. folder: its name; tensors: {name: count of numbers}; step: None if final."""
 
     folder: str
     config: AdapterConfig
@@ -74,19 +71,19 @@ class ExportedAdapter(NamedTuple):
 
 
 class _Base(NamedTuple):
-    """The base as the card names it. hub_name: None where it is not known."""
+    """The base as the card names it. hub_name: None if it is not known."""
 
     label: str
     hub_name: str | None
 
 
 def card_template() -> str:
-    """Return card.md, before anything is filled in."""
+    """Return the text of card.md, not filled in."""
     return resources.files("qwenlora.adapter.publish").joinpath("card.md").read_text(encoding="utf-8")
 
 
 def make_card(summary: RunSummary, adapter: ExportedAdapter, private: Private, options: CardOptions) -> Card:
-    """Return the card of an adapter. private: must not be on it."""
+    """Return the card of an adapter. private: texts that must not be on it."""
     title = " ".join(printable(options.title.replace("\n", " ")).split()) or "adapter"
     named = str(adapter.config.get("base_model_name_or_path") or "")
     on_hub = options.base or hub_name(named)
@@ -121,7 +118,7 @@ def make_card(summary: RunSummary, adapter: ExportedAdapter, private: Private, o
 
 
 def _shown_settings(summary: RunSummary, base: _Base, shown: Callable[[str], str]) -> Settings:
-    """Return the settings that others have a use for, as the card shows them."""
+    """Return the settings that are useful to other people, as the card shows them."""
     settings = {
         shown(key): shown_value(key, value, shown)
         for key, value in summary.settings.items()
@@ -183,19 +180,19 @@ def _serving_values(
 
 
 def hub_name(base: str) -> str | None:
-    """Return the hub's name of a base, also of a folder in the hub's cache; None for a folder elsewhere."""
+    """Return a base's hub name, also from a folder in the hub's cache; None for a folder elsewhere."""
     if cached := _CACHED.search(base):
         return f"{cached[1]}/{cached[2]}"
     return base if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) else None
 
 
 def is_shared(key: str) -> bool:
-    """Whether a setting says how the adapter was trained, and not where."""
+    """Whether a setting tells how the adapter was trained, not where."""
     return key.startswith(SHARED) and key not in NOT_SHARED
 
 
 def shown_value(key: str, value: Any, shown: Callable[[str], str]) -> Any:
-    """Return a setting's value as the card shows it: of a path only the last name."""
+    """Return a setting's value as the card shows it: paths cut to their last name."""
     if isinstance(value, list):
         return [shown_value(key, each, shown) for each in value]
     if isinstance(value, dict):
@@ -206,7 +203,7 @@ def shown_value(key: str, value: Any, shown: Callable[[str], str]) -> Any:
 
 
 def file_name(path: str) -> str:
-    """Return the last name of a path; a hub name as it is."""
+    """Return the last name of a path, or a whole hub name."""
     last = PurePath(path).name or path
     is_file = re.search(r"\.[A-Za-z]\w*$", last) or any(character in last for character in "*?[")
     return path if hub_name(path) == path and not is_file else last
@@ -231,7 +228,7 @@ def _fill(**values: object) -> str:
 
 
 def _training(summary: RunSummary, settings: Settings, step: int | None) -> list[tuple[str, str]]:
-    """Return (setting, value) of what made the adapter."""
+    """Return (setting, value) lines on how the adapter was trained."""
     lines = [] if step is None else [("checkpoint", f"of step {step:,}")]
     lines += [
         (f"`{key}`", as_yaml(settings[key])) for key in SETTINGS if settings.get(key) not in (None, False)
@@ -261,8 +258,7 @@ def _until(series: Series, step: int | None) -> Series:
 
 
 def _comparison_values(summary: RunSummary, folder: str, shown: Callable[[str], str]) -> dict[str, list[Any]]:
-    """Return the template's labels and rows of the comparison of the base with the run's adapter in
-    folder."""
+    """Return the template's labels and rows that compare the base with the run's adapter in folder."""
     comparison = summary.comparison
     places = _places(comparison.subjects, folder) if comparison else []
     if not comparison or not places:
@@ -275,7 +271,7 @@ def _comparison_values(summary: RunSummary, folder: str, shown: Callable[[str], 
 
 
 def _places(models: list[ComparedModel], folder: str) -> list[int]:
-    """Return where bases and the run's adapter in folder are among the models; none without the adapter."""
+    """Return the indices of the bases and of the run's adapter in folder; [] without the adapter."""
     own = [n for n, model in enumerate(models) if model.own and model.adapter == folder]
     return sorted([*own, *(n for n, model in enumerate(models) if model.adapter is None)]) if own else []
 

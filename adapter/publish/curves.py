@@ -1,7 +1,4 @@
-"""The curves of a run, drawn once by matplotlib: as SVG for a page in light and dark, and as PNG.
-
-`curves = read_curves(run.metrics)`, then `draw_charts(curves, attempts)`; report.py puts them on a page.
-"""
+"""The curves of a run, drawn once by matplotlib: as SVG for a page in light and dark, and as PNG."""
 
 import io
 import json
@@ -20,7 +17,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 
 from qwenlora.run.records import Attempt
 
-# {name: (in light, in dark)}. Figures are drawn in the light ones; in an SVG each becomes the page's --name.
+# {name: (light, dark)}. Figures are drawn in light colours; an SVG then gets the page's CSS variables --name.
 COLOURS = {
     "ink": ("#1c2128", "#e4e8ee"),
     "dim": ("#626c7a", "#98a2b0"),
@@ -54,23 +51,22 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
-    "figure.subplot.left": 0.12,  # the same for all figures: they are below each other
+    "figure.subplot.left": 0.12,  # margins equal for all figures, which stand below each other
     "figure.subplot.right": 0.965,
     "figure.subplot.bottom": 0.165,
     "figure.subplot.top": 0.89,
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # text, not outlines
 }
 _INCHES = (4.6, 2.8)
 _DPI = 200
-_POINTS = 400  # of a longer curve, each with a band from the least to the greatest value around it
-FEW = 60  # points; a curve with no more is drawn as it is
+_POINTS = 400  # drawn of a longer curve, over a band from the minimum to the maximum around each
+FEW = 60  # points; a curve with more is smoothed
 _UNITS = {"days": 86400, "hours": 3600, "minutes": 60}  # seconds
-_NUMBERED = 12  # restarts; with more of them they are not numbered
+_NUMBERED = 12  # restarts; more are not numbered
 
 
 class Series(NamedTuple):
-    """A number over the steps: int64 and float64 (may be non-finite), both of shape (points,), steps
-    rising."""
+    """A number over rising steps, both of shape (points,): int64 steps, float64 values (maybe non-finite)."""
 
     steps: npt.NDArray[np.int64]
     values: npt.NDArray[np.float64]
@@ -88,13 +84,13 @@ class Series(NamedTuple):
 
     @property
     def lowest(self) -> tuple[int, float] | None:
-        """The step and value of the lowest point; None without a finite one."""
+        """The step and value of the lowest point; None without finite values."""
         steps, values = self.finite
         return (int(steps[values.argmin()]), float(values.min())) if len(values) else None
 
 
 class Chart(NamedTuple):
-    """A figure. name: in its file's name; title: also for readers who cannot see it."""
+    """A figure. name: part of its file's name; title: also read to people who cannot see it."""
 
     name: str
     title: str
@@ -102,7 +98,7 @@ class Chart(NamedTuple):
 
     def svg(self) -> str:
         """Return an <svg> element for a page that defines COLOURS; it loads nothing."""
-        with mpl.rc_context(_STYLE | {"svg.hashsalt": self.name}):  # each figure of a page has its own ids
+        with mpl.rc_context(_STYLE | {"svg.hashsalt": self.name}):  # ids differ between a page's figures
             text = io.StringIO()
             nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             self.figure.savefig(text, format="svg", transparent=True, metadata=nothing)
@@ -120,10 +116,7 @@ class Chart(NamedTuple):
 
 
 def read_curves(metrics: Path) -> dict[str, Series]:
-    """Return every number of metrics.jsonl over the steps; {} without the file.
-
-    Incomplete lines are left out. Of a step that is there twice, the later value counts.
-    """
+    """Return {name: curve} of metrics.jsonl but for broken lines; of a step logged twice the later counts."""
     values: defaultdict[str, dict[int, float]] = defaultdict(dict)
     if metrics.exists():
         with metrics.open("rb") as lines:
@@ -150,7 +143,7 @@ def restarts(attempts: Sequence[Attempt]) -> list[Attempt]:
 
 
 def draw_charts(curves: dict[str, Series], attempts: Sequence[Attempt]) -> list[Chart]:
-    """Return the charts of the logged curves. attempts: are marked where they begin."""
+    """Return the charts of the logged curves. attempts: marked where they begin."""
     drawings: dict[str, tuple[str, Callable[[Axes], None]]] = {
         "loss": ("Loss", lambda axes: _loss(axes, curves)),
         "learning_rate": ("Learning rate", lambda axes: _plain(axes, curves["learning_rate"])),
@@ -226,8 +219,7 @@ def _from_zero(axes: Axes, series: Series) -> None:
 def _smooth(axes: Axes, series: Series, *, log_above: float = np.inf, label: str = "") -> None:
     """Draw a series, a long one as its running median over a band, and crosses for non-finite values.
 
-    log_above: a greatest value above so many medians makes the axis logarithmic: spikes would flatten the
-    rest.
+    log_above: a maximum above so many medians makes the axis logarithmic: spikes would flatten the rest.
     """
     values = series.finite.values
     if len(values) > FEW:
@@ -242,13 +234,13 @@ def _smooth(axes: Axes, series: Series, *, log_above: float = np.inf, label: str
         axes.yaxis.set_minor_formatter(NullFormatter())
     if len(steps := series.not_finite):
         steps = steps[:: len(steps) // _POINTS + 1]
-        bottom = axes.get_xaxis_transform()  # y in parts of the axis
+        bottom = axes.get_xaxis_transform()  # y as a share of the axis
         marks: dict[str, Any] = {"color": _LIGHT["bad"], "transform": bottom, "markersize": 5, "label": "NaN"}
         axes.plot(steps, np.full(len(steps), 0.03), "x", **marks)
 
 
 def _line(axes: Axes, series: Series, colour: str, **more: Any) -> None:
-    """Draw a line; of a long series through the least and the greatest value of each part."""
+    """Draw a line; of a long series, through the minimum and maximum of each part."""
     steps, values = series
     if len(steps) > 2 * _POINTS:
         parts = [(at[0], part.min(), part.max()) for at, part in _parts(series.finite)]
@@ -272,8 +264,7 @@ def _parts(series: Series) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[
 
 
 def _running_median(series: Series) -> Series:
-    """Return the median of a fortieth of the series around each of up to _POINTS steps: spikes do not move
-    it."""
+    """Return medians over a fortieth of the series, at up to _POINTS steps: spikes do not move them."""
     steps, values = series
     at = np.unique(np.linspace(0, len(values) - 1, min(len(values), _POINTS)).round().astype(int))
     half = max(len(values) // 80, 1)
@@ -314,7 +305,7 @@ def _progress(axes: Axes, times: Series, attempts: Sequence[Attempt]) -> None:
     unit, seconds = next(
         ((name, size) for name, size in _UNITS.items() if longest > 3 * size), ("seconds", 1)
     )
-    new = np.searchsorted(times.values, starts[1:])  # a line does not go on from one attempt to the next
+    new = np.searchsorted(times.values, starts[1:])  # the line has a gap before each attempt
     hours = np.insert((times.values - zero) / seconds, new, np.nan)
     steps = np.insert(times.steps.astype(float), new, np.nan)
     axes.plot(hours, steps, color=_LIGHT["first"], marker="o" if len(steps) <= 2 else "")

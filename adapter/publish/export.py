@@ -1,8 +1,7 @@
 """A folder, or a .zip, for a model hub: `qwenlora export runs/tiny --to tiny.zip`.
 
-It holds the adapter, its tokenizer and a model card (card.py) filled in from what the run left; no optimizer,
-no logs, no rows. Names of this machine are left out, and leaks.py refuses a file in which one is left.
-Whether the adapter fits its base is verify.py's to say; serving.py says which servers take it.
+It holds the adapter, its tokenizer and a model card (card.py); no optimizer, no logs, no rows. Names of this
+machine are left out, and leaks.py refuses a file that still has one. verify.py checks the base.
 """
 
 import json
@@ -43,10 +42,8 @@ def export(
 ) -> str:
     """Make the folder or .zip, or nothing; return the lines to print: the result, and what the card lacks.
 
-    folder: a run, or one of its checkpoints; name: of the model, on the card; base: the base's hub name;
-    license: as the hub spells it.
-    Raises: ValueError for a run that has no adapter yet, or a broken one, when the place is taken, and when
-    something private would be in it.
+    folder: a run, or one of its checkpoints; name: the model's, on the card; base: the base's hub name.
+    Raises: ValueError for a missing or broken adapter, a place that is taken, and private texts in a file.
     """
     to = free_folder(to)
     if base is not None and (hub_name(base) != base or Path(base).is_dir()):
@@ -78,7 +75,7 @@ def export(
 
 
 def _find(named: Path) -> tuple[Path, RunFolder]:
-    """Return the folder of the adapter that the user named, and its run's."""
+    """Return the adapter folder that the user named, and its run."""
     folder = named.expanduser().absolute()
     if (folder / "config.yaml").is_file():
         run = RunFolder(folder)
@@ -131,7 +128,7 @@ def _write_files(made: Path, adapter: Path, card: Card) -> None:
     config["base_model_name_or_path"] = card.base
     config["revision"] = config.get("revision") if card.on_hub else None
     if isinstance(config.get("target_modules"), list):
-        config["target_modules"] = sorted(config["target_modules"])  # peft's is a set, in any order
+        config["target_modules"] = sorted(config["target_modules"])  # peft saves a set, in any order
     _write_json(made / ADAPTER_CONFIG, config)
     for name in SETTINGS:
         if (adapter / name).is_file():
@@ -146,10 +143,7 @@ def _write_json(file: Path, settings: Mapping[str, object]) -> None:
 
 
 def _refuse_private(made: Path, private: Private, ordinary: str) -> None:
-    """Raise ValueError naming a written file with something private in it, and its kind.
-
-    ordinary: words that the card may contain though a user or host is called so.
-    """
+    """Raise ValueError naming a file with a private text, and the text's kind. ordinary: as in kinds_in."""
     for file in sorted(made.iterdir()):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
@@ -157,7 +151,7 @@ def _refuse_private(made: Path, private: Private, ordinary: str) -> None:
         else:
             text = file.read_text(encoding="utf-8", errors="replace")
         if file.name == CARD:
-            text = re.sub(r"\\(?=[^\w\s]|_)", "", text)  # as readers see it
+            text = re.sub(r"\\(?=[^\w\s]|_)", "", text)  # unescaped, as readers see it
         words = text if file.name == TEMPLATE else ordinary
         if kinds := private.kinds_in(text, vocabulary=file.name in VOCABULARY, ordinary=words):
             source = "--name, --base, --license or the run" if file.name == CARD else "the run's adapter"
@@ -168,8 +162,7 @@ def _refuse_private(made: Path, private: Private, ordinary: str) -> None:
 
 
 def _zip(folder: Path, name: str) -> Path:
-    """Return a .zip of a folder, beside it; the same bytes for the same files. name: of the folder inside
-    it."""
+    """Return a .zip beside a folder; equal files give equal bytes. name: the folder's inside the .zip."""
     packed = folder.with_name(f"{folder.name}.zip")
     with zipfile.ZipFile(packed, "x", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(folder.iterdir()):

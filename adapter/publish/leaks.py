@@ -1,9 +1,4 @@
-"""What must not leave the machine with an exported adapter: paths, the names of user and host, keys.
-
-`Private.of_this_machine(...)` knows what is private here; `kinds_in` says which kinds of it a text contains,
-never the thing itself. It is a last check of files that were written without such things, and cannot know
-every secret.
-"""
+"""A last check that no path, key or name of user or host leaves the machine; it cannot know every secret."""
 
 import getpass
 import netrc
@@ -38,12 +33,12 @@ _KEYS = re.compile(
 _COMMON = {
     *("root", "user", "admin", "ubuntu", "debian", "runner", "jovyan", "nobody", "localhost", "guest", "test")
 }
-_SHORTEST_NAME = 4  # a shorter one is searched for in addresses only
+_SHORTEST_NAME = 4  # shorter names are searched for in addresses only
 
 
 @dataclass(frozen=True)
 class Private:
-    """secrets: texts, found anywhere, also inside words; places: paths; names: the user's and the host's."""
+    """Private texts. secrets: searched for within words, too; places: paths; names: of user and host."""
 
     secrets: frozenset[str]
     places: frozenset[str]
@@ -51,7 +46,7 @@ class Private:
 
     @classmethod
     def of_this_machine(cls, places: Iterable[str | Path]) -> "Private":
-        """Return what is private here. places: paths, added to the home and the working folder."""
+        """Return the private texts of this machine. places: paths besides the home and the working folder."""
         paths = {os.path.expanduser("~"), os.getcwd(), *map(str, places)}  # noqa: PTH109, PTH111 (texts)
         paths |= {os.path.realpath(path) for path in paths}
         return cls(
@@ -61,9 +56,9 @@ class Private:
         )
 
     def kinds_in(self, text: str, *, vocabulary: bool = False, ordinary: str = "") -> list[str]:
-        """Return the kinds of private things that a text contains.
+        """Return the kinds of private texts that a text contains.
 
-        vocabulary: it is a tokenizer's, in which pieces of paths and names are ordinary words; ordinary:
+        vocabulary: the text is a tokenizer's, in which parts of paths and names are ordinary words; ordinary:
         words that the text may contain though a user or host is called so.
         """
         kinds = []
@@ -94,7 +89,7 @@ def _contains_name(text: str, name: str, ordinary: str) -> bool:
 
 
 def _secrets() -> Iterable[str]:
-    """Return the values of environment variables with names like secrets', and stored logins."""
+    """Return the values of environment variables that are named like secrets, and stored logins."""
     values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())]
     values += [password for value in os.environ.values() for password in _IN_ADDRESS.findall(value)]
     with suppress(OSError, netrc.NetrcParseError):
@@ -109,5 +104,5 @@ def _names() -> Iterable[str]:
     host = socket.gethostname()
     yield from filter(None, (host, host.partition(".")[0]))
     yield from filter(None, (os.environ.get(name) for name in ("USER", "LOGNAME", "USERNAME", "SUDO_USER")))
-    with suppress(KeyError, OSError):  # a number without a name, in a container
+    with suppress(KeyError, OSError):  # in a container, the user may have a number but no name
         yield getpass.getuser()

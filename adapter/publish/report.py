@@ -1,8 +1,4 @@
-"""A run written up as one HTML page that needs no other file: `qwenlora report runs/tiny`.
-
-write_report(run) fills report.html from run_summary.py, report_lines.py and curves.py. The page loads nothing
-and runs no script; its figures also lie beside it as PNGs.
-"""
+"""A run's report: one HTML page that loads nothing and runs no script: `qwenlora report runs/tiny`."""
 
 import math
 import re
@@ -28,8 +24,8 @@ from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import number, short
 
-MARK = '<meta name="generator" content="qwenlora report">'  # tells our pages from others
-ANSWERS = 24  # at most shown of each set, evenly spread
+MARK = '<meta name="generator" content="qwenlora report">'  # only pages with this are overwritten
+ANSWERS = 24  # shown of each set at most, evenly spread
 KEY_SETTINGS = (
     *("model.name_or_path", "model.dtype", "strategy.quantization", "strategy.name"),
     *("data.train", "data.eval", "data.eval_fraction", "data.max_length", "data.packing", "data.train_on"),
@@ -42,9 +38,8 @@ KEY_SETTINGS = (
 
 
 def write_report(run: RunFolder, html: Path | None = None) -> str:
-    """Write the page, and its figures beside it as <page>-<figure>.png; return a line that says where.
+    """Write the page (default RUN/report.html) and its figures, <page>-<figure>.png; return a line to print.
 
-    html: default RUN/report.html.
     Raises: ValueError for a folder without a run, and for a page that cannot be written there.
     """
     page = (html or run.report).expanduser()
@@ -64,7 +59,7 @@ def write_report(run: RunFolder, html: Path | None = None) -> str:
 
 
 def _check_place(page: Path) -> None:
-    """Raise ValueError for a name that is no page's, or is taken by another file."""
+    """Raise ValueError when the name is no page's (.html, .htm), or belongs to a file that is no report."""
     if page.suffix not in (".html", ".htm"):
         raise ValueError(f"--html {page} is no name of a page; name a file that ends in .html")
     if not page.exists():
@@ -77,7 +72,7 @@ def _check_place(page: Path) -> None:
 
 
 def render(summary: RunSummary, charts: list[Chart]) -> str:
-    """Return the page."""
+    """Return the page's HTML."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -19,8 +19,7 @@ CHECKED_CURVES = ("loss", "grad_norm", "eval_loss")  # those whose values must b
 
 
 class Wandb(NamedTuple):
-    """The run at W&B. run: id and project; sync: a command for what is only on disk. Empty where not
-    known."""
+    """The run at W&B. run: id and project; sync: a command to upload offline runs. Empty if not known."""
 
     url: str
     run: str
@@ -86,7 +85,7 @@ def _speed(summary: RunSummary) -> Iterator[tuple[str, str]]:
 
 
 def notes(summary: RunSummary) -> Iterator[str]:
-    """Yield what a careful colleague would mention of the run."""
+    """Yield what a reader should know: unread files, rows left out, doubtful curves, steps trained again."""
     yield from summary.unread
     if facts := summary.facts:
         yield from facts.notes
@@ -115,7 +114,7 @@ def _doubtful_curves(summary: RunSummary) -> Iterator[str]:
 
 
 def legend(summary: RunSummary) -> str:
-    """Return what the marks on the curves mean."""
+    """Return the meaning of the marks on the curves."""
     parts = []
     if "loss" in summary.curves and len(summary.curves["loss"].steps) > curves.FEW:
         parts.append("Faint: as logged; strong: the running median.")
@@ -130,7 +129,7 @@ def legend(summary: RunSummary) -> str:
 
 
 def wandb(summary: RunSummary) -> Wandb:
-    """Return what is known of the run at W&B."""
+    """Return the run's id and addresses at W&B, as far as they are known."""
     id_file, url_file = summary.run.wandb_id, summary.run.wandb_url
     run = url = sync = ""
     if id_file.is_file():

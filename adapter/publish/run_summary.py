@@ -1,8 +1,4 @@
-"""Everything that a run left in its folder, read in whatever state the run is.
-
-`summary = summarise_run(run)`; reports and model cards are written from it. A file that cannot be read
-becomes a note (`unread`).
-"""
+"""The files of a run, read in any state of the run, for reports and model cards: `summarise_run(run)`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,11 +47,10 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run left.
+    """The contents of a run's folder. config: the text of config.yaml; settings: its values.
 
-    config: config.yaml's text; settings: its values; attempts: the last one with its end so far, if it is
-    unfinished; facts: None, and code: empty, without their files; curves: of metrics.jsonl; unread: files
-    that cannot be read, and why.
+    attempts: an unfinished last attempt gets its latest step as its end. facts is None, and code empty, without
+    their files. unread: files that cannot be read, and why.
     """
 
     run: RunFolder
@@ -77,7 +72,7 @@ class RunSummary:
 
     @property
     def last_attempt(self) -> Attempt | None:
-        """The last attempt, passing over those that were refused if others were not."""
+        """The last attempt that was not refused; the last of all if all were."""
         tried = [attempt for attempt in self.attempts if attempt.reason != "refused"] or self.attempts
         return tried[-1] if tried else None
 
@@ -88,7 +83,7 @@ class RunSummary:
 
     @property
     def planned_steps(self) -> int | None:
-        """How many steps the run is to have; None where that is not known."""
+        """The number of steps that the run will have; None if it is not known."""
         steps: int | None = self.settings.get("train.max_steps")
         units = self.facts.units if self.facts else 0
         batch, epochs = (
@@ -102,7 +97,7 @@ class RunSummary:
 
     @property
     def counts(self) -> list[tuple[str, list[str]]]:
-        """(name, the count of each side) of the rows, without counts that are zero."""
+        """(name, the count of each side) of the rows, without counts that are all zero."""
         if not self.facts:
             return []
         sides = self.facts.data.values()
@@ -113,13 +108,13 @@ class RunSummary:
 
     @property
     def newest_adapter(self) -> str:
-        """RUN/adapter, or before it is there the last checkpoint; empty without any."""
+        """RUN/adapter, or before the run's end its last checkpoint; empty without any."""
         folders = [self.run.adapter] if self.run.adapter.is_dir() else self.run.checkpoints()[:1]
         return f"{self.name}/{folders[0].name}" if folders else ""
 
 
 def summarise_run(run: RunFolder) -> RunSummary:
-    """Return what a run left. Raises: ValueError for a folder that holds no run."""
+    """Return the contents of a run's folder. Raises: ValueError when it holds no run."""
     if not run.config.is_file():
         raise ValueError(
             f"{run.path} holds no run: config.yaml is not there; name a run folder, such as runs/tiny"
@@ -152,7 +147,7 @@ def summarise_run(run: RunFolder) -> RunSummary:
 
 
 def _attempts(run: RunFolder) -> tuple[list[Attempt], RunState]:
-    """Return the attempts, an unfinished last one with its end so far, and the run's state."""
+    """Return the attempts, an unfinished last one with its latest step as its end, and the run's state."""
     attempts = run.history.attempts()
     if not attempts or attempts[-1].end:
         return attempts, state_now(run, attempts)

@@ -2,8 +2,7 @@
 
 From their sources: vLLM 0.33.0 (lora/peft_helper.py, config/lora.py, lora/utils.py), SGLang 0.5.23
 (srt/lora/lora.py, lora_config.py, lora_manager.py, utils.py), llama.cpp as of llama-cpp-python 0.3.36
-(convert_lora_to_gguf.py, src/llama-adapter.h), which Ollama runs. An adapter that none of them takes can be
-merged.
+(convert_lora_to_gguf.py, src/llama-adapter.h), which Ollama runs.
 """
 
 from collections.abc import Collection, Iterator
@@ -23,16 +22,13 @@ _Reason = tuple[str, tuple[str, ...]]
 
 
 def max_lora_rank(config: AdapterConfig) -> int | None:
-    """Return vLLM's smallest --max-lora-rank that is enough for an adapter; None if none is."""
+    """Return vLLM's smallest --max-lora-rank that is enough for an adapter; None if all are too small."""
     needed = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     return next((rank for rank in MAX_LORA_RANKS if rank >= needed), None)
 
 
 def obstacles(config: AdapterConfig, names: Collection[str]) -> dict[str, list[str]]:
-    """Return {server: why it cannot serve an adapter unmerged}; servers that can are left out.
-
-    config: adapter_config.json. names: of the tensors in adapter_model.safetensors.
-    """
+    """Return {server: why it cannot serve the adapter unmerged}, less those that can. names: of tensors."""
     if missing := [key for key in REQUIRED if config.get(key) is None]:
         return {server: [f"adapter_config.json lacks {', '.join(missing)}"] for server in SERVERS}
     reasons = [*_config_reasons(config), *_tensor_reasons(config, names)]

@@ -1,1 +1,1 @@
-"""`qwenlora convert-qwen1`: first-generation Qwens in Qwen2's words."""
+"""`qwenlora convert-qwen1`: first-generation Qwens in Qwen2's architecture."""

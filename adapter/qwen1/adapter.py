@@ -1,7 +1,6 @@
-"""A LoRA adapter for a first-generation Qwen as one for Qwen2's architecture, exactly.
+"""A LoRA adapter for a first-generation Qwen, converted exactly to one for the converted base.
 
-c_attn is cut in three by rows, and so are its lora_B and DoRA's magnitudes; q, k and v share its lora_A. The
-base has to be converted as well.
+c_attn is cut in three by rows, and so are its lora_B and DoRA's magnitudes; q, k and v share its lora_A.
 """
 
 import re
@@ -28,7 +27,7 @@ NOT_CONVERTED = (
     "layer_replication",
     "target_parameters",
 )
-# peft takes all modules whose names end with these: norm alone would be input_layernorm, too
+# peft takes all modules whose names end with these: norm alone would match input_layernorm, too
 SAVED_MODULES = {
     "wte": "embed_tokens",
     "lm_head": "lm_head",
@@ -40,10 +39,9 @@ _NUMBER = re.compile(r"(^|\.)\d+\.")  # of a layer
 
 
 def convert_adapter(source: Path, folder: Path) -> str:
-    """Write the converted adapter into an existing folder; return the base that the old one named.
+    """Write the converted adapter, which names no base, into folder; return the base that source names.
 
-    The new adapter names no base. Raises: ValueError when the old one is no LoRA for a Qwen-1, or has
-    settings that cannot be converted.
+    Raises: ValueError when source is no LoRA for a Qwen-1, or has settings that cannot be converted.
     """
     old = read_adapter_config(source)
     for key in NOT_CONVERTED:
@@ -56,9 +54,8 @@ def convert_adapter(source: Path, folder: Path) -> str:
     config: Any = PeftConfig.from_pretrained(str(source))  # adds the keys of newer versions of peft
     config.target_modules = _target_modules(old, converted)
     config.modules_to_save = _modules_to_save(source, old)
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = (
-        None  # target_modules names them in full
-    )
+    # target_modules names the modules in full
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     config.fan_in_fan_out = False
     config.base_model_name_or_path = config.revision = config.auto_mapping = None
     save_file(converted, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -86,8 +83,7 @@ def _converted(file: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _target_modules(old: AdapterConfig, converted: dict[str, Tensor]) -> list[str]:
-    """Return the modules with LoRA: by their last names where all layers have them, else by their full
-    names."""
+    """Return the modules with LoRA by their last names if all layers have them, else by their full names."""
     modules = sorted(
         {name.removeprefix(PREFIX).partition(".lora_")[0] for name in converted if ".lora_" in name}
     )

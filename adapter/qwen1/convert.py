@@ -1,8 +1,7 @@
 """First-generation Qwens as Qwen2s: `qwenlora convert-qwen1 Qwen-7B-Chat Qwen-7B-Chat-as-qwen2`.
 
 Their own code does not run on today's transformers; Qwen2's architecture computes the same within the length
-that they were trained on. weights.py converts weights, tokenizer.py the tokenizer, adapter.py an adapter. See
-docs/qwen1.md.
+that they were trained on. See docs/qwen1.md.
 """
 
 import json
@@ -44,12 +43,9 @@ _Keys = dict[str, Any]  # of a JSON file
 
 
 def convert(source: Path, out: Path, *, max_shard_size: str) -> int:
-    """Write a Qwen-1 model, or an adapter for one, as one of Qwen2's architecture; return the exit code.
+    """Write a Qwen-1 model, or an adapter for it, as Qwen2's into the new folder out; return the exit code.
 
-    out: a folder that does not exist yet; it gets its name once complete. max_shard_size: of a file, as
-    "5GB".
-    Raises: ValueError when source is no Qwen-1, is incomplete, or does something that Qwen2 does not; out is
-    then not made.
+    Raises: ValueError, without making out, when source is no Qwen-1, incomplete, or does what Qwen2 cannot.
     """
     transformers_logging.set_verbosity_error()
     source = source.expanduser()
@@ -97,7 +93,7 @@ def convert(source: Path, out: Path, *, max_shard_size: str) -> int:
 
 
 def qwen2_config(source: Path) -> Qwen2Config:
-    """Return a Qwen-1's config in Qwen2's words. Raises: ValueError when Qwen2 has no words for it."""
+    """Return a Qwen-1's config as Qwen2's. Raises: ValueError when Qwen2 has no setting for it."""
     file = source / "config.json"
     old = {OLD_KEYS.get(key, key): value for key, value in _read_config(source).items()}
     for key, expected in EXPECTED.items():
@@ -132,7 +128,7 @@ def qwen2_config(source: Path) -> Qwen2Config:
 
 
 def _config_text(config: Qwen2Config) -> str:
-    """Return config.json, also with the keys that engines read which are older than transformers 5."""
+    """Return config.json, also with the keys for engines that are older than transformers 5."""
     keys = json.loads(config.to_json_string())
     keys |= {"rope_theta": keys["rope_parameters"]["rope_theta"], "torch_dtype": keys["dtype"]}
     return json.dumps(keys, indent=2, sort_keys=True) + "\n"
@@ -173,8 +169,7 @@ def _tokenizer(source: Path, config: Qwen2Config) -> Any:
 
 
 def _generation_config(source: Path, tokenizer: Any) -> GenerationConfig:
-    """Return how the model samples. It stops where Qwen-1's code does: at the end of a turn or of the
-    text."""
+    """Return how the model samples; it stops at the end of a turn or text, as Qwen-1's code does."""
     file = source / "generation_config.json"
     old = _read_json(file) if file.is_file() else {}
     kept = [*KEPT, *(SAMPLING if old.get("do_sample") else ())]

@@ -1,11 +1,8 @@
-"""qwen.tiktoken, the vocabulary of a first-generation Qwen, as Qwen2's tokenizer: the same text, the same
-ids.
+"""The vocabulary of a first-generation Qwen, qwen.tiktoken, as Qwen2's tokenizer with the same ids.
 
 tiktoken joins the neighbours whose joint text has the lowest rank. Qwen2's tokenizer.json lists for each
-token the two
-that make it: those that remain when the token itself is tokenised with the ranks below its own. Any text
-inside a longer one is joined in the same order, so a token is never made of two others, and the ids are the
-same.
+token the two that make it: those that remain when the token itself is tokenised with the ranks below its own.
+Any text inside a longer text is joined in the same order, so no other two ever make the token.
 Source: https://github.com/QwenLM/Qwen/blob/main/tokenization_note.md
 """
 
@@ -31,10 +28,7 @@ TEMPLATE = (
 
 
 def convert_tokenizer(file: Path, max_length: int) -> Any:
-    """Return a Qwen2Tokenizer with the ids of a qwen.tiktoken, and ChatML as Qwen-1's code wrote it.
-
-    max_length: of the texts in training, in tokens. Raises: ValueError when the file is no such vocabulary.
-    """
+    """Return a Qwen2Tokenizer with Qwen-1's ids and ChatML. Raises: ValueError for a bad vocabulary file."""
     ranks = _ranks(file)
     letters = bytes_to_unicode()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
@@ -53,7 +47,7 @@ def convert_tokenizer(file: Path, max_length: int) -> Any:
 
 
 def _ranks(file: Path) -> dict[bytes, int]:
-    """Return the tokens in the order of their ranks."""
+    """Return {token: rank}, in the order of the ranks."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:

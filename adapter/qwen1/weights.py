@@ -1,8 +1,7 @@
-"""The weights of a first-generation Qwen under Qwen2's names, moved tensor by tensor.
+"""The weights of a first-generation Qwen under Qwen2's names: rows are copied, nothing is computed.
 
-Both do the same arithmetic: Qwen-1 holds q, k and v in one matrix, c_attn, and calls the gated MLP's up
-projection w1 and its gate w2. Nothing is computed: rows are copied. Qwen-1 differs only beyond the length
-that it was trained on.
+Qwen-1 has q, k and v in one matrix, c_attn, and calls the MLP's up projection w1 and its gate w2. Its results
+differ only beyond the length that it was trained on.
 """
 
 import math
@@ -37,7 +36,7 @@ _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_bias|bias|log
 
 
 class RowBlock(NamedTuple):
-    """Where a tensor of Qwen2 comes from: one of several equal blocks of a tensor's rows."""
+    """The source of a Qwen2 tensor: block `number` of `of` equal blocks of rows of a Qwen-1 tensor."""
 
     name: str
     number: int
@@ -47,8 +46,7 @@ class RowBlock(NamedTuple):
 def modules_of(name: str) -> tuple[list[str], str]:
     """Return the modules of Qwen2 that a tensor of Qwen-1 goes to, and its name in them, such as "weight".
 
-    name: as in the files, or as in an adapter's without "base_model.model.". No modules: the tensor is
-    unknown.
+    name: in the files, or in an adapter's without "base_model.model.". Unknown tensors get no modules.
     """
     layer = _LAYER.match(name)
     prefix = f"model.layers.{layer[1]}." if layer else ""
@@ -60,7 +58,7 @@ def modules_of(name: str) -> tuple[list[str], str]:
 
 
 def row_blocks(layers: int) -> dict[str, RowBlock]:
-    """Return where each tensor of Qwen2 comes from, in the order of a pass through the model."""
+    """Return {Qwen2 tensor: its source}, in the order of a pass through the model."""
     names = ["transformer.wte.weight"]
     for layer in range(layers):
         for module in IN_LAYER:
@@ -77,11 +75,7 @@ def row_blocks(layers: int) -> dict[str, RowBlock]:
 
 
 def plan_weights(files: WeightFiles, model: Any) -> dict[str, tuple[RowBlock, TensorSpec]]:
-    """Return for each tensor of Qwen2 where it comes from, and its dtype and shape.
-
-    model: the Qwen2 to make, on torch's meta device. Raises: ValueError naming a tensor that is missing,
-    unknown or of another size.
-    """
+    """Return the source, dtype and shape of each tensor of model. Raises: ValueError if one does not fit."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     blocks = row_blocks(model.config.num_hidden_layers)
     assert set(blocks) == set(shapes), set(blocks) ^ set(shapes)
