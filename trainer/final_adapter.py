@@ -1,4 +1,4 @@
-"""The adapter folder that a done run ends with, and the files of it that are the same in every checkpoint."""
+"""The adapter folder that a done run ends with, and its files that are the same in every checkpoint."""
 
 import copy
 import shutil
@@ -38,7 +38,7 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
         )
     try:
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()  # without its parents: a run folder that is gone is not made again
+        staging.mkdir()  # without its parents: a deleted run folder stays deleted
         # "auto" would ask the hub whether the base's vocabulary has changed; modules_to_save are saved anyway
         model.save_pretrained(staging, save_embedding_layers=False)
         tokenizer.save_pretrained(staging)

@@ -1,6 +1,6 @@
 """The base model: where it is, its config, its tokenizer, its weights as a whole, and their fingerprint.
 
-sharded_loading.py loads a base of which each rank holds a part.
+spread/sharded_loading.py loads a base of which each rank holds a part.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from qwenlora.trainer.model.tiny import build_tiny
 TINY = "tiny"
 IGNORED = -100  # labels without a loss: torch.nn.CrossEntropyLoss, ignore_index
 SAMPLE_BYTES = 2**12
-UNKNOWN = "None"  # what older versions recorded as the fingerprint of a base from the hub
+UNKNOWN = "None"  # the fingerprint that older versions recorded for a base from the hub
 
 
 def base_of(config: Config, run: RunFolder) -> str:
@@ -93,7 +93,7 @@ def _tokenizer(name: str, config: Model, key: str) -> Any:
 
 @contextmanager
 def hub_errors(key: str, name: str) -> Iterator[None]:
-    """Turn what transformers raises for a missing or broken model into a ValueError of one line."""
+    """Turn transformers' errors about a missing or broken model into a ValueError of one line."""
     try:
         yield
     except (OSError, ImportError, json.JSONDecodeError) as error:
@@ -106,8 +106,7 @@ def hub_errors(key: str, name: str) -> Iterator[None]:
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    """Return the torch dtype of model.dtype. auto: bfloat16 where the GPU has it, else float16; float32 on
-    a CPU."""
+    """Return model.dtype as torch's. auto: bfloat16 where the GPU has it, else float16; float32 on a CPU."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
@@ -123,8 +122,7 @@ def device() -> torch.device:
 
 
 def load_config_of(config: Config, base: str) -> Any:
-    """Return the base model's transformers config. Raises: ValueError when transformers has no such text
-    model."""
+    """Return the base's transformers config. Raises: ValueError when transformers has no such text model."""
     with hub_errors("model.name_or_path", config.model.name_or_path):
         try:
             model_config = AutoConfig.from_pretrained(
@@ -145,11 +143,10 @@ def load_config_of(config: Config, base: str) -> Any:
 
 
 def fingerprint(config: Config, base: str) -> str:
-    """Return a hash that changes when the base's weights do: a hub commit, or samples of a folder's weight
-    files.
+    """Return a hash that changes when the base's weights do; it takes seconds for a 72B model.
 
-    Three samples of each tensor in a safetensors file are hashed, and 64 of another weight file: this takes
-    seconds for a 72B.
+    For a hub model it is the commit. For a folder it covers three samples of each tensor in a safetensors
+    file, and 64 of any other weight file.
     """
     if not Path(base).is_dir():
         with hub_errors("model.name_or_path", config.model.name_or_path):
@@ -171,10 +168,7 @@ def fingerprint(config: Config, base: str) -> str:
 
 
 def _offsets(file: BinaryIO, size: int) -> Iterator[int]:
-    """Yield offsets of samples in a safetensors file: its header, and start, middle and end of each tensor.
-
-    size: of the file, in bytes.
-    """
+    """Yield offsets of samples in a safetensors file: its header; start, middle and end of each tensor."""
     header = int.from_bytes(file.read(8), "little")
     yield from range(0, min(header + 8, size), SAMPLE_BYTES)
     file.seek(8)
@@ -212,7 +206,7 @@ def load_base(config: Config, base: str) -> Any:
 
 
 def _quantization(config: Config, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
-    """Return from_pretrained's argument for a quantised base; nothing for one in full precision."""
+    """Return from_pretrained's argument for a quantised base; empty in full precision."""
     if config.strategy.quantization == "nf4":
         nf4 = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -227,7 +221,7 @@ def _quantization(config: Config, dtype: torch.dtype) -> dict[str, BitsAndBytesC
 
 
 def refuse_missing(config: Config, missing_keys: Iterable[str]) -> None:
-    """Refuse a base whose files lack weights: transformers would draw random ones, others at each start.
+    """Refuse a base whose files lack weights: transformers would draw new random ones at each start.
 
     missing_keys: from from_pretrained's loading info. Raises: ValueError naming the first.
     """

@@ -52,7 +52,7 @@ def leave() -> None:
 
 
 def _wait_for_all(store: Any, rank: Rank, timeout_s: int) -> None:
-    """Put this rank's name into the store; rank 0 waits for the names of all."""
+    """Put this rank's host into the store; rank 0 waits until all have done so."""
     keys = [f"qwenlora/here/{_restart()}/{number}" for number in range(rank.world_size)]
     store.set(keys[rank.rank], socket.gethostname())
     if not rank.first:
@@ -68,5 +68,5 @@ def _wait_for_all(store: Any, rank: Rank, timeout_s: int) -> None:
 
 
 def _restart() -> str:
-    """Return how often torchrun has started these ranks again: a store outlives them."""
+    """Return how often torchrun has restarted these ranks: the store outlives them, and keys must differ."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

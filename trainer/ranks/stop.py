@@ -25,9 +25,9 @@ def any_rank(flags: torch.Tensor) -> list[bool]:
 class Stop(TrainerCallback):
     """Decides whether an attempt stops early.
 
-    agreed: a rank was asked to stop, and all ranks know it; stopped: training ended for that, before its last
+    agreed: all ranks know that a rank has a stop request; stopped: training ended for that, before its last
     step. max_time_s: seconds from now that the attempt may take. It stops when the next step and a save might
-    not fit, but not before it has trained one: an attempt without progress would be repeated for ever.
+    not fit, but not before its first step: an attempt without progress would be repeated for ever.
     """
 
     def __init__(self, request: StopRequest | None = None, max_time_s: float | None = None) -> None:
@@ -52,7 +52,7 @@ class Stop(TrainerCallback):
         return self.request.why or "another process was asked to"
 
     def agree(self, device: torch.device, also: torch.Tensor | None = None) -> bool:
-        """Ask all ranks whether to stop, and return whether `also`, any other flag, is set on a rank."""
+        """Have all ranks agree whether to stop; return whether `also`, any other flag, is set on a rank."""
         flags = torch.tensor([int(self.asked), 0], dtype=torch.int32, device=device)
         if also is not None:
             flags[1] = also
@@ -88,6 +88,6 @@ class Stop(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Do nothing that an epoch's end is due: Trainer calls this for a stopped run too, in mid-epoch."""
+        """Cancel an epoch end's actions in a stopped run: Trainer calls this for it even in mid-epoch."""
         if self.stopped:
             control.should_log = control.should_evaluate = control.should_save = False
