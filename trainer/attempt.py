@@ -165,10 +165,8 @@ def _train(context: Context, trainer: LoraTrainer) -> None:
 
 def _finish(context: Context, parts: Parts, recording: Recording | None) -> Reason:
     """Wait for the last save, and after the last step write the adapter; return how the attempt ended.
-
     Raises: TrainingFault, on all ranks, when the attempt was stopped and its last save failed. After the last
-    step that save is not needed: the adapter holds the same weights.
-    """
+    step that save is not needed: the adapter holds the same weights."""
     trainer = parts.trainer
     stopped = context.stop.ended_early(trainer.state.global_step, trainer.args.max_steps)
     if recording:

@@ -1,7 +1,5 @@
-"""Builds what an attempt trains with: base, adapter, strategy, trainer and its callbacks.
-
-The order of these steps decides the numbers: they set seeds and call collectives.
-"""
+"""Builds what an attempt trains with: base, adapter, strategy, trainer and its callbacks. The order of these
+steps decides the numbers: they set seeds and call collectives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
-"""A look at a config's rows before training: `qwenlora data check` and `qwenlora data preview`.
-
-Both use the run's own tokenizer and template. Training starts from the rows that the check prepared.
-"""
+"""A look at a config's rows before training: `qwenlora data check` and `qwenlora data preview`. Both use the
+run's own tokenizer and template. Training starts from the rows that the check prepared."""
 
 import tempfile
 from itertools import islice, pairwise
@@ -31,9 +29,7 @@ TRAINED = "black on green"
 
 def check(config: Config, page: Path | None, console: Console) -> int:
     """Show what the rows are like, and write the same as HTML; return 0, or 2 when training would be refused.
-
-    page: the HTML file; by default it lies beside the run folder.
-    """
+    page: the HTML file; by default it lies beside the run folder."""
     run = RunFolder(config.run_dir)
     page = page or run.path.with_name(f"{run.path.name}.data.html")
     tokenizer = _tokenizer(config)
@@ -57,11 +53,9 @@ def check(config: Config, page: Path | None, console: Console) -> int:
 
 
 def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool, console: Console) -> None:
-    """Show rows as the model sees them, with trained tokens coloured.
-
-    first: number of the first row, from 1; ids: show a table of tokens and ids instead. Raises: ValueError
-    when there is no such row, or a row cannot be trained.
-    """
+    """Show rows as the model sees them, with trained tokens coloured. first: number of the first row, from 1;
+    ids: show a table of tokens and ids instead. Raises: ValueError when there is no such row, or a row cannot
+    be trained."""
     tokenizer = _tokenizer(config)
     encoder = Encoder(tokenizer, config.data.train_on)
     shown = 0

@@ -26,11 +26,9 @@ def constant_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
 
 
 def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
-    """Write the final adapter and its tokenizer, whole or not at all.
-
-    model: a PeftModel. An earlier adapter is replaced, and its comparison renamed. Raises: TrainingFault when
-    the adapter is not finite or cannot be written.
-    """
+    """Write the final adapter and its tokenizer, whole or not at all. model: a PeftModel. An earlier adapter
+    is replaced, and its comparison renamed. Raises: TrainingFault when the adapter is not finite or cannot be
+    written."""
     staging = run.path / ".adapter.staging"
     if broken := not_finite(adapter_of(model)):
         raise TrainingFault(

@@ -28,10 +28,8 @@ SMALL_FILES_BYTES = 2**16
 def prepare(
     config: Config, run: RunFolder, console: Console | None = None, allowed: tuple[str, ...] = ()
 ) -> Facts:
-    """Make the run folder ready for the ranks; return its facts. Raises: ValueError when it cannot.
-
-    console: for progress bars; allowed: config keys that may differ from the run's earlier attempts.
-    """
+    """Make the run folder ready for the ranks; return its facts. Raises: ValueError when it cannot. console:
+    for progress bars; allowed: config keys that may differ from the run's earlier attempts."""
     _check_device(config)
     base = models.base_of(config, run)
     sequence.check(config, models.load_config_of(config, base))

@@ -89,10 +89,8 @@ class Process:
         self.console.print(Text("warning: ", style="yellow").append(line, style="default"), soft_wrap=True)
 
     def fail(self, message: str, code: int, *, ours: bool = True) -> None:
-        """Record why this process fails; without an agent, also end the attempt and show the reason.
-
-        code: the process's exit code; ours: whether the message is qwenlora's own.
-        """
+        """Record why this process fails; without an agent, also end the attempt and show the reason. code:
+        the process's exit code; ours: whether the message is qwenlora's own."""
         error = RankError(process=self.name, time=time.time(), message=message, code=code, ours=ours)
         try:
             write_atomically(self.run.error(self.attempt, self.name), error.text())

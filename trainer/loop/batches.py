@@ -1,4 +1,4 @@
-"""Micro-batches of one rank as tensors: the data's order (data/order.py) made into a torch DataLoader."""
+"""One rank's micro-batches as tensors: the data's order (data/order.py) as a torch DataLoader."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,8 +15,7 @@ from qwenlora.trainer.model.base import IGNORED
 
 
 class Rows(NamedTuple):
-    """What is trained, in which order, and what is evaluated. place: where a training row is, by its
-    number."""
+    """The rows to train, in their order, and to evaluate. place: gives a training row's file and line."""
 
     order: Order
     train: Side
@@ -82,11 +81,9 @@ class StepLoader(DataLoader[list[Tokens]]):
 
 
 def collate(rows: list[Tokens], pad_id: int) -> dict[str, Tensor]:
-    """Return input_ids, labels and attention_mask, int64 [rows, longest], padded on the right.
-
-    Without rows the batch is one blank token that trains nothing, so that a rank without work still joins
-    every collective. Labels are -100 where a token is not trained. Not shifted: the model shifts.
-    """
+    """Return input_ids, labels and attention_mask, int64 [rows, longest], padded on the right. Without rows
+    the batch is one blank token that trains nothing, so that a rank without work still joins every
+    collective. Labels are -100 where a token is not trained, and not shifted: the model shifts."""
     width = max((len(row.ids) for row in rows), default=1)
     shape = (max(len(rows), 1), width)
     input_ids = torch.full(shape, pad_id)
@@ -103,8 +100,7 @@ def collate(rows: list[Tokens], pad_id: int) -> dict[str, Tensor]:
 
 
 def collate_packs(packs: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
-    """Return input_ids, labels and position_ids, int64 [packs, longest], the rows of a pack one after the
-    other.
+    """Return input_ids, labels and position_ids, int64 [packs, longest], a pack's rows one after the other.
 
     Positions start at 0 in every row, by which transformers' attention isolates rows as long as there is no
     attention_mask and no cache; check_isolation() tests that with the model. Padding counts as rows of one
@@ -128,11 +124,8 @@ def collate_packs(packs: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
 
 
 def seed_micro_batch(seed: int, step: int, number: int, slice_number: int = 0) -> None:
-    """Seed torch for a micro-batch by the run's seed, the step and the micro-batch's number in the step
-    alone.
-
-    So what is random in it (dropout) is the same after a resume, and on any number of ranks. slice_number: of
-    this rank's slice of the micro-batch, where ranks share it: each slice has masks of its own.
-    """
+    """Seed torch for a micro-batch by the run's seed, the step and the micro-batch's number in it alone. So
+    dropout is the same after a resume, and on any number of ranks. slice_number: of this rank's slice of the
+    micro-batch, where ranks share it: each slice has masks of its own."""
     entropy = [seed, step, number, slice_number] if slice_number else [seed, step, number]
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1)

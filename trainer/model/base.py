@@ -1,7 +1,5 @@
 """The base model: where it is, its config, its tokenizer, its weights as a whole, and their fingerprint.
-
-spread/sharded_loading.py loads a base of which each rank holds a part.
-"""
+spread/sharded_loading.py loads a base of which each rank holds a part."""
 
 import hashlib
 import json
@@ -29,10 +27,8 @@ UNKNOWN = "None"  # the fingerprint that older versions recorded for a base from
 
 
 def base_of(config: Config, run: RunFolder) -> str:
-    """Return the folder or hub name of the base model; the tiny one is built in the run folder first.
-
-    Raises: ValueError when the named folder does not exist or holds no model.
-    """
+    """Return the folder or hub name of the base model; the tiny one is built in the run folder first. Raises:
+    ValueError when the named folder does not exist or holds no model."""
     if config.model.name_or_path == TINY:
         tokenizer = config.model.tokenizer
         build_tiny(
@@ -143,11 +139,9 @@ def load_config_of(config: Config, base: str) -> Any:
 
 
 def fingerprint(config: Config, base: str) -> str:
-    """Return a hash that changes when the base's weights do; it takes seconds for a 72B model.
-
-    For a hub model it is the commit. For a folder it covers three samples of each tensor in a safetensors
-    file, and 64 of any other weight file.
-    """
+    """Return a hash that changes when the base's weights do; it takes seconds for a 72B model. For a hub
+    model it is the commit. For a folder it covers three samples of each tensor in a safetensors file, and 64
+    of any other weight file."""
     if not Path(base).is_dir():
         with hub_errors("model.name_or_path", config.model.name_or_path):
             config_file = cached_file(base, CONFIG_NAME, revision=config.model.revision)
@@ -222,9 +216,7 @@ def _quantization(config: Config, dtype: torch.dtype) -> dict[str, BitsAndBytesC
 
 def refuse_missing(config: Config, missing_keys: Iterable[str]) -> None:
     """Refuse a base whose files lack weights: transformers would draw new random ones at each start.
-
-    missing_keys: from from_pretrained's loading info. Raises: ValueError naming the first.
-    """
+    missing_keys: from from_pretrained's loading info. Raises: ValueError naming the first."""
     if missing := sorted(missing_keys):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(

@@ -1,7 +1,5 @@
-"""A base's weights, read by ranges: `BaseFiles` from safetensors, `WholeBase` from a loaded model.
-
-A rank reads only the elements that it keeps of each tensor; spread/sharded_loading.py decides which.
-"""
+"""A base's weights, read by ranges: `BaseFiles` from safetensors, `WholeBase` from a loaded model. A rank
+reads only the elements that it keeps of each tensor; spread/sharded_loading.py decides which."""
 
 import json
 import math

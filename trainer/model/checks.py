@@ -14,9 +14,7 @@ LEAK = 0.02
 
 def check_isolation(model: Any) -> None:
     """Refuse to pack rows where attention lets one see another: some kernels and versions do so silently.
-
-    Two rows are packed; when the first is changed, the second's logits must not change, else: ValueError.
-    """
+    When the first of two packed rows is changed, the second's logits must stay. Raises: ValueError."""
     width, vocabulary = 16, int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(min(vocabulary, 1000), (3, width), generator=generator)
@@ -41,11 +39,9 @@ def check_isolation(model: Any) -> None:
 
 
 def untrained_turn_tokens(model: Any, tokenizer: Any) -> list[str]:
-    """Return those of <|im_start|> and <|im_end|> whose embeddings the base model never learnt.
-
-    Embeddings past the tokenizer's last id were never trained, and lie close together; so does an untrained
-    turn token. Empty when there are none past it, or they are as scattered as words are (random weights).
-    """
+    """Return those of <|im_start|> and <|im_end|> whose embeddings the base model never learnt. Embeddings
+    past the tokenizer's last id were never trained, and lie close together; so does an untrained turn token.
+    Empty when there are none past it, or they are as scattered as words are (random weights)."""
     weight = whole_weight(model.get_input_embeddings().weight)
     unused = weight[len(tokenizer) :].float()
     if len(unused) < 8:

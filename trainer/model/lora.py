@@ -38,11 +38,9 @@ def lora_config(lora: Lora, tied: bool) -> LoraConfig:
 
 
 def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
-    """Return the model with its adapter, the only trainable part, in float32.
-
-    revision: of a base from the hub; adapter_config.json keeps it, so that peft loads the same base later.
-    Raises: ValueError when the model lacks the named modules, or lora.init_from does not fit.
-    """
+    """Return the model with its adapter, the only trainable part, in float32. revision: of a base from the
+    hub; adapter_config.json keeps it, so that peft loads the same base later. Raises: ValueError when the
+    model lacks the named modules, or lora.init_from does not fit."""
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     _check_names("modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
     _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])

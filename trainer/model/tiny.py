@@ -1,7 +1,5 @@
-"""The embedded default model: a Qwen3 of 3.6 million random parameters, to train on two CPU cores.
-
-It is an ordinary model folder, the same bytes each time, made without a download.
-"""
+"""The embedded default model: a Qwen3 of 3.6 million random parameters, to train on two CPU cores. It is an
+ordinary model folder, the same bytes each time, made without a download."""
 
 import json
 import os

@@ -16,10 +16,8 @@ class TrainingFault(RuntimeError):  # noqa: N818 (it is no error of the code)
 
 
 def broken_micro_batches(losses: list[Tensor], team: int, teams: int) -> list[int]:
-    """Return the numbers of the step's micro-batches whose loss is not finite; all ranks call it.
-
-    losses: of this rank's micro-batches. A team is one rank, unless ranks share sequences.
-    """
+    """Return the numbers of the step's micro-batches whose loss is not finite; all ranks call it. losses: of
+    this rank's micro-batches. A team is one rank, unless ranks share sequences."""
     mine = [number * teams + team for number, loss in enumerate(losses) if not bool(loss.isfinite())]
     if not dist.is_initialized():
         return mine

@@ -1,7 +1,5 @@
-"""A check of all ranks before any weight is loaded: that they multiply and reduce right, and how fast.
-
-It takes a few seconds. A wrong result ends the attempt and names host and rank; a warning names slow ranks.
-"""
+"""A check of all ranks before any weight is loaded: that they multiply and reduce right, and how fast. It
+takes a few seconds. A wrong result ends the attempt and names host and rank; a warning names slow ranks."""
 
 import os
 import socket

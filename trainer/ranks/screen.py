@@ -1,7 +1,5 @@
-"""The screen of a rank: rank 0's console has it, and all that libraries print goes to the log files.
-
-Light to import: libraries that print at import come later.
-"""
+"""The screen of a rank: rank 0's console has it, and all that libraries print goes to the log files. Light to
+import: libraries that print at import come later."""
 
 import faulthandler
 import logging
@@ -36,10 +34,8 @@ class Rank(NamedTuple):
 
 def take_screen(file: Path, *, speaks: bool, lent: str = "") -> Console:
     """Redirect all that this process prints, crashes included, to a file; return a console on the screen.
-
     speaks: false gives a silent console, for ranks other than 0. lent: the path at which the agent lends its
-    screen, or empty.
-    """
+    screen, or empty."""
     screen = os.fdopen(borrow(lent if speaks else ""), "w", encoding="utf-8")
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,8 +1,5 @@
-"""The one place that decides to stop before the last step.
-
-A stop request to any rank (stop_request.py) or the clock is enough. All ranks agree in each step; then they
-save that step and leave with exit code 75.
-"""
+"""The one place that decides to stop before the last step. A stop request to any rank (stop_request.py) or
+the clock is enough. All ranks agree in each step; then they save that step and leave with exit code 75."""
 
 import time
 
