@@ -105,7 +105,7 @@ def _announce(context: Context, parts: Parts) -> Recording:
     if parts.spread.deepspeed:
         write_atomically(run.deepspeed, json.dumps(parts.spread.deepspeed, indent=1))
     else:
-        run.deepspeed.unlink(missing_ok=True)  # an earlier attempt's
+        run.deepspeed.unlink(missing_ok=True)  # of an earlier attempt
     if checkpoint and checkpoint.parent == run.path:
         wandb_run.restore_id(run, checkpoint)
     recording = Recording.start(process, facts, context.chronicle)
@@ -150,7 +150,7 @@ def _resume(context: Context, trainer: LoraTrainer, recording: Recording | None)
 
 
 def _evaluation_is_due(trainer: LoraTrainer) -> bool:
-    """Whether the attempt before was stopped when it should have evaluated."""
+    """Whether the previous attempt was stopped when it should have evaluated."""
     return bool(trainer.resumed and trainer.resumed.evaluation_due)
 
 

@@ -38,7 +38,7 @@ def check(config: Config, page: Path | None, console: Console) -> int:
     rows = prepared.prepare(data, tokenizer, run.cache(config), console, console.print)
     notes = notes_of(config, rows)
     listed = page.with_suffix(".bad_rows.txt")
-    listed.unlink(missing_ok=True)  # an earlier check's
+    listed.unlink(missing_ok=True)  # of an earlier check
     if rows.index.bad.count:
         listed.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(listed, "".join(f"{line}\n" for line in rows.bad_lines()))
@@ -53,9 +53,8 @@ def check(config: Config, page: Path | None, console: Console) -> int:
 
 
 def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool, console: Console) -> None:
-    """Show rows as the model sees them, with trained tokens coloured. first: number of the first row, from 1;
-    ids: show a table of tokens and ids instead. Raises: ValueError when there is no such row, or a row cannot
-    be trained."""
+    """Show rows as the model sees them, trained tokens coloured. first: the first row's number, from 1; ids:
+    show a table of tokens and ids. Raises: ValueError when there is no such row, or a row is bad."""
     tokenizer = _tokenizer(config)
     encoder = Encoder(tokenizer, config.data.train_on)
     shown = 0

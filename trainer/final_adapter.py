@@ -26,9 +26,8 @@ def constant_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
 
 
 def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
-    """Write the final adapter and its tokenizer, whole or not at all. model: a PeftModel. An earlier adapter
-    is replaced, and its comparison renamed. Raises: TrainingFault when the adapter is not finite or cannot be
-    written."""
+    """Write the final adapter and its tokenizer, whole or not at all; an earlier adapter is replaced, its
+    comparison renamed. model: a PeftModel. Raises: TrainingFault if it is not finite or not writable."""
     staging = run.path / ".adapter.staging"
     if broken := not_finite(adapter_of(model)):
         raise TrainingFault(
@@ -41,7 +40,7 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
         model.save_pretrained(staging, save_embedding_layers=False)
         tokenizer.save_pretrained(staging)
         (staging / "README.md").unlink(missing_ok=True)  # peft's is an empty form
-        seal(staging, but="adapter_config.json")  # it names the base, and that may move
+        seal(staging, but="adapter_config.json")  # it names the base's folder, which may move
         settle(staging)
         _put_in_place(staging, run)
     except (OSError, SafetensorError) as error:

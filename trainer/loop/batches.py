@@ -47,12 +47,9 @@ class _RankOrder(BatchSampler):
 
 
 class StepLoader(DataLoader[list[Tokens]]):
-    """One rank's micro-batches of an epoch: the same number on every rank, empty ones as blank rows.
-
-    flat: packs go into the model as one long sequence, as flash attention needs them; else as rows of a
-    batch. cut: returns this rank's slice of a batch, where ranks share sequences; rank and world_size then
-    count teams.
-    """
+    """One rank's micro-batches of an epoch: the same number on every rank, empty ones as blank rows. flat:
+    packs are one long sequence, as flash attention needs them, not rows of a batch. cut: returns this rank's
+    slice of a batch, where ranks share sequences; rank and world_size then count teams."""
 
     def __init__(
         self,
@@ -101,11 +98,8 @@ def collate(rows: list[Tokens], pad_id: int) -> dict[str, Tensor]:
 
 def collate_packs(packs: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
     """Return input_ids, labels and position_ids, int64 [packs, longest], a pack's rows one after the other.
-
-    Positions start at 0 in every row, by which transformers' attention isolates rows as long as there is no
-    attention_mask and no cache; check_isolation() tests that with the model. Padding counts as rows of one
-    token.
-    """
+    Positions start at 0 in every row, by which transformers' attention isolates rows if there is no
+    attention_mask and no cache; check_isolation() tests that. Padding counts as rows of one token."""
     width = max((sum(len(row.ids) for row in pack) for pack in packs), default=1)
     shape = (max(len(packs), 1), max(width, 1))
     input_ids = torch.full(shape, pad_id)

@@ -33,9 +33,8 @@ def sum_losses(
     device: torch.device,
     out_of_memory: Callable[[tuple[int, ...]], TrainingFault],
 ) -> Tensor | None:
-    """Return float64 [2]: the sum of this rank's losses and its number of trained tokens. None when the
-    ranks, which check before each batch, agree to stop. out_of_memory: makes the error to raise, from the
-    shape of the batch's input_ids."""
+    """Return float64 [2]: the sums of this rank's losses and trained tokens; None when the ranks, which check
+    before each batch, agree to stop. out_of_memory: makes the error, from the shape of input_ids."""
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         stop.agree(device)

@@ -18,9 +18,8 @@ class NonFiniteSteps:
         self._rows, self._team = rows, team
 
     def describe(self, step: int, losses: list[Tensor]) -> str:
-        """Return what is not finite, and in which rows; all ranks call it. step: from 1; losses: of this
-        rank's micro-batches. If all losses are finite, it is the gradient, to which all rows of the step
-        contribute."""
+        """Return what is not finite, in which rows; all ranks call it. step: from 1; losses: of this rank's
+        micro-batches. If all are finite, the gradient is not, to which all rows of the step contribute."""
         broken = faults.broken_micro_batches(losses, self._team.number, self._team.teams)
         units = self._rows.order.step(*divmod(step - 1, self._rows.order.steps_per_epoch))
         size = self._per_device

@@ -18,9 +18,7 @@ class ResumeCallback(TrainerCallback):
     ) -> None:
         """Restore, when the run is resumed."""
         if saved := self.trainer.resumed:
-            state.compute_steps(
-                args, state.max_steps
-            )  # from the config: the checkpoint's intervals may differ
+            state.compute_steps(args, state.max_steps)  # the checkpoint's intervals may differ
             losses = saved.loss_so_far
             same_ranks = len(losses) == args.world_size
             loss = losses[args.process_index] if same_ranks else sum(losses) / len(losses)

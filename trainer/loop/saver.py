@@ -1,8 +1,6 @@
-"""Writes checkpoints: staged, hashed, synced, renamed; in the background, on rank 0 alone.
-
-A failed save costs only itself: its staging folder is removed, earlier checkpoints stay, training goes on. A
-save that hangs ends the process.
-"""
+"""Writes checkpoints: staged, hashed, synced, renamed; in the background, on rank 0 alone. A failed save
+costs only itself: its staging folder is removed, earlier checkpoints stay, training goes on. A save that
+hangs ends the process."""
 
 import logging
 import re
@@ -26,8 +24,8 @@ log = logging.getLogger("qwenlora")
 
 class Saver:
     """The one writer of a run's checkpoints. in_background: in a thread; timeout_s: of one save, after which
-    give_up is called with a message. failure: why the newest save failed, or empty; last_seconds: of the
-    newest save that succeeded."""
+    give_up gets a message. failure: why the newest save failed, or empty; last_seconds: of the last good
+    one."""
 
     def __init__(
         self,

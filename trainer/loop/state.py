@@ -78,7 +78,7 @@ def changed_settings(optimizer: torch.optim.Optimizer) -> list[GroupSettings]:
 
 
 def restore_settings(optimizer: torch.optim.Optimizer, saved: list[GroupSettings]) -> None:
-    """Put back changed_settings(), but for groups without parameters: strategies differ in these."""
+    """Put back changed_settings(), except for groups without parameters: strategies differ in these."""
     groups = [group for group in optimizer.param_groups if group["params"]]
     if any(saved):
         for group, settings in zip(groups, saved[: len(groups)], strict=True):

@@ -1,8 +1,6 @@
 """transformers.Trainer with our row order, exact evaluation, exact resume, and a rule for non-finite steps.
-
 LoraTrainer has every Trainer method that is overridden. tests/trainer/test_trainer.py and
-test_deepspeed_parts.py fail when a new transformers changes code that it relies on.
-"""
+test_deepspeed_parts.py fail when a new transformers changes code that it relies on."""
 
 import dataclasses
 import json
@@ -43,7 +41,7 @@ log = logging.getLogger("qwenlora")
 
 
 class Services(NamedTuple):
-    """saver: writes checkpoints; None except on rank 0. stop: decides when to stop. warn: shows a line."""
+    """saver: writes checkpoints, None except on rank 0; stop: decides when to stop; warn: shows a line."""
 
     saver: Saver | None = None
     stop: Stop | None = None
@@ -81,7 +79,7 @@ class LoraTrainer(Trainer):
         self.wandb_id = ""
         self.data_wait_s = self.saving_s = self.idle_s = 0.0
         self._deepspeed = deepspeed
-        self._names_in_file: dict[str, str] = {}  # of parameters; taken while they are whole
+        self._names_in_file: dict[str, str] = {}  # by parameter; read while these are whole
         self._memory = states.HostMemory()
         self._losses: list[Tensor] = []  # of this rank's micro-batches in the current step
         self._loss_before: Tensor | None = None  # Trainer's sum of losses before the current step
@@ -110,8 +108,7 @@ class LoraTrainer(Trainer):
     # ---- how the model is spread
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-        """Return the model that a step calls. Trainer's own is DDP over all of it, and none if it is
-        sharded."""
+        """Return the model that a step calls. Trainer's own is DDP over all of it; none if sharded."""
         if self.zero:
             return self.zero.engine
         sharded = any(isinstance(p, DTensor) for p in model.parameters())

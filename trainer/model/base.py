@@ -139,9 +139,8 @@ def load_config_of(config: Config, base: str) -> Any:
 
 
 def fingerprint(config: Config, base: str) -> str:
-    """Return a hash that changes when the base's weights do; it takes seconds for a 72B model. For a hub
-    model it is the commit. For a folder it covers three samples of each tensor in a safetensors file, and 64
-    of any other weight file."""
+    """Return a hash that changes when the base's weights do: a hub model's commit; for a folder, a hash of
+    three samples of each safetensors tensor and 64 of any other weight file (seconds for a 72B model)."""
     if not Path(base).is_dir():
         with hub_errors("model.name_or_path", config.model.name_or_path):
             config_file = cached_file(base, CONFIG_NAME, revision=config.model.revision)
@@ -168,7 +167,7 @@ def _offsets(file: BinaryIO, size: int) -> Iterator[int]:
     file.seek(8)
     try:
         tensors = json.loads(file.read(header)) if header < size else {}
-    except ValueError:  # the file is damaged, which loading it reports
+    except ValueError:  # a damaged file: loading it reports that
         return
     tensors.pop("__metadata__", None)
     for tensor in tensors.values():

@@ -76,8 +76,8 @@ class BaseFiles:
         if to.dtype == place.dtype and to.device.type == "cpu":
             self._fill(name, start, flat)
             return
-        # one buffer for all reads: memory allocated for each would lie between the tensors that stay, and
-        # would not be returned to the system
+        # one buffer: memory allocated for each read, between tensors that stay, would not return to the
+        # system
         buffer = self._buffers.setdefault(place.dtype, torch.empty(0, dtype=place.dtype))
         if len(buffer) < min(SLICE, flat.numel()):
             self._buffers[place.dtype] = buffer = torch.empty(SLICE, dtype=place.dtype)
@@ -134,8 +134,7 @@ def _places(path: Path) -> dict[str, Place]:
 
 
 class WholeBase:
-    """A base loaded whole on the CPU by transformers, where the files' tensors do not match the
-    parameters."""
+    """A base that transformers loads whole on the CPU, where its files do not match the parameters."""
 
     def __init__(self, config: Config, base: str) -> None:
         model: Any

@@ -1,4 +1,4 @@
-"""Checks of a loaded model: are packed rows isolated, and were its turn tokens trained."""
+"""Checks of a loaded model: whether packed rows are isolated, and its turn tokens were trained."""
 
 from typing import Any
 

@@ -80,7 +80,7 @@ def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
             f"lora.init_from={lora.init_from} does not fit lora.modules_to_save={lora.modules_to_save}: the"
             f" adapter lacks {error.args[0]}"
         ) from error
-    except RuntimeError as error:  # shapes
+    except RuntimeError as error:  # wrong shapes
         raise ValueError(
             f"lora.init_from={lora.init_from} does not fit: {str(error).splitlines()[-1]}"
         ) from error

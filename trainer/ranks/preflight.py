@@ -89,8 +89,7 @@ def _multiply(device: torch.device) -> tuple[float, str]:
     """Return a matrix product's speed in TFLOP/s, and its fault, or an empty string."""
     on_gpu = device.type == "cuda"
     size, kind = (_GPU_SIZE, torch.bfloat16) if on_gpu else (_CPU_SIZE, torch.float32)
-    # rows i % 3, columns j % 2: each entry of the product is size * i * j, which is exact in any dtype: size
-    # is a power of two, i * j at most 2
+    # rows i % 3, columns j % 2: each entry is size (a power of two) * i * j (at most 2): exact in any dtype
     left = (torch.arange(size, device=device) % 3).to(kind)[:, None].expand(size, size).contiguous()
     right = (torch.arange(size, device=device) % 2).to(kind)[None, :].expand(size, size).contiguous()
     best = float("inf")

@@ -43,7 +43,7 @@ def meet(config: Config, rank: Rank) -> None:
 
 
 def leave() -> None:
-    """Leave together: torchrun and DeepSpeed's launcher end all ranks when one leaves with 75."""
+    """Leave together: torchrun and DeepSpeed's launcher end all ranks when one leaves with exit code 75."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -34,8 +34,7 @@ class Rank(NamedTuple):
 
 def take_screen(file: Path, *, speaks: bool, lent: str = "") -> Console:
     """Redirect all that this process prints, crashes included, to a file; return a console on the screen.
-    speaks: false gives a silent console, for ranks other than 0. lent: the path at which the agent lends its
-    screen, or empty."""
+    speaks: false silences the console (ranks other than 0). lent: where the agent lends its screen, if so."""
     screen = os.fdopen(borrow(lent if speaks else ""), "w", encoding="utf-8")
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

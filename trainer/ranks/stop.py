@@ -85,6 +85,6 @@ class Stop(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Cancel an epoch end's actions in a stopped run: Trainer calls this for it even in mid-epoch."""
+        """Cancel the epoch end's actions if the run is stopped: Trainer calls this even in mid-epoch."""
         if self.stopped:
             control.should_log = control.should_evaluate = control.should_save = False

@@ -1,8 +1,6 @@
-"""metrics.jsonl: one line for each logging step and evaluation, always written.
-
-Metrics adds what Trainer does not know (throughput, MFU, memory, waiting) to each of Trainer's logs. The
-callbacks after it (progress, W&B) show the same numbers.
-"""
+"""metrics.jsonl: one line for each logging step and evaluation, always written. Metrics adds what Trainer
+does not know (throughput, MFU, memory, waiting) to each of Trainer's logs. The callbacks after it (progress,
+W&B) show the same numbers."""
 
 import errno
 import json
@@ -110,8 +108,7 @@ class MetricsFile:
 
     def forget_after(self, step: int, *, evaluation_too: bool = False) -> None:
         """Remove the lines after a step, from which training resumes. evaluation_too: also the step's own
-        evaluation, which will be repeated. Reading starts at the end of the file, so that a long history
-        costs nothing."""
+        evaluation, which will be repeated. It reads from the end: a long history costs nothing."""
         if not self.path.exists():
             return
         with self.path.open("r+b") as file:

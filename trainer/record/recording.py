@@ -13,7 +13,7 @@ from qwenlora.trainer.record.wandb_run import WandbCallback
 
 @dataclass(frozen=True)
 class Recording:
-    """Writes, sends and shows. wandb: None when W&B is off; wandb_place: where its run is seen."""
+    """Writes, sends and shows numbers. wandb: None when W&B is off; wandb_place: where its run is seen."""
 
     chronicle: Chronicle
     metrics: MetricsFile
@@ -23,7 +23,7 @@ class Recording:
 
     @classmethod
     def start(cls, process: Process, facts: Facts, chronicle: Chronicle) -> "Recording":
-        """Start W&B, if it is on, and the others."""
+        """Start W&B, if it is on, and the other records."""
         run, warn = process.run, process.warn
         wandb, place = wandb_run.start(process.config, run, facts, warn)
         return cls(chronicle, MetricsFile(run.metrics, warn), ProgressCallback(process.console), wandb, place)

@@ -1,4 +1,4 @@
-"""Whether this machine's GPUs are linked by NVLink, by nvidia-smi: torch does not know."""
+"""Asks nvidia-smi whether this machine's GPUs are linked by NVLink, which torch does not know."""
 
 import re
 import shutil

@@ -2,9 +2,8 @@
 
 Each rank of a team holds a slice of each sequence. Only attention needs whole sequences: it exchanges slices
 of the sequence for slices of the heads, runs the usual kernel, and exchanges back. A rank's loss is the sum
-over its own tokens divided by the tokens of the global batch, so all ranks' losses add up to the step's loss,
-however a sequence is cut; so do gradients. Nothing else in training depends on it. Source:
-https://arxiv.org/abs/2309.14509
+over its own tokens divided by the global batch's tokens, so all ranks' losses add up to the step's loss,
+however a sequence is cut; so do gradients. Source: https://arxiv.org/abs/2309.14509
 """
 
 import math

@@ -148,7 +148,7 @@ def load_zero3(config: Config, base: str, ds_config: DeepSpeedConfig) -> Any:
         complete = False
 
         def _zero_init_param(self, param: Any) -> None:
-            if self.complete:  # the adapter, later: all ranks get rank 0's
+            if self.complete:  # the adapter comes later, and all ranks get rank 0's
                 super()._zero_init_param(param)
                 return
             self._convert_to_deepspeed_param(param)

@@ -25,9 +25,8 @@ log = logging.getLogger("qwenlora")
 
 
 class Spread(NamedTuple):
-    """A chosen strategy. shape: of the device mesh over which fsdp and zero3 shard the base, [replicas,
-    shards] or [shards]; deepspeed: its config, for zero1 to zero3; why: auto's reason, one sentence, or
-    empty."""
+    """A chosen strategy. shape: of the mesh over which fsdp and zero3 shard the base, [replicas, shards] or
+    [shards]; deepspeed: its config, for zero1 to zero3; why: auto's reason, one sentence, or empty."""
 
     name: str = "ddp"
     shape: tuple[int, ...] = (1,)

@@ -131,8 +131,7 @@ class Zero:
 
     def _keys(self) -> tuple[list[str], dict[str, Tensor | float]]:
         """Return the keys of state that each trained number has, and the state that a parameter has once
-        (step). Sorted: all ranks must gather in the same order, and a restored state has its keys in any
-        order."""
+        (step). Sorted, so that all ranks gather in the same order: a restored state has its keys in any."""
         flat = next(iter(self._flat()), None)
         values = {} if flat is None else self.optimizer.state[flat]
         if flat is None or not values:
