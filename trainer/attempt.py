@@ -106,7 +106,7 @@ def _announce(context: Context, parts: Parts) -> Recording:
         write_atomically(run.deepspeed, json.dumps(parts.spread.deepspeed, indent=1))
     else:
         run.deepspeed.unlink(missing_ok=True)  # of an earlier attempt
-    if checkpoint and checkpoint.parent == run.path:
+    if checkpoint and checkpoint.parent == run.path:  # not another run's
         wandb_run.restore_id(run, checkpoint)
     recording = Recording.start(process, facts, context.chronicle)
     trainer.wandb_id = wandb_run.known_id(run)

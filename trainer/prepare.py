@@ -1,6 +1,6 @@
-"""Preparation before the ranks start: find the base, tokenise the rows, refuse what would fail later. `python
--m qwenlora.trainer.main runs/my-run/config.yaml --prepare-only`: a process of its own, so that no rank waits
-in a collective meanwhile. Its counts go to the run folder's facts.json."""
+"""Preparation before the ranks start: find the base, tokenise the rows, refuse what would fail later. It is a
+process of its own, trainer/main.py with --prepare-only, so that no rank waits in a collective meanwhile. Its
+counts go to the run folder's facts.json."""
 
 from pathlib import Path
 from typing import Any

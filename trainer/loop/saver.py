@@ -23,9 +23,9 @@ log = logging.getLogger("qwenlora")
 
 
 class Saver:
-    """The one writer of a run's checkpoints. in_background: in a thread; timeout_s: of one save, after which
-    give_up gets a message. failure: why the newest save failed, or empty; last_seconds: of the last good
-    one."""
+    """The one writer of a run's checkpoints. in_background: in a thread; timeout_s: for one save, then
+    give_up gets a message. failure: why the newest save failed, or empty; last_seconds: of the newest good
+    save."""
 
     def __init__(
         self,

@@ -219,7 +219,7 @@ class LoraTrainer(Trainer):
         return norm
 
     def _leave_step_out(self) -> None:
-        """Stop, or leave the current step out, by train.on_nan; all ranks call it."""
+        """Stop, or leave the current step out, as train.on_nan says; all ranks call it."""
         what = self.nonfinite.describe(self.state.global_step + 1, self._losses)
         self.nonfinite.leave_out(what)
         done = "left out"
@@ -258,8 +258,9 @@ class LoraTrainer(Trainer):
     # ---- evaluation
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return eval_loss, the mean over all trained tokens in any batches and ranks, and eval_perplexity.
-        Empty when ranks agree to stop meanwhile: the checkpoint then records that this evaluation is due."""
+        """Return eval_loss, the mean over all trained tokens whatever the batches and ranks, and
+        eval_perplexity; nothing when ranks agree to stop meanwhile: the checkpoint then records that this
+        evaluation is due."""
         start = time.perf_counter()
         was_training = self.model.training
         self.model.eval()

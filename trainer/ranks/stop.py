@@ -20,12 +20,9 @@ def any_rank(flags: torch.Tensor) -> list[bool]:
 
 
 class Stop(TrainerCallback):
-    """Decides whether an attempt stops early.
-
-    agreed: all ranks know that a rank has a stop request; stopped: training ended for that, before its last
-    step. max_time_s: seconds from now that the attempt may take. It stops when the next step and a save might
-    not fit, but not before its first step: an attempt without progress would be repeated for ever.
-    """
+    """Decides whether an attempt stops early. agreed: all ranks know of a stop request; stopped: training
+    ended for it, before the last step. max_time_s: seconds that the attempt may take from now. It stops when
+    the next step and a save might not fit, but only after a first step: else it could repeat for ever."""
 
     def __init__(self, request: StopRequest | None = None, max_time_s: float | None = None) -> None:
         self.request = request or StopRequest()

@@ -82,7 +82,7 @@ class Zero:
         return float(self.engine.get_global_grad_norm())
 
     def spoil(self) -> None:
-        """Make the current step change nothing, by a gradient that is not finite."""
+        """Make the current step change nothing, by setting a gradient that is not finite."""
         from deepspeed.utils import safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
 
         parameter = self.parameters[0][1]
@@ -91,7 +91,7 @@ class Zero:
         else:
             safe_set_full_grad(parameter, torch.full_like(parameter, math.nan))
 
-    # ---- what is sharded
+    # ---- the sharded state
 
     def whole(self) -> AbstractContextManager[Any]:
         """Gather all trained parameters, to read them while the context is open; all ranks must enter it."""
@@ -124,14 +124,15 @@ class Zero:
 
     def _link(self) -> None:
         """Have DeepSpeed link each parameter to its part of the optimizer's state."""
-        # it would link all groups right after the first group's step, when the others have no state yet
+        # DeepSpeed itself links all groups after the first group's step, when the others have no state yet
         if self.stage < 3 and any(self.optimizer.state.get(flat) for flat in self._flat()):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _keys(self) -> tuple[list[str], dict[str, Tensor | float]]:
-        """Return the keys of state that each trained number has, and the state that a parameter has once
-        (step). Sorted, so that all ranks gather in the same order: a restored state has its keys in any."""
+        """Return the state's keys with a value for each trained number, and its items that a parameter has
+        once, as step. Sorted, so that all ranks gather in the same order: a restored state has its keys in
+        any."""
         flat = next(iter(self._flat()), None)
         values = {} if flat is None else self.optimizer.state[flat]
         if flat is None or not values:
