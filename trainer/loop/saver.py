@@ -23,9 +23,8 @@ log = logging.getLogger("qwenlora")
 
 
 class Saver:
-    """The one writer of a run's checkpoints. in_background: in a thread; timeout_s: for one save, then
-    give_up gets a message. failure: why the newest save failed, or empty; last_seconds: of the newest good
-    save."""
+    """The only writer of checkpoints. in_background: in a thread; timeout_s: for one save, then give_up gets
+    a message. failure: why the newest save failed, or empty; last_seconds: of the newest good save."""
 
     def __init__(
         self,
@@ -80,7 +79,7 @@ class Saver:
             if broken := not_finite(snapshot.adapter):
                 raise ValueError(f"its weights are not finite ({broken})")
             size = self._write(staging, step, snapshot, texts)
-            checkpoints.remove(folder)  # an unfinished or earlier one of this step
+            checkpoints.remove(folder)  # an unfinished or earlier folder of this step
             staging.rename(folder)
             sync(self.run.path)
         except Exception as error:  # of any kind: nothing else would report an error of this thread

@@ -35,7 +35,7 @@ class Snapshot(NamedTuple):
 
 
 class HostMemory:
-    """Buffers for snapshots, reused from one save to the next; page-locked where there is a GPU."""
+    """Buffers for snapshots, reused from save to save; page-locked where there is a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}

@@ -259,7 +259,7 @@ class LoraTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return eval_loss, the mean over all trained tokens whatever the batches and ranks, and
-        eval_perplexity; nothing when ranks agree to stop meanwhile: the checkpoint then records that this
+        eval_perplexity; {} when ranks agree to stop meanwhile: the checkpoint then records that this
         evaluation is due."""
         start = time.perf_counter()
         was_training = self.model.training

@@ -41,7 +41,7 @@ def check_isolation(model: Any) -> None:
 def untrained_turn_tokens(model: Any, tokenizer: Any) -> list[str]:
     """Return those of <|im_start|> and <|im_end|> whose embeddings the base model never learnt. Embeddings
     past the tokenizer's last id were never trained, and lie close together; so does an untrained turn token.
-    Empty when there are none past it, or they are as scattered as words are (random weights)."""
+    Empty when there are too few of them, or they are as scattered as words are (random weights)."""
     weight = whole_weight(model.get_input_embeddings().weight)
     unused = weight[len(tokenizer) :].float()
     if len(unused) < 8:

@@ -20,9 +20,9 @@ _POLL_S = 0.1
 
 
 def meet(config: Config, rank: Rank) -> None:
-    """Wait for all ranks, then make the process group; does nothing the second time, or for one rank. Rank 0
-    may prepare data for hours before it comes: the others wait at the store, where no collective can time
-    out. Raises: TrainingFault, on rank 0, naming the ranks that do not come."""
+    """Wait for all ranks, then make the process group; does nothing for a single rank, or the second time.
+    Rank 0 may prepare data for hours before it comes: the others wait at the store, where no collective can
+    time out. Raises: TrainingFault, on rank 0, naming the ranks that do not come."""
     if rank.world_size == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():

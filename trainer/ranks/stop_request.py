@@ -22,7 +22,7 @@ class StopRequest:
         self._raises = False
 
     def listen(self) -> None:
-        """Handle stop signals from now on, and one that launch/children.py kept blocked until now."""
+        """Handle stop signals from now on, also a signal that launch/children.py blocked until now."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -41,7 +41,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise StoppedEarly at a signal while the block runs, also for one that came before it."""
+        """Raise StoppedEarly at a stop signal while the block runs, or now if a signal came before."""
         if self.asked:
             raise StoppedEarly(self.why)
         self._raises = True

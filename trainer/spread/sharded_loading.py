@@ -143,7 +143,8 @@ def load_zero3(config: Config, base: str, ds_config: DeepSpeedConfig) -> Any:
     started = time.monotonic()
 
     class Unsent(deepspeed.zero.Init):
-        """Init that shards the base without sending rank 0's values first: there are none yet."""
+        """Shards the base as Init does, but without sending rank 0's values first: there are no values
+        yet."""
 
         complete = False
 
@@ -200,7 +201,7 @@ def _groups(model: Any) -> list[list[Weight]]:
 
 def _parameters_that_peft_copies(config: Config, model: nn.Module) -> set[nn.Parameter]:
     """Return the parameters of lora.modules_to_save."""
-    endings = tuple(config.lora.modules_to_save or ())  # none: no name ends with an empty tuple
+    endings = tuple(config.lora.modules_to_save or ())  # if empty, no name ends with it
     modules = [module for name, module in model.named_modules() if name.endswith(endings)]
     return {parameter for module in modules for parameter in module.parameters()}
 

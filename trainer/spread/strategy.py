@@ -104,7 +104,7 @@ def replicate_trained(model: Any) -> Any:
 
 
 def join_alone() -> None:
-    """Make a process group of one where there is none: FSDP2 and DeepSpeed need one."""
+    """Make a process group of this process alone if there is no group: FSDP2 and DeepSpeed need one."""
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it

@@ -130,9 +130,8 @@ class Zero:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _keys(self) -> tuple[list[str], dict[str, Tensor | float]]:
-        """Return the state's keys with a value for each trained number, and its items that a parameter has
-        once, as step. Sorted, so that all ranks gather in the same order: a restored state has its keys in
-        any."""
+        """Return the state's keys with a value per trained number, and its items that a parameter has once,
+        as step. Sorted, so that all ranks gather in the same order: a restored state has its keys in any."""
         flat = next(iter(self._flat()), None)
         values = {} if flat is None else self.optimizer.state[flat]
         if flat is None or not values:
