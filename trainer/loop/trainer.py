@@ -259,8 +259,8 @@ class LoraTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return eval_loss, the mean over all trained tokens whatever the batches and ranks, and
-        eval_perplexity; {} when ranks agree to stop meanwhile: the checkpoint then records that this
-        evaluation is due."""
+        eval_perplexity; {} if ranks agree to stop meanwhile: the checkpoint then has the evaluation as
+        due."""
         start = time.perf_counter()
         was_training = self.model.training
         self.model.eval()

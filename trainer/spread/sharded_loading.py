@@ -143,8 +143,7 @@ def load_zero3(config: Config, base: str, ds_config: DeepSpeedConfig) -> Any:
     started = time.monotonic()
 
     class Unsent(deepspeed.zero.Init):
-        """Shards the base as Init does, but without sending rank 0's values first: there are no values
-        yet."""
+        """Shards the base as Init does, but does not send rank 0's values first: there are none yet."""
 
         complete = False
 
