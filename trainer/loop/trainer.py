@@ -258,9 +258,9 @@ class LoraTrainer(Trainer):
     # ---- evaluation
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return eval_loss, the mean over all trained tokens whatever the batches and ranks, and
-        eval_perplexity; {} if ranks agree to stop meanwhile: the checkpoint then has the evaluation as
-        due."""
+        """Return eval_loss (mean over all trained tokens, whatever the batches and ranks) and
+        eval_perplexity. Empty when ranks agree to stop meanwhile: the checkpoint then records that this
+        evaluation is due."""
         start = time.perf_counter()
         was_training = self.model.training
         self.model.eval()
