@@ -1,1 +1,1 @@
-"""What every rank runs: model, strategy, training, metrics."""
+"""The code that every rank runs: model, strategy, training, metrics."""

@@ -1,7 +1,4 @@
-"""One attempt at a run, in order: choose a checkpoint, build, announce, resume, train, finish.
-
-main.py calls it on every rank; build.py makes the model and its trainer.
-"""
+"""One attempt at a run, on every rank: choose a checkpoint, build, announce, resume, train, finish."""
 
 import json
 import os
@@ -30,7 +27,7 @@ from qwenlora.trainer.record.recording import Recording
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. step: the run's last, 0 before any; why: it was stopped, or empty."""
+    """How an attempt ended. step: the run's last, 0 before any; why: the reason to stop, or empty."""
 
     reason: Reason
     step: int
@@ -67,13 +64,13 @@ def train(process: Process, heart: Heart) -> Outcome:
     finally:
         if recording and trainer.saver:
             recording.progress.stop()
-            trainer.saver.wait()  # after a fault, too: the next attempt may resume from what it writes
+            trainer.saver.wait()  # after a fault, too: the next attempt may resume from this save
             recording.close(reason)
     return Outcome(reason, trainer.state.global_step, stop.why if reason == "stopped" else "")
 
 
 def _choose(process: Process, heart: Heart) -> Context:
-    """Start the clocks, and have rank 0 choose the checkpoint: a thousand ranks need not read all of it."""
+    """Start the clocks, and choose the checkpoint on rank 0: a thousand ranks need not read all of it."""
     config, run, first = process.config, process.run, process.rank.first
     facts = run.read_facts()
     minutes = config.train.max_time_min
@@ -99,7 +96,7 @@ def _choose_on_rank_0(run: RunFolder, handover: Handover, identity: Identity) ->
 
 
 def _announce(context: Context, parts: Parts) -> Recording:
-    """Start all that records the attempt, and show what it will train and from where."""
+    """Start the attempt's records, and show what it will train and from where."""
     process, trainer, checkpoint = context.process, parts.trainer, context.chosen.folder
     run, facts = process.run, context.facts
     assert trainer.saver, "rank 0 saves"
@@ -108,8 +105,8 @@ def _announce(context: Context, parts: Parts) -> Recording:
     if parts.spread.deepspeed:
         write_atomically(run.deepspeed, json.dumps(parts.spread.deepspeed, indent=1))
     else:
-        run.deepspeed.unlink(missing_ok=True)  # an earlier attempt's
-    if checkpoint and checkpoint.parent == run.path:
+        run.deepspeed.unlink(missing_ok=True)  # of an earlier attempt
+    if checkpoint and checkpoint.parent == run.path:  # not another run's
         wandb_run.restore_id(run, checkpoint)
     recording = Recording.start(process, facts, context.chronicle)
     trainer.wandb_id = wandb_run.known_id(run)
@@ -134,7 +131,7 @@ def _notes_on_the_start(context: Context) -> list[str]:
 
 
 def _resume(context: Context, trainer: LoraTrainer, recording: Recording | None) -> None:
-    """Load the checkpoint; once all ranks have, remove from the records what came after it."""
+    """Load the checkpoint; once all ranks have, remove the later steps from the records."""
     process, step = context.process, context.step
     if context.chosen.folder:
         trainer.load(context.chosen.folder)
@@ -153,7 +150,7 @@ def _resume(context: Context, trainer: LoraTrainer, recording: Recording | None)
 
 
 def _evaluation_is_due(trainer: LoraTrainer) -> bool:
-    """Whether the attempt before was stopped when it should have evaluated."""
+    """Whether the previous attempt was stopped when it should have evaluated."""
     return bool(trainer.resumed and trainer.resumed.evaluation_due)
 
 
@@ -168,10 +165,8 @@ def _train(context: Context, trainer: LoraTrainer) -> None:
 
 def _finish(context: Context, parts: Parts, recording: Recording | None) -> Reason:
     """Wait for the last save, and after the last step write the adapter; return how the attempt ended.
-
     Raises: TrainingFault, on all ranks, when the attempt was stopped and its last save failed. After the last
-    step that save is not needed: the adapter has all of it.
-    """
+    step that save is not needed: the adapter holds the same weights."""
     trainer = parts.trainer
     stopped = context.stop.ended_early(trainer.state.global_step, trainer.args.max_steps)
     if recording:

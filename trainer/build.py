@@ -1,7 +1,5 @@
-"""What an attempt trains with: base, adapter, strategy, trainer and its callbacks.
-
-The order of these steps decides the numbers: seeds are set, and collectives called, in between.
-"""
+"""Builds what an attempt trains with: base, adapter, strategy, trainer and its callbacks. The order of these
+steps decides the numbers: they set seeds and call collectives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,11 +32,8 @@ from qwenlora.trainer.spread.strategy import Spread
 
 @dataclass(frozen=True)
 class Parts:
-    """What was built.
-
-    model: the base with its adapter; untrained: turn tokens that the base never learnt; tied: whether its
-    embeddings are its output matrix, too.
-    """
+    """The result of build(). model: the base with its adapter; untrained: turn tokens that the base never
+    learnt; tied: whether its embeddings are its output matrix, too."""
 
     trainer: LoraTrainer
     model: Any
@@ -49,7 +44,7 @@ class Parts:
 
 
 def build(context: Context) -> Parts:
-    """Build model and trainer on this rank; all ranks call it. Raises: ValueError when it cannot be."""
+    """Build model and trainer; all ranks call it. Raises: ValueError when the config cannot run here."""
     config, facts = context.process.config, context.facts
     _refuse_fewer_steps(config, facts, context.step)
     tokenizer = models.load_tokenizer(config, facts.base)
@@ -70,7 +65,7 @@ def build(context: Context) -> Parts:
     trainer = _trainer(context, model, tokenizer, spread, team)
     trainer.make_engine()
     if facts.packing:
-        # before attention is shared: the check is of the kernel, which sees whole packs in either case
+        # before attention is shared: the kernel, which this checks, sees whole packs in either case
         check_isolation(model)
     sequence.share_attention(base, team)
     _beat_in_each_forward(model, context.heart, trainer)
@@ -78,7 +73,7 @@ def build(context: Context) -> Parts:
 
 
 def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | None) -> list[TrainerCallback]:
-    """Return the callbacks that record the attempt, in their order. recording: None but on rank 0."""
+    """Return the callbacks that record the attempt, in their order. recording: None except on rank 0."""
     process = context.process
     metrics = Metrics(
         recording.metrics if recording else None,
@@ -90,9 +85,8 @@ def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | Non
     )
     if not recording:
         return [metrics]
-    # Who reads of an attempt's first step in progress.json must find it in attempts.jsonl: the chronicle
-    # comes before Metrics. Metrics completes Trainer's logs, which W&B sends and progress shows: it comes
-    # before them.
+    # chronicle before Metrics: a reader who sees an attempt's first step in progress.json must find that
+    # attempt in attempts.jsonl; Metrics before the others: it completes the logs that they send and show
     ordered = [recording.chronicle, metrics, recording.wandb, recording.progress]
     return [callback for callback in ordered if callback]
 
@@ -156,10 +150,7 @@ def _place_of(config: Config, side: Side) -> Callable[[int], str]:
 
 
 def _beat_in_each_forward(model: torch.nn.Module, heart: Heart, trainer: LoraTrainer) -> None:
-    """Give a sign of life before and after each forward pass.
-
-    A rank that hangs in one has given fewer than those that wait for it.
-    """
+    """Beat around each forward pass: a rank that hangs in it has beaten less often than those that wait."""
 
     def beat(*_: object) -> None:
         heart.beat(trainer.state.global_step + 1)

@@ -1,4 +1,4 @@
-"""What all stages of an attempt know."""
+"""The facts that all stages of an attempt share."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,8 @@ from qwenlora.trainer.record.chronicle import Chronicle
 
 @dataclass(frozen=True)
 class Context:
-    """An attempt, as one rank sees it.
-
-    identity: of the checkpoints that it writes; chosen: the checkpoint that it resumes from, if any; step:
-    the last one that this holds, 0 without one; chronicle: None but on rank 0.
-    """
+    """One rank's view. identity: of the checkpoints that it writes; chosen: the checkpoint to resume from, if
+    any; step: the last one that this holds, 0 without one; chronicle: None except on rank 0."""
 
     process: Process
     heart: Heart

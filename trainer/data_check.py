@@ -1,8 +1,5 @@
-"""A look at the rows of a config before training: `qwenlora data check` and `qwenlora data preview`.
-
-Both use the run's own tokenizer and template. The check prepares the rows as training would; training then
-starts from them.
-"""
+"""A look at a config's rows before training: `qwenlora data check` and `qwenlora data preview`. Both use the
+run's own tokenizer and template. Training starts from the rows that the check prepared."""
 
 import tempfile
 from itertools import islice, pairwise
@@ -32,18 +29,16 @@ TRAINED = "black on green"
 
 def check(config: Config, page: Path | None, console: Console) -> int:
     """Show what the rows are like, and write the same as HTML; return 0, or 2 when training would be refused.
-
-    page: the HTML file. Default: beside the run folder.
-    """
+    page: the HTML file; by default it lies beside the run folder."""
     run = RunFolder(config.run_dir)
     page = page or run.path.with_name(f"{run.path.name}.data.html")
     tokenizer = _tokenizer(config)
-    # all rows are looked at, whatever training would do about bad ones
+    # a check reads all rows, whatever training would do about bad ones
     data = config.data.model_copy(update={"on_bad_row": "skip"})
     rows = prepared.prepare(data, tokenizer, run.cache(config), console, console.print)
     notes = notes_of(config, rows)
     listed = page.with_suffix(".bad_rows.txt")
-    listed.unlink(missing_ok=True)  # an earlier check's
+    listed.unlink(missing_ok=True)  # of an earlier check
     if rows.index.bad.count:
         listed.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(listed, "".join(f"{line}\n" for line in rows.bad_lines()))
@@ -58,11 +53,8 @@ def check(config: Config, page: Path | None, console: Console) -> int:
 
 
 def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool, console: Console) -> None:
-    """Show rows as the model sees them, trained tokens coloured.
-
-    first: number of the first row, from 1; ids: show a table of the tokens with their ids instead. Raises:
-    ValueError when there is no such row, or one cannot be trained.
-    """
+    """Show rows as the model sees them, trained tokens coloured. first: the first row's number, from 1; ids:
+    show a table of tokens and ids. Raises: ValueError when there is no such row, or a row is bad."""
     tokenizer = _tokenizer(config)
     encoder = Encoder(tokenizer, config.data.train_on)
     shown = 0
@@ -93,13 +85,13 @@ def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool
 
 def _tokenizer(config: Config) -> Any:
     transformers_logging.disable_progress_bar()
-    # a folder for the model of model.name_or_path: tiny; a run folder is only for runs
+    # the tiny model is built in a run folder, and the real one is only for runs
     with tempfile.TemporaryDirectory() as folder:
         return models.load_tokenizer(config, models.base_of(config, RunFolder(folder)))
 
 
 def _outcome(config: Config, pieces: int) -> str:
-    """Return what becomes of an over-length row. pieces: rows that are made of it."""
+    """Return what happens to an over-length row. pieces: the rows that are made of it."""
     policy = config.data.overlength
     if not pieces:
         return "refused" if policy == "error" else "dropped"
@@ -112,7 +104,7 @@ def _counts(tokens: Tokens) -> str:
 
 
 def _stretches(tokens: Tokens) -> list[tuple[int, int]]:
-    """Return [start, end) of each stretch of tokens that are all trained, or all not."""
+    """Return [start, end) of each stretch of tokens that are all trained, or all untrained."""
     borders = np.flatnonzero(np.diff(tokens.trained.astype(np.int8))) + 1
     edges = [0, *borders.tolist(), len(tokens.ids)]
     return list(pairwise(edges))

@@ -1,4 +1,4 @@
-"""The adapter folder that a done run ends with, and the files of it that are the same in every checkpoint."""
+"""The adapter folder that a done run ends with, and its files that are the same in every checkpoint."""
 
 import copy
 import shutil
@@ -26,11 +26,8 @@ def constant_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
 
 
 def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
-    """Write the final adapter and its tokenizer, whole or not at all.
-
-    model: a PeftModel. An earlier adapter is replaced, and its comparison renamed. Raises: TrainingFault when
-    the adapter is not finite or cannot be written.
-    """
+    """Write the final adapter and its tokenizer, whole or not at all; an earlier adapter is replaced, its
+    comparison renamed. model: a PeftModel. Raises: TrainingFault if it is not finite or not writable."""
     staging = run.path / ".adapter.staging"
     if broken := not_finite(adapter_of(model)):
         raise TrainingFault(
@@ -38,12 +35,12 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
         )
     try:
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()  # without its parents: a run folder that is gone is not made again
+        staging.mkdir()  # without its parents: a deleted run folder stays deleted
         # "auto" would ask the hub whether the base's vocabulary has changed; modules_to_save are saved anyway
         model.save_pretrained(staging, save_embedding_layers=False)
         tokenizer.save_pretrained(staging)
         (staging / "README.md").unlink(missing_ok=True)  # peft's is an empty form
-        seal(staging, but="adapter_config.json")  # it names the base, and that may move
+        seal(staging, but="adapter_config.json")  # it names the base's folder, which may move
         settle(staging)
         _put_in_place(staging, run)
     except (OSError, SafetensorError) as error:

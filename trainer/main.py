@@ -1,9 +1,8 @@
-"""The start of every process that trains, or prepares: its run folder and its way, then its exit code.
+"""The entry point of every process that trains or prepares; it ends with the attempt's exit code.
 
-`torchrun --nproc-per-node 2 -m qwenlora.trainer.main configs/tiny.yaml lora.r=32` by hand. An agent
-(launch/agent.py) starts it, too: it has made the run folder, and has the data prepared once before the ranks
-(`--prepare-only`). Libraries that print while they are imported are imported after the screen is taken: what
-they say goes to the log.
+`torchrun --nproc-per-node 2 -m qwenlora.trainer.main configs/tiny.yaml lora.r=32` starts it by hand. An agent
+(launch/agent.py) makes the run folder first, and prepares the data once (`--prepare-only`) before it starts
+the ranks. Libraries that print at import are imported after the screen is taken, so that the log has it.
 """
 
 import os
@@ -23,10 +22,8 @@ from qwenlora.trainer.ranks.stop_request import StopRequest
 
 
 def main(arguments: list[str], *, captured: bool = True) -> int:
-    """Run this process: CONFIG [key=value ...] [--prepare-only]. Return its exit code.
-
-    captured: false leaves the screen and exceptions as they are, for debuggers.
-    """
+    """Run this process: CONFIG [key=value ...] [--prepare-only]. Return its exit code. captured: false leaves
+    the screen and exceptions as they are, for debuggers."""
     if "LOCAL_SIZE" in os.environ:  # DeepSpeed's launcher calls it so
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     prepares = PREPARE_ONLY in arguments

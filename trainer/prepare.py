@@ -1,9 +1,6 @@
-"""Preparation, once before the ranks start: find the base model, tokenise the rows, check what would fail
-later.
-
-`python -m qwenlora.trainer.main runs/my-run/config.yaml --prepare-only`: a process of its own, so that no
-rank waits in a collective meanwhile. Its counts go to the run folder's facts.json.
-"""
+"""Preparation before the ranks start: find the base, tokenise the rows, refuse what would fail later. It is a
+process of its own, trainer/main.py with --prepare-only, so that no rank waits in a collective meanwhile. Its
+counts go to the run folder's facts.json."""
 
 from pathlib import Path
 from typing import Any
@@ -29,10 +26,8 @@ SMALL_FILES_BYTES = 2**16
 def prepare(
     config: Config, run: RunFolder, console: Console | None = None, allowed: tuple[str, ...] = ()
 ) -> Facts:
-    """Make the run folder ready for the ranks; return what was counted. Raises: ValueError when it cannot.
-
-    console: for progress bars; allowed: config keys that may differ from what the run was trained with.
-    """
+    """Make the run folder ready for the ranks; return its facts. Raises: ValueError when it cannot. console:
+    for progress bars; allowed: config keys that may differ from the run's earlier attempts."""
     _check_device(config)
     base = models.base_of(config, run)
     sequence.check(config, models.load_config_of(config, base))
@@ -90,7 +85,7 @@ def packs_rows(config: Config) -> bool:
 
 
 def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
-    """Return what a careful colleague would mention about the rows."""
+    """Return notes on the rows for the user, as cut rows, lost replies and eval rows that are trained on."""
     notes = list(rows.index.notes)
     for side, counts in rows.counts.items():
         limit = f"data.max_length={config.data.max_length} tokens"
@@ -110,7 +105,7 @@ def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
 
 
 def _refuse_other_data(run: RunFolder, then: Facts, now: Facts, allowed: tuple[str, ...] = ()) -> None:
-    """Refuse to go on with other rows or base weights than the run was trained on. Raises: ValueError."""
+    """Refuse to resume with other rows or base weights than the run was trained on. Raises: ValueError."""
     if not allows("data", allowed) and then.packing != now.packing:
         was, is_now = ("on" if packing else "off" for packing in (then.packing, now.packing))
         raise ValueError(

@@ -27,11 +27,8 @@ LAST_WORDS_S = 2.0
 
 @dataclass(frozen=True)
 class Process:
-    """One process: a rank, or the preparation before the ranks.
-
-    name: of its log, prepare or rank-0 ...; attempt: its number; captured: whether the screen and exceptions
-    are taken; not for debuggers.
-    """
+    """A rank, or the preparation before the ranks. name: of its log, `prepare` or `rank-0`...; captured:
+    whether the process takes the screen and handles exceptions, which debuggers do not want."""
 
     config: Config
     run: RunFolder
@@ -55,7 +52,7 @@ class Process:
         captured: bool,
         prepares: bool,
     ) -> "Process":
-        """Take the screen for the attempt that the run folder knows by now."""
+        """Return this process, with the screen taken. The run folder knows the attempt by now."""
         name = "prepare" if prepares else f"rank-{rank.rank}"
         attempt = handover.attempt if handover.by_agent else len(run.history.attempts())
         if captured:
@@ -76,7 +73,7 @@ class Process:
         except Exception as error:
             if not self.captured:
                 raise
-            ours = type(error).__module__.startswith("qwenlora.")  # then its text says all
+            ours = type(error).__module__.startswith("qwenlora.")  # then the message needs no traceback
             log.error("%s failed", self.name, exc_info=None if ours else error)
             code = EXIT_CODES["refused" if isinstance(error, ValueError) else "failed"]
             self.fail(_message(error, ours=ours), code, ours=ours)
@@ -92,10 +89,8 @@ class Process:
         self.console.print(Text("warning: ", style="yellow").append(line, style="default"), soft_wrap=True)
 
     def fail(self, message: str, code: int, *, ours: bool = True) -> None:
-        """Record why this process fails; without an agent, end the attempt and show the reason, too.
-
-        code: the exit code to be; ours: the message is qwenlora's own.
-        """
+        """Record why this process fails; without an agent, also end the attempt and show the reason. code:
+        the process's exit code; ours: whether the message is qwenlora's own."""
         error = RankError(process=self.name, time=time.time(), message=message, code=code, ours=ours)
         try:
             write_atomically(self.run.error(self.attempt, self.name), error.text())
@@ -113,7 +108,7 @@ class Process:
         self._show_error(message)
 
     def give_up(self, message: str) -> None:
-        """End this process, which hangs in a file operation: what it still writes may hang as well."""
+        """End this process, which hangs in a file operation: writing the reason may hang as well."""
         last_words = threading.Thread(target=self.fail, args=(message, EXIT_CODES["failed"]), daemon=True)
         last_words.start()
         last_words.join(LAST_WORDS_S)

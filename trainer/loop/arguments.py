@@ -1,4 +1,4 @@
-"""From the config: the row order and transformers' arguments, checked before a model is loaded."""
+"""The row order and transformers' arguments, made from the config and checked before a model is loaded."""
 
 import torch
 from transformers import TrainingArguments, get_scheduler
@@ -34,8 +34,7 @@ def order_of(config: Config, train: Side, packs: Packs | None = None) -> Order:
 def training_arguments(
     config: Config, run: RunFolder, units: int, world_size: int, evaluates: bool, name: str = "ddp"
 ) -> TrainingArguments:
-    """Return transformers' arguments for a config. units: rows an epoch, or packs; name: of the strategy, as
-    decided."""
+    """Return transformers' arguments for a config. units: rows or packs an epoch; name: the strategy's."""
     train = config.train
     dtype = pick_dtype(config.model.dtype)
     on_gpu = torch.cuda.is_available()
@@ -70,11 +69,8 @@ def training_arguments(
 
 
 def check_settings(config: Config, units: int) -> None:
-    """Refuse what transformers would refuse much later, with the model loaded. Raises: ValueError naming the
-    key.
-
-    It makes no TrainingArguments: these join the process group, for which the other ranks are not ready yet.
-    """
+    """Refuse what transformers would refuse only with the model loaded. Raises: ValueError naming the key. It
+    makes no TrainingArguments: these join the process group, for which the other ranks are not ready yet."""
     train = config.train
     steps = total_steps(units, train.global_batch_size, train.num_train_epochs, train.max_steps)
     try:

@@ -1,4 +1,4 @@
-"""Micro-batches of one rank as tensors: the data's order (data/order.py) made into a torch DataLoader."""
+"""One rank's micro-batches as tensors: the data's order (data/order.py) as a torch DataLoader."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,8 +15,7 @@ from qwenlora.trainer.model.base import IGNORED
 
 
 class Rows(NamedTuple):
-    """What is trained, in which order, and what is evaluated. place: where a training row is, by its
-    number."""
+    """The rows to train, in their order, and to evaluate. place: gives a training row's file and line."""
 
     order: Order
     train: Side
@@ -48,12 +47,9 @@ class _RankOrder(BatchSampler):
 
 
 class StepLoader(DataLoader[list[Tokens]]):
-    """One rank's micro-batches of an epoch: the same number on every rank, empty ones as blank rows.
-
-    flat: packs go into the model as one long sequence, as flash attention needs them; else as rows of a
-    batch. cut: returns this rank's slice of a batch, where ranks share sequences; rank and world_size then
-    count teams.
-    """
+    """One rank's micro-batches of an epoch: the same number on every rank, empty ones as blank rows. flat:
+    packs are one long sequence, as flash attention needs them, not rows of a batch. cut: returns this rank's
+    slice of a batch, where ranks share sequences; rank and world_size then count teams."""
 
     def __init__(
         self,
@@ -82,11 +78,9 @@ class StepLoader(DataLoader[list[Tokens]]):
 
 
 def collate(rows: list[Tokens], pad_id: int) -> dict[str, Tensor]:
-    """Return input_ids, labels and attention_mask, int64 [rows, longest], padded on the right.
-
-    Without rows the batch is one blank token that trains nothing, so that a rank without work still joins
-    every collective. Labels are -100 where a token is not trained. Not shifted: the model shifts.
-    """
+    """Return input_ids, labels and attention_mask, int64 [rows, longest], padded on the right. Without rows
+    the batch is one blank token that trains nothing, so that a rank without work still joins every
+    collective. Labels are -100 where a token is not trained, and not shifted: the model shifts."""
     width = max((len(row.ids) for row in rows), default=1)
     shape = (max(len(rows), 1), width)
     input_ids = torch.full(shape, pad_id)
@@ -103,13 +97,9 @@ def collate(rows: list[Tokens], pad_id: int) -> dict[str, Tensor]:
 
 
 def collate_packs(packs: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
-    """Return input_ids, labels and position_ids, int64 [packs, longest], the rows of a pack one after the
-    other.
-
-    Positions start at 0 in every row, by which transformers' attention isolates rows as long as there is no
-    attention_mask and no cache; check_isolation() tests that with the model. Padding counts as rows of one
-    token.
-    """
+    """Return input_ids, labels and position_ids, int64 [packs, longest], a pack's rows one after the other.
+    Positions start at 0 in every row, by which transformers' attention isolates rows if there is no
+    attention_mask and no cache; check_isolation() tests that. Padding counts as rows of one token."""
     width = max((sum(len(row.ids) for row in pack) for pack in packs), default=1)
     shape = (max(len(packs), 1), max(width, 1))
     input_ids = torch.full(shape, pad_id)
@@ -128,11 +118,8 @@ def collate_packs(packs: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
 
 
 def seed_micro_batch(seed: int, step: int, number: int, slice_number: int = 0) -> None:
-    """Seed torch for a micro-batch by the run's seed, the step and the micro-batch's number in the step
-    alone.
-
-    So what is random in it (dropout) is the same after a resume, and on any number of ranks. slice_number: of
-    this rank's slice of the micro-batch, where ranks share it: each slice has masks of its own.
-    """
+    """Seed torch for a micro-batch by the run's seed, the step and the micro-batch's number in it alone. So
+    dropout is the same after a resume, and on any number of ranks. slice_number: of this rank's slice of the
+    micro-batch, where ranks share it: each slice has masks of its own."""
     entropy = [seed, step, number, slice_number] if slice_number else [seed, step, number]
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1)

@@ -18,9 +18,7 @@ def eval_batches(
     side: Side, per_device: int, world_size: int, rank: int, pad_id: int
 ) -> Iterator[dict[str, Tensor]]:
     """Yield this rank's evaluation batches: rows sorted by length, the same number of batches on every rank.
-
-    Which rows share a batch does not depend on world_size, so neither does their loss.
-    """
+    Which rows share a batch does not depend on world_size, so neither does their loss."""
     rows = (-side.lengths.astype("int64")).argsort(kind="stable")
     per_turn = per_device * world_size
     for start in range(0, len(rows), per_turn):
@@ -35,11 +33,8 @@ def sum_losses(
     device: torch.device,
     out_of_memory: Callable[[tuple[int, ...]], TrainingFault],
 ) -> Tensor | None:
-    """Return float64 [2]: the sum of this rank's losses and its number of trained tokens.
-
-    None when ranks agree to stop, which they check before each batch.
-    out_of_memory: makes the error to raise, from the shape of the batch's input_ids.
-    """
+    """Return float64 [2]: the sums of this rank's losses and trained tokens; None when the ranks, which check
+    before each batch, agree to stop. out_of_memory: makes the error, from the shape of input_ids."""
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         stop.agree(device)

@@ -9,7 +9,7 @@ from qwenlora.trainer.spread.sequence import Team
 
 
 class NonFiniteSteps:
-    """Applies train.on_nan. in_a_row: steps left out since the last one that was trained."""
+    """Applies train.on_nan. in_a_row: steps left out since the last trained one."""
 
     def __init__(self, config: Config, rows: Rows, team: Team) -> None:
         self.policy = config.train.on_nan
@@ -18,11 +18,8 @@ class NonFiniteSteps:
         self._rows, self._team = rows, team
 
     def describe(self, step: int, losses: list[Tensor]) -> str:
-        """Return what is not finite, and in which rows; all ranks call it.
-
-        step: from 1; losses: of this rank's micro-batches. Where all losses are finite it is the gradient,
-        which is of all rows of the step.
-        """
+        """Return what is not finite, in which rows; all ranks call it. step: from 1; losses: of this rank's
+        micro-batches. If all are finite, the gradient is not, to which all rows of the step contribute."""
         broken = faults.broken_micro_batches(losses, self._team.number, self._team.teams)
         units = self._rows.order.step(*divmod(step - 1, self._rows.order.steps_per_epoch))
         size = self._per_device
@@ -31,10 +28,7 @@ class NonFiniteSteps:
         return faults.describe(step, "loss" if of_loss else "gradient", rows, self._rows.place)
 
     def leave_out(self, what: str) -> None:
-        """Count a step that is left out. Raises: TrainingFault when train.on_nan does not allow it.
-
-        what: see describe().
-        """
+        """Count a step left out. Raises: TrainingFault when train.on_nan forbids it. what: see describe()."""
         self.in_a_row += 1
         if self.policy == "stop":
             raise faults.TrainingFault(

@@ -1,4 +1,4 @@
-"""What a resume restores besides tensors, which state.py does: the schedule, and Trainer's own counters."""
+"""The parts of a resume besides tensors (state.py): the schedule, and Trainer's own counters."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class ResumeCallback(TrainerCallback):
     ) -> None:
         """Restore, when the run is resumed."""
         if saved := self.trainer.resumed:
-            state.compute_steps(args, state.max_steps)  # the checkpoint's intervals may be others
+            state.compute_steps(args, state.max_steps)  # the checkpoint's intervals may differ
             losses = saved.loss_so_far
             same_ranks = len(losses) == args.world_size
             loss = losses[args.process_index] if same_ranks else sum(losses) / len(losses)

@@ -1,8 +1,6 @@
-"""Writes checkpoints: staged, hashed, synced, renamed; in the background, on rank 0 alone.
-
-A save that fails is lost alone: the staging folder is removed, earlier checkpoints stay, training goes on. A
-save that hangs ends the process.
-"""
+"""Writes checkpoints: staged, hashed, synced, renamed; in the background, on rank 0 alone. A failed save
+costs only itself: its staging folder is removed, earlier checkpoints stay, training goes on. A save that
+hangs ends the process."""
 
 import logging
 import re
@@ -25,11 +23,8 @@ log = logging.getLogger("qwenlora")
 
 
 class Saver:
-    """The one writer of a run's checkpoints.
-
-    in_background: in a thread; timeout_s: of one save, after which give_up is called with a message.
-    failure: why the newest save failed, or an empty text; last_seconds: of the newest save that did not.
-    """
+    """The only writer of checkpoints. in_background: in a thread; timeout_s: for one save, then give_up gets
+    a message. failure: why the newest save failed, or empty; last_seconds: of the newest good save."""
 
     def __init__(
         self,
@@ -55,10 +50,8 @@ class Saver:
         self._constant = files
 
     def save(self, step: int, snapshot: Snapshot, texts: dict[str, str], losses: dict[int, float]) -> None:
-        """Write checkpoint-<step>. Call wait() first: one save runs at a time, and reads the snapshot.
-
-        texts: small files by name; losses: by which the best checkpoint is kept, see checkpoints.rotate().
-        """
+        """Write checkpoint-<step>. Call wait() first: one save runs at a time, and reads the snapshot. texts:
+        small files by name; losses: by which the best checkpoint is kept, see checkpoints.rotate()."""
         assert self._thread is None, "wait() first"
         arguments = (step, snapshot, texts, losses)
         if self.in_background:
@@ -86,7 +79,7 @@ class Saver:
             if broken := not_finite(snapshot.adapter):
                 raise ValueError(f"its weights are not finite ({broken})")
             size = self._write(staging, step, snapshot, texts)
-            checkpoints.remove(folder)  # an unfinished or earlier one of this step
+            checkpoints.remove(folder)  # an unfinished or earlier folder of this step
             staging.rename(folder)
             sync(self.run.path)
         except Exception as error:  # of any kind: nothing else would report an error of this thread

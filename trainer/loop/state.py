@@ -1,8 +1,8 @@
-"""What a checkpoint holds of the model and the optimizer: copied to host memory, restored by name.
+"""A checkpoint's tensors of model and optimizer: copied to host memory, restored by name.
 
-All trained parameters are float32, so the adapter's file has the very weights that the optimizer continues
-from, and there is no second copy of them. The optimizer's state of a parameter is saved under the parameter's
-name, so it does not depend on the optimizer's groups or on the number of ranks.
+All trained parameters are float32, so the adapter's file has the exact weights that the optimizer continues
+from, and no second copy of them is needed. The optimizer's state is saved under the names of its parameters,
+so it depends neither on the optimizer's groups nor on the number of ranks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,10 +26,8 @@ GroupSettings = dict[str, object]  # of an optimizer's group, by torch's names
 
 
 class Snapshot(NamedTuple):
-    """Copies in host memory. adapter: by peft's names; optimizer: by `parameter/key`.
-
-    groups: the settings of the optimizer's groups that training changes; most optimizers have none.
-    """
+    """Copies in host memory. adapter: by peft's names; optimizer: by `parameter/key`; groups: the settings of
+    the optimizer's groups that training changes; most optimizers have none."""
 
     adapter: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -37,16 +35,13 @@ class Snapshot(NamedTuple):
 
 
 class HostMemory:
-    """Buffers for snapshots, reused from one save to the next; page-locked where there is a GPU."""
+    """Buffers for snapshots, reused from save to save; page-locked where there is a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, kind: str, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Return copies of tensors, which the next call for this kind overwrites.
-
-        On a GPU they are complete only after sync().
-        """
+        """Return copies, valid until this kind's next call; those from a GPU are complete after sync()."""
         copies = {}
         for name, tensor in tensors:
             buffer = self._buffers.get(f"{kind} {name}")
@@ -83,8 +78,7 @@ def changed_settings(optimizer: torch.optim.Optimizer) -> list[GroupSettings]:
 
 
 def restore_settings(optimizer: torch.optim.Optimizer, saved: list[GroupSettings]) -> None:
-    """Put back what changed_settings() returned. Strategies and versions differ in their groups without
-    parameters."""
+    """Put back changed_settings(), except for groups without parameters: strategies differ in these."""
     groups = [group for group in optimizer.param_groups if group["params"]]
     if any(saved):
         for group, settings in zip(groups, saved[: len(groups)], strict=True):
@@ -108,14 +102,13 @@ def names_in_file(model: Any) -> dict[str, str]:
 
 
 def adapter_by_parameter(content: bytes, names: dict[str, str]) -> dict[str, Tensor]:
-    """Return a saved adapter's tensors by parameter's name. names: of names_in_file()."""
+    """Return a saved adapter's tensors by parameter's name. names: from names_in_file()."""
     saved = load_safetensors(content)
     return {name: saved[in_file] for name, in_file in names.items()}
 
 
 def check_alike(adapter: dict[str, Tensor], device: torch.device) -> None:
-    """Compare the ranks' adapters. Raises: TrainingFault, on all ranks, naming those that differ from rank
-    0."""
+    """Compare the ranks' adapters. Raises: TrainingFault, on all, naming ranks that differ from rank 0."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     mine = torch.zeros(3, dtype=torch.int64, device=device)
@@ -168,8 +161,7 @@ def restore_adapter(model: Any, content: bytes, checkpoint: Path) -> None:
 def restore_optimizer(
     model: Any, optimizer: torch.optim.Optimizer, content: bytes, settings: list[GroupSettings]
 ) -> None:
-    """Put a checkpoint's optimizer state back, by parameter name; learning rate and decay are the
-    config's."""
+    """Put a checkpoint's optimizer state back by parameter name; rates and decay are the config's."""
     names = _names(model)
     saved = state_by_parameter(content)
     packed = optimizer.state_dict()  # which has numbers in place of parameters

@@ -1,8 +1,6 @@
 """transformers.Trainer with our row order, exact evaluation, exact resume, and a rule for non-finite steps.
-
-LoraTrainer has every Trainer method that is overridden; tests/trainer/test_trainer.py and
-test_deepspeed_parts.py fail when a new transformers changes what they rely on.
-"""
+LoraTrainer has every Trainer method that is overridden. tests/trainer/test_trainer.py and
+test_deepspeed_parts.py fail when a new transformers changes code that it relies on."""
 
 import dataclasses
 import json
@@ -43,10 +41,7 @@ log = logging.getLogger("qwenlora")
 
 
 class Services(NamedTuple):
-    """What a trainer calls besides the model.
-
-    saver: writes checkpoints; None except on rank 0. stop: decides when to stop. warn: shows the user a line.
-    """
+    """saver: writes checkpoints, None except on rank 0; stop: decides when to stop; warn: shows a line."""
 
     saver: Saver | None = None
     stop: Stop | None = None
@@ -57,9 +52,9 @@ class LoraTrainer(Trainer):
     """Trainer over prepared rows in our order.
 
     deepspeed: DeepSpeed's config, for zero1 to zero3. team: the ranks that share this one's sequences.
-    resumed: the state of the checkpoint that this attempt continues, if any.
-    data_wait_s, saving_s: seconds so far of waiting for batches, and of saves that held up training; idle_s:
-    of evaluating and saving. wandb_id: of the run's W&B run, for checkpoints.
+    resumed: the state of the checkpoint that this attempt continues, if any. data_wait_s, saving_s: seconds
+    so far of waiting for batches, and of saves that held up training; idle_s: of evaluating and saving.
+    wandb_id: the W&B run's, for checkpoints.
     """
 
     control: TrainerControl
@@ -84,7 +79,7 @@ class LoraTrainer(Trainer):
         self.wandb_id = ""
         self.data_wait_s = self.saving_s = self.idle_s = 0.0
         self._deepspeed = deepspeed
-        self._names_in_file: dict[str, str] = {}  # of parameters; taken while they are whole
+        self._names_in_file: dict[str, str] = {}  # by parameter; read while these are whole
         self._memory = states.HostMemory()
         self._losses: list[Tensor] = []  # of this rank's micro-batches in the current step
         self._loss_before: Tensor | None = None  # Trainer's sum of losses before the current step
@@ -113,14 +108,13 @@ class LoraTrainer(Trainer):
     # ---- how the model is spread
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-        """Return what a step goes through. Trainer's own is DDP over all of the model, and none for a sharded
-        one."""
+        """Return the model that a step calls. Trainer's own is DDP over all of it; none if sharded."""
         if self.zero:
             return self.zero.engine
         sharded = any(isinstance(p, DTensor) for p in model.parameters())
         if model is not self.model or not (self._deepspeed or sharded):
             return super()._wrap_model(model, training, dataloader)
-        # with these arguments accelerate adds autocast, and no more
+        # with these arguments accelerate only adds autocast
         self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         if not self._deepspeed:
             return replicate_trained(model)
@@ -135,8 +129,7 @@ class LoraTrainer(Trainer):
         self.zero.backward(loss, last=self.accelerator.sync_gradients)
 
     def whole(self) -> AbstractContextManager[Any]:
-        """Gather all trained parameters on this rank while the context is open, to be read; all ranks enter
-        it."""
+        """Gather all trained parameters, to read them while the context is open; all ranks must enter it."""
         return self.zero.whole() if self.zero else nullcontext()
 
     def make_engine(self) -> None:
@@ -145,8 +138,7 @@ class LoraTrainer(Trainer):
             self._prepare_for_training(self.args.max_steps, self.get_train_dataloader(), None)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return this rank's loader. Accelerate does not wrap it: it would change the order with the world
-        size."""
+        """Return this rank's loader, unwrapped: accelerate would tie its order to the world size."""
         return StepLoader(
             self.train_side,
             self.order,
@@ -163,7 +155,7 @@ class LoraTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Measure how long Trainer waits for data, without its wait for the other ranks' counts of tokens."""
+        """Measure the wait for data, without Trainer's wait for the other ranks' counts of tokens."""
         self._losses, self._loss_before = [], self._tr_loss.clone()
         samples: tuple[list[Any], Tensor | int | None]
         samples = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
@@ -181,8 +173,7 @@ class LoraTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Compute a micro-batch as Trainer does, with dropout that depends on seed, step and its number
-        alone."""
+        """Compute a micro-batch as Trainer does; its dropout depends only on seed, step and its number."""
         shape = tuple(inputs["input_ids"].shape)
         number = len(self._losses) * self.team.teams + self.team.number
         seed_micro_batch(self.args.seed, self.state.global_step, number, self.team.rank)
@@ -261,18 +252,15 @@ class LoraTrainer(Trainer):
         return newest[0]
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
-        """Return 0: Trainer would walk all modules in each micro-batch, and metrics.py knows a token's
-        FLOPs."""
+        """Return 0: Trainer would walk all modules in each micro-batch; metrics.py knows a token's FLOPs."""
         return 0
 
     # ---- evaluation
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return eval_loss, the mean over all trained tokens whatever the batches and ranks, and
-        eval_perplexity.
-
-        Empty when ranks agree to stop meanwhile: the checkpoint then records that this evaluation is due.
-        """
+        """Return eval_loss (mean over all trained tokens, whatever the batches and ranks) and
+        eval_perplexity. Empty when ranks agree to stop meanwhile: the checkpoint then records that this
+        evaluation is due."""
         start = time.perf_counter()
         was_training = self.model.training
         self.model.eval()
@@ -289,7 +277,7 @@ class LoraTrainer(Trainer):
         return metrics
 
     def _sum_losses(self) -> Tensor | None:
-        """Return what sum_losses() returns, of all ranks together."""
+        """Return sum_losses() over all ranks."""
         side, size = self.rows.evaluation, self.args.per_device_eval_batch_size
         assert side is not None, "there are no rows to evaluate"
         mine = eval_batches(side, size, self.team.teams, self.team.number, self._pad_id)
@@ -299,7 +287,7 @@ class LoraTrainer(Trainer):
         return None if sums is None else self.accelerator.reduce(sums, "sum")
 
     def _evaluation_due(self, step: int) -> bool:
-        """Whether an evaluation falls on a step: Trainer makes one after the last step, too."""
+        """Whether an evaluation falls on a step. Trainer also evaluates after the last step."""
         by_epoch = self.args.eval_strategy == "epoch"
         every = self.order.steps_per_epoch if by_epoch else int(self.args.eval_steps or 1)
         return bool(self.args.eval_strategy != "no") and (step % every == 0 or step == self.state.max_steps)
@@ -307,11 +295,11 @@ class LoraTrainer(Trainer):
     # ---- saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Copy all that a resume needs to host memory, and have it written; Trainer's own writes in place."""
+        """Copy all that a resume needs to host memory, and have it written: Trainer writes in place."""
         start = time.perf_counter()
         losses = self._losses_of_all_ranks()
         if self.saver:
-            self.saver.wait()  # it reads what is overwritten next
+            self.saver.wait()  # it reads the buffers that are overwritten next
         snapshot = self._snapshot()
         if self.saver:
             step = self.state.global_step
@@ -327,7 +315,7 @@ class LoraTrainer(Trainer):
         self.stop.longest_save_s = max(self.stop.longest_save_s, stall, before)
 
     def _snapshot(self) -> states.Snapshot:
-        """Return copies of all that training changes; empty except on rank 0. All ranks call it."""
+        """Return copies of all that training changes, empty except on rank 0; all ranks call it."""
         with self.whole():
             tensors = states.adapter_of(self.peft_model)
             states.check_alike(tensors, self.args.device)
@@ -338,7 +326,7 @@ class LoraTrainer(Trainer):
             optimizer = self._memory.copy("optimizer", named)
             snapshot = states.Snapshot(adapter, optimizer, states.changed_settings(self._adam))
         else:
-            for _ in named if self.zero else ():  # rank 0 gathers this rank's shards
+            for _ in named if self.zero else ():  # rank 0 needs this rank in each gathering
                 pass
             snapshot = states.Snapshot({}, {}, [])
         self._memory.sync()
@@ -364,7 +352,7 @@ class LoraTrainer(Trainer):
             optimizer_groups=snapshot.groups,
             loss_so_far=losses,
             logged_step=self._globalstep_last_logged,
-            # it comes later in this step, as at an epoch's end, or the run stops before it
+            # an evaluation comes later in this step (at an epoch's end), or the run stops before it
             evaluation_due=step not in self.losses and self._evaluation_due(step),
             eval_losses=self.losses,
             moved=any(bool(tensor.any()) for name, tensor in snapshot.adapter.items() if "lora_B" in name),
@@ -379,8 +367,7 @@ class LoraTrainer(Trainer):
     # ---- resuming
 
     def load(self, checkpoint: Path) -> None:
-        """Put a whole checkpoint's adapter into the model, and continue at its step; train() restores the
-        rest."""
+        """Put a checkpoint's adapter into the model, and continue at its step; train() restores the rest."""
         self.resumed = checkpoints.read_state(checkpoint)
         self.losses = dict(self.resumed.eval_losses)
         self.state.global_step = self.resumed.step
@@ -410,7 +397,7 @@ class LoraTrainer(Trainer):
         """Do nothing: load() has done it."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Do nothing: what is random in a step depends on the step."""
+        """Do nothing: seed_micro_batch() seeds each micro-batch anew."""
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None

@@ -1,7 +1,5 @@
 """The base model: where it is, its config, its tokenizer, its weights as a whole, and their fingerprint.
-
-sharded_loading.py loads a base of which each rank holds a part.
-"""
+spread/sharded_loading.py loads a base of which each rank holds a part."""
 
 import hashlib
 import json
@@ -25,14 +23,12 @@ from qwenlora.trainer.model.tiny import build_tiny
 TINY = "tiny"
 IGNORED = -100  # labels without a loss: torch.nn.CrossEntropyLoss, ignore_index
 SAMPLE_BYTES = 2**12
-UNKNOWN = "None"  # what older versions recorded as the fingerprint of a base from the hub
+UNKNOWN = "None"  # the fingerprint that older versions recorded for a base from the hub
 
 
 def base_of(config: Config, run: RunFolder) -> str:
-    """Return the folder or hub name of the base model; the tiny one is built in the run folder first.
-
-    Raises: ValueError when the named folder does not exist or holds no model.
-    """
+    """Return the folder or hub name of the base model; the tiny one is built in the run folder first. Raises:
+    ValueError when the named folder does not exist or holds no model."""
     if config.model.name_or_path == TINY:
         tokenizer = config.model.tokenizer
         build_tiny(
@@ -93,7 +89,7 @@ def _tokenizer(name: str, config: Model, key: str) -> Any:
 
 @contextmanager
 def hub_errors(key: str, name: str) -> Iterator[None]:
-    """Turn what transformers raises for a missing or broken model into a ValueError of one line."""
+    """Turn transformers' errors about a missing or broken model into a ValueError of one line."""
     try:
         yield
     except (OSError, ImportError, json.JSONDecodeError) as error:
@@ -106,8 +102,7 @@ def hub_errors(key: str, name: str) -> Iterator[None]:
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    """Return the torch dtype of model.dtype. auto: bfloat16 where the GPU has it, else float16; float32 on
-    a CPU."""
+    """Return model.dtype as torch's. auto: bfloat16 where the GPU has it, else float16; float32 on a CPU."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
@@ -123,8 +118,7 @@ def device() -> torch.device:
 
 
 def load_config_of(config: Config, base: str) -> Any:
-    """Return the base model's transformers config. Raises: ValueError when transformers has no such text
-    model."""
+    """Return the base's transformers config. Raises: ValueError when transformers has no such text model."""
     with hub_errors("model.name_or_path", config.model.name_or_path):
         try:
             model_config = AutoConfig.from_pretrained(
@@ -145,12 +139,8 @@ def load_config_of(config: Config, base: str) -> Any:
 
 
 def fingerprint(config: Config, base: str) -> str:
-    """Return a hash that changes when the base's weights do: a hub commit, or samples of a folder's weight
-    files.
-
-    Three samples of each tensor in a safetensors file are hashed, and 64 of another weight file: this takes
-    seconds for a 72B.
-    """
+    """Return a hash that changes when the base's weights do: a hub model's commit; for a folder, a hash of
+    three samples of each safetensors tensor and 64 of any other weight file (seconds for a 72B model)."""
     if not Path(base).is_dir():
         with hub_errors("model.name_or_path", config.model.name_or_path):
             config_file = cached_file(base, CONFIG_NAME, revision=config.model.revision)
@@ -171,16 +161,13 @@ def fingerprint(config: Config, base: str) -> str:
 
 
 def _offsets(file: BinaryIO, size: int) -> Iterator[int]:
-    """Yield offsets of samples in a safetensors file: its header, and start, middle and end of each tensor.
-
-    size: of the file, in bytes.
-    """
+    """Yield offsets of samples in a safetensors file: its header; start, middle and end of each tensor."""
     header = int.from_bytes(file.read(8), "little")
     yield from range(0, min(header + 8, size), SAMPLE_BYTES)
     file.seek(8)
     try:
         tensors = json.loads(file.read(header)) if header < size else {}
-    except ValueError:  # the file is damaged, which loading it reports
+    except ValueError:  # a damaged file: loading it reports that
         return
     tensors.pop("__metadata__", None)
     for tensor in tensors.values():
@@ -212,7 +199,7 @@ def load_base(config: Config, base: str) -> Any:
 
 
 def _quantization(config: Config, dtype: torch.dtype) -> dict[str, BitsAndBytesConfig]:
-    """Return from_pretrained's argument for a quantised base; nothing for one in full precision."""
+    """Return from_pretrained's argument for a quantised base; empty in full precision."""
     if config.strategy.quantization == "nf4":
         nf4 = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -227,10 +214,8 @@ def _quantization(config: Config, dtype: torch.dtype) -> dict[str, BitsAndBytesC
 
 
 def refuse_missing(config: Config, missing_keys: Iterable[str]) -> None:
-    """Refuse a base whose files lack weights: transformers would draw random ones, others at each start.
-
-    missing_keys: from from_pretrained's loading info. Raises: ValueError naming the first.
-    """
+    """Refuse a base whose files lack weights: transformers would draw new random ones at each start.
+    missing_keys: from from_pretrained's loading info. Raises: ValueError naming the first."""
     if missing := sorted(missing_keys):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(

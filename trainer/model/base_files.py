@@ -1,8 +1,5 @@
-"""The weights of a base, read by ranges: `BaseFiles` from safetensors, `WholeBase` from what transformers
-loads.
-
-Of each tensor a rank reads the elements that it keeps and no others; sharded_loading.py decides which.
-"""
+"""A base's weights, read by ranges: `BaseFiles` from safetensors, `WholeBase` from a loaded model. A rank
+reads only the elements that it keeps of each tensor; spread/sharded_loading.py decides which."""
 
 import json
 import math
@@ -34,12 +31,11 @@ class Place(NamedTuple):
 
 
 class BaseFiles:
-    """The safetensors files of a base; a context manager, which closes them. Empty when it has none.
+    """The safetensors files of a base, as a context manager that closes them; a base may have none.
 
     base: a folder, or a hub name, whose files are downloaded where the cache lacks them (never when
     HF_HUB_OFFLINE is set). places: where each tensor lies, by name. Raises: OSError when a file that the
-    index names is neither there nor downloadable.
-    Source: https://huggingface.co/docs/safetensors#format
+    index names is neither there nor downloadable. Source: https://huggingface.co/docs/safetensors#format
     """
 
     def __init__(self, base: str, revision: str | None = None) -> None:
@@ -69,8 +65,7 @@ class BaseFiles:
         return values
 
     def copy(self, name: str, start: int, to: Tensor) -> None:
-        """Fill `to`, contiguous, of any dtype and device, with elements of the named tensor, flattened, from
-        start on."""
+        """Fill `to` (contiguous, any dtype and device) with a flattened tensor's elements from start on."""
         place, flat = self.places[name], to.view(-1)
         assert 0 <= start <= start + to.numel() <= math.prod(place.shape), (
             name,
@@ -81,8 +76,8 @@ class BaseFiles:
         if to.dtype == place.dtype and to.device.type == "cpu":
             self._fill(name, start, flat)
             return
-        # one buffer for all reads: memory allocated for each would lie between the tensors that stay, and
-        # would not be returned to the system
+        # one buffer: memory allocated for each read, between tensors that stay, would not return to the
+        # system
         buffer = self._buffers.setdefault(place.dtype, torch.empty(0, dtype=place.dtype))
         if len(buffer) < min(SLICE, flat.numel()):
             self._buffers[place.dtype] = buffer = torch.empty(SLICE, dtype=place.dtype)
@@ -139,8 +134,7 @@ def _places(path: Path) -> dict[str, Place]:
 
 
 class WholeBase:
-    """A base that transformers loads whole on the CPU: for files whose tensors have other names or shapes
-    than the model's parameters."""
+    """A base that transformers loads whole on the CPU, where its files do not match the parameters."""
 
     def __init__(self, config: Config, base: str) -> None:
         model: Any

@@ -1,5 +1,4 @@
-"""Checks of a loaded model: that packed rows do not see each other, and which turn tokens were never
-trained."""
+"""Checks of a loaded model: whether packed rows are isolated, and its turn tokens were trained."""
 
 from typing import Any
 
@@ -15,10 +14,7 @@ LEAK = 0.02
 
 def check_isolation(model: Any) -> None:
     """Refuse to pack rows where attention lets one see another: some kernels and versions do so silently.
-
-    Two rows are packed; the first is changed, which must leave the second's logits as they were.
-    Raises: ValueError when they change.
-    """
+    When the first of two packed rows is changed, the second's logits must stay. Raises: ValueError."""
     width, vocabulary = 16, int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(min(vocabulary, 1000), (3, width), generator=generator)
@@ -33,7 +29,7 @@ def check_isolation(model: Any) -> None:
             logits.append(output.logits[0, width:].float())
     model.train(was_training)
     change, scale = (logits[0] - logits[1]).abs().max().item(), logits[0].std().item()
-    if not change <= LEAK * scale:  # so written that NaN is refused, too
+    if not change <= LEAK * scale:  # not `>`: NaN must be refused, too
         raise ValueError(
             "packed rows would see each other: with"
             f" model.attn_implementation={model.config._attn_implementation} and this model, changing one row"
@@ -43,12 +39,9 @@ def check_isolation(model: Any) -> None:
 
 
 def untrained_turn_tokens(model: Any, tokenizer: Any) -> list[str]:
-    """Return those of <|im_start|> and <|im_end|> whose embeddings the base model never learnt.
-
-    The rows past the tokenizer's last id were never trained: they lie close together. A turn token among
-    them was not trained either. Empty when there are no such rows, or they are as scattered as words are
-    (random weights).
-    """
+    """Return those of <|im_start|> and <|im_end|> whose embeddings the base model never learnt. Embeddings
+    past the tokenizer's last id were never trained, and lie close together; so does an untrained turn token.
+    Empty when there are too few of them, or they are as scattered as words are (random weights)."""
     weight = whole_weight(model.get_input_embeddings().weight)
     unused = weight[len(tokenizer) :].float()
     if len(unused) < 8:

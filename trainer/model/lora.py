@@ -1,7 +1,4 @@
-"""The adapter on a base model: made from the config, or from an adapter that is trained further.
-
-`add_lora` is what a rank calls; `count_parameters` needs no weights, only the base's config.json.
-"""
+"""The adapter on a base model: made from the config, or from an adapter that is trained further."""
 
 import json
 from pathlib import Path
@@ -41,11 +38,9 @@ def lora_config(lora: Lora, tied: bool) -> LoraConfig:
 
 
 def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
-    """Return the model with its adapter, the only trainable part, in float32.
-
-    revision: of a base from the hub; adapter_config.json keeps it, so that peft loads the same one later.
-    Raises: ValueError when the model lacks the named modules, or lora.init_from does not fit.
-    """
+    """Return the model with its adapter, the only trainable part, in float32. revision: of a base from the
+    hub; adapter_config.json keeps it, so that peft loads the same base later. Raises: ValueError when the
+    model lacks the named modules, or lora.init_from does not fit."""
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     _check_names("modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
     _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])
@@ -80,12 +75,12 @@ def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
     weights = load_peft_weights(str(folder), device="cpu")
     try:
         result = set_peft_model_state_dict(model, weights)
-    except KeyError as error:  # a whole module
+    except KeyError as error:  # the adapter lacks a whole module
         raise ValueError(
             f"lora.init_from={lora.init_from} does not fit lora.modules_to_save={lora.modules_to_save}: the"
             f" adapter lacks {error.args[0]}"
         ) from error
-    except RuntimeError as error:  # shapes
+    except RuntimeError as error:  # wrong shapes
         raise ValueError(
             f"lora.init_from={lora.init_from} does not fit: {str(error).splitlines()[-1]}"
         ) from error
@@ -146,10 +141,7 @@ def count_parameters(config: Config, base: str) -> Parameters:
 
 
 def _intermediate_size(text: Any) -> int:
-    """Return the width of a token's MLP: with experts, the sum over all that a token passes.
-
-    text: a transformers config.
-    """
+    """Return the width of a token's MLP: with experts, the sum over those that a token passes."""
     experts = getattr(text, "num_experts_per_tok", None)
     if not experts:
         return int(text.intermediate_size)

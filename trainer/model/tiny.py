@@ -1,10 +1,5 @@
-"""The embedded default model: a Qwen3 of 3.6 million random parameters, small enough to train on two CPU
-cores.
-
-`build_tiny(folder)` writes an ordinary model folder, the same bytes each time: config.json, model.safetensors
-and a byte-level BPE tokenizer trained on the example data (or the caller's tokenizer). Nothing is
-downloaded.
-"""
+"""The embedded default model: a Qwen3 of 3.6 million random parameters, to train on two CPU cores. It is an
+ordinary model folder, the same bytes each time, made without a download."""
 
 import json
 import os
@@ -31,8 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny(folder: Path, tokenizer: Any = None) -> None:
-    """Write the tiny model into folder, unless it is there. tokenizer: by default one trained on the example
-    data."""
+    """Write the tiny model into folder, unless it is there. tokenizer: by default trained on example data."""
     if (folder / "config.json").is_file():
         return
     staging = folder.with_name(f"{folder.name}.staging-{os.getpid()}")
@@ -71,7 +65,7 @@ def build_tiny(folder: Path, tokenizer: Any = None) -> None:
 
 
 def train_tokenizer() -> Any:
-    """Return a Qwen2Tokenizer whose BPE was trained on the texts of the example data."""
+    """Return a Qwen2Tokenizer, a byte-level BPE trained on the texts of the example data."""
     bpe = Tokenizer(models.BPE())
     # as Qwen2Tokenizer rebuilds them after loading: with others, a loaded tokenizer would give other ids
     bpe.normalizer = normalizers.NFC()

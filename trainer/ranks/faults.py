@@ -1,4 +1,4 @@
-"""What goes wrong in a step, and what helps: losses and gradients that are not finite, and a full GPU."""
+"""Faults of a step, and their remedies: losses and gradients that are not finite, and a full GPU."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from qwenlora.configs import Config
 
 SHOWN = 8  # rows that a message names
-IN_A_ROW = 10  # steps that may be left out one after the other
+IN_A_ROW = 10  # consecutive steps that may be left out
 
 
 class TrainingFault(RuntimeError):  # noqa: N818 (it is no error of the code)
@@ -16,11 +16,8 @@ class TrainingFault(RuntimeError):  # noqa: N818 (it is no error of the code)
 
 
 def broken_micro_batches(losses: list[Tensor], team: int, teams: int) -> list[int]:
-    """Return the numbers of the step's micro-batches whose loss is not finite; all ranks call it.
-
-    losses: of this rank's micro-batches; team, teams: this rank's team and the number of teams. A team is one
-    rank, unless ranks share sequences.
-    """
+    """Return the numbers of the step's micro-batches whose loss is not finite; all ranks call it. losses: of
+    this rank's micro-batches. A team is one rank, unless ranks share sequences."""
     mine = [number * teams + team for number, loss in enumerate(losses) if not bool(loss.isfinite())]
     if not dist.is_initialized():
         return mine
@@ -42,11 +39,8 @@ def describe(step: int, what: str, rows: list[int], place: Callable[[int], str])
 def out_of_memory(
     config: Config, step: int, rank: int, shape: tuple[int, ...], trained: bool
 ) -> TrainingFault:
-    """Return the error to raise when a batch did not fit.
-
-    step: the last one done; shape: of the batch's input_ids, [sequences, tokens]; trained: false while
-    evaluating.
-    """
+    """Return the error for a batch that did not fit. step: the last one done; shape: of the batch's
+    input_ids, [sequences, tokens]; trained: false while evaluating."""
     sequences, length = shape
     batch = "per_device_train_batch_size" if trained else "per_device_eval_batch_size"
     size = getattr(config.train, batch)

@@ -1,4 +1,4 @@
-"""Rank 0 finds out, and all ranks know."""
+"""Rank 0 computes a value, and sends it to all ranks."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,10 +9,7 @@ Answer = TypeVar("Answer")
 
 
 def from_rank_0(find: Callable[[], Answer]) -> Answer:
-    """Return what find returns on rank 0; all ranks must call it, and only rank 0 calls find.
-
-    Raises: the ValueError that find raises, on all ranks.
-    """
+    """Return find()'s result on rank 0, or raise its ValueError, on all ranks; all must call it."""
     answer: list[Any] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:

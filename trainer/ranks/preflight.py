@@ -1,8 +1,5 @@
-"""What all ranks check together before a weight is loaded: that they multiply and reduce right, and how fast.
-
-It takes a few seconds at most. A wrong result ends the attempt and names host and rank; a slow rank is named
-in a warning.
-"""
+"""A check of all ranks before any weight is loaded: that they multiply and reduce right, and how fast. It
+takes a few seconds. A wrong result ends the attempt and names host and rank; a warning names slow ranks."""
 
 import os
 import socket
@@ -19,16 +16,13 @@ from qwenlora.trainer.ranks.faults import TrainingFault
 
 SLOW = 0.7  # of the median speed: a rank below it is named
 _GPU_SIZE, _CPU_SIZE = 8192, 512  # rows and columns of the matrices
-_GPU_BYTES, _CPU_BYTES = 2**28, 2**22  # that are reduced
+_GPU_BYTES, _CPU_BYTES = 2**28, 2**22  # of the tensor that is reduced
 _REPEATS = 5
 
 
 class Checked(NamedTuple):
-    """One rank's result.
-
-    tflops: of matrix products; gb_s: of the reduction, about the same for all ranks; wrong: what is, or
-    empty.
-    """
+    """One rank's result. tflops: of matrix products; gb_s: of the reduction, about the same for all ranks;
+    wrong: the faults, or empty."""
 
     host: str
     rank: int
@@ -38,7 +32,7 @@ class Checked(NamedTuple):
 
 
 def is_wanted(config: Config) -> bool:
-    """Whether the config wants the check here, and it can tell anything: on several nodes, or with GPUs."""
+    """Whether the config wants the check, and it can tell anything: on several nodes, or with GPUs."""
     several_nodes = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
     return config.launch.preflight == "full" and (several_nodes or torch.cuda.is_available())
 
@@ -71,7 +65,7 @@ def check(device: torch.device) -> list[Checked]:
 
 
 def summary(results: list[Checked]) -> tuple[str, str]:
-    """Return the results in one line, and a warning about slow ranks; empty, if none is slow."""
+    """Return the results in one line, and a warning about slow ranks, empty if there are none."""
     hosts = {result.host for result in results}
     median = statistics.median(result.tflops for result in results)
     if len(results) == 1:
@@ -92,11 +86,10 @@ def summary(results: list[Checked]) -> tuple[str, str]:
 
 
 def _multiply(device: torch.device) -> tuple[float, str]:
-    """Return TFLOP/s of a matrix product, and what is wrong with it, or an empty string."""
+    """Return a matrix product's speed in TFLOP/s, and its fault, or an empty string."""
     on_gpu = device.type == "cuda"
     size, kind = (_GPU_SIZE, torch.bfloat16) if on_gpu else (_CPU_SIZE, torch.float32)
-    # rows i % 3, columns j % 2: each entry of the product is size * i * j, which is exact in any dtype: size
-    # is a power of two, i * j at most 2
+    # rows i % 3, columns j % 2: each entry is size (a power of two) * i * j (at most 2): exact in any dtype
     left = (torch.arange(size, device=device) % 3).to(kind)[:, None].expand(size, size).contiguous()
     right = (torch.arange(size, device=device) % 2).to(kind)[None, :].expand(size, size).contiguous()
     best = float("inf")
@@ -114,10 +107,7 @@ def _multiply(device: torch.device) -> tuple[float, str]:
 
 
 def _reduce(device: torch.device) -> tuple[float, str]:
-    """Return GB/s of an all-reduce, and what is wrong with it, or an empty string.
-
-    The speed is the bus bandwidth, as nccl-tests counts it.
-    """
+    """Return an all-reduce's bus bandwidth in GB/s (as nccl-tests counts it), and its fault, or empty."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     count = (_GPU_BYTES if device.type == "cuda" else _CPU_BYTES) // 4
     best = float("inf")

@@ -20,11 +20,9 @@ _POLL_S = 0.1
 
 
 def meet(config: Config, rank: Rank) -> None:
-    """Wait for all ranks, then make the process group; does nothing the second time, or for one rank.
-
+    """Wait for all ranks, then make the process group; does nothing for a single rank, or the second time.
     Rank 0 may prepare data for hours before it comes: the others wait at the store, where no collective can
-    time out. Raises: TrainingFault, on rank 0, naming the ranks that do not come.
-    """
+    time out. Raises: TrainingFault, on rank 0, naming the ranks that do not come."""
     if rank.world_size == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
@@ -45,14 +43,14 @@ def meet(config: Config, rank: Rank) -> None:
 
 
 def leave() -> None:
-    """Leave together: torchrun and DeepSpeed's launcher end all ranks when one leaves with 75."""
+    """Leave together: torchrun and DeepSpeed's launcher end all ranks when one leaves with exit code 75."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def _wait_for_all(store: Any, rank: Rank, timeout_s: int) -> None:
-    """Put this rank's name into the store; rank 0 waits for the names of all."""
+    """Put this rank's host into the store; rank 0 waits until all have done so."""
     keys = [f"qwenlora/here/{_restart()}/{number}" for number in range(rank.world_size)]
     store.set(keys[rank.rank], socket.gethostname())
     if not rank.first:
@@ -68,5 +66,5 @@ def _wait_for_all(store: Any, rank: Rank, timeout_s: int) -> None:
 
 
 def _restart() -> str:
-    """Return how often torchrun has started these ranks again: a store outlives them."""
+    """Return how often torchrun has restarted these ranks: the store outlives them, and keys must differ."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

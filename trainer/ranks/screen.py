@@ -1,7 +1,5 @@
-"""The screen of a rank: rank 0's console has it, and all that libraries print goes to the ranks' log files.
-
-Light to import: libraries that print while they are imported come later.
-"""
+"""The screen of a rank: rank 0's console has it, and all that libraries print goes to the log files. Light to
+import: libraries that print at import come later."""
 
 import faulthandler
 import logging
@@ -18,14 +16,14 @@ PLAIN_WIDTH = 120  # characters, where the screen is no terminal
 
 
 class Rank(NamedTuple):
-    """This process among the others."""
+    """This process's number, and how many there are."""
 
     rank: int
     world_size: int
 
     @classmethod
     def of_environment(cls) -> "Rank":
-        """Return what the launcher says; without one, a process alone."""
+        """Return the launcher's numbers; without a launcher, those of a process alone."""
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
     @property
@@ -36,10 +34,7 @@ class Rank(NamedTuple):
 
 def take_screen(file: Path, *, speaks: bool, lent: str = "") -> Console:
     """Redirect all that this process prints, crashes included, to a file; return a console on the screen.
-
-    speaks: false gives a silent console, for ranks other than 0. lent: the path at which the agent lends its
-    screen, if it does.
-    """
+    speaks: false silences the console (ranks other than 0). lent: where the agent lends its screen, if so."""
     screen = os.fdopen(borrow(lent if speaks else ""), "w", encoding="utf-8")
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

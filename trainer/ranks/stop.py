@@ -1,8 +1,5 @@
-"""The one place that decides to stop before the last step.
-
-A stop request to any rank (stop_request.py) or the clock is enough. All ranks agree in each step; then they
-save that step and leave with exit code 75.
-"""
+"""The one place that decides to stop before the last step. A stop request to any rank (stop_request.py) or
+the clock is enough. All ranks agree in each step; then they save that step and leave with exit code 75."""
 
 import time
 
@@ -23,12 +20,9 @@ def any_rank(flags: torch.Tensor) -> list[bool]:
 
 
 class Stop(TrainerCallback):
-    """Decides whether an attempt stops early.
-
-    agreed: a rank was asked to stop, and all ranks know it; stopped: training ended for that, before its last
-    step. max_time_s: seconds from now that the attempt may take. It stops when the next step and a save might
-    not fit, but not before it has trained one: an attempt without progress would be repeated for ever.
-    """
+    """Decides whether an attempt stops early. agreed: all ranks know of a stop request; stopped: training
+    ended for it, before the last step. max_time_s: seconds that the attempt may take from now. It stops when
+    the next step and a save might not fit, but only after a first step: else it could repeat for ever."""
 
     def __init__(self, request: StopRequest | None = None, max_time_s: float | None = None) -> None:
         self.request = request or StopRequest()
@@ -52,7 +46,7 @@ class Stop(TrainerCallback):
         return self.request.why or "another process was asked to"
 
     def agree(self, device: torch.device, also: torch.Tensor | None = None) -> bool:
-        """Ask all ranks whether to stop, and return whether `also`, any other flag, is set on a rank."""
+        """Have all ranks agree whether to stop; return whether `also`, any other flag, is set on a rank."""
         flags = torch.tensor([int(self.asked), 0], dtype=torch.int32, device=device)
         if also is not None:
             flags[1] = also
@@ -88,6 +82,6 @@ class Stop(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Do nothing that an epoch's end is due: Trainer calls this for a stopped run too, in mid-epoch."""
+        """Cancel the epoch end's actions if the run is stopped: Trainer calls this even in mid-epoch."""
         if self.stopped:
             control.should_log = control.should_evaluate = control.should_save = False

@@ -1,5 +1,4 @@
-"""A request to this process to stop: a signal sets a flag, and stop.py has all ranks agree on it. Light to
-import."""
+"""A request to stop this process: a signal sets a flag, and stop.py has all ranks agree. Light to import."""
 
 import os
 import signal
@@ -15,8 +14,7 @@ class StoppedEarly(BaseException):
 
 
 class StopRequest:
-    """A flag that stop signals set. The work under way is finished first. why: the name of the first
-    signal."""
+    """A flag that stop signals set; work under way is finished first. why: the name of the first signal."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -24,8 +22,7 @@ class StopRequest:
         self._raises = False
 
     def listen(self) -> None:
-        """Handle stop signals from now on, also one that was blocked until now (launch/children.py blocks
-        them)."""
+        """Handle stop signals from now on, also a signal that launch/children.py blocked until now."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -44,7 +41,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise StoppedEarly at a signal while the block runs, also for one that came before it."""
+        """Raise StoppedEarly at a stop signal while the block runs, or now if a signal came before."""
         if self.asked:
             raise StoppedEarly(self.why)
         self._raises = True

@@ -1,1 +1,1 @@
-"""What a run records and shows while it trains."""
+"""The records and the display of a run while it trains."""

@@ -1,5 +1,4 @@
-"""What an attempt adds to the run's history: where it started, how long that took, which steps it
-repeated."""
+"""An attempt's entry in the run's history: where it started, how long that took, which steps it repeated."""
 
 import time
 from collections.abc import Callable
@@ -12,10 +11,8 @@ from qwenlora.run.records import Reason
 
 
 class Chronicle(TrainerCallback):
-    """Records the start of an attempt when its first step is done; on rank 0. Make it before the model.
-
-    prepare_s: seconds that preparation took, before this process was there.
-    """
+    """Records the start of an attempt when its first step is done; on rank 0. Make it before the model: it
+    times its loading. prepare_s: seconds of the preparation, before this process started."""
 
     def __init__(self, run: RunFolder, prepare_s: float) -> None:
         self.run, self.prepare_s = run, prepare_s
@@ -33,15 +30,13 @@ class Chronicle(TrainerCallback):
     def starts(
         self, checkpoint: Path | None, step: int, strategy: str, send: Callable[[dict[str, float]], None]
     ) -> None:
-        """Say where the attempt starts. step: the last one that the checkpoint holds, 0 without one.
-
-        strategy: in words; send: takes numbers for W&B, by name.
-        """
+        """Set where the attempt starts. step: the checkpoint's last, 0 without one; strategy: in words; send:
+        takes numbers for W&B, by name."""
         self._checkpoint, self._first_step, self._strategy = checkpoint, step + 1, strategy
         self._send = send
 
     def summary(self, reason: Reason) -> dict[str, object]:
-        """Return what W&B shows of all attempts, if this one ends now for a reason."""
+        """Return W&B's summary of all attempts, if this one ends now for a reason."""
         attempts = self.run.history.so_far(reason)
         lines = {
             f"attempt/{attempt.attempt}": attempt.model_dump(mode="json", exclude_none=True)
@@ -59,7 +54,7 @@ class Chronicle(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """After the first step, record what the start took."""
+        """After the first step, record how long the start took."""
         if self._recorded:
             return
         self._recorded = True

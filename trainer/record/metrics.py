@@ -1,8 +1,6 @@
-"""Numbers of a run as it goes: metrics.jsonl, one line a logging step or evaluation, always written.
-
-Metrics adds what Trainer does not know (throughput, MFU, memory, waiting) to each of Trainer's logs. The
-callbacks after it (progress, W&B) show the same numbers.
-"""
+"""metrics.jsonl: one line for each logging step and evaluation, always written. Metrics adds what Trainer
+does not know (throughput, MFU, memory, waiting) to each of Trainer's logs. The callbacks after it (progress,
+W&B) show the same numbers."""
 
 import errno
 import json
@@ -65,10 +63,9 @@ def peak_flops(gpu_name: str) -> float | None:
 def flops_per_token(parameters: Parameters, mean_square_length: float, recomputed: bool) -> float:
     """Return the FLOPs of training one token with a frozen base.
 
-    mean_square_length: sum(length^2) / sum(length) of the rows, in tokens: the mean number of tokens that a
-    token's sequence has. recomputed: gradient checkpointing, one more forward pass of the body.
-    A forward pass costs 2 FLOPs a parameter, the backward pass to the inputs 2, and 2 more for trained
-    weights.
+    mean_square_length: sum(length^2) / sum(length) of the rows, in tokens: the mean length of the sequence
+    that a token is in. recomputed: gradient checkpointing, one more forward pass of the body. A forward pass
+    costs 2 FLOPs a parameter, the backward pass to the inputs 2, and 2 more for trained weights.
     """
     # causal attention costs half of 4 * length * width
     attention = 2 * mean_square_length * parameters.attention_width * parameters.layers
@@ -110,11 +107,8 @@ class MetricsFile:
             self.warn(f"{len(self._waiting)} lines of {self.path.name} are lost: {failure}")
 
     def forget_after(self, step: int, *, evaluation_too: bool = False) -> None:
-        """Remove the lines after a step, from which training resumes.
-
-        evaluation_too: also the step's own evaluation, which will be made again. The file is read from its
-        end: a long history costs nothing.
-        """
+        """Remove the lines after a step, from which training resumes. evaluation_too: also the step's own
+        evaluation, which will be repeated. It reads from the end: a long history costs nothing."""
         if not self.path.exists():
             return
         with self.path.open("r+b") as file:
@@ -165,11 +159,8 @@ def _lines_backwards(file: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
 
 
 class Metrics(TrainerCallback):
-    """Completes Trainer's logs, writes them to metrics.jsonl, and writes each step to progress.json.
-
-    file, progress: None but on rank 0; trainer: a LoraTrainer; recomputed: gradient checkpointing; attempt:
-    its number, for progress.
-    """
+    """Completes Trainer's logs, writes them to metrics.jsonl, and writes each step to progress.json. file,
+    progress: None except on rank 0; trainer: a LoraTrainer; recomputed: gradient checkpointing."""
 
     def __init__(
         self,
@@ -203,7 +194,7 @@ class Metrics(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Count the tokens of the global batch just trained; every rank knows its rows without asking."""
+        """Count the tokens of the global batch just trained; every rank knows all its rows from the order."""
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last step is logged whatever logging_steps is
         order = self.trainer.order

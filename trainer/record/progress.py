@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a progress bar in a terminal, plain lines everywhere else."""
+"""The display of a run: a progress bar in a terminal, plain lines everywhere else."""
 
 import logging
 import time
@@ -11,7 +11,7 @@ log = logging.getLogger("qwenlora")
 
 
 class ProgressCallback(TrainerCallback):
-    """Rank 0's progress bar, or its lines. console: on the screen."""
+    """Rank 0's progress bar, or its lines."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

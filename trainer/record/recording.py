@@ -1,4 +1,4 @@
-"""All that records one attempt on rank 0, from its start to its end."""
+"""The records of one attempt on rank 0, from its start to its end."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from qwenlora.trainer.record.wandb_run import WandbCallback
 
 @dataclass(frozen=True)
 class Recording:
-    """What writes, sends and shows. wandb: None when W&B is off; wandb_place: where its run is seen."""
+    """Writes, sends and shows numbers. wandb: None when W&B is off; wandb_place: where its run is seen."""
 
     chronicle: Chronicle
     metrics: MetricsFile
@@ -23,7 +23,7 @@ class Recording:
 
     @classmethod
     def start(cls, process: Process, facts: Facts, chronicle: Chronicle) -> "Recording":
-        """Start W&B, if it is on, and the others."""
+        """Start W&B, if it is on, and the other records."""
         run, warn = process.run, process.warn
         wandb, place = wandb_run.start(process.config, run, facts, warn)
         return cls(chronicle, MetricsFile(run.metrics, warn), ProgressCallback(process.console), wandb, place)
@@ -34,10 +34,8 @@ class Recording:
             self.wandb.send(values)
 
     def go_back_to(self, step: int, *, evaluation_too: bool) -> None:
-        """Forget what was recorded after a step, and send W&B again what killed attempts may not have sent.
-
-        evaluation_too: forget the step's own evaluation, which will be made again.
-        """
+        """Forget the records after a step, and send W&B again what killed attempts may not have sent.
+        evaluation_too: forget the step's own evaluation, which will be repeated."""
         self.metrics.forget_after(step, evaluation_too=evaluation_too)
         lost = self.chronicle.run.history.first_step_of_the_killed()
         if self.wandb and lost:

@@ -1,5 +1,4 @@
-"""The start-up table, what follows from a config for this run: counts, sizes, times; and what needs a
-warning."""
+"""The start-up table: what a config means for this run in counts, sizes and times; and warnings about it."""
 
 import math
 from typing import Any
@@ -16,7 +15,7 @@ from qwenlora.trainer.spread.strategy import Spread
 
 
 def table(title: str, rows: dict[str, str]) -> Table:
-    """Return a table of two columns. rows: {what: its value}."""
+    """Return a table of two columns. rows: {name: value}."""
     shown = Table(
         title=title, title_justify="left", show_header=False, box=None, pad_edge=False, title_style="bold"
     )
@@ -30,7 +29,7 @@ def table(title: str, rows: dict[str, str]) -> Table:
 def rows(
     config: Config, facts: Facts, args: TrainingArguments, world_size: int, spread: Spread
 ) -> dict[str, str]:
-    """Return the start-up table's rows, {what: its value}."""
+    """Return the start-up table's rows, {name: value}."""
     train = facts.data["train"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     shown = {
@@ -104,11 +103,8 @@ def _checkpoints(config: Config, facts: Facts, args: TrainingArguments) -> str:
 def warnings(
     config: Config, facts: Facts, args: TrainingArguments, untrained: list[str], *, tied: bool
 ) -> list[str]:
-    """Return what a careful colleague would mention.
-
-    untrained: turn tokens that the base model never learnt; tied: whether its embeddings are its output
-    matrix, too.
-    """
+    """Return warnings about the config. untrained: turn tokens that the base model never learnt; tied:
+    whether its embeddings are its output matrix, too."""
     lines = list(facts.notes)
     batch = config.train.global_batch_size
     if facts.units < batch:

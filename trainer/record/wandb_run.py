@@ -1,7 +1,5 @@
-"""Weights & Biases: one run, from rank 0, keyed on the trainer's step. It may fail; training goes on.
-
-The run's id is kept in the run folder, so that every attempt goes on in the same W&B run.
-"""
+"""Weights & Biases: one run, from rank 0, keyed on the trainer's step. It may fail; training goes on. The run
+folder keeps the W&B run's id, so that every attempt continues the same W&B run."""
 
 import logging
 import os
@@ -46,7 +44,7 @@ def mode_of(config: Config) -> tuple[Mode, str]:
 def start(
     config: Config, run: RunFolder, facts: Facts, warn: Callable[[str], None]
 ) -> tuple["WandbCallback | None", str]:
-    """Start W&B, if it is on; return its callback, and where the run is seen (the start-up table's words)."""
+    """Start W&B, if it is on; return its callback, and where the run is seen, for the start-up table."""
     mode, why = mode_of(config)
     if mode == "off":
         return None, f"off ({why})"
@@ -67,7 +65,7 @@ def known_id(run: RunFolder) -> str:
 
 
 def restore_id(run: RunFolder, checkpoint: Path) -> None:
-    """Go on in the W&B run that a checkpoint names, where the run folder's wandb/ was lost."""
+    """Take a checkpoint's W&B run id where the run folder's wandb/ was lost."""
     saved = checkpoints.read_state(checkpoint).wandb_id
     if saved and not run.wandb_id.exists():
         _write_id(run, saved)
@@ -83,8 +81,7 @@ def _server() -> str:
 
 
 def _reach() -> None:
-    """Ask W&B's server for any answer: wandb.init would try for much longer. Heeds the usual proxy
-    variables."""
+    """Ask W&B's server for any answer (through proxies, too): wandb.init would try for much longer."""
     requests.head(_server(), timeout=REACH_TIMEOUT_S)
 
 

@@ -1,5 +1,4 @@
-"""Whether this machine's GPUs have NVLink, by nvidia-smi: torch does not know over what they are
-connected."""
+"""Asks nvidia-smi whether this machine's GPUs are linked by NVLink, which torch does not know."""
 
 import re
 import shutil
@@ -15,7 +14,7 @@ def nvlink() -> bool:
 
 
 def all_linked(topology: str) -> bool:
-    """Return whether every pair of GPUs in `nvidia-smi topo -m`'s table has NVLinks between them, as NV18."""
+    """Return whether `nvidia-smi topo -m`'s table shows NVLinks (as NV18) between every pair of GPUs."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", topology)  # it underlines the header
     rows = [
         line.split()

@@ -2,9 +2,8 @@
 
 Each rank of a team holds a slice of each sequence. Only attention needs whole sequences: it exchanges slices
 of the sequence for slices of the heads, runs the usual kernel, and exchanges back. A rank's loss is the sum
-over its own tokens divided by the tokens of the global batch, so the sum over all ranks is the step's loss,
-however a sequence is cut; the same holds for gradients. Nothing else in training depends on it.
-Source: https://arxiv.org/abs/2309.14509
+over its own tokens divided by the global batch's tokens, so all ranks' losses add up to the step's loss,
+however a sequence is cut; so do gradients. Source: https://arxiv.org/abs/2309.14509
 """
 
 import math
@@ -21,17 +20,15 @@ from qwenlora.configs import Config
 from qwenlora.data.order import teams_of
 from qwenlora.trainer.model.base import IGNORED
 
-# our attention's name in transformers; it probes those with "flash" or "sdpa" in their name
+# our attention's name in transformers, which treats names with "flash" or "sdpa" in them specially
 NAME = "qwenlora_sequence_parallel"
 _DEPEND_ON_LENGTH = ("dynamic", "longrope")  # rotary embeddings that look at the longest position they see
 
 
 class Team(NamedTuple):
     """The ranks that share sequences with this one: ranks number * size to (number + 1) * size - 1 of all.
-
-    size: how many; rank: this one's number in its team; number: the team's number; teams: how many there are;
-    group: torch's process group of the team, None for a rank on its own.
-    """
+    size: of the team; rank: this one's number in it; number: the team's; teams: how many there are; group:
+    the team's torch process group, None for a rank on its own."""
 
     size: int = 1
     rank: int = 0
@@ -40,11 +37,9 @@ class Team(NamedTuple):
     group: Any = None
 
     def cut(self, batch: dict[str, Tensor], pad_id: int) -> dict[str, Tensor]:
-        """Return this rank's slice of a batch of whole rows or packs, all slices of the same width.
-
-        Labels are shifted before they are cut: the label of a slice's last token is the first of the next.
-        There is no attention_mask: rows are padded on the right, where no token of a causal model attends.
-        """
+        """Return this rank's slice of a batch of whole rows or packs, all slices of the same width. Labels
+        are shifted before they are cut: the label of a slice's last token is the next slice's first token.
+        There is no attention_mask: rows are padded on the right, where no token of a causal model attends."""
         if self.size == 1:
             return batch
         rows, length = batch["input_ids"].shape
@@ -63,13 +58,12 @@ class Team(NamedTuple):
         }
         mine = slice(self.rank * width, (self.rank + 1) * width)
         cut = {name: tensor[:, mine].contiguous() for name, tensor in sequences.items()}
-        # Trainer and the model require labels, and use shift_labels where there are any
+        # Trainer and the model require labels, and use shift_labels if given
         return cut | {"labels": cut["shift_labels"]} | of_packs
 
 
 def team_of(size: int, timeout_s: int = 1800) -> Team:
-    """Return this rank's team; all ranks call it. Raises: ValueError when size does not divide their
-    number."""
+    """Return this rank's team; all ranks call it. Raises: ValueError unless size divides their number."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     teams = teams_of(world_size, size)
     if size == 1:
@@ -80,10 +74,7 @@ def team_of(size: int, timeout_s: int = 1800) -> Team:
 
 
 def check(config: Config, model: Any) -> None:
-    """Refuse a model whose sequences cannot be shared. model: its transformers config.
-
-    Raises: ValueError, one line.
-    """
+    """Refuse a model whose sequences cannot be shared. model: its transformers config. Raises: ValueError."""
     size, text = config.strategy.sequence_parallel, model.get_text_config()
     if size == 1:
         return
@@ -118,10 +109,8 @@ def _check_layers(setting: str, text: Any, *, flash: bool) -> None:
 
 
 def share_attention(model: Any, team: Team) -> None:
-    """Make a model's attention run on whole sequences, of which this rank holds slices.
-
-    Raises: ValueError when the model does not use transformers' exchangeable attentions.
-    """
+    """Make a model's attention run on whole sequences, of which this rank holds slices. Raises: ValueError
+    when the model does not use transformers' exchangeable attentions."""
     if team.size == 1:
         return
     if not getattr(model, "_supports_attention_backend", False):
@@ -180,8 +169,7 @@ def _attend(
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all in a team: part j of the first dimension goes to rank j, part j of the result is from rank
-    j."""
+    """All-to-all in a team: rank i's part j of the first dimension becomes rank j's part i."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:
@@ -197,7 +185,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Overridden:
-    """An object of which some attributes are replaced: a kernel reads them from the attention's module."""
+    """An object with some attributes replaced: a kernel reads them from the attention's module."""
 
     def __init__(self, original: Any, **attributes: Any) -> None:
         self.__dict__ = {"_original": original, **attributes}

@@ -1,8 +1,8 @@
-"""A sharded base: each rank reads its own shard from the files, and no more.
+"""A sharded base: each rank reads only its own shard from the files.
 
-`load_fsdp` and `load_zero3` return the frozen model that model/base.py's load_base returns whole; LoRA comes
-on top of either. All ranks together read the base once (once in each group of ranks that shares a base), and
-no rank has more in memory than its shard and some megabytes. model/base_files.py reads the files' bytes.
+`load_fsdp` and `load_zero3` return the frozen model that model/base.py's load_base returns whole; the adapter
+comes on top. All ranks together read the base once (once for each group of ranks that shares a base), and no
+rank has more in memory than its shard and some megabytes.
 """
 
 import logging
@@ -28,11 +28,11 @@ from qwenlora.trainer.model.base_files import BaseFiles, WeightSource, WholeBase
 from qwenlora.trainer.spread.zero import DeepSpeedConfig
 
 log = logging.getLogger("qwenlora")
-SAMPLE = 2**16  # of a tied tensor's numbers, compared with the other's
+SAMPLE = 2**16  # numbers that are compared between two tied tensors
 
 
 class Weight(NamedTuple):
-    """A parameter with all its names, of which a tied one has several, and the modules that hold it."""
+    """A parameter with its names (a tied one has several), and the modules that hold it."""
 
     parameter: Any
     names: list[str]
@@ -58,9 +58,7 @@ def weights_of(model: nn.Module) -> list[Weight]:
 
 def skeleton(config: Config, base: str) -> Any:
     """Return the base without its weights: frozen parameters on torch's meta device, real buffers on the CPU.
-
-    Raises: ValueError when its files are quantised: a range of such a file is not a range of the weight.
-    """
+    Raises: ValueError when its files are quantised: a range of such a file is not a range of the weight."""
     model_config = load_config_of(config, base)
     if getattr(model_config, "quantization_config", None):
         raise ValueError(
@@ -80,12 +78,10 @@ def skeleton(config: Config, base: str) -> Any:
 
 def load_fsdp(config: Config, base: str, mesh: DeviceMesh) -> Any:
     """Return the base under FSDP2. mesh: [shards], or [replicas, shards], where each replica is a whole base.
-
     The adapter that is put on it is not sharded: it is whole on every rank, and FSDP2 does not reduce its
-    gradients. Modules of lora.modules_to_save stay whole, too: peft copies them.
-    """
+    gradients. Modules of lora.modules_to_save stay whole, too: peft copies them."""
     # Frozen weights have no gradients to reduce, so replicas need not know each other. The mesh has no names:
-    # peft takes a named one for tensor parallelism, and would make LoRA's matrices for a part of each layer.
+    # peft takes a named mesh for tensor parallelism, and would size LoRA's matrices for a part of each layer.
     mesh = DeviceMesh.from_group(mesh.get_group(mesh.ndim - 1), mesh.device_type)
     started = time.monotonic()
     to = torch.device("cpu") if config.strategy.offload == "params" else device()
@@ -122,7 +118,7 @@ def load_fsdp(config: Config, base: str, mesh: DeviceMesh) -> Any:
 
 
 def _shard_by_fsdp(config: Config, model: Any, mesh: DeviceMesh) -> None:
-    """Put a skeleton under FSDP2: each decoder layer by itself, then what is outside of them."""
+    """Put a skeleton under FSDP2: each decoder layer by itself, then everything outside of them."""
     offloaded = config.strategy.offload == "params"
     whole = _parameters_that_peft_copies(config, model)
     shard = partial(
@@ -140,21 +136,19 @@ def _shard_by_fsdp(config: Config, model: Any, mesh: DeviceMesh) -> None:
 
 
 def load_zero3(config: Config, base: str, ds_config: DeepSpeedConfig) -> Any:
-    """Return the base sharded by DeepSpeed's ZeRO-3. Its communication must have started.
-
-    With zero_hpz_partition_size, DeepSpeed makes a node's own copy of a parameter when it first releases it.
-    """
+    """Return the base sharded by DeepSpeed's ZeRO-3. Its communication must have started. With
+    zero_hpz_partition_size, DeepSpeed makes a node's own copy of a parameter when it first releases it."""
     import deepspeed
 
     started = time.monotonic()
 
     class Unsent(deepspeed.zero.Init):
-        """Init that shards the base without sending rank 0's values first: there are none yet."""
+        """Shards the base as Init does, but does not send rank 0's values first: there are none yet."""
 
         complete = False
 
         def _zero_init_param(self, param: Any) -> None:
-            if self.complete:  # the adapter, later: all ranks get rank 0's
+            if self.complete:  # the adapter comes later, and all ranks get rank 0's
                 super()._zero_init_param(param)
                 return
             self._convert_to_deepspeed_param(param)
@@ -195,7 +189,7 @@ def _layers(model: Any) -> list[nn.Module]:
 
 
 def _groups(model: Any) -> list[list[Weight]]:
-    """Return the parameters in groups: those of a decoder layer together, each other one by itself."""
+    """Return the parameters in groups: those of a decoder layer together, each other parameter by itself."""
     layer_of = {id(p): number for number, layer in enumerate(_layers(model)) for p in layer.parameters()}
     groups: dict[int, list[Weight]] = {}
     for weight in weights_of(model):
@@ -206,7 +200,7 @@ def _groups(model: Any) -> list[list[Weight]]:
 
 def _parameters_that_peft_copies(config: Config, model: nn.Module) -> set[nn.Parameter]:
     """Return the parameters of lora.modules_to_save."""
-    endings = tuple(config.lora.modules_to_save or ())  # none: no name ends with an empty tuple
+    endings = tuple(config.lora.modules_to_save or ())  # if empty, no name ends with it
     modules = [module for name, module in model.named_modules() if name.endswith(endings)]
     return {parameter for module in modules for parameter in module.parameters()}
 

@@ -1,7 +1,4 @@
-"""How this attempt spreads the model over ranks: as the config says, or as auto decides for these GPUs.
-
-All ranks decide the same.
-"""
+"""How this attempt spreads the model over ranks, by the config or by auto; all ranks decide the same."""
 
 import logging
 import os
@@ -28,11 +25,8 @@ log = logging.getLogger("qwenlora")
 
 
 class Spread(NamedTuple):
-    """A strategy, as decided.
-
-    shape: of the device mesh over which fsdp and zero3 shard the base, [replicas, shards] or [shards];
-    deepspeed: its config, for zero1 to zero3; why: auto's reason, one sentence, or empty.
-    """
+    """A chosen strategy. shape: of the mesh over which fsdp and zero3 shard the base, [replicas, shards] or
+    [shards]; deepspeed: its config, for zero1 to zero3; why: auto's reason, one sentence, or empty."""
 
     name: str = "ddp"
     shape: tuple[int, ...] = (1,)
@@ -41,12 +35,12 @@ class Spread(NamedTuple):
 
     @property
     def description(self) -> str:
-        """Return the strategy in words: fsdp in 2 groups of 8."""
+        """Return the strategy in words, as `fsdp in 2 groups of 8`."""
         return self.name + (f" in {self.shape[0]} groups of {self.shape[1]}" if len(self.shape) == 2 else "")
 
 
 def machine() -> Machine:
-    """Return what this run has: nodes and processes by the launcher's variables, GPUs by torch."""
+    """Return this run's machine: nodes and processes by the launcher's variables, GPUs by torch."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if not torch.cuda.is_available():
@@ -60,10 +54,8 @@ def machine() -> Machine:
 
 
 def choose(config: Config, parameters: Parameters, accumulation: int, longest: int = 0) -> Spread:
-    """Return the strategy of this attempt; all ranks call it. longest: row, in tokens; 0: data.max_length.
-
-    Raises: ValueError when no strategy fits the GPUs, or the config's cannot run here.
-    """
+    """Return this attempt's strategy; all ranks call it. longest: row, in tokens; 0: data.max_length. Raises:
+    ValueError when no strategy fits the GPUs, or the config's cannot run here."""
     here = machine()
     dtype = str(models.pick_dtype(config.model.dtype)).removeprefix("torch.")  # auto is float16 on old GPUs
     resolved = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
@@ -102,8 +94,7 @@ def load_base(config: Config, base: str, spread: Spread) -> Any:
 
 
 def replicate_trained(model: Any) -> Any:
-    """Return a model with a sharded base under DDP, which sees only the trained parameters, whole on every
-    rank."""
+    """Return a sharded model under DDP, which sees only its trained parameters, whole on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return model
     ignored = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -113,7 +104,7 @@ def replicate_trained(model: Any) -> Any:
 
 
 def join_alone() -> None:
-    """Make a process group of one where there is none: FSDP2 and DeepSpeed need one."""
+    """Make a process group of this process alone if there is no group: FSDP2 and DeepSpeed need one."""
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it

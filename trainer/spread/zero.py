@@ -2,8 +2,7 @@
 
 Hugging Face's integration is not used: it would cast the adapter to the base's dtype, take over loading and
 checkpoints, and take a step before ranks could agree to leave it out. Nothing is compiled: the optimizer is
-torch's.
-Source: https://deepspeed.readthedocs.io/en/latest/zero3.html#debugging
+torch's. Source: https://deepspeed.readthedocs.io/en/latest/zero3.html#debugging
 """
 
 import math
@@ -28,7 +27,7 @@ def start_communication() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
-    # compiling it takes a minute and a half on each new machine, for an all-reduce that only inference uses
+    # only inference uses this all-reduce, and compiling it takes 90 seconds on each new machine
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
@@ -47,11 +46,8 @@ class OptimizerOfZero(AcceleratedOptimizer):
 
 
 class Zero:
-    """The engine of a model.
-
-    optimizer: torch's, over the model's trained parameters. From now on it holds this rank's shards of them,
-    flattened.
-    """
+    """DeepSpeed's engine for a model. optimizer: torch's, over the model's trained parameters; from now on it
+    holds this rank's shards of them, flattened."""
 
     def __init__(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: DeepSpeedConfig
@@ -80,15 +76,13 @@ class Zero:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Clip, take the optimizer's step, and return the gradients' norm before both.
-
-        With a norm that is not finite, DeepSpeed drops the gradients and changes nothing.
-        """
+        """Clip, take the optimizer's step, and return the gradients' norm before both. If that is not finite,
+        DeepSpeed drops the gradients and changes nothing."""
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
     def spoil(self) -> None:
-        """Make the current step change nothing, by a gradient that is not finite."""
+        """Make the current step change nothing, by setting a gradient that is not finite."""
         from deepspeed.utils import safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
 
         parameter = self.parameters[0][1]
@@ -97,11 +91,10 @@ class Zero:
         else:
             safe_set_full_grad(parameter, torch.full_like(parameter, math.nan))
 
-    # ---- what is sharded
+    # ---- the sharded state
 
     def whole(self) -> AbstractContextManager[Any]:
-        """Gather all trained parameters on every rank while the context is open, to be read; all ranks enter
-        it."""
+        """Gather all trained parameters, to read them while the context is open; all ranks must enter it."""
         return self._gathered([p for _, p in self.parameters]) if self.stage == 3 else nullcontext()
 
     @staticmethod
@@ -131,16 +124,14 @@ class Zero:
 
     def _link(self) -> None:
         """Have DeepSpeed link each parameter to its part of the optimizer's state."""
-        # by itself it links all groups after the first group's step, when the others have no state yet
+        # DeepSpeed itself links all groups after the first group's step, when the others have no state yet
         if self.stage < 3 and any(self.optimizer.state.get(flat) for flat in self._flat()):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _keys(self) -> tuple[list[str], dict[str, Tensor | float]]:
-        """Return the keys of state that each trained number has, and what a parameter has once, as the step.
-
-        Sorted: all ranks must gather in the same order, and a restored state has its keys in any order.
-        """
+        """Return the state's keys with a value per trained number, and its items that a parameter has once,
+        as step. Sorted, so that all ranks gather in the same order: a restored state has its keys in any."""
         flat = next(iter(self._flat()), None)
         values = {} if flat is None else self.optimizer.state[flat]
         if flat is None or not values:
@@ -183,7 +174,7 @@ class Zero:
             for key, value in first.items():
                 if key not in per_number:
                     state[key] = value.clone()
-                elif key not in state:  # before the first step; else it stays: DeepSpeed has views of it
+                elif key not in state:  # before the first step; otherwise keep it: DeepSpeed has views of it
                     state[key] = torch.zeros_like(flat)
         return per_number
 
