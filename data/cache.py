@@ -127,7 +127,7 @@ def build_once(
 ) -> AnyIndex:
     """Return the index of a folder, built now unless it exists or another process builds it.
 
-    build: fills an empty folder and returns its index; if it raises, nothing stays. say: tells who is waited
+    build: fills an empty folder, returns its index; if it raises, nothing stays. say: tells who is waited
     for.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -99,8 +99,7 @@ def _fill(available: int, left: Numbers, max_length: int) -> list[int]:
 
 
 def _upper(pairs: int, room: int, middle: int) -> int:
-    """Return the bits of the longer row of each pair that fills room. middle: rows left of half its
-    length."""
+    """Return the bits of the longer row of each pair that fills room. middle: rows left of half of it."""
     half, odd = divmod(room, 2)
     upper = pairs >> (half + odd) << (half + odd)
     return upper if odd or middle >= 2 else upper & ~(1 << half)
