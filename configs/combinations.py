@@ -40,7 +40,7 @@ class Rule(NamedTuple):
     instead: str
 
     def message(self, config: Config, machine: Machine) -> str:
-        """Return the one line that refuses it."""
+        """Return the refusal, on one line."""
         settings = self.settings.format(config=config, strategy=config.strategy, machine=machine)
         return f"{settings}: {self.why}; {self.instead}"
 

@@ -93,9 +93,7 @@ class Fixed(NamedTuple):
 
 def deepspeed_config(config: Config, name: str, processes: int, accumulation: int) -> Settings:
     """Return DeepSpeed's config for zero1 to zero3. processes: of a node; accumulation: micro-batches a step.
-
-    Raises: ValueError when strategy.deepspeed_config cannot be read, or contradicts config.
-    """
+    Raises: ValueError when strategy.deepspeed_config cannot be read, or contradicts config."""
     made = _made(config, name, processes, accumulation)
     if config.strategy.deepspeed_config is None:
         return made

@@ -148,17 +148,13 @@ def traffic(
 
 def break_even(config: Config, bandwidth: float) -> int:
     """Return how many tokens in a GPU's micro-batch hide the gathering of the base, on an H100.
-
-    4 FLOP a number and token against 4 bytes a number (nf4: a quarter). bandwidth: bytes a second.
-    """
+    4 FLOP a number and token against 4 bytes a number (nf4: a quarter). bandwidth: bytes a second."""
     return int(FLOPS / bandwidth / (4 if config.strategy.quantization == "nf4" else 1))
 
 
 def decide(config: Config, sizes: Sizes | None, machine: Machine) -> Decision:
     """Return the strategy of a run; no choice changes precision or results. sizes: needed for auto on GPUs.
-
-    Raises: ValueError when strategy.name is auto and nothing fits the GPUs.
-    """
+    Raises: ValueError when strategy.name is auto and nothing fits the GPUs."""
     strategy = config.strategy
     if strategy.name != "auto":
         return Decision(strategy.name, strategy.shard_group, "")
@@ -263,7 +259,7 @@ def _leaner(config: Config, fits: Callable[[Config], Any]) -> list[tuple[str, Co
 
 
 def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, least: MemoryNeed) -> str:
-    """Return the refusal, with what would fit."""
+    """Return the refusal, with settings that would fit."""
 
     def fits(changed: Config, on: Machine = machine) -> str | None:
         ways = _ways(changed, sizes, on)

@@ -107,7 +107,7 @@ def _typed(field: FieldInfo, raw: str) -> object:
     except ValueError:
         return raw
     adapter: TypeAdapter[object] = TypeAdapter(field.rebuild_annotation())
-    # YAML drops spaces and what follows a #; a command line's text is meant as it is, unless it is quoted
+    # YAML drops spaces and text after a #; on a command line both belong to the value, unless it is quoted
     as_typed = (isinstance(value, str) and raw[:1] not in "\"'") or (value is None and "#" in raw)
     candidates = [raw, value] if as_typed else [value, raw]
     if isinstance(value, dict | list) and _takes(adapter, ["a"]):

@@ -54,16 +54,14 @@ def build_arrays(
     folder: Path, sources: list[Source], tokenizer: Any, data: Data, console: Console | None = None
 ) -> PreparedIndex:
     """Write the pieces of all sources into folder/train and folder/eval; return the index.
-
-    Raises: ValueError for damaged files, bad rows (with data.on_bad_row=error) or too little space.
-    """
+    Raises: ValueError for damaged files, bad rows (with data.on_bad_row=error) or too little space."""
     global _using
     start = time.monotonic()
     size = sum(path.stat().st_size for source in sources for path in source.files)
     _check_space(folder, size)
     processes = data.num_proc or len(os.sched_getaffinity(0))
     if size < SMALL_BYTES or processes == 1:
-        processes = 0  # all in this one
+        processes = 0  # this one does all the work
     _using = Tokenising(data, Encoder(tokenizer, data.train_on))
     writer = ArrayWriter(folder, sources, data)
     memory = _PeakMemory()

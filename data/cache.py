@@ -57,7 +57,7 @@ class _FileDigest(Record):
 
 
 class _Claim(Record):
-    """Who builds a folder. token: tells one claim of a process from the next."""
+    """The process that builds a folder. token: tells one claim of a process from the next."""
 
     host: str
     pid: int
@@ -126,10 +126,7 @@ def build_once(
     say: Callable[[str], None] = lambda _: None,
 ) -> AnyIndex:
     """Return the index of a folder, built now unless it exists or another process builds it.
-
-    build: fills an empty folder, returns its index; if it raises, nothing stays. say: tells who is waited
-    for.
-    """
+    build: fills an empty folder and returns its index; an error leaves nothing. say: is told of a wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     claim = folder.with_name(f"{folder.name}.claim")
     while (index := read_index(folder, kind)) is None:

@@ -15,9 +15,7 @@ _MARKS = {  # UTF-32's begin with UTF-16's, so they come first
 
 def named(path: Path, head: bytes, encoding: str | None) -> str | None:
     """Return the encoding that a file's mark (BOM) gives, else the config's. head: the file's first bytes.
-
-    Raises: ValueError when there is no such encoding, or UTF-16 without a mark is not named in the config.
-    """
+    Raises: ValueError when there is no such encoding, or UTF-16 without a mark is not named in the config."""
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name
@@ -39,9 +37,7 @@ def named(path: Path, head: bytes, encoding: str | None) -> str | None:
 
 def find(path: Path, read: Callable[[], Iterator[bytes]], note: Callable[[str], None]) -> str:
     """Return utf-8, or gb18030 for a file that decodes so and reads like Chinese. Raises: ValueError.
-
-    read: gives the file's blocks from the start; note: is called with a line when it is gb18030.
-    """
+    read: gives the file's blocks from the start; note: is called with a line when it is gb18030."""
     if _is_utf8(path, read()):
         return "utf-8"
     # Latin-1 and Big5 decode as GB18030, too, but to characters that hardly anyone uses

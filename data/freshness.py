@@ -30,9 +30,7 @@ _ROOMS = ("configs", "data", "run", "trainer")
 
 def stamp(config: Config, base: str, *, on_gpu: bool) -> str:
     """Return a hash of all that preparation depends on. base: folder or hub name of the base model.
-
-    It is empty where a change could be missed: with hub names, and just after a file of rows was changed.
-    """
+    It is empty where a change could be missed: with hub names, and just after a file of rows was changed."""
     found = sources.find(config.data)
     folders = [Path(name).expanduser() for name in (base, config.model.tokenizer) if name]
     if not all(map(Path.is_dir, folders)) or any(source.dataset is not None for source in found):

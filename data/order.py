@@ -111,9 +111,7 @@ def accumulation_steps(
     global_batch_size: int, per_device_batch_size: int, world_size: int, sequence_parallel: int = 1
 ) -> int:
     """Return the micro-batches a rank computes in a step. sequence_parallel: ranks that share each of them.
-
-    Raises: ValueError when global_batch_size, or the number of ranks, cannot be divided evenly.
-    """
+    Raises: ValueError when global_batch_size, or the number of ranks, cannot be divided evenly."""
     at_once = per_device_batch_size * teams_of(world_size, sequence_parallel)
     shared = sequence_parallel > 1
     if global_batch_size % at_once:

@@ -12,7 +12,7 @@ from qwenlora.data.chat import Encoder, Tokens
 from qwenlora.data.rows import Row
 from qwenlora.data.turns import Message
 
-Exchange = list[Message]  # a user's turn and what follows it, up to the next user's turn
+Exchange = list[Message]  # a user's turn and all turns up to the next user's
 
 
 class CutRow(NamedTuple):

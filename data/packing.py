@@ -107,9 +107,7 @@ def _upper(pairs: int, room: int, middle: int) -> int:
 
 def spread(lengths: npt.NDArray[np.integer], packs: int, max_length: int) -> list[list[int]] | None:
     """Return rows dealt to packs, about equal in tokens; None when a pack would exceed max_length.
-
-    lengths: int [rows]. Longest first, each to the emptiest pack (Graham's LPT rule); packs may stay empty.
-    """
+    lengths: int [rows]. Longest first, each to the emptiest pack (Graham's LPT rule); some may stay empty."""
     dealt: list[list[int]] = [[] for _ in range(packs)]
     totals = np.zeros(packs, np.int64)
     for row in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():

@@ -45,11 +45,9 @@ _NO_MATTER = {"__init__.py", "cache.py", "freshness.py", "order.py", "report.py"
 
 
 class Side(NamedTuple):
-    """The pieces of one side, memory-mapped. A piece is a row, or a part of a long row.
-
-    ids: int32 [tokens], trained: bool [tokens]; starts: int64 [pieces]; lengths, trained_lengths, row_of (the
-    piece's row): int32 [pieces]; places: int32 [rows, 3], source, file and line.
-    """
+    """The pieces of one side, memory-mapped. A piece is a row, or a part of a long row. ids: int32 [tokens],
+    trained: bool [tokens]; starts: int64 [pieces]; lengths, trained_lengths, row_of (the piece's row): int32
+    [pieces]; places: int32 [rows, 3], source, file and line."""
 
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
@@ -92,7 +90,7 @@ class Prepared:
         yield from counts.bad_lines(self.folder, self.sources)
 
     def place(self, side: SideName, row: int) -> str:
-        """Return where a row stands. row: its number in the folder's places.npy."""
+        """Return a row's place, for messages. row: its number in the folder's places.npy."""
         source, file, line = map(int, np.load(self.folder / side / "places.npy", mmap_mode="r")[row])
         return self.sources[source].place(file, line)
 

@@ -47,9 +47,7 @@ def read_chunks(
     path: Path, encoding: str | None = None, note: Callable[[str], None] = lambda _: None
 ) -> Iterator[Chunk]:
     """Yield a file's rows in order. encoding: Python's name; note: is called with a line on guesses.
-
-    Raises: ValueError naming file, line and cure when the file cannot be read to its end.
-    """
+    Raises: ValueError naming file, line and cure when the file cannot be read to its end."""
     try:
         with path.open("rb") as raw:
             yield from _chunks(path, raw, encoding, note)
@@ -108,7 +106,7 @@ def _refuse_other_formats(path: Path, head: bytes) -> None:
 
 
 def extension(path: Path) -> str:
-    """Return the extension that says what is inside, in lower case: .csv of MY.CSV.gz."""
+    """Return the extension of the content, in lower case: .csv for MY.CSV.gz."""
     name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return name.suffix.lower()
 

@@ -84,7 +84,7 @@ def _options(entry: SourceEntry, data: Data) -> RowOptions:
 
 
 def _files(entry: SourceEntry, side: SideName, note: Callable[[str], None]) -> tuple[list[Path], Any]:
-    """Return an entry's files, and its data set where it is one."""
+    """Return an entry's files, and its data set if it names one."""
     name = entry.path
     if name == "example":
         return [Path(str(resources.files("qwenlora.data") / "examples" / EXAMPLES[side]))], None
@@ -118,7 +118,7 @@ def _matches(pattern: Path, key: str) -> list[Path]:
 
 
 def _printable(path: Path) -> Path:
-    """Refuse a name that cannot be shown, such as those from a zip archive in GBK."""
+    """Refuse a name that cannot be shown, such as a GBK name from a zip archive."""
     try:
         str(path).encode()
     except UnicodeEncodeError:

@@ -116,7 +116,7 @@ def dataset_chunks(dataset: Any) -> Iterator[Values]:
 
 
 def _twice(names: list[str]) -> str | None:
-    """Return the first name that stands twice."""
+    """Return the first name that occurs twice, if any."""
     return next((name for name in names if names.count(name) > 1), None)
 
 

@@ -30,11 +30,9 @@ class Tokenising(NamedTuple):
 
 
 class TokenArrays(NamedTuple):
-    """The pieces and rows of one chunk and side. A piece is a row, or a part of a long row.
-
-    ids: int32 [tokens], trained: bool [tokens]; lengths, row_of (the piece's row in this chunk): int32
-    [pieces]; lines, whole (tokens before data.overlength): int32 [rows]; digests: uint8 [rows, 16].
-    """
+    """The pieces and rows of one chunk and side. A piece is a row, or a part of a long row. ids: int32
+    [tokens], trained: bool [tokens]; lengths, row_of (the piece's row in this chunk): int32 [pieces]; lines,
+    whole (tokens before data.overlength): int32 [rows]; digests: uint8 [rows, 16]."""
 
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
@@ -107,7 +105,7 @@ def _unrenderable(encoder: Encoder, rows: list[Row]) -> Iterator[tuple[int, str]
 
 
 def _pieces(using: Tokenising, row: Row, tokens: Tokens, counts: Counter[str]) -> list[Tokens]:
-    """Return the pieces of a row, and count what became of a long one. Raises: BadRow."""
+    """Return the pieces of a row, and count the outcome for a long one. Raises: BadRow."""
     data = using.data
     if len(tokens.ids) <= data.max_length:
         return [tokens]

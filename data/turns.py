@@ -20,7 +20,7 @@ ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's: text with one of them would forge a turn
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's marks: text that has one would forge a turn
 THINK, THOUGHT = "<think>", "</think>"
 # JSON of tools and arguments may nest this deep; deeper JSON is no call, and would end in a RecursionError
 MAX_DEPTH = 100

@@ -92,7 +92,7 @@ def read(folder: Path) -> Manifest:
 
 
 def read_state(folder: Path) -> State:
-    """Return what a resume from a checkpoint needs besides tensors. Raises: OSError or ValueError."""
+    """Return the state that a resume needs besides tensors. Raises: OSError or ValueError."""
     return State.parse(content(folder, STATE))
 
 
@@ -121,7 +121,7 @@ def flaw(folder: Path, *, thorough: bool = True) -> str:
 
 
 def _file_flaw(file: Path, written: FileEntry, thorough: bool) -> str:
-    """Return how a file of a checkpoint differs from what was written, or an empty text."""
+    """Return how a checkpoint's file differs from its manifest entry, or an empty text."""
     if not file.is_file():
         return f"lacks {file.name}"
     if (size := file.stat().st_size) != written.bytes:
@@ -148,9 +148,7 @@ def adapter_flaw(folder: Path) -> str:
 
 def choose(run: RunFolder, resume: str, identity: Identity, allowed: Sequence[str] = ()) -> Chosen:
     """Return the checkpoint to resume from. resume: auto (newest whole one, if any), none, a name or a path.
-
-    Raises: ValueError when the named one is broken or another run's, or when all are broken.
-    """
+    Raises: ValueError when the named one is broken or another run's, or when all are broken."""
     if resume == "none":
         return Chosen(None, [], "")
     if resume != "auto":
@@ -176,9 +174,7 @@ def choose(run: RunFolder, resume: str, identity: Identity, allowed: Sequence[st
 
 def named(run: RunFolder, resume: str, config: dict[str, Any], allowed: Sequence[str] = ()) -> Path:
     """Return the folder that --resume names: in the run folder, or a path. Only its manifest is read.
-
-    Raises: ValueError when it does not exist, is no checkpoint, or was written with another config.
-    """
+    Raises: ValueError when it does not exist, is no checkpoint, or was written with another config."""
     inside, outside = run.path / resume, Path(resume).expanduser().absolute()
     folder = inside if inside.is_dir() else outside
     if not folder.is_dir():
@@ -255,9 +251,7 @@ def clear_leftovers(run: RunFolder) -> None:
 
 def rotate(run: RunFolder, limit: int | None, losses: dict[int, float]) -> None:
     """Remove the oldest whole checkpoints beyond limit, but neither the newest nor the best.
-
-    losses: {step: eval_loss}, empty if the best does not matter. A limit of 1 keeps the best and the newest.
-    """
+    losses: {step: eval_loss}, empty if the best does not matter. A limit of 1 keeps both best and newest."""
     whole = [folder for folder in run.checkpoints() if not flaw(folder, thorough=False)]
     kept = whole[: limit or None]
     known = [folder for folder in whole if step_of(folder) in losses]
@@ -270,7 +264,7 @@ def rotate(run: RunFolder, limit: int | None, losses: dict[int, float]) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint if it exists. It is renamed first, so that half of one is never seen."""
+    """Remove a checkpoint if it exists. It is renamed first, so that nobody sees half a checkpoint."""
     if folder.exists():
         gone = folder.with_name(f".removing-{folder.name}")
         shutil.rmtree(gone, ignore_errors=True)

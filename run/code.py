@@ -51,7 +51,7 @@ def _commit(folder: Path) -> str | None:
 
 
 def _ask_git(folder: Path, *arguments: str) -> str:
-    """Return what git prints; empty when it fails or is not there."""
+    """Return git's output; empty when it fails or is missing."""
     if not shutil.which("git"):
         return ""
     answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)

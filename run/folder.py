@@ -36,7 +36,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
         self.base_model = self.path / "base_model"  # of model.name_or_path: tiny
-        self.facts = self.path / "facts.json"  # what was counted before the ranks started
+        self.facts = self.path / "facts.json"  # counts made before the ranks start
         self.bad_rows = self.path / "bad_rows.txt"
         self.comparison = self.path / "comparison.json"  # of `qwenlora compare`
         self.report = self.path / "report.html"  # of `qwenlora report`
@@ -81,7 +81,8 @@ class RunFolder:
         return [RankError.read(file) for file in self.logs(attempt).glob("*.error.json")]
 
     def read_facts(self) -> Facts:
-        """Return what preparation counted. Raises: OSError or ValueError when facts.json cannot be read."""
+        """Return the facts that preparation recorded. Raises: OSError or ValueError when facts.json cannot be
+        read."""
         return Facts.read(self.facts)
 
     def write_facts(self, facts: Facts) -> None:

@@ -11,10 +11,9 @@ _VARIABLE = "QWENLORA_HANDOVER"
 @dataclass(frozen=True)
 class Handover:
     """The values for a rank. attempt: its number, 0 without an agent; resume: which checkpoint; allowed:
-    config keys that may differ from the run's earlier attempts; prepare_s: seconds of preparation; beats: the
-    node's folder for signs of life (heartbeat.py), if any; only_check: do the checks before a start, and
-    leave; screen: where rank 0 borrows the agent's screen (lent_screen.py), empty if its own output is
-    that."""
+    config keys that may differ from earlier attempts; prepare_s: seconds of preparation; beats: the node's
+    folder for signs of life (heartbeat.py), if any; only_check: do the checks before a start, then leave;
+    screen: where rank 0 borrows the agent's screen (lent_screen.py), unless its own output is that."""
 
     attempt: int = 0
     resume: str = "auto"

@@ -46,9 +46,7 @@ class History:
 
     def begin(self, processes: int, *, killed_by: str = "", **facts: Any) -> int:
         """Record an attempt's start, and the end of a killed one before it; return its number, from 1.
-
-        killed_by: Slurm's word for what killed the earlier one; facts: other fields of the new Attempt.
-        """
+        killed_by: Slurm's word for what killed the earlier one; facts: other fields of the new Attempt."""
         with self._alone():
             attempts = self.attempts()
             if attempts and not attempts[-1].end:
@@ -173,9 +171,7 @@ class ProgressFile:
 
 def goodput(attempts: Sequence[Attempt]) -> float | None:
     """Return the share of the attempts' time that went into steps of the final history; None before any.
-
-    The rest went into start-up, saving, repeated steps, and work cut short. Refused attempts do not count.
-    """
+    The rest went into start-up, saving, repeated steps, and work cut short. Refused attempts do not count."""
     total = useful = 0.0
     kept_until = math.inf
     for attempt in reversed(attempts):

@@ -120,11 +120,9 @@ class Progress(Record):
 
 
 class Parameters(BaseModel):
-    """Counts of numbers. body: matrices that every token passes; head: the output matrix.
-
-    hidden_size, intermediate_size, kv_width: widths of a token's activations in a layer; for a mixture of
-    experts, in those that the token meets. 0 in runs of a version before 0.1.
-    """
+    """Counts of numbers. body: matrices that every token passes; head: the output matrix; hidden_size,
+    intermediate_size, kv_width: widths of a token's activations in a layer; for a mixture of experts, in
+    those that the token meets; 0 in runs of a version before 0.1."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -227,7 +225,7 @@ class Identity(BaseModel):
 
 
 class FileEntry(BaseModel):
-    """A file of a checkpoint, as it was written."""
+    """The size and hash of a checkpoint's file as it was written."""
 
     model_config = ConfigDict(frozen=True)
 

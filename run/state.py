@@ -75,6 +75,6 @@ def _without_an_end(
     """Return the state of a run whose last attempt has not recorded how it ended."""
     if holder_is_alive is not None:
         return "running" if holder_is_alive else "killed"
-    if attempt.job_id and job:  # without job_id it was started by hand, and the job is an older one
+    if attempt.job_id and job:  # without a job_id it was started by hand, and the job is an older one
         return "running" if job.is_alive else "killed"
     return "running" if silent_s < SILENT_S else "unknown"
