@@ -57,7 +57,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _has(key: str, values: Values, places: Places) -> bool:
-    """Whether the file has the key, or something other than a section in its section's place."""
+    """Return whether the file has the key, or something other than a section in its section's place."""
     section = key.partition(".")[0]
     return key in places or (section in places and not isinstance(values[section], dict))
 
@@ -101,7 +101,7 @@ def _set(values: Values, key: str, value: object) -> None:
 
 
 def _typed(field: FieldInfo, raw: str) -> object:
-    """Return the override's value as YAML reads it, or as the text it is where the key wants text."""
+    """Return the override's value as YAML reads it, or as it was typed where the key takes text."""
     try:
         value = parse_yaml(raw, COMMAND_LINE)
     except ValueError:

@@ -89,7 +89,7 @@ def digest_of(path: Path, cache: Path) -> str:
     # a further change within the clock's tick would be missed: then it is not remembered
     settled = time.time_ns() - max(state.mtime_ns, state.ctime_ns) > 2e9
     if state_of(path) == state and settled:
-        with suppress(OSError):  # preparation refuses a cache that cannot be written, in better words
+        with suppress(OSError):  # preparation refuses a cache that cannot be written, with a clearer message
             entry.parent.mkdir(parents=True, exist_ok=True)
             digest = _FileDigest(path=str(path.absolute()), state=state, sha256=sha256)
             write_atomically(entry, digest.text(indent=None))
@@ -125,8 +125,8 @@ def build_once(
     build: Callable[[Path], AnyIndex],
     say: Callable[[str], None] = lambda _: None,
 ) -> AnyIndex:
-    """Return the index of a folder, built now unless it exists or another process builds it.
-    build: fills an empty folder and returns its index; an error leaves nothing. say: is told of a wait."""
+    """Return a folder's index; the folder is built now unless it exists or another process builds it.
+    build: fills an empty folder and returns the index (an error leaves nothing); say: is called on a wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     claim = folder.with_name(f"{folder.name}.claim")
     while (index := read_index(folder, kind)) is None:

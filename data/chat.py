@@ -160,7 +160,7 @@ class Encoder:
         return spans
 
     def _no_thoughts(self, text: str, messages: list[Message]) -> list[bool]:
-        """Return whether NO_THOUGHT is before each reply. Raises: BadRow when the text has other replies."""
+        """Return for each reply whether NO_THOUGHT is before it. Raises: BadRow when replies differ."""
         turns = [turn[2] for turn in _TURN.finditer(text) if turn[1] == "assistant"]
         replies = [message for message in messages if message["role"] == "assistant"]
         if len(turns) != len(replies):

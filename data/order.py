@@ -41,7 +41,7 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch; the last holds what is left, so that no row is dropped or seen twice."""
+        """Optimizer steps an epoch; the last has the remaining units: no row is dropped or seen twice."""
         return math.ceil(self.units / self.global_batch_size)
 
     @cached_property

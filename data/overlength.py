@@ -24,7 +24,7 @@ class CutRow(NamedTuple):
 
 
 def cut_to_length(row: Row, tokens: Tokens, encoder: Encoder, data: Data) -> CutRow:
-    """Return a long row's pieces, none when dropped. Raises: BadRow when truncation leaves none trained."""
+    """Return a long row's pieces, if any. Raises: BadRow when truncation leaves no trained token."""
     limit = data.max_length
     if data.overlength == "truncate":
         piece = _piece(tokens, 0, limit)

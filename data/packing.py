@@ -34,7 +34,7 @@ class Packs:
 
 
 def pack(lengths: npt.NDArray[np.integer], max_length: int) -> Packs:
-    """Return packs of rows of these lengths, int [rows], each > 0. Raises: ValueError over max_length."""
+    """Return packs of rows of these lengths, int [rows], > 0. Raises: ValueError for one over max_length."""
     if len(lengths) and int(lengths.max()) > max_length:
         raise ValueError(f"a row of {int(lengths.max())} tokens does not fit into a pack of {max_length}")
     by_length = np.argsort(lengths, kind="stable")
@@ -99,7 +99,7 @@ def _fill(available: int, left: Numbers, max_length: int) -> list[int]:
 
 
 def _upper(pairs: int, room: int, middle: int) -> int:
-    """Return the bits of the longer row of each pair that fills room. middle: rows left of half of it."""
+    """Return the bits of the longer rows of pairs that fill room. middle: rows left of length room / 2."""
     half, odd = divmod(room, 2)
     upper = pairs >> (half + odd) << (half + odd)
     return upper if odd or middle >= 2 else upper & ~(1 << half)

@@ -43,7 +43,7 @@ class RunFolder:
         self.wandb_id = self.path / "wandb" / "run_id"
         self.wandb_url = self.path / "wandb" / "url"  # of a run that is online
         self._lock = self.path / ".lock"
-        self._before: dict[Path, str | None] = {}  # their text before this attempt
+        self._before: dict[Path, str | None] = {}  # the files' text before this attempt
 
     @property
     def submitted(self) -> Path:
@@ -81,8 +81,7 @@ class RunFolder:
         return [RankError.read(file) for file in self.logs(attempt).glob("*.error.json")]
 
     def read_facts(self) -> Facts:
-        """Return the facts that preparation recorded. Raises: OSError or ValueError when facts.json cannot be
-        read."""
+        """Return the facts that preparation recorded. Raises: OSError or ValueError for a bad facts.json."""
         return Facts.read(self.facts)
 
     def write_facts(self, facts: Facts) -> None:
