@@ -1,4 +1,4 @@
-"""What a config may say (schema), and how one is read (load). Nothing here imports torch."""
+"""The keys of a config (schema), and how it is read (load). Nothing here imports torch."""
 
 from qwenlora.configs.load import load_config
 from qwenlora.configs.schema import Config

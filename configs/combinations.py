@@ -1,8 +1,5 @@
-"""Which settings cannot run together, why, and what can: a table, and `refuse(config, machine)`, which
-applies it.
-
-Nothing here loads a model; what depends on the base (attention heads) is refused by the trainer.
-"""
+"""The settings that cannot run together, why, and what to set instead. Nothing here loads a model: the
+trainer refuses what depends on the base (attention heads)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,17 +7,14 @@ from typing import NamedTuple
 from qwenlora.configs.schema import Config
 
 ZERO = ("zero1", "zero2", "zero3")
-# optimizers that compute each number by itself, whatever it is a part of, and make their state at the first
-# step
+# optimizers that update each number by itself, and make their state at the first step
 FLAT = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "lion_32bit")
 SHARDED = ("zero3", "fsdp")  # the base is in parts
 
 
 class Machine(NamedTuple):
-    """Where a run is. processes: ranks a node; gpus: of a node, 0: CPU only.
-
-    gpu_bytes: of the smallest GPU, 0: unknown; nvlink: whether it links all GPUs of a node with each other.
-    """
+    """The machine of a run. processes, gpus: of a node; gpu_bytes: of the smallest GPU, 0: unknown; nvlink:
+    whether it links all GPUs of a node with each other."""
 
     nodes: int
     processes: int
@@ -35,11 +29,8 @@ class Machine(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A combination that is refused.
-
-    what: the combination, for the docs' table; settings: its keys and values, a template for str.format with
-    config, strategy and machine; why: the reason; instead: what to set.
-    """
+    """A combination that is refused. what: for the docs' table; settings: its keys and values, a template for
+    str.format with config, strategy and machine; instead: what to set."""
 
     name: str
     what: str
@@ -49,16 +40,14 @@ class Rule(NamedTuple):
     instead: str
 
     def message(self, config: Config, machine: Machine) -> str:
-        """Return the one line that refuses it."""
+        """Return the refusal, on one line."""
         settings = self.settings.format(config=config, strategy=config.strategy, machine=machine)
         return f"{settings}: {self.why}; {self.instead}"
 
 
 def packs_rows(config: Config, *, on_gpu: bool) -> bool:
-    """Return whether rows are packed. auto is on where attention keeps packed rows apart at no cost.
-
-    That is on a GPU, unless ranks share sequences: then sdpa gets whole packs, without a mask.
-    """
+    """Return whether rows are packed. auto is on where attention keeps packed rows apart at no cost: on a
+    GPU, unless ranks share sequences (sdpa then gets whole packs, without a mask)."""
     apart = config.strategy.sequence_parallel == 1 or config.model.attn_implementation.startswith("flash")
     return config.data.packing == "on" or (config.data.packing == "auto" and on_gpu and apart)
 
@@ -222,7 +211,7 @@ RULES = (
         "it needs a mask over the whole sequence, of which a GPU has a part",
         "set model.attn_implementation: sdpa or flash_attention_2",
     ),
-    # with packing: auto, rows are not packed there: packs_rows()
+    # with packing: auto, rows are not packed in this case: packs_rows()
     Rule(
         "sequence-parallel-packing",
         "`sequence_parallel` over 1 with `data.packing: on` and `attn_implementation: sdpa`",
@@ -245,6 +234,6 @@ def problems(config: Config, machine: Machine) -> list[str]:
 
 
 def refuse(config: Config, machine: Machine) -> None:
-    """Refuse what cannot run. Raises: ValueError, one line a combination."""
+    """Raise ValueError, one line a combination, when the config cannot run on this machine."""
     if lines := problems(config, machine):
         raise ValueError("\n".join(lines))

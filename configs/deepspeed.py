@@ -1,8 +1,7 @@
-"""DeepSpeed's config for zero1 to zero3: made from the run's, or a user's file with what it leaves out.
+"""DeepSpeed's config for zero1 to zero3: made from the run's, or a user's file, completed from the run's.
 
-Where both have a value, it must be the same: the run's config is the one that is printed, kept and compared.
-Source: https://www.deepspeed.ai/docs/config-json/ and the classes in deepspeed.runtime, whose keys a test
-compares with those below.
+Where both have a value, it must be the same, since the run's config is printed, kept and compared.
+Source: https://www.deepspeed.ai/docs/config-json/ and deepspeed.runtime; a test compares its keys with these.
 """
 
 import json
@@ -18,7 +17,7 @@ Settings = dict[str, object]  # DeepSpeed's config, or a block of it
 BUCKET = 50_000_000  # numbers that are sent at once, 200 MB: an adapter's gradients are little more
 NEVER = 2**31 - 1
 
-# keys, of a value or of a block, that a file may have
+# keys, of values and of blocks, that a file may have
 KNOWN = tuple(
     """
     train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping
@@ -54,7 +53,7 @@ ZERO_KEYS = tuple(
     """.split()  # noqa: SIM905 (as a list it is 60 lines)
 )
 _NUMBERS = ("_size", "_threshold", "_distance", "_parameters")
-# keys that older versions of DeepSpeed had: it refuses them itself, later and at length
+# keys of older versions: DeepSpeed itself refuses them, later and with a long message
 REMOVED = (
     *("nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue"),
     *("sparse_attention", "elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop"),
@@ -93,11 +92,8 @@ class Fixed(NamedTuple):
 
 
 def deepspeed_config(config: Config, name: str, processes: int, accumulation: int) -> Settings:
-    """Return DeepSpeed's config. name: zero1, zero2 or zero3; processes: on a node; accumulation:
-    micro-batches a step.
-
-    Raises: ValueError when strategy.deepspeed_config cannot be read, or contradicts config.
-    """
+    """Return DeepSpeed's config for zero1 to zero3. processes: of a node; accumulation: micro-batches a step.
+    Raises: ValueError when strategy.deepspeed_config cannot be read, or contradicts config."""
     made = _made(config, name, processes, accumulation)
     if config.strategy.deepspeed_config is None:
         return made
@@ -106,7 +102,7 @@ def deepspeed_config(config: Config, name: str, processes: int, accumulation: in
     if problems := _problems(theirs, _fixed(config, name, processes, accumulation)):
         raise ValueError("\n".join(f"strategy.deepspeed_config={path}: {line}" for line in problems))
     merged = _merged(made, theirs)
-    merged.pop("train_batch_size", None)  # it would count each of the ranks that share a sequence
+    merged.pop("train_batch_size", None)  # DeepSpeed would count each of the ranks that share a sequence
     return merged
 
 
@@ -150,8 +146,7 @@ def _made(config: Config, name: str, processes: int, accumulation: int) -> Setti
     zero: Settings = {
         "stage": stage,
         "contiguous_gradients": True,
-        # in stage 3 base weights are fetched while others compute; in 1 and 2 there is one small reduction a
-        # step
+        # stage 3 fetches base weights during computation; 1 and 2 have one small reduction a step
         "overlap_comm": stage == 3,
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
@@ -171,7 +166,7 @@ def _made(config: Config, name: str, processes: int, accumulation: int) -> Setti
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's CPU Adam is compiled at the start, and gives other numbers than torch's
         "zero_force_ds_cpu_optimizer": False,
-        # what is trained is float32, the base keeps its own dtype
+        # trained parameters are float32, the base keeps its own dtype
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
         "steps_per_print": NEVER,
@@ -295,7 +290,7 @@ def _is_on(value: object) -> bool:
 
 
 def _merged(made: Settings, theirs: Settings) -> Settings:
-    """Return made with the values of a file; what is "auto" there stays as made has it."""
+    """Return made, with the values of a file in place of its own, unless they are "auto"."""
     merged = dict(made)
     for key, value in theirs.items():
         if value == "auto" or value is None or key.startswith("_"):
@@ -309,7 +304,7 @@ def _merged(made: Settings, theirs: Settings) -> Settings:
 
 
 def _at(values: Settings, key: str) -> object:
-    """Return the value of a dotted key; None without one."""
+    """Return the value of a dotted key; None where it is missing."""
     value: object = values
     for part in key.split("."):
         value = _block(value).get(part)

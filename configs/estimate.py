@@ -1,7 +1,6 @@
-"""What strategy.name: auto becomes, from estimates of the bytes that a GPU holds and sends.
+"""The choice for strategy.name: auto, from estimates of the bytes that a GPU holds and sends.
 
-`need(config, sizes, "fsdp", machine, "node").total`; `decide(config, sizes, machine)`. 1 GB is 1e9 bytes.
-Within a fifth of published runs of a 7B (tests/configs/test_estimate.py).
+1 GB is 1e9 bytes. Estimates are within a fifth of published runs of a 7B (tests/configs/test_estimate.py).
 """
 
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from qwenlora.configs.schema import Config
 
 # bytes a number: 4 bits, an 8-bit scale for 64 numbers, a float32 scale for 256 of those
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-EAGER = 2.3  # activations with peft's LoRA layers, relative to fused ones
+EAGER = 2.3  # activations with peft's LoRA layers, relative to fused kernels
 RESERVE = 2_000_000_000  # CUDA's context, NCCL's buffers, what the allocator cannot use
 LIVE = 1_000_000_000  # numbers that ZeRO-3 holds gathered (stage3_max_live_parameters)
 FLOPS = 798e12  # bfloat16 matrix products of an H100, measured
@@ -20,10 +19,7 @@ NVLINK, PCIE, NETWORK = 370e9, 25e9, 50e9  # bytes a second that a GPU gets
 
 
 class Sizes(NamedTuple):
-    """Counts of the model's numbers, as run.records.Parameters has them.
-
-    longest: tokens of the longest row, 0: unknown, so data.max_length.
-    """
+    """Counts as in run.records.Parameters. longest: tokens of the longest row; 0: unknown."""
 
     total: int
     trainable: int
@@ -42,7 +38,7 @@ class Sizes(NamedTuple):
 
 
 class MemoryNeed(NamedTuple):
-    """Bytes on a GPU, by use. least_activations: what activations would take with fused kernels."""
+    """Bytes on a GPU, by use. least_activations: activations with fused kernels."""
 
     weights: int
     gathered: int
@@ -54,12 +50,12 @@ class MemoryNeed(NamedTuple):
 
     @property
     def total(self) -> int:
-        """What a run is expected to need."""
+        """The bytes that a run is expected to need."""
         return self.weights + self.gathered + self.trained + self.activations + self.logits + self.reserve
 
     @property
     def least(self) -> int:
-        """What a run needs at least."""
+        """The bytes that a run needs at least."""
         return self.total - self.activations + self.least_activations
 
 
@@ -88,20 +84,17 @@ def tokens_at_once(config: Config, sizes: Sizes) -> int:
 def need(
     config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str = "global"
 ) -> MemoryNeed:
-    """Return what each GPU holds under a strategy.
+    """Return the bytes on each GPU under a strategy.
 
     With n GPUs in a sharding group, b bytes a number (bfloat16: 2), P trained numbers, t tokens at once:
 
-    - weights: b * body + b * (embeddings and head), body in nf4 0.516, in int8 1 byte a number; zero3, fsdp:
-    / n. zero3
-      in node groups holds both, a part of all GPUs' and a part of the node's. offload: params: none.
-    - gathered, zero3 and fsdp: fsdp two layers, embeddings and head; zero3 1e9 numbers, embeddings and head.
+    - weights: b * body + b * (embeddings and head), b of the body 0.516 (nf4) or 1 (int8); zero3, fsdp: / n;
+      zero3 in node groups holds a part of all GPUs' and a part of the node's; none with offload: params.
+    - gathered, zero3 and fsdp: embeddings, head, and two layers (fsdp) or 1e9 numbers (zero3).
     - trained, in float32 with Adam: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P /
-    n
-      (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less.
+      n (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less.
     - activations: t * layers * b (6 h + 2 k + 2 i), times 2.3 with peft's layers; h, k, i: hidden, key and
-    value,
-      intermediate width. gradient_checkpointing: t * layers * b h, and one layer as above.
+      value, intermediate width. gradient_checkpointing: t * layers * b h, and one layer as above.
     - logits: 12 t * vocabulary. reserve: 2e9.
     """
     width = _bytes_a_number(config, machine)
@@ -140,7 +133,7 @@ def need(
 def traffic(
     config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str = "global"
 ) -> Traffic:
-    """Return what a GPU sends, with n GPUs in all and g in a sharding group.
+    """Return the bytes that a GPU sends, with n GPUs in all and g in a sharding group.
 
     step: the adapter's gradients, float32, are averaged: 2 (n - 1) / n * 4 P, whoever holds the result.
     micro_batch, zero3 and fsdp: the base is gathered forward and backward, 2 (g - 1) / g * its bytes; zero3
@@ -154,19 +147,14 @@ def traffic(
 
 
 def break_even(config: Config, bandwidth: float) -> int:
-    """Return the tokens a GPU and micro-batch behind which gathering the base hides, on an H100.
-
-    4 FLOP a number and token against 4 bytes a number (nf4: a quarter). bandwidth: bytes a second.
-    """
+    """Return how many tokens in a GPU's micro-batch hide the gathering of the base, on an H100.
+    4 FLOP a number and token against 4 bytes a number (nf4: a quarter). bandwidth: bytes a second."""
     return int(FLOPS / bandwidth / (4 if config.strategy.quantization == "nf4" else 1))
 
 
 def decide(config: Config, sizes: Sizes | None, machine: Machine) -> Decision:
-    """Return the strategy of a run. It changes neither precision nor results.
-
-    sizes: may be None where nothing depends on them (a strategy that is named; no GPU).
-    Raises: ValueError when strategy.name is auto and nothing fits the GPUs.
-    """
+    """Return the strategy of a run; no choice changes precision or results. sizes: needed for auto on GPUs.
+    Raises: ValueError when strategy.name is auto and nothing fits the GPUs."""
     strategy = config.strategy
     if strategy.name != "auto":
         return Decision(strategy.name, strategy.shard_group, "")
@@ -254,8 +242,7 @@ def _would_allow_ddp(config: Config, sizes: Sizes, machine: Machine) -> list[str
 
 
 def _leaner(config: Config, fits: Callable[[Config], Any]) -> list[tuple[str, Config]]:
-    """Return (setting, changed config) for settings that need less memory; both at once where neither
-    fits."""
+    """Return (setting, changed config) for settings that need less memory; both at once if neither fits."""
     checkpointed = config.model_copy(
         update={"train": config.train.model_copy(update={"gradient_checkpointing": True})}
     )
@@ -272,7 +259,7 @@ def _leaner(config: Config, fits: Callable[[Config], Any]) -> list[tuple[str, Co
 
 
 def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, least: MemoryNeed) -> str:
-    """Return the refusal, with what would fit."""
+    """Return the refusal, with settings that would fit."""
 
     def fits(changed: Config, on: Machine = machine) -> str | None:
         ways = _ways(changed, sizes, on)

@@ -1,7 +1,6 @@
-"""From a YAML file and `key=value` overrides to one validated Config.
+"""A validated Config from a YAML file and `key=value` overrides.
 
-`load_config("configs/tiny.yaml", {"lora.r": 32})`. Every refusal is a ValueError whose lines each name the
-place, the key, the value and what was expected. What the keys mean is schema.py's.
+`load_config("configs/tiny.yaml", {"lora.r": 32})`. Errors name place, key, value and what was expected.
 """
 
 import json
@@ -30,7 +29,7 @@ def load_config(
     """Return the resolved config: the schema's defaults < defaults < the YAML file < overrides.
 
     overrides: `key=value` texts as typed on a command line (the value is YAML), or a mapping of dotted key to
-    value; defaults: dotted key to value, of a site file; defaults_of: what messages call it.
+    value; defaults: dotted key to value, of a site file; defaults_of: their origin, for messages.
     Raises: ValueError, one line a problem.
     """
     path = Path(path)
@@ -58,7 +57,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _has(key: str, values: Values, places: Places) -> bool:
-    """Whether the file has the key, or something other than a section in its section's place."""
+    """Return whether the file has the key, or something other than a section in its section's place."""
     section = key.partition(".")[0]
     return key in places or (section in places and not isinstance(values[section], dict))
 
@@ -69,7 +68,7 @@ def _apply(
     places: Places,
     place: str = COMMAND_LINE,
 ) -> list[str]:
-    """Lay overrides over values; return the problems. place: what messages call their origin."""
+    """Lay overrides over values; return the problems. place: the overrides' origin, for messages."""
     problems, pairs = [], []
     if isinstance(overrides, Mapping):
         pairs = list(overrides.items())
@@ -102,13 +101,13 @@ def _set(values: Values, key: str, value: object) -> None:
 
 
 def _typed(field: FieldInfo, raw: str) -> object:
-    """Return the override's value as YAML reads it, or as the text it is where the key wants text."""
+    """Return the override's value as YAML reads it, or as it was typed where the key takes text."""
     try:
         value = parse_yaml(raw, COMMAND_LINE)
     except ValueError:
         return raw
     adapter: TypeAdapter[object] = TypeAdapter(field.rebuild_annotation())
-    # YAML drops spaces and what follows a #; a command line's text is meant as it is, unless it is quoted
+    # YAML drops spaces and text after a #; on a command line both belong to the value, unless it is quoted
     as_typed = (isinstance(value, str) and raw[:1] not in "\"'") or (value is None and "#" in raw)
     candidates = [raw, value] if as_typed else [value, raw]
     if isinstance(value, dict | list) and _takes(adapter, ["a"]):
@@ -124,7 +123,7 @@ def _takes(adapter: TypeAdapter[object], candidate: object) -> bool:
     return True
 
 
-# ---- what is wrong
+# ---- messages
 
 
 def _explain(error: ValidationError, places: Places, path: Path) -> list[str]:
@@ -144,10 +143,7 @@ def _explain(error: ValidationError, places: Places, path: Path) -> list[str]:
 
 
 def _key_of(loc: tuple[int | str, ...], kind: str) -> tuple[str, str]:
-    """Return the dotted key of a pydantic location, and the place inside its value, as `[0].weight`.
-
-    Only a source of rows has such a place. The tags of unions (`<source>`) are left out.
-    """
+    """Return a pydantic location's dotted key, and the place inside it, as `[0].weight` of a source."""
     names = [str(part) for part in loc]
     if kind in ("extra_forbidden", "missing") and ".".join(names[:2]) not in FIELDS:
         return ".".join(names), ""

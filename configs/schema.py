@@ -87,7 +87,7 @@ _EXPECTED = {
     "custom_error_type": "source",
     "custom_error_message": "a name, {path: ..., weight: ...}, or a list of these",
 }
-# the kind of a value decides what it is checked as, so that a mistake gives one message, not one a kind
+# the kind of a value decides what it is checked as, so that a mistake gives one message, not one for each
 Entry = Annotated[
     Annotated[Text, Tag("<name>")] | Annotated[SourceEntry, Tag("<source>")],
     Discriminator(_kind, **_EXPECTED),

@@ -1,4 +1,4 @@
-"""How messages show values, and say what was expected of them in pydantic's place."""
+"""How messages show values, and what was expected of them."""
 
 import difflib
 import json
@@ -18,7 +18,7 @@ _PLAINER = {
 
 
 def expected(errors: Iterable[ErrorDetails]) -> str:
-    """Return what was expected of one value, by pydantic's errors on it: one for each type it may have."""
+    """Return what was expected of a value. errors: pydantic's, one for each type that it may have."""
     kinds = []
     for error in errors:
         text = _PREFIX.sub("", error["msg"])

@@ -1,7 +1,6 @@
 """YAML as plain values, and the line of every key.
 
-`values, places = read_yaml(path)`. ruamel.yaml would give lines, too, but dates as dates, 1_000 as a number,
-and for a key that stands twice not the line of the first one.
+ruamel.yaml gives lines, too, but reads dates and 1_000 as such, and hides where a repeated key stood first.
 """
 
 import difflib
@@ -64,10 +63,7 @@ def read_yaml(path: Path) -> tuple[Values, Places]:
 
 
 def parse_yaml(text: str, name: str, places: Places | None = None) -> Any:
-    """Return the value of YAML text. name: what messages call it; places: is filled with `name:line`.
-
-    Raises: ValueError naming the line.
-    """
+    """Return a YAML text's value; fill places. name: for messages. Raises: ValueError naming the line."""
     try:
         loader = _Loader(text)
     except yaml.YAMLError as error:  # its constructor reads ahead

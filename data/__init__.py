@@ -1,2 +1,1 @@
-"""From files of rows to tokens on disk, and the order in which they are trained. Nothing here imports
-torch."""
+"""Files of rows become tokens on disk, in the order of training. Nothing here imports torch."""

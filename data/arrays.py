@@ -1,4 +1,4 @@
-"""The files of a prepared folder, written as chunks come in, and what is counted of them."""
+"""The files of a prepared folder, written as chunks come in, and their counts."""
 
 import hashlib
 import json
@@ -61,7 +61,7 @@ class ArrayWriter:
         return BadRows(count=self.bad_rows, among=among, first=self._first_bad)
 
     def finish(self) -> PreparedIndex:
-        """Write the rest; return what was counted."""
+        """Write the rest; return the index."""
         self._bad_file.close()
         weights = [source.weight for source in self.sources]
         once = [1.0] * len(weights)  # evaluation sees every row once
@@ -135,12 +135,12 @@ class _SideWriter:
         return np.ascontiguousarray(np.concatenate(self._parts["digests"])).view("V16").ravel()
 
     def finish(self, weights: list[float]) -> SideCounts:
-        """Write the rest; return what was counted. weights: of the sources."""
+        """Write the rest; return the counts. weights: of the sources."""
         for file in self._files.values():
             file.close()
         arrays = {name: np.concatenate(parts) for name, parts in self._parts.items()}
         starts = np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)])[:-1]
-        pieces = np.arange(len(starts))  # an epoch's, in order
+        pieces = np.arange(len(starts))  # of an epoch, in order
         if any(weight != 1 for weight in weights):
             pieces = np.repeat(pieces, self._repeats(arrays, weights))
         epoch = {

@@ -1,4 +1,4 @@
-"""A row that cannot be trained, and how messages show values: on one line, and printable."""
+"""The error for a row that cannot be trained, and how messages show values: printable, on one line."""
 
 import json
 from collections.abc import Iterable

@@ -1,8 +1,6 @@
-"""Rows made into arrays on disk, by all cores, in the order of the files whatever finishes first.
+"""Rows made into arrays on disk, by all cores, in the order of the files.
 
-One process reads and writes; the others (forked, so that they have the tokenizer) decode and tokenise a
-megabyte at a time. `build_arrays(folder, sources, tokenizer, data)` fills a folder with what prepared.py
-opens, and returns its index.
+One process reads and writes; forks of it, which have the tokenizer, decode and tokenise a megabyte at a time.
 """
 
 import gc
@@ -55,17 +53,15 @@ def _tokenise(source: Source, shape: str | None, chunk: Chunk, check_only: bool)
 def build_arrays(
     folder: Path, sources: list[Source], tokenizer: Any, data: Data, console: Console | None = None
 ) -> PreparedIndex:
-    """Write the pieces of all sources into folder/train and folder/eval; return what was counted.
-
-    Raises: ValueError for files that cannot be read to their end.
-    """
+    """Write the pieces of all sources into folder/train and folder/eval; return the index.
+    Raises: ValueError for damaged files, bad rows (with data.on_bad_row=error) or too little space."""
     global _using
     start = time.monotonic()
     size = sum(path.stat().st_size for source in sources for path in source.files)
     _check_space(folder, size)
     processes = data.num_proc or len(os.sched_getaffinity(0))
     if size < SMALL_BYTES or processes == 1:
-        processes = 0  # no others
+        processes = 0  # this one does all the work
     _using = Tokenising(data, Encoder(tokenizer, data.train_on))
     writer = ArrayWriter(folder, sources, data)
     memory = _PeakMemory()
@@ -90,8 +86,8 @@ def _in_order(pool: "_Pool", writer: ArrayWriter) -> Iterator[tuple[int, int, Ch
     waiting: deque[tuple[int, int, Chunk, Future[TokenisedChunk]]] = deque()
     for number, source in enumerate(writer.sources):
         for file, chunk, shape in chunks_with_shape(source, writer.notes.append):
-            # once there is a bad row, all is refused in the end, and later chunks are only checked for more
-            # (with truncation, they are found among the tokens)
+            # after a bad row all is refused in the end, so later chunks are only checked for more of them
+            # (with truncation, only tokens show them)
             check_only = writer.bad_rows > 0 and data.on_bad_row == "error" and data.overlength != "truncate"
             waiting.append((number, file, chunk, pool.submit(_tokenise, source, shape, chunk, check_only)))
             if len(waiting) > IN_FLIGHT * pool.processes:
@@ -115,8 +111,7 @@ def _first(
 
 @contextmanager
 def _collecting_only_what_is_new() -> Iterator[None]:
-    """Keep the garbage collector from walking over all that torch and transformers hold, here and in the
-    forks."""
+    """Keep the garbage collector, here and in the forks, off all that torch and transformers hold."""
     gc.freeze()
     try:
         yield
@@ -125,7 +120,7 @@ def _collecting_only_what_is_new() -> Iterator[None]:
 
 
 class _Pool:
-    """The other processes. Without any, work is done at once."""
+    """The forked processes; with 0 of them, submit() does the work itself."""
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
@@ -150,7 +145,7 @@ class _Pool:
 
 
 class _PeakMemory:
-    """The peak of the memory, in bytes, of this process and those it forked; shared pages count once."""
+    """Peak memory, in bytes, of this process and its forks; shared pages count once."""
 
     def __init__(self) -> None:
         self.peak, self._last = 0, 0.0
@@ -173,7 +168,7 @@ class _PeakMemory:
 
 @contextmanager
 def _bar(console: Console | None, total: int) -> Iterator[Callable[[Source, int, int, int], None]]:
-    """Show a progress bar while the block runs; give progress(source, file, bytes of it read, rows read)."""
+    """Show a progress bar while the block runs; yield progress(source, file, bytes of it read, rows read)."""
     done: dict[str, int] = {}
     with Progress(
         TextColumn("preparing data"),

@@ -40,7 +40,7 @@ AnyIndex = TypeVar("AnyIndex", bound=Index)
 
 
 class FileState(BaseModel, frozen=True):
-    """What changes when a file does. ctime cannot be set back."""
+    """Facts of a file that change when it does. ctime cannot be set back."""
 
     size: int
     mtime_ns: int
@@ -57,7 +57,7 @@ class _FileDigest(Record):
 
 
 class _Claim(Record):
-    """Who builds a folder. token: tells one claim of a process from the next."""
+    """The process that builds a folder. token: tells one claim of a process from the next."""
 
     host: str
     pid: int
@@ -65,18 +65,17 @@ class _Claim(Record):
 
     @property
     def is_dead(self) -> bool:
-        """Whether its process was one of this machine and has ended."""
+        """Whether its process ran on this machine and has ended."""
         return self.host == socket.gethostname() and not _is_alive(self.pid)
 
     @property
     def holder(self) -> str:
-        """Who holds it, as messages say it."""
+        """Its process, for messages."""
         return f"process {self.pid} on {self.host}"
 
 
 def digest_of(path: Path, cache: Path) -> str:
-    """Return the SHA-256 of a file's bytes; looked up when the file's state is as it was when it was
-    hashed."""
+    """Return the SHA-256 of a file's bytes, looked up when the file has not changed since it was hashed."""
     state = state_of(path)
     entry = cache / "files" / f"{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]}.json"
     try:
@@ -87,10 +86,10 @@ def digest_of(path: Path, cache: Path) -> str:
         pass  # not hashed before, or damaged: made anew
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    # a change within the clock's tick after it would look the same: then it is not remembered
+    # a further change within the clock's tick would be missed: then it is not remembered
     settled = time.time_ns() - max(state.mtime_ns, state.ctime_ns) > 2e9
     if state_of(path) == state and settled:
-        with suppress(OSError):  # preparation refuses a cache that cannot be written, in better words
+        with suppress(OSError):  # preparation refuses a cache that cannot be written, with a clearer message
             entry.parent.mkdir(parents=True, exist_ok=True)
             digest = _FileDigest(path=str(path.absolute()), state=state, sha256=sha256)
             write_atomically(entry, digest.text(indent=None))
@@ -106,7 +105,7 @@ def state_of(path: Path) -> FileState:
 
 
 def read_index(folder: Path, kind: type[AnyIndex]) -> AnyIndex | None:
-    """Return the index of a whole folder; None when the folder is not there, or has lost something."""
+    """Return the index of a whole folder; None when the folder, or a file of it, is missing or changed."""
     try:
         index = kind.read(folder / INDEX)
         whole = all(_size_and_second(folder / name) == entry for name, entry in index.files.items())
@@ -126,11 +125,8 @@ def build_once(
     build: Callable[[Path], AnyIndex],
     say: Callable[[str], None] = lambda _: None,
 ) -> AnyIndex:
-    """Return the index of a folder. It is built now unless it is there, or somebody else builds it.
-
-    kind: of the index; build: fills an empty folder and returns its index; an error that it raises is passed
-    on, and leaves nothing; say: is called once with whom this waits for.
-    """
+    """Return a folder's index; the folder is built now unless it exists or another process builds it.
+    build: fills an empty folder and returns the index (an error leaves nothing); say: is called on a wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     claim = folder.with_name(f"{folder.name}.claim")
     while (index := read_index(folder, kind)) is None:
@@ -175,7 +171,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed builders of this machine left behind, of whatever data."""
+    """Remove the leftovers of killed builders of this machine, for any data."""
     mark = f".staging-{socket.gethostname()}-"
     for path in folder.parent.glob(f"*{glob.escape(mark)}*"):
         pid = path.name.partition(mark)[2].partition("-")[0]
@@ -196,7 +192,7 @@ def _is_alive(pid: int) -> bool:
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
-    """Hold the claim while the block runs; false when somebody else holds it."""
+    """Yield true and keep the claim while the block runs; yield false when another process has it."""
     mine = _Claim(host=socket.gethostname(), pid=os.getpid(), token=uuid.uuid4().hex).text(indent=None)
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -242,7 +238,7 @@ def _wait(folder: Path, path: Path, say: Callable[[str], None]) -> None:
 
 
 def _remove(path: Path, claim: str) -> None:
-    """Remove a claim, unless it is another by now."""
+    """Remove a claim, unless another has replaced it."""
     if _read(path) == claim:
         path.unlink(missing_ok=True)
 

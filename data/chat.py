@@ -1,11 +1,10 @@
-"""A row as tokens, and which of them are trained: the replies and their end-of-turn token.
+"""Rows as tokens, and which of them are trained: the replies and their end-of-turn token.
 
-`Encoder(tokenizer).encode(rows)`. The ids are those of `tokenizer.apply_chat_template(messages,
-tokenize=True)`, since the same rendered text is tokenised whole. Qwen's templates do not mark replies ({%
-generation %} is missing), so a reply is found among the tokens: after `<|im_start|>`, `assistant`, line
-break, and up to `<|im_end|>`; turns.py refuses text that could forge these. Tokens are bytes of the text, one
-after the other: when a turn's first tokens are exactly the header's, the rest is exactly the reply. Whether
-the template wrote each reply as its row has it is checked in the rendered text.
+The rendered text is tokenised whole, so the ids are those of `tokenizer.apply_chat_template(messages,
+tokenize=True)`. Qwen's templates do not mark replies ({% generation %} is missing), so a reply is located
+among the tokens: after `<|im_start|>`, `assistant`, line break, and up to `<|im_end|>`; turns.py refuses text
+that could forge these. Tokens are consecutive bytes of the text: when a turn's first tokens are exactly the
+header's, the rest is exactly the reply. A check of the rendered text finds templates that change a reply.
 """
 
 import re
@@ -23,16 +22,14 @@ Mask = npt.NDArray[np.bool_]
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 _HEADER = "assistant\n"
-# Qwen3's template writes this before a reply without a thought; it is part of the generation prompt, not of
-# the reply
+# Qwen3's template writes this before a reply without a thought: a part of the generation prompt
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _ENDS_OF_TEXT = ("<|endoftext|>", "</s>")
 
 
 class Tokens(NamedTuple):
-    """A row or a piece of one. ids: int32 [length]; trained: bool [length], true where the token is learnt;
-    trained[0] is false."""
+    """A row, or a piece of it. ids: int32 [length]; trained: bool [length], true where learnt, false at 0."""
 
     ids: Ids
     trained: Mask
@@ -82,7 +79,7 @@ class Encoder:
     def _render_all(self, rows: list[Row]) -> list[str | BadRow]:
         plain = [row.messages for row in rows if row.text is None and not row.tools]
         if len(plain) == len(rows) and not self._has_thoughts(plain):
-            try:  # together: checking arguments takes transformers longer than the template takes
+            try:  # all at once: transformers' argument checks take longer than the template
                 texts: list[str | BadRow] = self.tokenizer.apply_chat_template(plain, tokenize=False)
                 return texts
             except Exception:  # noqa: S110 (then one by one: a template raises any error, and does not say for which row)
@@ -101,8 +98,7 @@ class Encoder:
         )
 
     def render(self, row: Row) -> str:
-        """Return the row as the model's own template writes it. Raises: BadRow when the template refuses
-        it."""
+        """Return the row as the model's own template writes it. Raises: BadRow when the template refuses."""
         if row.text is not None:
             return row.text
         if self._has_thoughts([row.messages]):
@@ -164,10 +160,7 @@ class Encoder:
         return spans
 
     def _no_thoughts(self, text: str, messages: list[Message]) -> list[bool]:
-        """Return for each reply whether the template wrote NO_THOUGHT before it.
-
-        Raises: BadRow when the replies in the rendered text are not those of the messages.
-        """
+        """Return for each reply whether NO_THOUGHT is before it. Raises: BadRow when replies differ."""
         turns = [turn[2] for turn in _TURN.finditer(text) if turn[1] == "assistant"]
         replies = [message for message in messages if message["role"] == "assistant"]
         if len(turns) != len(replies):
@@ -179,10 +172,7 @@ class Encoder:
 
 
 def _begins_with_no_thought(body: str, message: Message) -> bool:
-    """Return whether a template wrote NO_THOUGHT before a reply. body: the turn as the template wrote it.
-
-    Raises: BadRow when the template changed the reply.
-    """
+    """Return whether a rendered turn (body) begins with NO_THOUGHT. Raises: BadRow for a changed reply."""
     content, thought = message["content"], message.get("reasoning_content")
     no_thought = body.startswith(NO_THOUGHT) and THINK not in content and not thought
     body = body.removeprefix(NO_THOUGHT) if no_thought else body
@@ -199,15 +189,14 @@ def _begins_with_no_thought(body: str, message: Message) -> bool:
 
 
 def _has_calls(body: str, calls: list[ToolCall], allowed: list[str]) -> bool:
-    """Return whether a turn has one of the texts, then these calls."""
+    """Return whether a turn begins with one of the texts, and has these calls."""
     names = re.findall(r'<tool_call>\s*\{"name": "(.*?)", "arguments": ', body)
     same = [call["function"]["name"] for call in calls] == names
     return same and any(body.startswith(text) for text in allowed)
 
 
 def _is_as_written(body: str, content: str) -> bool:
-    """Return whether a template wrote a reply as its row has it, or trimmed. White space that it adds would
-    be learnt, too."""
+    """Return whether a reply is as its row has it, or trimmed: white space that is added would be learnt."""
     answer = content.rpartition(THOUGHT)[2]
     trims = (
         str,
@@ -221,8 +210,7 @@ def _is_as_written(body: str, content: str) -> bool:
 
 
 def _renderings(reply: str, thought: str | None) -> list[str]:
-    """Return what a template may make of a reply: all of it, or (in earlier turns) the answer without its
-    thought. thought: where it is not in the reply itself."""
+    """Return what a template may write for a reply: with its thought, or (in earlier turns) without."""
     outside = [_plain(f"{THINK}{thought}{THOUGHT}{reply}")] if thought else []
     if THINK not in reply and THOUGHT not in reply:
         return [_plain(reply), *outside]

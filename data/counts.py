@@ -1,4 +1,4 @@
-"""What is counted while rows are prepared: a prepared folder's index.json, and the report on bad rows."""
+"""Counts made while rows are prepared: a prepared folder's index.json, and the report on bad rows."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +15,7 @@ SHOWN_BAD_ROWS = 20
 
 
 class BadRowPlace(NamedTuple):
-    """Where a bad row is, and why it cannot be trained. source, file: numbers, from 0; line: from 1.
-
-    bad.jsonl has one of these a line, as a JSON array.
-    """
+    """A bad row's place and reason, a JSON array in bad.jsonl. source, file: numbers from 0; line: from 1."""
 
     source: int
     file: int
@@ -31,7 +28,7 @@ class BadRowPlace(NamedTuple):
 
 
 class BadRows(BaseModel, frozen=True):
-    """The bad rows. among: rows of the sources that have any; first: the first SHOWN_BAD_ROWS of them."""
+    """The bad rows. among: rows of the sources that have bad ones; first: the first SHOWN_BAD_ROWS."""
 
     count: int = 0
     among: int = 0
@@ -51,12 +48,12 @@ class BadRows(BaseModel, frozen=True):
         return f"{self.count:,} of {self.among:,} rows cannot be trained:\n  {shown}{more}{shapes}"
 
     def refusal(self, sources: list[Source]) -> str:
-        """Return the report, and what can be done."""
+        """Return the report, and what to do."""
         return f"{self.report(sources)}\nmend or remove them, or leave them out: data.on_bad_row: skip"
 
 
 class SourceCounts(BaseModel, frozen=True):
-    """What was counted of one source, weights not applied."""
+    """Counts of one source, weights not applied."""
 
     read: int = 0
     bad: int = 0
@@ -72,8 +69,7 @@ class Overlap(BaseModel, frozen=True):
 
 
 class PreparedIndex(Index):
-    """The index.json of prepared rows. read_rows: of all sources; notes: warnings; seconds, processes,
-    peak_memory_bytes: what the preparation took."""
+    """The index.json of prepared rows. notes: warnings; seconds to peak_memory_bytes: of the preparation."""
 
     read_rows: int
     bad: BadRows

@@ -1,4 +1,4 @@
-"""Which encoding a text file has, and its blocks of bytes as text."""
+"""The encoding of a text file, and its blocks of bytes as text."""
 
 import codecs
 from collections.abc import Callable, Iterator
@@ -14,11 +14,8 @@ _MARKS = {  # UTF-32's begin with UTF-16's, so they come first
 
 
 def named(path: Path, head: bytes, encoding: str | None) -> str | None:
-    """Return the encoding of the mark (BOM) that a file begins with, or else the one that the config names.
-
-    head: the first bytes of the file; encoding: the config's.
-    Raises: ValueError when there is no such encoding, or the file has one that must be named.
-    """
+    """Return the encoding that a file's mark (BOM) gives, else the config's. head: the file's first bytes.
+    Raises: ValueError when there is no such encoding, or UTF-16 without a mark is not named in the config."""
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name
@@ -39,10 +36,8 @@ def named(path: Path, head: bytes, encoding: str | None) -> str | None:
 
 
 def find(path: Path, read: Callable[[], Iterator[bytes]], note: Callable[[str], None]) -> str:
-    """Return utf-8 or, where the whole file is that and reads like Chinese, gb18030.
-
-    read: gives the file's blocks from the start; note: is called with a line when it is gb18030.
-    """
+    """Return utf-8, or gb18030 for a file that decodes so and reads like Chinese. Raises: ValueError.
+    read: gives the file's blocks from the start; note: is called with a line when it is gb18030."""
     if _is_utf8(path, read()):
         return "utf-8"
     # Latin-1 and Big5 decode as GB18030, too, but to characters that hardly anyone uses
@@ -56,8 +51,7 @@ def find(path: Path, read: Callable[[], Iterator[bytes]], note: Callable[[str], 
 
 
 def _common_share(path: Path, blocks: Iterator[bytes]) -> float | None:
-    """Return the share of GB2312's characters among those of GB18030 text that are not ASCII; None when it is
-    no such text."""
+    """Return GB2312's share of the characters that are not ASCII; None when it is not GB18030 text."""
     foreign = common = 0
     try:
         for text in decode(path, blocks, "gb18030"):
@@ -83,15 +77,12 @@ class _WrongEncodingError(UnicodeError):
 
 
 def decode(path: Path, blocks: Iterator[bytes], encoding: str) -> Iterator[str]:
-    """Yield the blocks as text, without the mark at its start.
-
-    Raises: ValueError (a UnicodeError) naming the byte that is not of that encoding.
-    """
+    """Yield the blocks as text, without a mark (BOM). Raises: ValueError naming the byte that is wrong."""
     decoder = codecs.getincrementaldecoder(encoding)()
     done, first = 0, True
     try:
         for block in blocks:
-            start = done - len(decoder.getstate()[0])  # of a character that the last block began
+            start = done - len(decoder.getstate()[0])  # bytes of a character that the last block began
             text = decoder.decode(block)
             done += len(block)
             if text:

@@ -1,9 +1,7 @@
-"""Whether what was prepared for a run can be used as it is, judged by the states of its files: no torch, no
-tokenizer.
+"""Whether a run's preparation is still current, judged by its files' states, without torch or a tokenizer.
 
-The same command, given again after a stop or a crash, then prepares nothing: that saves seconds on a laptop
-and minutes on a busy file system. In doubt (a hub name, anything that changed) rows are prepared again, and
-found in the cache.
+A command repeated after a stop or a crash then prepares nothing, which saves seconds on a laptop and minutes
+on a busy file system. In doubt (a hub name, any change) rows are prepared again, or come from the cache.
 """
 
 import hashlib
@@ -26,16 +24,13 @@ _NO_MATTER: dict[str, bool | set[str]] = {
     "strategy": {"name", "quantization", "offload", "shard_group", "deepspeed_config"},
 }
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "jinja2", "numpy", "pyarrow", "datasets")
-_SETTLED_NS = 10**9  # a change within the clock's tick after another looks the same
+_SETTLED_NS = 10**9  # a second change within the clock's tick would be missed
 _ROOMS = ("configs", "data", "run", "trainer")
 
 
 def stamp(config: Config, base: str, *, on_gpu: bool) -> str:
-    """Return a hash of all that preparation depends on; empty where it cannot be known: with hub names, and
-    right after a change, which another could not be told from.
-
-    base: folder or hub name of the base model.
-    """
+    """Return a hash of all that preparation depends on. base: folder or hub name of the base model.
+    It is empty where a change could be missed: with hub names, and just after a file of rows was changed."""
     found = sources.find(config.data)
     folders = [Path(name).expanduser() for name in (base, config.model.tokenizer) if name]
     if not all(map(Path.is_dir, folders)) or any(source.dataset is not None for source in found):
@@ -63,7 +58,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def is_current(config: Config, run: RunFolder, *, on_gpu: bool) -> bool:
-    """Whether the run's facts.json, and the rows it names, are what preparation would make again."""
+    """Return whether preparation would make the run's facts.json and rows again as they are."""
     try:
         facts = run.read_facts()
     except (OSError, ValueError):

@@ -1,7 +1,4 @@
-"""Rows in JSON: lines, which other processes may decode, and arrays, read element by element.
-
-Messages give the line and the column, and name the mistakes that people make most.
-"""
+"""Rows in JSON: lines, which other processes may decode, and arrays, read element by element."""
 
 import codecs
 import json
@@ -84,22 +81,19 @@ def _json_hint(text: str) -> str:
 
 
 def one_object(head: bytes) -> str:
-    """Return what is wrong with a file that begins with an object over several lines; empty when it does not.
-
-    head: the first bytes of the file.
-    """
+    """Return the problem of a file whose head (first bytes) is an object over several lines; empty if not."""
     text = head.decode(errors="ignore").removeprefix("\ufeff").lstrip()
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        return ""  # longer than the head, or wrong, which is said when its line is read
+        return ""  # longer than the head, or not JSON: then its line is refused when it is read
     if not isinstance(value, dict) or "\n" not in text[:end]:
         return ""
     lists = (
         key for key, item in value.items() if isinstance(item, list) and isinstance((item or [0])[0], dict)
     )
     key = next(lists, None)
-    is_rows = key is not None and not {"content", "value"} & value[key][0].keys()  # and no turns
+    is_rows = key is not None and not {"content", "value"} & value[key][0].keys()  # and are no turns
     if is_rows and not text[end:].strip():
         return f"is one JSON object, its rows are in {key}; write them alone: jq -c '.{key}[]' old > new"
     return "has an object over several lines; one row a line: jq -c . old > new, or an array: [{...}, {...}]"
@@ -137,7 +131,7 @@ class _ArrayReader:
         self.path, self.texts = path, texts
         self.buffer, self.position, self.ended = "", 0, False
         self.line = 1  # at the position
-        self.dropped = 0  # characters before the buffer, of the line in which it begins
+        self.dropped = 0  # characters of the buffer's first line that are before the buffer
 
     def rows(self) -> Iterator[Decoded]:
         """Yield (line, value) for each element. Raises: ValueError naming the line."""
@@ -215,7 +209,7 @@ class _ArrayReader:
             return value
 
     def _may_be_cut_off(self, error: json.JSONDecodeError) -> bool:
-        """Whether the end of the buffer may be the reason. A text's error is where the text begins."""
+        """Return whether the buffer's end may cause the error. An open string's error is at its start."""
         at_end = error.msg.startswith("Unterminated string") or error.pos > len(self.buffer) - 16
         return at_end and not self.ended
 

@@ -1,8 +1,8 @@
-"""Which rows are in which step, and which rank holds which of them.
+"""The rows of each step, and the ranks that compute them.
 
-What a step holds depends on seed, epoch and step alone, and so do its micro-batches: micro-batch j goes to
-rank j % world_size, so that any number of ranks computes the same ones. Where ranks share sequences, a rank
-here is a team of them (trainer/spread/sequence.py). A unit is a row, or with packing a pack of rows.
+The rows and micro-batches of a step depend on seed, epoch and step alone. Rank j % world_size computes
+micro-batch j, so that any number of ranks computes the same micro-batches. Where ranks share sequences, a
+rank here is a team of them (trainer/spread/sequence.py). A unit is a row, or with packing a pack of rows.
 """
 
 import math
@@ -24,7 +24,7 @@ class Order:
 
     lengths: int [rows], tokens. The units of a step are sorted by them, longest first: that saves padding,
     gives ranks about equal work and computes the largest batch first. No row moves to another step.
-    packs: which rows are together, each pack at most max_length; None: each row is a unit.
+    packs: groups of rows, each at most max_length; None: each row is a unit.
     """
 
     lengths: Rows
@@ -41,7 +41,7 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch; the last holds what is left, so that no row is dropped or seen twice."""
+        """Optimizer steps an epoch; the last has the remaining units: no row is dropped or seen twice."""
         return math.ceil(self.units / self.global_batch_size)
 
     @cached_property
@@ -66,8 +66,7 @@ class Order:
         return self._cache[epoch]
 
     def step(self, epoch: int, step: int) -> list[list[int]]:
-        """Return the row numbers of each unit of one optimizer step, longest first. 0 <= step <
-        steps_per_epoch."""
+        """Return the row numbers of each unit of a step (below steps_per_epoch), the longest unit first."""
         if (epoch, step) not in self._steps:
             self._steps.clear()
             self._steps[epoch, step] = self._step(epoch, step)
@@ -79,7 +78,7 @@ class Order:
         if self.packs is None:
             return [[unit] for unit in units.tolist()]
         packs = [self.packs[unit].tolist() for unit in units.tolist()]
-        if len(packs) < self.global_batch_size:  # the last step: without this, some ranks would have no pack
+        if len(packs) < self.global_batch_size:  # the last step: else some ranks would have no pack
             rows = np.concatenate(packs)
             dealt = spread(self.lengths[rows], self.global_batch_size, self.max_length)
             packs = packs if dealt is None else [rows[pack].tolist() for pack in dealt if pack]
@@ -87,8 +86,7 @@ class Order:
         return packs
 
     def micro_batches(self, epoch: int, world_size: int, rank: int) -> Iterator["MicroBatch"]:
-        """Yield this rank's micro-batches of an epoch: accumulation_steps a step, some of the last step
-        empty."""
+        """Yield this rank's micro-batches: accumulation_steps in each step, some empty in the last step."""
         accumulation = accumulation_steps(self.global_batch_size, self.per_device_batch_size, world_size)
         starts = [(number * world_size + rank) * self.per_device_batch_size for number in range(accumulation)]
         for step in range(self.steps_per_epoch):
@@ -112,11 +110,8 @@ class MicroBatch:
 def accumulation_steps(
     global_batch_size: int, per_device_batch_size: int, world_size: int, sequence_parallel: int = 1
 ) -> int:
-    """Return the micro-batches a rank computes a step. sequence_parallel: ranks that share each of them.
-
-    Raises: ValueError when global_batch_size is no multiple of what all ranks hold at once, or the number of
-    ranks no multiple of sequence_parallel.
-    """
+    """Return the micro-batches a rank computes in a step. sequence_parallel: ranks that share each of them.
+    Raises: ValueError when global_batch_size, or the number of ranks, cannot be divided evenly."""
     at_once = per_device_batch_size * teams_of(world_size, sequence_parallel)
     shared = sequence_parallel > 1
     if global_batch_size % at_once:

@@ -1,7 +1,6 @@
 """Rows longer than max_length, as data.overlength says: truncated, dropped, or split where a turn begins.
 
-`cut_to_length(row, tokens, encoder, data)` gives the pieces that are trained. Each has tokens to train on,
-and a reply is never trained without the question before it, unless data.split_replies asks for that.
+Each piece has tokens to train on. Only with data.split_replies is a reply trained without its question.
 """
 
 from itertools import pairwise
@@ -13,7 +12,7 @@ from qwenlora.data.chat import Encoder, Tokens
 from qwenlora.data.rows import Row
 from qwenlora.data.turns import Message
 
-Exchange = list[Message]  # a user's turn and what follows it, up to the next user's turn
+Exchange = list[Message]  # a user's turn and all turns up to the next user's
 
 
 class CutRow(NamedTuple):
@@ -25,10 +24,7 @@ class CutRow(NamedTuple):
 
 
 def cut_to_length(row: Row, tokens: Tokens, encoder: Encoder, data: Data) -> CutRow:
-    """Return a long row's pieces, each at most max_length tokens; none when it is dropped (or refused later).
-
-    Raises: BadRow when truncation leaves nothing to train on.
-    """
+    """Return a long row's pieces, if any. Raises: BadRow when truncation leaves no trained token."""
     limit = data.max_length
     if data.overlength == "truncate":
         piece = _piece(tokens, 0, limit)
@@ -52,18 +48,14 @@ def _piece(tokens: Tokens, start: int, end: int) -> Tokens:
 
 
 def _windows(tokens: Tokens, size: int) -> list[Tokens]:
-    """Return consecutive pieces with tokens to train on.
-
-    They overlap by one token, so that every token is predicted in one of them.
-    """
+    """Return pieces with tokens to train on; they overlap by one, so that every token is predicted."""
     starts = range(0, max(len(tokens.ids) - 1, 1), size - 1)
     pieces = [_piece(tokens, start, start + size) for start in starts]
     return [piece for piece in pieces if piece.trained.any()]
 
 
 class _Splitter:
-    """Splits a conversation between exchanges. Each piece is a conversation of its own, rendered by the
-    template, with the row's system turn and tools."""
+    """Splits a conversation between exchanges; each piece also has the row's system turn and tools."""
 
     def __init__(self, row: Row, encoder: Encoder, data: Data) -> None:
         self.row, self.encoder, self.data = row, encoder, data
@@ -71,7 +63,7 @@ class _Splitter:
         self.exchanges = _exchanges(row.messages[len(self.system) :])
 
     def split(self) -> CutRow:
-        """Return as many exchanges a piece as fit."""
+        """Return pieces of as many exchanges as fit."""
         if self.data.train_on == "last_assistant":
             return self._last_reply()
         pieces: list[Tokens] = []
@@ -89,10 +81,8 @@ class _Splitter:
         return CutRow(pieces, lost_replies=lost)
 
     def _longest_fitting(self, first: int) -> tuple[int, Tokens | None]:
-        """Return the end of the most exchanges from first that fit, and their tokens; first if none does.
-
-        Found by halving: more exchanges are more tokens, too. Tokens are None without a reply among them.
-        """
+        """Return the end of the most exchanges from first that fit (first if none does), and their tokens,
+        None without a reply. Bisection works, since more exchanges are more tokens."""
         best: tuple[int, Tokens | None] = (first, None)
         low, high = first + 1, len(self.exchanges)
         while low <= high:

@@ -1,8 +1,8 @@
 """Rows put together into packs of at most max_length tokens, over the whole data set at once.
 
 A pack takes the longest row left, then rows of the most frequent length, and last one or two rows that fill
-it to the last token. Rows of one length are interchangeable, so a pattern of lengths is used as often as rows
-are left for it: a million rows take a second. Nothing is random: the same lengths give the same packs.
+it to the last token. Rows of equal length are interchangeable, so a pattern of lengths is used as often as
+rows are left for it: a million rows take a second. Nothing is random: the same lengths give the same packs.
 """
 
 from collections import Counter
@@ -16,8 +16,7 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Packs:
-    """Which rows are together. Pack p holds rows[ends[p - 1] : ends[p]]; rows: int64 [rows], ends: int64
-    [packs]."""
+    """Packs of rows: pack p is rows[ends[p - 1] : ends[p]]. rows: int64 [rows]; ends: int64 [packs]."""
 
     rows: Numbers
     ends: Numbers
@@ -35,15 +34,12 @@ class Packs:
 
 
 def pack(lengths: npt.NDArray[np.integer], max_length: int) -> Packs:
-    """Return the packs for rows of these lengths, int [rows], in tokens, each at least 1.
-
-    Raises: ValueError when a row is longer than max_length.
-    """
+    """Return packs of rows of these lengths, int [rows], > 0. Raises: ValueError for one over max_length."""
     if len(lengths) and int(lengths.max()) > max_length:
         raise ValueError(f"a row of {int(lengths.max())} tokens does not fit into a pack of {max_length}")
     by_length = np.argsort(lengths, kind="stable")
     left = np.bincount(lengths, minlength=max_length + 1)  # rows of each length
-    taken = np.cumsum(left) - left  # their place in by_length
+    taken = np.cumsum(left) - left  # place in by_length of the next row of each length
     available = sum(1 << size for size in np.flatnonzero(left).tolist())
     groups: list[Numbers] = []
     ends: list[Numbers] = []
@@ -72,7 +68,7 @@ def _fill(available: int, left: Numbers, max_length: int) -> list[int]:
     The longest row first; then one or two that fill the rest to the last token; where there are none, the
     most frequent length, so that lengths of all kinds are left for the last packs.
     """
-    # bit max_length - l is set while rows of length l are left: shifted, it shows which lengths are pairs
+    # available reversed: bit max_length - l for length l; shifted, it shows which lengths make pairs
     mirror = int(f"{available:0{max_length + 1}b}"[::-1], 2)
     pattern: list[int] = []
     used = Counter[int]()
@@ -103,19 +99,15 @@ def _fill(available: int, left: Numbers, max_length: int) -> list[int]:
 
 
 def _upper(pairs: int, room: int, middle: int) -> int:
-    """Return the bits of the longer rows of pairs that fill room together. middle: rows left of length room /
-    2."""
+    """Return the bits of the longer rows of pairs that fill room. middle: rows left of length room / 2."""
     half, odd = divmod(room, 2)
     upper = pairs >> (half + odd) << (half + odd)
     return upper if odd or middle >= 2 else upper & ~(1 << half)
 
 
 def spread(lengths: npt.NDArray[np.integer], packs: int, max_length: int) -> list[list[int]] | None:
-    """Return rows dealt out to packs, about equal in tokens; None when one would exceed max_length.
-
-    lengths: int [rows]. Longest first, each to the pack with the fewest tokens (Graham's LPT rule). Packs may
-    stay empty.
-    """
+    """Return rows dealt to packs, about equal in tokens; None when a pack would exceed max_length.
+    lengths: int [rows]. Longest first, each to the emptiest pack (Graham's LPT rule); some may stay empty."""
     dealt: list[list[int]] = [[] for _ in range(packs)]
     totals = np.zeros(packs, np.int64)
     for row in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():

@@ -8,7 +8,7 @@
 | .../whole, digests.npy | [rows]: tokens before data.overlength; 16 bytes |
 | train/pack_rows, pack_ends.npy | packing.py's packs |
 | bad.jsonl | every row that was left out, and why |
-| index.json | what was counted (counts.py); written last |
+| index.json | the counts (counts.py); written last |
 
 The key is a hash of everything the tokens depend on: the files' bytes, the tokenizer, options and this code.
 """
@@ -39,17 +39,15 @@ from qwenlora.run.records import SideCounts, SideName
 
 # options that the prepared rows depend on, as opposed to num_proc, packing ...
 _OPTIONS = ("max_length", "overlength", "split_replies", "train_on", "eval_fraction")
-# libraries that tokens depend on; files of this room that they do not depend on
+# libraries that the tokens depend on, and files of this folder that they do not depend on
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow", "datasets")
 _NO_MATTER = {"__init__.py", "cache.py", "freshness.py", "order.py", "report.py", "survey.py"}
 
 
 class Side(NamedTuple):
-    """The pieces of one side, memory-mapped. A piece is a row, or a part of a long one.
-
-    ids: int32 [tokens], trained: bool [tokens]; starts: int64 [pieces]; lengths, trained_lengths, row_of:
-    int32 [pieces], row_of: the row it is from; places: int32 [rows, 3], source, file and line.
-    """
+    """The pieces of one side, memory-mapped. A piece is a row, or a part of a long row. ids: int32 [tokens],
+    trained: bool [tokens]; starts: int64 [pieces]; lengths, trained_lengths, row_of (the piece's row): int32
+    [pieces]; places: int32 [rows, 3], source, file and line."""
 
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
@@ -79,7 +77,7 @@ class Prepared:
 
     @property
     def counts(self) -> dict[SideName, SideCounts]:
-        """What was counted of each side."""
+        """The counts of each side."""
         return self.index.sides
 
     @property
@@ -92,12 +90,12 @@ class Prepared:
         yield from counts.bad_lines(self.folder, self.sources)
 
     def place(self, side: SideName, row: int) -> str:
-        """Return where a row stands. row: its number in the folder's places.npy."""
+        """Return a row's place, for messages. row: its number in the folder's places.npy."""
         source, file, line = map(int, np.load(self.folder / side / "places.npy", mmap_mode="r")[row])
         return self.sources[source].place(file, line)
 
     def refuse(self, data: Data, tokenizer: Any) -> None:
-        """Raise ValueError when these rows should not be trained as the config says."""
+        """Raise ValueError when these rows cannot be trained as the config says."""
         if self.index.bad.count and data.on_bad_row == "error":
             raise ValueError(self.index.bad.refusal(self.sources))
         for source, its_counts in zip(self.sources, self.index.sources, strict=True):
@@ -169,11 +167,10 @@ def prepare(
     console: Console | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
-    """Return the rows that a config names as tokens, made now unless they are in the cache. Prepared.refuse()
-    comes later.
+    """Return the rows that a config names as tokens: from the cache, or made now. It does not call refuse().
 
-    console: where a progress bar may be shown; say: is called with a line on what is waited for.
-    Raises: ValueError for files that are not there or cannot be read to their end.
+    console: for a progress bar; say: is called with a line when another process is waited for.
+    Raises: ValueError for files that are missing, damaged or changed meanwhile, or a cache without space.
     """
     notes: list[str] = []
     found = sources.find(data, notes.append)
@@ -181,7 +178,7 @@ def prepare(
     def states() -> list[FileState]:
         return [_state_of(path) for source in found for path in source.files]
 
-    before = states()  # the key is of these: a change from here on, also while we wait, is refused
+    before = states()  # the key is for these: later changes, also while this waits, are refused
     of_files = files_key(found, cache)
     folder = cache / key_of(data, found, tokenizer, of_files)
 
@@ -206,16 +203,13 @@ def prepare(
 
 
 def key_of(data: Data, found: list[Source], tokenizer: Any, of_files: str) -> str:
-    """Return the hash that names the prepared rows of these sources, tokenizer, options and code.
-
-    of_files: files_key() of the same sources.
-    """
+    """Return the hash that names these sources' prepared rows. of_files: files_key() of the same sources."""
     digest = hashlib.sha256(json.dumps([metadata.version(name) for name in _LIBRARIES]).encode())
     digest.update(code_hash(("data",), but=_NO_MATTER).encode())
     digest.update(json.dumps([getattr(data, option) for option in _OPTIONS]).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(tokenizer.chat_template).encode())
-    # variables of the template
+    # the template may use these
     digest.update(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
     for source in found:
         options = source.options
@@ -242,7 +236,7 @@ def files_key(found: list[Source], cache: Path) -> str:
 
 
 def other_files(config: Config, run: RunFolder) -> bool:
-    """Return whether the data files' bytes are no longer those that a run's rows were made of."""
+    """Return whether the data files have changed since a run's rows were made from them."""
     return files_key(sources.find(config.data), run.cache(config)) != run.read_facts().files_key
 
 
@@ -259,7 +253,7 @@ def open_side(folder: Path, side: SideName) -> Side | None:
     if not folder.is_dir():
         return None
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in Side._fields[2:]}
-    if not (folder / "ids.bin").stat().st_size:  # which cannot be mapped
+    if not (folder / "ids.bin").stat().st_size:  # an empty file cannot be mapped
         return Side(np.empty(0, np.int32), np.empty(0, np.bool_), **arrays)
     ids = np.memmap(folder / "ids.bin", np.int32, "r")
     return Side(ids, np.memmap(folder / "trained.bin", np.bool_, "r"), **arrays)

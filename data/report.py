@@ -1,7 +1,4 @@
-"""The report of `qwenlora data check` on prepared rows, for the terminal and as an HTML page.
-
-`report = data_report(prepared, config, ...)`, then `report.show(console)` and `report.write(path)`.
-"""
+"""The report of `qwenlora data check`, for the terminal (DataReport.show) and as HTML (DataReport.write)."""
 
 import math
 from collections.abc import Iterable
@@ -52,7 +49,7 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class DataReport:
-    """All that is shown, in the order of the page. lines: (name, value); lengths: the histogram."""
+    """All that the report shows, in the order of the page. lines: (name, value); lengths: the histogram."""
 
     title: str
     lines: list[tuple[str, str]]
@@ -182,8 +179,7 @@ def _edges(longest: int, max_length: int) -> list[int]:
 
 
 def _shortened(bars: list[HistogramBar]) -> list[HistogramBar]:
-    """Return bars, those of a long tail made into one, so that outliers do not push the others off the
-    page."""
+    """Return bars with a long tail joined, so that outliers do not push the others off the page."""
     if len(bars) <= 2 * BINS:
         return bars
     rest = bars[2 * BINS - 1 :]

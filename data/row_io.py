@@ -1,9 +1,8 @@
 """Files as chunks of rows, whatever their format, compression and encoding.
 
-`for chunk in read_chunks(Path("my.jsonl.gz")): chunk.values()`. The format is found from a file's bytes, not
-its name: only CSV and TSV are known by their extension. A chunk is about a megabyte and knows its lines, so
-that a file of any size is read in little memory, and other processes can decode it. JSON is json_rows.py's,
-CSV and Parquet are tables.py's, encodings are encodings.py's, what the rows mean is rows.py's.
+`for chunk in read_chunks(Path("my.jsonl.gz")): chunk.values()`. A file's bytes show its format; only CSV and
+TSV are known by their extension. A chunk is about a megabyte and knows its lines, so that a file of any size
+is read in little memory, and other processes can decode it. rows.py reads the values' meaning.
 """
 
 import codecs
@@ -47,11 +46,8 @@ Chunk = Lines | Values
 def read_chunks(
     path: Path, encoding: str | None = None, note: Callable[[str], None] = lambda _: None
 ) -> Iterator[Chunk]:
-    """Yield a file's rows in order. encoding: of text, by Python's name; note: is called with a line on what
-    was guessed.
-
-    Raises: ValueError when the file cannot be read to its end; it names the file, the line and what to do.
-    """
+    """Yield a file's rows in order. encoding: Python's name; note: is called with a line on guesses.
+    Raises: ValueError naming file, line and cure when the file cannot be read to its end."""
     try:
         with path.open("rb") as raw:
             yield from _chunks(path, raw, encoding, note)
@@ -110,7 +106,7 @@ def _refuse_other_formats(path: Path, head: bytes) -> None:
 
 
 def extension(path: Path) -> str:
-    """Return the extension that says what is inside, in lower case: .csv of MY.CSV.gz."""
+    """Return the extension of the content, in lower case: .csv for MY.CSV.gz."""
     name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return name.suffix.lower()
 
@@ -142,8 +138,7 @@ def _blocks_of(path: Path, compression: str | None) -> Iterator[bytes]:
 
 
 def _peek(stream: Iterator[bytes], size: int = _HEAD_BYTES) -> tuple[Iterator[bytes], bytes]:
-    """Return the stream, whole, and its first bytes: at least size of them after white space, if it has
-    them."""
+    """Return the whole stream, and its first bytes: if possible, size of them after white space."""
     head = b""
     while len(head.lstrip()) < size and (block := next(stream, b"")):
         head += block

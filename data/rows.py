@@ -1,7 +1,6 @@
-"""What a row means: turns, and the tools that they may call, or plain text.
+"""The meaning of a row: turns and the tools that they may call, or plain text.
 
-`to_row(line, value, shape, options)`. shapes.py finds the shape, turns.py reads turns. A row that cannot be
-trained is refused in words that show what to do. Bytes are row_io.py's, tokens chat.py's.
+row_io.py reads values, shapes.py finds their shape, turns.py reads turns, chat.py makes tokens.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from qwenlora.data.turns import (
     reply,
 )
 
-# keys that would change what a row means, and that are not used: what to read them as instead
+# keys that would change a row's meaning but are not used -> the key to read them as, if any
 _UNUSED = {
     **dict.fromkeys(("weight", "loss_weight", "images", "videos", "audios", "reasoning_content"), None),
     "system_prompt": "system",
@@ -40,7 +39,7 @@ class Row(NamedTuple):
 
     @property
     def digest(self) -> bytes:
-        """16 bytes that are equal for rows that say the same, however their files write it."""
+        """16 bytes that are equal for rows with the same content, however their files write it."""
         content = json.dumps([self.messages, self.tools, self.text], ensure_ascii=False, sort_keys=True)
         return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 

@@ -1,7 +1,6 @@
-"""Which shape a row has, found from its keys, and what to write into a config when it has none.
+"""The shape of a row, from its keys, and hints on what to write into a config when it has none.
 
-`shape_of(value, options)`. KNOWN has the shapes that people use; data.columns and data.roles bring other
-names to these. What a row of a known shape means is rows.py's.
+data.columns and data.roles map other names to the shapes in KNOWN; rows.py reads rows of each shape.
 """
 
 import re
@@ -28,7 +27,7 @@ PAIRS = {
     "prompt_completion": ("prompt", "completion"),
 }
 TURN_LISTS = ("conversations", "messages", "conversation", "dialogue", "dialogues", "dialog")
-# what data.columns may make of a file's keys: those of a row, then those of a turn
+# keys that data.columns may map to: a row's, then a turn's
 KEYS = (
     *(key for pair in PAIRS.values() for key in pair),
     *("input", "history", "system", "tools", "functions", "text"),
@@ -37,7 +36,7 @@ KEYS = (
 )
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
 _UNKNOWN = "unknown shape"
-# what people call the two halves of a pair
+# names that people use for the two halves of a pair
 _QUESTIONS = ("question", "q", "ask", "input", "prompt", "problem", "query", "instruction", "user", "human")
 _ANSWERS = (
     *("answer", "a", "reply", "response", "output", "completion", "target", "solution", "label"),
@@ -48,8 +47,7 @@ _NOT_TEXT_IN_YAML = ("null", "true", "false", "yes", "no", "on", "off", "y", "n"
 
 
 class RowOptions(NamedTuple):
-    """How the rows of a source are read. format: as data.format; columns: the file's keys -> ours, None to
-    ignore one; roles: the file's roles -> ours."""
+    """How a source's rows are read. columns: its keys -> ours, None: ignored; roles: its roles -> ours."""
 
     format: str = "auto"
     columns: Mapping[str, str | None] = {}
@@ -75,7 +73,7 @@ def shape_of_object(row: JsonObject, options: RowOptions) -> str:
 
 
 def _shapes(row: JsonObject, filled: set[str], wanted: str) -> list[str]:
-    """Return the shapes that a row may have. filled: its keys with a value: a table has empty cells."""
+    """Return the shapes that a row may have. filled: its keys with a value; tables have empty cells."""
     shapes = ["chat"] if filled.intersection(TURN_LISTS) else []
     shapes += [name for name, keys in PAIRS.items() if row.keys() >= set(keys) and filled.intersection(keys)]
     if "text" in filled and (wanted == "text" or not shapes):
@@ -144,7 +142,7 @@ def _refuse_labels(row: JsonObject) -> None:
             )
 
 
-# ---- what to write when a row has no shape
+# ---- hints for rows without a shape
 
 
 def _hint(row: JsonObject, columns: Mapping[str, str | None]) -> str:
@@ -197,8 +195,7 @@ def _pair_hint(texts: list[str], columns: Mapping[str, str | None]) -> str:
 
 
 def with_our_keys(value: object, options: RowOptions) -> JsonObject:
-    """Return an object with its keys renamed as data.columns says. Raises: BadRow when it is no object, or
-    two of its keys become one."""
+    """Return an object with data.columns' keys. Raises: BadRow for no object, or when two keys become one."""
     if not isinstance(value, dict):
         raise BadRow(f"{_UNKNOWN}: a row must be a JSON object, found {show(value)}")
     columns = options.columns
@@ -224,7 +221,7 @@ def _refuse_both(theirs: str, ours: str, value: JsonObject, columns: Mapping[str
 
 
 def as_mapping(names: Mapping[str, str | None]) -> str:
-    """Return a mapping as it is written into a config; names that stay as they are are left out."""
+    """Return a mapping as YAML for a config; names that do not change are left out."""
     pairs = (f"{as_yaml(key)}: {name or 'null'}" for key, name in names.items() if key != name)
     return "{" + ", ".join(pairs) + "}"
 

@@ -1,7 +1,4 @@
-"""The files and data sets that data.train and data.eval name: files, folders, globs, hub names, `example`.
-
-`find(config.data)` finds them and reads no rows. It raises ValueError for what is not there.
-"""
+"""The files, folders, globs, hub data sets and `example` that data.train and data.eval name."""
 
 import glob
 import os
@@ -20,12 +17,12 @@ from qwenlora.run.records import SideName
 
 SIDES: tuple[SideName, ...] = ("train", "eval")
 EXAMPLES = {"train": "train.jsonl", "eval": "rephrased.jsonl"}
-_NO_ROWS = ("dataset_info.json", "dataset_infos.json")  # about data sets: the hub's, LLaMA-Factory's
-_SAVED = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk leaves
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json")  # they describe data sets: the hub's, LLaMA-Factory's
+_SAVED = ("state.json", "dataset_dict.json")  # files that datasets' save_to_disk writes
 
 
 class Source(NamedTuple):
-    """An entry of data.train or data.eval, found. files: in order; dataset: an opened datasets.Dataset."""
+    """An entry of data.train or data.eval: its files in order, or an opened datasets.Dataset."""
 
     name: str
     side: SideName
@@ -45,12 +42,13 @@ class Source(NamedTuple):
                 yield number, chunk
 
     def place(self, file: int, line: int) -> str:
-        """Return where a row stands, as messages say it."""
+        """Return a row's place, for messages."""
         return f"{self.name if self.dataset is not None else self.files[file]}:{line}"
 
 
 def find(data: Data, note: Callable[[str], None] = lambda _: None) -> list[Source]:
-    """Return the sources of both sides. note: is called with a line on files in folders that are left out."""
+    """Return the sources of both sides; no row is read. note: is called with a line on files that folders
+    leave out. Raises: ValueError for entries that do not exist or cannot be opened."""
     sources = []
     for side in SIDES:
         for entry in _entries(data, side):
@@ -86,7 +84,7 @@ def _options(entry: SourceEntry, data: Data) -> RowOptions:
 
 
 def _files(entry: SourceEntry, side: SideName, note: Callable[[str], None]) -> tuple[list[Path], Any]:
-    """Return an entry's files, and its data set where it is one."""
+    """Return an entry's files, and its data set if it names one."""
     name = entry.path
     if name == "example":
         return [Path(str(resources.files("qwenlora.data") / "examples" / EXAMPLES[side]))], None
@@ -120,7 +118,7 @@ def _matches(pattern: Path, key: str) -> list[Path]:
 
 
 def _printable(path: Path) -> Path:
-    """Refuse a name that cannot be shown, such as those from a zip archive in GBK."""
+    """Refuse a name that cannot be shown, such as a GBK name from a zip archive."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -167,7 +165,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _from_hub(entry: SourceEntry, side: SideName) -> Any:
-    import datasets  # half a second, which files of one's own do without
+    import datasets  # takes half a second, and local files do without
 
     datasets.disable_progress_bars()
     try:

@@ -1,4 +1,4 @@
-"""Rows read without a tokenizer, in this process alone: counted for a dry run, asked as questions, shown."""
+"""Rows read without a tokenizer, in this process: counted for a dry run, asked as questions, or shown."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,8 +13,7 @@ from qwenlora.run.records import SideName
 
 
 class Survey(NamedTuple):
-    """Counts of rows. train: of an epoch, weights applied; bad: those that cannot be trained; notes:
-    warnings."""
+    """Counts of rows. train: of an epoch, weights applied; bad: cannot be trained; notes: warnings."""
 
     train: int
     eval: int

@@ -116,13 +116,12 @@ def dataset_chunks(dataset: Any) -> Iterator[Values]:
 
 
 def _twice(names: list[str]) -> str | None:
-    """Return the first name that stands twice."""
+    """Return the first name that occurs twice, if any."""
     return next((name for name in names if names.count(name) > 1), None)
 
 
 def _without_nulls(value: object) -> object:
-    """Return a value without keys that are null: Arrow gives all rows, and all tools, the keys that any
-    has."""
+    """Return a value without null keys: Arrow gives all rows, and all tools, the keys of any of them."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

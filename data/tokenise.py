@@ -1,7 +1,6 @@
-"""A chunk of a file made into arrays of tokens: its rows, their side, and what was counted of them.
+"""Chunks of files made into arrays of tokens, with each row's side, and counts. Nothing is written here.
 
-`read_rows(sources)` gives the rows alone, in this process; `tokenise_chunk(...)` is what build.py's processes
-do with each chunk. Nothing is written here.
+build.py's processes call `tokenise_chunk(...)`; `read_rows(sources)` gives the rows alone, in this process.
 """
 
 from collections import Counter
@@ -24,19 +23,16 @@ from qwenlora.run.records import SideName
 
 
 class Tokenising(NamedTuple):
-    """What all chunks are tokenised with."""
+    """The options and the encoder, the same for all chunks."""
 
     data: Data
     encoder: Encoder
 
 
 class TokenArrays(NamedTuple):
-    """The pieces and rows of one chunk and side. A piece is a row, or a part of a long one.
-
-    ids: int32 [tokens], trained: bool [tokens]; lengths, row_of: int32 [pieces], row_of: the number of the
-    piece's row in this chunk; lines, whole: int32 [rows], whole: tokens before data.overlength; digests:
-    uint8 [rows, 16].
-    """
+    """The pieces and rows of one chunk and side. A piece is a row, or a part of a long row. ids: int32
+    [tokens], trained: bool [tokens]; lengths, row_of (the piece's row in this chunk): int32 [pieces]; lines,
+    whole (tokens before data.overlength): int32 [rows]; digests: uint8 [rows, 16]."""
 
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
@@ -48,8 +44,7 @@ class TokenArrays(NamedTuple):
 
 
 class TokenisedChunk(NamedTuple):
-    """A chunk as arrays. read: its rows; bad: (line, reason) of each bad one; counts: SideCounts' fields on
-    over-length rows."""
+    """A chunk as arrays. read: number of rows; bad: (line, reason); counts: SideCounts' on long rows."""
 
     read: int
     bad: list[tuple[int, str]]
@@ -69,7 +64,7 @@ class _TokenisedRow(NamedTuple):
 def tokenise_chunk(
     using: Tokenising, source: Source, shape: str | None, chunk: Chunk, *, check_only: bool
 ) -> TokenisedChunk:
-    """Return a chunk as arrays. shape: of the file's rows; check_only: look for bad rows, and no more."""
+    """Return a chunk as arrays. shape: of the file's rows; check_only: only look for bad rows."""
     everything = list(rows_of(chunk, shape, source.options))
     bad = [(line, str(row)) for line, row in everything if isinstance(row, BadRow)]
     rows = [row for _, row in everything if isinstance(row, Row)]
@@ -84,8 +79,7 @@ def tokenise_chunk(
 def _tokenise(
     using: Tokenising, source: Source, rows: list[Row], bad: list[tuple[int, str]]
 ) -> tuple[dict[SideName, list[_TokenisedRow]], dict[SideName, Counter[str]]]:
-    """Return the rows of each side as tokens, and their counts; rows that cannot be trained are added to
-    bad."""
+    """Return each side's rows as tokens, and their counts; add rows that cannot be trained to bad."""
     by_side: dict[SideName, list[_TokenisedRow]] = {side: [] for side in SIDES}
     counts: dict[SideName, Counter[str]] = {side: Counter() for side in SIDES}
     for row, tokens in zip(rows, using.encoder.encode(rows), strict=True):
@@ -111,7 +105,7 @@ def _unrenderable(encoder: Encoder, rows: list[Row]) -> Iterator[tuple[int, str]
 
 
 def _pieces(using: Tokenising, row: Row, tokens: Tokens, counts: Counter[str]) -> list[Tokens]:
-    """Return the pieces of a row, and count what became of a long one. Raises: BadRow."""
+    """Return the pieces of a row, and count the outcome for a long one. Raises: BadRow."""
     data = using.data
     if len(tokens.ids) <= data.max_length:
         return [tokens]
@@ -160,21 +154,20 @@ def chunks_with_shape(
 
 
 def side_of(digest: bytes, source: Source, data: Data) -> SideName:
-    """Return where a row belongs. With data.eval_fraction its digest decides, whatever rows are around
-    it."""
+    """Return a row's side. With data.eval_fraction its digest decides, whatever the rows around it."""
     if source.side == "train" and data.eval_fraction and _share(digest[:8]) < data.eval_fraction:
         return "eval"
     return source.side
 
 
 def repeats_of(digest: bytes, weight: float) -> int:
-    """Return how often an epoch sees a row. A weight's fraction is for the rows that their digest chooses."""
+    """Return how often an epoch sees a row. With weight 2.3, 30% of rows, by digest, are seen three times."""
     whole = int(weight)
-    return whole + (_share(digest[8:]) < weight - whole)  # other bits than eval_fraction's
+    return whole + (_share(digest[8:]) < weight - whole)  # not the bits that eval_fraction uses
 
 
 def _share(part: bytes) -> float:
-    """Return the number in [0, 1) that a digest's bytes are."""
+    """Return a digest's bytes as a number in [0, 1)."""
     return int.from_bytes(part, "big") / 2.0 ** (8 * len(part))
 
 

@@ -1,8 +1,4 @@
-"""The turns of a chat row: who speaks, what is said, and the functions that are called.
-
-`read_turns(row, options)` and `read_tools(value)` read them; `check_turns(messages)` refuses what a chat
-template could not write as it stands.
-"""
+"""The turns of a chat row (speaker, text, function calls), and checks that templates can write them."""
 
 import json
 import re
@@ -24,20 +20,19 @@ ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's own: text that holds one would forge a turn
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's marks: text that has one would forge a turn
 THINK, THOUGHT = "<think>", "</think>"
 # JSON of tools and arguments may nest this deep; deeper JSON is no call, and would end in a RecursionError
 MAX_DEPTH = 100
 _TURN_KEYS = (("from", "value"), ("role", "content"))
-# keys that would change what a turn means, and that are not used: what to read them as instead
+# keys that would change a turn's meaning but are not used -> the key to read them as, if any
 _UNUSED = {
     **dict.fromkeys(("weight", "loss", "loss_weight", "train", "training", "mask"), None),
     **dict.fromkeys(("thinking", "reasoning"), "reasoning_content"),
 }
-# empty lines before a reply would melt into one token with the line break that ends the turn's header, a
-# token that no prompt for an answer ends with
+# line breaks before a reply would melt with the header's into one token, which ends no generation prompt
 _LEADING_LINES = re.compile(r"^\s*[\r\n]")
-# what people call the two fields of a turn, and the roles
+# names that people use for the two fields of a turn, and for the roles
 _SPEAKERS = ("speaker", "who", "name", "author", "sender", "type")
 _TEXTS = ("text", "message", "utterance", "body", "msg", "words", "say")
 _ASSISTANTS = (
@@ -143,7 +138,7 @@ def _message(name: str, role: str, content: object) -> Message:
 
 
 def _keys_of(number: int, turn: JsonObject, *, has_calls: bool) -> tuple[str, str]:
-    """Return the keys of who speaks and of what is said."""
+    """Return the keys of a turn's speaker and text."""
     pairs = [pair for pair in _TURN_KEYS if turn.keys() >= set(pair)]
     if len(pairs) > 1:  # Parquet's turns have all keys that any turn has
         pairs = [pair for pair in pairs if (turn[pair[0]], turn[pair[1]]) != (None, None)] or pairs[:1]
@@ -163,7 +158,7 @@ def _keys_of(number: int, turn: JsonObject, *, has_calls: bool) -> tuple[str, st
 
 
 def _role(number: int, role: object, options: RowOptions) -> str:
-    """Return what a role is called here."""
+    """Return our name for a role."""
     ours = options.roles.get(role) or ROLES.get(role) if isinstance(role, str) else None
     if ours is None:
         known = ", ".join(ROLES)
@@ -174,7 +169,7 @@ def _role(number: int, role: object, options: RowOptions) -> str:
 
 
 def refuse_unused(values: JsonObject, unused: Mapping[str, str | None], where: str) -> None:
-    """Refuse keys that would change what is learnt. unused: key -> what to read it as, if anything."""
+    """Refuse keys that would change what is learnt. unused: key -> the key to read it as, if any."""
     for key, instead in unused.items():
         if values.get(key) not in (None, "", []):
             also = f" read it as {instead}: data.columns: {as_mapping({key: instead})}, or" if instead else ""
@@ -243,7 +238,7 @@ def read_tools(tools: object) -> list[JsonObject] | None:
 
 
 def from_json(value: object, what: str) -> object:
-    """Return a value that some files hold as JSON in a text (CSV, and ShareGPT's tools)."""
+    """Return a value, decoded where it is JSON in a text (in CSV, and ShareGPT's tools)."""
     if isinstance(value, str):
         try:
             return decode_json(value)
@@ -252,7 +247,7 @@ def from_json(value: object, what: str) -> object:
     return value
 
 
-# ---- what no template could write as it stands
+# ---- checks that templates can write the turns
 
 
 def check_turns(messages: list[Message]) -> None:

@@ -1,2 +1,1 @@
-"""The run folder: its paths, its records and who may use it; what the agent and the ranks of an attempt
-share."""
+"""The run folder: paths, records and lock; and values that the agent and the ranks of an attempt share."""

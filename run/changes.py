@@ -1,4 +1,4 @@
-"""What may change in a run's config between two attempts, and what makes it another run."""
+"""The config keys that may change between two attempts, and those that make it another run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 from qwenlora.configs.keys import differences
 from qwenlora.configs.schema import Config
 
-# what may change between two attempts without making it another run: how it is watched, started, spread over
-# GPUs, cut into micro-batches, evaluated, saved, and how long it goes on
+# how a run is watched, started, spread over GPUs, cut into micro-batches, evaluated and saved, and its length
 FREE_TO_CHANGE = (
     "run_dir",
     "log.",
@@ -36,7 +35,7 @@ class Changes(dict[str, tuple[Any, Any]]):
     """{key: (was, is now)} of two configs."""
 
     def refused(self, allowed: Sequence[str] = ()) -> "Changes":
-        """Return those that make it another run. allowed: keys, or sections, that may change all the same."""
+        """Return those that make it another run. allowed: keys, or sections, that may change nevertheless."""
         free = [
             key for key in self if key.startswith(FREE_TO_CHANGE) or {key, key.split(".")[0]} & set(allowed)
         ]
@@ -64,10 +63,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def allows(section: str, allowed: Sequence[str]) -> bool:
-    """Return whether the user permits other rows (section data) or other base weights (section model).
-
-    A key that is free to change anyway permits nothing.
-    """
+    """Return whether allowed permits other rows (section data) or base weights (model); free keys do not."""
     if section in allowed:
         return True
     if section == "model":
@@ -76,5 +72,5 @@ def allows(section: str, allowed: Sequence[str]) -> bool:
 
 
 def changes(before: Config, config: Config) -> Changes:
-    """Return how a config differs from an earlier one, but for where the run folder lies."""
+    """Return how a config differs from an earlier one, except in run_dir."""
     return Changes({key: values for key, values in differences(before, config).items() if key != "run_dir"})

@@ -1,13 +1,12 @@
-"""What a checkpoint is, which ones are whole, and which one to resume from.
+"""Checkpoints: what they hold, which of them are whole, and which one to resume from.
 
 checkpoint-200/
-    adapter_model.safetensors, adapter_config.json, tokenizer files: an adapter folder as plain peft loads it;
-    in
-        float32, the weights that the optimizer goes on from
+    adapter_model.safetensors, adapter_config.json, tokenizer files: an adapter folder that plain peft loads;
+        in float32, the weights that the optimizer continues from
     optimizer.safetensors: the optimizer's state, `<parameter's name>/<exp_avg ...>`
     state.json: everything else that a resume needs (records.py, State)
     trainer_state.json: transformers' own, without its log, which is metrics.jsonl
-    manifest.json: records.py, Manifest; a folder is a checkpoint when this holds
+    manifest.json: records.py, Manifest; a folder that matches it is a checkpoint
 
 The frozen base is never in it. trainer/loop/saver.py writes checkpoints, trainer/loop/state.py reads tensors;
 docs/checkpoints.md has the promises.
@@ -38,10 +37,7 @@ STATE = "state.json"
 
 
 class Chosen(NamedTuple):
-    """What to resume from. folder: None starts at the first step; passed_over: newer ones, and why.
-
-    changed: permitted changes of the config since the checkpoint, as text.
-    """
+    """The checkpoint to resume from, if any. passed_over: newer ones, and why; changed: permitted changes."""
 
     folder: Path | None
     passed_over: list[str]
@@ -49,8 +45,7 @@ class Chosen(NamedTuple):
 
 
 def identity_of(config: Config, data: str, base: str) -> Identity:
-    """Return what a checkpoint belongs to. data, base: hashes of the prepared rows and of the base's
-    weights."""
+    """Return the run's identity for checkpoints. data, base: hashes of prepared rows and base weights."""
     return Identity(config=config.model_dump(mode="json", by_alias=True), data=data, base=base)
 
 
@@ -74,10 +69,7 @@ def _signed(record: dict[str, Any]) -> str:
 
 
 def read(folder: Path) -> Manifest:
-    """Return the manifest of a checkpoint.
-
-    Raises: ValueError saying what is wrong with it, after the folder's name.
-    """
+    """Return a checkpoint's manifest. Raises: ValueError saying what is wrong, without the folder's name."""
     file = folder / MANIFEST
     if not file.is_file():
         older = (folder / "trainer_state.json").is_file() and not (folder / STATE).is_file()
@@ -86,7 +78,7 @@ def read(folder: Path) -> Manifest:
     try:
         text = file.read_text(encoding="utf-8")
         record = json.loads(text)
-        # the text as it was written: its order and what an older version left out count, too
+        # compared as text: the order, and fields that an older version left out, count, too
         whole = _signed({key: value for key, value in record.items() if key != "sha256"}) == text
     except (OSError, ValueError, AttributeError):
         whole = False
@@ -100,12 +92,12 @@ def read(folder: Path) -> Manifest:
 
 
 def read_state(folder: Path) -> State:
-    """Return what a resume from a checkpoint needs besides tensors. Raises: OSError or ValueError."""
+    """Return the state that a resume needs besides tensors. Raises: OSError or ValueError."""
     return State.parse(content(folder, STATE))
 
 
 def content(folder: Path, name: str) -> bytes:
-    """Return a file of a checkpoint, exactly as it was written. Raises: ValueError when it is not."""
+    """Return the bytes of a checkpoint's file. Raises: ValueError when their hash is not the manifest's."""
     read_bytes = (folder / name).read_bytes()
     if hashlib.sha256(read_bytes).hexdigest() != read(folder).files[name].sha256:
         raise ValueError(f"{folder} has {name} with other bytes than were written (SHA-256)")
@@ -129,7 +121,7 @@ def flaw(folder: Path, *, thorough: bool = True) -> str:
 
 
 def _file_flaw(file: Path, written: FileEntry, thorough: bool) -> str:
-    """Return how a file of a checkpoint differs from what was written, or an empty text."""
+    """Return how a checkpoint's file differs from its manifest entry, or an empty text."""
     if not file.is_file():
         return f"lacks {file.name}"
     if (size := file.stat().st_size) != written.bytes:
@@ -155,12 +147,8 @@ def adapter_flaw(folder: Path) -> str:
 
 
 def choose(run: RunFolder, resume: str, identity: Identity, allowed: Sequence[str] = ()) -> Chosen:
-    """Return the checkpoint to resume from.
-
-    resume: auto (the newest whole one, if any), none, or the name or path of one; allowed: config keys that
-    may differ.
-    Raises: ValueError when the named one is broken or another run's, or when all are broken.
-    """
+    """Return the checkpoint to resume from. resume: auto (newest whole one, if any), none, a name or a path.
+    Raises: ValueError when the named one is broken or another run's, or when all are broken."""
     if resume == "none":
         return Chosen(None, [], "")
     if resume != "auto":
@@ -186,9 +174,7 @@ def choose(run: RunFolder, resume: str, identity: Identity, allowed: Sequence[st
 
 def named(run: RunFolder, resume: str, config: dict[str, Any], allowed: Sequence[str] = ()) -> Path:
     """Return the folder that --resume names: in the run folder, or a path. Only its manifest is read.
-
-    Raises: ValueError when it does not exist, is no checkpoint, or was written with another config.
-    """
+    Raises: ValueError when it does not exist, is no checkpoint, or was written with another config."""
     inside, outside = run.path / resume, Path(resume).expanduser().absolute()
     folder = inside if inside.is_dir() else outside
     if not folder.is_dir():
@@ -253,8 +239,7 @@ def set_aside_newer(run: RunFolder, step: int) -> list[str]:
 
 
 def clear_leftovers(run: RunFolder) -> None:
-    """Remove checkpoints that a killed attempt was writing or removing; keep one that only lacked its
-    name."""
+    """Remove checkpoints that a killed attempt left half written or removed; give whole ones their name."""
     for staging in run.path.glob(".staging-checkpoint-*"):
         folder = run.path / staging.name.removeprefix(".staging-")
         if not folder.exists() and not flaw(staging) and read(staging).step == step_of(folder):
@@ -266,10 +251,7 @@ def clear_leftovers(run: RunFolder) -> None:
 
 def rotate(run: RunFolder, limit: int | None, losses: dict[int, float]) -> None:
     """Remove the oldest whole checkpoints beyond limit, but neither the newest nor the best.
-
-    losses: {step: eval_loss}, to find the best; empty when it does not matter. With a limit of 1 the best is
-    kept besides the newest.
-    """
+    losses: {step: eval_loss}, empty if the best does not matter. A limit of 1 keeps both best and newest."""
     whole = [folder for folder in run.checkpoints() if not flaw(folder, thorough=False)]
     kept = whole[: limit or None]
     known = [folder for folder in whole if step_of(folder) in losses]
@@ -282,7 +264,7 @@ def rotate(run: RunFolder, limit: int | None, losses: dict[int, float]) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint if it exists. It is renamed first, so that half of one is never seen."""
+    """Remove a checkpoint if it exists. It is renamed first, so that nobody sees half a checkpoint."""
     if folder.exists():
         gone = folder.with_name(f".removing-{folder.name}")
         shutil.rmtree(gone, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What code a run runs: versions, the command, the git commit and what was changed since."""
+"""The code of a run: package versions, the command, the git commit and the changes since."""
 
 import platform
 import shutil
@@ -27,7 +27,7 @@ def versions() -> dict[str, str | None]:
 
 
 def record(facts: Path, diff: Path) -> None:
-    """Write what runs to facts (JSON), and what git knows to have changed since the commit to diff."""
+    """Write versions, command and commit to facts (JSON), and git's changes since the commit to diff."""
     git, changes = _git()
     # an argument need not be UTF-8, JSON must
     command = [
@@ -42,8 +42,7 @@ def record(facts: Path, diff: Path) -> None:
 
 
 def own_commit() -> str | None:
-    """Return the commit of the package's own clone, with -dirty after changes; None when there is no
-    clone."""
+    """Return the commit of the package's own clone, with -dirty after changes; None without a clone."""
     return _commit(package()) if (package() / ".git").exists() else None
 
 
@@ -52,7 +51,7 @@ def _commit(folder: Path) -> str | None:
 
 
 def _ask_git(folder: Path, *arguments: str) -> str:
-    """Return what git prints; empty when it fails or is not there."""
+    """Return git's output; empty when it fails or is missing."""
     if not shutil.which("git"):
         return ""
     answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
@@ -60,8 +59,7 @@ def _ask_git(folder: Path, *arguments: str) -> str:
 
 
 def _git() -> tuple[str | None, str]:
-    """Return the commit and the changes since, of the package's own clone if it runs from one, else of this
-    folder."""
+    """Return the commit and the changes since, of the package's own clone, or else of the current folder."""
     folder = package() if (package() / ".git").exists() else Path.cwd()
     commit = _commit(folder)
     changes = _ask_git(folder, "diff", "HEAD") if commit and commit.endswith("-dirty") else ""

@@ -1,5 +1,4 @@
-"""What comparison.json holds: `qwenlora compare` writes it into the run folder, reports and model cards show
-it."""
+"""comparison.json, which `qwenlora compare` writes into the run folder, and reports and model cards show."""
 
 import math
 from typing import Literal
@@ -10,8 +9,7 @@ from qwenlora.run.records import Record
 
 
 class ComparedModel(BaseModel):
-    """A model that was asked. adapter: its folder's name, None for a base; own: that folder is of the run in
-    which comparison.json lies."""
+    """A compared model. adapter: its folder's name, None for a base; own: the folder is this run's."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -21,7 +19,7 @@ class ComparedModel(BaseModel):
 
 
 class Measure(BaseModel):
-    """A number of each model, in the models' order. count: of how many questions."""
+    """A number of each model, in the models' order. count: the number of questions."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,7 +40,7 @@ class Measure(BaseModel):
 
 
 class AnsweredQuestion(BaseModel):
-    """A question, the answer of each model, and whether that was right, where it can be told."""
+    """A question, and each model's answer. right: None where that cannot be judged."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -55,7 +53,7 @@ class AnsweredQuestion(BaseModel):
 
 
 class Comparison(Record):
-    """The whole file. made: ISO time; subjects: the models that were asked."""
+    """The whole file. made: ISO time; subjects: the compared models."""
 
     model_config = ConfigDict(ser_json_inf_nan="null")
 

@@ -29,10 +29,8 @@ def sync(path: Path) -> None:
 
 
 def settle(folder: Path) -> list[Path]:
-    """Wait until all files of a folder are on the disk, give them the umask's permissions, and return them.
-
-    Libraries that write by way of a temporary file leave it readable by its owner alone.
-    """
+    """Wait until a folder's files are on the disk, give them the umask's permissions, and return them.
+    Libraries that write through a temporary file leave it readable by its owner alone."""
     mask = os.umask(0)
     os.umask(mask)
     files = sorted(folder.iterdir())
@@ -49,7 +47,7 @@ def seal(folder: Path, *, but: str) -> None:
 
 
 def broken_seal(folder: Path) -> str:
-    """Return which file of a sealed folder has changed, and how; an empty text when none has."""
+    """Return which file of a sealed folder has changed, and how; empty when none has."""
     if not (folder / SUMS).is_file():
         return ""
     lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()

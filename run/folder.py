@@ -1,7 +1,4 @@
-"""The run folder: where everything of a run lies, and whose it is.
-
-RunFolder is the one owner of these paths; what happened to the run is history.py's.
-"""
+"""The run folder: the one owner of its paths, and its lock. history.py has what happened to the run."""
 
 import errno
 import fcntl
@@ -39,18 +36,18 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
         self.base_model = self.path / "base_model"  # of model.name_or_path: tiny
-        self.facts = self.path / "facts.json"  # what was counted before the ranks started
+        self.facts = self.path / "facts.json"  # counts made before the ranks start
         self.bad_rows = self.path / "bad_rows.txt"
         self.comparison = self.path / "comparison.json"  # of `qwenlora compare`
         self.report = self.path / "report.html"  # of `qwenlora report`
         self.wandb_id = self.path / "wandb" / "run_id"
         self.wandb_url = self.path / "wandb" / "url"  # of a run that is online
         self._lock = self.path / ".lock"
-        self._before: dict[Path, str | None] = {}  # files as they were before this attempt
+        self._before: dict[Path, str | None] = {}  # the files' text before this attempt
 
     @property
     def submitted(self) -> Path:
-        """The folder of the run's jobs: beside the run folder, since it exists before that does."""
+        """The folder of the run's jobs: beside the run folder, since jobs exist before it does."""
         return self.path.parent / ".submitted" / self.path.name
 
     def cache(self, config: Config) -> Path:
@@ -80,11 +77,11 @@ class RunFolder:
         return self.logs(attempt) / f"{process}.error.json"
 
     def errors(self, attempt: int) -> list[RankError]:
-        """Return why the processes of an attempt failed that could say so."""
+        """Return the errors that failed processes of an attempt have recorded."""
         return [RankError.read(file) for file in self.logs(attempt).glob("*.error.json")]
 
     def read_facts(self) -> Facts:
-        """Return what preparation counted. Raises: OSError or ValueError when facts.json cannot be read."""
+        """Return the facts that preparation recorded. Raises: OSError or ValueError for a bad facts.json."""
         return Facts.read(self.facts)
 
     def write_facts(self, facts: Facts) -> None:
@@ -92,15 +89,11 @@ class RunFolder:
         write_atomically(self.facts, facts.text())
 
     def flight_recorder(self, attempt: int) -> str:
-        """Return the prefix of the files to which NCCL dumps its last collectives; the rank's number
-        follows."""
+        """Return the path prefix of NCCL's dumps of its last collectives; the rank's number follows."""
         return f"{self.logs(attempt)}/nccl-rank-"
 
     def begin_attempt(self, processes: int, *, killed_by: str = "", **facts: Any) -> int:
-        """Record the start of an attempt and make its log folder; return its number, from 1.
-
-        killed_by: what ended an earlier attempt that was killed, in Slurm's word. facts: fields of Attempt.
-        """
+        """Record an attempt's start (History.begin) and make its log folder; return its number, from 1."""
         number = self.history.begin(processes, killed_by=killed_by, **facts)
         self.logs(number).mkdir(parents=True, exist_ok=True)
         return number
@@ -138,13 +131,11 @@ class RunFolder:
     def claim(
         self, config: Config, *, fresh: bool = False, allowed: Sequence[str] = (), wait_s: float = 0.0
     ) -> Iterator[Changes]:
-        """Lock the folder for one attempt: make it, or reopen it for another attempt at the same run.
+        """Lock the folder for one attempt, made if needed; yield the config's changes since the last attempt.
 
-        Yields what changed in the config since the last attempt. The lock keeps out other processes of this
-        machine and, where the file system supports flock, of other machines.
-        fresh: set an earlier run aside and start anew. allowed: further config keys that may differ. wait_s:
-        how
-        long to wait for the lock: a requeued job may start before its last processes are gone.
+        The lock keeps out processes of this machine and, where the file system supports flock, of other
+        machines. fresh: set an earlier run aside; allowed: further config keys that may differ; wait_s: how
+        long to wait for the lock, since a requeued job may start before its last processes have ended.
         Raises: ValueError when the folder holds a run with another config or something else, or is in use.
         """
         self._check_place()
@@ -181,7 +172,7 @@ class RunFolder:
             raise ValueError(f"run_dir={self.path} is not empty and holds no run; choose another run_dir")
 
     def put_back(self) -> None:
-        """Restore config, facts and code of earlier attempts, after one that has trained nothing."""
+        """Restore config, facts and code of earlier attempts, after an attempt that has trained nothing."""
         for file, text in self._before.items():
             if text is None:
                 file.unlink(missing_ok=True)
@@ -203,7 +194,7 @@ class RunFolder:
         return any(path != self._lock for path in self.path.iterdir())
 
     def _set_aside(self) -> None:
-        folder, number = self.path.resolve(), 1  # of a link, the folder on its own disk is renamed
+        folder, number = self.path.resolve(), 1  # a link's target is renamed, and stays on its disk
         while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
         folder.rename(aside)
@@ -227,7 +218,7 @@ class RunFolder:
 
     @property
     def abandoned(self) -> bool:
-        """Whether the process that last locked the folder ran on this machine, and is gone."""
+        """Whether the process that last locked the folder ran on this machine, and has ended."""
         return self.holder is not None and not Path("/proc", str(self.holder)).exists()
 
     @property

@@ -7,7 +7,7 @@ import yaml
 
 
 def number(value: float | None) -> str:
-    """Return a number with the four digits that matter, whole ones whole; - for None."""
+    """Return a number with four significant digits, whole if it is an int or over 1000; - for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e15 else f"{value:.4g}"
@@ -29,7 +29,7 @@ def shape(lengths: Iterable[int]) -> str:
 
 
 def and_more(names: Sequence[str]) -> str:
-    """Return how many names there are beside the first, which the message names."""
+    """Return ` and N more` for the names after the first, which the message shows."""
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 

@@ -1,4 +1,4 @@
-"""What an agent passes to its ranks, in an environment variable; and what a rank started by hand assumes."""
+"""The values that an agent passes to its ranks in an environment variable, and their defaults."""
 
 import os
 from dataclasses import dataclass
@@ -10,11 +10,10 @@ _VARIABLE = "QWENLORA_HANDOVER"
 
 @dataclass(frozen=True)
 class Handover:
-    """attempt: its number, 0 without an agent; resume: which checkpoint; allowed: config keys that may differ
-    from the run's earlier attempts; prepare_s: seconds that preparation took; beats: the node's folder for
-    signs of life (heartbeat.py), if any; only_check: ranks do the checks before a start, and leave; screen:
-    where rank 0 borrows the agent's screen (lent_screen.py), unless its own standard output is that.
-    """
+    """The values for a rank. attempt: its number, 0 without an agent; resume: which checkpoint; allowed:
+    config keys that may differ from earlier attempts; prepare_s: seconds of preparation; beats: the node's
+    folder for signs of life (heartbeat.py), if any; only_check: do the checks before a start, then leave;
+    screen: where rank 0 borrows the agent's screen (lent_screen.py), unless its own output is that."""
 
     attempt: int = 0
     resume: str = "auto"
@@ -38,7 +37,7 @@ _JSON = TypeAdapter(Handover)
 
 
 def received() -> Handover:
-    """Return what the agent passed on. By hand, QWENLORA_RESUME chooses a checkpoint."""
+    """Return the agent's values. Without an agent, QWENLORA_RESUME chooses a checkpoint."""
     if _VARIABLE not in os.environ:
         return Handover(resume=os.environ.get("QWENLORA_RESUME", "auto"))
     return _JSON.validate_json(os.environ[_VARIABLE])

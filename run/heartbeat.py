@@ -18,7 +18,7 @@ _WIDTH = 160  # bytes: overwritten in place, so it must not change
 
 
 class Beat(NamedTuple):
-    """A rank's last sign of life. beats: how many so far: fewer is behind; at: time.monotonic()."""
+    """A rank's last sign of life. beats: their number, to see who is behind; at: time.monotonic()."""
 
     rank: int
     pid: int

@@ -1,5 +1,4 @@
-"""What happened to a run: attempts.jsonl, a line an attempt, and progress.json, the last step of the one
-under way."""
+"""A run's history: attempts.jsonl, a line an attempt, and progress.json, the current attempt's last step."""
 
 import fcntl
 import math
@@ -46,11 +45,8 @@ class History:
         return last if last and not last.end else None
 
     def begin(self, processes: int, *, killed_by: str = "", **facts: Any) -> int:
-        """Record the start of an attempt; return its number, from 1. An earlier one without an end was
-        killed.
-
-        killed_by: by what, in Slurm's word. facts: other fields of the new Attempt.
-        """
+        """Record an attempt's start, and the end of a killed one before it; return its number, from 1.
+        killed_by: Slurm's word for what killed the earlier one; facts: other fields of the new Attempt."""
         with self._alone():
             attempts = self.attempts()
             if attempts and not attempts[-1].end:
@@ -75,7 +71,7 @@ class History:
         """Record why the last attempt ended, unless that is known already."""
         with self._alone():
             attempts = self.attempts()
-            if attempts and not attempts[-1].end:  # no attempt: the folder is gone
+            if attempts and not attempts[-1].end:  # no attempt: the folder was removed
                 self._close(attempts, reason, message, now())
                 self._write(attempts)
 
@@ -83,7 +79,7 @@ class History:
     def _alone(self) -> Iterator[None]:
         """Keep the agent and rank 0 from writing at the same time, where the file system has locks."""
         with ExitStack() as held:
-            with suppress(OSError):  # without locks, or a folder: the window is a few microseconds
+            with suppress(OSError):  # without locks, or without the folder: the window is microseconds
                 lock = held.enter_context(self.file.with_name(".attempts.lock").open("w"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -98,8 +94,7 @@ class History:
     def _close(
         self, attempts: list[Attempt], reason: Reason | None, message: str, end: datetime | None = None
     ) -> None:
-        """Give the last attempt its end. end: default: the time of its last step, or its start without
-        one."""
+        """Give the last attempt its end. end: default: the time of its last step, else of its start."""
         *before, attempt = attempts
         changes: dict[str, Any] = {"reason": reason, "message": message}
         if progress := self.progress.read(attempt.attempt):
@@ -110,7 +105,7 @@ class History:
             }
             end = end or datetime.fromtimestamp(progress.time, UTC)
             if first := attempt.first_step:
-                # it may have been killed before it had repeated all of the steps that were lost
+                # a kill may have come before all lost steps were repeated
                 trained = max((other.last_step or 0 for other in before), default=0)
                 changes["steps_repeated"] = max(min(progress.step, trained) - first + 1, 0)
         attempts[-1] = attempt.revised(**changes, end=end or attempt.start)
@@ -125,7 +120,7 @@ class History:
         return max(steps, default=0)
 
     def first_step_of_the_killed(self) -> int | None:
-        """Return the first step of the killed attempts just before the one under way; None without such."""
+        """Return the first step of the killed attempts just before this one; None if there are none."""
         first = math.inf
         for attempt in reversed(self.attempts()[:-1]):
             if attempt.reason != "killed":
@@ -142,11 +137,8 @@ class History:
 
 
 class ProgressFile:
-    """progress.json, written over in place.
-
-    One small write a step and no new file: a parallel file system does not mind, and a killed attempt has
-    still recorded how far it came.
-    """
+    """progress.json, written over in place: one small write a step and no new file, which a parallel file
+    system does not mind, and after a kill it still says how far the attempt came."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -179,10 +171,7 @@ class ProgressFile:
 
 def goodput(attempts: Sequence[Attempt]) -> float | None:
     """Return the share of the attempts' time that went into steps of the final history; None before any.
-
-    The rest was start-up, saving, steps that were trained again, and what was under way when an attempt was
-    killed. Refused attempts do not count.
-    """
+    The rest went into start-up, saving, repeated steps, and work cut short. Refused attempts do not count."""
     total = useful = 0.0
     kept_until = math.inf
     for attempt in reversed(attempts):

@@ -9,10 +9,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent ends, however it ends.
-
-    parent: its pid, if known: it may have ended before this call. Default: the current parent.
-    """
+    """Have the kernel kill this process when its parent ends. parent: its pid, in case it has ended."""
     parent = parent or os.getppid()
     if _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")

@@ -1,5 +1,4 @@
-"""The files of the installed package: which they are, their hash, and a copy of them for a job that starts
-later."""
+"""The files of the installed package: their list, their hash, and a copy for a job that starts later."""
 
 import hashlib
 import shutil
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import qwenlora
 
-# what setup.cfg installs; users keep data of their own in a clone's folders, which must not come along
+# as in setup.cfg; a clone's folders may also hold a user's data, which must not come along
 PATTERNS = (
     "*.py",
     "*.yaml",
@@ -30,9 +29,9 @@ def package() -> Path:
 
 
 def files(source: Path | None = None) -> list[Path]:
-    """Return every file of a package, sorted. source: its folder; default: of the one that is running."""
+    """Return every file of a package, sorted. source: its folder; default: the running package's."""
     source = source or package()
-    # a clone's root also holds .venv/, tests/ and runs/, which are no rooms
+    # only packages: a clone's root also has .venv/, tests/ and runs/
     rooms = {
         init.parent for room in source.glob("*/__init__.py") for init in room.parent.rglob("__init__.py")
     }
@@ -42,10 +41,7 @@ def files(source: Path | None = None) -> list[Path]:
 
 
 def code_hash(rooms: Collection[str] = (), *, but: Collection[str] = ()) -> str:
-    """Return a hash of the package's own code, whatever version it says it is.
-
-    rooms: only files of these, such as "data"; default: of all. but: file names that are left out.
-    """
+    """Return a hash of the package's code. rooms: top folders, default: all; but: file names to leave out."""
     digest = hashlib.sha256()
     for file in files():
         name = file.relative_to(package())

@@ -10,8 +10,8 @@
 | checkpoint-N/state.json | State | run/checkpoints.py |
 | comparison.json | comparison.py's Comparison | run/comparison.py |
 
-A file without `format` was written by version 0.1, whose records these are, too. A change that an older
-version would misread raises the record's FORMAT.
+A file without `format` is of version 0.1, which had the same records. A change that an older version would
+misread raises the record's FORMAT.
 """
 
 from datetime import UTC, datetime
@@ -28,12 +28,12 @@ Moment = Annotated[
 
 
 def now() -> datetime:
-    """Return the time, as records have it."""
+    """Return the time in UTC."""
     return datetime.now(UTC)
 
 
 class Record(BaseModel):
-    """What a file holds. format: of the file; a reader refuses a newer one than it knows."""
+    """The content of a file. format: of the file; a reader refuses a newer format than it knows."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
     FORMAT: ClassVar[int] = 1
@@ -42,8 +42,7 @@ class Record(BaseModel):
 
     @classmethod
     def parse(cls, text: str | bytes) -> Self:
-        """Return the record that a text holds. Raises: ValueError saying what is wrong with it, on one
-        line."""
+        """Return the record in a text. Raises: ValueError saying, on one line, what is wrong with it."""
         try:
             record = cls.model_validate_json(text)
         except ValidationError as error:
@@ -67,19 +66,19 @@ class Record(BaseModel):
         return self.model_dump_json(indent=indent, exclude_none=True)
 
     def revised(self, **changes: Any) -> Self:
-        """Return the record with other values. Raises: ValidationError for values that are none of its."""
+        """Return the record with other values. Raises: ValidationError for values that do not fit."""
         assert changes.keys() <= type(self).model_fields.keys(), changes
         return type(self).model_validate(dict(self) | changes)
 
 
 class Attempt(Record):
-    """One attempt at a run; None where it did not come that far.
+    """One attempt at a run. A field is None where the attempt did not get that far.
 
     restarts: how often Slurm had requeued the job; saved_before: the newest checkpoint's step at the start;
-    reason: why it ended, killed where the attempt could not say so itself; cause: what Slurm did to end it,
-    in its own word (TIMEOUT, PREEMPTED, NODE_FAIL, REQUEUED, CANCELLED); steps_repeated: trained before, but
-    not saved; seconds: of the start, by what they went into; trained_s, saving_s: seconds in steps, and in
-    saves that held them up; goodput: of the run until then.
+    reason: why it ended, killed when it could not record that itself; cause: Slurm's word, where Slurm ended
+    it (TIMEOUT, PREEMPTED, NODE_FAIL, REQUEUED, CANCELLED); steps_repeated: trained before, but not saved;
+    seconds: of the start, by phase; trained_s, saving_s: seconds in steps, and in saves that delayed them;
+    goodput: of the run until then.
     """
 
     attempt: int
@@ -121,11 +120,9 @@ class Progress(Record):
 
 
 class Parameters(BaseModel):
-    """Counts of numbers. body: matrices that every token passes; head: the output matrix.
-
-    hidden_size, intermediate_size, kv_width: what a token leaves behind in a layer; of a mixture of experts,
-    in those that it meets. 0 in runs of a version before 0.1.
-    """
+    """Counts of numbers. body: matrices that every token passes; head: the output matrix; hidden_size,
+    intermediate_size, kv_width: widths of a token's activations in a layer; for a mixture of experts, in
+    those that the token meets; 0 in runs of a version before 0.1."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -141,14 +138,12 @@ class Parameters(BaseModel):
 
 
 class SideCounts(BaseModel):
-    """What was counted of the training or the evaluation rows, before training.
+    """Counts of the training or the evaluation rows, made before training.
 
     rows, tokens, trained_tokens, longest: of an epoch; read_rows, longest_read, longest_place (source, file,
-    line): of the files, before long rows were cut; overlength: rows longer than data.max_length, and what
-    became of them: truncated, dropped, split; lost_replies: not trained since their question is not with
-    them;
-    packs, packs_sha256: of training rows; sha256: of all that is trained on; duplicates: rows that stand
-    there again.
+    line): of the files, before long rows were cut; overlength: rows longer than data.max_length, which were
+    truncated, dropped or split; lost_replies: not trained, since they do not fit together with their
+    question; packs, packs_sha256: of training rows; sha256: of all trained data; duplicates: repeated rows.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -172,18 +167,17 @@ class SideCounts(BaseModel):
 
     @property
     def cut(self) -> dict[str, int]:
-        """{what became of over-length rows: how many}, without what became of none."""
+        """{outcome of over-length rows: how many}, without zeros."""
         counts = {"truncated": self.truncated, "dropped": self.dropped, "split": self.split}
         return {name: count for name, count in counts.items() if count}
 
 
 class Facts(Record):
-    """What is known before the first step.
+    """Facts of a run that are known before its first step.
 
     base: folder or hub name; base_fingerprint: changes when its weights do; data_folder: the prepared rows;
     files_key: hash of the files that they are from; data: their counts; packing: data.packing, decided;
-    bad_rows: left out; notes: what deserves a warning; checkpoint_bytes: of one checkpoint; stamp:
-    data/freshness.py's.
+    bad_rows: left out; notes: warnings; checkpoint_bytes: of one checkpoint; stamp: data/freshness.py's.
     """
 
     base: str
@@ -206,13 +200,13 @@ class Facts(Record):
 
     @property
     def data_identity(self) -> str:
-        """What is trained on, whichever version of the code prepared it."""
+        """The hashes of the trained data, whichever version of the code prepared it."""
         sides = [f"{side}:{counts.sha256}" for side, counts in self.data.items()]
         return " ".join([*sides, f"packs:{self.data['train'].packs_sha256}"] if self.packing else sides)
 
 
 class Code(Record):
-    """What code a run runs. git: the commit, None without one; versions: of packages, None where missing."""
+    """The code of a run. git: the commit, None without one; versions: of packages, None where missing."""
 
     git: str | None = None
     versions: dict[str, str | None] = {}
@@ -221,8 +215,7 @@ class Code(Record):
 
 
 class Identity(BaseModel):
-    """What a checkpoint belongs to. config: as it was resolved; data, base: hashes of rows and base
-    weights."""
+    """The run that a checkpoint belongs to. config: resolved; data, base: hashes of rows and base weights."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -232,7 +225,7 @@ class Identity(BaseModel):
 
 
 class FileEntry(BaseModel):
-    """A file of a checkpoint, as it was written."""
+    """The size and hash of a checkpoint's file as it was written."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -241,8 +234,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(Record):
-    """The manifest of a checkpoint; a folder is a checkpoint when it holds. sha256: of the manifest
-    itself."""
+    """A checkpoint's manifest. A folder that does not match it is no checkpoint. sha256: of the manifest."""
 
     step: int
     world_size: int
@@ -271,11 +263,11 @@ class Schedule(BaseModel):
 
 
 class State(Record):
-    """What a resume needs besides tensors.
+    """The state that a resume needs besides tensors.
 
-    scaler: float16's; optimizer_groups: settings of the optimizer's groups; loss_so_far: of each rank, since
-    the last logging step; logged_step: that one; evaluation_due: it comes first after a resume; eval_losses:
-    {step: eval_loss}; moved: whether lora_B is no longer zero; wandb_id: of the run's W&B run, or empty.
+    scaler: float16's; optimizer_groups: their settings; loss_so_far: of each rank, since logged_step, the
+    last logging step; evaluation_due: an evaluation comes first after a resume; eval_losses: {step:
+    eval_loss}; moved: whether lora_B is no longer zero; wandb_id: of the run's W&B run, or empty.
     """
 
     step: int

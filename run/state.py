@@ -1,7 +1,4 @@
-"""The state of a run: one rule for status, runs, diff, report and Python. docs/run-states.md has its table.
-
-`state_of(attempts, job=query.ask(job_id), ...)`; jobs/find.py's `state` collects what it needs.
-"""
+"""The state of a run: one rule for all commands (docs/run-states.md). jobs/find.py collects its inputs."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -21,9 +18,8 @@ RunState = Literal[
     "not started",
     "unknown",
 ]
-SILENT_S = (
-    3600.0  # longer than any step, save or evaluation: an agent ends an attempt that stalls long before
-)
+# longer than any step, save or evaluation: an agent ends an attempt that stalls long before
+SILENT_S = 3600.0
 
 
 def state_of(
@@ -37,10 +33,9 @@ def state_of(
 ) -> RunState:
     """Return the state of a run.
 
-    trained: the folder holds something that training made; job: what Slurm says of the run's newest job, None
-    when it knows none; local_job_is_alive: a process that `submit` with cluster=local started is alive;
-    holder_is_alive: so is the process that last locked the folder, None when it is another machine's;
-    silent_s: seconds since the run last wrote to its folder.
+    trained: training wrote something to the folder; job: Slurm's facts on the run's newest job, None without;
+    local_job_is_alive: of `submit` with cluster=local; holder_is_alive: whether the process that last locked
+    the folder lives, None if it is another machine's; silent_s: seconds since the run last wrote there.
     """
     last = last_accepted(attempts)
     if last is None:
@@ -80,6 +75,6 @@ def _without_an_end(
     """Return the state of a run whose last attempt has not recorded how it ended."""
     if holder_is_alive is not None:
         return "running" if holder_is_alive else "killed"
-    if attempt.job_id and job:  # without job_id it was started by hand, and the job is an older one
+    if attempt.job_id and job:  # without a job_id it was started by hand, and the job is an older one
         return "running" if job.is_alive else "killed"
     return "running" if silent_s < SILENT_S else "unknown"
