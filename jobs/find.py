@@ -19,10 +19,7 @@ _DEPTHS = ("", "*/", "*/*/")  # run folders lie in runs/, those of a sweep one d
 
 @dataclass(frozen=True)
 class RunOrJob:
-    """What a user named. run: None when only Slurm knows the job; job_id: None when the run never was a job.
-
-    sweep: the runs below run.
-    """
+    """What a user named. run: None if only Slurm knows the job; job_id: None if no job; sweep: its runs."""
 
     run: RunFolder | None
     job_id: str | None
@@ -109,7 +106,7 @@ def newest_job(run: RunFolder, attempts: Sequence[Attempt]) -> str | None:
     if attempts and not attempts[-1].end and _is_alive(attempts[-1].job_id):
         return attempts[-1].job_id
     jobs = [(job.time, job.job_id) for job in ledger.submissions(run) if job.cluster == "slurm"]
-    if jobs and "_" in jobs[-1][1]:  # a task of an array: its attempts have another number of the same job
+    if jobs and "_" in jobs[-1][1]:  # a task of an array: attempts have another id for the same job
         return jobs[-1][1]
     jobs += [(attempt.start, attempt.job_id) for attempt in attempts if attempt.job_id]
     return max(jobs)[1] if jobs else None

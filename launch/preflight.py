@@ -1,7 +1,6 @@
-"""What the nodes of a run must have in common, checked before anything is started; no torch.
+"""The agents' checks before ranks start: nodes are alike and share the run folder, which has space. No torch.
 
-The first node's agent compares the facts of all, and all look for each other's files in the run folder. What
-ranks check (a reduction, a matrix product) is in trainer/ranks.
+The checks of the ranks (a reduction, a matrix product) are in trainer/ranks.
 """
 
 import hashlib
@@ -73,11 +72,11 @@ def write_file(run: RunFolder, node: int) -> str:
 
 
 def sees_file(run: RunFolder, node: int, text: str) -> bool:
-    """Whether this node sees the file that another one wrote. text: its text there."""
+    """Whether this node sees the file that another node wrote, with the same text."""
     end = time.monotonic() + SEEN_WITHIN_S
     while True:
         try:
-            list(run.path.iterdir())  # makes NFS ask again
+            list(run.path.iterdir())  # makes NFS ask its server again
             if _file_of(run, node).read_text(encoding="utf-8") == text:
                 return True
         except OSError:

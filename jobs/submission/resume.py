@@ -14,7 +14,7 @@ from qwenlora.slurm.query import JobInfo
 
 
 def resume(named: RunOrJob) -> str:
-    """Let a run go on as the job that it was; return what was done. Raises: ValueError when it cannot."""
+    """Submit a run again, or requeue its job; return what was done. Raises: ValueError if neither can be."""
     job = named.job()
     _refuse(named, job)
     submitted = ledger.submissions(named.run) if named.run and not named.sweep else []

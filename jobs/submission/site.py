@@ -1,8 +1,7 @@
 """Site files: what a cluster needs in every job, as partition, account and how Python runs there.
 
 `qwenlora submit my.yaml --site mycluster` and `sbatch $(qwenlora site mycluster) slurm/train.sh my.yaml` read
-the same file; configs/clusters/example.yaml is one. Its values reach sbatch and a shell, so only a few
-characters are allowed in them.
+them. Values reach sbatch and a shell, so only a few characters are allowed in them.
 """
 
 import json
@@ -170,11 +169,8 @@ def _is_plain(path: str) -> bool:
 
 
 def load_site(site: str | Path | None = None) -> Site:
-    """Return a site: a path, or the name of a file in configs/clusters/, here or of the package.
-
-    None: the one that QWENLORA_SITE names, or else one without any settings. Raises: ValueError, one line a
-    problem.
-    """
+    """Return a site, from a path or the name of a file in configs/clusters/, here or in the package. None:
+    the one that QWENLORA_SITE names, else one without settings. Raises: ValueError, a line per problem."""
     site = site or os.environ.get(VARIABLE)
     if not site:
         return Site()
@@ -207,7 +203,7 @@ def _find(site: str) -> Path:
 
 
 def _explain(error: ValidationError, places: Places, path: Path) -> list[str]:
-    """Return one line a problem."""
+    """Return a line for each problem."""
     groups: dict[tuple[str, str, bool], list[ErrorDetails]] = {}
     for item in error.errors():
         key, *inside = (str(part) for part in item["loc"])

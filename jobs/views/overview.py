@@ -1,7 +1,4 @@
-"""All that is known of a run, from whatever state its folder is in: what `qwenlora runs` and `diff` show.
-
-`read_overview(RunFolder("runs/my"))`. Nothing is written; a file that cannot be read is noted as a flaw.
-"""
+"""What is known of a run, for `qwenlora runs` and `diff`. A file that cannot be read is noted as a flaw."""
 
 import json
 from collections.abc import Callable
@@ -25,11 +22,8 @@ _Content = TypeVar("_Content")
 
 @dataclass(frozen=True)
 class RunOverview:
-    """What is known of a run. config, facts, code, compared: None where the file is missing or damaged.
-
-    loss, evaluated: the last lines of metrics.jsonl with a loss and with an evaluation, {} without;
-    flaws: which files cannot be read, and why.
-    """
+    """What is known of a run. config, facts, code, compared: None where the file is missing or damaged; loss,
+    evaluated: the last lines with these in metrics.jsonl; flaws: which files cannot be read, and why."""
 
     run: RunFolder
     config: Config | None
