@@ -38,9 +38,7 @@ class Summary(TypedDict):
 @dataclass(frozen=True)
 class RunTask:
     """The agent on config_file, as a callable. Fields keep their names: jobs that wait hold pickles of them.
-
-    brought_back: exit code 75 makes Slurm start it again; fresh (the first time only), allowed: as agent.run.
-    """
+    brought_back: Slurm starts it again after exit code 75; fresh (only the first time), allowed: as for run."""
 
     config_file: str
     brought_back: bool
@@ -50,7 +48,7 @@ class RunTask:
     def __call__(self) -> Summary | None:
         """Return the run's summary, on the first node; None on the others. Raises: SystemExit(75) to have the
         job brought back, ValueError when the run was refused, RuntimeError when it failed."""
-        # submitit's own reaction to these signals is to requeue at once, or none at all
+        # submitit's own handlers would requeue at once, or do nothing
         for number in STOP_SIGNALS:
             signal.signal(number, _leave)
         config = load_config(self.config_file)

@@ -1,4 +1,4 @@
-"""The agent of a node: from a config to an exit code: 0 done, 75 run again, 2 refused, 1 failed. No torch.
+"""The agent of a node, from a config to an exit code: 0 done, 75 run again, 2 refused, 1 failed. No torch.
 
 `qwenlora train` runs it, on this machine or as srun's one task on each node of a job; with a hostfile it also
 starts the agents of the other machines (ssh.py). The first node's agent leads and reports (leader.py), the

@@ -10,12 +10,9 @@ from qwenlora.slurm import query
 
 @dataclass(frozen=True)
 class Allocation:
-    """The nodes of a run, as one of them sees them.
-
-    node: its index in hosts; restarts: how often Slurm has requeued the job; requeues: the batch shell
-    requeues it when this agent leaves with 75; name, secret: with a hostfile, by these the agents know each
-    other; only secret is kept from others.
-    """
+    """The nodes of a run, as one of them sees them. node: its index in hosts; restarts: how often Slurm has
+    requeued the job; requeues: the batch shell requeues it when this agent leaves with 75; name, secret: with
+    a hostfile, by these the agents know each other; only secret is kept from everybody else."""
 
     node: int
     hosts: tuple[str, ...]

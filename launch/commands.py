@@ -24,9 +24,8 @@ def torchrun_argv(arguments: list[str], processes: int, rendezvous: Sequence[str
 def deepspeed_argv(arguments: list[str], processes: int, allocation: Allocation, port: int) -> list[str]:
     """Return the command that starts a node's ranks by DeepSpeed's launcher. port: of the first node.
 
-    `deepspeed` runs the same on each host (deepspeed/launcher/runner.py, launch.py). It is not used: it needs
-    pdsh, shows variables on command lines, has its own rules for CUDA_VISIBLE_DEVICES, and its processes
-    outlive a killed agent.
+    `deepspeed` runs the same on each host (deepspeed/launcher/runner.py, launch.py), but it needs pdsh, shows
+    variables on command lines, has rules for CUDA_VISIBLE_DEVICES, and its processes outlive a killed agent.
     """
     node, host = allocation.node, allocation.hosts[0] if allocation.nodes > 1 else "127.0.0.1"
     devices = {f"node-{number}": list[int | str](range(processes)) for number in range(allocation.nodes)}

@@ -26,9 +26,7 @@ def dry_run(
     allowed: Sequence[str] = (),
 ) -> str:
     """Return the resolved config, what follows from it, and the command without agents. Reads the data files.
-
-    arguments: what config was loaded from, file and overrides. Raises: ValueError for what a start refuses.
-    """
+    arguments: what config was loaded from, file and overrides. Raises: ValueError if a start would."""
     folder = RunFolder(config.run_dir)
     fresh = fresh or resume == "none"
     check_allowed_keys(allowed)

@@ -1,7 +1,5 @@
-"""Several machines without Slurm: the hostfile, and the environment that the other machines get.
-
-`qwenlora train my.yaml --hostfile FILE`: a line `HOST slots=PROCESSES` for each machine, as for DeepSpeed.
-"""
+"""Several machines without Slurm: the hostfile of `qwenlora train --hostfile`, with a line
+`HOST slots=PROCESSES` for each machine, as for DeepSpeed; and the variables that the other machines get."""
 
 import re
 import secrets

@@ -1,7 +1,4 @@
-"""The agents' checks before ranks start: nodes are alike and share the run folder, which has space. No torch.
-
-The checks of the ranks (a reduction, a matrix product) are in trainer/ranks.
-"""
+"""The checks of the agents before ranks start, without torch; those of the ranks are in trainer/ranks."""
 
 import hashlib
 import os

@@ -26,12 +26,9 @@ STACKS_S = 3.0  # for all nodes to write their stacks
 
 
 class Watch:
-    """Watches one attempt on one node.
-
-    fault: what went wrong, where the ranks cannot report it; beats: the folder of the ranks' signs of life,
-    once they start; cause: why Slurm ended the attempt (causes.py); agent_lost: another node's agent is gone;
-    started: by time.monotonic(); deaths: for a launcher that does not report killed ranks.
-    """
+    """Watches one attempt on one node. fault: what went wrong, where the ranks cannot report it; beats: the
+    folder of the ranks' signs of life, once they start; cause: why Slurm ended the attempt (causes.py);
+    agent_lost: another node's agent is gone; deaths: set for a launcher that does not report killed ranks."""
 
     def __init__(self, node: Node, attempt: int) -> None:
         self.node, self.attempt = node, attempt

@@ -58,11 +58,9 @@ class JobInfo(NamedTuple):
 
 
 def ask(job_id: str, restarts: int | None = None) -> JobInfo | None:
-    """Return what Slurm says of a job, or None when there is no Slurm or it does not know the job.
-
-    restarts: SLURM_RESTART_COUNT of the asking process, 0 when unset. The answer is then about the
-    incarnation that this process belongs to, even when the job is already waiting to run again.
-    """
+    """Return what Slurm says of a job, or None when there is no Slurm or it does not know the job. restarts:
+    SLURM_RESTART_COUNT of the asking process, 0 when unset; the answer is then about the incarnation of this
+    process, even when the job already waits to run again."""
     job = _show(job_id)
     if job is None:
         past = history(job_id)
@@ -112,10 +110,8 @@ def history(job_id: str) -> list[JobInfo]:
 
 
 def requeue(job_id: str) -> str:
-    """Put a job back into the queue; return why that failed, or an empty text.
-
-    A waiting job stays as it is. One that is being stopped runs again, even after scancel: ask first.
-    """
+    """Put a job back into the queue; return why that failed, or an empty text. A waiting job stays as it is.
+    A job that is being stopped, at its time limit or by scancel, runs again: ask first."""
     job = _show(job_id)  # for its id in an array: `scontrol requeue NUMBER` may mean the whole array
     if job is None:
         return "Slurm does not know the job"
@@ -149,7 +145,7 @@ def _numbers(ranges: str) -> list[str]:
 
 
 def _show(job_id: str) -> JobInfo | None:
-    """Return what scontrol says. It is asked twice: it may be busy when many jobs end together."""
+    """Return what scontrol says. A second try: it may be busy when many jobs end together."""
     for wait in (0.3, 0.0):
         answer = _run("scontrol", "show", "job", job_id)
         if answer is None:

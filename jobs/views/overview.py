@@ -42,7 +42,7 @@ class RunOverview:
 
     @property
     def state(self) -> RunState:
-        """The state of the run now; Slurm is asked."""
+        """The state of the run now, after asking Slurm."""
         return state_now(self.run, self.attempts)
 
     @property
