@@ -19,7 +19,7 @@ def cancel(named: RunOrJob, *, now: bool) -> list[str]:
     lines = []
     for run in named.sweep:
         job_id = ledger.submissions(run)[-1].job_id
-        with contextlib.suppress(ValueError):  # it is over
+        with contextlib.suppress(ValueError):  # this run is over
             lines.append(_cancel_run(RunOrJob(run, job_id), now=now))
     return lines or [f"no run of {named.run.path if named.run else named.job_id} is under way"]
 

@@ -38,7 +38,7 @@ class Summary(TypedDict):
 @dataclass(frozen=True)
 class RunTask:
     """The agent on config_file, as a callable. Fields keep their names: jobs that wait hold pickles of them.
-    brought_back: Slurm starts it again after exit code 75; fresh (only the first time), allowed: as for run."""
+    brought_back: Slurm restarts it after exit code 75; fresh (only the first time), allowed: as for run."""
 
     config_file: str
     brought_back: bool

@@ -32,7 +32,7 @@ class Deaths:
     """Watches the ranks of one node, and reports the first that is killed in the launcher's log."""
 
     def __init__(self, beats: str, log: IO[bytes], processes: int) -> None:
-        """beats: the folder of the ranks' signs of life; processes: how many ranks there are."""
+        """beats: the folder of the ranks' signs of life; processes: the number of ranks."""
         self._beats, self._log, self._processes = beats, log, processes
         self._reported = False
         self._pidfds: dict[int, int] = {}  # by process id; readable once the process has ended; -1: no pidfd

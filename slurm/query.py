@@ -81,7 +81,7 @@ def ask(job_id: str, restarts: int | None = None) -> JobInfo | None:
 
 
 def history(job_id: str) -> list[JobInfo]:
-    """Return a job's incarnations, number n that with SLURM_RESTART_COUNT n; [] if accounting knows none."""
+    """Return a job's incarnations, by SLURM_RESTART_COUNT from 0; [] when the accounting does not know it."""
     answer = _run("sacct", "-D", "-X", "-n", "-P", f"--delimiter={SEPARATOR}", "-o", COLUMNS, "-j", job_id)
     jobs: list[JobInfo] = []
     for record in answer.stdout.split("\n") if answer else ():

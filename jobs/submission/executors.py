@@ -25,7 +25,7 @@ _STANDARD = (0, 1, 2)
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's executor for Slurm, which shows its text on machines without Slurm, too."""
+    """submitit's executor for Slurm, which also shows sbatch's text on machines without Slurm."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -91,7 +91,7 @@ def detached() -> Iterator[None]:
 
 
 def _setup(spec: JobSpec, folder: Path) -> list[str]:
-    """Return what the batch shell does before srun. job.sh decides at the end whether the job comes back."""
+    """Return what the batch shell does before srun. job.sh decides at the end whether to requeue the job."""
     scripts = (folder / "code" / "qwenlora" if spec.snapshot else package()) / "slurm"
     env_file = spec.site.env_file or os.environ.get("QWENLORA_ENV") or str(scripts / "env.sh")
     lines = [f"export QWENLORA_LEAD_S={spec.site.signal_lead_s}"]  # before the time limit, in seconds

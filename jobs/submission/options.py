@@ -1,4 +1,4 @@
-"""What a user may ask of a job (JobOptions), and what the job is then given (JobSpec)."""
+"""The options of a job (JobOptions), and the values that they lead to (JobSpec)."""
 
 import re
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class JobSpec:
 
 
 def cluster_of(options: JobOptions) -> Cluster:
-    """Return what runs the job."""
+    """Return the option cluster, slurm by default."""
     return options.get("cluster", "slurm")
 
 

@@ -50,7 +50,7 @@ def _submit_again(last: SubmittedJob) -> str:
         name=last.name,
     )
     source = Path(last.folder) / "code" / "qwenlora" if last.snapshot else None
-    with contextlib.chdir(last.work_dir):  # what the paths in the config are relative to
+    with contextlib.chdir(last.work_dir):  # paths in the config are relative to it
         job = prepare(str(last.config), (), options, source=source).submit()[0]
     if last.cluster == "debug":
         job.result()

@@ -82,7 +82,7 @@ Line = Annotated[Text, AfterValidator(_one_line)]
 
 
 class Site(Section):
-    """One site file. What is left out is as the cluster has it."""
+    """One site file. For settings that are left out, the cluster's defaults hold."""
 
     partition: Word | None = Field(
         None, description="Partition, or several: the first that can start the job."
@@ -155,7 +155,7 @@ class Site(Section):
         return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
 
     def unsaid(self) -> list[str]:
-        """Return the keys that are set and have no option of sbatch."""
+        """Return the keys that are set, but that sbatch has no option for."""
         keys = [key for key in ("python", "srun_args", "environment", "config") if getattr(self, key)]
         return [*(["env_file"] if self.env_file and not _is_plain(self.env_file) else []), *keys]
 

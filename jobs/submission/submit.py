@@ -92,7 +92,7 @@ class Submission:
         with _as_if_outside_of_jobs(), detached, contextlib.redirect_stderr(io.StringIO()):
             tasks = [self._task(file) for file in files]
             jobs = cast(list[Job], self._executor(folder).submit_array(tasks))
-        if self.cluster == "slurm":  # the result of the first node's task is the run's
+        if self.cluster == "slurm":  # only the first node's task returns the run's summary
             jobs = [submitit.SlurmJob(folder, job.job_id, tasks=(0,)) for job in jobs]
         return jobs
 

@@ -27,7 +27,7 @@ COUNTS = (
 )
 SIDES: tuple[SideName, ...] = ("train", "eval")
 NOTHING = "-"
-QUESTIONS = ": questions"  # after a set's name: how many; another number means other questions
+QUESTIONS = ": questions"  # after a set's name: their number; if it differs, so do the questions
 Value = str | float | None  # a number is compared as it is, and shown short
 Pairs = dict[str, tuple[str, str]]  # {name: (value of the first run, of the second)} where they differ
 

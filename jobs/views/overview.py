@@ -52,7 +52,7 @@ class RunOverview:
 
     @property
     def last_sign(self) -> float:
-        """When it ended, or last wrote to its folder, in seconds since 1970."""
+        """When the run ended, else last wrote to its folder, in seconds since 1970."""
         end = self.attempts[-1].end if self.attempts else None
         return end.timestamp() if end else last_sign(self.run)
 
@@ -63,7 +63,7 @@ class RunOverview:
         return file.stat().st_size if file.is_file() else None
 
     def counts(self, side: SideName) -> SideCounts | None:
-        """Return what was counted of the training or the evaluation rows; None where that is not known."""
+        """Return the counts of the training or evaluation rows; None where they are not known."""
         return self.facts.data.get(side) if self.facts else None
 
 
@@ -111,7 +111,7 @@ def read_overview(run: RunFolder) -> RunOverview:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, or will be a submitted one's."""
+    """Whether a folder is a run's, or will be that of a submitted run."""
     written = all((folder / name).is_file() for name in ("config.yaml", "code.json"))
     return written or (folder / "attempts.jsonl").is_file() or _is_submitted(RunFolder(folder))
 

@@ -117,7 +117,7 @@ def _settings_table(configs: list[tuple[str, Config]], keys: list[str]) -> Table
 
 
 def _differing(configs: list[Config]) -> set[str]:
-    """Return the keys that are shown and in which configs differ."""
+    """Return the keys in which configs differ, without those that are not shown."""
     keys = {key for config in configs[1:] for key in differences(configs[0], config)}
     return {key for key in keys if not key.startswith(NOT_SHOWN)}
 
