@@ -1,8 +1,6 @@
 """Which rank a signal killed. torchrun reports it; DeepSpeed's launcher does not, so the agent looks itself.
-
 That launcher reaps its ranks once a second, and then nobody can see any more how a rank ended. Deaths.pause
-wakes up as soon as a rank ends, and so looks first.
-"""
+wakes up as soon as a rank ends, and so looks first."""
 
 import os
 import re

@@ -1,8 +1,6 @@
 """The connections between the agents of a run: lines of JSON to and from the first one, over TCP.
-
 They stay open as long as the agents live. The port is the first free one of a few that follow from the job's
-id, so nobody has to announce it; a token keeps jobs apart that share a node.
-"""
+id, so nobody has to announce it; a token keeps jobs apart that share a node."""
 
 import hmac
 import json

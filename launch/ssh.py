@@ -1,8 +1,6 @@
 """Agents on the other machines of a hostfile: the first machine's agent starts them by ssh, and ends them.
-
-An agent gets its allocation, the config and variables (also secret keys) through ssh's standard input:
-everybody on a machine sees command lines, and a file may stay behind.
-"""
+They get allocation, config and variables (secret keys, too) through ssh's standard input: everybody on a
+machine sees command lines, and a file may stay behind."""
 
 import json
 import shlex

@@ -37,7 +37,7 @@ def positions(folder: str) -> list[RankPosition]:
 
 
 def write_stacks(folder: str, flight_recorder: str) -> None:
-    """Make this node's ranks log their stacks, and NCCL its collectives. flight_recorder: prefix of its pipes."""
+    """Make this node's ranks log their stacks, and NCCL its collectives. flight_recorder: as in RunFolder."""
     for beat in read_beats(folder):
         try:
             os.kill(beat.pid, STACKS_SIGNAL)

@@ -1,8 +1,6 @@
-"""Asks Slurm about a job, and reads the answer.
-
-`scontrol show job` knows most, but shows a job that is being stopped as COMPLETING, or as PENDING already if
-a node was lost. Then only the accounting (sacct) knows why it is stopped; without it, that is guessed.
-"""
+"""Asks Slurm about a job. `scontrol show job` knows most, but shows a job that is being stopped as COMPLETING
+(after the loss of a node, as PENDING already). Then only the accounting (sacct) knows why it is stopped;
+without accounting that is guessed."""
 
 import os
 import re

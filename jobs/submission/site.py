@@ -1,8 +1,6 @@
 """Site files: what a cluster needs in every job, as partition, account and how Python runs there.
-
 `qwenlora submit my.yaml --site mycluster` and `sbatch $(qwenlora site mycluster) slurm/train.sh my.yaml` read
-them. Their values reach sbatch and a shell, so only a few characters are allowed.
-"""
+them. Their values reach sbatch and a shell, so only a few characters are allowed."""
 
 import json
 import os
