@@ -1,1 +1,1 @@
-"""The command line: each command checks what it was given, and calls the room that does the work."""
+"""The command line: each command checks its arguments, and calls the package that does the work."""

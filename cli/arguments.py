@@ -26,10 +26,8 @@ RunOrJobName = Annotated[
 
 
 def with_options(options: type, **defaults: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Give a command whose last parameter is **options an option for each key of a TypedDict.
-
-    options: its values are Annotated[type, help text]; defaults: by name, else None, or False for a bool.
-    """
+    """Give a command whose last parameter is **options an option for each key of a TypedDict, whose types are
+    Annotated[type, help text]. defaults: by name; else None, or False for a bool."""
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         parameters = list(inspect.signature(command).parameters.values())[:-1]

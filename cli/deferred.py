@@ -1,7 +1,4 @@
-"""Modules that import torch, named at the top of a file and loaded when they are first used.
-
-A command's --help, and what is refused before it needs them, need not wait ten seconds for torch.
-"""
+"""Modules that import torch, loaded when they are first used: --help and refusals come ten seconds sooner."""
 
 import importlib
 import sys

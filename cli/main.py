@@ -1,8 +1,4 @@
-"""The `qwenlora` command: a table of commands, and how each is loaded, run and ended.
-
-A command's module is imported when the command runs, or its own --help is asked for: `qwenlora --help`
-answers at once, without torch.
-"""
+"""The `qwenlora` command. It imports a command's module only for that command: `--help` answers at once."""
 
 import functools
 import importlib

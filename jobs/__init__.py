@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import submitit only for who submits: most of what imports this room does not."""
+    """Import submitit only to submit: most importers of this package do not."""
     if name not in ("submit", "submit_sweep"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from qwenlora.jobs.submission import submit as submission

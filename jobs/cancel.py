@@ -12,16 +12,14 @@ from qwenlora.jobs.find import RunOrJob
 
 
 def cancel(named: RunOrJob, *, now: bool) -> list[str]:
-    """Stop a run, or all runs of a sweep, for good; return what was done, a line each.
-
-    A run that has started saves first, unless now. Raises: ValueError when nothing is under way.
-    """
+    """Stop a run, or all runs of a sweep, for good; return what was done, a line each. A run that has started
+    saves first, unless now. Raises: ValueError when the run is not under way."""
     if not named.sweep:
         return [_cancel_run(named, now=now)]
     lines = []
     for run in named.sweep:
         job_id = ledger.submissions(run)[-1].job_id
-        with contextlib.suppress(ValueError):  # it is over
+        with contextlib.suppress(ValueError):  # this run is over
             lines.append(_cancel_run(RunOrJob(run, job_id), now=now))
     return lines or [f"no run of {named.run.path if named.run else named.job_id} is under way"]
 
@@ -32,7 +30,7 @@ def _cancel_run(named: RunOrJob, *, now: bool) -> str:
         if now or job.state != "RUNNING":
             _run("scancel", job.job_id)
             return f"job {job.job_id} is cancelled"
-        # first: it must not come back; the signal goes to the steps, not to the batch shell
+        # Requeue=0 first, so that it cannot come back; the signal goes to the steps, not to the batch shell
         _run("scontrol", "update", f"JobId={job.job_id}", "Requeue=0")
         _run("scancel", "--signal=USR1", job.job_id)
         return f"job {job.job_id} is asked to save and to stop; --now stops at once, without saving"

@@ -19,17 +19,14 @@ _DEPTHS = ("", "*/", "*/*/")  # run folders lie in runs/, those of a sweep one d
 
 @dataclass(frozen=True)
 class RunOrJob:
-    """What a user named. run: None when only Slurm knows the job; job_id: None when the run never was a job.
-
-    sweep: the runs below run.
-    """
+    """What a user named. run: None if only Slurm knows the job; job_id: None if no job; sweep: its runs."""
 
     run: RunFolder | None
     job_id: str | None
     sweep: tuple[RunFolder, ...] = ()
 
     def job(self) -> JobInfo | None:
-        """Return what Slurm says of the job now; None when it does not know the job (any more)."""
+        """Return what Slurm says of the job now; None when it does not know the job."""
         return query.ask(self.job_id) if self.job_id else None
 
     def runs_here(self) -> bool:
@@ -41,7 +38,7 @@ class RunOrJob:
         return self.run.history.unfinished is not None and not self.run.abandoned
 
     def under_way_as(self) -> str:
-        """Return the job or process that the run is under way as, in words; empty when it is not."""
+        """Return the job or process that runs it now, in words; empty when none does."""
         job = self.job()
         if job and job.is_alive:
             return f"job {job.job_id} ({job.state})"
@@ -105,11 +102,11 @@ def _job_ids(run: RunFolder) -> set[str]:
 
 
 def newest_job(run: RunFolder, attempts: Sequence[Attempt]) -> str | None:
-    """Return the id of the job that the run is under way as, else of the last one submitted or started."""
+    """Return the id of the job that runs it now, else of the job submitted or started last."""
     if attempts and not attempts[-1].end and _is_alive(attempts[-1].job_id):
         return attempts[-1].job_id
     jobs = [(job.time, job.job_id) for job in ledger.submissions(run) if job.cluster == "slurm"]
-    if jobs and "_" in jobs[-1][1]:  # a task of an array: its attempts have another number of the same job
+    if jobs and "_" in jobs[-1][1]:  # a task of an array: attempts have another id for the same job
         return jobs[-1][1]
     jobs += [(attempt.start, attempt.job_id) for attempt in attempts if attempt.job_id]
     return max(jobs)[1] if jobs else None

@@ -10,12 +10,9 @@ CLUSTERS: tuple[Cluster, ...] = get_args(Cluster)
 
 
 class SubmittedJob(Record):
-    """One submission. site: the site file; snapshot: whether the job runs the copy of the package in folder.
-
-    folder: of submitit's files and the snapshot (code/); work_dir: where it was submitted, which data paths
-    are relative to; config: the file with the resolved config; runs: of a sweep as a whole, which has no
-    config: how many there are.
-    """
+    """One submission. site: the site file; config: the file with the resolved config, None for a sweep; runs:
+    how many a sweep has; folder: of submitit's files, and the snapshot of the package (code/), if any;
+    work_dir: where it was submitted: data paths are relative to it."""
 
     job_id: str
     time: Moment
@@ -43,7 +40,7 @@ def submissions(run: RunFolder) -> list[SubmittedJob]:
 
 
 def note(run: RunFolder, job: SubmittedJob) -> None:
-    """Add a job."""
+    """Add a job to the ledger of its run."""
     run.submitted.mkdir(parents=True, exist_ok=True)
     with (run.submitted / "jobs.jsonl").open("a", encoding="utf-8") as file:
         file.write(job.text(indent=None) + "\n")

@@ -1,7 +1,4 @@
-"""What a submitted job runs, once a node: an attempt at the run of a config file. Its exit code decides.
-
-submitit pickles a RunTask when it is submitted, and calls it each time that the job starts.
-"""
+"""The part of a submitted job on a node: submitit pickles a RunTask, and calls it whenever the job starts."""
 
 import logging
 import os
@@ -24,12 +21,8 @@ from qwenlora.trainer import main as trainer
 
 
 class Summary(TypedDict):
-    """How a run stands.
-
-    adapter: its folder, None while there is none; reason: of the last attempt; state: as `qwenlora status`
-    has it, but that Slurm is not asked; loss, eval_loss: the last ones logged, missing before; goodput: the
-    share of the time that went into steps, None before any.
-    """
+    """How a run stands. adapter: its folder; reason: of the last attempt; state: as `qwenlora status` has it,
+    but Slurm is not asked; loss, eval_loss: the last ones logged; goodput: the share of time in steps."""
 
     run_dir: str
     adapter: str | None
@@ -44,11 +37,8 @@ class Summary(TypedDict):
 
 @dataclass(frozen=True)
 class RunTask:
-    """The agent on config_file, as a callable. brought_back: Slurm starts it again when it asks for that.
-
-    fresh: set an earlier run aside, the first time; allowed: config keys that may differ from the run's so
-    far. Fields keep their names: jobs that wait hold pickles of them.
-    """
+    """The agent on config_file, as a callable. Fields keep their names: jobs that wait hold pickles of them.
+    brought_back: Slurm restarts it after exit code 75; fresh (only the first time), allowed: as for run."""
 
     config_file: str
     brought_back: bool
@@ -56,12 +46,9 @@ class RunTask:
     allowed: tuple[str, ...] = ()
 
     def __call__(self) -> Summary | None:
-        """Return the run's summary, on the first node; None on the others.
-
-        Raises: SystemExit(75) when the job is to be brought back, ValueError when the run was refused,
-        RuntimeError when it failed.
-        """
-        # submitit's own reaction to these signals is to requeue at once, or none at all
+        """Return the run's summary, on the first node; None on the others. Raises: SystemExit(75) to have the
+        job brought back, ValueError when the run was refused, RuntimeError when it failed."""
+        # submitit's own handlers would requeue at once, or do nothing
         for number in STOP_SIGNALS:
             signal.signal(number, _leave)
         config = load_config(self.config_file)
@@ -81,7 +68,7 @@ class InProcess:
     config_file: str
 
     def __call__(self) -> Summary | None:
-        """As RunTask. Raises: what the training raises, from where it does."""
+        """Return as RunTask does. Raises: any exception of the training, with its traceback."""
         code = trainer.main([self.config_file], captured=False)
         return _outcome(RunFolder(load_config(self.config_file).run_dir), code, brought_back=False)
 
@@ -111,7 +98,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_without_traceback(code: int) -> None:
-    """If the next exception ends this process, let it leave with code: the agent has said everything."""
+    """Make an exception that ends this process exit with code, and print nothing: the agent has reported."""
 
     def leave(*_: object) -> None:
         logging.shutdown()

@@ -1,9 +1,8 @@
-"""One agent a node, from a config to an exit code: 0 done, 75 run again, 2 refused, 1 failed. No torch.
+"""The agent of a node, from a config to an exit code: 0 done, 75 run again, 2 refused, 1 failed. No torch.
 
-`qwenlora train configs/tiny.yaml lora.r=32` runs it, on this machine or as srun's one task on each node of a
-job; with a hostfile it starts the agents of the other machines (ssh.py). The first node's agent makes or
-reopens the run folder, has the data prepared once, and reports for all (leader.py); the others do as it says
-and leave with 0 (follower.py). Each runs torchrun, or DeepSpeed's launcher, for its ranks (launcher.py).
+`qwenlora train` runs it, on this machine or as srun's one task on each node of a job; with a hostfile it also
+starts the agents of the other machines (ssh.py). The first node's agent leads and reports (leader.py), the
+others follow (follower.py). Each runs torchrun, or DeepSpeed's launcher, for its ranks (launcher.py).
 """
 
 import os
@@ -34,11 +33,11 @@ def run(
     allowed: Sequence[str] = (),
     only_check: bool = False,
 ) -> int:
-    """Run this node's part of a config to its end; return the exit code.
+    """Run this node's part of a config; return the exit code. Raises: ValueError when it cannot start.
 
-    fresh: set an earlier run aside; resume: auto (the newest whole checkpoint), none (as fresh), a name or
-    path of one; allowed: config keys or sections that may differ from the run's earlier attempts;
-    only_check: end after the checks before the start. Raises: ValueError when it cannot start.
+    fresh: set an earlier run aside; resume: auto (the newest whole checkpoint), none (as fresh), or the name
+    or path of a checkpoint; allowed: config keys or sections that may differ from the run's earlier attempts;
+    only_check: end after the checks before the start.
     """
     config, allocation, variables = _allocate(config)
     if only_check:
@@ -89,7 +88,7 @@ def _run_part(config: Config, allocation: Allocation, part: Callable[[Node], int
             return part(Node(config, allocation, children, meeting, console, resources))
         except NotMet as missing:
             if not children.stop_requested:
-                prefix = "failed: " * allocation.first  # only the first node's word is final
+                prefix = "failed: " * allocation.first  # only the first node reports how the run ended
                 console.print(f"{prefix}{missing}", style="red", soft_wrap=True)
             return EXIT_CODES["failed"]
 

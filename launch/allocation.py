@@ -1,4 +1,4 @@
-"""The nodes of a run, and which of them this is. One agent runs on each; without srun there is one node."""
+"""The nodes of a run, which of them this is, and their ports. Without srun or hostfile there is one node."""
 
 import hashlib
 import os
@@ -10,13 +10,9 @@ from qwenlora.slurm import query
 
 @dataclass(frozen=True)
 class Allocation:
-    """The nodes of a run, as one of them sees them.
-
-    node: this one's index in hosts; job_id: Slurm's name of the job; restarts: how often Slurm has requeued
-    it; requeues: the batch shell requeues the job when this agent leaves with 75; name, secret: only where
-    the first agent starts the others by ssh. They know each other by both; name is in command lines, secret
-    is not.
-    """
+    """The nodes of a run, as one of them sees them. node: its index in hosts; restarts: how often Slurm has
+    requeued the job; requeues: the batch shell requeues it when this agent leaves with 75; name, secret: with
+    a hostfile, by these the agents know each other; only secret is kept from everybody else."""
 
     node: int
     hosts: tuple[str, ...]
@@ -48,10 +44,7 @@ class Allocation:
 
 
 def current_allocation() -> Allocation:
-    """Return this process' allocation, from Slurm's variables.
-
-    Raises: ValueError when srun started more than one task a node.
-    """
+    """Return the allocation, from Slurm's variables. Raises: ValueError if a node has several tasks."""
     job_id = _job_id()
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     requeues = job_id is not None and os.environ.get("QWENLORA_REQUEUES") == "1"
@@ -67,7 +60,7 @@ def current_allocation() -> Allocation:
 
 
 def _job_id() -> str | None:
-    """Return the job's name. In an array that is ARRAY_TASK: the last task's number is also the array's."""
+    """Return the job's id; in an array ARRAY_TASK: the array's own number is also the last task's job id."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")

@@ -1,4 +1,4 @@
-"""What Slurm did to end an attempt, in its own word: CANCELLED, NODE_FAIL, PREEMPTED, REQUEUED, TIMEOUT."""
+"""Why Slurm ended an attempt, as a state of Slurm: CANCELLED, NODE_FAIL, PREEMPTED, REQUEUED or TIMEOUT."""
 
 import os
 
@@ -11,7 +11,7 @@ _SLURM_ENDS = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "REQUEUED", "TIMEOUT")
 
 
 def cause_of_kill(attempt: Attempt) -> str:
-    """Return what ended an attempt that was killed; empty where Slurm does not know."""
+    """Return the state in which Slurm ended an attempt that was killed; empty where Slurm does not know."""
     past = query.history(attempt.job_id) if attempt.job_id else []
     if attempt.restarts >= len(past):
         return ""
@@ -20,11 +20,8 @@ def cause_of_kill(attempt: Attempt) -> str:
 
 
 def cause_of_stop(job: query.JobInfo | None, stop_signal: str) -> str:
-    """Return what Slurm is doing to a job that was asked to stop; empty when it does nothing.
-
-    stop_signal: the one that came. Slurm sends the signal ahead of the time limit to a running job; but
-    anybody may send the same signal.
-    """
+    """Return why Slurm stops a job that got stop_signal; empty when it does not: Slurm sends the signal ahead
+    of the time limit, but anybody else may send it, too."""
     if job is None:
         return ""
     if job.state in _SLURM_ENDS:
@@ -33,7 +30,7 @@ def cause_of_stop(job: query.JobInfo | None, stop_signal: str) -> str:
         return "PREEMPTED"
     if not job.requeue:  # `qwenlora cancel` forbids requeueing, and then has the job save
         return "CANCELLED"
-    # the lead is not known when it was given on sbatch's command line; Slurm sends it up to a minute early
+    # the lead is unknown if sbatch's command line set it; Slurm sends the signal up to a minute early
     lead = os.environ.get("QWENLORA_LEAD_S", "")
     lead_s = max(int(lead) if lead.isdecimal() else 0, LONGEST_LEAD_S) + 60
     if stop_signal in LEAD_SIGNALS and job.seconds_left is not None and job.seconds_left <= lead_s:

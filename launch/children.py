@@ -3,9 +3,8 @@
 A scheduler signals every process of a job, a terminal only the agent. Both must end the same way: the ranks
 finish their step and save. So children start with the stop signals ignored (torchrun would die of USR1, and
 would kill the ranks on TERM), and the agent repeats a request to the ranks until they have left. DeepSpeed's
-launcher sets handlers of its own, which kill ranks that are not done within half a minute. For it the signals
-are blocked, which handlers do not change. Its ranks inherit that, and unblock them once they can handle them
-(trainer/ranks).
+launcher sets its own handlers, which kill ranks that are not done within half a minute: for it, the signals
+are blocked. Its ranks inherit that, and unblock them once they can handle them (trainer/ranks).
 """
 
 import signal
@@ -28,10 +27,7 @@ REPEAT_S = 1.0  # a rank that still imports its modules does not handle signals 
 
 
 class Children:
-    """Runs commands, and receives stop requests.
-
-    stop_requested: a stop signal came; stop_signal: the name of the first.
-    """
+    """Runs commands, and receives stop signals. stop_signal: the name of the first that came."""
 
     def __init__(self) -> None:
         self.stop_requested = False
@@ -72,9 +68,9 @@ class Children:
     ) -> int:
         """Run a command to its end; return its exit code.
 
-        log: receives its standard error; its output goes to the screen. poll: called several times a second,
-        after each pause; it may call kill. isolated: for a command that has its own signal handlers and
-        prints much: it gets no stop signal, and its output goes to the log, too.
+        log: gets its standard error; its output goes to the screen. poll: called several times a second, may
+        call kill. isolated: for a command that has its own signal handlers and prints much: it gets no stop
+        signal, and its output goes to the log, too.
         """
         self._kill_command = False
         process = subprocess.Popen(

@@ -15,10 +15,7 @@ STANDALONE = ("--standalone",)  # torchrun on one node: a free port of this mach
 
 
 def torchrun_argv(arguments: list[str], processes: int, rendezvous: Sequence[str] = STANDALONE) -> list[str]:
-    """Return the command that starts a node's ranks.
-
-    arguments: a config file and overrides. rendezvous: options that say how nodes meet.
-    """
+    """Return the command that starts a node's ranks. arguments: a config file and overrides."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--nproc-per-node={processes}"]
     # children.py passes all signals but SIGQUIT on to the ranks
     return [*torchrun, "--signals-to-handle=SIGQUIT", "-m", RANK_MODULE, *arguments]
@@ -27,10 +24,8 @@ def torchrun_argv(arguments: list[str], processes: int, rendezvous: Sequence[str
 def deepspeed_argv(arguments: list[str], processes: int, allocation: Allocation, port: int) -> list[str]:
     """Return the command that starts a node's ranks by DeepSpeed's launcher. port: of the first node.
 
-    `deepspeed` runs the same on each host. `deepspeed` itself is not used: its processes would outlive a
-    killed agent, it needs pdsh, puts variables on command lines, and treats CUDA_VISIBLE_DEVICES in its own
-    way.
-    Source: deepspeed/launcher/runner.py and launch.py.
+    `deepspeed` runs the same on each host (deepspeed/launcher/runner.py, launch.py), but it needs pdsh, shows
+    variables on command lines, has rules for CUDA_VISIBLE_DEVICES, and its processes outlive a killed agent.
     """
     node, host = allocation.node, allocation.hosts[0] if allocation.nodes > 1 else "127.0.0.1"
     devices = {f"node-{number}": list[int | str](range(processes)) for number in range(allocation.nodes)}
@@ -67,16 +62,16 @@ def rendezvous_options(allocation: Allocation, run_id: str, port: int, timeout_s
         return STANDALONE
     first, nodes = allocation.hosts[0], f"--nnodes={allocation.nodes}"
     if allocation.by_ssh:
-        # a given order, so that rank 0 is on the first node, which has the screen. c10d orders nodes by name;
-        # in a job srun brings rank 0's output to the job's file from any of them
+        # in this order rank 0 is on the first node, which has the screen. c10d orders nodes by name: in a job
+        # that does not matter, srun brings rank 0's output to the job's file from any node
         address = [f"--master-addr={first}", f"--master-port={port}"]
         return ["--rdzv-backend=static", nodes, f"--node-rank={allocation.node}", *address]
-    # is_host is given, not guessed from names: a node may have several
+    # without is_host torchrun guesses it from the node's name, and a node may have several
     settings = f"is_host={int(allocation.first)},join_timeout={timeout_s},last_call_timeout=1"
     backend = ["--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{port}", f"--rdzv-id={run_id}"]
     return [nodes, *backend, f"--rdzv-conf={settings}"]
 
 
 def processes_in_words(count: int) -> str:
-    """Return how many processes, in words."""
+    """Return "1 process" or "N processes"."""
     return "1 process" if count == 1 else f"{count} processes"

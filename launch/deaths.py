@@ -1,8 +1,6 @@
-"""Which rank a signal ended. torchrun reports it; DeepSpeed's launcher does not, so its agent looks itself.
-
-That launcher waits for its ranks once a second, and then nobody can know how one ended. Deaths.pause wakes up
-the moment that a rank ends, and so looks first.
-"""
+"""Which rank a signal killed. torchrun reports it; DeepSpeed's launcher does not, so the agent looks itself.
+That launcher reaps its ranks once a second, and then nobody can see any more how a rank ended. Deaths.pause
+wakes up as soon as a rank ends, and so looks first."""
 
 import os
 import re
@@ -23,19 +21,19 @@ def killed_line(rank: int, number: int) -> str:
 
 
 def first_killed(log: str) -> tuple[int, int] | None:
-    """Return (rank, signal) of the first rank that a launcher's log reports killed; None without one."""
+    """Return (rank, signal) of the first rank that a launcher's log reports as killed; else None."""
     match = _FIRST_KILLED.search(log)
     return (int(match[1]), int(match[2])) if match else None
 
 
 class Deaths:
-    """Watches the ranks of one node, and writes the first one killed to the launcher's log."""
+    """Watches the ranks of one node, and reports the first that is killed in the launcher's log."""
 
     def __init__(self, beats: str, log: IO[bytes], processes: int) -> None:
-        """beats: the folder of the ranks' signs of life; processes: how many ranks there are."""
+        """beats: the folder of the ranks' signs of life; processes: the number of ranks."""
         self._beats, self._log, self._processes = beats, log, processes
         self._reported = False
-        self._pidfds: dict[int, int] = {}  # by process; readable once it has ended; -1 without one
+        self._pidfds: dict[int, int] = {}  # by process id; readable once the process has ended; -1: no pidfd
         self._poll = select.poll()
 
     def __enter__(self) -> "Deaths":
@@ -60,14 +58,14 @@ class Deaths:
             self._poll.unregister(descriptor)
 
     def report_killed(self) -> bool:
-        """Report the first rank that a signal ended; return whether there is one, and it is new."""
+        """Report the first rank that a signal killed, once; return whether it was reported now."""
         for beat in heartbeat.read_beats(self._beats):
             if number := _ended_by(beat.pid):
                 return self._report(beat.rank, number)
         return False
 
     def report_exit_code(self, code: int) -> None:
-        """Report a node's only rank, if it ended unseen, by the launcher's exit code: 247 is signal 9."""
+        """Report an only rank whose death was not seen, from the launcher's exit code: 247 means signal 9."""
         beats = heartbeat.read_beats(self._beats)
         if self._processes == len(beats) == 1 and 256 - code in signal.valid_signals():
             self._report(beats[0].rank, 256 - code)
@@ -82,10 +80,7 @@ class Deaths:
 
 
 def _ended_by(pid: int) -> int:
-    """Return the signal that ended a process whose parent has not waited for it yet; 0 without one.
-
-    Source: proc_pid_stat(5), exit_code, in wait(2)'s form: the last field.
-    """
+    """Return the signal that killed a process not reaped yet, else 0. Source: proc_pid_stat(5), exit_code."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -26,10 +26,7 @@ def dry_run(
     allowed: Sequence[str] = (),
 ) -> str:
     """Return the resolved config, what follows from it, and the command without agents. Reads the data files.
-
-    arguments: the config file and overrides that config was loaded from. Raises: ValueError for what a start
-    would refuse, such as a run folder that holds another run.
-    """
+    arguments: what config was loaded from, file and overrides. Raises: ValueError if a start would."""
     folder = RunFolder(config.run_dir)
     fresh = fresh or resume == "none"
     check_allowed_keys(allowed)

@@ -7,11 +7,11 @@ from qwenlora.launch.node import Node
 from qwenlora.launch.watch import Watch
 from qwenlora.run.history import EXIT_CODES
 
-JOIN_LATER_S = 3.0  # longer than the first node waits: it names all that are missing
+JOIN_LATER_S = 3.0  # longer than the first node waits, whose message names all missing nodes
 
 
 def follow(node: Node) -> int:
-    """Return 0, whatever comes of the run: that is for the first node to say; 1 when its agent is gone."""
+    """Do as the first node says; return 0 however the run ends (it reports that), 1 if its agent is gone."""
     meeting = node.meeting
     meeting.join(node.config.launch.join_timeout_s + JOIN_LATER_S, lambda: node.stop_requested)
     meeting.send(preflight.facts_of_this_node(node.config, node.processes))
@@ -35,7 +35,7 @@ def follow(node: Node) -> int:
 
 
 def _look_for_file(node: Node, text: str) -> FileInRunFolder:
-    """Look for the first node's file, and write one of this node's. text: of the first node's."""
+    """Check that the first node's file, with this text, is seen here; write a file of this node's, too."""
     path = node.folder.path
     if not preflight.sees_file(node.folder, 0, text):
         first = node.allocation.hosts[0]

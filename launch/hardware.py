@@ -6,7 +6,7 @@ import subprocess
 
 
 def visible_devices(processes: int) -> list[int | str]:
-    """Return a GPU for each process, as CUDA_VISIBLE_DEVICES names it; -1 for none."""
+    """Return a GPU for each process, as CUDA_VISIBLE_DEVICES names it; -1 where there is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(range(processes))

@@ -1,8 +1,5 @@
-"""Several machines without Slurm: the hostfile, and the environment that the other machines get.
-
-`qwenlora train my.yaml --hostfile hosts`, with a line `HOST slots=PROCESSES` a machine, in DeepSpeed's and
-MPI's format. ssh.py starts the agents on the other machines.
-"""
+"""Several machines without Slurm: the hostfile of `qwenlora train --hostfile`, with a line
+`HOST slots=PROCESSES` for each machine, as for DeepSpeed; and the variables that the other machines get."""
 
 import re
 import secrets
@@ -91,7 +88,7 @@ def processes_per_node(config: Config) -> int:
 
 
 def allocation_of(hosts: Hostfile) -> Allocation:
-    """Return the allocation of this machine. Raises: ValueError when it is not fit to be the first."""
+    """Return the allocation of this machine, the hostfile's first. Raises: ValueError if it is not that."""
     first, *others = hosts.names
     if not _is_this_machine(first):
         raise ValueError(
@@ -125,10 +122,8 @@ def _is_this_machine(host: str) -> bool:
 
 
 def add_deepspeed_env(environment: MutableMapping[str, str]) -> set[str]:
-    """Set the variables of .deepspeed_env, as DeepSpeed's launcher does on all hosts; return their names.
-
-    The file is looked for in the home folder and here; DS_ENV_FILE gives it another name. Raises: ValueError.
-    """
+    """Set the variables in .deepspeed_env (DS_ENV_FILE gives it another name), at home and here, as
+    DeepSpeed's launcher does on all hosts; return their names. Raises: ValueError at a bad line."""
     name, names = environment.get("DS_ENV_FILE", ".deepspeed_env"), set()
     for file in (Path.home() / name, Path(name)):
         if not file.is_file():
@@ -145,7 +140,7 @@ def add_deepspeed_env(environment: MutableMapping[str, str]) -> set[str]:
 
 
 def forwarded(environment: Mapping[str, str], more: set[str]) -> dict[str, str]:
-    """Return the variables that the other machines get, keys for W&B and the hub included. more: names."""
+    """Return the variables that other machines get: keys for W&B and the hub, too, and the names in more."""
     return {key: value for key, value in environment.items() if _FORWARDED.match(key) or key in more}
 
 

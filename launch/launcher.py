@@ -18,10 +18,7 @@ SHORTEST_RENDEZVOUS_S = 60
 
 
 def run_ranks(node: Node, watch: Watch, handover: Handover, port: int) -> int:
-    """Run this node's ranks; return their launcher's exit code when those of all nodes have ended.
-
-    port: of the first node, where ranks meet; 0 where torchrun finds one.
-    """
+    """Run this node's ranks; return their launcher's exit code. port: to meet at; 0: torchrun finds one."""
     number, attempt = node.allocation.node, handover.attempt
     with ExitStack() as stack:
         watch.beats = stack.enter_context(heartbeat.make_folder())
@@ -64,9 +61,8 @@ def process_environment(handover: Handover) -> dict[str, str]:
 
 
 def _rank_environment(handover: Handover, folder: RunFolder) -> dict[str, str]:
-    """Return process_environment; NCCL also keeps its last collectives, and writes them when one hangs.
+    """Return process_environment, and have NCCL write its last collectives if one hangs; user settings win.
 
-    The user's own settings of NCCL's recorder win.
     Source: https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
     """
     prefix = folder.flight_recorder(handover.attempt)

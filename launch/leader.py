@@ -24,10 +24,10 @@ from qwenlora.run.folder import PREFLIGHT, RunFolder, step_of
 from qwenlora.run.handover import Handover
 from qwenlora.run.history import EXIT_CODES
 
-# a requeued job may start before the last processes of the one before are gone
+# a requeued job may start before the last processes of its previous attempt are gone
 WAIT_FOR_FOLDER_S = 120.0
 FAREWELL_S = 30.0
-MOST_IN_VAIN = 10  # attempts that were stopped before they saved a step: the time they get is too short
+MOST_IN_VAIN = 10  # attempts in a row that were stopped before they saved a step: their time is too short
 
 M = TypeVar("M", bound=AgentMessage)
 
@@ -39,7 +39,7 @@ class Leader:
     node: Node
     variables: dict[str, str] = field(default_factory=dict)
     _agents: list[ssh.RemoteAgent] = field(default_factory=list)
-    _missing: bool = False  # nodes that were expected have not come yet
+    _missing: bool = False  # not all nodes have come yet
 
     def lead(self, handover: Handover, *, only_check: bool) -> int:
         """Run an attempt on all nodes; return its exit code. Raises: ValueError when it cannot start."""
@@ -205,7 +205,7 @@ class Leader:
         port = 0
         if nodes > 1:
             port = free_port(node.meeting.run_id)
-        elif node.config.launch.launcher == "deepspeed":  # torchrun finds one by itself
+        elif node.config.launch.launcher == "deepspeed":  # torchrun finds a port by itself
             port = free_port(secrets.token_hex(8))
         node.meeting.send(StartRanks(handover=handover, port=port))
         return run_ranks(node, watch, handover, port)

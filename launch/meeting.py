@@ -1,8 +1,6 @@
 """The connections between the agents of a run: lines of JSON to and from the first one, over TCP.
-
-They stay open as long as the agents live. The port follows from the job's id, so that nobody has to announce
-it, and is the first of a few that is free; a token keeps jobs apart that share a node.
-"""
+They stay open as long as the agents live. The port is the first free one of a few that follow from the job's
+id, so nobody has to announce it; a token keeps jobs apart that share a node."""
 
 import hmac
 import json
@@ -38,7 +36,7 @@ class Meeting:
     def __init__(self, allocation: Allocation) -> None:
         self.allocation = allocation
         self.run_id = allocation.name or f"{allocation.job_id}.{allocation.restarts}"
-        # in a job the batch shell's secret (slurm/job.sh): to know the job's id is not enough
+        # in a job the secret is the batch shell's (slurm/job.sh): everybody can see the job's id
         self._token = f"{self.run_id} {allocation.secret or os.environ.get('QWENLORA_SECRET', '')}"
         self._over = self._closed = False
         self._left: set[int] = set()
@@ -146,7 +144,7 @@ class Meeting:
         self.inbox.put(AgentLost(node=node))
 
     def send(self, message: AgentMessage) -> None:
-        """Send to the other side; an agent that is gone does not matter."""
+        """Send to the other side; agents that are gone are ignored."""
         line = encode(message)
         with self._sending:
             for connection in self._peers.values():
@@ -166,9 +164,7 @@ class Meeting:
 
     def part(self, timeout_s: float, *, of_all: bool) -> None:
         """Tell the other nodes that the run is over; wait until their processes have ended and srun knows it.
-
-        of_all: also wait for those that have not come yet: they still look for this node.
-        """
+        of_all: also wait for nodes that have not come yet, which still look for this one."""
         with self._sending:
             self._over = True
         self.send(RunOver())
@@ -184,10 +180,7 @@ class Meeting:
     def gather(
         self, kind: type[M], timeout_s: float, stop_requested: Callable[[], bool] = lambda: False
     ) -> dict[int, M]:
-        """Return {node: its message of this kind} of all other nodes; at a stop request, those so far.
-
-        Raises: NotMet naming the nodes that do not answer.
-        """
+        """Return {node: its message} of all other nodes; at a stop request, those so far. Raises: NotMet."""
         answers: dict[int, M] = {}
         end = time.monotonic() + timeout_s
         while len(answers) < self.allocation.nodes - 1 and not stop_requested():
@@ -216,7 +209,7 @@ def _send_line(connection: socket.socket, line: str) -> None:
 
 
 def _close(connection: socket.socket) -> None:
-    """Close it for the other side, too: a thread that reads from it would keep it open."""
+    """Close a connection for the other side, too: a thread that reads from it would keep it open."""
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
     connection.close()

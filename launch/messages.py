@@ -1,7 +1,4 @@
-"""What agents tell each other: a frozen model a message, sent as a line {"KIND": {fields}}.
-
-Nothing that is received is more than data: JSON that is checked against the model, no pickle.
-"""
+"""The messages between agents: frozen models, sent as lines of JSON {"KIND": {fields}}; never as pickles."""
 
 import json
 from typing import ClassVar, NamedTuple
@@ -13,7 +10,7 @@ from qwenlora.run.heartbeat import Beat
 
 
 class AgentMessage(BaseModel):
-    """node: that sent it; received_at: seconds since 1970. The receiver sets both."""
+    """A message. node: the sender; received_at: seconds since 1970. The receiver sets both."""
 
     model_config = ConfigDict(frozen=True)
     KIND: ClassVar[str]
@@ -106,9 +103,6 @@ def encode(message: AgentMessage) -> str:
 
 
 def decode(line: str, node: int, received_at: float) -> AgentMessage:
-    """Return the message of a line that a node sent.
-
-    Raises: ValueError, TypeError, KeyError, AttributeError or RecursionError when it is none.
-    """
+    """Return a node's message. Raises: ValueError, TypeError, KeyError, AttributeError or RecursionError."""
     ((kind, fields),) = json.loads(line).items()
     return _BY_KIND[kind].model_validate(fields | {"node": node, "received_at": received_at})

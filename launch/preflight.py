@@ -1,8 +1,4 @@
-"""What the nodes of a run must have in common, checked before anything is started; no torch.
-
-The first node's agent compares the facts of all, and all look for each other's files in the run folder. What
-ranks check (a reduction, a matrix product) is in trainer/ranks.
-"""
+"""The checks of the agents before ranks start, without torch; those of the ranks are in trainer/ranks."""
 
 import hashlib
 import os
@@ -73,11 +69,11 @@ def write_file(run: RunFolder, node: int) -> str:
 
 
 def sees_file(run: RunFolder, node: int, text: str) -> bool:
-    """Whether this node sees the file that another one wrote. text: its text there."""
+    """Whether this node sees the file that another node wrote, with the same text."""
     end = time.monotonic() + SEEN_WITHIN_S
     while True:
         try:
-            list(run.path.iterdir())  # makes NFS ask again
+            list(run.path.iterdir())  # makes NFS ask its server again
             if _file_of(run, node).read_text(encoding="utf-8") == text:
                 return True
         except OSError:

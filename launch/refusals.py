@@ -1,7 +1,4 @@
-"""What is refused before anything is started: each check raises ValueError with the reason.
-
-`qwenlora train`, its dry run and `qwenlora submit` ask the same questions here.
-"""
+"""The checks that refuse a start with ValueError: of `qwenlora train`, its dry run, and `qwenlora submit`."""
 
 import difflib
 from collections.abc import Sequence
@@ -21,10 +18,7 @@ from qwenlora.run.folder import RunFolder
 
 
 def check_start(config: Config, nodes: int = 1, processes: int | None = None) -> int:
-    """Return the accumulation steps of a config that can start. Raises: ValueError for one that cannot.
-
-    processes: on each node; None for those that this machine would run.
-    """
+    """Return a config's accumulation steps. Raises: ValueError if it cannot start. processes: of a node."""
     sources.find(config.data)
     if config.launch.launcher == "deepspeed" and not find_spec("deepspeed"):
         raise ValueError(
@@ -32,7 +26,7 @@ def check_start(config: Config, nodes: int = 1, processes: int | None = None) ->
             " or leave --launcher out"
         )
     strategy, train = config.strategy, config.train
-    # a job's nodes are expected to have a GPU a process; there, its agent checks again
+    # None: on this machine. A job's nodes are expected to have a GPU a process; its agent checks that there
     gpus = gpu_count() if processes is None else processes
     processes = processes or processes_per_node(config)
     machine = Machine(nodes, processes, gpus)
@@ -78,7 +72,7 @@ def check_allowed_keys(allowed: Sequence[str]) -> None:
 
 
 def check_resume(config: Config, folder: RunFolder, resume: str, allowed: Sequence[str]) -> None:
-    """Refuse a resume that names, manifests and the config show to be impossible. Raises: ValueError."""
+    """Refuse a resume that cannot work, as far as names, manifests and config tell. Raises: ValueError."""
     newest = next(iter(folder.checkpoints()), None)
     if resume not in ("auto", "none"):
         newest = checkpoints.named(folder, resume, config.model_dump(mode="json", by_alias=True), allowed)
@@ -93,7 +87,7 @@ def check_resume(config: Config, folder: RunFolder, resume: str, allowed: Sequen
 
 
 def check_same_data(config: Config, folder: RunFolder) -> None:
-    """Refuse to call a run done whose data files changed since. Raises: ValueError."""
+    """Refuse a run that is done if its data files have changed since. Raises: ValueError."""
     if other_files(config, folder):
         raise ValueError(
             f"run_dir={config.run_dir} is done, but was trained on other data: the files changed since;"

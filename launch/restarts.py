@@ -8,11 +8,8 @@ IN_VAIN = 2  # failures in a row that saved nothing new: the next would do the s
 def worth_another(
     attempts: list[Attempt], job_id: str | None, max_restarts: int, newest_step: int
 ) -> tuple[bool, str]:
-    """Return whether to run the job again after its last attempt failed, and why, for the user.
-
-    newest_step: of the newest checkpoint, now. Only this job's attempts count: who submits again wants it
-    tried again.
-    """
+    """Return whether to run the job again after its last attempt failed, and why, for the user. Only this
+    job's attempts count: who submits again wants it tried again. newest_step: of the newest checkpoint."""
     failures = sum(_crashed(attempt) for attempt in attempts if attempt.job_id == job_id)
     crashes = sum(map(_crashed, _without_progress(attempts, job_id, newest_step)))
     if crashes >= IN_VAIN:
@@ -32,7 +29,7 @@ def in_vain(attempts: list[Attempt], job_id: str | None, newest_step: int) -> in
 def _without_progress(attempts: list[Attempt], job_id: str | None, newest_step: int) -> list[Attempt]:
     """Return the job's attempts since the last one that saved a step."""
     of_job = [attempt for attempt in attempts if attempt.job_id == job_id]
-    saved = [*(attempt.saved_before for attempt in of_job), newest_step]  # before each, and now
+    saved = [*(attempt.saved_before for attempt in of_job), newest_step]  # before each attempt, and now
     progressed = [number for number in range(len(of_job)) if saved[number + 1] > saved[number]]
     return of_job[max(progressed, default=-1) + 1 :]
 

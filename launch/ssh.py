@@ -1,8 +1,6 @@
-"""Agents on the other machines of a hostfile: started from the first one's by ssh, and ended with it.
-
-An agent gets its place, the config and variables with keys through ssh's standard input: everybody on a
-machine sees command lines, and a file may stay behind.
-"""
+"""Agents on the other machines of a hostfile: the first machine's agent starts them by ssh, and ends them.
+They get allocation, config and variables (secret keys, too) through ssh's standard input: everybody on a
+machine sees command lines, and a file may stay behind."""
 
 import json
 import shlex
@@ -52,7 +50,7 @@ class RemoteAgent:
             return ""
         output = self.log.read_text(encoding="utf-8", errors="replace").strip()
         last = output.splitlines()[-1].strip() if output else "without a word"
-        if self.ssh.returncode == 255:  # ssh's own
+        if self.ssh.returncode == 255:  # the failure is ssh's own
             return f"{self.host}: ssh failed: {last}; `ssh {self.host} true` must work without a password"
         return f"{self.host}: its agent did not start: {last} (exit code {self.ssh.returncode}, {self.log})"
 

@@ -21,10 +21,7 @@ _STATES = {
 
 
 def is_stalled(beats: Sequence[Beat], processes: int, started: float, limit_s: float) -> bool:
-    """Whether a rank of this node has made no progress for too long.
-
-    beats: of the ranks that gave any; processes: how many ranks there are; started: time.monotonic() then.
-    """
+    """Whether a rank of this node makes no progress for too long. started: time.monotonic() of the start."""
     now = time.monotonic()
     if now - started < limit_s:
         return False
@@ -40,10 +37,7 @@ def positions(folder: str) -> list[RankPosition]:
 
 
 def write_stacks(folder: str, flight_recorder: str) -> None:
-    """Make this node's ranks write their threads' stacks to their logs, and NCCL its last collectives.
-
-    flight_recorder: the start of the names of NCCL's pipes.
-    """
+    """Make this node's ranks log their stacks, and NCCL its collectives. flight_recorder: as in RunFolder."""
     for beat in read_beats(folder):
         try:
             os.kill(beat.pid, STACKS_SIGNAL)
@@ -58,10 +52,7 @@ def write_stacks(folder: str, flight_recorder: str) -> None:
 def describe_stall(
     positions: Iterable[tuple[str, Sequence[RankPosition]]], ranks: int, limit_s: int, logs: Path
 ) -> str:
-    """Return which ranks are behind, on one line.
-
-    positions: of each host's ranks; ranks: how many the run has.
-    """
+    """Return which ranks are behind, on one line. positions: of each host; ranks: how many the run has."""
     placed = [(position, host) for host, of_host in positions for position in of_host]
     stacks = f"the stacks of all ranks are in {logs}/rank-*.log"
     limit = f"launch.stall_timeout_s is {limit_s}"

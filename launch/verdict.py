@@ -23,11 +23,8 @@ def conclude(
     fault: str = "",
     cause: str = "",
 ) -> int:
-    """Record how the attempt ended, tell the user what they need to know, return the exit code.
-
-    code: of this node's processes; fault: what the agents saw go wrong, if anything; cause: what Slurm did,
-    in its word.
-    """
+    """Record how the attempt ended, tell the user, and return the exit code. code: of this node's processes;
+    fault: what the agents saw go wrong, if anything; cause: why Slurm ended it (causes.py)."""
     last = folder.history.last()  # None: the run folder is gone
     reason = last.reason if last else None
     if reason is None:  # rank 0 could not record it
@@ -64,12 +61,10 @@ def _explain_end(
 
 
 def first_error(folder: RunFolder, attempt: int) -> RankError | None:
-    """Return the error of the rank that failed first: the others mostly fail because it did.
-
-    A rank that was killed could not write its error; torchrun reports it.
-    """
+    """Return the error of the rank that failed first: the others mostly fail because it did. A rank that was
+    killed could not write its error; the launcher's log reports it."""
     errors = folder.errors(attempt)
-    for log in sorted(folder.logs(attempt).glob("launch*.log")):  # one a node
+    for log in sorted(folder.logs(attempt).glob("launch*.log")):  # one for each node
         if not (killed := first_killed(log.read_text(encoding="utf-8", errors="replace"))):
             continue
         rank, number = f"rank-{killed[0]}", killed[1]

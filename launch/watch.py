@@ -26,13 +26,9 @@ STACKS_S = 3.0  # for all nodes to write their stacks
 
 
 class Watch:
-    """Watches one attempt on one node.
-
-    fault: what went wrong, where the ranks cannot say it; beats: the folder of their signs of life, once
-    they start; cause: what Slurm did, in its word; run_over: the first node has said so; agent_lost: another
-    agent is gone; started: time.monotonic() then; deaths: of this node's ranks, with a launcher that does not
-    report them.
-    """
+    """Watches one attempt on one node. fault: what went wrong, where the ranks cannot report it; beats: the
+    folder of the ranks' signs of life, once they start; cause: why Slurm ended the attempt (causes.py);
+    agent_lost: another node's agent is gone; deaths: set for a launcher that does not report killed ranks."""
 
     def __init__(self, node: Node, attempt: int) -> None:
         self.node, self.attempt = node, attempt
@@ -46,7 +42,7 @@ class Watch:
         self._positions: dict[int, list[RankPosition]] = {}  # by node
 
     def while_preparing(self) -> None:
-        """Look once: only what ends the preparation matters."""
+        """Look once, only for what ends the preparation."""
         self._ask_slurm()
         while message := self.node.meeting.receive():
             if isinstance(message, AgentLost):
@@ -67,13 +63,13 @@ class Watch:
             self.node.children.kill()
 
     def after(self, code: int) -> None:
-        """Wait for the other nodes' ranks, when this node's have ended. code: their launcher's."""
+        """Wait for the other nodes' ranks, when this node's have ended. code: of this node's launcher."""
         allocation = self.node.allocation
         if not allocation.first:
             return
         if code:
             self._end_within(GRACE_S)
-        deadline = time.monotonic() + (2 * GRACE_S if code else LEAVING_S)  # all ranks leave together
+        deadline = time.monotonic() + (2 * GRACE_S if code else LEAVING_S)  # ranks that finish leave together
         others = set(range(1, allocation.nodes))
         while others - self._ended and not self.agent_lost and time.monotonic() < deadline:
             if message := self.node.meeting.receive(0.2):
@@ -101,7 +97,7 @@ class Watch:
                 self._write_stacks()
 
     def _end_within(self, seconds: float) -> None:
-        """End this node's ranks in time; the first node ends those of all."""
+        """Kill this node's ranks, unless they end within so many seconds; the first node has all do so."""
         self._kill_at = min(self._kill_at, time.monotonic() + seconds)
         if self.node.allocation.first:
             self.node.meeting.send(EndRanks(within_s=seconds))
@@ -121,7 +117,7 @@ class Watch:
         return stalls.is_stalled(read_beats(self.beats), self.node.processes, self.started, limit_s)
 
     def _on_stall(self) -> None:
-        """Make all ranks write their stacks. The first node then ends the attempt: fault is who is behind."""
+        """Make all ranks write their stacks. The first node then ends the attempt; fault: who is behind."""
         self._stalled = True
         if not self.node.allocation.first:
             self._send_positions()
@@ -153,7 +149,7 @@ class Watch:
     # ---- what Slurm does
 
     def _ask_slurm(self) -> None:
-        """Ask once why this node is to stop, and record it at once: there may be no time later."""
+        """Ask Slurm, once, why this node is to stop, and record it at once: there may be no time later."""
         node, allocation = self.node, self.node.allocation
         if not node.stop_requested or self._asked_slurm or not allocation.first or not allocation.job_id:
             return
@@ -164,10 +160,8 @@ class Watch:
             node.folder.note_attempt(cause=self.cause)
 
     def cause_of_the_end(self) -> str:
-        """Return what Slurm did to end this attempt, in its word; empty if it did nothing.
-
-        Slurm takes a while to notice a lost node. When a signal came first, its reason shows later.
-        """
+        """Return why Slurm ended this attempt (causes.py); empty if it did not. Slurm takes a while to notice
+        a lost node, and may show the reason of a stop signal only after the signal."""
         allocation = self.node.allocation
         end = time.monotonic() + (NODE_LOSS_S if self.agent_lost and allocation.job_id else 0.0)
         while not self.node.stop_requested and time.monotonic() < end:

@@ -1,1 +1,1 @@
-"""What sbatch reads."""
+"""The shell scripts that sbatch reads, and the questions that are put to Slurm (query.py)."""

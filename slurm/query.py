@@ -1,9 +1,6 @@
-"""Asks Slurm about a job, and reads the answer.
-
-`scontrol show job` knows most, but shows a job whose processes are being stopped as COMPLETING (or, after a
-node was lost, as PENDING already). Why they are stopped is in the accounting (sacct) at that moment. Without
-accounting it is guessed.
-"""
+"""Asks Slurm about a job. `scontrol show job` knows most, but shows a job that is being stopped as COMPLETING
+(after the loss of a node, as PENDING already). Then only the accounting (sacct) knows why it is stopped;
+without accounting that is guessed."""
 
 import os
 import re
@@ -32,7 +29,7 @@ class JobInfo(NamedTuple):
     preempted: by a job with a higher priority; true as soon as that is announced, when there is a grace time
     seconds_left: until Slurm stops it, at its time limit or the end of the grace time; None without a limit
     nodes: in Slurm's order; of a job that is being stopped, those that are still alive
-    command: the script and its arguments, joined by spaces and so not to be taken apart again
+    command: the script and its arguments, joined by spaces, so they cannot be split again
     """
 
     job_id: str
@@ -59,11 +56,9 @@ class JobInfo(NamedTuple):
 
 
 def ask(job_id: str, restarts: int | None = None) -> JobInfo | None:
-    """Return what Slurm says of a job, or None when there is no Slurm or it does not know the job.
-
-    restarts: SLURM_RESTART_COUNT of the asking process, 0 when unset. The answer is then about the
-    incarnation that this process belongs to, even when the job is already waiting to run again.
-    """
+    """Return what Slurm says of a job, or None when there is no Slurm or it does not know the job. restarts:
+    SLURM_RESTART_COUNT of the asking process, 0 when unset; the answer is then about the incarnation of this
+    process, even when the job already waits to run again."""
     job = _show(job_id)
     if job is None:
         past = history(job_id)
@@ -84,15 +79,12 @@ def ask(job_id: str, restarts: int | None = None) -> JobInfo | None:
 
 
 def history(job_id: str) -> list[JobInfo]:
-    """Return the incarnations of a job, the first one first: number n is the one with SLURM_RESTART_COUNT n.
-
-    An empty list: there is no accounting, or it does not know the job.
-    """
+    """Return a job's incarnations, by SLURM_RESTART_COUNT from 0; [] when the accounting does not know it."""
     answer = _run("sacct", "-D", "-X", "-n", "-P", f"--delimiter={SEPARATOR}", "-o", COLUMNS, "-j", job_id)
     jobs: list[JobInfo] = []
     for record in answer.stdout.split("\n") if answer else ():
         fields = record.split(SEPARATOR)
-        # an array's number names all its tasks, and one of them by itself
+        # an array's number names all its tasks, and is also the number of one of them
         if len(fields) != len(COLUMNS.split(",")) or job_id not in fields[:2]:
             continue
         _, name_of_task, state, reason, nodes, work_dir, name, submit, start, end = fields
@@ -116,11 +108,8 @@ def history(job_id: str) -> list[JobInfo]:
 
 
 def requeue(job_id: str) -> str:
-    """Put a job back into the queue; return why that failed, or an empty text.
-
-    A job that waits already is left as it is. It works while the job is being stopped, at its time limit too.
-    After scancel it undoes that: ask first.
-    """
+    """Put a job back into the queue; return why that failed, or an empty text. A waiting job stays as it is.
+    A job that is being stopped, at its time limit or by scancel, runs again: ask first."""
     job = _show(job_id)  # for its id in an array: `scontrol requeue NUMBER` may mean the whole array
     if job is None:
         return "Slurm does not know the job"
@@ -154,7 +143,7 @@ def _numbers(ranges: str) -> list[str]:
 
 
 def _show(job_id: str) -> JobInfo | None:
-    """Return what scontrol says. It is asked twice: it may be busy when many jobs end together."""
+    """Return what scontrol says. A second try: it may be busy when many jobs end together."""
     for wait in (0.3, 0.0):
         answer = _run("scontrol", "show", "job", job_id)
         if answer is None:
@@ -168,10 +157,7 @@ def _show(job_id: str) -> JobInfo | None:
 
 
 def _read(record: str) -> tuple[str, JobInfo]:
-    """Return the number and the job of a record of `scontrol show job`.
-
-    Not of its option -o: values have spaces, and only the end of a line ends them.
-    """
+    """Return the number and the job of a record of `scontrol show job` (not with -o: values have spaces)."""
 
     def line(pattern: str) -> str:
         match = re.search(rf"^ *{pattern}", record, re.MULTILINE)
@@ -206,9 +192,8 @@ def _ended(job: JobInfo, restarts: int | None) -> JobInfo | None:
     deadline = time.monotonic() + PATIENCE
     while True:
         past = history(job.job_id)
-        if (
-            restarts is None
-        ):  # the last that ended, but not before this one started (or was put back: a second)
+        if restarts is None:
+            # the last that ended, but not before this one started (or was put back: a second later)
             ended = [each for each in past if each.end and each.end >= (job.start or 0) - 2][-1:]
         else:
             ended = past[restarts : restarts + 1]

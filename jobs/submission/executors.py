@@ -14,7 +14,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 from qwenlora.jobs.submission.options import JobSpec
 from qwenlora.run.package import package
 
-# as in slurm/train.sh; --open-mode: a job that comes back writes on
+# as in slurm/train.sh; --open-mode: a requeued job appends to its output
 SRUN_ARGS = ("--kill-on-bad-exit=0", "--wait=300", "--open-mode=append")
 SETUP = (
     "export PYTHONSAFEPATH=1",  # else a random.py of the working folder is taken for Python's own
@@ -25,7 +25,7 @@ _STANDARD = (0, 1, 2)
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's executor for Slurm, which shows its text on machines without Slurm, too."""
+    """submitit's executor for Slurm, which also shows sbatch's text on machines without Slurm."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -41,10 +41,7 @@ class Executor(submitit.SlurmExecutor):
 
 
 def slurm(spec: JobSpec, folder: Path, max_parallel: int | None = None) -> Executor:
-    """Return the executor for Slurm, whose files go to folder.
-
-    max_parallel: jobs of an array at once; None: submitit's 256.
-    """
+    """Return Slurm's executor; its files go to folder. max_parallel: jobs at once; None: submitit's 256."""
     site = spec.site
     executor = Executor(folder, python=shlex.join(site.python or [sys.executable]))
     gpus: dict[str, Any] = {"gpus-per-node": spec.gpus_per_node} if spec.gpus_per_node else {}
@@ -78,8 +75,7 @@ def local(spec: JobSpec, folder: Path) -> submitit.LocalExecutor:
 
 @contextlib.contextmanager
 def detached() -> Iterator[None]:
-    """Start processes without our terminal and pipes: submitit's controller lives on, and `| tee` would
-    wait."""
+    """Start processes without our terminal and pipes: submitit's controller stays, and `| tee` would wait."""
     sys.stdout.flush()
     kept = [os.dup(descriptor) for descriptor in _STANDARD]
     null = os.open(os.devnull, os.O_RDWR)
@@ -95,7 +91,7 @@ def detached() -> Iterator[None]:
 
 
 def _setup(spec: JobSpec, folder: Path) -> list[str]:
-    """Return what the batch shell does before srun. job.sh decides at the end whether the job comes back."""
+    """Return what the batch shell does before srun. job.sh decides at the end whether to requeue the job."""
     scripts = (folder / "code" / "qwenlora" if spec.snapshot else package()) / "slurm"
     env_file = spec.site.env_file or os.environ.get("QWENLORA_ENV") or str(scripts / "env.sh")
     lines = [f"export QWENLORA_LEAD_S={spec.site.signal_lead_s}"]  # before the time limit, in seconds
@@ -107,8 +103,7 @@ def _setup(spec: JobSpec, folder: Path) -> list[str]:
 
 
 def _variables(spec: JobSpec, folder: Path) -> list[str]:
-    """Return the arguments of env(1) for a local job. submitit hides all GPUs that the job did not ask
-    for."""
+    """Return the arguments of env(1) for a local job. submitit hides GPUs that the job did not ask for."""
     names = {name: str(value) for name, value in spec.site.environment.items()} | {"PYTHONSAFEPATH": "1"}
     if spec.snapshot:
         names["PYTHONPATH"] = os.pathsep.join(

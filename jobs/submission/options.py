@@ -1,4 +1,4 @@
-"""What a user may ask of a job (JobOptions), and what the job is then given (JobSpec)."""
+"""The options of a job (JobOptions), and the values that they lead to (JobSpec)."""
 
 import re
 from dataclasses import dataclass
@@ -14,10 +14,7 @@ _LEAST = {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "timeout_min": 1}
 
 
 class JobOptions(TypedDict, total=False):
-    """Options of `submit` and `submit_sweep`, each with its help text on the command line.
-
-    A missing option, or None, is as the site has it, or the default.
-    """
+    """Options of `submit` and `submit_sweep`, with help texts. Missing or None: the site's, or a default."""
 
     cluster: Annotated[Cluster, "slurm, local (a process of this machine), or debug (this process)."]
     nodes: Annotated[int | None, "Nodes. Default: the site's, or 1."]
@@ -33,7 +30,7 @@ class JobOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What a job is given. name: safe for a shell; cpus_per_task: CPUs a node; timeout_min: minutes."""
+    """What a job gets, defaults filled in. name: safe for a shell; cpus_per_task: CPUs a node."""
 
     name: str
     nodes: int
@@ -45,7 +42,7 @@ class JobSpec:
 
 
 def cluster_of(options: JobOptions) -> Cluster:
-    """Return what runs the job."""
+    """Return the option cluster, slurm by default."""
     return options.get("cluster", "slurm")
 
 
@@ -77,7 +74,7 @@ def _check_number(key: str, value: object) -> None:
 
 
 def job_spec(options: JobOptions, site: Site, processes: int, default_name: str) -> JobSpec:
-    """Return what a job is given. processes: ranks a node."""
+    """Return what a job gets. processes: ranks a node."""
     defaults = site if cluster_of(options) == "slurm" else Site()
     gpus = options.get("gpus_per_node")
     return JobSpec(

@@ -14,7 +14,7 @@ from qwenlora.slurm.query import JobInfo
 
 
 def resume(named: RunOrJob) -> str:
-    """Let a run go on as the job that it was; return what was done. Raises: ValueError when it cannot."""
+    """Submit a run again, or requeue its job; return what was done. Raises: ValueError if neither can be."""
     job = named.job()
     _refuse(named, job)
     submitted = ledger.submissions(named.run) if named.run and not named.sweep else []
@@ -50,7 +50,7 @@ def _submit_again(last: SubmittedJob) -> str:
         name=last.name,
     )
     source = Path(last.folder) / "code" / "qwenlora" if last.snapshot else None
-    with contextlib.chdir(last.work_dir):  # what the paths in the config are relative to
+    with contextlib.chdir(last.work_dir):  # paths in the config are relative to it
         job = prepare(str(last.config), (), options, source=source).submit()[0]
     if last.cluster == "debug":
         job.result()

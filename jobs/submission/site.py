@@ -1,9 +1,6 @@
 """Site files: what a cluster needs in every job, as partition, account and how Python runs there.
-
 `qwenlora submit my.yaml --site mycluster` and `sbatch $(qwenlora site mycluster) slurm/train.sh my.yaml` read
-the same file; configs/clusters/example.yaml is one. Its values reach sbatch and a shell, so only a few
-characters are allowed in them.
-"""
+them. Their values reach sbatch and a shell, so only a few characters are allowed."""
 
 import json
 import os
@@ -83,7 +80,7 @@ Line = Annotated[Text, AfterValidator(_one_line)]
 
 
 class Site(Section):
-    """One site file. What is left out is as the cluster has it."""
+    """One site file. For settings that are left out, the cluster's defaults hold."""
 
     partition: Word | None = Field(
         None, description="Partition, or several: the first that can start the job."
@@ -156,7 +153,7 @@ class Site(Section):
         return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
 
     def unsaid(self) -> list[str]:
-        """Return the keys that are set and have no option of sbatch."""
+        """Return the keys that are set, but that sbatch has no option for."""
         keys = [key for key in ("python", "srun_args", "environment", "config") if getattr(self, key)]
         return [*(["env_file"] if self.env_file and not _is_plain(self.env_file) else []), *keys]
 
@@ -170,11 +167,8 @@ def _is_plain(path: str) -> bool:
 
 
 def load_site(site: str | Path | None = None) -> Site:
-    """Return a site: a path, or the name of a file in configs/clusters/, here or of the package.
-
-    None: the one that QWENLORA_SITE names, or else one without any settings. Raises: ValueError, one line a
-    problem.
-    """
+    """Return a site, from a path or the name of a file in configs/clusters/, here or in the package. None:
+    the one that QWENLORA_SITE names, else one without settings. Raises: ValueError, a line per problem."""
     site = site or os.environ.get(VARIABLE)
     if not site:
         return Site()
@@ -207,7 +201,7 @@ def _find(site: str) -> Path:
 
 
 def _explain(error: ValidationError, places: Places, path: Path) -> list[str]:
-    """Return one line a problem."""
+    """Return a line for each problem."""
     groups: dict[tuple[str, str, bool], list[ErrorDetails]] = {}
     for item in error.errors():
         key, *inside = (str(part) for part in item["loc"])

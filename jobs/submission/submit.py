@@ -1,9 +1,8 @@
-"""A run as a job: `from qwenlora.jobs import submit; job = submit("configs/my.yaml", {"lora.r": 32},
-nodes=2)`.
+"""A run as a job, by submitit: `job = submit("configs/my.yaml", {"lora.r": 32}, nodes=2)`.
 
-On submitit: `job.result()` is the run's summary (task.py), `job.state` Slurm's word. What is submitted lies
-beside the run folder, in .submitted/<run>/<n>/: the resolved config, a copy of the package, submitit's files;
-ledger.py lists the jobs. All that can be refused is refused before anything is written.
+`job.result()` is the run's summary (task.py), `job.state` Slurm's. Beside the run folder, the folder
+.submitted/<run>/<n>/ has the resolved config, a copy of the package and submitit's files; ledger.py lists the
+jobs. All that can be refused is refused before anything is written.
 """
 
 import contextlib
@@ -38,11 +37,8 @@ Job = submitit.Job[Summary]
 
 @dataclass(frozen=True)
 class Submission:
-    """A job, or an array of jobs, known to be sound. target: the folder of the run, or of the sweep.
-
-    max_parallel: jobs of the array at once; source: the package that a snapshot is taken of, where it is not
-    this one; fresh, allowed: as RunTask has them.
-    """
+    """A job, or an array of jobs, that was checked. target: the folder of the run, or of the sweep; source:
+    the package to snapshot, if not this one; max_parallel: jobs at once; fresh, allowed: as in RunTask."""
 
     target: RunFolder
     configs: tuple[Config, ...]
@@ -55,7 +51,7 @@ class Submission:
 
     @property
     def gpu_hours(self) -> float:
-        """What all jobs together may use."""
+        """The GPU-hours that all jobs together may use."""
         spec = self.spec
         return len(self.configs) * spec.nodes * spec.gpus_per_node * spec.timeout_min / 60
 
@@ -69,8 +65,7 @@ class Submission:
         return executors.slurm(self.spec, self.folder(), self.max_parallel).text(len(self.configs))
 
     def submit(self) -> list[Job]:
-        """Submit, and return a Job for each config. Raises: ValueError with sbatch's words when it
-        refuses."""
+        """Submit; return a Job for each config. Raises: ValueError with sbatch's message when it refuses."""
         if self.cluster == "slurm" and not shutil.which("sbatch"):
             raise ValueError(
                 "cluster=slurm: there is no sbatch on this machine; submit from a login node, or"
@@ -93,11 +88,11 @@ class Submission:
         if self.spec.snapshot:
             copy_package(folder / "code", self.source)
         detached = executors.detached() if self.cluster == "local" else contextlib.nullcontext()
-        # submitit prints sbatch's words
+        # submitit prints sbatch's message to stderr; submit raises it instead
         with _as_if_outside_of_jobs(), detached, contextlib.redirect_stderr(io.StringIO()):
             tasks = [self._task(file) for file in files]
             jobs = cast(list[Job], self._executor(folder).submit_array(tasks))
-        if self.cluster == "slurm":  # the result of the first node's task is the run's
+        if self.cluster == "slurm":  # only the first node's task returns the run's summary
             jobs = [submitit.SlurmJob(folder, job.job_id, tasks=(0,)) for job in jobs]
         return jobs
 
@@ -138,7 +133,7 @@ class Submission:
         return RunTask(str(file), self.cluster == "slurm", self.fresh, self.allowed)
 
     def _note(self, folder: Path, jobs: Sequence[Job], files: Sequence[Path]) -> None:
-        """Add the jobs to the ledgers of their runs, and of a sweep the array to the sweep's."""
+        """Add the jobs to the ledgers of their runs, and a sweep's array to the sweep's."""
         spec = self.spec
         array = SubmittedJob(
             job_id=jobs[0].job_id.partition("_")[0],
@@ -170,12 +165,9 @@ def submit(
 ) -> Job:
     """Submit a run; return submitit's Job, whose result is the run's summary.
 
-    options: cluster ("slurm"; "local": a process of this machine; "debug": this process, once the result is
-    asked for), nodes, gpus_per_node, cpus_per_task (CPUs a node), timeout_min (minutes), site (a site file or
-    its name), snapshot (run a copy of the package, made now), name (the job's). They default to the site's,
-    then to one node, no GPU, one CPU a process; Slurm needs a time limit.
-    fresh, allow_config_change: as `qwenlora train` has them.
-    Raises: ValueError for all that is known to fail.
+    options: see JobOptions; cluster="debug" runs in this process, when the result is asked for. They default
+    to the site's, then to one node, no GPU, one CPU a process; Slurm needs a time limit. fresh,
+    allow_config_change: as `qwenlora train` has them. Raises: ValueError for all that is known to fail.
     """
     return prepare(config, overrides, options, fresh=fresh, allowed=allow_config_change).submit()[0]
 
@@ -191,8 +183,8 @@ def submit_sweep(
     """Submit a run for every combination of the grid's values, as one job array; return their Jobs.
 
     grid: {dotted config key: values}; the last key changes fastest. Each run has its folder in run_dir, named
-    like lora.r=16,train.learning_rate=0.0001. max_parallel: how many run at once; None: all that Slurm has
-    room for. options: as in submit. Raises: ValueError, before any of them is submitted.
+    like lora.r=16,train.learning_rate=0.0001. max_parallel: how many run at once; None: as many as Slurm has
+    room for, up to 256. options: as in submit. Raises: ValueError, before any of them is submitted.
     """
     return prepare_sweep(config, grid, overrides, options, max_parallel).submit()
 
@@ -206,8 +198,7 @@ def prepare(
     allowed: Sequence[str] = (),
     source: Path | None = None,
 ) -> Submission:
-    """Return the submission of one run. source: the package that a snapshot is taken of. Raises:
-    ValueError."""
+    """Return the submission of one run. source: the package to snapshot. Raises: ValueError."""
     site = load_site(options.get("site"))
     loaded = load_config(config, overrides, site.config, str(site.file))
     check_options(options, site)

@@ -13,7 +13,7 @@ from qwenlora.configs.yaml_file import parse_yaml
 from qwenlora.jobs.submission.site import Site
 from qwenlora.run.folder import RunFolder
 
-LONGEST_NAME = 200  # characters; files may have 255 bytes
+LONGEST_NAME = 200  # characters; a file's name may have 255 bytes
 
 
 def configs(
@@ -22,8 +22,7 @@ def configs(
     overrides: Mapping[str, Any] | Iterable[str],
     site: Site,
 ) -> tuple[RunFolder, tuple[Config, ...]]:
-    """Return the sweep's folder and a config for each combination, the last key fastest. Raises:
-    ValueError."""
+    """Return the sweep's folder and a config per combination, the last key fastest. Raises: ValueError."""
     _check_grid(grid)
     texts = _texts(overrides)
 

@@ -1,1 +1,1 @@
-"""Runs and jobs as their owner sees them: status, logs, runs, diff, cancel, resume."""
+"""Runs and jobs as their owner sees them: status, logs, runs, diff."""

@@ -1,7 +1,4 @@
-"""`qwenlora diff RUN RUN`: how two runs differ in config, code, data and results.
-
-Only differences are printed, a line a key with both values; a section without any is one line.
-"""
+"""`qwenlora diff RUN RUN`: prints in what two runs differ: config, code, data and results."""
 
 import hashlib
 from collections.abc import Mapping
@@ -30,16 +27,13 @@ COUNTS = (
 )
 SIDES: tuple[SideName, ...] = ("train", "eval")
 NOTHING = "-"
-QUESTIONS = ": questions"  # after a set's name: how many; another number means other questions
+QUESTIONS = ": questions"  # after a set's name: their number; if it differs, so do the questions
 Value = str | float | None  # a number is compared as it is, and shown short
 Pairs = dict[str, tuple[str, str]]  # {name: (value of the first run, of the second)} where they differ
 
 
 def show_diff(first: Path, second: Path, console: Console) -> int:
-    """Print how two runs differ; return the exit code.
-
-    Raises: ValueError when one is no run, or both are the same run.
-    """
+    """Print how two runs differ; return the exit code. Raises: ValueError unless they are two runs."""
     one, other = (read_overview(RunFolder(path.expanduser())) for path in (first, second))
     if one.run.path.resolve() == other.run.path.resolve():
         raise ValueError(f"{first} and {second} are one run; name two")

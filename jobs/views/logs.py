@@ -1,5 +1,4 @@
-"""`qwenlora logs RUN|JOB`: the output of a run's job or of one rank, with -f as it grows, over all
-attempts."""
+"""`qwenlora logs RUN|JOB`: the output of a run's job or a rank; with -f as it grows, over all attempts."""
 
 import sys
 import time
@@ -14,10 +13,7 @@ ASK_S = 10.0  # how often Slurm is asked whether the job is over
 
 
 def show_logs(named: RunOrJob, *, rank: int | None, follow: bool) -> None:
-    """Write the log to the screen. rank: that process' own, of the last attempt; None: the job's output.
-
-    Raises: ValueError when there is none (yet).
-    """
+    """Print a rank's log of the last attempt; None: the job's output. Raises: ValueError if it is missing."""
     file = _file(named, rank)
     if file is None or not (file.exists() or follow):
         where = f" (it will be {file})" if file else ""

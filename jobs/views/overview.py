@@ -1,7 +1,4 @@
-"""All that is known of a run, from whatever state its folder is in: what `qwenlora runs` and `diff` show.
-
-`read_overview(RunFolder("runs/my"))`. Nothing is written; a file that cannot be read is noted as a flaw.
-"""
+"""What is known of a run, for `qwenlora runs` and `diff`. A file that cannot be read is noted as a flaw."""
 
 import json
 from collections.abc import Callable
@@ -25,11 +22,8 @@ _Content = TypeVar("_Content")
 
 @dataclass(frozen=True)
 class RunOverview:
-    """What is known of a run. config, facts, code, compared: None where the file is missing or damaged.
-
-    loss, evaluated: the last lines of metrics.jsonl with a loss and with an evaluation, {} without;
-    flaws: which files cannot be read, and why.
-    """
+    """What is known of a run. config, facts, code, compared: None where the file is missing or damaged; loss,
+    evaluated: the last lines with these in metrics.jsonl; flaws: which files cannot be read, and why."""
 
     run: RunFolder
     config: Config | None
@@ -48,7 +42,7 @@ class RunOverview:
 
     @property
     def state(self) -> RunState:
-        """The state of the run now; Slurm is asked."""
+        """The state of the run now, after asking Slurm."""
         return state_now(self.run, self.attempts)
 
     @property
@@ -58,7 +52,7 @@ class RunOverview:
 
     @property
     def last_sign(self) -> float:
-        """When it ended, or last wrote to its folder, in seconds since 1970."""
+        """When the run ended, else last wrote to its folder, in seconds since 1970."""
         end = self.attempts[-1].end if self.attempts else None
         return end.timestamp() if end else last_sign(self.run)
 
@@ -69,7 +63,7 @@ class RunOverview:
         return file.stat().st_size if file.is_file() else None
 
     def counts(self, side: SideName) -> SideCounts | None:
-        """Return what was counted of the training or the evaluation rows; None where that is not known."""
+        """Return the counts of the training or evaluation rows; None where they are not known."""
         return self.facts.data.get(side) if self.facts else None
 
 
@@ -117,7 +111,7 @@ def read_overview(run: RunFolder) -> RunOverview:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, or will be a submitted one's."""
+    """Whether a folder is a run's, or will be that of a submitted run."""
     written = all((folder / name).is_file() for name in ("config.yaml", "code.json"))
     return written or (folder / "attempts.jsonl").is_file() or _is_submitted(RunFolder(folder))
 

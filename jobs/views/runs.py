@@ -23,10 +23,7 @@ _FILES_OF_A_RUN = ("config.yaml", "attempts.jsonl")
 
 
 def show_runs(folder: Path, console: Console) -> int:
-    """Print the runs of a folder, the newest last, the settings that made them, and what is wrong with them.
-
-    Returns: the exit code. Raises: ValueError when there is no such folder.
-    """
+    """Print a folder's runs, the newest last; return the exit code. Raises: ValueError without the folder."""
     folder = folder.expanduser()
     if not folder.is_dir():
         raise ValueError(
@@ -54,7 +51,7 @@ def show_runs(folder: Path, console: Console) -> int:
 
 
 def runs_below(folder: Path) -> list[RunOverview]:
-    """Return the runs in a folder and in its subfolders, the one that last gave a sign last."""
+    """Return the runs in a folder and in its subfolders, by their last sign of life."""
     folder = folder.absolute()
     paths = {
         file.parent for depth in _DEPTHS for name in _FILES_OF_A_RUN for file in folder.glob(f"{depth}{name}")
@@ -120,7 +117,7 @@ def _settings_table(configs: list[tuple[str, Config]], keys: list[str]) -> Table
 
 
 def _differing(configs: list[Config]) -> set[str]:
-    """Return the keys that are shown and in which configs differ."""
+    """Return the keys in which configs differ, without those that are not shown."""
     keys = {key for config in configs[1:] for key in differences(configs[0], config)}
     return {key for key in keys if not key.startswith(NOT_SHOWN)}
 

@@ -109,7 +109,7 @@ def _cells(attempt: Attempt, *, jobs: bool, causes: bool) -> list[str]:
 
 
 def _details(attempt: Attempt) -> list[str]:
-    """Return what the time of an attempt's start went into, and why it ended."""
+    """Return lines that say where the time of an attempt's start went, and why it ended."""
     lines = []
     if attempt.seconds:
         parts = [f"{name.replace('_', ' ')} {value:.1f}" for name, value in attempt.seconds.items()]
