@@ -49,8 +49,8 @@ _Value = TypeVar("_Value")
 class RunSummary:
     """The contents of a run's folder. config: the text of config.yaml; settings: its values.
 
-    attempts: an unfinished last attempt gets its latest step as its end. facts is None, and code empty, without
-    their files. unread: files that cannot be read, and why.
+    attempts: an unfinished last attempt gets its latest step as its end. facts is None, and code empty,
+    without their files. unread: files that cannot be read, and why.
     """
 
     run: RunFolder
