@@ -94,7 +94,7 @@ def test_a_conversation_in_a_terminal(terminal):
         "/nonsense",
         "/nonsense is unknown; /help lists commands; to send it as it is, begin with a space",
     )
-    tell(child, "/base", "nothing was asked yet")
+    tell(child, "/base", "there is no question yet")
     tell(child, f"/system {third}", "from now on with this system prompt")
     tell(child, "/system", "from now on without a system prompt")
     assert three in ask(child, third)

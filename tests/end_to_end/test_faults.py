@@ -74,7 +74,7 @@ def start(folder, *arguments):
 
 def wait_for_step(run, step, process) -> None:
     for _ in range(9000):
-        if run.history.progress.read(1).get("step", 0) >= step:
+        if (progress := run.history.progress.read(1)) and progress.step >= step:
             return
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
@@ -110,7 +110,7 @@ def test_on_a_disk_of_one_and_a_half_checkpoints_the_run_goes_on_and_resumes(
     assert "No space left on device" in screen
     assert [path.name for path in run.checkpoints()] == ["checkpoint-5"]
     assert checkpoints.flaw(run.checkpoint(5)) == ""
-    assert run.history.attempts()[0]["reason"] == "failed"
+    assert run.history.attempts()[0].reason == "failed"
     disk("size=100m")
     with start(tmp_path, "train.save_total_limit=1") as process:
         screen = process.communicate(timeout=120)[0]

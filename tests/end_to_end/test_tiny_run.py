@@ -60,7 +60,7 @@ def test_the_run_folder_holds_what_the_design_promises(run):
     assert load_config(run.config).lora.r == 32
     assert json.loads(run.code.read_text())["versions"]["torch"] == torch.__version__
     (attempt,) = run.history.attempts()
-    assert (attempt["reason"], attempt["first_step"], attempt["last_step"]) == ("done", 1, 120)
+    assert (attempt.reason, attempt.first_step, attempt.last_step) == ("done", 1, 120)
     assert run.done
     assert [path.name for path in run.checkpoints()] == ["checkpoint-120", "checkpoint-80", "checkpoint-40"]
     assert {path.name for path in run.adapter.iterdir()} >= {
