@@ -1,98 +1,41 @@
 """The `qwenlora` command. It imports a command's module only for that command: `--help` answers at once."""
 
+import ast
 import functools
 import importlib
 import platform
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-
-class CommandEntry(NamedTuple):
-    """A command: the module of cli/ with the function of that name, and the function's docstring."""
-
-    module: str
-    help: str
-
-
 GROUPS = {"config": "Look at configs.", "data": "Look at the rows of a config, before training."}
-COMMANDS = {
-    "train": CommandEntry("train_commands", "Train, or go on training, the run of CONFIG on this machine."),
-    "preflight": CommandEntry(
-        "train_commands",
-        "Do the checks before a start, and nothing else: on this machine, or by srun on all nodes of an"
-        " allocation.",
-    ),
-    "submit": CommandEntry("submit_commands", "Submit the run of CONFIG as a job."),
-    "sweep": CommandEntry(
-        "submit_commands", "Submit a run for every combination of the values, as one job array."
-    ),
-    "status": CommandEntry(
-        "run_commands",
-        "Show a run's attempts, how far it is, its job and its checkpoints; of a sweep, a line a run.",
-    ),
-    "logs": CommandEntry(
-        "run_commands", "Show the output of a run's job, or the log of one of its processes."
-    ),
-    "cancel": CommandEntry(
-        "run_commands", "Stop a run for good: it saves, and does not come back by itself."
-    ),
-    "resume": CommandEntry(
-        "submit_commands",
-        "Have a run go on from its newest checkpoint: submitted again, as its last job was.",
-    ),
-    "site": CommandEntry(
-        "submit_commands",
-        "Print a site's options for sbatch: sbatch $(qwenlora site mycluster) slurm/train.sh my.yaml.",
-    ),
-    "verify": CommandEntry(
-        "adapter_commands",
-        "Check that an adapter is whole, fits its base, and holds something; say which base it needs.",
-    ),
-    "merge": CommandEntry(
-        "adapter_commands",
-        "Make one model of a base and an adapter, file by file, and compare its logits with theirs.",
-    ),
-    "chat": CommandEntry(
-        "adapter_commands",
-        "Talk with a model: in the terminal, with one prompt, or with the questions of a file.",
-    ),
-    "compare": CommandEntry(
-        "adapter_commands",
-        "Ask the base model and the tuned one the same: what was trained, in other words, in general.",
-    ),
-    "report": CommandEntry(
-        "report_command",
-        "Write a run up as one HTML page: curves over all attempts, settings, data, comparison; pictures"
-        " beside it.",
-    ),
-    "runs": CommandEntry(
-        "run_commands", "List runs: how far each is, its evaluation, its data, its key settings, its adapter."
-    ),
-    "diff": CommandEntry("run_commands", "Show in what two runs differ: config, code, data, results."),
-    "export": CommandEntry(
-        "adapter_commands",
-        "Make a folder for a model hub: the adapter, its tokenizer, and a card filled in from the run.",
-    ),
-    "convert-qwen1": CommandEntry(
-        "adapter_commands",
-        "Turn a first-generation Qwen (Qwen-7B-Chat), or an adapter for it, into Qwen2's architecture.",
-    ),
-    "config show": CommandEntry(
-        "config_commands", "Print the resolved config: defaults < CONFIG < overrides."
-    ),
-    "config schema": CommandEntry("config_commands", "Print the JSON Schema of a config, for editors."),
-    "data check": CommandEntry(
-        "data_commands",
-        "Prepare the rows as training would, and show what they are like: on the screen, and as an HTML"
-        " page.",
-    ),
-    "data preview": CommandEntry(
-        "data_commands", "Show rows as the model sees them, the trained tokens coloured."
-    ),
+COMMANDS = {  # {command: the module of cli/ with the function of that name}
+    "train": "train_commands",
+    "preflight": "train_commands",
+    "submit": "submit_commands",
+    "sweep": "submit_commands",
+    "status": "run_commands",
+    "logs": "run_commands",
+    "cancel": "run_commands",
+    "resume": "submit_commands",
+    "site": "submit_commands",
+    "verify": "adapter_commands",
+    "merge": "adapter_commands",
+    "chat": "adapter_commands",
+    "compare": "adapter_commands",
+    "report": "report_command",
+    "runs": "run_commands",
+    "diff": "run_commands",
+    "export": "adapter_commands",
+    "convert-qwen1": "adapter_commands",
+    "config show": "config_commands",
+    "config schema": "config_commands",
+    "data check": "data_commands",
+    "data preview": "data_commands",
 }
 
 
@@ -108,13 +51,29 @@ class LazyGroup(TyperGroup):
 
 def load(name: str) -> Any:
     """Import a command's module and return the command. An unsuitable system is refused first."""
-    entry, command = COMMANDS[name], name.split()[-1]
+    command = name.split()[-1]
     refuse_other_systems()
-    module = importlib.import_module(f"qwenlora.cli.{entry.module}")
-    function = getattr(module, command.replace("-", "_"))
+    module = importlib.import_module(f"qwenlora.cli.{COMMANDS[name]}")
+    function = getattr(module, _function_of(name))
     single = _group()
     single.command(command)(guarded(function))
     return typer.main.get_command(single)
+
+
+def _function_of(name: str) -> str:
+    return name.split()[-1].replace("-", "_")
+
+
+def help_of(name: str) -> str:
+    """Return a command's help: the docstring of its function, read without importing the module."""
+    nodes = _parsed(COMMANDS[name]).body
+    (function,) = (n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == _function_of(name))
+    return " ".join((ast.get_docstring(function) or "").split())
+
+
+@functools.cache
+def _parsed(module: str) -> ast.Module:
+    return ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
 
 
 def guarded(command: Callable[..., int]) -> Callable[..., None]:
@@ -169,9 +128,9 @@ def _whole() -> typer.Typer:
     for name, text in GROUPS.items():
         groups[name] = _group(cls=LazyGroup, help=text, no_args_is_help=True)
         whole.add_typer(groups[name], name=name)
-    for name, entry in COMMANDS.items():
+    for name in COMMANDS:
         group, _, command = name.rpartition(" ")
-        groups[group].command(command, help=entry.help)(_listed)
+        groups[group].command(command, help=help_of(name))(_listed)
     return whole
 
 
