@@ -157,7 +157,7 @@ def test_a_killed_rank_is_named_and_nobody_is_left(folder, hosts):
         screen = process.communicate(timeout=100)[0]
     assert process.returncode == 1, screen
     assert (
-        "failed: rank 1 was killed by SIGKILL, not by qwenlora: by hand, by the scheduler, or for want of"
+        "failed: rank 1 was killed by SIGKILL, not by qwenlora: by hand, by the scheduler, or for lack of"
         in screen
     )
     assert_nobody_is_left(others)

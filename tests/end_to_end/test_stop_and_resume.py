@@ -303,7 +303,7 @@ def test_a_rank_that_is_killed_is_named_with_its_signal(tmp_path, config):
         screen = process.communicate(timeout=180)[0]
     assert process.returncode == 1
     assert (
-        "failed: rank 1 was killed by SIGKILL, not by qwenlora: by hand, by the scheduler, or for want of"
+        "failed: rank 1 was killed by SIGKILL, not by qwenlora: by hand, by the scheduler, or for lack of"
         in screen
     )
     assert "Traceback" not in screen
