@@ -51,8 +51,8 @@ def resume_all(made, pairs: list[tuple], folder: Path) -> dict[tuple, dict]:
             cell = done[saver][1]
             saved = Path(cell.folder) / f"checkpoint-{SAVED}"
             cells.append(cell.under(name, folder_of(folder, saver, (name, count)), resume=str(saved)))
-        results = run_ranks(run_cells, count, cells, tokenizer, timeout=560)
-        results |= {pair: results[0][number] for number, pair in enumerate(mine)}
+        of_rank = run_ranks(run_cells, count, cells, tokenizer, timeout=560)
+        results |= {pair: of_rank[0][number] for number, pair in enumerate(mine)}
     return results
 
 
