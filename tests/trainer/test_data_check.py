@@ -73,7 +73,7 @@ def test_training_starts_from_what_check_has_prepared(config, monkeypatch):
     from qwenlora.data import build
 
     check(config(), None, screen())
-    monkeypatch.setattr(build, "build", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr(build, "build_arrays", lambda *_: pytest.fail("prepared again"))
     check(config(), None, screen())
 
 
