@@ -7,6 +7,7 @@ import pytest
 from made import parameters_of
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Train
+from qwenlora.data.counts import Overlap
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts, SideCounts
 from qwenlora.trainer import prepare
@@ -180,7 +181,7 @@ def test_what_was_done_to_rows_is_noted():
         "eval": {"read_rows": 30, "dropped": 1},
     }
     rows = SimpleNamespace(
-        facts={"notes": ["read as GB18030"], "overlap": {"rows": 4, "first": [7]}},
+        index=SimpleNamespace(notes=["read as GB18030"], overlap=Overlap(rows=4, first=[7])),
         counts={side: COUNTS.model_copy(update=counts) for side, counts in cut.items()},
         place=lambda side, row: f"{side}.jsonl:{row}",
     )
