@@ -1,6 +1,7 @@
 """A run that version 0.1 made is read, resumed and compared as before (of_0.1/, with how it went on then)."""
 
 import json
+import lzma
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,9 @@ OLDER = Path(__file__).parent / "of_0.1"
 def older(tmp_path) -> RunFolder:
     """Return the run, as 0.1 left it after step 2 of 4."""
     shutil.copytree(OLDER / "old", tmp_path / "runs" / "old")
+    tokenizer = lzma.decompress((OLDER / "tokenizer.json.xz").read_bytes())  # kept once, and small
+    for folder in ("adapter", "checkpoint-2"):
+        (tmp_path / "runs" / "old" / folder / "tokenizer.json").write_bytes(tokenizer)
     shutil.copy(OLDER / "old.yaml", tmp_path)
     return RunFolder(tmp_path / "runs" / "old")
 
