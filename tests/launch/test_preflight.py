@@ -1,12 +1,12 @@
 """What nodes must have in common."""
 
 import pytest
+from run_facts import make_facts
 
 from qwenlora.configs import load_config
 from qwenlora.launch import preflight
 from qwenlora.launch.messages import NodeFacts
 from qwenlora.run.folder import RunFolder
-from qwenlora.run.records import Facts, Parameters, SideCounts
 
 MINE = NodeFacts(
     config="c",
@@ -48,21 +48,7 @@ def run_of(tmp_path, checkpoint_bytes):
     config = load_config(file, {"run_dir": str(tmp_path / "run")})
     run = RunFolder(config.run_dir)
     run.path.mkdir()
-    counts = SideCounts(rows=1, read_rows=1, tokens=1, trained_tokens=1, longest=1, sha256="")
-    parameters = Parameters(total=1, trainable=1, body=1, head=1, layers=1, attention_width=1)
-    facts = Facts(
-        base="tiny",
-        base_fingerprint="",
-        data_folder="",
-        files_key="",
-        data={"train": counts},
-        packing=False,
-        bad_rows=0,
-        notes=[],
-        parameters=parameters,
-        checkpoint_bytes=checkpoint_bytes,
-    )
-    run.write_facts(facts)
+    run.write_facts(make_facts(checkpoint_bytes=checkpoint_bytes))
     return config, run
 
 
