@@ -9,7 +9,7 @@ from pathlib import Path
 from qwenlora.jobs import ledger
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Attempt
-from qwenlora.run.state import RunState, state_of
+from qwenlora.run.state import RunState, last_accepted, state_of
 from qwenlora.slurm import query
 from qwenlora.slurm.query import JobInfo
 
@@ -130,7 +130,10 @@ def state(run: RunFolder, attempts: Sequence[Attempt], job: JobInfo | None) -> R
 
 
 def state_now(run: RunFolder, attempts: Sequence[Attempt]) -> RunState:
-    """Return the state of a run, after asking Slurm about its newest job."""
+    """Return the state of a run, after asking Slurm about its newest job if that can matter."""
+    last = last_accepted(attempts)
+    if last and last.reason == "done":  # asking takes 20 s a run where Slurm hangs
+        return "done"
     job_id = newest_job(run, attempts)
     return state(run, attempts, query.ask(job_id) if job_id else None)
 

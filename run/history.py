@@ -64,8 +64,8 @@ class History:
     def note(self, **facts: Any) -> None:
         """Add to the attempt under way. facts: fields of Attempt."""
         with self._alone():
-            *before, last = self.attempts()
-            self._write([*before, last.revised(**facts)])
+            if attempts := self.attempts():  # without attempts, the folder is gone
+                self._write([*attempts[:-1], attempts[-1].revised(**facts)])
 
     def end(self, reason: Reason, message: str = "") -> None:
         """Record why the last attempt ended, unless that is known already."""

@@ -15,6 +15,7 @@ from qwenlora.jobs.views.overview import read_overview
 from qwenlora.jobs.views.runs import show_runs
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import now
+from qwenlora.slurm import query
 
 ROWS = {"rows": 1200, "read_rows": 1200, "longest": 99}
 FACTS = {
@@ -191,3 +192,10 @@ def test_no_folder_and_an_empty_one_say_what_to_do(tmp_path, listed):
     (tmp_path / "empty").mkdir()
     assert "no runs in" in listed("empty")
     assert "makes one" in listed("empty")
+
+
+def test_slurm_is_not_asked_about_runs_that_are_done(make, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "31")
+    run = make("one")
+    monkeypatch.setattr(query, "ask", lambda job_id: pytest.fail("Slurm was asked"))
+    assert read_overview(run).state == "done"

@@ -126,3 +126,8 @@ def test_repeated_steps_are_those_that_it_came_to(history):
         history.progress.write(number, last, trained_s=1.0, saving_s=0.0)
         history.end("stopped")
     assert [attempt.steps_repeated for attempt in history.attempts()] == [0, 10, 40]
+
+
+def test_a_note_on_a_run_that_is_gone_is_no_refusal(history):
+    history.note(first_step=1)
+    assert history.attempts() == []
