@@ -21,7 +21,7 @@ from typing import TypeVar
 import psutil
 from pydantic import BaseModel, Field
 
-from qwenlora.run.disk import sync, write_atomically
+from qwenlora.run.disk import sha256, sync, write_atomically
 from qwenlora.run.records import Record
 
 INDEX = "index.json"
@@ -84,16 +84,15 @@ def digest_of(path: Path, cache: Path) -> str:
             return known.sha256
     except (OSError, ValueError):
         pass  # not hashed before, or damaged: made anew
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(path)
     # a further change within the clock's tick would be missed: then it is not remembered
     settled = time.time_ns() - max(state.mtime_ns, state.ctime_ns) > 2e9
     if state_of(path) == state and settled:
         with suppress(OSError):  # preparation refuses a cache that cannot be written, with a clearer message
             entry.parent.mkdir(parents=True, exist_ok=True)
-            digest = _FileDigest(path=str(path.absolute()), state=state, sha256=sha256)
-            write_atomically(entry, digest.text(indent=None))
-    return sha256
+            known = _FileDigest(path=str(path.absolute()), state=state, sha256=digest)
+            write_atomically(entry, known.text(indent=None))
+    return digest
 
 
 def state_of(path: Path) -> FileState:

@@ -1,15 +1,12 @@
 """A run's report: one HTML page that loads nothing and runs no script: `qwenlora report runs/tiny`."""
 
-import math
 import re
 import shlex
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 
 from qwenlora.adapter.publish import curves, report_lines
@@ -22,7 +19,7 @@ from qwenlora.adapter.publish.run_summary import (
 )
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
-from qwenlora.run.format import number, short
+from qwenlora.run.format import as_yaml, number, short
 
 MARK = '<meta name="generator" content="qwenlora report">'  # only pages with this are overwritten
 ANSWERS = 24  # shown of each set at most, evenly spread
@@ -79,7 +76,7 @@ def render(summary: RunSummary, charts: list[Chart]) -> str:
     environment.filters |= {"number": number, "short": short, "python": repr, "shell": shlex.quote}
     template = resources.files("qwenlora.adapter.publish").joinpath("report.html").read_text(encoding="utf-8")
     state, message, end = report_lines.state(summary)
-    settings = {key: _as_yaml(value) for key, value in summary.settings.items() if value not in (None, False)}
+    settings = {key: as_yaml(value) for key, value in summary.settings.items() if value not in (None, False)}
     sources = {key: settings[key] for key in ("data.train", "data.eval") if key in settings}
     page = environment.from_string(template).render(
         summary=summary,
@@ -103,12 +100,6 @@ def render(summary: RunSummary, charts: list[Chart]) -> str:
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
     return _printable(page)
-
-
-def _as_yaml(value: Any) -> str:
-    """Return a setting as YAML, on one line."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
-    return text.removesuffix("\n...\n").strip()
 
 
 def _printable(text: str) -> str:
