@@ -35,12 +35,22 @@ class Tokens(NamedTuple):
     trained: Mask
 
 
+def forget_calls(tokenizer: Any) -> None:
+    """Take from a tokenizer what earlier calls left in it, or in its files: truncation, padding, splitting of
+    special tokens, BPE dropout. Each would change the ids of a text, and those that it is saved with."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    tokenizer.split_special_tokens = backend.encode_special_tokens = False
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None
+
+
 class Encoder:
     """Turns rows into tokens. tokenizer: a fast one with a ChatML template; train_on: as data.train_on."""
 
     def __init__(self, tokenizer: Any, train_on: str = "assistant") -> None:
         self.tokenizer, self.train_on = tokenizer, train_on
-        self._encode = tokenizer.backend_tokenizer.encode_batch_fast
         self._start, self._end = (tokenizer.convert_tokens_to_ids(mark) for mark in (TURN_START, TURN_END))
         self._header, self._no_thought = (self._ids([text])[0] for text in (_HEADER, NO_THOUGHT))
         for ids, text in ((self._header, _HEADER), (self._no_thought, NO_THOUGHT)):
@@ -115,7 +125,9 @@ class Encoder:
         return text
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._encode(texts, add_special_tokens=False)]
+        forget_calls(self.tokenizer)  # of others, between two calls of this
+        encode = self.tokenizer.backend_tokenizer.encode_batch_fast
+        return [encoding.ids for encoding in encode(texts, add_special_tokens=False)]
 
     def _tokens(self, row: Row, text_ids: list[int], no_thoughts: list[bool]) -> Tokens:
         if row.text is not None:

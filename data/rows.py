@@ -16,6 +16,7 @@ from qwenlora.data.turns import (
     check_text,
     check_turns,
     from_json,
+    join_calls,
     read_tools,
     read_turns,
     refuse_unused,
@@ -68,7 +69,7 @@ def to_row(line: int, value: object, shape: str, options: RowOptions) -> Row:
     check_turns(messages)
     if tools:
         check_json(tools, "the list of tools")
-    return Row(line, messages, tools)
+    return Row(line, join_calls(messages), tools)
 
 
 def _system(text: object, first: Message) -> Message:

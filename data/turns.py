@@ -90,6 +90,21 @@ def read_turns(row: JsonObject, options: RowOptions) -> list[Message]:
     return [_turn(number, turn, options) for number, turn in enumerate(turns, 1)]
 
 
+def join_calls(messages: list[Message]) -> list[Message]:
+    """Return turns with calls that stand alone joined to the assistant's turn before them: it ends once,
+    after all of its calls."""
+    joined: list[Message] = []
+    for message in messages:
+        calls, before = message.get("tool_calls", []), joined[-1] if joined else None
+        if calls and not message["content"].strip():
+            message = {**message, "content": ""}  # white space would stand before the call
+            if before and before["role"] == "assistant" and "reasoning_content" not in message:
+                joined[-1] = {**before, "tool_calls": [*before.get("tool_calls", []), *calls]}
+                continue
+        joined.append(message)
+    return joined
+
+
 def _turn(number: int, value: object, options: RowOptions) -> Message:
     turn = _turn_with_our_keys(number, value, options)
     called = turn.get("function_call")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qwenlora.configs.schema import Data
 from qwenlora.data.bad_row import BadRow
-from qwenlora.data.chat import Encoder
+from qwenlora.data.chat import Encoder, forget_calls
 from qwenlora.data.rows import Row, to_row
 from qwenlora.data.shapes import RowOptions, shape_of
 from qwenlora.data.sources import find
@@ -55,6 +55,18 @@ calls = st.lists(
 
 
 @st.composite
+def calling(draw):
+    """An assistant's turn with calls, as one message or as several in a row, perhaps with a reply before
+    them."""
+    made = draw(calls)
+    kept = draw(st.integers(0, len(made)))
+    reply = {"role": "assistant", "content": draw(said) if draw(st.booleans()) else ""}
+    first = reply | ({"tool_calls": [{"function": call} for call in made[:kept]]} if kept else {})
+    rest = [{"role": "function_call", "content": json.dumps(call)} for call in made[kept:]]
+    return ([first] if kept or reply["content"] else []) + rest
+
+
+@st.composite
 def conversations(draw):
     """Rows as people have them: with and without a system turn, a last question, two turns of one role in a
     row."""
@@ -63,14 +75,10 @@ def conversations(draw):
         st.lists(st.sampled_from(["user", "assistant", "user assistant", "tools"]), min_size=1, max_size=5)
     ):
         if role == "tools":
+            turns.append({"role": "user", "content": draw(said)})
+            turns += draw(calling())
             turns += [
-                {"role": "user", "content": draw(said)},
-                {
-                    "role": "assistant",
-                    "content": "",
-                    "tool_calls": [{"function": call} for call in draw(calls)],
-                },
-                {"role": "tool", "content": draw(said)},
+                {"role": "tool", "content": text} for text in draw(st.lists(said, min_size=1, max_size=2))
             ]
         else:
             turns += [{"role": one, "content": draw(said)} for one in role.split()]
@@ -108,13 +116,14 @@ def normal(tokenizer, text: str) -> str:
     return tokenizer.backend_tokenizer.normalizer.normalize_str(text)  # tokens hold NFC text
 
 
-def assert_is_the_call(text: str, message) -> None:
+def assert_is_the_call(tokenizer, text: str, message) -> None:
     """Assert that a trained text is what the template writes for calls, read back as JSON."""
     assert text.endswith("<|im_end|>")
     blocks = text.removesuffix("<|im_end|>").split("<tool_call>\n")[1:]
     # the texts in them may hold the markup's own words: each block is read as far as JSON goes
     found = [json.JSONDecoder().raw_decode(block)[0] for block in blocks if block.startswith('{"name": ')]
-    assert [call["name"] for call in found] == [call["function"]["name"] for call in message["tool_calls"]]
+    made = [call["function"] for call in message["tool_calls"]]
+    assert json.loads(normal(tokenizer, json.dumps(made, ensure_ascii=False))) == found
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,9 +146,83 @@ def test_what_is_trained_is_each_reply_and_its_end(tokenizers, name, value):
     assert len(texts) == len(replies)
     for text, message in zip(texts, replies, strict=True):
         if message.get("tool_calls"):
-            assert_is_the_call(text, message)
+            assert_is_the_call(tokenizer, text, message)
         else:
             assert text == normal(tokenizer, message["content"]) + "<|im_end|>"
+
+
+CALL_1, CALL_2 = ({"name": "天气", "arguments": {"city": city}} for city in ("北京", "上海"))
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"from": "function_call", "value": json.dumps(call)} for call in (CALL_1, CALL_2)],
+        [{"from": "function_call", "value": json.dumps([CALL_1, CALL_2])}],
+        [{"role": "assistant", "tool_calls": [CALL_1, CALL_2]}],
+        [{"role": "assistant", "content": "\n ", "tool_calls": [call]} for call in (CALL_1, CALL_2)],
+    ],
+)
+def test_a_turn_ends_after_its_last_call(tokenizers, name, turns):
+    """A call and a reply to it each get one end; so do calls in a row, and the observations after them."""
+    tokenizer = pick(tokenizers, name)
+    said_first = {"role": "assistant", "content": "我查。"}
+    seen = [{"role": "tool", "content": text} for text in ("晴", "雨")]
+    block = '<tool_call>\n{"name": "天气", "arguments": {"city": "CITY"}}\n</tool_call>'
+    both = f"{block.replace('CITY', '北京')}\n{block.replace('CITY', '上海')}<|im_end|>"
+    for before in ([], [said_first]):
+        row = row_of({"messages": [{"role": "user", "content": "问"}, *before, *turns, *seen, said_first]})
+        tokens = encode(tokenizer, row)
+        said_before = "我查。\n" if before else ""
+        assert trained_texts(tokenizer, tokens) == [said_before + both, "我查。<|im_end|>"]
+        assert "晴\n</tool_response>\n<tool_response>\n雨" in tokenizer.decode(tokens.ids)
+
+
+def test_calls_after_an_observation_are_a_turn_of_their_own(tokenizers):
+    call = {"from": "function_call", "value": json.dumps(CALL_1)}
+    row = row_of(
+        {"messages": [{"role": "user", "content": "问"}, *[call, {"role": "tool", "content": "晴"}] * 2]}
+    )
+    assert len(trained_texts(tokenizers["qwen3"], encode(pick(tokenizers, "qwen3"), row))) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(
+    texts=st.lists(said, min_size=1, max_size=4),
+    truncation=st.none()
+    | st.fixed_dictionaries(
+        {"max_length": st.integers(1, 20), "direction": st.sampled_from(["left", "right"])}
+    ),
+    padding=st.none()
+    | st.fixed_dictionaries(
+        {"length": st.none() | st.integers(1, 99), "direction": st.sampled_from(["left", "right"])}
+    ),
+    splits=st.booleans(),
+    dropout=st.sampled_from([None, 0.5]),
+)
+@settings(max_examples=50, deadline=None)
+def test_what_earlier_calls_left_in_a_tokenizer_never_changes_ids(
+    tokenizers, name, texts, truncation, padding, splits, dropout
+):
+    tokenizer = pick(tokenizers, name)
+    rows = [
+        row_of({"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": t}]})
+        for t in texts
+    ]
+    rows.append(row_of({"text": "<|im_end|>".join(texts)}))
+    forget_calls(tokenizer)
+    expected = Encoder(tokenizer).encode(rows)
+    encoder, backend = Encoder(tokenizer), tokenizer.backend_tokenizer
+    if truncation:
+        backend.enable_truncation(**truncation)
+    if padding:
+        backend.enable_padding(**padding)
+    backend.encode_special_tokens, backend.model.dropout = splits, dropout
+    for found in (encoder.encode(rows), Encoder(tokenizer).encode(rows)):
+        for one, other in zip(found, expected, strict=True):
+            assert one.ids.tolist() == other.ids.tolist()
+            assert one.trained.tolist() == other.trained.tolist()
 
 
 @pytest.mark.parametrize("name", NAMES)

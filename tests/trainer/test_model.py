@@ -276,6 +276,36 @@ def test_a_tokenizer_that_cannot_train_chat_is_refused(tiny, tmp_path, change, m
     assert message in str(caught.value)
 
 
+LEFT_BY_CALLS = {
+    "truncation": {"direction": "Right", "max_length": 24, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 64},
+        "direction": "Left",
+        **{"pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"},
+    },
+}
+
+
+@pytest.mark.parametrize("kept", [*LEFT_BY_CALLS, "split_special_tokens"])
+@pytest.mark.parametrize("key", ["name_or_path", "tokenizer"])
+def test_a_tokenizer_is_loaded_and_saved_without_what_earlier_calls_left(tiny, tmp_path, key, kept):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    file = folder / ("tokenizer.json" if kept in LEFT_BY_CALLS else "tokenizer_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {kept: LEFT_BY_CALLS.get(kept, True)}))
+    config = config_for(tiny)
+    config = config.model_copy(update={"model": config.model.model_copy(update={key: str(folder)})})
+    tokenizer = models.load_tokenizer(config, config.model.name_or_path)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    assert saved == json.loads((tiny / "tokenizer.json").read_text())
+    expected = AutoTokenizer.from_pretrained(tiny).backend_tokenizer
+    texts = ["<|im_start|>user\n一二三", "四" * 99]
+    for found in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        encodings = found.backend_tokenizer.encode_batch(texts)
+        assert [one.ids for one in encodings] == [one.ids for one in expected.encode_batch(texts)]
+
+
 @pytest.mark.parametrize("name", ["./model", "/models/qwen", "~/qwen", "qwen", "a/b/c"])
 def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name):
     with pytest.raises(ValueError, match=r"no such folder .*; a hub name has one slash"):

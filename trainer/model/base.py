@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from qwenlora.configs.schema import Config, Model
+from qwenlora.data.chat import forget_calls
 from qwenlora.data.turns import TURN_END
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.model.tiny import build_tiny
@@ -71,6 +72,7 @@ def _tokenizer(name: str, config: Model, key: str) -> Any:
         raise ValueError(
             f"{key}={name}: its tokenizer has no fast version (tokenizer.json), which masks need"
         )
+    forget_calls(tokenizer)
     if not tokenizer.chat_template:
         raise ValueError(
             f"{key}={name}: its tokenizer has no chat template; set model.tokenizer to one that has"
