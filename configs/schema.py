@@ -70,8 +70,10 @@ class SourceEntry(Section):
     columns: Columns | None = Field(None, description="As data.columns, for this source.")
     roles: dict[Text, Role] | None = Field(None, description="As data.roles, for this source.")
     encoding: Text | None = Field(None, description="As data.encoding, for this source.")
-    name: Text | None = Field(None, description="Configuration of a hub data set.")
-    split: Text = Field("train", description="Split of a hub data set.")
+    name: Text | None = Field(
+        None, description="Configuration of a hub data set, or of a folder whose README.md lists some."
+    )
+    split: Text = Field("train", description="Split of a hub data set, or of a folder.")
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub data set.")
 
 

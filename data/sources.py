@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwenlora.configs.schema import Data, SourceEntry
-from qwenlora.data import row_io
+from qwenlora.data import folders, row_io
 from qwenlora.data.bad_row import show
+from qwenlora.data.folders import DEFAULT_SPLIT, printable
 from qwenlora.data.row_io import EXTENSIONS, Chunk, extension
 from qwenlora.data.shapes import KEYS, RowOptions
 from qwenlora.data.tables import dataset_chunks
@@ -17,7 +18,6 @@ from qwenlora.run.records import SideName
 
 SIDES: tuple[SideName, ...] = ("train", "eval")
 EXAMPLES = {"train": "train.jsonl", "eval": "rephrased.jsonl"}
-_NO_ROWS = ("dataset_info.json", "dataset_infos.json")  # they describe data sets: the hub's, LLaMA-Factory's
 _SAVED = ("state.json", "dataset_dict.json")  # files that datasets' save_to_disk writes
 
 
@@ -85,77 +85,60 @@ def _options(entry: SourceEntry, data: Data) -> RowOptions:
 
 def _files(entry: SourceEntry, side: SideName, note: Callable[[str], None]) -> tuple[list[Path], Any]:
     """Return an entry's files, and its data set if it names one."""
-    name = entry.path
+    name, key = entry.path, f"data.{side}"
     if name == "example":
+        _refuse_unused(entry, key, "rows that come with qwenlora")
         return [Path(str(resources.files("qwenlora.data") / "examples" / EXAMPLES[side]))], None
     try:
         path = Path(name).expanduser()
         if path.is_dir():
             if _is_saved_dataset(path):
+                _refuse_unused(entry, key, "a data set of save_to_disk", "split")
                 return _opened(_from_disk(path, entry, side))
-            return _in_folder(path, side, note), None
+            _refuse_unused(entry, key, "a folder", "split", "name", "encoding")
+            return folders.files_of(path, entry, key, note), None
         exists = path.exists()
     except (OSError, RuntimeError) as error:  # a name that is too long; ~somebody who does not exist
-        raise ValueError(f"data.{side}={show(name)}: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(f"{key}={show(name)}: {getattr(error, 'strerror', None) or error}") from None
     if exists:
         if not path.is_file():
-            raise ValueError(f"data.{side}={name} is a pipe or device, not a file; write its rows to one")
+            raise ValueError(f"{key}={name} is a pipe or device, not a file; write its rows to one")
+        _refuse_unused(entry, key, "a file", "encoding")
         return [path], None
     if not set("*?[").isdisjoint(name):
-        return _matches(path, f"data.{side}={name}"), None
+        _refuse_unused(entry, key, "a glob", "encoding")
+        return _matches(path, f"{key}={name}"), None
     if _is_hub_name(name):
+        _refuse_unused(entry, key, "a data set of the hub", "split", "name", "revision")
         return _opened(_from_hub(entry, side))
-    raise ValueError(f"data.{side}={name}: no such file (looked for {path.absolute()})")
+    raise ValueError(f"{key}={name}: no such file (looked for {path.absolute()})")
+
+
+def _refuse_unused(entry: SourceEntry, key: str, what: str, *used: str) -> None:
+    """Refuse a key that has no meaning for what the entry names."""
+    for name, default in {"split": DEFAULT_SPLIT, "name": None, "revision": None, "encoding": None}.items():
+        if name not in used and (value := getattr(entry, name)) != default:
+            raise ValueError(
+                f"{key}: {{path: {entry.path}, {name}: {value}}}: {entry.path} is {what}, for which {name} is"
+                " not used; remove it"
+            )
 
 
 def _matches(pattern: Path, key: str) -> list[Path]:
     """Return the files of a glob. key: of the config, for messages."""
     paths = sorted(Path(match) for match in glob.glob(str(pattern), recursive=True))  # noqa: PTH207 (also absolute)
-    files = [_printable(path) for path in paths if path.is_file()]
+    files = [printable(path) for path in paths if path.is_file()]
     if not files:
         raise ValueError(f"{key}: no file matches (looked in {Path.cwd()})")
     return files
-
-
-def _printable(path: Path) -> Path:
-    """Refuse a name that cannot be shown, such as a GBK name from a zip archive."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"a file's name is not UTF-8: {show(str(path), 300)}; rename it") from None
-    return path
 
 
 def _opened(dataset: Any) -> tuple[list[Path], Any]:
     return [Path(file["filename"]) for file in dataset.cache_files], dataset
 
 
-def _in_folder(folder: Path, side: SideName, note: Callable[[str], None]) -> list[Path]:
-    visible = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
-    known = [_printable(path) for path in visible if _has_rows(path)]
-    if not known:
-        raise ValueError(
-            f"data.{side}={folder} has no data files ({', '.join(EXTENSIONS)}, also .gz and .zst)"
-        )
-    if left := [path.name for path in visible if path not in set(known)]:
-        shown = ", ".join(left[:5]) + (" ..." if len(left) > 5 else "")
-        note(
-            f"{folder}: {len(known)} files are read, {len(left)} are not ({shown}); name a file to have it"
-            " read"
-        )
-    return known
-
-
-def _has_rows(path: Path) -> bool:
-    return extension(path) in EXTENSIONS and path.name not in _NO_ROWS
-
-
 def _is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SAVED)
-
-
-def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _is_hub_name(name: str) -> bool:
@@ -190,6 +173,10 @@ def _from_disk(folder: Path, entry: SourceEntry, side: SideName) -> Any:
             f"data.{side}={folder}: this data set of save_to_disk cannot be loaded: {reason}"
         ) from None
     if not isinstance(dataset, datasets.DatasetDict):
+        if entry.split not in (DEFAULT_SPLIT, str(dataset.split)):
+            raise ValueError(
+                f"data.{side}={folder} has no splits: it is one data set; remove split: {entry.split}"
+            )
         return dataset
     if entry.split not in dataset:
         raise ValueError(

@@ -137,6 +137,27 @@ def test_each_file_has_a_shape_of_its_own(folder):
     assert answers(train="d") == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize(
+    ("path", "what", "keys"),
+    [
+        ("a.jsonl", "a file", ["split", "name", "revision"]),
+        ("*.jsonl", "a glob", ["split", "name", "revision"]),
+        ("d", "a folder", ["revision"]),
+        ("example", "rows that come with qwenlora", ["split", "name", "revision", "encoding"]),
+        ("org/chats", "a data set of the hub", ["encoding"]),
+        ("splits", "a data set of save_to_disk", ["name", "revision", "encoding"]),
+    ],
+)
+def test_a_key_that_is_not_used_is_refused(saved, path, what, keys):
+    for name in ("a.jsonl", "d/a.jsonl"):
+        write(name, "x")
+    for key in keys:
+        assert refused(train={"path": path, key: "x"}) == (
+            f"data.train: {{path: {path}, {key}: x}}: {path} is {what}, for which {key} is not used; remove"
+            " it"
+        )
+
+
 @pytest.mark.parametrize("name", ["nobody/nothing", "nobody/nothing-v1.5"])
 def test_a_hub_name_that_cannot_be_loaded_is_refused_in_one_line(name):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
@@ -178,6 +199,12 @@ def test_a_saved_data_set_of_several_splits_gives_the_one_that_is_named(saved):
     assert refused(train={"path": "splits", "split": "dev"}) == (
         "data.train=splits has no split dev, but train, test; name one: data.train: {path: splits, split:"
         " ...}"
+    )
+
+
+def test_a_saved_data_set_without_splits_refuses_one(saved):
+    assert refused(train={"path": "saved", "split": "dev"}) == (
+        "data.train=saved has no splits: it is one data set; remove split: dev"
     )
 
 
