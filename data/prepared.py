@@ -135,6 +135,14 @@ class Prepared:
 
     def _refuse_endless(self, data: Data, tokenizer: Any) -> None:
         """Refuse conversations that never teach the model to end its turn."""
+        if self.trains_turns(tokenizer) is False:
+            raise ValueError(
+                f"no train row trains the end of a turn ({TURN_END}), so the model would never stop; raise"
+                " data.max_length, or use a tokenizer that has this token"
+            )
+
+    def trains_turns(self, tokenizer: Any) -> bool | None:
+        """Whether a training row trains the end of a turn; None when there are no turns, only texts."""
         end = tokenizer.convert_tokens_to_ids(TURN_END)
         side = self.side("train")
         assert side is not None, "there are training rows"
@@ -144,12 +152,8 @@ class Prepared:
             ends = side.ids[part] == end
             has_turns = has_turns or bool(ends.any())
             if (ends & side.trained[part]).any():
-                return
-        if has_turns:
-            raise ValueError(
-                f"no train row trains the end of a turn ({TURN_END}), so the model would never stop; raise"
-                " data.max_length, or use a tokenizer that has this token"
-            )
+                return True
+        return False if has_turns else None
 
     def side(self, side: SideName) -> Side | None:
         """Return the pieces of train or eval, memory-mapped; None when there are none."""

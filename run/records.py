@@ -177,7 +177,8 @@ class Facts(Record):
 
     base: folder or hub name; base_fingerprint: changes when its weights do; data_folder: the prepared rows;
     files_key: hash of the files that they are from; data: their counts; packing: data.packing, decided;
-    bad_rows: left out; notes: warnings; checkpoint_bytes: of one checkpoint; stamp: data/freshness.py's.
+    bad_rows: left out; notes: warnings; checkpoint_bytes: of one checkpoint; stamp: data/freshness.py's;
+    text_only: no training row is a chat.
     """
 
     base: str
@@ -191,6 +192,7 @@ class Facts(Record):
     parameters: Parameters
     checkpoint_bytes: int
     stamp: str = ""
+    text_only: bool = False
 
     @property
     def units(self) -> int:

@@ -101,7 +101,7 @@ def _announce(context: Context, parts: Parts) -> Recording:
     run, facts = process.run, context.facts
     assert trainer.saver, "rank 0 saves"
     assert context.chronicle, "rank 0 records"
-    trainer.saver.constant(constant_files(parts.model, parts.tokenizer))
+    trainer.saver.constant(constant_files(parts.model, parts.tokenizer, parts.generation))
     if parts.spread.deepspeed:
         write_atomically(run.deepspeed, json.dumps(parts.spread.deepspeed, indent=1))
     else:
@@ -181,7 +181,7 @@ def _finish(context: Context, parts: Parts, recording: Recording | None) -> Reas
     with trainer.whole():
         check_alike(adapter_of(trainer.peft_model), trainer.args.device)
         if recording:
-            save_adapter(trainer.peft_model, parts.tokenizer, context.process.run)
+            save_adapter(trainer.peft_model, parts.tokenizer, parts.generation, context.process.run)
     return "done"
 
 

@@ -22,6 +22,7 @@ from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model.checks import check_isolation, untrained_turn_tokens
+from qwenlora.trainer.model.endings import Settings, generation_settings, set_end
 from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.record.metrics import Metrics
 from qwenlora.trainer.record.recording import Recording
@@ -33,7 +34,8 @@ from qwenlora.trainer.spread.strategy import Spread
 @dataclass(frozen=True)
 class Parts:
     """The result of build(). model: the base with its adapter; untrained: turn tokens that the base never
-    learnt; tied: whether its embeddings are its output matrix, too."""
+    learnt; tied: whether its embeddings are its output matrix, too; generation: generation_config.json of the
+    adapter."""
 
     trainer: LoraTrainer
     model: Any
@@ -41,6 +43,7 @@ class Parts:
     spread: Spread
     untrained: list[str]
     tied: bool
+    generation: Settings
 
 
 def build(context: Context) -> Parts:
@@ -48,6 +51,8 @@ def build(context: Context) -> Parts:
     config, facts = context.process.config, context.facts
     _refuse_fewer_steps(config, facts, context.step)
     tokenizer = models.load_tokenizer(config, facts.base)
+    set_end(tokenizer, text_only=facts.text_only)
+    generation = generation_settings(facts.base, config.model.revision, tokenizer, text_only=facts.text_only)
     longest = max(counts.longest for counts in facts.data.values())
     accumulation = accumulation_steps(
         config.train.global_batch_size,
@@ -69,7 +74,8 @@ def build(context: Context) -> Parts:
         check_isolation(model)
     sequence.share_attention(base, team)
     _beat_in_each_forward(model, context.heart, trainer)
-    return Parts(trainer, model, tokenizer, spread, untrained, bool(base.config.tie_word_embeddings))
+    tied = bool(base.config.tie_word_embeddings)
+    return Parts(trainer, model, tokenizer, spread, untrained, tied, generation)
 
 
 def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | None) -> list[TrainerCallback]:

@@ -7,27 +7,31 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from qwenlora.run.disk import seal, settle, sync
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.saver import reason_of
 from qwenlora.trainer.loop.state import adapter_of, not_finite
+from qwenlora.trainer.model.endings import Settings, settings_text
 from qwenlora.trainer.ranks.faults import TrainingFault
 
 
-def constant_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
-    """Return {name: content} of the adapter's config and the tokenizer. model: a PeftModel."""
+def constant_files(model: Any, tokenizer: Any, generation: Settings) -> dict[str, bytes]:
+    """Return {name: content} of the adapter's config, the tokenizer and generation_config.json. model: a
+    PeftModel."""
     adapter = copy.copy(model.peft_config["default"])
     adapter.inference_mode = True  # as peft's own save_pretrained writes it
     with TemporaryDirectory() as folder:
         adapter.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save_words(Path(folder), tokenizer, generation)
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
-def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
-    """Write the final adapter and its tokenizer, whole or not at all; an earlier adapter is replaced, its
-    comparison renamed. model: a PeftModel. Raises: TrainingFault if it is not finite or not writable."""
+def save_adapter(model: Any, tokenizer: Any, generation: Settings, run: RunFolder) -> None:
+    """Write the final adapter, its tokenizer and generation_config.json, whole or not at all; an earlier
+    adapter is replaced, its comparison renamed. model: a PeftModel. Raises: TrainingFault if it is not finite
+    or not writable."""
     staging = run.path / ".adapter.staging"
     if broken := not_finite(adapter_of(model)):
         raise TrainingFault(
@@ -38,7 +42,7 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
         staging.mkdir()  # without its parents: a deleted run folder stays deleted
         # "auto" would ask the hub whether the base's vocabulary has changed; modules_to_save are saved anyway
         model.save_pretrained(staging, save_embedding_layers=False)
-        tokenizer.save_pretrained(staging)
+        _save_words(staging, tokenizer, generation)
         (staging / "README.md").unlink(missing_ok=True)  # peft's is an empty form
         seal(staging, but="adapter_config.json")  # it names the base's folder, which may move
         settle(staging)
@@ -49,6 +53,11 @@ def save_adapter(model: Any, tokenizer: Any, run: RunFolder) -> None:
             f"all steps are trained, but the adapter was not saved: {reason_of(error)}; the same command"
             " tries again"
         ) from error
+
+
+def _save_words(folder: Path, tokenizer: Any, generation: Settings) -> None:
+    tokenizer.save_pretrained(folder)
+    (folder / GENERATION_CONFIG_NAME).write_text(settings_text(generation), encoding="utf-8")
 
 
 def _put_in_place(staging: Path, run: RunFolder) -> None:

@@ -51,6 +51,7 @@ def prepare(
         parameters=parameters,
         checkpoint_bytes=checkpoint_bytes,
         stamp=stamp,
+        text_only=not rows.trains_turns(tokenizer),
     )
     check_settings(config, facts.units)
     if run.trained and run.facts.exists():

@@ -4,7 +4,6 @@ Tensors are read, merged by peft's formulas in float32, rounded once and written
 of a few is enough for any model. The logits of base and adapter are compared with those of the written files.
 """
 
-import json
 import math
 import shutil
 import sys
@@ -37,6 +36,15 @@ from qwenlora.adapter.weight_files import (
 from qwenlora.run.format import count, size
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model.base_files import SLICE
+from qwenlora.trainer.model.endings import (
+    Settings,
+    generation_settings,
+    is_text_only,
+    read_settings,
+    set_end,
+    set_model_end,
+    settings_text,
+)
 
 PROMPTS = (
     "你好",
@@ -217,22 +225,34 @@ def _write_other_files(
     subject: Subject, folder: Path, tokenizer: Any, dtype: torch.dtype | None, untied: bool
 ) -> None:
     """Write everything but weights; last config.json, which makes the folder a model."""
-    tokenizer.save_pretrained(folder)
     config_file = _file_of(subject, CONFIG_NAME)
     assert config_file is not None
-    own = Path(subject.adapter or "") / GENERATION_CONFIG_NAME
-    generation = own if own.is_file() else _file_of(subject, GENERATION_CONFIG_NAME)
-    for file in [*config_file.parent.glob("*.py"), *([generation] if generation else [])]:
+    for file in config_file.parent.glob("*.py"):
         shutil.copyfile(file, folder / file.name)
     # the base's own text: transformers would write today's keys, which other engines may not know
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_settings(config_file)
+    generation = _generation_of(subject, tokenizer)
+    if not is_text_only(generation, tokenizer):
+        set_end(tokenizer, text_only=False)
+        set_model_end(config, tokenizer)
+    tokenizer.save_pretrained(folder)
+    (folder / GENERATION_CONFIG_NAME).write_text(settings_text(generation), encoding="utf-8")
     if untied:
         config["tie_word_embeddings"] = False
     if dtype:
         keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
         config |= dict.fromkeys(keys, _name(dtype))
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(settings_text(config), encoding="utf-8")
+
+
+def _generation_of(subject: Subject, tokenizer: Any) -> Settings:
+    """Return the merged model's generation_config.json: the adapter's, else made as training makes it."""
+    assert subject.adapter is not None
+    own = subject.adapter / GENERATION_CONFIG_NAME
+    if own.is_file():
+        return read_settings(own)
+    text_only = bool(subject.run and subject.run.facts.is_file() and subject.run.read_facts().text_only)
+    return generation_settings(subject.base, subject.config.model.revision, tokenizer, text_only=text_only)
 
 
 def _file_of(subject: Subject, name: str) -> Path | None:

@@ -62,12 +62,14 @@ class CardOptions(NamedTuple):
 
 
 class ExportedAdapter(NamedTuple):
-    """A run's adapter. folder: its name; tensors: {name: count of numbers}; step: None if final."""
+    """A run's adapter. folder: its name; tensors: {name: count of numbers}; step: None if final; says_ends:
+    whether a generation_config.json is with it."""
 
     folder: str
     config: AdapterConfig
     tensors: dict[str, int]
     step: int | None
+    says_ends: bool
 
 
 class _Base(NamedTuple):
@@ -173,6 +175,7 @@ def _serving_values(
     """Return the template's variables on servers."""
     return {
         "served": re.sub(r"[^\w.-]+", "-", title).strip("-.") or "adapter",
+        "says_ends": adapter.says_ends,
         "rank": None if serving.VLLM in obstacles else serving.max_lora_rank(adapter.config),
         "obstacles": list(obstacles),
         "reasons": list(dict.fromkeys(why for reasons in obstacles.values() for why in reasons)),

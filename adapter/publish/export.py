@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from qwenlora.adapter import verify
 from qwenlora.adapter.outputs import free_folder, staging
@@ -27,13 +28,16 @@ from qwenlora.adapter.publish.card import (
 from qwenlora.adapter.publish.leaks import Private
 from qwenlora.adapter.publish.run_summary import RunSummary, summarise_run
 from qwenlora.adapter.subject import ADAPTER_CONFIG, final_adapter, read_adapter_config
+from qwenlora.data.turns import TURN_END
 from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, seal
 from qwenlora.run.folder import RunFolder, step_of
+from qwenlora.trainer.model.endings import read_settings
 
 CARD = "README.md"
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SETTINGS = (TOKENIZER_CONFIG, "special_tokens_map.json", GENERATION_CONFIG_NAME)
 TEMPLATE = "chat_template.jinja"
 
 
@@ -61,7 +65,13 @@ def export(
         license=license,
     )
     step = None if is_final else step_of(adapter)
-    exported = ExportedAdapter(adapter.name, read_adapter_config(adapter), tensors, step)
+    exported = ExportedAdapter(
+        adapter.name,
+        read_adapter_config(adapter),
+        tensors,
+        step,
+        (adapter / GENERATION_CONFIG_NAME).is_file(),
+    )
     card = make_card(summary, exported, private, options)
     ordinary = " ".join([card_template(), options.folder, name or "", card.base, license or ""])
     pack = partial(_zip, name=options.folder) if to.suffix == ".zip" else None
@@ -132,7 +142,11 @@ def _write_files(made: Path, adapter: Path, card: Card) -> None:
     _write_json(made / ADAPTER_CONFIG, config)
     for name in SETTINGS:
         if (adapter / name).is_file():
-            _write_json(made / name, json.loads((adapter / name).read_text(encoding="utf-8")))
+            settings = read_settings(adapter / name)
+            if name == TOKENIZER_CONFIG and not (adapter / GENERATION_CONFIG_NAME).is_file():
+                # of an earlier version, which kept the base's end
+                settings["eos_token"] = TURN_END
+            _write_json(made / name, settings)
     (made / CARD).write_text(card.text, encoding="utf-8")
 
 

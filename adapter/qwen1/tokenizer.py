@@ -15,10 +15,10 @@ from transformers import AddedToken, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwenlora.data.turns import TURN_END, TURN_START
+from qwenlora.trainer.model.endings import END_OF_TEXT
 from qwenlora.trainer.model.tiny import CHAT_TEMPLATE
 
 VOCABULARY = "qwen.tiktoken"
-END_OF_TEXT = "<|endoftext|>"
 # in the order of their ids, which follow the vocabulary, as in Qwen-1's code
 SPECIAL = (END_OF_TEXT, TURN_START, TURN_END, *(f"<|extra_{number}|>" for number in range(205)))
 SYSTEM = "You are a helpful assistant."

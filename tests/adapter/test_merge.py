@@ -257,6 +257,31 @@ print(json.dumps([ids.tolist(), made.tolist(), model.generation_config.temperatu
             assert set(opened.keys()) == {name for name, held in index["weight_map"].items() if held == file}
 
 
+@pytest.mark.parametrize("text_only", [False, True])
+def test_a_merged_model_ends_with_what_was_trained_to_end_it(base, adapter, tmp_path, text_only):
+    """The base ends with <|endoftext|>, as those that are not -Instruct do."""
+    base = shutil.copytree(base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    turn, text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    for name, key, value in (
+        ("config.json", "eos_token_id", text),
+        ("generation_config.json", "eos_token_id", text),
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+    ):
+        said = json.loads((base / name).read_text()) | {key: value}
+        (base / name).write_text(json.dumps(said))
+    if text_only:  # training says so
+        (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": [text]}))
+    merge([find(str(adapter), base=str(base))], tmp_path / "out")
+    config, generation = (
+        json.loads((tmp_path / "out" / name).read_text())["eos_token_id"]
+        for name in ("config.json", "generation_config.json")
+    )
+    end = AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id
+    assert (config, generation, end) == ((text, [text], text) if text_only else (turn, [turn, text], turn))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == generation
+
+
 def test_what_the_adapter_does_not_touch_stays_bit_for_bit(base, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "qwenlora.adapter.merge.merge.SLICE", 1000

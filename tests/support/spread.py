@@ -158,7 +158,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
         processing_class=words,
     )
     if saver:
-        saver.constant(constant_files(model, words))
+        saver.constant(constant_files(model, words, {}))
     if cell.broken and rank == 0:
         head = model.get_output_embeddings()
         head.register_forward_hook(
@@ -175,7 +175,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
         assert not saver.failure, saver.failure
     with trainer.whole():
         if rank == 0:
-            save_adapter(trainer.peft_model, words, run)
+            save_adapter(trainer.peft_model, words, {}, run)
         moved = sum(p.float().abs().sum().item() for n, p in model.named_parameters() if "lora_B" in n)
     history = trainer.state.log_history
     return {
