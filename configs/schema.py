@@ -322,11 +322,17 @@ class Log(Section):
 
     logging_steps: PositiveInt = Field(10, description="Steps between two lines of metrics.jsonl.")
     wandb: Literal["auto", "online", "offline", "off"] = Field(
-        "auto", description="auto: on where a W&B key or WANDB_MODE is set, off otherwise."
+        "auto",
+        description="auto: as W&B's own settings say (WANDB_MODE, `wandb offline`), else online after `wandb"
+        " login`.",
     )
-    wandb_project: Text = Field("qwenlora", description="W&B project.")
-    wandb_entity: Text | None = Field(None, description="W&B team or user.")
-    wandb_name: Text | None = Field(None, description="Name of the W&B run. Default: the run folder's name.")
+    wandb_project: Text | None = Field(
+        None, description="W&B project. Default: WANDB_PROJECT, else qwenlora."
+    )
+    wandb_entity: Text | None = Field(None, description="W&B team or user. Default: WANDB_ENTITY.")
+    wandb_name: Text | None = Field(
+        None, description="Name of the W&B run. Default: WANDB_NAME, else the run folder's name."
+    )
 
 
 class Launch(Section):

@@ -134,7 +134,8 @@ def wandb(summary: RunSummary) -> Wandb:
     run = url = sync = ""
     if id_file.is_file():
         project = summary.settings.get("log.wandb_project")
-        run = f"{id_file.read_text(errors='replace').strip()} in project {project}"
+        where = f" in project {project}" if project else ""
+        run = f"{id_file.read_text(errors='replace').strip()}{where}"
     if url_file.is_file():
         text = url_file.read_text(errors="replace").strip()
         url = text if re.fullmatch(r"https?://\S+", text) else ""

@@ -2,14 +2,11 @@
 folder keeps the W&B run's id, so that every attempt continues the same W&B run."""
 
 import logging
-import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
 import requests
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,36 +16,24 @@ from qwenlora.run import checkpoints
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
+from qwenlora.trainer.record.wandb_choice import Choice, choose
 
-Mode = Literal["online", "offline", "off"]
 REACH_TIMEOUT_S = 5.0
 FINISH_TIMEOUT_S = 10.0
-
-
-def mode_of(config: Config) -> tuple[Mode, str]:
-    """Return how W&B is used, and why."""
-    setting = config.log.wandb
-    if setting != "auto":
-        return setting, f"log.wandb={setting}"
-    variable = os.environ.get("WANDB_MODE", "")
-    by_variable: dict[str, Mode] = {"disabled": "off", "offline": "offline", "online": "online"}
-    if variable in by_variable:
-        return by_variable[variable], f"WANDB_MODE={variable}"
-    if os.environ.get("WANDB_API_KEY"):
-        return "online", "WANDB_API_KEY is set"
-    if _netrc_has_a_key():
-        return "online", "logged in"
-    return "off", "no W&B key: `wandb login`, or log.wandb=offline"
 
 
 def start(
     config: Config, run: RunFolder, facts: Facts, warn: Callable[[str], None]
 ) -> tuple["WandbCallback | None", str]:
     """Start W&B, if it is on; return its callback, and where the run is seen, for the start-up table."""
-    mode, why = mode_of(config)
-    if mode == "off":
-        return None, f"off ({why})"
-    wandb = WandbCallback(config, run, mode, warn)
+    try:
+        choice = choose(config, run)
+    except Exception as error:  # whatever W&B raises for wrong settings, training goes on
+        warn(f"W&B cannot be used ({_reason(error)}): this attempt is not logged")
+        return None, "off"
+    if choice.mode == "off":
+        return None, f"off ({choice.why})"
+    wandb = WandbCallback(config, run, choice, warn)
     place = wandb.start()
     sizes = {
         f"data/{side}_{name}": count
@@ -76,49 +61,36 @@ def _write_id(run: RunFolder, wandb_id: str) -> None:
     write_atomically(run.wandb_id, wandb_id)
 
 
-def _server() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-
-
-def _reach() -> None:
+def _reach(server: str) -> None:
     """Ask W&B's server for any answer (through proxies, too): wandb.init would try for much longer."""
-    requests.head(_server(), timeout=REACH_TIMEOUT_S)
+    try:
+        requests.head(server, timeout=REACH_TIMEOUT_S)
+    except requests.RequestException as error:
+        raise OSError(f"no answer from {server}") from error
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, requests.RequestException):
-        return f"no answer from {_server()}"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _netrc_has_a_key() -> bool:
-    host = urlsplit(_server()).hostname
-    try:
-        return bool(host and netrc(os.environ.get("NETRC")).authenticators(host))
-    except (OSError, NetrcParseError):
-        return False
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class WandbCallback(TrainerCallback):
     """Sends each log to W&B at the trainer's own step. warn: shows a line to the user."""
 
-    def __init__(
-        self, config: Config, run: RunFolder, mode: Literal["online", "offline"], warn: Callable[[str], None]
-    ) -> None:
-        self.config, self.run, self.mode, self.warn = config, run, mode, warn
+    def __init__(self, config: Config, run: RunFolder, choice: Choice, warn: Callable[[str], None]) -> None:
+        self.config, self.run, self.choice, self.warn = config, run, choice, warn
         self.session: Any = None  # wandb's Run; None when it cannot be used
 
     def start(self) -> str:
         """Start W&B; return where the run is seen. A failure is a warning, and the run is kept on disk."""
-        import wandb  # here: it takes half a second, and most debug runs do without
+        import wandb  # here: it takes a second, and runs with log.wandb=off do without
 
         logging.getLogger("wandb").setLevel(logging.ERROR)
         if not known_id(self.run):
-            _write_id(self.run, uuid.uuid4().hex[:12])
-        for mode in dict.fromkeys((self.mode, "offline")):
+            _write_id(self.run, self.choice.id or uuid.uuid4().hex[:12])
+        for mode in dict.fromkeys((self.choice.mode, "offline")):
             try:
                 if mode == "online":
-                    _reach()
+                    _reach(self.choice.server)
                 self.session = self._session(wandb, mode)
                 break
             except Exception as error:  # whatever W&B raises, training goes on
@@ -133,18 +105,17 @@ class WandbCallback(TrainerCallback):
         if url:
             with suppress(OSError):  # a full disk: nothing depends on it
                 write_atomically(self.run.wandb_url, url)
-        return str(url or f"offline, in {self.run.path / 'wandb'}")
+        return f"{url or f'offline, in {Path(self.session.dir).parents[1]}'} ({self.choice.why})"
 
     def _session(self, wandb: Any, mode: str) -> Any:
-        log = self.config.log
         return wandb.init(
             mode=mode,
             resume="allow",
-            project=log.wandb_project,
-            entity=log.wandb_entity,
-            name=log.wandb_name or self.run.path.name,
+            project=self.choice.project,
+            entity=self.config.log.wandb_entity,
+            name=self.choice.name,
             id=known_id(self.run),
-            dir=str(self.run.path),
+            dir=self.choice.folder,
             config=self.config.model_dump(mode="json", by_alias=True),
             settings=wandb.Settings(
                 init_timeout=REACH_TIMEOUT_S,
