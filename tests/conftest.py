@@ -17,14 +17,8 @@ ASSETS = ROOT.parent / "shared" / "assets"
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub; the processes that tests start inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for name in (
-    "WANDB_API_KEY",
-    "WANDB_MODE",
-    "WANDB_BASE_URL",
-    "COLUMNS",
-    "LINES",
-):  # pytest-xdist sets the last two
-    os.environ.pop(name, None)
+for name in ("COLUMNS", "LINES", *(name for name in os.environ if name.startswith("WANDB_"))):
+    os.environ.pop(name, None)  # pytest-xdist sets the first two
 os.environ["NETRC"] = os.devnull
 
 settings.load_profile("ci")  # the same examples each time; others: --hypothesis-profile default
