@@ -10,6 +10,7 @@ from qwenlora.adapter import verify
 from qwenlora.adapter.subject import Subject
 from qwenlora.configs.schema import Config
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.ranks import gpus
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -27,8 +28,10 @@ def load(
     """Return a subject's model and tokenizer, on the GPU if there is one. tokenizer: if it is loaded already.
 
     dtype: one of DTYPES; quantization: none, nf4 or int8. None: as in training (plain models: auto, none).
-    Raises: ValueError when the base or the adapter cannot be loaded, or do not fit each other.
+    Raises: ValueError when the base or the adapter cannot be loaded, or do not fit each other, or torch
+    cannot use the GPUs.
     """
+    gpus.check()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = override_model(subject.config, dtype, quantization)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from qwenlora.configs import Config
 from qwenlora.launch.allocation import Allocation, free_port
 from qwenlora.launch.children import RANK_MODULE
-from qwenlora.launch.hardware import visible_devices
 from qwenlora.run.folder import PREPARE_ONLY, RunFolder
+from qwenlora.run.hardware import visible_devices
 
 STANDALONE = ("--standalone",)  # torchrun on one node: a free port of this machine
 

@@ -12,9 +12,9 @@ from qwenlora.data.order import total_steps
 from qwenlora.data.survey import Survey, survey
 from qwenlora.launch import hostfile
 from qwenlora.launch.commands import argv_without_agents, processes_in_words
-from qwenlora.launch.hardware import gpu_count
 from qwenlora.launch.refusals import check_allowed_keys, check_resume, check_start
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.hardware import gpu_count
 
 
 def dry_run(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from qwenlora.configs import Config
 from qwenlora.launch.allocation import Allocation
-from qwenlora.launch.hardware import gpu_count
+from qwenlora.run.hardware import gpu_count
 
 # no @ and no leading dash: the name is both an address and an argument of ssh
 _LINE = re.compile(r"(?P<host>\w[\w.:-]*)\s+slots=(?P<slots>\d+)\s*(#.*)?")

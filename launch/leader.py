@@ -12,7 +12,6 @@ from qwenlora.launch import preflight, restarts, ssh
 from qwenlora.launch.allocation import free_port
 from qwenlora.launch.causes import cause_of_kill
 from qwenlora.launch.commands import preparing_argv, processes_in_words
-from qwenlora.launch.hardware import gpu_count
 from qwenlora.launch.launcher import process_environment, run_ranks
 from qwenlora.launch.meeting import NotMet
 from qwenlora.launch.messages import AgentMessage, FileInRunFolder, NodeFacts, StartRanks
@@ -22,6 +21,7 @@ from qwenlora.launch.verdict import conclude, explain_failure, first_error
 from qwenlora.launch.watch import Watch
 from qwenlora.run.folder import PREFLIGHT, RunFolder, step_of
 from qwenlora.run.handover import Handover
+from qwenlora.run.hardware import gpu_count
 from qwenlora.run.history import EXIT_CODES
 
 # a requeued job may start before the last processes of its previous attempt are gone

@@ -11,10 +11,10 @@ from qwenlora.configs.keys import FIELDS, SECTIONS
 from qwenlora.data import sources
 from qwenlora.data.order import accumulation_steps
 from qwenlora.data.prepared import other_files
-from qwenlora.launch.hardware import gpu_count
 from qwenlora.launch.hostfile import processes_per_node
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.hardware import gpu_count
 
 
 def check_start(config: Config, nodes: int = 1, processes: int | None = None) -> int:

@@ -88,11 +88,12 @@ def _train(process: Process) -> int:
 def _join(process: Process) -> Heart:
     """Meet the other ranks, and check with them that they compute right; return this rank's heart."""
     from qwenlora.trainer.model.base import device
-    from qwenlora.trainer.ranks import preflight
+    from qwenlora.trainer.ranks import gpus, preflight
     from qwenlora.trainer.ranks.rendezvous import meet
 
     heart = Heart(process.handover.beats, process.rank.rank)
     heart.beat(0)
+    gpus.check(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     meet(process.config, process.rank)
     if process.handover.only_check or preflight.is_wanted(process.config):
         preflight.check_and_show(device(), process.console)

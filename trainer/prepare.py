@@ -17,6 +17,7 @@ from qwenlora.run.records import Facts
 from qwenlora.trainer.loop.arguments import check_settings
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model.lora import count_parameters
+from qwenlora.trainer.ranks import gpus
 from qwenlora.trainer.spread import sequence
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # a trained number and Adam's two moments, in float32
@@ -128,6 +129,7 @@ def _refuse_other_data(run: RunFolder, then: Facts, now: Facts, allowed: tuple[s
 
 
 def _check_device(config: Config) -> None:
+    gpus.check()
     if torch.cuda.is_available():
         return
     if config.model.dtype == "float16":

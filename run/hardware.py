@@ -1,0 +1,53 @@
+"""The GPUs of this machine, counted without torch."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+_DEVICES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/gpus")
+
+
+def visible_devices(processes: int) -> list[int | str]:
+    """Return a GPU for each process, as CUDA_VISIBLE_DEVICES names it; -1 where there is none."""
+    names = _named()
+    if names is None:
+        return list(range(processes))
+    names = names[:processes]
+    return [int(name) if name.isdecimal() else name for name in [*names, *["-1"] * (processes - len(names))]]
+
+
+def gpu_count() -> int:
+    """Return how many NVIDIA GPUs a process started here may use, under CUDA_VISIBLE_DEVICES; torch may be
+    unable to use them (trainer/ranks/gpus.py)."""
+    names = _named()
+    return gpus_shown() if names is None else len([name for name in names if name != "-1"])
+
+
+def gpus_shown() -> int:
+    """Return how many NVIDIA GPUs this machine shows, whatever CUDA_VISIBLE_DEVICES says."""
+    if shutil.which("nvidia-smi"):
+        answer = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+        if answer.returncode == 0:
+            return sum(line.startswith("GPU ") for line in answer.stdout.splitlines())
+    devices = [file for file in _DEVICES.glob("nvidia*") if re.fullmatch(r"nvidia\d+", file.name)]
+    if devices or "SLURM_JOB_ID" in os.environ:  # a job may not be given the GPUs of its node
+        return sum(map(_can_be_opened, devices))
+    return len(list(_DRIVER.glob("*")))  # in a container without GPUs only the driver shows them
+
+
+def _named() -> list[str] | None:
+    """Return the names in CUDA_VISIBLE_DEVICES; None where it is not set. Slurm's NoDevFiles means none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return None
+    return [name.strip() for name in visible.split(",") if name.strip() not in ("", "NoDevFiles")]
+
+
+def _can_be_opened(device: Path) -> bool:
+    try:
+        os.close(os.open(device, os.O_RDWR))
+    except OSError:
+        return False
+    return True
