@@ -104,7 +104,7 @@ def check_text(text: str, name: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} is not UTF-8 text at character {error.start + 1:,}; convert it") from None
-    for mark in (TURN_START, TURN_END):
+    for mark in (TURN_START, TURN_END, END_OF_TEXT):
         if mark in text:
             raise ValueError(f"{name} contains {mark}, which would forge a turn; write it differently")
 

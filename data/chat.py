@@ -7,6 +7,7 @@ that could forge these. Tokens are consecutive bytes of the text: when a turn's 
 header's, the rest is exactly the reply. A check of the rendered text finds templates that change a reply.
 """
 
+import json
 import re
 from typing import Any, NamedTuple
 
@@ -15,7 +16,16 @@ import numpy.typing as npt
 
 from qwenlora.data.bad_row import BadRow, show
 from qwenlora.data.rows import Row
-from qwenlora.data.turns import THINK, THOUGHT, TURN_END, TURN_START, Message, ToolCall
+from qwenlora.data.turns import (
+    THINK,
+    THOUGHT,
+    TURN_END,
+    TURN_START,
+    Message,
+    ToolCall,
+    reply,
+    without_empty_thought,
+)
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -62,15 +72,23 @@ class Encoder:
         unknown = (None, tokenizer.unk_token_id)
         self._end_of_text = next((token for token in known if token not in unknown), tokenizer.eos_token_id)
         self._takes_thoughts = "reasoning_content" in str(tokenizer.chat_template)
+        self._writes_no_thought = self._writes_no_thought_itself()
+        named = (token for token in tokenizer.special_tokens_map.values() if isinstance(token, str))
+        of_text = (token for token, number in zip(_ENDS_OF_TEXT, known, strict=True) if number not in unknown)
+        self._marks = sorted({*named, *of_text} - {TURN_START, TURN_END})
 
     def encode(self, rows: list[Row]) -> list[Tokens | BadRow]:
         """Return the tokens of each row, or why it cannot be trained."""
+        if self._writes_no_thought:  # a row's own empty thought is rendered alike, and masked alike
+            rows = list(map(_without_empty_thoughts, rows))
         texts: list[str] = []
         no_thoughts: list[list[bool] | BadRow] = []
         for row, text in zip(rows, self._render_all(rows), strict=True):
             try:
                 if isinstance(text, BadRow):
                     raise text
+                if row.text is None:
+                    self._refuse_marks(text, row)
                 no_thoughts.append([] if row.text is not None else self._no_thoughts(text, row.messages))
                 texts.append(text)
             except BadRow as error:
@@ -85,6 +103,22 @@ class Encoder:
             except BadRow as error:
                 encoded.append(error)
         return encoded
+
+    def _writes_no_thought_itself(self) -> bool:
+        turns = [Message(role="user", content="?"), reply("!")]
+        try:
+            text: str = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:  # a template may raise any error, then for rows, too
+            return False
+        return f"{TURN_START}{_HEADER}{NO_THOUGHT}" in text
+
+    def _refuse_marks(self, text: str, row: Row) -> None:
+        """Refuse turns with control tokens, as the end of text. text: the row as it is rendered."""
+        for mark in (mark for mark in self._marks if mark in text):  # perhaps the template's own
+            parts = [(f"a turn ({message['role']})", message) for message in row.messages]
+            for what, value in (*parts, ("the list of tools", row.tools)):
+                if mark in json.dumps(value, ensure_ascii=False):
+                    raise BadRow(f"{what} contains {mark}, a control token of this tokenizer; remove it")
 
     def _render_all(self, rows: list[Row]) -> list[str | BadRow]:
         plain = [row.messages for row in rows if row.text is None and not row.tools]
@@ -181,6 +215,16 @@ class Encoder:
                 " (<|im_start|>assistant ... <|im_end|>), as all Qwens have"
             )
         return [_begins_with_no_thought(*pair) for pair in zip(turns, replies, strict=True)]
+
+
+def _without_empty_thoughts(row: Row) -> Row:
+    if not any(THINK in message["content"] for message in row.messages):
+        return row
+    messages: list[Message] = [
+        {**m, "content": without_empty_thought(m["content"])} if m["role"] == "assistant" else m
+        for m in row.messages
+    ]
+    return row._replace(messages=messages)
 
 
 def _begins_with_no_thought(body: str, message: Message) -> bool:

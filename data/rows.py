@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from qwenlora.data.bad_row import BadRow, show
 from qwenlora.data.chunks import JsonObject
+from qwenlora.data.nulls import without_nulls
 from qwenlora.data.shapes import PAIRS, RowOptions, shape_of_object, with_our_keys
 from qwenlora.data.turns import (
     Message,
@@ -69,6 +70,7 @@ def to_row(line: int, value: object, shape: str, options: RowOptions) -> Row:
     check_turns(messages)
     if tools:
         check_json(tools, "the list of tools")
+    messages, tools = without_nulls(messages, tools)
     return Row(line, join_calls(messages), tools)
 
 

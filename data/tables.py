@@ -121,9 +121,14 @@ def _twice(names: list[str]) -> str | None:
 
 
 def _without_nulls(value: object) -> object:
-    """Return a value without null keys: Arrow gives all rows, and all tools, the keys of any of them."""
+    """Return a value without null keys: Arrow gives all rows the keys of any of them. nulls.py reads those of
+    tools and calls."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {
+            key: item if key in ("tools", "functions", "arguments") else _without_nulls(item)
+            for key, item in value.items()
+            if item is not None
+        }
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from qwenlora.data.bad_row import BadRow, show, show_names
 from qwenlora.data.chunks import JsonObject
@@ -22,6 +22,7 @@ ROLES = {
 }
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's marks: text that has one would forge a turn
 THINK, THOUGHT = "<think>", "</think>"
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 # JSON of tools and arguments may nest this deep; deeper JSON is no call, and would end in a RecursionError
 MAX_DEPTH = 100
 _TURN_KEYS = (("from", "value"), ("role", "content"))
@@ -76,6 +77,12 @@ def reply(text: str) -> Message:
     return Message(role="assistant", content=_LEADING_LINES.sub("", text))
 
 
+def without_empty_thought(text: str) -> str:
+    """Return a reply without the empty thought that it begins with, if it does."""
+    empty = _EMPTY_THOUGHT.match(text)
+    return _LEADING_LINES.sub("", text[empty.end() :]) if empty else text
+
+
 def read_turns(row: JsonObject, options: RowOptions) -> list[Message]:
     """Return the turns of a chat row. Raises: BadRow."""
     lists = [key for key in TURN_LISTS if row.get(key) not in (None, "")]
@@ -121,8 +128,8 @@ def _turn(number: int, value: object, options: RowOptions) -> Message:
     if role == "function_call":
         return Message(role="assistant", content="", tool_calls=_calls(name, content))
     message = _message(name, role, "" if content is None and calls else content)
-    if thought := turn.get("reasoning_content"):
-        message["reasoning_content"] = _thought(name, role, thought)
+    if thought := _thought(name, role, turn.get("reasoning_content") or ""):
+        message["reasoning_content"] = thought
     if calls:
         if role != "assistant":
             raise BadRow(f"{name} has tool_calls, which only an assistant makes")
@@ -140,9 +147,9 @@ def _turn_with_our_keys(number: int, value: object, options: RowOptions) -> Json
 
 
 def _thought(name: str, role: str, thought: object) -> str:
-    if role != "assistant" or not isinstance(thought, str):
+    if not isinstance(thought, str) or (role != "assistant" and thought.strip()):
         raise BadRow(f"{name}: reasoning_content must be an assistant's text, found {show(thought)}")
-    return thought
+    return thought if thought.strip() else ""
 
 
 def _message(name: str, role: str, content: object) -> Message:
@@ -227,7 +234,8 @@ def _calls(name: str, value: object) -> list[ToolCall]:
 
 
 def _call(name: str, call: object) -> ToolCall:
-    function = call.get("function", call) if isinstance(call, dict) else None
+    call = _without_null_keys(call)
+    function = _without_null_keys(call.get("function", call)) if isinstance(call, dict) else None
     called = function.get("name") if isinstance(function, dict) else None
     if not isinstance(function, dict) or not isinstance(called, str) or not called.strip():
         raise BadRow(f'{name}: a call must be {{"name": ..., "arguments": {{...}}}}, found {show(call)}')
@@ -242,6 +250,12 @@ def _call(name: str, call: object) -> ToolCall:
     return ToolCall(type="function", function=Function(name=called, arguments=arguments))
 
 
+def _without_null_keys(value: Any) -> Any:
+    return (
+        {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+    )
+
+
 def read_tools(tools: object) -> list[JsonObject] | None:
     """Return the functions that a row may call; None without any. Raises: BadRow."""
     if not tools or (isinstance(tools, str) and not tools.strip()):
@@ -249,7 +263,7 @@ def read_tools(tools: object) -> list[JsonObject] | None:
     tools = from_json(tools, "tools")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow(f"tools must be a list of objects, found {show(tools)}")
-    return tools or None
+    return list(map(_without_null_keys, tools)) or None
 
 
 def from_json(value: object, what: str) -> object:
@@ -270,7 +284,7 @@ def check_turns(messages: list[Message]) -> None:
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("no assistant turn: there is nothing to learn from")
     for number, message in enumerate(messages, 1):
-        if not message["content"].strip() and not message.get("tool_calls"):
+        if not without_empty_thought(message["content"]).strip() and not message.get("tool_calls"):
             raise BadRow(f"turn {number} ({message['role']}) is empty; write what is said, or remove it")
         if message["role"] == "system" and number > 1:
             raise BadRow(

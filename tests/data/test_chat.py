@@ -36,7 +36,7 @@ words = st.text(letters, min_size=1, max_size=30) | st.sampled_from(
         "a \n\n b",
         "  indented",
         "end \n",
-        "<|endoftext|>",
+        "<|endoftext",
         "é",
     ]
 )
@@ -269,6 +269,52 @@ def test_qwen3_trains_a_thought_where_the_template_keeps_it(tokenizers, key):
     ]  # without thinking: the empty block is the prompt's
 
 
+EMPTY_THOUGHTS = [
+    "<think>\n\n</think>\n\n",
+    "<think></think>",
+    " <think> \n\t</think>\n",
+    "<think>\n</think>\r\n",
+]
+
+
+@pytest.mark.parametrize("empty", EMPTY_THOUGHTS)
+@given(answers=st.lists(st.tuples(said, st.booleans()), min_size=1, max_size=3), called=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_an_empty_thought_in_the_data_is_masked_as_the_templates_own(tokenizers, empty, answers, called):
+    tokenizer = pick(tokenizers, "qwen3")
+
+    def row(*, thoughts: bool) -> Row:
+        turns = []
+        for answer, has_thought in answers:
+            text = (empty if thoughts and has_thought else "") + answer.lstrip()
+            turns += [{"role": "user", "content": "问"}, {"role": "assistant", "content": text}]
+        if called:
+            turns[-1]["tool_calls"] = [CALL_1]
+        return row_of({"messages": turns})
+
+    expected, found = (encode(tokenizer, row(thoughts=thoughts)) for thoughts in (False, True))
+    assert found.ids.tolist() == expected.ids.tolist()
+    assert found.trained.tolist() == expected.trained.tolist()
+
+
+def test_an_empty_thought_is_trained_where_no_prompt_has_it(tokenizers):
+    tokens = encode(
+        pick(tokenizers, "qwen2.5"), row_of({"instruction": "问", "output": f"{EMPTY_THOUGHTS[0]}答"})
+    )
+    assert trained_texts(tokenizers["qwen2.5"], tokens) == [f"{EMPTY_THOUGHTS[0]}答<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("blank", ["", " ", "\n", None])
+def test_a_blank_reasoning_content_is_no_thought(tokenizers, name, blank):
+    turns = [
+        {"role": "user", "content": "问"},
+        {"role": "assistant", "content": "答", "reasoning_content": blank},
+    ]
+    tokens = encode(pick(tokenizers, name), row_of({"messages": turns}))
+    assert trained_texts(tokenizers[name], tokens) == ["答<|im_end|>"]
+
+
 @pytest.mark.parametrize("name", ["tiny", "qwen2.5"])
 def test_a_thought_that_the_template_would_leave_out_is_refused(tokenizers, name):
     value = {
@@ -329,6 +375,42 @@ def test_plain_text_is_trained_whole_and_ends_with_the_end_of_text(tokenizers, n
     tokens = encode(tokenizer, row_of({"text": "春眠不觉晓，处处闻啼鸟。"}))
     assert tokenizer.decode(tokens.ids) == "春眠不觉晓，处处闻啼鸟。<|endoftext|>"
     assert tokens.trained.tolist() == [False] + [True] * (len(tokens.ids) - 1)
+
+
+def rows_with(mark: str) -> dict[str, dict]:
+    """Return {part of a row: a row with a mark in this part}."""
+    question, answer = ({"role": role, "content": "s"} for role in ("user", "assistant"))
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": mark}}]}
+    return {
+        "a turn (system)": {"messages": [{"role": "system", "content": f"a{mark}"}, question, answer]},
+        "a turn (user)": {"messages": [question | {"content": f"a{mark}b"}, answer]},
+        "a turn (assistant)": {"messages": [question, answer | {"content": f"{mark}b"}]},
+        "a turn (tool)": {"messages": [question, answer, {"role": "tool", "content": mark}, answer]},
+        "a turn (assistant) ": {"messages": [question, call]},
+        "a turn (assistant)  ": {"messages": [question, answer | {"reasoning_content": mark}]},
+        "the list of tools": {"messages": [question, answer], "tools": [{"name": "f", "description": mark}]},
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_control_tokens_of_the_tokenizer_in_a_turn_are_refused(tokenizers, name):
+    tokenizer = copy.deepcopy(pick(tokenizers, name))
+    tokenizer.add_special_tokens({"bos_token": "[BEGIN]"})
+    parts = {"tiny": slice(0, 3), "qwen2.5": slice(0, 5), "qwen3": slice(0, 7)}[
+        name
+    ]  # that its template writes
+    for mark in ("<|endoftext|>", "[BEGIN]"):
+        places, rows = zip(*list(rows_with(mark).items())[parts], strict=True)
+        for place, found in zip(places, Encoder(tokenizer).encode(list(map(row_of, rows))), strict=True):
+            assert (
+                str(found) == f"{place.strip()} contains {mark}, a control token of this tokenizer; remove it"
+            )
+
+
+def test_a_control_token_that_the_template_writes_is_no_fault(tokenizers):
+    tokenizer = with_template(tokenizers["tiny"], "<|endoftext|>" + CHATML.replace("CONTENT", "m.content"))
+    tokens = encode(tokenizer, row_of({"instruction": "ask", "output": "say"}))
+    assert trained_texts(tokenizer, tokens) == ["say<|im_end|>"]
 
 
 def with_template(tokenizer, template: str):

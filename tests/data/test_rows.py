@@ -4,11 +4,16 @@ write."""
 import json
 from typing import Any
 
+import pyarrow
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
 
 from qwenlora.configs.schema import Data
 from qwenlora.data.bad_row import BadRow
+from qwenlora.data.row_io import read_chunks
 from qwenlora.data.rows import Row, to_row
 from qwenlora.data.shapes import KEYS, PAIRS, TURN_LISTS, RowOptions, shape_of
 from qwenlora.data.survey import rows_of_side, survey
@@ -211,6 +216,117 @@ def test_a_call_without_arguments_has_none():
     turn = {"role": "assistant", "tool_calls": [{"name": "clock"}]}
     (call,) = read({"messages": [QUESTION, turn]}).messages[1]["tool_calls"]
     assert call["function"] == {"name": "clock", "arguments": {}}
+
+
+def test_a_call_may_have_null_where_it_has_nothing():
+    for call in (
+        {"name": "clock", "arguments": None},
+        {"name": "clock", "arguments": {}, "function": None},
+        {"type": None, "function": {"name": "clock", "arguments": {}, "parameters": None}},
+    ):
+        (found,) = read({"messages": [QUESTION, {"role": "function_call", "content": call}]}).messages[1][
+            "tool_calls"
+        ]
+        assert found["function"] == {"name": "clock", "arguments": {}}
+
+
+TEXT = {"type": "string"}
+NULLABLE = [
+    {"type": ["string", "null"]},
+    {"type": "string", "nullable": True},
+    {"anyOf": [TEXT, {"type": "null"}], "default": None},
+    {"oneOf": [TEXT, {"type": "null"}]},
+    {"enum": ["x", None]},
+    {"$ref": "#/$defs/Perhaps"},
+]
+DEFINITIONS = {"$defs": {"Perhaps": {"anyOf": [TEXT, {"type": "null"}]}}}
+
+
+def called(arguments: object, schema: dict) -> tuple[object, list]:
+    """Return a row's arguments and tools. schema: of the argument y."""
+    parameters = {"type": "object", "properties": {"x": TEXT, "y": schema}} | DEFINITIONS
+    row = read(
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}],
+            "messages": [
+                QUESTION,
+                {"role": "function_call", "content": {"name": "f", "arguments": arguments}},
+            ],
+        }
+    )
+    return row.messages[1]["tool_calls"][0]["function"]["arguments"], row.tools
+
+
+@pytest.mark.parametrize(
+    "schema", [TEXT, {}, {"type": "string", "default": None}, {"type": "string", "enum": None}]
+)
+@pytest.mark.parametrize("write", [lambda value: value, json.dumps])
+def test_null_arguments_and_null_keys_of_tools_are_left_out(schema, write):
+    arguments, tools = called(
+        write({"x": "1", "y": None, "z": {"w": None}, "l": [None, {"v": None}]}), schema
+    )
+    assert arguments == {"x": "1", "z": {}, "l": [None, {}]}
+    assert tools[0]["function"]["parameters"]["properties"]["y"] in ({}, TEXT)
+
+
+@pytest.mark.parametrize("schema", NULLABLE)
+def test_a_null_argument_stays_where_the_schema_says_null(schema):
+    arguments, tools = called({"x": None, "y": None}, schema)
+    assert arguments == {"y": None}
+    assert tools[0]["function"]["parameters"]["properties"]["y"] == schema
+    for nested, value in (
+        ({"type": "object", "properties": {"z": schema}}, {"z": None, "w": None}),
+        ({"anyOf": [{"type": "object", "properties": {"z": schema}}]}, {"z": None, "w": None}),
+        ({"type": "object", "additionalProperties": schema}, {"z": None}),
+        ({"type": "object", "required": ["z"]}, {"z": None, "w": None}),
+        ({"type": "array", "items": {"properties": {"z": schema}}}, [{"z": None, "w": None}]),
+    ):
+        kept = [{"z": None}] if isinstance(value, list) else {"z": None}
+        assert called({"y": value}, nested)[0] == {"y": kept}
+
+
+@pytest.mark.parametrize(
+    "schema", [[], "x", {"anyOf": 3, "required": True, "$ref": "#/$defs/none", "properties": 7}]
+)
+def test_an_odd_schema_is_no_traceback(schema):
+    assert called({"y": {"z": None}}, schema)[0] == {"y": {}}
+
+
+names = st.sampled_from(["a", "b", "c"])
+functions = st.dictionaries(names, st.dictionaries(names, st.text(max_size=3), min_size=1), min_size=1)
+
+
+@given(made=st.lists(functions, min_size=1, max_size=3))
+def test_what_arrow_pads_means_the_same_in_parquet_and_as_exported_json(made, tmp_path_factory):
+    """Each row has some functions, and calls each of them; Arrow gives all of them the keys of any."""
+    rows = [
+        {
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {"name": name, "parameters": {"properties": dict.fromkeys(keys, TEXT)}},
+                }
+                for name, keys in its.items()
+            ],
+            "messages": [
+                {**QUESTION, "tool_calls": None},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [
+                        {"function": {"name": name, "arguments": keys}} for name, keys in its.items()
+                    ],
+                },
+            ],
+        }
+        for its in made
+    ]
+    table = pyarrow.Table.from_pylist(rows)
+    file = tmp_path_factory.getbasetemp() / "padded.parquet"
+    parquet.write_table(table, file)
+    from_parquet = [value for chunk in read_chunks(file) for _, value in chunk.values()]
+    for found in (table.to_pylist(), from_parquet):
+        assert list(map(read, found)) == list(map(read, rows))
 
 
 def test_rows_that_say_the_same_have_one_digest():
