@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from qwenlora.run.disk import free_bytes, settle, sync
+from qwenlora.run.signals import under_nohup
 
 
 def free_folder(out: Path, *, read: tuple[Path | str | None, ...] = ()) -> Path:
@@ -44,7 +45,8 @@ def staging(out: Path, size: int, pack: Callable[[Path], Path] | None = None) ->
     """
     prefix = f"{out.name}.staging-{os.uname().nodename}-"
     folder = out.parent / f"{prefix}{os.getpid()}"
-    handlers = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGTERM] if under_nohup() else [signal.SIGTERM, signal.SIGHUP]
+    handlers = {number: signal.signal(number, _leave) for number in numbers}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out.parent, prefix)

@@ -30,6 +30,7 @@ from qwenlora.data.sources import Source
 from qwenlora.data.tokenise import TokenisedChunk, Tokenising, chunks_with_shape, tokenise_chunk
 from qwenlora.run.disk import free_bytes
 from qwenlora.run.orphans import die_with_parent
+from qwenlora.run.signals import STOP_SIGNALS
 
 SMALL_BYTES = 2**22  # less than this is not worth other processes
 IN_FLIGHT = 3  # chunks a process, so that no process waits and memory stays small
@@ -41,7 +42,7 @@ _using: Tokenising | None = None  # set before the others are forked
 def _begin(parent: int) -> None:
     die_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the parent decides when to stop
 
 

@@ -15,7 +15,7 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.run.history import EXIT_CODES
 from qwenlora.run.metrics_file import last_line
 from qwenlora.run.records import Reason
-from qwenlora.run.signals import STOP_SIGNALS
+from qwenlora.run.signals import STOP_SIGNALS, to_handle, under_nohup
 from qwenlora.run.state import RunState
 from qwenlora.trainer import main as trainer
 
@@ -49,7 +49,7 @@ class RunTask:
         """Return the run's summary, on the first node; None on the others. Raises: SystemExit(75) to have the
         job brought back, ValueError when the run was refused, RuntimeError when it failed."""
         # submitit's own handlers would requeue at once, or do nothing
-        for number in STOP_SIGNALS:
+        for number in to_handle(nohup=under_nohup()):
             signal.signal(number, _leave)
         config = load_config(self.config_file)
         code = agent.run(config, fresh=self.fresh, allowed=self.allowed)

@@ -6,8 +6,9 @@ others follow (follower.py). Each runs torchrun, or DeepSpeed's launcher, for it
 """
 
 import os
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 
 from rich.console import Console
 
@@ -23,6 +24,8 @@ from qwenlora.launch.refusals import check_allowed_keys, check_launcher_in_slurm
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.handover import Handover
 from qwenlora.run.history import EXIT_CODES
+from qwenlora.run.lossy_output import lossy
+from qwenlora.run.signals import under_nohup
 
 
 def run(
@@ -55,7 +58,7 @@ def run(
             "requeued by Slurm: going on from the newest checkpoint, without --fresh and --resume"
         )
         resume = "auto"
-    handover = Handover(0, resume, tuple(allowed))
+    handover = Handover(0, resume, tuple(allowed), nohup=under_nohup())
     return _run_part(
         config, allocation, lambda node: Leader(node, variables).lead(handover, only_check=only_check)
     )
@@ -81,7 +84,7 @@ def _allocate(config: Config) -> tuple[Config, Allocation, dict[str, str]]:
 
 def _run_part(config: Config, allocation: Allocation, part: Callable[[Node], int]) -> int:
     console = _console()
-    with ExitStack() as resources:
+    with redirect_stdout(lossy(sys.stdout)), ExitStack() as resources:
         children = resources.enter_context(Children())
         try:
             meeting = resources.enter_context(Meeting(allocation))

@@ -19,7 +19,7 @@ import psutil
 
 from qwenlora.run.folder import PREPARE_ONLY
 from qwenlora.run.orphans import die_with_parent
-from qwenlora.run.signals import STOP_SIGNALS
+from qwenlora.run.signals import STOP_SIGNALS, to_handle, under_nohup
 
 RANK_MODULE = "qwenlora.trainer.main"
 POLL_S = 0.1
@@ -39,7 +39,7 @@ class Children:
     def __enter__(self) -> "Children":
         if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
             self._handlers_before = {
-                number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS
+                number: signal.signal(number, self._on_signal) for number in to_handle(nohup=under_nohup())
             }
         return self
 

@@ -13,7 +13,8 @@ class Handover:
     """The values for a rank. attempt: its number, 0 without an agent; resume: which checkpoint; allowed:
     config keys that may differ from earlier attempts; prepare_s: seconds of preparation; beats: the node's
     folder for signs of life (heartbeat.py), if any; only_check: do the checks before a start, then leave;
-    screen: where rank 0 borrows the agent's screen (lent_screen.py), unless its own output is that."""
+    screen: where rank 0 borrows the agent's screen (lent_screen.py), unless its own output is that; nohup:
+    the agent ignores SIGHUP, and so do its ranks."""
 
     attempt: int = 0
     resume: str = "auto"
@@ -22,6 +23,7 @@ class Handover:
     beats: str = ""
     only_check: bool = False
     screen: str = ""
+    nohup: bool = False
 
     @property
     def by_agent(self) -> bool:

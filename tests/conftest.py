@@ -4,6 +4,7 @@ session."""
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("COLUMNS", "LINES", *(name for name in os.environ if name.startswith("WANDB_"))):
     os.environ.pop(name, None)  # pytest-xdist sets the first two
 os.environ["NETRC"] = os.devnull
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also if the tests run under nohup
 
 settings.load_profile("ci")  # the same examples each time; others: --hypothesis-profile default
 

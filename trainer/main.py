@@ -16,6 +16,7 @@ from qwenlora.run.handover import received
 from qwenlora.run.heartbeat import Heart
 from qwenlora.run.history import EXIT_CODES
 from qwenlora.run.orphans import die_with_parent
+from qwenlora.run.signals import under_nohup
 from qwenlora.trainer.process import Process
 from qwenlora.trainer.ranks.screen import Rank
 from qwenlora.trainer.ranks.stop_request import StopRequest
@@ -32,7 +33,8 @@ def main(arguments: list[str], *, captured: bool = True) -> int:
     run, rank, handover = RunFolder(config.run_dir), Rank.of_environment(), received()
     request = StopRequest()
     if not prepares:
-        request.listen()
+        # an agent has its launcher ignore SIGHUP in any case
+        request.listen(nohup=handover.nohup if handover.by_agent else under_nohup())
     begin = partial(Process.begin, config, run, rank, request, handover, captured=captured, prepares=prepares)
     if handover.by_agent:
         die_with_parent()

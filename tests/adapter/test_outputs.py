@@ -63,6 +63,20 @@ def test_nothing_is_left_of_a_block_that_fails(tmp_path, error):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_under_nohup_a_closing_terminal_does_not_end_it(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        make(tmp_path / "out", lambda made: os.kill(os.getpid(), signal.SIGHUP))
+        assert (tmp_path / "out" / "a").exists()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(SystemExit):
+            make(tmp_path / "other", lambda made: os.kill(os.getpid(), signal.SIGHUP))
+        assert not (tmp_path / "other").exists()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_place_that_cannot_be_is_a_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file/out cannot be made: File exists; name another place"):

@@ -127,8 +127,8 @@ def test_two_machines_train_the_same_and_no_key_is_on_a_command_line_or_disk(fol
 
 @pytest.mark.parametrize(
     ("number", "to", "hosts"),
-    [(signal.SIGTERM, "all", "one"), (signal.SIGINT, "group", "two")],
-    ids=["TERM to every process", "Ctrl-C, two machines"],
+    [(signal.SIGHUP, "all", "one"), (signal.SIGINT, "group", "two")],
+    ids=["HUP to every process", "Ctrl-C, two machines"],
 )
 def test_a_stop_request_ends_with_the_step_saved(folder, number, to, hosts):
     name = f"{number.name}-{hosts}"

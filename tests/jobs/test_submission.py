@@ -23,6 +23,7 @@ from qwenlora.jobs.task import RunTask
 from qwenlora.launch import agent
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import package, snapshot
+from qwenlora.run.signals import STOP_SIGNALS
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = """
@@ -280,10 +281,7 @@ def test_a_sweep_is_not_for_one_machine():
 @pytest.fixture
 def attempt(folder, monkeypatch):
     """Return what calls a RunTask whose agent ends with a code."""
-    kept = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    }
+    kept = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def attempt(code: int, message: str = "", *, brought_back: bool = True):
         def run(config, **_):

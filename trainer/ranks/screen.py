@@ -2,6 +2,7 @@
 import: libraries that print at import come later."""
 
 import faulthandler
+import io
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from qwenlora.run.lent_screen import borrow
+from qwenlora.run.lossy_output import lossy
 
 PLAIN_WIDTH = 120  # characters, where the screen is no terminal
 
@@ -35,12 +37,16 @@ class Rank(NamedTuple):
 def take_screen(file: Path, *, speaks: bool, lent: str = "") -> Console:
     """Redirect all that this process prints, crashes included, to a file; return a console on the screen.
     speaks: false silences the console (ranks other than 0). lent: where the agent lends its screen, if so."""
-    screen = os.fdopen(borrow(lent if speaks else ""), "w", encoding="utf-8")
+    descriptor = borrow(lent if speaks else "")
+    screen = lossy(os.fdopen(descriptor, "w", encoding=sys.stdout.encoding, errors="backslashreplace"))
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.close(descriptor)
+    for stream in (sys.stdout, sys.stderr):  # logs are UTF-8, whatever the terminal is
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     faulthandler.enable()
     logging.basicConfig(
         level=logging.WARNING,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from qwenlora.run.signals import STOP_SIGNALS
+from qwenlora.run.signals import STOP_SIGNALS, to_handle
 
 
 class StoppedEarly(BaseException):
@@ -21,9 +21,10 @@ class StopRequest:
         self.why = ""
         self._raises = False
 
-    def listen(self) -> None:
-        """Handle stop signals from now on, also a signal that launch/children.py blocked until now."""
-        for number in STOP_SIGNALS:
+    def listen(self, *, nohup: bool = False) -> None:
+        """Handle stop signals from now on, also a signal that launch/children.py blocked until now. nohup:
+        SIGHUP stays ignored."""
+        for number in to_handle(nohup=nohup):
             signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
