@@ -38,7 +38,7 @@ def read(path: str) -> Hostfile:
     except OSError as error:
         raise ValueError(f"{setting}: {error.strerror}; {_EXPECTED}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{setting} is no text; {_EXPECTED}") from None
+        raise ValueError(f"{setting} is not a text file; {_EXPECTED}") from None
     slots: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):

@@ -49,7 +49,7 @@ class RemoteAgent:
         if self.ssh.poll() is None:
             return ""
         output = self.log.read_text(encoding="utf-8", errors="replace").strip()
-        last = output.splitlines()[-1].strip() if output else "without a word"
+        last = output.splitlines()[-1].strip() if output else "it printed nothing"
         if self.ssh.returncode == 255:  # the failure is ssh's own
             return f"{self.host}: ssh failed: {last}; `ssh {self.host} true` must work without a password"
         return f"{self.host}: its agent did not start: {last} (exit code {self.ssh.returncode}, {self.log})"

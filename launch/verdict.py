@@ -55,7 +55,9 @@ def _explain_end(
         return "refused", error.message
     if fault:
         error = None
-    message = fault or (error.message if error else f"a process ended without a word (exit code {code})")
+    message = fault or (
+        error.message if error else f"a process ended without an error message (exit code {code})"
+    )
     explain_failure(folder, attempt, message, error, console, tail=not fault)
     return "failed", message
 

@@ -145,7 +145,7 @@ def _resume(context: Context, trainer: LoraTrainer, recording: Recording | None)
     context.stop.agree(trainer.args.device)
     if recording:
         for name in checkpoints.set_aside_newer(process.run, step):
-            process.say(f"set aside: {name}, which nothing uses any more")
+            process.say(f"set aside: {name}; it is newer than the checkpoint, and nothing uses it")
         recording.go_back_to(step, evaluation_too=_evaluation_is_due(trainer))
 
 

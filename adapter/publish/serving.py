@@ -43,7 +43,7 @@ def _config_reasons(config: AdapterConfig) -> Iterator[_Reason]:
     if whole := config.get("modules_to_save"):
         yield f"it holds whole modules ({', '.join(whole)})", SERVERS
     if config.get("use_rslora"):
-        why = "its scaling is rsLoRA's, which would be taken for alpha / r without a word"
+        why = "its scaling is rsLoRA's, which would silently be taken for alpha / r"
         yield why, (SGLANG, LLAMA_CPP)
     if config.get("bias", "none") != "none":
         yield f"it has biases (bias: {config['bias']})", SERVERS

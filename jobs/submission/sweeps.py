@@ -58,9 +58,9 @@ def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
     for text in texts:
         key, equals, values = text.partition("=")
         if not equals or not values.strip():
-            raise ValueError(f"--grid {text!r} is no key=value,value; write it like lora.r=16,32")
+            raise ValueError(f"--grid {text!r} is not key=value,value; write it like lora.r=16,32")
         if key in grid:
-            raise ValueError(f"--grid {key} stands twice; put all of its values into one")
+            raise ValueError(f"--grid {key} is given twice; put all of its values into one")
         grid[key] = parse_yaml(f"[{values}]", COMMAND_LINE)
     return grid
 

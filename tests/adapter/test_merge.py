@@ -612,10 +612,10 @@ def test_an_adapter_trained_over_nf4_merges_into_the_full_precision_base(tmp_pat
 
 
 def make_large(folder, tiny):
-    """Write a model of 2 GB in bfloat16, a file a layer, all layers alike, and an adapter for it."""
+    """Write a model of 0.35 GB in bfloat16, a file a layer, all layers alike, and an adapter for it."""
     config = Qwen2Config(
-        vocab_size=2048, hidden_size=2048, intermediate_size=5632, num_hidden_layers=20,
-        num_attention_heads=16, num_key_value_heads=16, tie_word_embeddings=True,
+        vocab_size=2048, hidden_size=1536, intermediate_size=4096, num_hidden_layers=6,
+        num_attention_heads=12, num_key_value_heads=12, tie_word_embeddings=True,
         architectures=["Qwen2ForCausalLM"], dtype="bfloat16",
     )  # fmt: skip
     config.save_pretrained(folder)
@@ -629,7 +629,7 @@ def make_large(folder, tiny):
         for name, values in model.named_parameters()
         if name.startswith(layer) or ".layers." not in name
     }
-    for number in range(20):
+    for number in range(6):
         file = f"model-{number}.safetensors"
         held = {
             name.replace(layer, f"model.layers.{number}."): values
@@ -681,5 +681,5 @@ print(peak_memory())
         peaks.append(int(ran.stdout.split()[-1]))
     size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     print(f"{size / 1e9:.2f} GB merged in {(peaks[1] - peaks[0]) / 1e9:.2f} GB")
-    assert size > 2e9
-    assert peaks[1] - peaks[0] < 1e9
+    assert size > 0.3e9
+    assert peaks[1] - peaks[0] < size / 1.5

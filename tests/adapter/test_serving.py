@@ -39,7 +39,7 @@ def test_a_plain_adapter_is_taken_by_all(tiny):
     [
         ({"use_dora": True}, SERVERS, "it is a DoRA adapter"),
         ({"modules_to_save": ["embed_tokens"]}, SERVERS, r"it holds whole modules (embed_tokens)"),
-        ({"use_rslora": True}, (SGLANG, LLAMA_CPP), "taken for alpha / r without a word"),
+        ({"use_rslora": True}, (SGLANG, LLAMA_CPP), "silently be taken for alpha / r"),
         ({"target_modules": r".*\.(q|k)_proj"}, (SGLANG,), "a pattern"),
         ({"target_modules": ["q_proj", "lm_head"]}, (LLAMA_CPP,), "it changes the head"),
         ({"rank_pattern": {"q_proj": 4}}, (SGLANG, LLAMA_CPP), "its modules differ in rank"),

@@ -75,7 +75,7 @@ def test_a_hostfile_that_is_not_there_or_no_text_is_refused():
     ):
         hostfile.read("hosts")
     Path("hosts").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="^launch.hostfile=hosts is no text; expected"):
+    with pytest.raises(ValueError, match="^launch.hostfile=hosts is not a text file; expected"):
         hostfile.read("hosts")
 
 

@@ -37,5 +37,6 @@ class NonFiniteSteps:
             )
         if self.in_a_row > faults.IN_A_ROW:
             raise faults.TrainingFault(
-                f"{what}; train.on_nan={self.policy} gives up: so were the {faults.IN_A_ROW} before"
+                f"{what}; the {faults.IN_A_ROW} steps before were as well: train.on_nan={self.policy}"
+                " stops the run"
             )

@@ -60,7 +60,7 @@ def _wait_for_all(store: Any, rank: Rank, timeout_s: int) -> None:
         if time.monotonic() > end:
             names = ", ".join(map(str, missing))
             raise TrainingFault(
-                f"rank{'s' * (len(missing) > 1)} {names} did not come; their logs may say why"
+                f"rank{'s' * (len(missing) > 1)} {names} did not join; their logs may say why"
             )
         time.sleep(_POLL_S)
 
