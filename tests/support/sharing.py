@@ -41,7 +41,7 @@ def make_base(folder: Path, kind: str, heads: int = 4, kv_heads: int = 2) -> str
         "vocab_size": 2048,
         "hidden_size": 16 * heads,
         "intermediate_size": 96,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 256,
@@ -62,7 +62,7 @@ class Sharing:
     base: str
     folder: str
     size: int = 1
-    steps: int = 20
+    steps: int = 8
     resume: str = ""
     dropout: float = 0.0
     recompute: bool = False
@@ -79,9 +79,9 @@ class Sharing:
             "warmup_steps": 0.0,
             "max_grad_norm": 0.0,  # clipping would hide a gradient that is too large
             "eval_strategy": "steps",
-            "eval_steps": 5,
+            "eval_steps": 4,
             "save_strategy": "steps",
-            "save_steps": 10,
+            "save_steps": 4,
             "gradient_checkpointing": self.recompute,
         }
         return Config(

@@ -28,7 +28,7 @@ from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model.lora import add_lora, count_parameters
 from qwenlora.trainer.spread import strategy
 
-STEPS, SAVED = 20, 10
+STEPS, SAVED = 8, 4
 ROWS, EVAL_ROWS = 51, 11  # of 8 a step: an epoch's last step has 3
 
 
@@ -70,7 +70,7 @@ class Cell:
             "learning_rate": 2e-4,
             "warmup_steps": 0.0,
             "eval_strategy": "steps",
-            "eval_steps": 5,
+            "eval_steps": 4,
             "save_strategy": "steps",
             "save_steps": self.save_steps,
             "save_total_limit": None,
@@ -100,7 +100,7 @@ def make_base(folder: Path, kind: str, *, tied: bool) -> Path:
         "vocab_size": 2048,
         "hidden_size": 64,
         "intermediate_size": 96,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,

@@ -15,7 +15,12 @@ from transformers import AutoModelForCausalLM
 pytestmark = pytest.mark.slow
 CLOSE = 1e-5
 NAMES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
-BASES = [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
+BASES = [
+    ("qwen2", False),
+    ("qwen3", True),
+    pytest.param(("qwen2", True), marks=pytest.mark.long),
+    pytest.param(("qwen3", False), marks=pytest.mark.long),
+]
 FIELDS = ("losses", "norms", "eval")
 
 
@@ -92,10 +97,10 @@ def test_each_strategy_holds_what_its_name_says(matrix, name):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Cell:
     folder = tmp_path_factory.mktemp("small")
-    return Cell(str(make_base(folder / "base", "qwen3", tied=True)), "", steps=8, save_steps=3)
+    return Cell(str(make_base(folder / "base", "qwen3", tied=True)), "", steps=6, save_steps=3)
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
+@pytest.mark.parametrize("policy", ["rollback", pytest.param("skip", marks=pytest.mark.long)])
 def test_a_step_that_is_not_finite_is_left_out_alike_under_every_strategy(small, tmp_path, tokenizer, policy):
     cells = [small.under(name, tmp_path / name, broken=5, train={"on_nan": policy}) for name in NAMES]
     ranks = run_ranks(run_cells, 2, cells, tokenizer, timeout=300)
@@ -192,7 +197,9 @@ def test_what_decays_and_what_does_not_go_on_to_the_bit(small, tmp_path, tokeniz
     assert max((norms[0][key] - one[key]).abs().max() for one in norms) <= CLOSE
 
 
-@pytest.mark.parametrize("optim", ["sgd", "rmsprop", "lion_32bit"])
+@pytest.mark.parametrize(
+    "optim", ["lion_32bit", *(pytest.param(o, marks=pytest.mark.long) for o in ("sgd", "rmsprop"))]
+)
 def test_other_optimizers_go_on_to_the_bit(small, tmp_path, tokenizer, optim):
     own = {"train": {"optim": optim, "learning_rate": 1e-5 if optim != "sgd" else 1e-2}}
     cells = [small.under(name, tmp_path / name, **own) for name in ("ddp", "zero2", "zero3")]
