@@ -41,7 +41,7 @@ def _reason() -> str:
             " has the command)"
         )
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         said = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
     else:
