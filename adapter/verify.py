@@ -158,7 +158,7 @@ def _check_change(file: Path, weights: Mapping[str, Tensor], config: AdapterConf
     if not any(changed.values()):
         raise ValueError(
             f"{file}: every lora_B is zero, so the adapter changes nothing: it was saved before its first"
-            " step, or gathered wrong; train it again"
+            " step, its learning rate was 0, or it was gathered wrong; train it again"
         )
 
 

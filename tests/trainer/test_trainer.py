@@ -190,6 +190,7 @@ OVERRIDDEN = {
     "_wrap_model": ["self", "model", "training", "dataloader"],
     "get_train_dataloader": ["self"],
     "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+    "create_scheduler": ["self", "num_training_steps", "optimizer"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_clip_grad_norm": ["self", "model"],
     "_get_grad_norm": ["self", "model", "grad_norm"],

@@ -1,7 +1,7 @@
 """The row order and transformers' arguments, made from the config and checked before a model is loaded."""
 
 import torch
-from transformers import TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from qwenlora.configs import Config
@@ -9,6 +9,7 @@ from qwenlora.data.order import Order, accumulation_steps, total_steps
 from qwenlora.data.packing import Packs
 from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop.schedule import check_schedule
 from qwenlora.trainer.model.base import pick_dtype
 
 # keys of the config that are transformers' arguments as they are
@@ -77,16 +78,4 @@ def check_settings(config: Config, units: int) -> None:
         OptimizerNames(train.optim)
     except ValueError as error:
         raise ValueError(f"train.optim={train.optim}: {str(error).splitlines()[0]}") from error
-    try:
-        get_scheduler(
-            train.lr_scheduler_type,
-            torch.optim.SGD([torch.zeros(1, requires_grad=True)]),
-            num_warmup_steps=int(train.warmup_steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=dict(train.lr_scheduler_kwargs),
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"train.lr_scheduler_kwargs={train.lr_scheduler_kwargs} with"
-            f" lr_scheduler_type={train.lr_scheduler_type}: {error}"
-        ) from error
+    check_schedule(train, steps)

@@ -29,8 +29,9 @@ from qwenlora.trainer.loop import state as states
 from qwenlora.trainer.loop.batches import Rows, StepLoader, seed_micro_batch
 from qwenlora.trainer.loop.evaluation import eval_batches, metrics_of, sum_losses
 from qwenlora.trainer.loop.nonfinite import NonFiniteSteps
-from qwenlora.trainer.loop.resume import ResumeCallback, restore_schedule
+from qwenlora.trainer.loop.resume import ResumeCallback
 from qwenlora.trainer.loop.saver import Saver
+from qwenlora.trainer.loop.schedule import begin_above_zero, restore_schedule
 from qwenlora.trainer.ranks import faults
 from qwenlora.trainer.ranks.stop import Stop
 from qwenlora.trainer.spread.sequence import Team
@@ -149,6 +150,12 @@ class LoraTrainer(Trainer):
             flat=self.config.model.attn_implementation.startswith("flash"),
             cut=self.team.cut,
         )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return transformers' schedule, whose first step trains, too."""
+        schedule: Any = super().create_scheduler(num_training_steps, optimizer)
+        begin_above_zero(schedule)
+        return schedule
 
     # ---- a step
 
