@@ -1,5 +1,6 @@
 """A model ready to answer: the base and, once verify.py finds nothing wrong, the adapter on it."""
 
+import sys
 from typing import Any, NamedTuple
 
 from peft import PeftModel
@@ -39,6 +40,8 @@ def load(
         verify.check_adapter(subject)
     tokenizer = tokenizer or load_tokenizer(subject)
     model = models.load_base(config, subject.base)
+    for note in models.notes_on(config, subject.base):
+        print(f"note: {note}", file=sys.stderr)
     # not the model's own, which may suppress tokens or search with beams
     model.generation_config = GenerationConfig()
     if subject.adapter:

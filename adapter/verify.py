@@ -254,6 +254,8 @@ def print_check(subject: Subject) -> int:
     table.add_row("base", fits + weights * bool(verified.same_weights))
     table.add_row("sha256", verified.sha256)
     Console(markup=False, highlight=False).print(table)
+    for note in models.notes_on(subject.config, subject.base):
+        print(f"note: {note}", file=sys.stderr)
     if unchanged := verified.unchanged:
         print(
             f"warning: {len(unchanged)} modules are unchanged, their lora_B is zero: {unchanged[0]}",

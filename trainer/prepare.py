@@ -48,7 +48,7 @@ def prepare(
         data=rows.counts,
         packing=packs_rows(config),
         bad_rows=rows.index.bad.count,
-        notes=notes_of(config, rows),
+        notes=[*models.notes_on(config, base), *notes_of(config, rows)],
         parameters=parameters,
         checkpoint_bytes=checkpoint_bytes,
         stamp=stamp,

@@ -96,6 +96,8 @@ def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = Non
     batch = _batch(tokenizer, questions, config.get_text_config().vocab_size)
     trust, revision = first.config.model.trust_remote_code, first.config.model.revision
     say(f"merging {', '.join(subject.label for subject in subjects)} into {first.base}")
+    for note in models.notes_on(first.config, first.base):
+        say(f"note: {note}")
     if any(subject.run and subject.config.strategy.quantization != "none" for subject in subjects):
         say(
             "note: trained over a quantised base, merged into its full-precision weights, with which it is"
@@ -125,7 +127,7 @@ def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = Non
             if not logits.judged <= logits.bound < math.inf:
                 prompt = questions[logits.worst].messages[-1]["content"]
                 raise ValueError(f"{out} was not made: on {prompt!r} {_describe(logits)}; please report this")
-            _write_other_files(first, folder, tokenizer, dtype, untied)
+            _write_other_files(first, folder, tokenizer, dtype, tied=config.tie_word_embeddings)
     _report(out, written, untied, logits)
     return 0
 
@@ -222,7 +224,7 @@ def _kept_change(before: Tensor, merged: Tensor, dtype: torch.dtype) -> tuple[fl
 
 
 def _write_other_files(
-    subject: Subject, folder: Path, tokenizer: Any, dtype: torch.dtype | None, untied: bool
+    subject: Subject, folder: Path, tokenizer: Any, dtype: torch.dtype | None, *, tied: bool
 ) -> None:
     """Write everything but weights; last config.json, which makes the folder a model."""
     config_file = _file_of(subject, CONFIG_NAME)
@@ -237,7 +239,7 @@ def _write_other_files(
         set_model_end(config, tokenizer)
     tokenizer.save_pretrained(folder)
     (folder / GENERATION_CONFIG_NAME).write_text(settings_text(generation), encoding="utf-8")
-    if untied:
+    if not tied and config.get("tie_word_embeddings", True):
         config["tie_word_embeddings"] = False
     if dtype:
         keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]

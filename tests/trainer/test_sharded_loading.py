@@ -182,11 +182,18 @@ def test_a_base_that_cannot_be_read_by_ranges_is_loaded_whole_by_one_rank_at_a_t
 
 
 @pytest.mark.slow
-def test_what_cannot_be_sharded_is_refused(tmp_path):
+def test_a_head_of_its_own_is_used_whatever_the_config_says(tmp_path):
     base = make_base(tmp_path / "base", "qwen2")
     untie(base)
-    with pytest.raises(ValueError, match="differ in the base's files, but its config.json has them tied"):
-        run_ranks(turns, 1, base)
+    (rank,) = run_ranks(turns, 1, base)
+    held = tensors_in(base)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(rank["whole"][name], held[name])
+
+
+@pytest.mark.slow
+def test_what_cannot_be_sharded_is_refused(tmp_path):
+    base = make_base(tmp_path / "base", "qwen2")
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(ValueError, match="is quantised in its files"):

@@ -19,6 +19,7 @@ from qwenlora.configs.schema import Config, Model
 from qwenlora.data.chat import forget_calls
 from qwenlora.data.turns import TURN_END
 from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.model import head
 from qwenlora.trainer.model.tiny import build_tiny
 
 TINY = "tiny"
@@ -119,8 +120,28 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load_config_of(config: Config, base: str) -> Any:
-    """Return the base's transformers config. Raises: ValueError when transformers has no such text model."""
+def load_config_of(config: Config, base: str, *, download: bool = False) -> Any:
+    """Return the base's transformers config, not tied where the files hold a head of their own. download: as
+    has_own_head's. Raises: ValueError when transformers has no such text model."""
+    model_config = _read_config_of(config, base)
+    if _has_own_head(config, base, model_config, download=download):
+        head.untie(model_config)
+    return model_config
+
+
+def notes_on(config: Config, base: str) -> list[str]:
+    """Return what the user is told about the base."""
+    return [head.NOTE] if _has_own_head(config, base, _read_config_of(config, base)) else []
+
+
+def _has_own_head(config: Config, base: str, model_config: Any, *, download: bool = False) -> bool:
+    if not head.is_tied(model_config):
+        return False
+    with hub_errors("model.name_or_path", config.model.name_or_path):
+        return head.has_own_head(base, config.model.revision, download=download)
+
+
+def _read_config_of(config: Config, base: str) -> Any:
     with hub_errors("model.name_or_path", config.model.name_or_path):
         try:
             model_config = AutoConfig.from_pretrained(
@@ -183,6 +204,9 @@ def load_base(config: Config, base: str) -> Any:
     # straight to this rank's GPU, without a copy in host memory
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device_map = {"": local_rank} if torch.cuda.is_available() else None
+    model_config = _read_config_of(config, base)
+    if own_head := _has_own_head(config, base, model_config, download=True):
+        head.untie(model_config)
     with hub_errors("model.name_or_path", config.model.name_or_path):
         model, loading = AutoModelForCausalLM.from_pretrained(
             base,
@@ -192,6 +216,7 @@ def load_base(config: Config, base: str) -> Any:
             revision=config.model.revision,
             output_loading_info=True,
             device_map=device_map,
+            **({"config": model_config} if own_head else {}),
             **_quantization(config, dtype),
         )
     refuse_missing(config, loading["missing_keys"])

@@ -1,20 +1,16 @@
-"""A base's weights, read by ranges: `BaseFiles` from safetensors, `WholeBase` from a loaded model. A rank
-reads only the elements that it keeps of each tensor; spread/sharded_loading.py decides which."""
+"""A base's safetensors files, read by ranges: a rank reads only the elements that it keeps of each tensor, as
+spread/sharded_loading.py decides."""
 
 import json
 import math
 import os
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-
-from qwenlora.configs.schema import Config
-from qwenlora.trainer.model.base import pick_dtype, refuse_missing
 
 # other dtypes (fp8) mean nothing without the scales beside them
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -34,16 +30,17 @@ class BaseFiles:
     """The safetensors files of a base, as a context manager that closes them; a base may have none.
 
     base: a folder, or a hub name, whose files are downloaded where the cache lacks them (never when
-    HF_HUB_OFFLINE is set). places: where each tensor lies, by name. Raises: OSError when a file that the
-    index names is neither there nor downloadable. Source: https://huggingface.co/docs/safetensors#format
+    HF_HUB_OFFLINE is set; with local, none are read then). places: where each tensor lies, by name. Raises:
+    OSError when a file that the index names is neither there nor downloadable. Source:
+    https://huggingface.co/docs/safetensors#format
     """
 
-    def __init__(self, base: str, revision: str | None = None) -> None:
+    def __init__(self, base: str, revision: str | None = None, *, local: bool = False) -> None:
         self.places: dict[str, Place] = {}
         self.bytes_read = 0
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._open: dict[Path, FileIO] = {}
-        for file in _files(base, revision):
+        for file in _files(base, revision, local):
             self.places |= _places(file)
 
     def __enter__(self) -> "BaseFiles":
@@ -103,18 +100,25 @@ class BaseFiles:
         self.bytes_read += values.nbytes
 
 
-def _files(base: str, revision: str | None) -> list[Path]:
-    def path_of(name: str) -> str | None:
-        return cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)  # type: ignore[no-any-return]
+def _files(base: str, revision: str | None, local: bool) -> list[Path]:
+    def path_of(name: str, *, optional: bool = True) -> Path | None:
+        file = cached_file(
+            base,
+            name,
+            revision=revision,
+            local_files_only=local,
+            _raise_exceptions_for_missing_entries=not optional,
+            _raise_exceptions_for_connection_errors=not local,
+        )
+        return Path(file) if file else None
 
-    single = path_of(SAFE_WEIGHTS_NAME)
-    if single:
-        return [Path(single)]
-    index = path_of(SAFE_WEIGHTS_INDEX_NAME)
-    if not index:
+    if single := path_of(SAFE_WEIGHTS_NAME):
+        return [single]
+    if not (index := path_of(SAFE_WEIGHTS_INDEX_NAME)):
         return []
-    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    return [Path(cached_file(base, name, revision=revision)) for name in names]
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    files = [path_of(name, optional=local) for name in names]
+    return [file for file in files if file] if all(files) else []
 
 
 def _places(path: Path) -> dict[str, Place]:
@@ -131,30 +135,6 @@ def _places(path: Path) -> dict[str, Place]:
         for name, entry in header.items()
         if entry["dtype"] in DTYPES
     }
-
-
-class WholeBase:
-    """A base that transformers loads whole on the CPU, where its files do not match the parameters."""
-
-    def __init__(self, config: Config, base: str) -> None:
-        model: Any
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=pick_dtype(config.model.dtype),
-            trust_remote_code=config.model.trust_remote_code,
-            revision=config.model.revision,
-            output_loading_info=True,
-        )
-        refuse_missing(config, loading["missing_keys"])
-        self.tensors: dict[str, Tensor] = model.state_dict()
-        self.bytes_read = sum({t.data_ptr(): t.nbytes for t in self.tensors.values()}.values())
-
-    def copy(self, name: str, start: int, to: Tensor) -> None:
-        """Fill `to`, as BaseFiles.copy does."""
-        to.view(-1).copy_(self.tensors[name].detach().flatten()[start : start + to.numel()])
-
-
-WeightSource = BaseFiles | WholeBase
 
 
 def peak_memory() -> int:

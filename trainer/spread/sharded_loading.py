@@ -6,7 +6,6 @@ rank has more in memory than its shard and some megabytes.
 """
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
@@ -16,19 +15,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from qwenlora.configs.schema import Config
-from qwenlora.trainer.model.base import device, hub_errors, load_config_of, pick_dtype
-from qwenlora.trainer.model.base_files import BaseFiles, WeightSource, WholeBase, peak_memory
+from qwenlora.trainer.model.base import device, hub_errors, load_config_of, pick_dtype, refuse_missing
+from qwenlora.trainer.model.base_files import BaseFiles, peak_memory
 from qwenlora.trainer.spread.zero import DeepSpeedConfig
 
 log = logging.getLogger("qwenlora")
-SAMPLE = 2**16  # numbers that are compared between two tied tensors
 
 
 class Weight(NamedTuple):
@@ -45,6 +43,30 @@ class Weight(NamedTuple):
         return new
 
 
+class WholeBase:
+    """A base that transformers loads whole on the CPU, where its files do not match the parameters."""
+
+    def __init__(self, config: Config, base: str) -> None:
+        model: Any
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=pick_dtype(config.model.dtype),
+            trust_remote_code=config.model.trust_remote_code,
+            revision=config.model.revision,
+            output_loading_info=True,
+        )
+        refuse_missing(config, loading["missing_keys"])
+        self.tensors: dict[str, Tensor] = model.state_dict()
+        self.bytes_read = sum({t.data_ptr(): t.nbytes for t in self.tensors.values()}.values())
+
+    def copy(self, name: str, start: int, to: Tensor) -> None:
+        """Fill `to`, as BaseFiles.copy does."""
+        to.view(-1).copy_(self.tensors[name].detach().flatten()[start : start + to.numel()])
+
+
+WeightSource = BaseFiles | WholeBase
+
+
 def weights_of(model: nn.Module) -> list[Weight]:
     """Return the model's parameters, each once."""
     weights: dict[int, Weight] = {}
@@ -59,7 +81,7 @@ def weights_of(model: nn.Module) -> list[Weight]:
 def skeleton(config: Config, base: str) -> Any:
     """Return the base without its weights: frozen parameters on torch's meta device, real buffers on the CPU.
     Raises: ValueError when its files are quantised: a range of such a file is not a range of the weight."""
-    model_config = load_config_of(config, base)
+    model_config = load_config_of(config, base, download=True)
     if getattr(model_config, "quantization_config", None):
         raise ValueError(
             f"model.name_or_path={config.model.name_or_path} is quantised in its files, which cannot be"
@@ -235,17 +257,11 @@ def _fill(
 
 
 def _name_in(files: BaseFiles, weight: Weight) -> str | None:
-    """Return a parameter's name in the files, or None. Raises: ValueError when tied ones differ there."""
+    """Return a parameter's name in the files, or None."""
     shape = tuple(getattr(weight.parameter, "ds_shape", weight.parameter.shape))
-    names = [name for name in weight.names if name in files.places and files.places[name].shape == shape]
-    for name in names[1:]:
-        count = min(SAMPLE, math.prod(shape))
-        if not torch.equal(files.read(names[0], 0, count), files.read(name, 0, count)):
-            raise ValueError(
-                f"{names[0]} and {name} differ in the base's files, but its config.json has them tied;"
-                ' set "tie_word_embeddings": false there'
-            )
-    return names[0] if names else None
+    return next(
+        (name for name in weight.names if name in files.places and files.places[name].shape == shape), None
+    )
 
 
 def _report(started: float, bytes_read: int) -> None:
