@@ -10,8 +10,7 @@ from rich.progress import Progress
 from qwenlora.configs.schema import Data
 from qwenlora.data.rows import Row
 from qwenlora.data.survey import rows_of_side
-from qwenlora.data.turns import THINK, THOUGHT, TURN_END, TURN_START, Message
-from qwenlora.trainer.model.endings import END_OF_TEXT
+from qwenlora.data.turns import END_OF_TEXT, THINK, THOUGHT, TURN_END, TURN_START, Message
 
 BATCH = 40  # questions at once
 

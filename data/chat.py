@@ -17,6 +17,7 @@ import numpy.typing as npt
 from qwenlora.data.bad_row import BadRow, show
 from qwenlora.data.rows import Row
 from qwenlora.data.turns import (
+    END_OF_TEXT,
     THINK,
     THOUGHT,
     TURN_END,
@@ -35,7 +36,7 @@ _HEADER = "assistant\n"
 # Qwen3's template writes this before a reply without a thought: a part of the generation prompt
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-_ENDS_OF_TEXT = ("<|endoftext|>", "</s>")
+_ENDS_OF_TEXT = (END_OF_TEXT, "</s>")
 
 
 class Tokens(NamedTuple):

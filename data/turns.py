@@ -20,6 +20,7 @@ ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+END_OF_TEXT = "<|endoftext|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's marks: text that has one would forge a turn
 THINK, THOUGHT = "<think>", "</think>"
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")

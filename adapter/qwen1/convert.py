@@ -18,9 +18,8 @@ from qwenlora.adapter.qwen1.tokenizer import VOCABULARY, convert_tokenizer
 from qwenlora.adapter.qwen1.weights import plan_weights, write_weights
 from qwenlora.adapter.subject import ADAPTER_CONFIG
 from qwenlora.adapter.weight_files import SafetensorsWriter, open_weights, parse_size
-from qwenlora.data.turns import TURN_END
+from qwenlora.data.turns import END_OF_TEXT, TURN_END
 from qwenlora.run.format import count, size
-from qwenlora.trainer.model.endings import END_OF_TEXT
 
 # keys of config.json as the first release spelled them
 OLD_KEYS = {

@@ -14,8 +14,7 @@ from typing import Any
 from transformers import AddedToken, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from qwenlora.data.turns import TURN_END, TURN_START
-from qwenlora.trainer.model.endings import END_OF_TEXT
+from qwenlora.data.turns import END_OF_TEXT, TURN_END, TURN_START
 from qwenlora.trainer.model.tiny import CHAT_TEMPLATE
 
 VOCABULARY = "qwen.tiktoken"

@@ -7,9 +7,8 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
-from qwenlora.data.turns import TURN_END
+from qwenlora.data.turns import END_OF_TEXT, TURN_END
 
-END_OF_TEXT = "<|endoftext|>"
 EOS = "eos_token_id"
 Settings = dict[str, object]  # generation_config.json or config.json, as anyone wrote it
 
