@@ -81,10 +81,10 @@ def everything(folder: Path) -> bytes:
 
 def test_an_exported_adapter_is_the_runs_and_loads_in_plain_peft(run, tmp_path):
     out = tmp_path / "out"
-    assert export(run, out).startswith(f"wrote {out}: 7 files, 2.")
+    assert export(run, out).startswith(f"wrote {out}: 8 files, 2.")
     assert {file.name for file in out.iterdir()} == {
         *("README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"),
-        *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
+        *("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     }
     ids = torch.tensor([[5, 300, 17, 900]])
     logits = []
