@@ -43,7 +43,8 @@ def _watch(inside, nth, after_s, everyone):
         time.sleep(0.0005)
         frame, now = sys._current_frames().get(main), False
         while frame is not None:
-            if frame.f_code.co_name == inside and "qwenlora" in frame.f_code.co_filename:
+            module = frame.f_globals.get("__name__", "")  # not the file: a clone may have any name
+            if frame.f_code.co_name == inside and module.startswith("qwenlora."):
                 now = True
                 break
             frame = frame.f_back
