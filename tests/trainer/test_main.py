@@ -17,7 +17,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr("qwenlora.trainer.process.take_screen", lambda *_, **__: Console(quiet=True))
     monkeypatch.setattr("qwenlora.trainer.process.faulthandler.register", lambda *_, **__: None)
     monkeypatch.setattr(module, "die_with_parent", lambda: calls.append("die with the agent"))
-    monkeypatch.setattr(module.StopRequest, "listen", lambda _: calls.append("listen"))
+    monkeypatch.setattr(module.StopRequest, "listen", lambda _, nohup: calls.append("listen"))
     monkeypatch.setattr("qwenlora.trainer.ranks.rendezvous.meet", lambda *_: calls.append("meet"))
 
     def start(*arguments, rank=0, handover=None):

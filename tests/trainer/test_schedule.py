@@ -5,7 +5,7 @@ import typing
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import TrainingArguments, get_scheduler
 
@@ -46,6 +46,7 @@ def rates_of(schedule, steps, rates=()):
 )
 def test_the_first_step_trains_and_all_others_stay(name, steps, share):
     warm_up = math.ceil(steps * share)
+    assume(name != "polynomial" or warm_up < steps)  # transformers' own divides by 0 after the last step
     theirs = rates_of(schedule_of(name, warm_up, steps), steps)
     schedule = schedule_of(name, warm_up, steps)
     begin_above_zero(schedule)
@@ -60,6 +61,12 @@ def test_the_first_step_has_the_rate_of_half_a_step(warm_up, first):
     schedule = schedule_of("cosine", warm_up, 40)
     begin_above_zero(schedule)
     assert rates_of(schedule, 1) == [pytest.approx(first)]
+
+
+def test_a_warm_up_as_long_as_the_run_may_end_with_it():
+    schedule = schedule_of("polynomial", 2, 2)
+    begin_above_zero(schedule)
+    assert rates_of(schedule, 2) == pytest.approx([0.0025, 0.005])
 
 
 def test_a_resumed_schedule_goes_on_as_the_one_that_never_stopped():

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,8 +19,13 @@ def begin_above_zero(schedule: LambdaLR) -> None:
     restore_schedule(schedule, schedule.optimizer, schedule.last_epoch)
 
 
-def _above_zero(factor: Callable[[float], float], step: int) -> float:
-    return factor(step) or (factor(0.5) if step == 0 else 0.0)
+def _above_zero(factor: Callable[[Any], float], step: int) -> float:
+    try:
+        return factor(step) or (factor(0.5) if step == 0 else 0.0)
+    except (
+        ZeroDivisionError
+    ):  # polynomial: the rate after a warm-up that is as long as the run; no step has it
+        return 0.0
 
 
 def check_schedule(train: Train, steps: int) -> None:
