@@ -470,7 +470,7 @@ def prepare_ours(options: argparse.Namespace) -> tuple[Facts, Any]:
     )
     start = time.perf_counter()
     rows = prepared.prepare(data, tokenizer, options.work / "cache")
-    rows.refuse(data, tokenizer)
+    rows.refuse(data, tokenizer, len(tokenizer))
     side, packs = rows.side("train"), rows.packs()
     seconds = time.perf_counter() - start
     assert side is not None, "there are rows"

@@ -111,12 +111,15 @@ class _SideWriter:
         self._parts: dict[str, list[npt.NDArray[Any]]] = {
             name: [] for name in ("lengths", "trained_lengths", "row_of", "digests", "places", "whole")
         }
+        self._used = np.zeros(0, np.bool_)  # [ids]: whether a token has this id
         self._rows = 0
 
     def add(self, source: int, file: int, arrays: TokenArrays) -> None:
         for name, values in (("ids", arrays.ids), ("trained", arrays.trained)):
             self._files[name].write(values.tobytes())
             self._hash[name].update(values.tobytes())
+        self._used = np.pad(self._used, (0, max(0, int(arrays.ids.max(initial=-1)) + 1 - len(self._used))))
+        self._used[arrays.ids] = True
         totals = np.concatenate([[0], np.cumsum(arrays.trained, dtype=np.int64)])
         ends = np.cumsum(arrays.lengths, dtype=np.int64)
         parts = self._parts
@@ -151,6 +154,7 @@ class _SideWriter:
         }
         for name, values in (epoch | {name: arrays[name] for name in ("places", "whole", "digests")}).items():
             np.save(self.folder / f"{name}.npy", values)
+        np.save(self.folder / "used.npy", np.flatnonzero(self._used).astype(np.int32))
         digest = hashlib.sha256()
         for part in self._hash.values():
             digest.update(part.digest())

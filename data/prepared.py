@@ -5,6 +5,7 @@
 | {train,eval}/ids.bin, trained.bin | int32 and bool [tokens] |
 | .../starts, lengths, trained_lengths, row_of.npy | [pieces] of an epoch |
 | .../places.npy | int32 [rows, 3]: source, file, line |
+| .../used.npy | int32 [distinct ids], ascending |
 | .../whole, digests.npy | [rows]: tokens before data.overlength; 16 bytes |
 | train/pack_rows, pack_ends.npy | packing.py's packs |
 | bad.jsonl | every row that was left out, and why |
@@ -27,6 +28,7 @@ from rich.console import Console
 
 from qwenlora.configs.schema import Config, Data
 from qwenlora.data import build, counts, sources
+from qwenlora.data.bad_row import printable
 from qwenlora.data.cache import FileState, build_once, digest_of, state_of
 from qwenlora.data.chat import Tokens
 from qwenlora.data.counts import PreparedIndex
@@ -94,8 +96,9 @@ class Prepared:
         source, file, line = map(int, np.load(self.folder / side / "places.npy", mmap_mode="r")[row])
         return self.sources[source].place(file, line)
 
-    def refuse(self, data: Data, tokenizer: Any) -> None:
-        """Raise ValueError when these rows cannot be trained as the config says."""
+    def refuse(self, data: Data, tokenizer: Any, embeddings: int) -> None:
+        """Raise ValueError when these rows cannot be trained as the config says. embeddings: how many tokens
+        the base has one for."""
         if self.index.bad.count and data.on_bad_row == "error":
             raise ValueError(self.index.bad.refusal(self.sources))
         for source, its_counts in zip(self.sources, self.index.sources, strict=True):
@@ -115,6 +118,7 @@ class Prepared:
                 f" {self.counts['train'].rows}; raise it, or name a file: data.eval"
             )
         self._refuse_endless(data, tokenizer)
+        self._refuse_without_embedding(tokenizer, embeddings)
 
     def _refuse_side(self, side: str, counts: SideCounts, data: Data) -> None:
         if counts.overlength and data.overlength == "error":
@@ -154,6 +158,21 @@ class Prepared:
             if (ends & side.trained[part]).any():
                 return True
         return False if has_turns else None
+
+    def _refuse_without_embedding(self, tokenizer: Any, embeddings: int) -> None:
+        """Refuse tokens that the base has no embedding for: rows have them, or padding."""
+        sides = (used_tokens(self.folder, side) for side in self.counts)
+        used = np.unique(np.concatenate([*sides, [tokenizer.pad_token_id]]))
+        missing = used[used >= embeddings].astype(int).tolist()
+        if missing:
+            names = ", ".join(printable(tokenizer.decode([token])) for token in missing[:3])
+            more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
+            raise ValueError(
+                f"the base has no embedding for {names}{more}, which the rows or their padding use: it has"
+                f" {embeddings:,}, the tokenizer {len(tokenizer):,} tokens; enlarge the base once"
+                f" (transformers: model.resize_token_embeddings({len(tokenizer)}), save_pretrained), or name"
+                " the base's own tokenizer"
+            )
 
     def side(self, side: SideName) -> Side | None:
         """Return the pieces of train or eval, memory-mapped; None when there are none."""
@@ -261,6 +280,12 @@ def open_side(folder: Path, side: SideName) -> Side | None:
         return Side(np.empty(0, np.int32), np.empty(0, np.bool_), **arrays)
     ids = np.memmap(folder / "ids.bin", np.int32, "r")
     return Side(ids, np.memmap(folder / "trained.bin", np.bool_, "r"), **arrays)
+
+
+def used_tokens(folder: Path, side: SideName) -> npt.NDArray[np.int32]:
+    """Return the ids that one side's rows have, ascending: int32 [distinct ids]."""
+    ids: npt.NDArray[np.int32] = np.load(folder / side / "used.npy")
+    return ids
 
 
 def open_packs(folder: Path) -> Packs:

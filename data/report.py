@@ -119,12 +119,13 @@ class DataReport:
 
 
 def data_report(
-    prepared: Prepared, config: Config, tokenizer: Any, *, packing: bool, notes: list[str]
+    prepared: Prepared, config: Config, tokenizer: Any, embeddings: int, *, packing: bool, notes: list[str]
 ) -> DataReport:
-    """Return the report on prepared rows. packing: whether this run packs them; notes: further warnings."""
+    """Return the report on prepared rows. embeddings: how many tokens the base has one for; packing: whether
+    this run packs them; notes: further warnings."""
     refusal = ""
     try:
-        prepared.refuse(config.data, tokenizer)
+        prepared.refuse(config.data, tokenizer, embeddings)
     except ValueError as error:
         refusal = str(error)
     index = prepared.index

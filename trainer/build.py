@@ -21,7 +21,7 @@ from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model.checks import check_isolation, untrained_turn_tokens
+from qwenlora.trainer.model.checks import check_isolation, untrained_tokens
 from qwenlora.trainer.model.endings import Settings, generation_settings, set_end
 from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.record.metrics import Metrics
@@ -33,9 +33,9 @@ from qwenlora.trainer.spread.strategy import Spread
 
 @dataclass(frozen=True)
 class Parts:
-    """The result of build(). model: the base with its adapter; untrained: turn tokens that the base never
-    learnt; tied: whether its embeddings are its output matrix, too; generation: generation_config.json of the
-    adapter."""
+    """The result of build(). model: the base with its adapter; untrained: tokens of the rows that the base
+    never learnt; tied: whether its embeddings are its output matrix, too; generation: generation_config.json
+    of the adapter."""
 
     trainer: LoraTrainer
     model: Any
@@ -62,7 +62,7 @@ def build(context: Context) -> Parts:
     )
     spread = strategy.choose(config, facts.parameters, accumulation, longest)
     base = strategy.load_base(config, facts.base, spread)
-    untrained = untrained_turn_tokens(base, tokenizer)
+    untrained = untrained_tokens(base, tokenizer, prepared.used_tokens(Path(facts.data_folder), "train"))
     torch.manual_seed(config.train.seed)  # a new adapter is the same on all ranks, under any strategy
     model = add_lora(base, config.lora, config.model.revision)
     context.heart.beat(context.step)

@@ -32,7 +32,7 @@ def check(config: Config, page: Path | None, console: Console) -> int:
     page: the HTML file; by default it lies beside the run folder."""
     run = RunFolder(config.run_dir)
     page = page or run.path.with_name(f"{run.path.name}.data.html")
-    tokenizer = _tokenizer(config)
+    tokenizer, embeddings = _tokenizer_and_embeddings(config)
     # a check reads all rows, whatever training would do about bad ones
     data = config.data.model_copy(update={"on_bad_row": "skip"})
     rows = prepared.prepare(data, tokenizer, run.cache(config), console, console.print)
@@ -45,7 +45,9 @@ def check(config: Config, page: Path | None, console: Console) -> int:
         notes.append(f"all bad rows are listed in {listed}")
         if config.data.on_bad_row == "skip":
             notes.append(f"left out: {rows.bad_report}")
-    findings = report.data_report(rows, config, tokenizer, packing=packs_rows(config), notes=notes)
+    findings = report.data_report(
+        rows, config, tokenizer, embeddings, packing=packs_rows(config), notes=notes
+    )
     findings.show(console)
     findings.write(page)
     console.print(f"the same as a page: {page}", soft_wrap=True)
@@ -55,7 +57,7 @@ def check(config: Config, page: Path | None, console: Console) -> int:
 def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool, console: Console) -> None:
     """Show rows as the model sees them, trained tokens coloured. first: the first row's number, from 1; ids:
     show a table of tokens and ids. Raises: ValueError when there is no such row, or a row is bad."""
-    tokenizer = _tokenizer(config)
+    tokenizer, _ = _tokenizer_and_embeddings(config)
     encoder = Encoder(tokenizer, config.data.train_on)
     shown = 0
     for place, row in islice(rows_of_side(config.data, side), first - 1, first - 1 + count):
@@ -83,11 +85,12 @@ def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool
     console.print(legend)
 
 
-def _tokenizer(config: Config) -> Any:
+def _tokenizer_and_embeddings(config: Config) -> tuple[Any, int]:
     transformers_logging.disable_progress_bar()
     # the tiny model is built in a run folder, and the real one is only for runs
     with tempfile.TemporaryDirectory() as folder:
-        return models.load_tokenizer(config, models.base_of(config, RunFolder(folder)))
+        base = models.base_of(config, RunFolder(folder))
+        return models.load_tokenizer(config, base), models.embeddings_of(config, base)
 
 
 def _outcome(config: Config, pieces: int) -> str:

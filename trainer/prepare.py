@@ -39,7 +39,7 @@ def prepare(
     checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
     checkpoint_bytes += len(tokenizer.backend_tokenizer.to_str(True).encode())
     _check_space(run.path, checkpoint_bytes)
-    rows = prepare_rows(config, tokenizer, run, console)
+    rows = prepare_rows(config, tokenizer, models.embeddings_of(config, base), run, console)
     facts = Facts(
         base=base,
         base_fingerprint=fingerprint,
@@ -62,9 +62,10 @@ def prepare(
 
 
 def prepare_rows(
-    config: Config, tokenizer: Any, run: RunFolder, console: Console | None = None
+    config: Config, tokenizer: Any, embeddings: int, run: RunFolder, console: Console | None = None
 ) -> prepared.Prepared:
-    """Return the run's rows as tokens. Raises: ValueError when they cannot be trained as the config says."""
+    """Return the run's rows as tokens. embeddings: how many tokens the base has one for. Raises: ValueError
+    when they cannot be trained as the config says."""
 
     def say(line: str) -> None:
         if console:
@@ -75,7 +76,7 @@ def prepare_rows(
         write_atomically(run.bad_rows, "".join(f"{line}\n" for line in rows.bad_lines()))
     else:
         run.bad_rows.unlink(missing_ok=True)
-    rows.refuse(config.data, tokenizer)
+    rows.refuse(config.data, tokenizer, embeddings)
     if rows.index.bad.count:
         say(f"left out, all of them listed in {run.bad_rows}: {rows.bad_report}")
     return rows

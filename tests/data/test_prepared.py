@@ -173,7 +173,7 @@ def test_two_splits_of_one_data_set_are_not_taken_for_each_other(tmp_path, token
 
 def refused(made, tokenizer, **options) -> str:
     with pytest.raises(ValueError, match=".") as caught:
-        made.refuse(Data(train="x", **options), tokenizer)
+        made.refuse(Data(train="x", **options), tokenizer, len(tokenizer))
     return str(caught.value)
 
 
@@ -189,7 +189,7 @@ def test_bad_rows_are_refused_with_their_places_or_left_out_and_listed(tmp_path,
         "nothing half-read is kept"
     )
     made = make(file, on_bad_row="skip")
-    made.refuse(Data(train=file, on_bad_row="skip"), tokenizer)
+    made.refuse(Data(train=file, on_bad_row="skip"), tokenizer, len(tokenizer))
     assert (made.counts["train"].rows, made.index.bad.count) == (5, 2)
     assert [line.split(": ")[0] for line in made.bad_lines()] == [f"{file}:3", f"{file}:7"]
     assert "2 of 7 rows cannot be trained" in refused(made, tokenizer), (
@@ -273,8 +273,35 @@ def test_data_that_never_trains_the_end_of_a_turn_is_refused(tmp_path, make, tok
 
 def test_plain_text_has_no_turns_to_end(tmp_path, make, tokenizer):
     made = make(write(tmp_path / "my.jsonl", [{"text": "春眠不觉晓。"}, {"text": "处处闻啼鸟。"}]))
-    made.refuse(Data(train="x"), tokenizer)
+    made.refuse(Data(train="x"), tokenizer, len(tokenizer))
     assert made.counts["train"].trained_tokens == made.counts["train"].tokens - 2
+
+
+def test_tokens_without_an_embedding_are_refused(tmp_path, make, tokenizer):
+    file = write(tmp_path / "my.jsonl", rows_of(3))
+    data, made = Data(train=file), make(file, eval=write(tmp_path / "eval.jsonl", [{"text": "<|im_end|>é"}]))
+    ids = {int(token) for side in ("train", "eval") for token in made.side(side).ids}
+    used = {int(token) for side in ("train", "eval") for token in prepared.used_tokens(made.folder, side)}
+    assert used == ids
+    for wanting in (1, 2, 5):  # of the largest ids that rows or padding have
+        *_, last = first, *_ = sorted({*ids, tokenizer.pad_token_id})[-wanting:]
+        made.refuse(data, tokenizer, last + 1)
+        with pytest.raises(ValueError, match="which the rows or their padding use") as caught:
+            made.refuse(data, tokenizer, first)
+        names = f"the base has no embedding for {tokenizer.decode([first])}"
+        assert str(caught.value).startswith(names)
+        assert ("and 2 more" in str(caught.value)) == (wanting == 5)
+        assert f"it has {first:,}, the tokenizer {len(tokenizer):,} tokens; enlarge the base" in str(
+            caught.value
+        )
+
+
+def test_a_pad_token_without_an_embedding_is_refused(tmp_path, make, tokenizer):
+    made = make(write(tmp_path / "my.jsonl", rows_of(3)))
+    padding = copy.deepcopy(tokenizer)
+    padding.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match=r"no embedding for \[PAD\], which the rows or their padding use"):
+        made.refuse(Data(train="x"), padding, len(tokenizer))
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, make, rows_file, monkeypatch):

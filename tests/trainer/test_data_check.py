@@ -3,11 +3,13 @@
 import io
 import json
 import re
+import shutil
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from qwenlora.configs import load_config
 from qwenlora.data import report
@@ -55,6 +57,19 @@ def test_check_shows_counts_and_a_page_with_the_same(config, tmp_path):
     assert "http" not in page, "it opens from disk, without a network"
     assert "<script" not in page, "it opens from disk, without a network"
     assert not (tmp_path / "runs" / "my").exists(), "looking makes no run"
+
+
+def test_check_refuses_tokens_that_the_base_has_no_embedding_for(config, tiny, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny, folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens([f"<loc_{number:03d}>" for number in range(200)])
+    tokenizer.save_pretrained(folder)
+    rows = [{"instruction": "在哪里？<loc_198>", "output": "<loc_199>"}]
+    console = screen()
+    assert check(config(rows, **{"model.name_or_path": str(folder)}), None, console) == 2
+    refusal = "would be refused: the base has no embedding for <loc_198>, <loc_199>, which the rows"
+    assert refusal in console.file.getvalue()
 
 
 def test_check_says_what_would_be_refused_and_leaves_with_2(config, tmp_path):

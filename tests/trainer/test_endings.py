@@ -118,5 +118,5 @@ def test_rows_of_text_train_no_turns(tokenizer, tmp_path, rows, trained):
         files.append(str(tmp_path / f"{number}.jsonl"))
         (tmp_path / f"{number}.jsonl").write_text(row + "\n")
     made = prepared.prepare(Data(train=files, num_proc=1), tokenizer, tmp_path / "cache")
-    made.refuse(Data(train=files), tokenizer)
+    made.refuse(Data(train=files), tokenizer, len(tokenizer))
     assert made.trains_turns(tokenizer) is trained

@@ -1,4 +1,4 @@
-"""Every text Qwen gets its adapter; settings that cannot work are refused; untrained turn tokens are
+"""Every text Qwen gets its adapter; settings that cannot work are refused; untrained tokens are
 named."""
 
 import json
@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model.checks import untrained_turn_tokens
+from qwenlora.trainer.model.checks import untrained_tokens
 from qwenlora.trainer.model.lora import add_lora, count_parameters
 
 SIZES = {
@@ -312,9 +312,9 @@ def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name):
         models.resolve(name, "model.name_or_path")
 
 
-class TestUntrainedTurnTokens:
-    """Rows of the embeddings past the tokenizer were never trained and lie close together, as untrained turn
-    tokens do."""
+class TestUntrainedTokens:
+    """Rows of the embeddings past the tokenizer were never trained and lie close together, as untrained tokens
+    do."""
 
     @pytest.fixture
     def base(self, tiny):
@@ -330,15 +330,34 @@ class TestUntrainedTurnTokens:
         model, tokenizer, weight = base
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         weight[end] = weight[2048:].mean(0)
-        assert untrained_turn_tokens(model, tokenizer) == ["<|im_end|>"]
+        assert untrained_tokens(model, tokenizer, []) == ["<|im_end|>"]
+
+    def test_of_other_tokens_those_that_the_rows_use_are_named(self, base):
+        model, tokenizer, weight = base
+        weight[[300, 301, 302]] = weight[2050:2053]
+        assert untrained_tokens(model, tokenizer, [7, 301, 302]) == [
+            tokenizer.decode([n]) for n in (301, 302)
+        ]
+        assert untrained_tokens(model, tokenizer, [7, 8]) == []
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_tokens_that_were_added_and_never_trained_are_named(self, base, dtype):
+        """transformers puts them at the mean of the others; no row of the embeddings is left over then."""
+        model, tokenizer, weight = base
+        weight += 0.05  # a mean that is not 0, as real models have
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|act|>", "<|other|>"]})
+        model.resize_token_embeddings(2048)
+        model.resize_token_embeddings(len(tokenizer))
+        used = [7, tokenizer.convert_tokens_to_ids("<|act|>")]
+        assert untrained_tokens(model.to(dtype), tokenizer, used) == ["<|act|>"]
 
     def test_tokens_that_were_learnt_are_not(self, base):
-        assert untrained_turn_tokens(*base[:2]) == []
+        assert untrained_tokens(*base[:2], range(2048)) == []
 
     def test_random_weights_prove_nothing(self, base):
         model, tokenizer, weight = base
         weight.normal_(0, 0.08)
-        assert untrained_turn_tokens(model, tokenizer) == []
+        assert untrained_tokens(model, tokenizer, range(2048)) == []
 
 
 def test_a_base_whose_files_lack_a_weight_is_refused(tiny, tmp_path):

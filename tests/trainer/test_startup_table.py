@@ -120,6 +120,14 @@ def test_nothing_to_warn_of_is_no_warning(known):
             True,
             "set lora.modules_to_save: [embed_tokens], or start from the -Instruct model",
         ),
+        (
+            {},
+            ["<|act_0|>"],
+            True,
+            "never learnt <|act_0|>, which LoRA alone can hardly teach it: set lora.modules_to_save:"
+            " [embed_tokens], or write words that it knows",
+        ),
+        ({}, list("abcdefg"), True, "never learnt a, b, c, d, e and 2 more, which"),
         ({}, ["<|im_end|>"], False, "set lora.modules_to_save: [embed_tokens, lm_head], or start from"),
     ],
 )

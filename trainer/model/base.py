@@ -161,6 +161,11 @@ def _read_config_of(config: Config, base: str) -> Any:
     return model_config
 
 
+def embeddings_of(config: Config, base: str) -> int:
+    """Return how many tokens the base has an embedding for."""
+    return int(load_config_of(config, base).get_text_config().vocab_size)
+
+
 def fingerprint(config: Config, base: str) -> str:
     """Return a hash that changes when the base's weights do: a hub model's commit; for a folder, a hash of
     three samples of each safetensors tensor and 64 of any other weight file (seconds for a 72B model)."""

@@ -1,15 +1,21 @@
-"""Checks of a loaded model: whether packed rows are isolated, and its turn tokens were trained."""
+"""Checks of a loaded model: whether packed rows are isolated, and its tokens were trained."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from qwenlora.data.bad_row import printable
 from qwenlora.data.turns import TURN_END, TURN_START
 
 # of the logits' spread: isolated rows differ by rounding, or by int8's outlier columns; leaking ones by 0.4
 LEAK = 0.02
+# of a word's usual distance from the mean: new embeddings are drawn with a 1e-9th of the words' covariance, and
+# bfloat16 rounds them
+NEAR_MEAN = 0.01
+IDS_AT_ONCE = 4096  # embeddings that are converted to float32 at a time
 
 
 def check_isolation(model: Any) -> None:
@@ -38,24 +44,34 @@ def check_isolation(model: Any) -> None:
         )
 
 
-def untrained_turn_tokens(model: Any, tokenizer: Any) -> list[str]:
-    """Return those of <|im_start|> and <|im_end|> whose embeddings the base model never learnt. Embeddings
-    past the tokenizer's last id were never trained, and lie close together; so does an untrained turn token.
-    Empty when there are too few of them, or they are as scattered as words are (random weights)."""
+def untrained_tokens(model: Any, tokenizer: Any, used: Iterable[int]) -> list[str]:
+    """Return the tokens whose embeddings the base never learnt, of <|im_start|>, <|im_end|> and the ids that
+    the rows use. Such embeddings lie together: with those past the tokenizer's last id, which nobody trained,
+    or at the mean of all, where transformers' resize_token_embeddings puts new ones. None are found where
+    those past the last id are too few, or as scattered as words are (random weights)."""
     weight = whole_weight(model.get_input_embeddings().weight)
-    unused = weight[len(tokenizer) :].float()
-    if len(unused) < 8:
-        return []
-    centre = unused.mean(0)
-    spread = (unused - centre).norm(dim=-1).max()
     words = weight[torch.linspace(0, len(tokenizer) - 1, 1000, device=weight.device).long()].float()
-    typical = (words - centre).norm(dim=-1).median()
-    if spread > typical / 2:
-        return []
-    tokens = [TURN_START, TURN_END]
-    ids = torch.tensor(tokenizer.convert_tokens_to_ids(tokens), device=weight.device)
-    close = (weight[ids].float() - centre).norm(dim=-1) <= 2 * spread + 1e-6 * typical
-    return [token for token, untrained in zip(tokens, close.tolist(), strict=True) if untrained]
+    mean = weight.mean(0, dtype=torch.float32)
+    places = [(mean, NEAR_MEAN * _typical(words, mean))]
+    unused = weight[len(tokenizer) :].float()
+    if len(unused) >= 8:
+        centre = unused.mean(0)
+        spread, typical = (unused - centre).norm(dim=-1).max(), _typical(words, centre)
+        if spread <= typical / 2:
+            places.append((centre, 2 * spread + 1e-6 * typical))
+    turns = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
+    ids = torch.tensor(list(dict.fromkeys([*turns, *map(int, used)])), device=weight.device)
+    ids = ids[ids < len(weight)]
+    close = [
+        torch.stack([(weight[part].float() - place).norm(dim=-1) <= reach for place, reach in places]).any(0)
+        for part in ids.split(IDS_AT_ONCE)
+    ]
+    return [printable(tokenizer.decode([token])) for token in ids[torch.cat(close)].tolist()]
+
+
+def _typical(words: Tensor, centre: Tensor) -> Tensor:
+    """Return a word's usual distance from a place."""
+    return (words - centre).norm(dim=-1).median()
 
 
 def whole_weight(weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from rich.table import Table
 from transformers import TrainingArguments
 
 from qwenlora.configs import Config
+from qwenlora.data.turns import TURN_END
 from qwenlora.run.records import Facts, SideCounts
 from qwenlora.trainer.model.base import TINY, pick_dtype
 from qwenlora.trainer.model.lora import EMBEDDINGS
@@ -103,7 +104,7 @@ def _checkpoints(config: Config, facts: Facts, args: TrainingArguments) -> str:
 def warnings(
     config: Config, facts: Facts, args: TrainingArguments, untrained: list[str], *, tied: bool
 ) -> list[str]:
-    """Return warnings about the config. untrained: turn tokens that the base model never learnt; tied:
+    """Return warnings about the config. untrained: tokens of the rows that the base model never learnt; tied:
     whether its embeddings are its output matrix, too."""
     lines = list(facts.notes)
     batch = config.train.global_batch_size
@@ -125,9 +126,11 @@ def warnings(
     embeddings_trained = any(name in EMBEDDINGS for name in config.lora.modules_to_save or [])
     if untrained and config.model.name_or_path != TINY and not embeddings_trained:
         modules = "[embed_tokens]" if tied else "[embed_tokens, lm_head]"
+        names = ", ".join(untrained[:5]) + (f" and {len(untrained) - 5:,} more" if untrained[5:] else "")
+        other = "start from the -Instruct model" if TURN_END in untrained else "write words that it knows"
         lines.append(
-            f"this base model never learnt {' and '.join(untrained)}, which LoRA alone can hardly teach it:"
-            f" set lora.modules_to_save: {modules}, or start from the -Instruct model"
+            f"this base model never learnt {names}, which LoRA alone can hardly teach it: set"
+            f" lora.modules_to_save: {modules}, or {other}"
         )
     return lines
 
