@@ -313,8 +313,8 @@ def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name):
 
 
 class TestUntrainedTokens:
-    """Rows of the embeddings past the tokenizer were never trained and lie close together, as untrained tokens
-    do."""
+    """Rows of the embeddings past the tokenizer were never trained and lie close together, as untrained
+    tokens do."""
 
     @pytest.fixture
     def base(self, tiny):
@@ -334,7 +334,7 @@ class TestUntrainedTokens:
 
     def test_of_other_tokens_those_that_the_rows_use_are_named(self, base):
         model, tokenizer, weight = base
-        weight[[300, 301, 302]] = weight[2050:2053]
+        weight[[300, 301, 302]] = weight[2050:2053].clone()
         assert untrained_tokens(model, tokenizer, [7, 301, 302]) == [
             tokenizer.decode([n]) for n in (301, 302)
         ]

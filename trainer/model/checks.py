@@ -12,8 +12,8 @@ from qwenlora.data.turns import TURN_END, TURN_START
 
 # of the logits' spread: isolated rows differ by rounding, or by int8's outlier columns; leaking ones by 0.4
 LEAK = 0.02
-# of a word's usual distance from the mean: new embeddings are drawn with a 1e-9th of the words' covariance, and
-# bfloat16 rounds them
+# of a word's usual distance from the mean: new embeddings are drawn with a 1e-9th of the words' covariance,
+# and bfloat16 rounds them
 NEAR_MEAN = 0.01
 IDS_AT_ONCE = 4096  # embeddings that are converted to float32 at a time
 
