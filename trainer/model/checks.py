@@ -64,14 +64,15 @@ def untrained_tokens(model: Any, tokenizer: Any, used: Iterable[int]) -> list[st
     ids = ids[ids < len(weight)]
     close = [
         torch.stack([(weight[part].float() - place).norm(dim=-1) <= reach for place, reach in places]).any(0)
-        for part in ids.split(IDS_AT_ONCE)
+        for part in torch.split(ids, IDS_AT_ONCE)
     ]
     return [printable(tokenizer.decode([token])) for token in ids[torch.cat(close)].tolist()]
 
 
 def _typical(words: Tensor, centre: Tensor) -> Tensor:
     """Return a word's usual distance from a place."""
-    return (words - centre).norm(dim=-1).median()
+    typical: Tensor = (words - centre).norm(dim=-1).median()
+    return typical
 
 
 def whole_weight(weight: Tensor) -> Tensor:
