@@ -10,7 +10,7 @@ from rich.progress import Progress
 from qwenlora.configs.schema import Data
 from qwenlora.data.rows import Row
 from qwenlora.data.survey import rows_of_side
-from qwenlora.data.turns import END_OF_TEXT, THINK, THOUGHT, TURN_END, TURN_START, Message
+from qwenlora.data.turns import END_OF_TEXT, THINK, THOUGHT, TURN_END, TURN_START, Message, is_learnt
 
 BATCH = 40  # questions at once
 
@@ -49,8 +49,9 @@ class Sampling(NamedTuple):
 
 
 def question_of(row: Row) -> Question | None:
-    """Return the turns before a row's first reply; the reference is its answer. None without a question."""
-    first = next((n for n, message in enumerate(row.messages) if message["role"] == "assistant"), 0)
+    """Return the turns before a row's first trained reply; the reference is its answer. None without a
+    question."""
+    first = next((n for n, message in enumerate(row.messages) if is_learnt(message)), 0)
     if not first or not row.messages[first]["content"]:
         return None
     return Question(row.messages[:first], split_thought(row.messages[first]["content"])[1], row.tools)

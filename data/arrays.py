@@ -104,10 +104,10 @@ class _SideWriter:
         folder.mkdir()
         self.folder = folder
         self.counts: Counter[str] = Counter()
-        self._files: dict[str, IO[bytes]] = {
-            name: (folder / f"{name}.bin").open("wb") for name in ("ids", "trained")
-        }
-        self._hash = {name: hashlib.sha256() for name in self._files}
+        self._files: dict[str, IO[bytes]] = {}
+        self._hash: dict[str, Any] = {}
+        for name in ("ids", "trained"):
+            self._open(name)
         self._parts: dict[str, list[npt.NDArray[Any]]] = {
             name: [] for name in ("lengths", "trained_lengths", "row_of", "digests", "places", "whole")
         }
@@ -115,9 +115,14 @@ class _SideWriter:
         self._rows = 0
 
     def add(self, source: int, file: int, arrays: TokenArrays) -> None:
-        for name, values in (("ids", arrays.ids), ("trained", arrays.trained)):
-            self._files[name].write(values.tobytes())
-            self._hash[name].update(values.tobytes())
+        if arrays.weights is not None and "weights" not in self._files:
+            self._start_weights()
+        self._write("ids", arrays.ids)
+        self._write("trained", arrays.trained)
+        if "weights" in self._files:
+            weights = arrays.trained.astype(np.float32) if arrays.weights is None else arrays.weights
+            self._write("weights", weights)
+            self.counts["weighted_tokens"] += int((weights != arrays.trained).sum())
         self._used = np.pad(self._used, (0, max(0, int(arrays.ids.max(initial=-1)) + 1 - len(self._used))))
         self._used[arrays.ids] = True
         totals = np.concatenate([[0], np.cumsum(arrays.trained, dtype=np.int64)])
@@ -132,6 +137,22 @@ class _SideWriter:
         places[:, 0], places[:, 1], places[:, 2] = source, file, arrays.lines
         parts["places"].append(places)
         self._rows += len(arrays.lines)
+
+    def _open(self, name: str) -> None:
+        self._files[name] = (self.folder / f"{name}.bin").open("wb")
+        self._hash[name] = hashlib.sha256()
+
+    def _write(self, name: str, values: npt.NDArray[Any]) -> None:
+        self._files[name].write(values.tobytes())
+        self._hash[name].update(values.tobytes())
+
+    def _start_weights(self) -> None:
+        """Begin the file of weights, of which all earlier tokens have 1 if trained."""
+        self._open("weights")
+        self._files["trained"].flush()
+        with (self.folder / "trained.bin").open("rb") as trained:
+            while part := trained.read(2**22):
+                self._write("weights", np.frombuffer(part, np.bool_).astype(np.float32))
 
     def digests(self) -> npt.NDArray[Any]:
         """Return the digests of all rows as one value each."""
@@ -176,6 +197,8 @@ class _SideWriter:
             dropped=self.counts["dropped"],
             split=self.counts["split"],
             lost_replies=self.counts["lost_replies"],
+            masked_replies=self.counts["masked_replies"],
+            weighted_tokens=self.counts["weighted_tokens"],
         )
 
     def _repeats(self, arrays: dict[str, npt.NDArray[Any]], weights: list[float]) -> npt.NDArray[np.int64]:

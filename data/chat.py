@@ -30,6 +30,7 @@ from qwenlora.data.turns import (
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
+Weights = npt.NDArray[np.float32]
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 _HEADER = "assistant\n"
@@ -40,10 +41,18 @@ _ENDS_OF_TEXT = (END_OF_TEXT, "</s>")
 
 
 class Tokens(NamedTuple):
-    """A row, or a piece of it. ids: int32 [length]; trained: bool [length], true where learnt, false at 0."""
+    """A row, or a piece of it. ids: int32 [length]; trained: bool [length], true where learnt, false at 0;
+    weights: float32 [length], of each trained token's loss; None: all are 1."""
 
     ids: Ids
     trained: Mask
+    weights: Weights | None = None
+
+    def given_weights(self) -> Weights:
+        """Return the weights, 0 where a token is not trained."""
+        return np.asarray(
+            self.trained * (np.float32(1) if self.weights is None else self.weights), np.float32
+        )
 
 
 def forget_calls(tokenizer: Any) -> None:
@@ -167,17 +176,34 @@ class Encoder:
     def _tokens(self, row: Row, text_ids: list[int], no_thoughts: list[bool]) -> Tokens:
         if row.text is not None:
             ids = np.array([*text_ids, self._end_of_text], np.int32)
-            trained = np.ones(len(ids), np.bool_)
+            parts = [(0, len(ids), row.weight)]
         else:
             ids = np.array(text_ids, np.int32)
-            trained = np.zeros(len(ids), np.bool_)
-            spans = self._spans(ids, no_thoughts)
-            for start, end in spans[-1:] if self.train_on == "last_assistant" else spans:
-                trained[start:end] = True
-            if self.train_on == "all":
-                trained[:] = True
-        trained[:1] = False  # the first token has nothing before it to be predicted from
-        return Tokens(ids, trained)
+            parts = self._weighted(row, self._spans(ids, no_thoughts), len(ids))
+        weights = np.zeros(len(ids), np.float32)
+        for start, end, weight in parts:
+            weights[start:end] = weight
+        weights[:1] = 0  # the first token has nothing before it to be predicted from
+        needed = any(weight not in (0, 1) for *_, weight in parts)
+        return Tokens(ids, weights > 0, weights if needed else None)
+
+    def _weighted(self, row: Row, spans: list[tuple[int, int]], length: int) -> list[tuple[int, int, float]]:
+        """Return (start, end, weight) of what train_on trains. spans: of all replies."""
+        replies = [message for message in row.messages if message["role"] == "assistant"]
+        if self.train_on == "all":
+            if any("weight" in message for message in row.messages):
+                raise BadRow(
+                    "has turns with weights, and data.train_on=all trains all turns alike; set data.train_on:"
+                    " assistant, or ignore the weights' key in data.columns"
+                )
+            return [(0, length, row.weight)]
+        weights = [row.weight * reply.get("weight", 1.0) for reply in replies]
+        parts = [(*span, weight) for span, weight in zip(spans, weights, strict=True)]
+        if self.train_on == "last_assistant":
+            parts = parts[-1:]
+            if not parts[0][2]:
+                raise BadRow("its last reply has weight 0: there is nothing to learn from")
+        return parts
 
     def _spans(self, ids: Ids, no_thoughts: list[bool]) -> list[tuple[int, int]]:
         """Return [start, end) in tokens of every reply, its end-of-turn token included."""

@@ -10,7 +10,7 @@ from qwenlora.configs.schema import Data
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
 from qwenlora.data.rows import Row
-from qwenlora.data.turns import Message
+from qwenlora.data.turns import Message, is_learnt
 
 Exchange = list[Message]  # a user's turn and all turns up to the next user's
 
@@ -44,7 +44,8 @@ def cut_to_length(row: Row, tokens: Tokens, encoder: Encoder, data: Data) -> Cut
 def _piece(tokens: Tokens, start: int, end: int) -> Tokens:
     trained = tokens.trained[start:end].copy()
     trained[:1] = False  # nothing before it to predict it from
-    return Tokens(tokens.ids[start:end], trained)
+    weights = None if tokens.weights is None else tokens.weights[start:end]
+    return Tokens(tokens.ids[start:end], trained, weights)
 
 
 def _windows(tokens: Tokens, size: int) -> list[Tokens]:
@@ -135,4 +136,4 @@ def _exchanges(messages: list[Message]) -> list[Exchange]:
 
 
 def _replies(exchange: Exchange) -> int:
-    return sum(message["role"] == "assistant" for message in exchange)
+    return sum(map(is_learnt, exchange))

@@ -3,6 +3,7 @@
 | file of <cache>/<key>/ | holds |
 |---|---|
 | {train,eval}/ids.bin, trained.bin | int32 and bool [tokens] |
+| .../weights.bin | float32 [tokens], of their loss; only where one is neither 0 nor 1 |
 | .../starts, lengths, trained_lengths, row_of.npy | [pieces] of an epoch |
 | .../places.npy | int32 [rows, 3]: source, file, line |
 | .../used.npy | int32 [distinct ids], ascending |
@@ -49,7 +50,7 @@ _NO_MATTER = {"__init__.py", "cache.py", "freshness.py", "order.py", "report.py"
 class Side(NamedTuple):
     """The pieces of one side, memory-mapped. A piece is a row, or a part of a long row. ids: int32 [tokens],
     trained: bool [tokens]; starts: int64 [pieces]; lengths, trained_lengths, row_of (the piece's row): int32
-    [pieces]; places: int32 [rows, 3], source, file and line."""
+    [pieces]; places: int32 [rows, 3], source, file and line; weights: float32 [tokens], None: all are 1."""
 
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
@@ -58,6 +59,7 @@ class Side(NamedTuple):
     trained_lengths: npt.NDArray[np.int32]
     row_of: npt.NDArray[np.int32]
     places: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -65,7 +67,9 @@ class Side(NamedTuple):
     def row(self, number: int) -> Tokens:
         """Return the tokens of one piece."""
         part = slice(int(self.starts[number]), int(self.starts[number]) + int(self.lengths[number]))
-        return Tokens(self.ids[part], self.trained[part])
+        return Tokens(
+            self.ids[part], self.trained[part], None if self.weights is None else self.weights[part]
+        )
 
 
 @dataclass(frozen=True)
@@ -275,11 +279,14 @@ def open_side(folder: Path, side: SideName) -> Side | None:
     folder /= side
     if not folder.is_dir():
         return None
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in Side._fields[2:]}
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in Side._fields[2:-1]}
     if not (folder / "ids.bin").stat().st_size:  # an empty file cannot be mapped
         return Side(np.empty(0, np.int32), np.empty(0, np.bool_), **arrays)
     ids = np.memmap(folder / "ids.bin", np.int32, "r")
-    return Side(ids, np.memmap(folder / "trained.bin", np.bool_, "r"), **arrays)
+    trained = np.memmap(folder / "trained.bin", np.bool_, "r")
+    weighted = (folder / "weights.bin").exists()
+    weights = np.memmap(folder / "weights.bin", np.float32, "r") if weighted else None
+    return Side(ids, trained, **arrays, weights=weights)
 
 
 def used_tokens(folder: Path, side: SideName) -> npt.NDArray[np.int32]:

@@ -220,6 +220,14 @@ def _side(name: str, counts: SideCounts, config: Config) -> list[tuple[str, str]
             f" tokens, {counts.trained_tokens / max(tokens, 1):.1%} of them trained",
         )
     ]
+    if counts.masked_replies or counts.weighted_tokens:
+        lines.append(
+            (
+                "weights",
+                f"{counts.masked_replies:,} replies have weight 0 and are not trained;"
+                f" {counts.weighted_tokens:,} trained tokens have another weight than 1",
+            )
+        )
     if counts.overlength:
         outcomes = [f"{count:,} {outcome}" for outcome, count in counts.cut.items()]
         lost = [f"{counts.lost_replies:,} replies not trained"] if counts.lost_replies else []

@@ -23,26 +23,30 @@ from qwenlora.data.turns import (
     refuse_unused,
     reply,
 )
+from qwenlora.data.weights import OF_ROWS, read_weight
 
 # keys that would change a row's meaning but are not used -> the key to read them as, if any
 _UNUSED = {
-    **dict.fromkeys(("weight", "loss_weight", "images", "videos", "audios", "reasoning_content"), None),
+    **dict.fromkeys(("images", "videos", "audios", "reasoning_content"), None),
     "system_prompt": "system",
 }
 
 
 class Row(NamedTuple):
-    """One row: either messages, and the tools they may call, or text. line: where it stands in its file."""
+    """One row: either messages, and the tools they may call, or text. line: where it stands in its file;
+    weight: of its loss (weights.py), besides those of its turns."""
 
     line: int
     messages: list[Message]
     tools: list[JsonObject] | None = None
     text: str | None = None
+    weight: float = 1.0
 
     @property
     def digest(self) -> bytes:
         """16 bytes that are equal for rows with the same content, however their files write it."""
-        content = json.dumps([self.messages, self.tools, self.text], ensure_ascii=False, sort_keys=True)
+        parts = [self.messages, self.tools, self.text, *([] if self.weight == 1 else [self.weight])]
+        content = json.dumps(parts, ensure_ascii=False, sort_keys=True)
         return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -54,8 +58,12 @@ def to_row(line: int, value: object, shape: str, options: RowOptions) -> Row:
             f"is {its_shape}, the rows before it are {shape}; one file, one shape: make two files of it, and"
             " name both"
         )
+    weight = read_weight(row, OF_ROWS, "")
+    if weight == 0:
+        raise BadRow("has weight 0: there is nothing to learn from")
+    weight = weight or 1.0
     if shape == "text":
-        return Row(line, [], None, _text(row))
+        return Row(line, [], None, _text(row), weight)
     refuse_unused(row, _UNUSED, "")
     if shape == "chat" and row.get("history"):
         raise BadRow(
@@ -71,7 +79,7 @@ def to_row(line: int, value: object, shape: str, options: RowOptions) -> Row:
     if tools:
         check_json(tools, "the list of tools")
     messages, tools = without_nulls(messages, tools)
-    return Row(line, join_calls(messages), tools)
+    return Row(line, join_calls(messages), tools, None, weight)
 
 
 def _system(text: object, first: Message) -> Message:

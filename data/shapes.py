@@ -32,7 +32,7 @@ KEYS = (
     *(key for pair in PAIRS.values() for key in pair),
     *("input", "history", "system", "tools", "functions", "text"),
     *TURN_LISTS,
-    *("from", "value", "role", "content", "reasoning_content", "tool_calls", "function_call"),
+    *("from", "value", "role", "content", "reasoning_content", "tool_calls", "function_call", "weight"),
 )
 _REJECTED = ("rejected", "rejected_response", "rejected_messages")
 _UNKNOWN = "unknown shape"

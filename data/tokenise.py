@@ -19,6 +19,7 @@ from qwenlora.data.row_io import Chunk
 from qwenlora.data.rows import Row, to_row
 from qwenlora.data.shapes import RowOptions, shape_of
 from qwenlora.data.sources import SIDES, Source
+from qwenlora.data.turns import is_masked
 from qwenlora.run.records import SideName
 
 
@@ -32,7 +33,8 @@ class Tokenising(NamedTuple):
 class TokenArrays(NamedTuple):
     """The pieces and rows of one chunk and side. A piece is a row, or a part of a long row. ids: int32
     [tokens], trained: bool [tokens]; lengths, row_of (the piece's row in this chunk): int32 [pieces]; lines,
-    whole (tokens before data.overlength): int32 [rows]; digests: uint8 [rows, 16]."""
+    whole (tokens before data.overlength): int32 [rows]; digests: uint8 [rows, 16]; weights: float32 [tokens],
+    None: all are 1."""
 
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
@@ -41,6 +43,7 @@ class TokenArrays(NamedTuple):
     lines: npt.NDArray[np.int32]
     whole: npt.NDArray[np.int32]
     digests: npt.NDArray[np.uint8]
+    weights: npt.NDArray[np.float32] | None = None
 
 
 class TokenisedChunk(NamedTuple):
@@ -89,6 +92,7 @@ def _tokenise(
             if isinstance(tokens, BadRow):
                 raise tokens
             pieces = _pieces(using, row, tokens, counts[side])
+            counts[side]["masked_replies"] += sum(map(is_masked, row.messages))
             by_side[side].append(_TokenisedRow(row.line, digest, len(tokens.ids), pieces))
         except BadRow as error:
             bad.append((row.line, str(error)))
@@ -175,10 +179,11 @@ def _arrays(rows: list[_TokenisedRow]) -> TokenArrays:
     lines, digests, whole, pieces_of_rows = zip(*rows, strict=True)
     pieces = list(chain.from_iterable(pieces_of_rows))
     lengths = [len(piece.ids) for piece in pieces]
-    ids, trained = zip(*pieces, strict=True) if pieces else ([np.empty(0, np.int32)], [np.empty(0, np.bool_)])
+    weighted = any(piece.weights is not None for piece in pieces)
     return TokenArrays(
-        ids=np.concatenate(ids),
-        trained=np.concatenate(trained),
+        ids=np.concatenate([np.empty(0, np.int32), *(piece.ids for piece in pieces)]),
+        trained=np.concatenate([np.empty(0, np.bool_), *(piece.trained for piece in pieces)]),
+        weights=np.concatenate([piece.given_weights() for piece in pieces]) if weighted else None,
         lengths=np.array(lengths, np.int32),
         row_of=np.repeat(np.arange(len(rows), dtype=np.int32), list(map(len, pieces_of_rows))),
         lines=np.array(lines, np.int32),

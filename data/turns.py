@@ -9,6 +9,7 @@ from qwenlora.data.bad_row import BadRow, show, show_names
 from qwenlora.data.chunks import JsonObject
 from qwenlora.data.json_rows import decode_json
 from qwenlora.data.shapes import TURN_LISTS, RowOptions, as_mapping, with_our_keys
+from qwenlora.data.weights import OF_TURNS, read_weight
 
 ROLES = {
     "system": "system",
@@ -29,7 +30,9 @@ MAX_DEPTH = 100
 _TURN_KEYS = (("from", "value"), ("role", "content"))
 # keys that would change a turn's meaning but are not used -> the key to read them as, if any
 _UNUSED = {
-    **dict.fromkeys(("weight", "loss", "loss_weight", "train", "training", "mask"), None),
+    # some mask what is trained, and some what is not
+    **dict.fromkeys(("mask", "masked", "train_detail", "training_detail"), None),
+    "loss_scale": "weight",
     **dict.fromkeys(("thinking", "reasoning"), "reasoning_content"),
 }
 # line breaks before a reply would melt with the header's into one token, which ends no generation prompt
@@ -65,12 +68,13 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict):
-    """One turn. role: system, user, assistant or tool."""
+    """One turn. role: system, user, assistant or tool; weight: of its loss (weights.py), by default 1."""
 
     role: str
     content: str
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
+    weight: NotRequired[float]
 
 
 def reply(text: str) -> Message:
@@ -82,6 +86,16 @@ def without_empty_thought(text: str) -> str:
     """Return a reply without the empty thought that it begins with, if it does."""
     empty = _EMPTY_THOUGHT.match(text)
     return _LEADING_LINES.sub("", text[empty.end() :]) if empty else text
+
+
+def is_masked(message: Message) -> bool:
+    """Return whether a turn is a reply that is not trained, since its weight is 0."""
+    return message["role"] == "assistant" and message.get("weight") == 0
+
+
+def is_learnt(message: Message) -> bool:
+    """Return whether a turn is a reply that is trained."""
+    return message["role"] == "assistant" and not is_masked(message)
 
 
 def read_turns(row: JsonObject, options: RowOptions) -> list[Message]:
@@ -115,6 +129,19 @@ def join_calls(messages: list[Message]) -> list[Message]:
 
 def _turn(number: int, value: object, options: RowOptions) -> Message:
     turn = _turn_with_our_keys(number, value, options)
+    message = _unweighted(number, turn, options)
+    weight = read_weight(turn, OF_TURNS, f"turn {number} ")
+    if weight and message["role"] != "assistant":
+        raise BadRow(
+            f"turn {number} ({message['role']}) has weight {weight:g}, and only replies are trained; give it"
+            " weight 0, or none"
+        )
+    if weight is not None and weight != 1:
+        message["weight"] = weight
+    return message
+
+
+def _unweighted(number: int, turn: JsonObject, options: RowOptions) -> Message:
     called = turn.get("function_call")
     calls = turn.get("tool_calls") or ([called] if called else None)
     speaker, text = _keys_of(number, turn, has_calls=bool(calls))
@@ -282,8 +309,11 @@ def from_json(value: object, what: str) -> object:
 
 def check_turns(messages: list[Message]) -> None:
     """Refuse turns that cannot be trained. Raises: BadRow."""
-    if not any(message["role"] == "assistant" for message in messages):
+    replies = [message for message in messages if message["role"] == "assistant"]
+    if not replies:
         raise BadRow("no assistant turn: there is nothing to learn from")
+    if not any(map(is_learnt, replies)):
+        raise BadRow("each reply has weight 0: there is nothing to learn from")
     for number, message in enumerate(messages, 1):
         if not without_empty_thought(message["content"]).strip() and not message.get("tool_calls"):
             raise BadRow(f"turn {number} ({message['role']}) is empty; write what is said, or remove it")

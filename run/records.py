@@ -143,7 +143,8 @@ class SideCounts(BaseModel):
     rows, tokens, trained_tokens, longest: of an epoch; read_rows, longest_read, longest_place (source, file,
     line): of the files, before long rows were cut; overlength: rows longer than data.max_length, which were
     truncated, dropped or split; lost_replies: not trained, since they do not fit together with their
-    question; packs, packs_sha256: of training rows; sha256: of all trained data; duplicates: repeated rows.
+    question; masked_replies: of weight 0, and weighted_tokens: trained, of another weight than 1, both of the
+    files; packs, packs_sha256: of training rows; sha256: of all trained data; duplicates: repeated rows.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -160,6 +161,8 @@ class SideCounts(BaseModel):
     dropped: int = 0
     split: int = 0
     lost_replies: int = 0
+    masked_replies: int = 0
+    weighted_tokens: int = 0
     duplicates: int = 0
     packs: int = 0
     packs_sha256: str = ""

@@ -103,12 +103,13 @@ def _outcome(config: Config, pieces: int) -> str:
 
 def _counts(tokens: Tokens) -> str:
     trained = int(tokens.trained.sum())
-    return f"{len(tokens.ids):,} tokens, {trained:,} trained"
+    weights = "" if tokens.weights is None else " (×: the weight of their loss)"
+    return f"{len(tokens.ids):,} tokens, {trained:,} trained{weights}"
 
 
 def _stretches(tokens: Tokens) -> list[tuple[int, int]]:
-    """Return [start, end) of each stretch of tokens that are all trained, or all untrained."""
-    borders = np.flatnonzero(np.diff(tokens.trained.astype(np.int8))) + 1
+    """Return [start, end) of each stretch of tokens that are all untrained, or trained with one weight."""
+    borders = np.flatnonzero(np.diff(tokens.given_weights())) + 1
     edges = [0, *borders.tolist(), len(tokens.ids)]
     return list(pairwise(edges))
 
@@ -121,7 +122,14 @@ def _coloured(tokenizer: Any, tokens: Tokens, console: Console) -> Text:
             text.append(words)
         else:
             text.append(words if console.color_system else f"⟦{words}⟧", style=TRAINED)
+            text.append(_times(tokens, start), style="bold")
     return text
+
+
+def _times(tokens: Tokens, place: int) -> str:
+    """Return a trained token's weight as it is shown, empty for 1."""
+    weight = 1.0 if tokens.weights is None else float(tokens.weights[place])
+    return "" if weight == 1 else f"×{weight:.6g}"
 
 
 def _table(tokenizer: Any, tokens: Tokens) -> Table:
@@ -130,5 +138,5 @@ def _table(tokenizer: Any, tokens: Tokens) -> Table:
         table.add_column(name, justify="left" if name == "token" else "right", overflow="fold")
     for number, (token, trained) in enumerate(zip(tokens.ids.tolist(), tokens.trained.tolist(), strict=True)):
         words = Text(repr(tokenizer.decode([token]))[1:-1], style=TRAINED if trained else "")
-        table.add_row(str(number), str(token), words, "yes" if trained else "")
+        table.add_row(str(number), str(token), words, f"yes{_times(tokens, number)}" if trained else "")
     return table

@@ -19,6 +19,7 @@ from qwenlora.data.chat import Encoder, Tokens
 from qwenlora.data.overlength import cut_to_length
 from qwenlora.data.rows import Row
 from qwenlora.trainer.loop.batches import collate
+from qwenlora.trainer.loop.weighted_loss import WEIGHTS
 from qwenlora.trainer.model.base import IGNORED
 
 TOKENS_AT_ONCE = 16384  # of a batch, padding included
@@ -60,25 +61,28 @@ def answer_tokens(tokenizer: Any, questions: Sequence[Question], answers: Sequen
 def mean_loss(
     model: Any, rows: Sequence[Tokens], pad_id: int, title: str, *, batch_size: int
 ) -> float | None:
-    """Return the mean cross-entropy over all trained tokens, as evaluation computes it; None without any.
+    """Return the mean cross-entropy over all trained tokens, as evaluation computes it (weighted, where they
+    have weights); None without any.
 
     Summed in float64 and divided once, so batches do not matter. Only trained tokens get logits.
     """
     # still with the adapter, which is inside the base's layers
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder, head = base.get_decoder(), base.get_output_embeddings()
-    total, count = 0.0, 0
+    total = count = 0.0
     batches = list(_batches(rows, batch_size))
     for rows_of_batch in track(batches, description=title, transient=True, disable=not sys.stdout.isatty()):
         batch = {name: values.to(model.device) for name, values in collate(rows_of_batch, pad_id).items()}
         labels = batch.pop("labels")[:, 1:]
         trained = labels != IGNORED
+        weights = (batch.pop(WEIGHTS)[:, :-1] if WEIGHTS in batch else trained.float())[trained]
         with torch.inference_mode():
             states = decoder(**batch, use_cache=False).last_hidden_state[:, :-1][trained]
-            pieces = (torch.split(each, LOGITS_AT_ONCE) for each in (states, labels[trained]))
-            for some, targets in zip(*pieces, strict=True):
-                total += cross_entropy(head(some).float(), targets, reduction="none").double().sum().item()
-        count += int(trained.sum())
+            pieces = (torch.split(each, LOGITS_AT_ONCE) for each in (states, labels[trained], weights))
+            for some, targets, their_weights in zip(*pieces, strict=True):
+                losses = cross_entropy(head(some).float(), targets, reduction="none").double()
+                total += (losses * their_weights).sum().item()
+        count += weights.double().sum().item()
     return total / count if count else None
 
 

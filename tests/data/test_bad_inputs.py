@@ -655,8 +655,8 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     "system is a number": ("my.jsonl", chat(*TURNS, system=0), ["system must be text, found 0"], {}),
     "weight of a turn": (
         "my.jsonl",
-        chat(TURNS[0], TURNS[1] | {"weight": 0}),
-        ["turn 2 has weight, which qwenlora does not use; ignore it: data.columns: {weight: null}"],
+        chat(TURNS[0], TURNS[1] | {"weight": -1}),
+        ["turn 2 has weight -1; expected 0 or false", "or ignore it: data.columns: {weight: null}"],
         {},
     ),
     "forged end of a turn": (

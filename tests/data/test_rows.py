@@ -71,7 +71,7 @@ def config_of(message: str) -> tuple[str, Any]:
     ],
 )
 def test_the_shapes_of_a_question_and_its_answer_give_the_same_turns(row):
-    assert read(row) == (1, [QUESTION, ANSWER], None, None)
+    assert read(row) == Row(1, [QUESTION, ANSWER])
 
 
 SHAREGPT = {
@@ -494,16 +494,16 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": [{"function": {"nam
     ("value", "reason"),
     [
         (
-            {"messages": [SAID[0], SAID[1] | {"loss_weight": 0}]},
-            "turn 2 has loss_weight, which qwenlora does not use",
+            {"messages": [SAID[0], SAID[1] | {"mask": 0}]},
+            "turn 2 has mask, which qwenlora does not use",
+        ),
+        (
+            {"messages": [SAID[0], SAID[1] | {"loss_scale": 2}]},
+            "read it as weight: data.columns: {loss_scale: weight}, or",
         ),
         (
             {"messages": [SAID[0], SAID[1] | {"thinking": "t"}]},
             "data.columns: {thinking: reasoning_content}, or",
-        ),
-        (
-            {"messages": SAID, "weight": 0},
-            "which qwenlora does not use; ignore it: data.columns: {weight: null}",
         ),
         ({"messages": SAID, "images": ["x.png"]}, "has images, which qwenlora does not use"),
         (

@@ -33,6 +33,12 @@ def side_of(count: int, seed: int = 0) -> Side:
     return Side(ids, trained, starts[:-1], lengths.astype(np.int32), trained_lengths, row_of, places)
 
 
+def weighted(side: Side, seed: int = 0) -> Side:
+    """Return rows whose trained tokens have weights."""
+    random = np.random.RandomState(seed)
+    return side._replace(weights=(random.lognormal(0, 2, len(side.ids)) * side.trained).astype(np.float32))
+
+
 def parameters_of(*counts: int) -> Parameters:
     """Return parameter counts, in the record's order."""
     return Parameters(**dict(zip(Parameters.model_fields, counts, strict=True)))

@@ -34,18 +34,20 @@ def trainer(tiny, tmp_path):
 
 
 def plain_loss_and_gradients(tiny, side: Side, rows: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the mean loss over all trained tokens of rows, one row at a time, in plain torch."""
+    """Return the weighted mean loss over all trained tokens of rows, one row at a time, in plain torch."""
     torch.manual_seed(0)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(target_modules="all-linear")
     )
-    total, count = torch.zeros(()), 0
+    total, count = torch.zeros(()), 0.0
     for row in rows:
-        ids, trained = (torch.from_numpy(np.asarray(part)) for part in side.row(row))
+        ids, weights = (
+            torch.from_numpy(part.copy()) for part in (side.row(row).ids, side.row(row).given_weights())
+        )
         logits = model(input_ids=ids[None].long()).logits[0, :-1]
         losses = torch.nn.functional.cross_entropy(logits, ids[1:].long(), reduction="none")
-        total = total + losses[trained[1:]].sum()
-        count += int(trained[1:].sum())
+        total = total + (losses * weights[1:]).sum()
+        count += float(weights[1:].sum())
     (total / count).backward()
     return (total / count).item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 

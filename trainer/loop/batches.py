@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from qwenlora.data.chat import Tokens
 from qwenlora.data.order import MicroBatch, Order
 from qwenlora.data.prepared import Side
+from qwenlora.trainer.loop.weighted_loss import loss_weights
 from qwenlora.trainer.model.base import IGNORED
 
 
@@ -21,6 +22,11 @@ class Rows(NamedTuple):
     train: Side
     evaluation: Side | None = None
     place: Callable[[int], str] = str
+
+    @property
+    def weighted(self) -> bool:
+        """Whether any token has a weight other than 0 and 1."""
+        return any(side is not None and side.weights is not None for side in (self.train, self.evaluation))
 
 
 class _Units(Dataset[list[Tokens]]):
@@ -80,7 +86,8 @@ class StepLoader(DataLoader[list[Tokens]]):
 def collate(rows: list[Tokens], pad_id: int) -> dict[str, Tensor]:
     """Return input_ids, labels and attention_mask, int64 [rows, longest], padded on the right. Without rows
     the batch is one blank token that trains nothing, so that a rank without work still joins every
-    collective. Labels are -100 where a token is not trained, and not shifted: the model shifts."""
+    collective. Labels are -100 where a token is not trained, and not shifted: the model shifts. Where rows
+    have weights there are loss_weights, too (weighted_loss.py)."""
     width = max((len(row.ids) for row in rows), default=1)
     shape = (max(len(rows), 1), width)
     input_ids = torch.full(shape, pad_id)
@@ -93,13 +100,15 @@ def collate(rows: list[Tokens], pad_id: int) -> dict[str, Tensor]:
         input_ids[number, :length] = ids
         labels[number, :length] = ids.where(torch.from_numpy(row.trained.copy()), IGNORED)
         attention_mask[number, :length] = 1
-    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    return batch | loss_weights([[row] for row in rows], width)
 
 
 def collate_packs(packs: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
     """Return input_ids, labels and position_ids, int64 [packs, longest], a pack's rows one after the other.
     Positions start at 0 in every row, by which transformers' attention isolates rows if there is no
-    attention_mask and no cache; check_isolation() tests that. Padding counts as rows of one token."""
+    attention_mask and no cache; check_isolation() tests that. Padding counts as rows of one token. Where rows
+    have weights there are loss_weights, too (weighted_loss.py)."""
     width = max((sum(len(row.ids) for row in pack) for pack in packs), default=1)
     shape = (max(len(packs), 1), max(width, 1))
     input_ids = torch.full(shape, pad_id)
@@ -114,7 +123,8 @@ def collate_packs(packs: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
             labels[number, start:end] = ids.where(torch.from_numpy(row.trained.copy()), IGNORED)
             position_ids[number, start:end] = torch.arange(len(ids))
             start = end
-    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    return batch | loss_weights(packs, width)
 
 
 def seed_micro_batch(seed: int, step: int, number: int, slice_number: int = 0) -> None:

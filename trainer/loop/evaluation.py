@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qwenlora.data.prepared import Side
 from qwenlora.trainer.loop.batches import collate
-from qwenlora.trainer.model.base import IGNORED
+from qwenlora.trainer.loop.weighted_loss import weight_of
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.ranks.stop import Stop
 
@@ -33,21 +33,20 @@ def sum_losses(
     device: torch.device,
     out_of_memory: Callable[[tuple[int, ...]], TrainingFault],
 ) -> Tensor | None:
-    """Return float64 [2]: the sums of this rank's losses and trained tokens; None when the ranks, which check
-    before each batch, agree to stop. out_of_memory: makes the error, from the shape of input_ids."""
+    """Return float64 [2]: the sums of this rank's losses and trained tokens, both weighted where the tokens
+    have weights; None when the ranks, which check before each batch, agree to stop. out_of_memory: makes the
+    error, from the shape of input_ids."""
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         stop.agree(device)
         if stop.agreed:
             return None
-        labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
-        tokens = (labels != IGNORED).sum()
         try:
             # num_items_in_batch=1 makes the model return the sum over tokens, not their mean
             loss = model(**batch, num_items_in_batch=1).loss.double()
         except torch.OutOfMemoryError as error:
             raise out_of_memory(tuple(batch["input_ids"].shape)) from error
-        sums += torch.stack([loss, tokens.double()])
+        sums += torch.stack([loss, weight_of([batch], device)])
     return sums
 
 

@@ -32,6 +32,7 @@ from qwenlora.trainer.loop.nonfinite import NonFiniteSteps
 from qwenlora.trainer.loop.resume import ResumeCallback
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.schedule import begin_above_zero, restore_schedule
+from qwenlora.trainer.loop.weighted_loss import use_weights, weight_of
 from qwenlora.trainer.ranks import faults
 from qwenlora.trainer.ranks.stop import Stop
 from qwenlora.trainer.spread.sequence import Team
@@ -89,6 +90,8 @@ class LoraTrainer(Trainer):
         )
         self.team = team or Team(number=args.process_index, teams=args.world_size)
         self.nonfinite = NonFiniteSteps(config, rows, self.team)
+        if rows.weighted:
+            use_weights(self.model, accepts=self.model_accepts_loss_kwargs and self._loss_shifts_labels)
         self.remove_callback(PrinterCallback)
         self.add_callback(ResumeCallback(self))
 
@@ -167,6 +170,14 @@ class LoraTrainer(Trainer):
         samples: tuple[list[Any], Tensor | int | None]
         samples = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
         return samples
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """Return what the losses of a step are divided by: the weight of its tokens on all ranks."""
+        if self.train_side.weights is None:
+            number: Tensor | int | None = super()._get_num_items_in_batch(batch_samples, device)
+            return number
+        weight: Tensor = self.accelerator.gather(weight_of(batch_samples, device)).sum().float()
+        return weight
 
     def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:

@@ -56,6 +56,8 @@ class Team(NamedTuple):
             "shift_labels": pad(batch["labels"][:, 1:], (0, 1 + padding), value=IGNORED),
             "position_ids": positions,
         }
+        if "loss_weights" in batch:  # shifted already
+            sequences["loss_weights"] = pad(batch["loss_weights"], (0, padding))
         mine = slice(self.rank * width, (self.rank + 1) * width)
         cut = {name: tensor[:, mine].contiguous() for name, tensor in sequences.items()}
         # Trainer and the model require labels, and use shift_labels if given
