@@ -165,7 +165,7 @@ def test_history_comes_before_the_question(history):
 
 
 def test_plain_text_has_no_turns_and_may_hold_any_mark():
-    assert read({"text": " 人之初，<|im_end|>"}) == (1, [], None, " 人之初，<|im_end|>")
+    assert read({"text": " 人之初，<|im_end|>"}) == Row(1, [], None, " 人之初，<|im_end|>")
 
 
 def test_tool_calls_are_objects_however_they_are_written():

@@ -1,4 +1,4 @@
-"""Weights of turns and rows: 0 masks a reply, 1 trains it, other numbers weigh its loss; all else is refused."""
+"""Weights of turns and rows: 0 masks a reply, 1 trains it, other numbers weigh its loss."""
 
 import io
 import json

@@ -1,6 +1,8 @@
 """Small rows, configs and trainers for tests of trainer/."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +38,32 @@ def side_of(count: int, seed: int = 0) -> Side:
 def weighted(side: Side, seed: int = 0) -> Side:
     """Return rows whose trained tokens have weights."""
     random = np.random.RandomState(seed)
-    return side._replace(weights=(random.lognormal(0, 2, len(side.ids)) * side.trained).astype(np.float32))
+    return with_weights(side, random.lognormal(0, 2, len(side.ids)))
+
+
+def with_weights(side: Side, weights: Any) -> Side:
+    """Return rows with a weight for each token that is trained."""
+    return Side(*side[:7], (weights * side.trained).astype(np.float32))
+
+
+def plain_loss_and_gradients(
+    model: Any, side: Side, rows: Iterable[int]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the mean loss over all trained tokens of rows, by their weights, and its gradients: one row at a
+    time, in plain torch."""
+    losses, weights = [], []
+    for row in map(side.row, rows):
+        ids = torch.from_numpy(row.ids.astype("int64"))
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"))
+        of_tokens = row.trained if side.weights is None else row.weights
+        weights.append(torch.from_numpy(of_tokens[1:].astype("float32")))
+    weight = torch.cat(weights)
+    loss = (torch.cat(losses) * weight).sum() / weight.sum()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.item(), gradients
 
 
 def parameters_of(*counts: int) -> Parameters:

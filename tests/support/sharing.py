@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from made import NO_IDENTITY, side_of
+from made import NO_IDENTITY, side_of, weighted
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.data.order import accumulation_steps
+from qwenlora.data.packing import pack
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows, collate_packs
@@ -57,7 +58,8 @@ def make_base(folder: Path, kind: str, heads: int = 4, kv_heads: int = 2) -> str
 
 @dataclass(frozen=True)
 class Sharing:
-    """One run. size: ranks that share a sequence; resume: a checkpoint to go on from."""
+    """One run. size: ranks that share a sequence; resume: a checkpoint to go on from; weighted: rows have
+    weights; pack: tokens of a pack, 0: none are packed."""
 
     base: str
     folder: str
@@ -67,6 +69,8 @@ class Sharing:
     dropout: float = 0.0
     recompute: bool = False
     strategy: str = "ddp"
+    weighted: bool = False
+    pack: int = 0
 
     @property
     def config(self) -> Config:
@@ -87,7 +91,7 @@ class Sharing:
         return Config(
             run_dir=self.folder,
             model=Model(name_or_path=self.base),
-            data=Data(train="unused", eval="unused"),
+            data=Data(train="unused", eval="unused", **({"max_length": self.pack} if self.pack else {})),
             lora=Lora(lora_dropout=self.dropout),
             train=Train(**train),
             strategy=Strategy(name=self.strategy, sequence_parallel=self.size),
@@ -105,6 +109,16 @@ def run_all(runs: dict[str, Sharing], tokenizer: str, packs: str = "") -> dict[s
     return results
 
 
+def model_of(base: Any, lora: Lora) -> Any:
+    """Return a base with an adapter that trains all its parts from the first step."""
+    torch.manual_seed(0)
+    model = add_lora(base, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # at its usual zeros, lora_A has no gradient
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
 def run(sharing: Sharing, tokenizer: str) -> dict[str, Any]:
     """Return losses and evaluations by step, gradients of the first step, norms, adapter, tokens counted."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -115,15 +129,15 @@ def run(sharing: Sharing, tokenizer: str) -> dict[str, Any]:
     parameters = count_parameters(config, sharing.base)
     spread = strategy.choose(config, parameters, accumulation_steps(8, 2, world, sharing.size))
     base = strategy.load_base(config, sharing.base, spread)
-    torch.manual_seed(0)
-    model = add_lora(base, config.lora)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # at its usual zeros, lora_A has no gradient
-            torch.nn.init.normal_(parameter, std=0.05)
+    model = model_of(base, config.lora)
     team = sequence.team_of(sharing.size)
     sequence.share_attention(base, team)
-    side = side_of(ROWS)
-    arguments = training_arguments(config, folder, len(side), world, evaluates=True, name=sharing.strategy)
+    side, eval_ = side_of(ROWS), side_of(EVAL_ROWS, 1)
+    if sharing.weighted:
+        side, eval_ = weighted(side), weighted(eval_)
+    packs = pack(side.lengths, sharing.pack) if sharing.pack else None
+    units = len(packs or side)
+    arguments = training_arguments(config, folder, units, world, evaluates=True, name=sharing.strategy)
     arguments.logging_steps = 1
     saver = (
         Saver(folder, NO_IDENTITY, world, limit=None, in_background=True, timeout_s=600)
@@ -134,7 +148,7 @@ def run(sharing: Sharing, tokenizer: str) -> dict[str, Any]:
         model,
         config,
         arguments,
-        Rows(order_of(config, side), side, side_of(EVAL_ROWS, 1)),
+        Rows(order_of(config, side, packs), side, eval_),
         Services(saver),
         team=team,
         deepspeed=spread.deepspeed,

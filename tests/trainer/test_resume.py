@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
-from made import config_of, parameters_of, side_of, trainer_of
+from made import config_of, parameters_of, side_of, trainer_of, weighted
 from transformers import Trainer, TrainerCallback
 
 from qwenlora.configs.schema import Lora
@@ -38,13 +38,14 @@ class AskAt(TrainerCallback):
             self.request.ask("SIGUSR1")
 
 
-def attempt(tiny, folder, config, ask=None, eval_=None, before=None):
+def attempt(tiny, folder, config, ask=None, eval_=None, before=None, side=None):
     """Do what attempt.py does, on one process: choose, load, cut metrics.jsonl, evaluate if due, train.
 
     ask: when to request a stop: {step}, or {evaluation, batch}, both from 1.
     """
     run, request = RunFolder(folder), StopRequest()
-    made = trainer_of(tiny, folder, side_of(ROWS), config, eval_ or side_of(5, seed=1), stop=Stop(request))
+    side, eval_ = side or side_of(ROWS), eval_ or side_of(5, seed=1)
+    made = trainer_of(tiny, folder, side, config, eval_, stop=Stop(request))
     file = MetricsFile(run.metrics)
     made.add_callback(Metrics(file, made, parameters_of(100, 10, 80, 20, 4, 16, 16, 32, 8), recomputed=False))
     if ask and "evaluation" in ask:
@@ -139,6 +140,15 @@ def test_a_run_of_many_stops_is_the_same_run(tiny, tmp_path):
         assert attempt(tiny, tmp_path / "cut", config, {"step": step}).state.global_step == step
     assert history(tmp_path / "cut") != history(tmp_path / "whole")
     cut = attempt(tiny, tmp_path / "cut", config)
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(cut).items())
+
+
+def test_a_run_with_weights_goes_on_to_the_bit(tiny, tmp_path):
+    rows = {"side": weighted(side_of(ROWS)), "eval_": weighted(side_of(5, seed=1))}
+    whole = attempt(tiny, tmp_path / "whole", settings(), **rows)
+    attempt(tiny, tmp_path / "cut", settings(), {"step": 4}, **rows)
+    cut = attempt(tiny, tmp_path / "cut", settings(), **rows)
     assert history(tmp_path / "cut") == history(tmp_path / "whole")
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(cut).items())
 

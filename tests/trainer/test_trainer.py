@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from made import config_of, parameters_of, side_of, trainer_of
+from made import config_of, parameters_of, plain_loss_and_gradients, side_of, trainer_of
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.trainer_utils import SchedulerType
@@ -33,23 +33,9 @@ def trainer(tiny, tmp_path):
     return functools.partial(trainer_of, tiny, tmp_path)
 
 
-def plain_loss_and_gradients(tiny, side: Side, rows: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the weighted mean loss over all trained tokens of rows, one row at a time, in plain torch."""
+def new_model(tiny):
     torch.manual_seed(0)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(target_modules="all-linear")
-    )
-    total, count = torch.zeros(()), 0.0
-    for row in rows:
-        ids, weights = (
-            torch.from_numpy(part.copy()) for part in (side.row(row).ids, side.row(row).given_weights())
-        )
-        logits = model(input_ids=ids[None].long()).logits[0, :-1]
-        losses = torch.nn.functional.cross_entropy(logits, ids[1:].long(), reduction="none")
-        total = total + (losses * weights[1:]).sum()
-        count += float(weights[1:].sum())
-    (total / count).backward()
-    return (total / count).item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(target_modules="all-linear"))
 
 
 def assert_a_step_is_the_mean_over_all_rows(made: LoraTrainer, tiny, side: Side) -> None:
@@ -62,7 +48,7 @@ def assert_a_step_is_the_mean_over_all_rows(made: LoraTrainer, tiny, side: Side)
         )
     )
     made.train()
-    loss, expected = plain_loss_and_gradients(tiny, side, list(range(len(side))))
+    loss, expected = plain_loss_and_gradients(new_model(tiny), side, range(len(side)))
     assert made.state.log_history[0]["loss"] == pytest.approx(loss, abs=1e-5)
     assert set(gradients) == set(expected)
     for name, gradient in expected.items():
@@ -118,7 +104,7 @@ def test_evaluation_is_the_same_for_any_batch_size_and_equals_plain_torch(tiny, 
         evaluated = made.evaluate()
         losses.append(evaluated["eval_loss"])
         assert evaluated["eval_perplexity"] == pytest.approx(np.exp(evaluated["eval_loss"]))
-    expected, _ = plain_loss_and_gradients(tiny, eval_, list(range(13)))
+    expected, _ = plain_loss_and_gradients(new_model(tiny), eval_, range(13))
     assert losses == pytest.approx([expected] * 4, abs=5e-6)
 
 
@@ -191,6 +177,7 @@ OVERRIDDEN = {
     "__init__": None,  # called with names alone
     "_wrap_model": ["self", "model", "training", "dataloader"],
     "get_train_dataloader": ["self"],
+    "_get_num_items_in_batch": ["self", "batch_samples", "device"],
     "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
     "create_scheduler": ["self", "num_training_steps", "optimizer"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
