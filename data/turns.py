@@ -114,13 +114,18 @@ def read_turns(row: JsonObject, options: RowOptions) -> list[Message]:
 
 def join_calls(messages: list[Message]) -> list[Message]:
     """Return turns with calls that stand alone joined to the assistant's turn before them: it ends once,
-    after all of its calls."""
+    after all of its calls. Raises: BadRow when they have another weight than it."""
     joined: list[Message] = []
-    for message in messages:
+    for number, message in enumerate(messages, 1):
         calls, before = message.get("tool_calls", []), joined[-1] if joined else None
         if calls and not message["content"].strip():
             message = {**message, "content": ""}  # white space would stand before the call
             if before and before["role"] == "assistant" and "reasoning_content" not in message:
+                if before.get("weight") != message.get("weight"):
+                    raise BadRow(
+                        f"turn {number} and the calls or reply before it are one turn of the assistant, and have"
+                        " different weights; give them the same"
+                    )
                 joined[-1] = {**before, "tool_calls": [*before.get("tool_calls", []), *calls]}
                 continue
         joined.append(message)

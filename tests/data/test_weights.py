@@ -21,6 +21,7 @@ from qwenlora.data.weights import OF_TURNS
 from qwenlora.trainer.data_check import check, preview
 
 USER, REPLY = {"role": "user", "content": "几点开门？"}, {"role": "assistant", "content": "上午九点。"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
 numbers = st.sampled_from([0, 1, False, True, 0.0, 1.0, 0.5, 3]) | st.floats(1e-18, 1e18)
 
 
@@ -146,6 +147,10 @@ def test_what_is_no_weight_is_refused_in_a_line(value):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        (
+            {"messages": [USER, REPLY | {"weight": 0}, CALL | {"weight": 2}]},
+            "turn 3 and the calls or reply before it are one turn of the assistant, and have different weights",
+        ),
         (
             {"messages": [USER | {"train": True}, REPLY]},
             "turn 1 (user) has weight 1, and only replies are trained",
