@@ -149,7 +149,7 @@ def test_what_is_no_weight_is_refused_in_a_line(value):
     [
         (
             {"messages": [USER, REPLY | {"weight": 0}, CALL | {"weight": 2}]},
-            "turn 3 and the calls or reply before it are one turn of the assistant, and have different weights",
+            "turn 3 and the one before it are one turn of the assistant, and have different weights",
         ),
         (
             {"messages": [USER | {"train": True}, REPLY]},
