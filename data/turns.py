@@ -123,8 +123,8 @@ def join_calls(messages: list[Message]) -> list[Message]:
             if before and before["role"] == "assistant" and "reasoning_content" not in message:
                 if before.get("weight") != message.get("weight"):
                     raise BadRow(
-                        f"turn {number} and the one before it are one turn of the assistant, and have different"
-                        " weights; give them the same"
+                        f"turn {number} and the one before it are one turn of the assistant, and have"
+                        " different weights; give them the same"
                     )
                 joined[-1] = {**before, "tool_calls": [*before.get("tool_calls", []), *calls]}
                 continue
