@@ -55,9 +55,9 @@ def plain_loss_and_gradients(
     for row in map(side.row, rows):
         ids = torch.from_numpy(row.ids.astype("int64"))
         logits = model(input_ids=ids[None]).logits[0, :-1]
-        losses.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"))
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").double())
         of_tokens = row.trained if side.weights is None else row.weights
-        weights.append(torch.from_numpy(of_tokens[1:].astype("float32")))
+        weights.append(torch.from_numpy(of_tokens[1:].astype("float64")))
     weight = torch.cat(weights)
     loss = (torch.cat(losses) * weight).sum() / weight.sum()
     loss.backward()
