@@ -192,22 +192,30 @@ def test_train_on_and_weights(tokenizers):
     assert every.weights.tolist() == [0, *[3] * (len(every.ids) - 1)]
 
 
-@pytest.mark.parametrize("overlength", ["truncate", "split"])
-def test_long_rows_keep_their_weights(tokenizers, tmp_path, overlength):
+@pytest.mark.parametrize(
+    ("max_length", "options"),
+    [
+        (120, {"overlength": "truncate"}),
+        (120, {"overlength": "split"}),
+        (30, {"overlength": "split", "split_replies": True}),
+    ],
+)
+def test_long_rows_keep_their_weights(tokenizers, tmp_path, max_length, options):
     replies = [{"role": "assistant", "content": f"答{n}。" * 5, "weight": n} for n in range(6)]
+    replies.append({"role": "assistant", "content": "答0。" * 60, "weight": 0})
     turns = [turn for reply in replies for turn in (USER, reply)]
     (tmp_path / "my.jsonl").write_text(json.dumps({"messages": turns}))
-    data = Data(train=f"{tmp_path}/my.jsonl", max_length=120, overlength=overlength)
+    data = Data(train=f"{tmp_path}/my.jsonl", max_length=max_length, **options)
     made = prepare(data, tokenizers["tiny"], tmp_path / "cache")
     side, seen = made.side("train"), set()
     for number in range(len(side)):
         tokens = side.row(number)
-        assert tokens.trained.tolist() == (tokens.weights > 0).tolist()
-        for weight in np.unique(tokens.weights[tokens.trained]):
-            words = tokenizers["tiny"].decode(tokens.ids[tokens.weights == weight])
-            assert set(words) & set("0123456789") == {str(int(weight))}
+        assert tokens.trained[1:].tolist() == (tokens.weights > 0)[1:].tolist()
+        for weight in np.unique(tokens.given_weights()[tokens.trained]):
+            words = tokenizers["tiny"].decode(tokens.ids[tokens.given_weights() == weight])
+            assert set(words) & set("0123456789") <= {str(int(weight))}
             seen.add(int(weight))
-    assert seen == ({1, 2, 3, 4, 5} if overlength == "split" else seen & {1, 2})
+    assert seen == ({1, 2, 3, 4, 5} if options["overlength"] == "split" else seen & {1, 2})
     assert seen
     assert made.counts["train"].lost_replies == 0, "a masked reply is not lost"
 
