@@ -18,6 +18,7 @@ from qwenlora.data.counts import (
     PreparedIndex,
     SourceCounts,
 )
+from qwenlora.data.marks import Unfilled
 from qwenlora.data.packing import pack
 from qwenlora.data.sources import SIDES, Source
 from qwenlora.data.tokenise import TokenArrays, TokenisedChunk, repeats_of
@@ -31,6 +32,7 @@ class ArrayWriter:
         self.folder, self.sources, self.data = folder, sources, data
         self.read = self.bad_rows = 0
         self.notes: list[str] = []
+        self._unfilled = Unfilled()
         self._first_bad: list[BadRowPlace] = []
         self._bad_file = (folder / "bad.jsonl").open("w", encoding="utf-8")
         self._sides: dict[SideName, _SideWriter] = {}
@@ -46,6 +48,8 @@ class ArrayWriter:
             if len(self._first_bad) < SHOWN_BAD_ROWS:
                 self._first_bad.append(place)
             self._bad_file.write(json.dumps(place, ensure_ascii=False) + "\n")
+        for line, names in chunk.unfilled:
+            self._unfilled.add(self.sources[source].place(file, line), names)
         for side, arrays in chunk.sides.items():
             if side not in self._sides:
                 self._sides[side] = _SideWriter(self.folder / side)
@@ -78,7 +82,7 @@ class ArrayWriter:
             sides=sides,
             sources=[SourceCounts.model_validate(counts) for counts in self._by_source],
             overlap=self._overlap(),
-            notes=self.notes,
+            notes=[*self.notes, *self._unfilled.notes()],
         )
 
     def _write_packs(self, counts: SideCounts) -> SideCounts:

@@ -76,7 +76,7 @@ def _json_hint(text: str) -> str:
     if text[:1] == "{" and text[-1:] != "}":
         return " (the line was cut off? or an object over several lines? one a line: jq -c . old > new)"
     if text[:1] not in '{["':
-        return ' (plain text? a row is an object: {"text": "..."})'
+        return ' (plain text? name the file .txt, or write rows: {"text": "..."})'
     return ""
 
 
@@ -97,6 +97,27 @@ def one_object(head: bytes) -> str:
     if is_rows and not text[end:].strip():
         return f"is one JSON object, its rows are in {key}; write them alone: jq -c '.{key}[]' old > new"
     return "has an object over several lines; one row a line: jq -c . old > new, or an array: [{...}, {...}]"
+
+
+def holds_lists_of_turns(head: str) -> bool:
+    """Return whether the arrays of a file are rows, each a list of turns. head: its first characters."""
+    lenient = json.JSONDecoder()
+    start = len(head) - len(head.lstrip())
+    first = _WHITE_SPACE.match(head, start + 1)
+    assert first is not None, "it matches nothing, too"
+    try:
+        turn, _ = lenient.raw_decode(head, first.end())
+    except (ValueError, RecursionError):
+        return False  # longer than the head, or not JSON: the array's reader says what is wrong
+    if not isinstance(turn, dict):
+        return False
+    if turn.keys() >= {"role", "content"} or turn.keys() >= {"from", "value"}:
+        return True
+    try:  # other keys, and another array after the first: lines of arrays
+        _, end = lenient.raw_decode(head, start)
+    except (ValueError, RecursionError):
+        return False
+    return head[end:].lstrip()[:1] == "["
 
 
 def lines(path: Path, blocks: Iterator[bytes], raw: IO[bytes]) -> Iterator[Lines]:
@@ -122,6 +143,11 @@ def lines(path: Path, blocks: Iterator[bytes], raw: IO[bytes]) -> Iterator[Lines
 def array(path: Path, texts: Iterator[str], raw: IO[bytes]) -> Iterator[Values]:
     """Yield the elements of a JSON array, however long it is. texts: the file's, decoded."""
     yield from in_chunks(_ArrayReader(path, texts).rows(), raw)
+
+
+def arrays(path: Path, texts: Iterator[str], raw: IO[bytes]) -> Iterator[Values]:
+    """Yield whole JSON arrays, one after the other. texts: the file's, decoded."""
+    yield from in_chunks(_ArrayReader(path, texts).arrays(), raw)
 
 
 class _ArrayReader:
@@ -154,6 +180,13 @@ class _ArrayReader:
                 f"expected the end of the file after the array's ], found {show(rest)}; a file is one array"
                 " of objects, or one object a line"
             )
+
+    def arrays(self) -> Iterator[Decoded]:
+        """Yield (line, array) for each array of the file. Raises: ValueError naming the line."""
+        while character := self._next_character():
+            if character != "[":
+                raise self._error(f"expected a list of turns, as before it, found {show(character)}")
+            yield self.line, self._element()
 
     def _more(self) -> bool:
         """Add text to the buffer, and drop what is before the position; false at the end of the file."""

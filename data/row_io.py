@@ -1,8 +1,9 @@
 """Files as chunks of rows, whatever their format, compression and encoding.
 
-`for chunk in read_chunks(Path("my.jsonl.gz")): chunk.values()`. A file's bytes show its format; only CSV and
-TSV are known by their extension. A chunk is about a megabyte and knows its lines, so that a file of any size
-is read in little memory, and other processes can decode it. rows.py reads the values' meaning.
+`for chunk in read_chunks(Path("my.jsonl.gz")): chunk.values()`. A file's bytes show its format; only CSV,
+TSV and plain text are known by their extension. A chunk is about a megabyte and knows its lines, so that a
+file of any size is read in little memory, and other processes can decode it. rows.py reads the values'
+meaning.
 """
 
 import codecs
@@ -14,11 +15,13 @@ from typing import IO
 
 from qwenlora.data import encodings
 from qwenlora.data.chunks import Values
-from qwenlora.data.json_rows import Lines, array, lines, one_object
+from qwenlora.data.json_rows import Lines, array, arrays, holds_lists_of_turns, lines, one_object
+from qwenlora.data.plain_text import is_json, text_rows
 from qwenlora.data.tables import csv_rows, parquet_rows
 
 CHUNK_BYTES = 2**20
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+TEXT = ".txt"  # read where it is named; in a folder it may be a licence
 COMPRESSED = (".gz", ".zst")
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -65,16 +68,23 @@ def _chunks(path: Path, raw: IO[bytes], encoding: str | None, note: Callable[[st
     blocks, head = _peek(_blocks(path, raw, compression))
     _refuse_other_formats(path, head)
     encoding = encodings.named(path, head, encoding)
-    if (kind := extension(path)) in (".csv", ".tsv"):
+    kind = extension(path)
+    if kind in (".csv", ".tsv") or (kind == TEXT and not is_json(head, encoding)):
         if not encoding:
             encoding = encodings.find(path, lambda: _blocks_of(path, compression), note)
         texts = encodings.decode(path, blocks, encoding)
-        yield from csv_rows(path, texts, raw, "\t" if kind == ".tsv" else None, note)
+        if kind == TEXT:
+            yield from text_rows(path, texts, raw, note)
+        else:
+            yield from csv_rows(path, texts, raw, "\t" if kind == ".tsv" else None, note)
         return
     if encoding and codecs.lookup(encoding).name != "utf-8":
         blocks, head = _peek(text.encode() for text in encodings.decode(path, blocks, encoding))
     if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        yield from array(path, encodings.decode(path, blocks, "utf-8"), raw)
+        blocks, head = _peek(blocks, CHUNK_BYTES)
+        text = head.decode(errors="ignore").removeprefix("\ufeff")
+        read = arrays if holds_lists_of_turns(text) else array
+        yield from read(path, encodings.decode(path, blocks, "utf-8"), raw)
         return
     blocks, head = _peek(blocks, CHUNK_BYTES)
     if problem := one_object(head):

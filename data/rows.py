@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from qwenlora.data.bad_row import BadRow, show
 from qwenlora.data.chunks import JsonObject
+from qwenlora.data.marks import refuse_media
 from qwenlora.data.nulls import without_nulls
-from qwenlora.data.shapes import PAIRS, RowOptions, shape_of_object, with_our_keys
+from qwenlora.data.shapes import PAIRS, RowOptions, as_mapping, shape_of_object, with_our_keys
+from qwenlora.data.tools import read_tools
 from qwenlora.data.turns import (
     Message,
     check_json,
@@ -18,18 +20,18 @@ from qwenlora.data.turns import (
     check_turns,
     from_json,
     join_calls,
-    read_tools,
     read_turns,
     refuse_unused,
     reply,
+    turns_of,
 )
 from qwenlora.data.weights import OF_ROWS, read_weight
 
 # keys that would change a row's meaning but are not used -> the key to read them as, if any
 _UNUSED = {
-    **dict.fromkeys(("images", "videos", "audios", "reasoning_content"), None),
-    "system_prompt": "system",
+    **dict.fromkeys(("images", "videos", "audios", "image", "video", "audio", "reasoning_content"), None),
 }
+_SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "meta_instruction")
 
 
 class Row(NamedTuple):
@@ -71,9 +73,9 @@ def to_row(line: int, value: object, shape: str, options: RowOptions) -> Row:
         )
     if row.get("tools") and row.get("functions"):
         raise BadRow("has tools and functions; ignore one: data.columns: {functions: null}")
-    messages = read_turns(row, options) if shape == "chat" else _pair(row, *PAIRS[shape])
-    if (system := row.get("system")) not in (None, ""):
-        messages = [_system(system, messages[0]), *messages]
+    messages = read_turns(row, options) if shape == "chat" else _pair(row, *PAIRS[shape], options)
+    messages = _with_system(row, messages)
+    refuse_media(row, messages)
     tools = read_tools(row.get("tools") or row.get("functions"))
     check_turns(messages)
     if tools:
@@ -82,12 +84,26 @@ def to_row(line: int, value: object, shape: str, options: RowOptions) -> Row:
     return Row(line, join_calls(messages), tools, None, weight)
 
 
-def _system(text: object, first: Message) -> Message:
+def _with_system(row: JsonObject, messages: list[Message]) -> list[Message]:
+    """Return turns that begin with the row's system text, if it has one."""
+    systems = {key: row[key] for key in _SYSTEMS if row.get(key) not in (None, "")}
+    if not systems:
+        return messages
+    if len(systems) > 1:
+        raise BadRow(
+            f"has {' and '.join(systems)}; ignore one: data.columns: {as_mapping({list(systems)[-1]: None})}"
+        )
+    ((key, text),) = systems.items()
     if not isinstance(text, str):
-        raise BadRow(f"system must be text, found {show(text)}")
-    if first["role"] == "system":
-        raise BadRow("has a system text and a system turn; remove one")
-    return Message(role="system", content=text)
+        raise BadRow(f"{key} must be text, found {show(text)}")
+    if messages[0]["role"] == "system":
+        if messages[0]["content"] == text:
+            return messages
+        raise BadRow(
+            f"has a system text and a system turn; remove one, or ignore the text: data.columns:"
+            f" {as_mapping({key: None})}"
+        )
+    return [Message(role="system", content=text), *messages]
 
 
 def _text(row: JsonObject) -> str:
@@ -100,11 +116,33 @@ def _text(row: JsonObject) -> str:
     return text
 
 
-def _pair(row: JsonObject, question_key: str, answer_key: str) -> list[Message]:
-    question, more = _text_of(row, question_key), _text_of(row, "input", may_be_null=True)
-    answer = _text_of(row, answer_key)
-    question = "\n".join(part for part in (question, more) if part)
-    return [*_history(row.get("history")), Message(role="user", content=question), reply(answer)]
+def _pair(row: JsonObject, question_key: str, answer_key: str, options: RowOptions) -> list[Message]:
+    """Return the turns of a question and its answer; either may be text, a turn, or a list of turns."""
+    more = _text_of(row, "input", may_be_null=True)
+    if _are_turns(row[question_key]):
+        if more:
+            raise BadRow(
+                f"has turns in {question_key}, and input; put it into the turns, or ignore it:"
+                " data.columns: {input: null}"
+            )
+        asked = _turns(row, question_key, options)
+    else:
+        question = "\n".join(part for part in (_text_of(row, question_key), more) if part)
+        asked = [Message(role="user", content=question)]
+    if _are_turns(row[answer_key]):
+        answered = _turns(row, answer_key, options)
+    else:
+        answered = [reply(_text_of(row, answer_key))]
+    return [*_history(row.get("history")), *asked, *answered]
+
+
+def _are_turns(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(t, dict) for t in value))
+
+
+def _turns(row: JsonObject, key: str, options: RowOptions) -> list[Message]:
+    turns = row[key]
+    return turns_of([turns] if isinstance(turns, dict) else turns, key, options)
 
 
 def _text_of(row: JsonObject, key: str, *, may_be_null: bool = False) -> str:

@@ -4,7 +4,7 @@ data.columns and data.roles map other names to the shapes in KNOWN; rows.py read
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import NamedTuple, NoReturn
 
@@ -15,6 +15,7 @@ KNOWN = """known shapes of a row:
   chat               {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
                      {"messages": [{"role": "user", "content": "..."},
                                    {"role": "assistant", "content": "..."}]}
+                     {"messages": [{"human": "...", "assistant": "..."}]}
   alpaca             {"instruction": "...", "input": "...", "output": "..."}
   query_response     {"query": "...", "response": "..."}
   prompt_completion  {"prompt": "...", "completion": "..."}
@@ -34,14 +35,23 @@ KEYS = (
     *TURN_LISTS,
     *("from", "value", "role", "content", "reasoning_content", "tool_calls", "function_call", "weight"),
 )
-_REJECTED = ("rejected", "rejected_response", "rejected_messages")
+# keys of the two replies of preference data: chosen, response_chosen, chosen_messages ...
+_PREFERENCE = (
+    r"(?:(?:response|answer|output|completion)_)?{}"
+    r"(?:_(?:responses?|messages|conversations?|answer|reply|text|output|completion))?"
+)
+_CHOSEN, _REJECTED = (re.compile(_PREFERENCE.format(name)) for name in ("chosen", "reject(?:ed)?"))
 _UNKNOWN = "unknown shape"
-# names that people use for the two halves of a pair
-_QUESTIONS = ("question", "q", "ask", "input", "prompt", "problem", "query", "instruction", "user", "human")
-_ANSWERS = (
-    *("answer", "a", "reply", "response", "output", "completion", "target", "solution", "label"),
+# names that people use for the two halves of a pair, the likeliest first; a name may end with them: toy_input
+QUESTIONS = (
+    *("instruction", "instruct", "question", "query", "prompt", "problem", "q", "ask", "user", "human"),
+    "input",
+)
+ANSWERS = (
+    *("answer", "a", "reply", "response", "output", "completion", "chosen", "target", "solution", "label"),
     "assistant",
 )
+_TOOLS = ("tools", "functions")
 _PLAIN_YAML = re.compile(r"[^\W\d][\w-]*")
 _NOT_TEXT_IN_YAML = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 
@@ -62,13 +72,13 @@ def shape_of(value: object, options: RowOptions) -> str:
 def shape_of_object(row: JsonObject, options: RowOptions) -> str:
     """Return the shape of a row whose keys are ours. Raises: BadRow when it has none, or several."""
     filled = {key for key, value in row.items() if value is not None and value != ""}
-    _refuse_preferences(row, filled)
+    _refuse_preferences(row, filled, options.columns)
     shapes = _shapes(row, filled, options.format)
     if not shapes:
         raise BadRow(f"{_UNKNOWN} with keys {show_names(row)}{_hint(row, options.columns)}")
     shape = _chosen(shapes, options.format)
     if shapes != ["text"]:
-        _refuse_labels(row)
+        _refuse_bad_replies(row)
     return shape
 
 
@@ -104,41 +114,65 @@ def _chosen(shapes: list[str], wanted: str) -> str:
     raise BadRow(f"is {names}, data.format={wanted} is asked for; leave data.format out, or name other rows")
 
 
-def _refuse_preferences(row: JsonObject, filled: set[str]) -> None:
-    if "chosen" in filled and "rejected" in filled:
-        raise BadRow(f"is preference data (chosen and rejected), which is for DPO{_preference_hint(row)}")
-    if rejected := next((key for key in _REJECTED if key in filled), None):
+def _refuse_preferences(row: JsonObject, filled: set[str], columns: Mapping[str, str | None]) -> None:
+    replies = [key for key in row if key in filled and isinstance(row[key], str | list | dict)]
+    rejected = next(filter(_REJECTED.fullmatch, replies), None)
+    if not rejected:
+        return
+    chosen = next(filter(_CHOSEN.fullmatch, replies), None)
+    if not chosen:
         raise BadRow(
             f"is preference data ({rejected}), which is for DPO; to learn the other replies, write"
-            f" data.columns: {{{rejected}: null}}"
+            f" data.columns: {_more_columns(columns, {rejected: None})}"
         )
+    learnt, mapping = _without_preferences(row, chosen)
+    cure = ", and is not read here"
+    if mapping:
+        line = _more_columns(columns, {**mapping, rejected: None})
+        cure = f"; to learn the {learnt} alone, write data.columns: {line}"
+    raise BadRow(f"is preference data ({chosen} and {rejected}), which is for DPO{cure}")
 
 
-def _preference_hint(row: JsonObject) -> str:
-    if isinstance(row["chosen"], dict):
-        return "; to learn the chosen replies alone, write each as the last of its turns"
-    if any(key in row for key in TURN_LISTS):
-        return "; to learn the turns alone, write data.columns: {chosen: null, rejected: null}"
-    ours = "messages" if isinstance(row["chosen"], list) else _missing_answer(row)
-    if not ours:
-        return ", and is not read here"
-    return f"; to learn the chosen replies alone, write data.columns: {{chosen: {ours}, rejected: null}}"
+def _without_preferences(row: JsonObject, chosen: str) -> tuple[str, dict[str, str | None]]:
+    """Return what can be learnt of preference data, and the columns for it; empty where nothing can."""
+    reply = row[chosen]
+    lists: dict[str, str | None] = {key: None for key in TURN_LISTS if row.get(key)}
+    if isinstance(reply, list) and not _is_reply(reply[:1]):  # the whole conversation
+        return "chosen replies", {**lists, chosen: "messages"}
+    for turns in lists:
+        if _is_reply(row[turns]):
+            return "turns", {chosen: None}
+        prompt: dict[str, str | None] = {"prompt": None} if "prompt" in row else {}
+        return "chosen replies", {**prompt, turns: "prompt", chosen: "completion"}
+    for question, answer in PAIRS.values():
+        if question in row:
+            return ("pairs", {chosen: None}) if row.get(answer) else ("chosen replies", {chosen: answer})
+    if asked := named(row, QUESTIONS):
+        return "chosen replies", {asked: "prompt", chosen: "completion"}
+    return "", {}
 
 
-def _missing_answer(row: JsonObject) -> str | None:
-    """Return the answer's key for a row that has the question's alone."""
-    return next(
-        (answer for question, answer in PAIRS.values() if question in row and answer not in row), None
-    )
+def _is_reply(turns: object) -> bool:
+    """Return whether the last of some turns is an assistant's."""
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    speaker = (last.get("role") or last.get("from")) if isinstance(last, dict) else None
+    return speaker in ("assistant", "gpt", "function_call")
 
 
-def _refuse_labels(row: JsonObject) -> None:
+def _more_columns(columns: Mapping[str, str | None], more: Mapping[str, str | None]) -> str:
+    """Return data.columns with more of our keys in it, as YAML. more: keys as rows have them by columns."""
+    theirs = {ours: key for key, ours in columns.items() if ours}
+    return as_mapping({**columns, **{theirs.get(key, key): ours for key, ours in more.items()}})
+
+
+def _refuse_bad_replies(row: JsonObject) -> None:
+    """Refuse rows whose label says that the reply is a bad one. Numbers may be labels of classes."""
     for key in ("label", "kto_tag"):
         label = row.get(key)
-        if isinstance(label, bool) or (isinstance(label, str) and label.lower() in ("true", "false")):
+        if label is False or (isinstance(label, str) and label.lower() == "false"):
             raise BadRow(
-                f"is KTO data ({key}: {show(label)}), in which some replies are bad ones; keep the rows with"
-                f" {key}: true, and write data.columns: {{{key}: null}}"
+                f"has a bad reply, by its label for KTO ({key}: {show(label)}); to learn the good ones alone,"
+                f" write data.on_bad_row: skip, or if it is no such label, data.columns: {{{key}: null}}"
             )
 
 
@@ -149,8 +183,8 @@ def _hint(row: JsonObject, columns: Mapping[str, str | None]) -> str:
     if any(map(_is_prose, map(str, row))):
         return "; if these are a row: the first line of a table names its columns, as instruction,output"
     for key, value in row.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return _list_hint(key, value[0], columns)
+        if isinstance(value, list) and value and isinstance(value[0], dict) and key not in _TOOLS:
+            return _list_hint(key, value, row, columns)
     texts = [key for key, value in row.items() if isinstance(value, str)]
     return _pair_hint(texts, columns) if len(texts) > 1 else _half_hint(row, texts, columns)
 
@@ -159,11 +193,16 @@ def _is_prose(key: str) -> bool:
     return len(key) > 40 or key.endswith(tuple("?？.。!！"))
 
 
-def _list_hint(key: str, first: JsonObject, columns: Mapping[str, str | None]) -> str:
+def _list_hint(key: str, items: list[object], row: JsonObject, columns: Mapping[str, str | None]) -> str:
     """Return the hint for a row with a list of objects."""
-    name = as_yaml(key)
+    name, first = as_yaml(key), items[0]
+    assert isinstance(first, dict), "the caller looks"
     if any(known in first for known in (*TURN_LISTS, *chain.from_iterable(PAIRS.values()))):
-        return f"; if {name} are the rows, write them alone: jq -c '.{name}[]' old > new"
+        shared = [other for other in chain.from_iterable(PAIRS.values()) if isinstance(row.get(other), str)]
+        more = f"{{{', '.join(shared)}}} + " if shared else ""
+        return f"; if {name} are the rows, write them alone: jq -c '{more}.{name}[]' old > new"
+    if key in QUESTIONS and {"role", "content"} <= first.keys() and not _is_reply(items):
+        return f": {name} without a reply; such rows are for reinforcement learning"
     return f"; if {name} are the turns, write data.columns: {as_mapping({**columns, key: 'messages'})}"
 
 
@@ -171,7 +210,10 @@ def _half_hint(row: JsonObject, texts: list[str], columns: Mapping[str, str | No
     """Return the hint for a row with one text at most."""
     for one, other in (*PAIRS.values(), *((answer, question) for question, answer in PAIRS.values())):
         if one in row:
-            return f": {one} without {other}"
+            text = ""
+            if texts == [one] and one != "instruction":
+                text = f"; if it is text to learn, write data.columns: {as_mapping({**columns, one: 'text'})}"
+            return f": {one} without {other}{text}"
     if not texts:
         return ""
     mapping = as_mapping({**columns, texts[0]: "text"})
@@ -180,22 +222,33 @@ def _half_hint(row: JsonObject, texts: list[str], columns: Mapping[str, str | No
 
 def _pair_hint(texts: list[str], columns: Mapping[str, str | None]) -> str:
     """Return the hint for a row with two texts or more."""
-    question = next((key for key in texts if key.lower() in _QUESTIONS), None)
-    answer = next((key for key in texts if key.lower() in _ANSWERS and key != question), None)
+    question = named(texts, QUESTIONS)
+    answer = named((key for key in texts if key != question), ANSWERS)
     others = [key for key in texts if key not in (question, answer)]
+    system = {key: "system" for key in others[: len(texts) - 2] if "system" in key.lower()}
+    others = [key for key in others if key not in system]
     question = question or others.pop(0)
     answer = answer or others.pop(0)
     pairs = (pair for pair in PAIRS.values() if question == pair[0] or answer == pair[1])
     ours = next(pairs, PAIRS["alpaca"])
-    mapping = as_mapping({**columns, question: ours[0], answer: ours[1]})
+    mapping = as_mapping({**columns, **system, question: ours[0], answer: ours[1]})
     return f"; if {as_yaml(question)} is asked and {as_yaml(answer)} answered, write data.columns: {mapping}"
+
+
+def named(keys: Iterable[str], names: tuple[str, ...]) -> str | None:
+    """Return the key that is, or ends with, the first of some names that any key has."""
+    words = {key: re.split(r"[\W_]", key.lower())[-1] for key in keys}
+    return next((key for name in names for key, word in words.items() if word == name), None)
 
 
 # ---- keys
 
 
 def with_our_keys(value: object, options: RowOptions) -> JsonObject:
-    """Return an object with data.columns' keys. Raises: BadRow for no object, or when two keys become one."""
+    """Return an object with data.columns' keys; a list of objects is its messages.
+    Raises: BadRow for no object, or when two keys become one."""
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        value = {"messages": value}
     if not isinstance(value, dict):
         raise BadRow(f"{_UNKNOWN}: a row must be a JSON object, found {show(value)}")
     columns = options.columns

@@ -11,7 +11,7 @@ from qwenlora.configs.schema import Data, SourceEntry
 from qwenlora.data import folders, row_io
 from qwenlora.data.bad_row import show
 from qwenlora.data.folders import DEFAULT_SPLIT, printable
-from qwenlora.data.row_io import EXTENSIONS, Chunk, extension
+from qwenlora.data.row_io import EXTENSIONS, TEXT, Chunk, extension
 from qwenlora.data.shapes import KEYS, RowOptions
 from qwenlora.data.tables import dataset_chunks
 from qwenlora.run.records import SideName
@@ -144,7 +144,7 @@ def _is_saved_dataset(folder: Path) -> bool:
 def _is_hub_name(name: str) -> bool:
     organisation, slash, rest = name.partition("/")
     is_name = slash and organisation.strip(".~") and rest and "/" not in rest
-    return bool(is_name and extension(Path(rest)) not in EXTENSIONS)
+    return bool(is_name and extension(Path(rest)) not in (*EXTENSIONS, TEXT))
 
 
 def _from_hub(entry: SourceEntry, side: SideName) -> Any:

@@ -7,6 +7,7 @@ from qwenlora.configs.schema import Data
 from qwenlora.data import sources
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.counts import SHOWN_BAD_ROWS, BadRowPlace, BadRows
+from qwenlora.data.marks import Unfilled, placeholders
 from qwenlora.data.rows import Row
 from qwenlora.data.tokenise import read_rows, repeats_of, side_of
 from qwenlora.run.records import SideName
@@ -28,11 +29,14 @@ def survey(data: Data) -> Survey:
     train = evaluation = 0
     read = [0] * len(found)
     bad: list[BadRowPlace] = []
+    unfilled = Unfilled()
     for number, file, line, row in read_rows(found, notes.append):
         read[number] += 1
         if isinstance(row, BadRow):
             bad.append(BadRowPlace(number, file, line, str(row)))
-        elif side_of(row.digest, found[number], data) == "train":
+            continue
+        unfilled.add(found[number].place(file, line), placeholders(row.messages))
+        if side_of(row.digest, found[number], data) == "train":
             train += repeats_of(row.digest, found[number].weight)
         else:
             evaluation += 1
@@ -42,7 +46,7 @@ def survey(data: Data) -> Survey:
     for source, rows in zip(found, read, strict=True):
         if not rows:
             raise ValueError(f"data.{source.side}={source.name} is empty: it has no rows")
-    return Survey(train, evaluation, len(bad), notes)
+    return Survey(train, evaluation, len(bad), [*notes, *unfilled.notes()])
 
 
 def rows_of_side(data: Data, side: SideName) -> Iterator[tuple[str, Row]]:

@@ -15,7 +15,7 @@ def csv_rows(
 ) -> Iterator[Values]:
     """Yield the rows of CSV text; the first line names the columns. delimiter: None to guess it."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    lines = _split_lines(texts)
+    lines = split_lines(texts)
     head = next(lines, "")
     if delimiter is None:
         delimiter = max(",;\t", key=head.count)
@@ -65,7 +65,8 @@ def _csv_problem(start: int, line: int, problem: str) -> str:
     )
 
 
-def _split_lines(texts: Iterator[str]) -> Iterator[str]:
+def split_lines(texts: Iterator[str]) -> Iterator[str]:
+    """Yield the lines of a text that comes in parts, each with its line break."""
     rest = ""
     for text in texts:
         whole, newline, tail = text.rpartition("\n")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from qwenlora.configs.schema import Data
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
+from qwenlora.data.marks import placeholders
 from qwenlora.data.overlength import cut_to_length
 from qwenlora.data.row_io import Chunk
 from qwenlora.data.rows import Row, to_row
@@ -47,10 +48,12 @@ class TokenArrays(NamedTuple):
 
 
 class TokenisedChunk(NamedTuple):
-    """A chunk as arrays. read: number of rows; bad: (line, reason); counts: SideCounts' on long rows."""
+    """A chunk as arrays. read: number of rows; bad: (line, reason); unfilled: (line, its placeholders);
+    counts: SideCounts' on long rows."""
 
     read: int
     bad: list[tuple[int, str]]
+    unfilled: list[tuple[int, list[str]]]
     sides: dict[SideName, TokenArrays]
     counts: dict[SideName, Counter[str]]
 
@@ -73,10 +76,11 @@ def tokenise_chunk(
     rows = [row for _, row in everything if isinstance(row, Row)]
     if check_only:
         bad += _unrenderable(using.encoder, rows)
-        return TokenisedChunk(len(everything), sorted(bad), {}, {})
+        return TokenisedChunk(len(everything), sorted(bad), [], {}, {})
+    unfilled = [(row.line, names) for row in rows if (names := placeholders(row.messages))]
     by_side, counts = _tokenise(using, source, rows, bad)
     sides = {side: _arrays(tokenised) for side, tokenised in by_side.items() if tokenised}
-    return TokenisedChunk(len(everything), sorted(bad), sides, counts)
+    return TokenisedChunk(len(everything), sorted(bad), unfilled, sides, counts)
 
 
 def _tokenise(

@@ -3,12 +3,14 @@
 import json
 import re
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, NotRequired, TypedDict
 
 from qwenlora.data.bad_row import BadRow, show, show_names
 from qwenlora.data.chunks import JsonObject
+from qwenlora.data.forms import join_parts, turns_by_role
 from qwenlora.data.json_rows import decode_json
-from qwenlora.data.shapes import TURN_LISTS, RowOptions, as_mapping, with_our_keys
+from qwenlora.data.shapes import ANSWERS, QUESTIONS, TURN_LISTS, RowOptions, as_mapping, named, with_our_keys
 from qwenlora.data.weights import OF_TURNS, read_weight
 
 ROLES = {
@@ -104,12 +106,19 @@ def read_turns(row: JsonObject, options: RowOptions) -> list[Message]:
     if len(lists) > 1:
         raise BadRow(f"has {' and '.join(lists)}; ignore one: data.columns: {{{lists[1]}: null}}")
     key = lists[0] if lists else next(key for key in TURN_LISTS if key in row)
-    turns = from_json(row[key], key)
+    return turns_of(from_json(row[key], key), key, options)
+
+
+def turns_of(turns: object, key: str, options: RowOptions) -> list[Message]:
+    """Return the turns of a list. key: of the row, for messages. Raises: BadRow."""
     if not isinstance(turns, list):
         raise BadRow(f"{key} must be a list of turns, found {show(turns)}")
     if not turns:
         raise BadRow(f"{key} is a list without turns; remove the row")
-    return [_turn(number, turn, options) for number, turn in enumerate(turns, 1)]
+    roles = {**ROLES, **options.roles}
+    named = (_turn_with_our_keys(number, turn, options) for number, turn in enumerate(turns, 1))
+    spoken = chain.from_iterable(turns_by_role(turn, roles) for turn in named)
+    return [_turn(number, turn, options) for number, turn in enumerate(spoken, 1)]
 
 
 def join_calls(messages: list[Message]) -> list[Message]:
@@ -132,8 +141,7 @@ def join_calls(messages: list[Message]) -> list[Message]:
     return joined
 
 
-def _turn(number: int, value: object, options: RowOptions) -> Message:
-    turn = _turn_with_our_keys(number, value, options)
+def _turn(number: int, turn: JsonObject, options: RowOptions) -> Message:
     message = _unweighted(number, turn, options)
     weight = read_weight(turn, OF_TURNS, f"turn {number} ")
     if weight and message["role"] != "assistant":
@@ -147,11 +155,13 @@ def _turn(number: int, value: object, options: RowOptions) -> Message:
 
 
 def _unweighted(number: int, turn: JsonObject, options: RowOptions) -> Message:
-    called = turn.get("function_call")
-    calls = turn.get("tool_calls") or ([called] if called else None)
-    speaker, text = _keys_of(number, turn, has_calls=bool(calls))
+    speaker, text = _keys_of(number, turn)
     role = _role(number, turn[speaker], options)
     name = f"turn {number} ({turn[speaker]})"
+    if role != "function_call":
+        turn = join_parts(turn, text, name)
+    called = turn.get("function_call")
+    calls = turn.get("tool_calls") or ([called] if called else None)
     refuse_unused(turn, _UNUSED, f"turn {number} ")
     if turn.get("tool_calls") and called:
         raise BadRow(
@@ -187,12 +197,11 @@ def _thought(name: str, role: str, thought: object) -> str:
 
 def _message(name: str, role: str, content: object) -> Message:
     if not isinstance(content, str):
-        parts = "; write the text itself, parts are not read" if isinstance(content, list) else ""
-        raise BadRow(f"{name} must be text, found {show(content)}{parts}")
+        raise BadRow(f"{name} must be text, found {show(content)}")
     return reply(content) if role == "assistant" else Message(role=role, content=content)
 
 
-def _keys_of(number: int, turn: JsonObject, *, has_calls: bool) -> tuple[str, str]:
+def _keys_of(number: int, turn: JsonObject) -> tuple[str, str]:
     """Return the keys of a turn's speaker and text."""
     pairs = [pair for pair in _TURN_KEYS if turn.keys() >= set(pair)]
     if len(pairs) > 1:  # Parquet's turns have all keys that any turn has
@@ -204,7 +213,7 @@ def _keys_of(number: int, turn: JsonObject, *, has_calls: bool) -> tuple[str, st
             )
     if pairs:
         return pairs[0]
-    if has_calls and "role" in turn:
+    if "role" in turn and (turn.get("tool_calls") or turn.get("function_call")):
         return "role", "content"
     raise BadRow(
         f"turn {number} has the keys {show_names(turn)}; expected from and value, or role and"
@@ -240,6 +249,11 @@ def _turn_hint(turn: JsonObject) -> str:
     if speaker and text:
         mapping = as_mapping({speaker: "role", text: "content"})
         return f"; if {speaker} speaks and {text} is said, write data.columns: {mapping}"
+    user, assistant = named(turn, QUESTIONS), named(turn, ANSWERS)
+    if user and assistant:
+        systems = {key: "system" for key in turn if "system" in key.lower()}
+        mapping = as_mapping({**systems, user: "user", assistant: "assistant"})
+        return f"; if {user} is said by the user, write data.roles: {mapping}"
     if any(key in ROLES for key in turn):
         return ', one turn each: {"role": "user", "content": "..."}'
     return ""
@@ -249,6 +263,8 @@ def _role_hint(number: int, role: object, options: RowOptions) -> str:
     if not isinstance(role, str) or not role:
         return ""
     name = role.lower()
+    if name == "pretrain":
+        return '; text to learn as a whole is written {"text": "..."}'
     guess = ROLES.get(name) or next((ours for ours, theirs in _OTHER_ROLES.items() if name in theirs), None)
     guess = guess or ("user" if number % 2 else "assistant")
     return f"; write data.roles: {as_mapping({**options.roles, role: guess})}"
@@ -267,8 +283,8 @@ def _calls(name: str, value: object) -> list[ToolCall]:
 
 
 def _call(name: str, call: object) -> ToolCall:
-    call = _without_null_keys(call)
-    function = _without_null_keys(call.get("function", call)) if isinstance(call, dict) else None
+    call = without_null_keys(from_json(call, f"{name}: a call"))
+    function = without_null_keys(call.get("function", call)) if isinstance(call, dict) else None
     called = function.get("name") if isinstance(function, dict) else None
     if not isinstance(function, dict) or not isinstance(called, str) or not called.strip():
         raise BadRow(f'{name}: a call must be {{"name": ..., "arguments": {{...}}}}, found {show(call)}')
@@ -283,20 +299,11 @@ def _call(name: str, call: object) -> ToolCall:
     return ToolCall(type="function", function=Function(name=called, arguments=arguments))
 
 
-def _without_null_keys(value: Any) -> Any:
+def without_null_keys(value: Any) -> Any:
+    """Return an object without the keys whose value is null, which Arrow gives each row; else the value."""
     return (
         {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
     )
-
-
-def read_tools(tools: object) -> list[JsonObject] | None:
-    """Return the functions that a row may call; None without any. Raises: BadRow."""
-    if not tools or (isinstance(tools, str) and not tools.strip()):
-        return None
-    tools = from_json(tools, "tools")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow(f"tools must be a list of objects, found {show(tools)}")
-    return list(map(_without_null_keys, tools)) or None
 
 
 def from_json(value: object, what: str) -> object:

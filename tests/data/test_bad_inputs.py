@@ -330,9 +330,9 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         {},
     ),
     "plain text": (
-        "my.txt",
+        "my",
         "人之初，性本善。\n".encode(),
-        ["not valid JSON", 'a row is an object: {"text": "..."}'],
+        ["not valid JSON", 'plain text? name the file .txt, or write rows: {"text": "..."}'],
         {},
     ),
     "key twice": (
@@ -469,7 +469,7 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     "array in an array": (
         "my.json",
         b'[[{"text": "x"}]]',
-        ['a row must be a JSON object, found [{"text": "x"}]'],
+        ["turn 1 has the keys text; expected from and value, or role and content"],
         {},
     ),
     "no keys": ("my.jsonl", b"{}", ["unknown shape with keys (none)"], {}),
@@ -522,22 +522,28 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         ["is preference data (chosen and rejected)", "data.columns: {chosen: completion, rejected: null}"],
         {},
     ),
-    "preferences beside turns": (
-        "my.jsonl",
-        lines({"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": TURNS[1]}),
-        ["is preference data (chosen and rejected), which is for DPO"],
-        {},
-    ),
     "preferences of dialogues": (
         "my.jsonl",
         lines({"chosen": "Human: q Assistant: a", "rejected": "Human: q Assistant: b"}),
         ["is preference data", "is not read here"],
         {},
     ),
-    "labels": (
+    "a bad reply": (
         "my.jsonl",
         lines({"prompt": "q", "completion": "a", "label": False}),
-        ["is KTO data (label: false)", "keep the rows with label: true", "data.columns: {label: null}"],
+        ["(label: false)", "learn the good ones alone, write data.on_bad_row: skip", "{label: null}"],
+        {},
+    ),
+    "prompts alone": (
+        "my.jsonl",
+        lines({"prompt": TURNS[:1], "reward_model": {"ground_truth": "三点。"}}),
+        ["prompt without a reply; such rows are for reinforcement learning"],
+        {},
+    ),
+    "instances of a task": (
+        "my.jsonl",
+        lines({"instruction": "q", "instances": [{"input": "", "output": "a"}]}),
+        ["jq -c '{instruction} + .instances[]' old > new"],
         {},
     ),
     # turns
@@ -577,12 +583,6 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
         "my.jsonl",
         chat({"speaker": "user", "text": "q"}, {"speaker": "bot", "text": "a"}),
         ["turn 1 has the keys speaker, text", "data.columns: {speaker: role, text: content}"],
-        {},
-    ),
-    "pairs for turns": (
-        "my.jsonl",
-        chat({"human": "q", "assistant": "a"}),
-        ["turn 1 has the keys human, assistant; expected from and value, or role and content, one turn each"],
         {},
     ),
     "unknown role": (
@@ -630,8 +630,8 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     ),
     "content in parts": (
         "my.jsonl",
-        chat({"role": "user", "content": [{"type": "text", "text": "q"}]}),
-        ['turn 1 (user) must be text, found [{"type": "text"', "write the text itself"],
+        chat({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x.png"}}]}),
+        ['turn 1 (user) has a part of type "image_url", and only text is read here; leave such rows out'],
         {},
     ),
     "empty turn": (
@@ -649,7 +649,7 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     "two system texts": (
         "my.jsonl",
         chat({"role": "system", "content": "x"}, *TURNS, system="y"),
-        ["has a system text and a system turn; remove one"],
+        ["has a system text and a system turn; remove one, or ignore the text: data.columns: {system: null}"],
         {},
     ),
     "system is a number": ("my.jsonl", chat(*TURNS, system=0), ["system must be text, found 0"], {}),
@@ -909,6 +909,11 @@ ODD: dict[str, tuple[str, bytes, dict[str, Any]]] = {
     "blank lines": ("my.jsonl", b"\n \r\n" + lines(ROW) + b"\n\n", {}),
     "keys that are null": ("my.jsonl", lines(ROW | {"messages": None, "tools": None, "history": None}), {}),
     "class labels": ("my.jsonl", lines(ROW | {"label": 1, "id": 7}), {}),
+    "list of turns": ("my.jsonl", lines(TURNS), {}),
+    "list of turns, printed": ("my.json", json.dumps(TURNS, indent=2).encode(), {}),
+    "list of lists of turns": ("my.json", b"[" + lines(TURNS) + b"]", {}),
+    "list of pairs": ("my.json", b"[" + lines([{"human": "几点？", "gpt": "三点。"}]) + b"]", {}),
+    "JSON in a text file": ("my.txt", lines(ROW), {}),
     "no end of line, CRLF": ("my.jsonl", b"\r\n" + GOOD.encode() + b"\r", {}),
 }
 

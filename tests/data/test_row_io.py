@@ -155,6 +155,81 @@ def test_what_is_inside_decides_not_the_name(tmp_path):
     assert read(written(tmp_path / "my.json", file.getvalue())) == [(1, {"a": 1}), (2, {"a": 2})]
 
 
+turns = st.lists(st.fixed_dictionaries({"role": texts, "content": texts}), min_size=1, max_size=3)
+
+
+@given(
+    talks=st.lists(turns, min_size=1, max_size=4),
+    indent=st.sampled_from([None, 1]),
+    space=spaces,
+    block=st.integers(1, 60),
+)
+@settings(max_examples=100, deadline=None)
+def test_lists_of_turns_are_rows_one_after_the_other_or_in_one_list(folder, talks, indent, space, block):
+    written_talks = [json.dumps(talk, indent=indent) for talk in talks]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CHUNK_BYTES", block)
+        one_after_the_other = read(written(folder / "my.json", space + f"{space}\n".join(written_talks)))
+        in_one_list = read(written(folder / "my.json", f"[{space}{','.join(written_talks)}{space}]"))
+    assert [value for _, value in one_after_the_other] == [value for _, value in in_one_list] == talks
+
+
+def test_lines_of_turns_with_other_keys_are_rows(tmp_path):
+    talk = '[{"who": "a", "said": "b"}]'
+    assert read(written(tmp_path / "my.jsonl", f"{talk}\n{talk}\n")) == [
+        (1, [{"who": "a", "said": "b"}]),
+        (2, [{"who": "a", "said": "b"}]),
+    ]
+    with pytest.raises(ValueError, match=r"my.jsonl:2: the array is not closed"):
+        read(written(tmp_path / "my.jsonl", '[{"role": "a", "content": "b"}]\n[{"role": "a"'))
+    with pytest.raises(ValueError, match=r'my.jsonl:2: expected a list of turns, as before it, found "{"'):
+        read(written(tmp_path / "my.jsonl", '[{"role": "a", "content": "b"}]\n{}'))
+
+
+said = st.text(alphabet=st.sampled_from('三点 \t\u3000a{["<'), min_size=1, max_size=12).filter(str.strip)
+
+
+@given(
+    paragraphs=st.lists(st.lists(said, min_size=1, max_size=3), min_size=2, max_size=4),
+    blank=st.sampled_from(["", " ", "\u3000", "\n"]),
+    newline=st.sampled_from(["\n", "\r\n", "\r"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "gb18030"]),
+    block=st.integers(1, 60),
+)
+@settings(max_examples=100, deadline=None)
+def test_plain_text_is_its_paragraphs_or_its_lines(folder, paragraphs, blank, newline, encoding, block):
+    paragraphs[0][0] = "三点" + paragraphs[0][0]  # what begins as JSON is JSON
+    texts = ["\n".join(lines) for lines in paragraphs]
+    lines = [line for paragraph in paragraphs for line in paragraph]
+    options = {"encoding": encoding} if encoding == "gb18030" else {}
+    with pytest.MonkeyPatch.context() as patch:
+        for rows, kind, text in (
+            (texts, "paragraph", f"\n{blank}\n".join(texts)),
+            (lines, "line", "\n".join(lines)),
+        ):
+            if len(rows) == 1:
+                continue
+            patch.setattr(files, "CHUNK_BYTES", max(block, 4 * len(text) + 9))  # a blank line is in the first
+            path = written(folder / "my.txt", text.replace("\n", newline).encode(encoding))
+            notes = []
+            assert [value["text"] for _, value in read(path, note=notes.append, **options)] == rows
+            assert f"each {kind} is a row" in notes[0]
+
+
+def test_plain_text_knows_its_lines_and_may_be_gbk(tmp_path):
+    path = written(tmp_path / "my.txt", "\n\n春眠不觉晓，\n处处闻啼鸟。\n\n夜来风雨声，\n".encode("gbk"))
+    notes: list[str] = []
+    assert read(path, note=notes.append) == [
+        (3, {"text": "春眠不觉晓，\n处处闻啼鸟。"}),
+        (6, {"text": "夜来风雨声，"}),
+    ]
+    assert [note.split("; ")[0] for note in notes] == [
+        f"{path} is read as GB18030",
+        f"{path} is read as plain text: each paragraph is a row",
+    ]
+    assert read(written(tmp_path / "my.txt", "")) == []
+
+
 def test_json_lines_are_not_decoded_before_they_are_asked_for(tmp_path):
     found = list(read_chunks(written(tmp_path / "my.jsonl", '{"a": 1}\n{"a": \n')))
     assert all(isinstance(chunk, Lines) for chunk in found)

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -68,6 +68,19 @@ def config_of(message: str) -> tuple[str, Any]:
         {"instruction": "", "input": "几点？", "output": "\n\n三点。"},
         {"query": "几点？", "response": "三点。"},
         {"prompt": "几点？", "completion": "三点。"},
+        [QUESTION, ANSWER],
+        {"conversation": [{"human": "几点？", "assistant": "三点。"}]},
+        {"conversation": [{"assistant": "三点。", "human": "几点？", "system": ""}]},
+        {"messages": [{"input": "几点？", "output": "三点。"}]},
+        {"messages": [{"query": "几点？", "response": "三点。", "time": None}]},
+        {"messages": [{"user": "几点？"}, {"gpt": "三点。"}]},
+        {"prompt": [QUESTION], "completion": [ANSWER]},
+        {"prompt": "几点？", "completion": [ANSWER]},
+        {"prompt": QUESTION, "completion": {"from": "gpt", "value": "三点。"}},
+        {"instruction": [{"from": "human", "value": "几点？"}], "output": "三点。", "input": ""},
+        {"messages": [QUESTION | {"content": [{"type": "text", "text": "几点"}, "？"]}, ANSWER]},
+        {"messages": [QUESTION, ANSWER | {"content": [{"text": "三"}, {"type": "text", "value": "点。"}]}]},
+        {"messages": [QUESTION, ANSWER], "label": True, "kto_tag": "true"},
     ],
 )
 def test_the_shapes_of_a_question_and_its_answer_give_the_same_turns(row):
@@ -390,6 +403,26 @@ def test_roles_bring_other_names_to_ours():
         {"query": "几点？", "chosen": "三点。", "rejected": "四点。"},
         {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER], "prompt": "几点？"},
         {"messages": [QUESTION, ANSWER], "chosen": "x", "rejected": "y"},
+        {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [ANSWER]},
+        {"prompt": [QUESTION], "chosen": ANSWER, "rejected": ANSWER},
+        {"prompt": [QUESTION], "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER]},
+        {
+            "chosen": [QUESTION, ANSWER],
+            "rejected": [QUESTION, ANSWER],
+            "score_chosen": 7.5,
+            "messages": [ANSWER],
+        },
+        {"conversations": [QUESTION], "chosen": ANSWER, "rejected": ANSWER},
+        {"conversations": [QUESTION], "chosen": "三点。", "rejected": "四点。", "prompt": "几点？"},
+        {"messages": [QUESTION], "chosen": [ANSWER], "rejected": [ANSWER]},
+        {"question": "几点？", "chosen": "三点。", "rejected": "四点。"},
+        {"question": "几点？", "response_chosen": "三点。", "response_rejected": "四点。", "system": "短"},
+        {"instruction": "几点？", "input": "", "chosen": "三点。", "rejected": "四点。"},
+        {"chosen_messages": [QUESTION, ANSWER], "rejected_messages": [QUESTION, ANSWER]},
+        {"query": "几点？", "response": "三点。", "rejected_response": "四点。"},
+        {"instruct": "几点？", "input": "", "output": "三点。"},
+        {"toy_system": "短", "toy_input": "几点？", "toy_output": "三点。"},
+        {"messages": [{"toy_system": "短", "toy_input": "几点？", "toy_output": "三点。"}]},
         {"instruction": "几点？", "output": "三点。", "kto_tag": True},
         {"messages": [{"role": "User", "content": "几点？"}, ANSWER]},
         {"messages": [{"role": "病人", "content": "几点？"}, ANSWER]},
@@ -413,6 +446,185 @@ def test_what_an_error_says_to_write_makes_the_row_read(row):
     found = read(row, **options)
     Data(train="my.jsonl", **options)
     assert found.messages[-2:] == [QUESTION, ANSWER]
+
+
+PREFERENCES = [
+    {"prompt": "几点？", "chosen": "三点。", "rejected": "四点。"},
+    {"conversations": [QUESTION], "chosen": ANSWER, "rejected": ANSWER},
+    {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER], "prompt": "几点？"},
+    {"question": "几点？", "response_chosen": "三点。", "response_rejected": "四点。"},
+]
+
+
+@pytest.mark.parametrize("row", PREFERENCES)
+def test_one_line_learns_the_chosen_replies_beside_what_the_config_says_already(row):
+    theirs = {f"my_{key}": value for key, value in row.items()}
+    columns = {f"my_{key}": key for key in row}
+    message = reason(theirs, columns=columns)
+    assert "to learn the chosen replies alone, write data.columns: {my_" in message
+    assert read(theirs, columns=config_of(message)[1]).messages == [QUESTION, ANSWER]
+
+
+def test_of_labelled_rows_the_good_ones_alone_are_learnt(tmp_path):
+    rows = [{"prompt": "几点？", "completion": f"{hour}点。", "label": hour == 3} for hour in range(6)]
+    path = tmp_path / "kto.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="5 of 6 rows"):
+        survey(Data(train=str(path)))
+    data = Data(train=str(path), on_bad_row="skip")
+    assert survey(data) == (1, 0, 5, [])
+    assert [row.messages[1]["content"] for _, row in rows_of_side(data, "train")] == ["3点。"]
+
+
+spoken = st.text(alphabet='三点a <>{}[]"', min_size=1, max_size=6)
+
+
+@given(talk=st.lists(st.tuples(spoken, spoken), min_size=1, max_size=3), system=st.none() | spoken)
+@settings(max_examples=100, deadline=None)
+def test_a_talk_is_the_same_in_every_form(talk, system):
+    turns = [
+        {"role": role, "content": text}
+        for pair in talk
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    parts = [
+        turn | {"content": [{"type": "text", "text": text} for text in turn["content"]]} for turn in turns
+    ]
+    pairs = [{"human": question, "assistant": answer} for question, answer in talk]
+    last = {"instruction": talk[-1][0], "output": talk[-1][1], "history": list(map(list, talk[:-1]))}
+    forms: list[Any] = [{"messages": turns}, {"messages": parts}, {"conversation": pairs}, last]
+    forms.append({"prompt": turns[:-1], "completion": turns[-1:]})
+    if system is not None:
+        forms = [form | {"system": system} for form in forms]
+        turns = [{"role": "system", "content": system}, *turns]
+        forms += [{"messages": turns}, {"prompt": turns[:-1], "completion": turns[-1]["content"]}]
+    forms.append(turns)
+
+    def outcome(form: Any) -> Any:
+        try:
+            return read(form).messages
+        except BadRow as error:
+            return str(error)
+
+    outcomes = [outcome(form) for form in forms]
+    assert all(found == outcomes[0] for found in outcomes)
+
+
+def test_pairs_of_roles_are_turns_in_the_order_of_a_talk():
+    pairs = [
+        {"assistant": "a", "system": "s", "human": "q", "id": 1},
+        {"human": "r", "assistant": "b", "reasoning_content": "t"},
+    ]
+    assert read({"conversation": pairs}).messages == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "r"},
+        {"role": "assistant", "content": "b", "reasoning_content": "t"},
+    ]
+    swapped = read(
+        {"conversation": [{"human": "a", "gpt": "q"}]}, roles={"human": "assistant", "gpt": "user"}
+    )
+    assert [message["role"] for message in swapped.messages] == ["user", "assistant"]
+
+
+def test_parts_of_a_turn_are_its_thought_its_text_and_its_calls():
+    parts = [
+        {"type": "reasoning", "value": "要看钟"},
+        {"type": "text", "text": "看一下。"},
+        *({"type": "tool_call", "value": json.dumps(CALL["function"])} for _ in range(2)),
+    ]
+    assert read({"messages": [QUESTION, {"role": "assistant", "content": parts}]}).messages[1] == {
+        "role": "assistant",
+        "content": "看一下。",
+        "reasoning_content": "要看钟",
+        "tool_calls": [CALL, CALL],
+    }
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (
+            [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "q"}],
+            'of type "image_url"',
+        ),
+        ([{"image": "x.png"}], 'a part {"image": "x.png"}, and only text is read'),
+        ([3], "a part 3, and only text is read here; leave such rows out: data.on_bad_row: skip"),
+        ([{"type": "text", "text": 3}], "a part without text"),
+        ([{"type": "text"}], "a part without text"),
+        ([{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "b"}], '"thinking" after others'),
+    ],
+)
+def test_other_parts_are_refused_by_their_type(parts, words):
+    assert words in reason({"messages": [QUESTION, {"role": "assistant", "content": parts}]})
+
+
+def test_tools_are_as_openai_clients_send_them():
+    function = TOOL["function"]
+    schema = {"name": "clock", "description": "时间", "input_schema": {"type": "object"}}
+    for tool in (TOOL, function, {"function": function}, {"type": "function", **function}, schema):
+        row = {"messages": [QUESTION, ANSWER], "tools": [tool]}
+        assert json.dumps(read(row).tools) == json.dumps([TOOL])
+        assert json.dumps(read(row | {"tools": json.dumps([tool])}).tools) == json.dumps([TOOL])
+    assert read({"messages": [QUESTION, ANSWER], "functions": [function]}).tools == [TOOL]
+    assert read({"messages": [QUESTION, ANSWER], "tools": [{"type": "web_search"}]}).tools == [
+        {"type": "web_search"}
+    ]
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message", "meta_instruction"])
+def test_a_system_text_has_several_names(key):
+    system = {"role": "system", "content": "简短。"}
+    assert read({"messages": [QUESTION, ANSWER], key: "简短。"}).messages == [system, QUESTION, ANSWER]
+    assert read({"instruction": "几点？", "output": "三点。", key: "简短。"}).messages[0] == system
+    assert read({"messages": [system, QUESTION, ANSWER], key: "简短。"}).messages == [
+        system,
+        QUESTION,
+        ANSWER,
+    ]
+    assert "ignore the text: data.columns: {" in reason({"messages": [system, QUESTION, ANSWER], key: "长。"})
+
+
+IMAGE_MARKS = [
+    "<image>这是什么？",
+    "这是什么？\n<image>",
+    "<video>\n这是什么？",
+    "<audio>这是什么？",
+    "a <|vision_start|><|image_pad|><|vision_end|> b",
+    "a <img>https://x.org/1.jpg</img> b",
+    "a <IMG_CONTEXT> b",
+    "a <|AUDIO|> b",
+]
+
+
+@pytest.mark.parametrize("text", IMAGE_MARKS)
+@pytest.mark.parametrize("more", [{}, {"images": None}])
+def test_the_mark_of_an_image_that_is_not_there_is_refused(text, more):
+    message = reason({"messages": [QUESTION | {"content": text}, ANSWER], **more})
+    assert message.startswith("turn 1 (user) holds <")
+    assert "leave such rows out: data.on_bad_row: skip" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["怎么用<video>标签？", "<video>\n<source src='a'>\n</video> 对吗？", "a < b <image", "<img src='x'>"],
+)
+def test_html_is_no_image(text):
+    assert read({"messages": [QUESTION | {"content": text}, ANSWER]}).messages[0]["content"] == text
+    assert read({"messages": [QUESTION, ANSWER | {"content": "<image>" + text}]}).messages[1]["content"]
+
+
+def test_placeholders_that_nobody_filled_in_are_said(tmp_path):
+    path = tmp_path / "my.jsonl"
+    rows = [
+        {"instruction": "你是谁？", "output": "我是{{name}}，来自{{ author }}。"},
+        {"instruction": "x^{{2}} {{a.b}} {{", "output": "}}"},
+        {"instruction": "{{name}}", "output": "在。"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (note,) = survey(Data(train=str(path))).notes
+    assert note.startswith(f"2 rows hold {{{{name}}}}, {{{{ author }}}} (the first: {path}:1); if these are")
 
 
 def test_a_role_that_is_guessed_is_likely():
@@ -507,9 +719,14 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": [{"function": {"nam
         ),
         ({"messages": SAID, "images": ["x.png"]}, "has images, which qwenlora does not use"),
         (
-            {"messages": SAID, "system_prompt": "s"},
-            "read it as system: data.columns: {system_prompt: system}, or",
+            {"messages": SAID, "system_prompt": "s", "system": "t"},
+            "has system and system_prompt; ignore one: data.columns: {system_prompt: null}",
         ),
+        ({"messages": SAID, "image": "x.png"}, "has image, which qwenlora does not use"),
+        ({"prompt": SAID, "completion": "c", "input": "i"}, "has turns in prompt, and input"),
+        ({"messages": SAID, "label": False}, "has a bad reply, by its label for KTO (label: false)"),
+        ({"messages": SAID, "kto_tag": "False"}, "data.on_bad_row: skip, or if it is no such label"),
+        ({"messages": SAID, "tools": [{"parameters": {}}]}, "a tool must be {"),
         ({"messages": SAID, "history": [["a", "b"]]}, "has turns and a history; put it into the turns"),
         ({"messages": SAID, "tools": [{}], "functions": [{}]}, "has tools and functions; ignore one"),
         ({"query": "q", "response": "a", "rejected_response": "b"}, "is preference data (rejected_response)"),
