@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qwenlora.run.lossy_output import escape_what_the_terminal_lacks
+
 GROUPS = {"config": "Look at configs.", "data": "Look at the rows of a config, before training."}
 COMMANDS = {  # {command: the module of cli/ with the function of that name}
     "train": "train_commands",
@@ -139,4 +141,5 @@ app = _whole()
 
 def main() -> None:
     """Run the command line."""
+    escape_what_the_terminal_lacks()
     app()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from qwenlora.slurm import query
 
+INTERACTIVE_STEP = "4294967290"  # the step of salloc's shell, where Slurm is set up so (slurm.h)
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -49,14 +51,35 @@ def current_allocation() -> Allocation:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     requeues = job_id is not None and os.environ.get("QWENLORA_REQUEUES") == "1"
     if job_id is None or "SLURM_STEP_ID" not in os.environ or "SLURM_STEP_NODELIST" not in os.environ:
+        _refuse_one_of_several(int(os.environ.get("SLURM_JOB_NUM_NODES", "1")))
         return Allocation(0, (socket.gethostname(),), job_id, restarts, requeues)
     hosts = query.hosts(os.environ["SLURM_STEP_NODELIST"])
+    if len(hosts) > 1 and _typed():
+        _refuse_one_of_several(len(hosts))
+    if os.environ["SLURM_STEP_ID"] == INTERACTIVE_STEP:
+        _refuse_one_of_several(int(os.environ.get("SLURM_JOB_NUM_NODES", "1")))
     if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", len(hosts)))) != len(hosts):
         raise ValueError(
             f"srun started {tasks} tasks on {len(hosts)} node{'s' * (len(hosts) > 1)}, qwenlora needs one a"
             " node, which starts the processes itself: srun --ntasks-per-node=1, as in slurm/train.sh"
         )
     return Allocation(int(os.environ.get("SLURM_NODEID", "0")), hosts, job_id, restarts, requeues)
+
+
+def _refuse_one_of_several(nodes: int) -> None:
+    """Refuse a start by the shell of one node, where the job, or this step of it, has several."""
+    if nodes > 1:
+        raise ValueError(
+            f"this shell is on one of {nodes} nodes, and starts nothing on the others; on all of them: `srun"
+            f" --nodes={nodes} --ntasks-per-node=1 qwenlora train ...` in a shell of salloc, or `sbatch"
+            f" --nodes={nodes} slurm/train.sh ...`; on one: `srun --nodes=1 --ntasks=1 qwenlora train ...`"
+        )
+
+
+def _typed() -> bool:
+    """Whether somebody typed this command: a shell with a terminal gives it a process group of its own. What
+    srun starts itself, `--pty` or not, is in the group of its session."""
+    return any(os.isatty(number) for number in range(3)) and os.getpgrp() != os.getsid(0)
 
 
 def _job_id() -> str | None:

@@ -72,9 +72,7 @@ def read(folder: Path) -> Manifest:
     """Return a checkpoint's manifest. Raises: ValueError saying what is wrong, without the folder's name."""
     file = folder / MANIFEST
     if not file.is_file():
-        older = (folder / "trainer_state.json").is_file() and not (folder / STATE).is_file()
-        old = " (it has the format of an older version)" if older else ""
-        raise ValueError(f"has no {MANIFEST}{old}")
+        raise ValueError(f"has no {MANIFEST}{_of_others(folder)}")
     try:
         text = file.read_text(encoding="utf-8")
         record = json.loads(text)
@@ -144,6 +142,21 @@ def adapter_flaw(folder: Path) -> str:
     if lora_b and State.read(folder / STATE).moved and not any(values.any() for values in lora_b):
         return "has an adapter that is all zero (every lora_B), though it was trained"
     return ""
+
+
+def _of_others(folder: Path) -> str:
+    """Return how to use a folder that is no checkpoint of this version, or an empty text."""
+    if (folder / STATE).is_file():  # it is one, and damaged
+        return ""
+    if (folder / "adapter_config.json").is_file():
+        what, cure = "an adapter", f"lora.init_from={folder} and a new run_dir train it further"
+    elif (folder / "config.json").is_file():
+        what, cure = "a whole model", f"model.name_or_path={folder} and a new run_dir train an adapter on it"
+    else:
+        return ""
+    if (folder / "trainer_state.json").is_file():
+        what += " that transformers' Trainer, TRL or an older qwenlora saved"
+    return f": it is {what}; {cure}"
 
 
 def choose(run: RunFolder, resume: str, identity: Identity, allowed: Sequence[str] = ()) -> Chosen:

@@ -1,7 +1,9 @@
 """Output for those who watch a run: the run goes on, and saves, when nobody can watch it any more."""
 
 import errno
+import io
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -36,6 +38,13 @@ class _LossyOutput:
         # what waits in the buffer must go somewhere: Python flushes it at the end, and would fail there
         with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+def escape_what_the_terminal_lacks() -> None:
+    """Let standard output and error write characters that their encoding lacks as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def lossy(stream: TextIO) -> TextIO:

@@ -14,9 +14,9 @@ from qwenlora.run.changes import allows
 from qwenlora.run.disk import free_bytes, write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
-from qwenlora.trainer.loop.arguments import check_settings
+from qwenlora.trainer.loop.arguments import check_optimizer, check_settings
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model.lora import count_parameters
+from qwenlora.trainer.model.lora import check_init_from, count_parameters
 from qwenlora.trainer.ranks import gpus
 from qwenlora.trainer.spread import sequence
 
@@ -30,6 +30,8 @@ def prepare(
     """Make the run folder ready for the ranks; return its facts. Raises: ValueError when it cannot. console:
     for progress bars; allowed: config keys that may differ from the run's earlier attempts."""
     _check_device(config)
+    check_optimizer(config.train)
+    check_init_from(config.lora)
     base = models.base_of(config, run)
     sequence.check(config, models.load_config_of(config, base))
     stamp = freshness.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read

@@ -1,6 +1,7 @@
 """Agents of several nodes meet on loopback addresses, as on a network."""
 
 import json
+import os
 import socket
 import threading
 import time
@@ -187,4 +188,37 @@ def test_an_allocation_is_read_from_slurms_environment(monkeypatch):
 def test_without_a_step_there_is_one_node(monkeypatch):
     assert current_allocation() == Allocation(0, (socket.gethostname(),), None, 0, False)
     monkeypatch.setenv("SLURM_JOB_ID", "12")  # salloc, without srun
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     assert current_allocation() == Allocation(0, (socket.gethostname(),), "12", 0, False)
+
+
+@pytest.mark.parametrize(
+    ("step", "nodes", "typed"),
+    [
+        ({}, 2, False),  # a shell of salloc on the login node, or a batch script
+        ({"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NODELIST": "a1"}, 2, False),  # salloc's shell on a node
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a[1-2]"}, 2, True),  # in `srun --pty bash`
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a[1-3]"}, 3, True),
+    ],
+)
+def test_the_shell_of_one_of_several_nodes_is_told_what_starts_all(monkeypatch, step, nodes, typed):
+    for name, value in {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": str(nodes), **step}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "isatty", lambda number: typed)
+    monkeypatch.setattr(os, "getsid", lambda _: os.getpgrp() - typed)
+    with pytest.raises(ValueError, match=f"is on one of {nodes} nodes, .* `srun --nodes={nodes} --ntasks-p"):
+        current_allocation()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_srun_starts_itself_is_not_refused(monkeypatch, terminal):
+    steps = {"SLURM_JOB_NUM_NODES": "4", "SLURM_STEP_NUM_TASKS": "3", **SLURM}
+    for name, value in steps.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "isatty", lambda number: terminal)  # with --pty
+    monkeypatch.setattr(os, "getsid", lambda _: os.getpgrp())
+    assert current_allocation().nodes == 3
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "a1")  # srun --nodes=1 in a job of more
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    assert current_allocation().hosts == ("a1",)

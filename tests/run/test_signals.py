@@ -3,12 +3,13 @@
 import io
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from qwenlora.launch.children import Children
-from qwenlora.run.lossy_output import lossy
+from qwenlora.run.lossy_output import escape_what_the_terminal_lacks, lossy
 from qwenlora.run.signals import STOP_SIGNALS, to_handle, under_nohup
 from qwenlora.trainer.ranks.stop_request import StopRequest
 
@@ -93,6 +94,20 @@ def test_a_full_disk_loses_only_what_is_written_meanwhile():
             "it may have room again"
         )
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
+@pytest.mark.parametrize(
+    ("encoding", "written"), [("gbk", "你好 \\U0001f600"), ("ascii", "\\u4f60\\u597d \\U0001f600")]
+)
+def test_a_terminal_of_another_encoding_shows_the_rest_and_escapes(monkeypatch, encoding, written):
+    screens = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", screens[0])
+    monkeypatch.setattr(sys, "stderr", screens[1])
+    escape_what_the_terminal_lacks()
+    for screen in screens:
+        screen.write("你好 😀")
+        screen.flush()
+        assert screen.buffer.getvalue().decode(encoding) == written
 
 
 def test_what_can_be_written_is_written():

@@ -2,6 +2,7 @@
 named."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -130,14 +131,38 @@ def test_without_a_whole_one_the_run_stops_and_says_how_to_start_over(run, saver
     save(saver, 4)
     (run.checkpoint(4) / "state.json").unlink()
     run.checkpoint(6).mkdir()
-    (run.checkpoint(6) / "trainer_state.json").touch()
+    for name in ("trainer_state.json", "adapter_config.json"):
+        (run.checkpoint(6) / name).touch()
     with pytest.raises(ValueError, match="can be resumed from") as refusal:
         checkpoints.choose(run, "auto", identity)
-    assert "checkpoint-6 has no manifest.json (it has the format of an older version)" in str(refusal.value)
+    assert (
+        "checkpoint-6 has no manifest.json: it is an adapter that transformers' Trainer, TRL or an older qwenlora"
+        f" saved; lora.init_from={run.checkpoint(6)} and a new run_dir train it further" in str(refusal.value)
+    )
     (run.checkpoint(6) / "state.json").touch()
     assert checkpoints.flaw(run.checkpoint(6)) == "has no manifest.json", "it is of this version, and damaged"
     (run.checkpoint(6) / "state.json").unlink()
     assert "checkpoint-4 lacks state.json; --fresh sets this run aside and starts anew" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "how"),
+    [
+        (["adapter_config.json"], "it is an adapter; lora.init_from={} and a new run_dir train it further"),
+        (
+            ["config.json", "trainer_state.json"],
+            "it is a whole model that transformers' Trainer, TRL or an older qwenlora saved;"
+            " model.name_or_path={} and a new run_dir train an adapter on it",
+        ),
+    ],
+)
+def test_a_resume_from_what_is_no_checkpoint_names_the_key_that_takes_it(run, tmp_path, files, how):
+    folder = tmp_path / "of-others"
+    folder.mkdir()
+    for name in files:
+        (folder / name).touch()
+    with pytest.raises(ValueError, match=re.escape(f"{folder} has no manifest.json: {how.format(folder)}")):
+        checkpoints.named(run, str(folder), {})
 
 
 def test_a_format_of_the_future_is_passed_over(run, saver, identity):

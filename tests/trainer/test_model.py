@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model.checks import untrained_tokens
-from qwenlora.trainer.model.lora import add_lora, count_parameters
+from qwenlora.trainer.model.lora import add_lora, check_init_from, count_parameters
 
 SIZES = {
     "vocab_size": 2048,
@@ -222,6 +222,14 @@ def test_a_folder_that_is_no_adapter_is_refused(tiny, tmp_path):
         ValueError, match=r"init_from=.* is no adapter folder: it has no adapter_config\.json"
     ):
         adapted(config_for(tiny, lora=Lora(init_from=str(tmp_path))))
+
+
+def test_a_folder_with_adapters_in_it_is_refused_with_their_names(tmp_path):
+    for name in ("adapter", "checkpoint-20"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match=r"no adapter_config\.json; in it are adapter, checkpoint-20$"):
+        check_init_from(Lora(init_from=str(tmp_path)))
 
 
 def test_the_dtype_follows_the_hardware_unless_given():

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import sys
 import time
 import typing
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from qwenlora.data.chat import Tokens
 from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.loop.arguments import check_settings, order_of, training_arguments
+from qwenlora.trainer.loop.arguments import check_optimizer, check_settings, order_of, training_arguments
 from qwenlora.trainer.loop.batches import collate
 from qwenlora.trainer.loop.evaluation import eval_batches
 from qwenlora.trainer.loop.trainer import LoraTrainer
@@ -245,7 +246,6 @@ def test_transformers_gets_every_setting(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"optim": "adam_w"}, r"train\.optim=adam_w: .*adam_w"),
         (
             {"lr_scheduler_kwargs": {"bad": 1}},
             r"train\.lr_scheduler_kwargs=.* with lr_scheduler_type=cosine: .*bad",
@@ -255,6 +255,40 @@ def test_transformers_gets_every_setting(tmp_path):
 def test_settings_that_transformers_does_not_know_are_refused_before_the_model_is_loaded(setting, message):
     with pytest.raises(ValueError, match=message):
         check_settings(config_of(**setting), 10)
+
+
+LACKING = ("torchao", "schedulefree", "torch_optimi")  # packages that a machine may have
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        ("adam_w", "train.optim=adam_w: 'adam_w' is not a valid OptimizerNames"),
+        ("adamw_torch_4bit", "train.optim=adamw_torch_4bit cannot be used here: .*`pip install torchao`"),
+        ("schedule_free_radam", "`pip install schedulefree.`; or set train.optim: adamw_torch_fused"),
+        ("stable_adamw", "`pip install torch-optimi`; or set"),
+        ("adamw_anyprecision", "torchdistx; or set"),
+        ("galore_adamw_8bit_layerwise", "saves memory where all weights are trained; an adapter's are few"),
+        ("apollo_adamw", "does not support it: set train.optim: adamw_torch_fused"),
+        ("adalomo", "does not support it: set train.optim: adamw_torch_fused"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_here_is_refused_with_its_package(monkeypatch, optim, message):
+    for package in LACKING:
+        monkeypatch.setattr(f"transformers.trainer_optimizer.is_{package}_available", lambda *_: False)
+    with pytest.raises(ValueError, match=message):
+        check_optimizer(config_of(optim=optim).train)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "sgd", "adamw_bnb_8bit", "lion_32bit"])
+def test_an_optimizer_that_can_be_made_passes(optim):
+    check_optimizer(config_of(optim=optim).train)
+
+
+def test_an_optimizer_whose_package_is_broken_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace())  # no AdamW in it
+    with pytest.raises(ValueError, match="train.optim=paged_adamw_8bit cannot be used here: cannot import"):
+        check_optimizer(config_of(optim="paged_adamw_8bit").train)
 
 
 def test_evaluatedcount_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path, monkeypatch):

@@ -1,10 +1,15 @@
 """The row order and transformers' arguments, made from the config and checked before a model is loaded."""
 
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import cast
+
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from qwenlora.configs import Config
+from qwenlora.configs.schema import Train
 from qwenlora.data.order import Order, accumulation_steps, total_steps
 from qwenlora.data.packing import Packs
 from qwenlora.data.prepared import Side
@@ -18,6 +23,10 @@ SAME_NAME = {
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "weight_decay"),
     *("max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
 }
+
+# beginnings of optimizers' names: galore and apollo need a key optim_target_modules, and lomo updates weights
+# in the backward pass, before gradients are added up and averaged
+NOT_FOR_LORA = ("galore", "apollo", "lomo", "adalomo")
 
 
 def order_of(config: Config, train: Side, packs: Packs | None = None) -> Order:
@@ -74,8 +83,27 @@ def check_settings(config: Config, units: int) -> None:
     makes no TrainingArguments: these join the process group, for which the other ranks are not ready yet."""
     train = config.train
     steps = total_steps(units, train.global_batch_size, train.num_train_epochs, train.max_steps)
+    check_schedule(train, steps)
+
+
+def check_optimizer(train: Train) -> None:
+    """Refuse an optimizer that this machine lacks a package for. transformers' own code is asked, with its
+    default arguments instead of TrainingArguments, as in check_settings. Raises: ValueError naming it."""
     try:
-        OptimizerNames(train.optim)
+        name = OptimizerNames(train.optim)
     except ValueError as error:
         raise ValueError(f"train.optim={train.optim}: {str(error).splitlines()[0]}") from error
-    check_schedule(train, steps)
+    if name.startswith(NOT_FOR_LORA):
+        raise ValueError(
+            f"train.optim={train.optim} saves memory where all weights are trained; an adapter's are few, and"
+            " qwenlora does not support it: set train.optim: adamw_torch_fused or adamw_8bit"
+        )
+    defaults = {field.name: field.default for field in fields(TrainingArguments)}
+    arguments = SimpleNamespace(**defaults | train.model_dump(include=SAME_NAME))
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(cast(TrainingArguments, arguments), None)
+    except Exception as error:  # ImportError, ValueError, and what the package itself raises
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"train.optim={train.optim} cannot be used here: {reason}; or set train.optim: adamw_torch_fused"
+        ) from error

@@ -116,7 +116,7 @@ def _files(base: str, revision: str | None, local: bool) -> list[Path]:
         return [single]
     if not (index := path_of(SAFE_WEIGHTS_INDEX_NAME)):
         return []
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     files = [path_of(name, optional=local) for name in names]
     return [file for file in files if file] if all(files) else []
 

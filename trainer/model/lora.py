@@ -71,7 +71,7 @@ def _check_names(key: str, wanted: list[str] | None, existing: list[str]) -> Non
 
 def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
     """Put a saved adapter's weights into the model. Raises: ValueError when it does not fit."""
-    _check_saved_config(lora, folder)
+    check_init_from(lora)
     weights = load_peft_weights(str(folder), device="cpu")
     try:
         result = set_peft_model_state_dict(model, weights)
@@ -93,14 +93,19 @@ def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
         )
 
 
-def _check_saved_config(lora: Lora, folder: Path) -> None:
+def check_init_from(lora: Lora) -> None:
     """Refuse an adapter whose settings are not those of the config. Raises: ValueError naming the key."""
+    if not lora.init_from:
+        return
+    folder = Path(lora.init_from).expanduser()
     file = folder / "adapter_config.json"
     if not file.is_file():
+        inside = sorted(found.parent.name for found in folder.glob("*/adapter_config.json"))
+        hint = f"; in it are {', '.join(inside)}" if inside else ""
         raise ValueError(
-            f"lora.init_from={lora.init_from} is no adapter folder: it has no adapter_config.json"
+            f"lora.init_from={lora.init_from} is no adapter folder: it has no adapter_config.json{hint}"
         )
-    saved = json.loads(file.read_text())
+    saved = json.loads(file.read_bytes())
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
         if saved.get(key, getattr(lora, key)) != getattr(lora, key):
             raise ValueError(
