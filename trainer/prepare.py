@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
 from qwenlora.configs import Config, combinations
 from qwenlora.data import freshness, prepared
@@ -134,6 +135,7 @@ def _refuse_other_data(run: RunFolder, then: Facts, now: Facts, allowed: tuple[s
 def _check_device(config: Config) -> None:
     gpus.check()
     if torch.cuda.is_available():
+        _check_attention(config.model.attn_implementation)
         return
     if config.model.dtype == "float16":
         raise ValueError(
@@ -143,6 +145,20 @@ def _check_device(config: Config) -> None:
         raise ValueError(
             f"model.attn_implementation={config.model.attn_implementation} needs a GPU, and there is none"
             " here; set model.attn_implementation: sdpa"
+        )
+
+
+def _check_attention(name: str) -> None:
+    """Refuse flash attention without its package. Raises: ValueError."""
+    packages = {
+        "flash_attention_2": (is_flash_attn_2_available, "flash-attn"),
+        "flash_attention_3": (is_flash_attn_3_available, "flash-attn-3"),
+    }
+    available, package = packages.get(name, (lambda: True, ""))
+    if not available() and not is_kernels_available():  # the hub's kernels, which transformers takes instead
+        raise ValueError(
+            f"model.attn_implementation={name} needs the package {package}, which is not here, or is too old:"
+            f" pip install {package}, or set model.attn_implementation: sdpa"
         )
 
 

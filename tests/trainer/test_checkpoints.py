@@ -136,8 +136,9 @@ def test_without_a_whole_one_the_run_stops_and_says_how_to_start_over(run, saver
     with pytest.raises(ValueError, match="can be resumed from") as refusal:
         checkpoints.choose(run, "auto", identity)
     assert (
-        "checkpoint-6 has no manifest.json: it is an adapter that transformers' Trainer, TRL or an older qwenlora"
-        f" saved; lora.init_from={run.checkpoint(6)} and a new run_dir train it further" in str(refusal.value)
+        "checkpoint-6 has no manifest.json: it is an adapter that transformers' Trainer, TRL or an older"
+        f" qwenlora saved; lora.init_from={run.checkpoint(6)} and a new run_dir train it further"
+        in str(refusal.value)
     )
     (run.checkpoint(6) / "state.json").touch()
     assert checkpoints.flaw(run.checkpoint(6)) == "has no manifest.json", "it is of this version, and damaged"

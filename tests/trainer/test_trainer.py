@@ -21,6 +21,7 @@ from qwenlora.data.chat import Tokens
 from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
+from qwenlora.trainer import prepare
 from qwenlora.trainer.loop.arguments import check_optimizer, check_settings, order_of, training_arguments
 from qwenlora.trainer.loop.batches import collate
 from qwenlora.trainer.loop.evaluation import eval_batches
@@ -263,7 +264,7 @@ LACKING = ("torchao", "schedulefree", "torch_optimi")  # packages that a machine
 @pytest.mark.parametrize(
     ("optim", "message"),
     [
-        ("adam_w", "train.optim=adam_w: 'adam_w' is not a valid OptimizerNames"),
+        ("adam_w", "train.optim=adam_w: adam_w is not a valid OptimizerNames"),
         ("adamw_torch_4bit", "train.optim=adamw_torch_4bit cannot be used here: .*`pip install torchao`"),
         ("schedule_free_radam", "`pip install schedulefree.`; or set train.optim: adamw_torch_fused"),
         ("stable_adamw", "`pip install torch-optimi`; or set"),
@@ -289,6 +290,21 @@ def test_an_optimizer_whose_package_is_broken_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace())  # no AdamW in it
     with pytest.raises(ValueError, match="train.optim=paged_adamw_8bit cannot be used here: cannot import"):
         check_optimizer(config_of(optim="paged_adamw_8bit").train)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_without_its_package_is_refused(monkeypatch, name):
+    for number in (2, 3):
+        monkeypatch.setattr(prepare, f"is_flash_attn_{number}_available", lambda: False)
+    monkeypatch.setattr(prepare, "is_kernels_available", lambda: False)
+    package = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}[name]
+    with pytest.raises(
+        ValueError, match=f"{name} needs the package {package}, .*: pip install {package}, or"
+    ):
+        prepare._check_attention(name)
+    prepare._check_attention("sdpa")
+    monkeypatch.setattr(prepare, "is_kernels_available", lambda: True)
+    prepare._check_attention(name)
 
 
 def test_evaluatedcount_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path, monkeypatch):
