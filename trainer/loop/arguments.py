@@ -103,7 +103,7 @@ def check_optimizer(train: Train) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(cast(TrainingArguments, arguments), None)
     except Exception as error:  # ImportError, ValueError, and what the package itself raises
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
             f"train.optim={train.optim} cannot be used here: {reason}; or set train.optim: adamw_torch_fused"
         ) from error
