@@ -1,6 +1,5 @@
 """The run, checkpoint, adapter or model that a user names after training: `find("runs/tiny")`."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ from qwenlora.configs.schema import Config, Data, Model
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model.damage import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
+MODEL = "model.name_or_path"
 AdapterConfig = dict[str, Any]  # adapter_config.json, as any version of peft wrote it
 
 
@@ -52,7 +53,7 @@ def find(name: str, *, base: str | None = None, trust_remote_code: bool = False)
             return _of_run(name, RunFolder(folder.parent), folder, base, trust_remote_code)
         return _without_run(name, folder, base, trust_remote_code)
     if (folder / "config.json").is_file():
-        return _plain_model(name, str(folder), base, trust_remote_code)
+        return _plain_model(name, models.resolve(str(folder), MODEL), base, trust_remote_code)
     if folder.exists():
         raise ValueError(
             f"{name} is no run (config.yaml), no adapter ({ADAPTER_CONFIG}) and no model (config.json); name"
@@ -82,12 +83,8 @@ def final_adapter(name: str | Path, run: RunFolder) -> Path:
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """Return adapter_config.json. Raises: ValueError when it cannot be read, or is not LoRA's."""
     file = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
+    config = read_json(file)
+    if (kind := config.get("peft_type")) != "LORA":
         raise ValueError(f"{file} says peft_type={kind}; qwenlora knows LORA")
     return config
 
@@ -129,7 +126,7 @@ def _find_base(name: str, problem: str) -> str:
     """Return a base model's folder or hub name. problem: how the message begins when it is not there."""
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
-        return str(folder.absolute())
+        return models.resolve(name, MODEL)
     if folder.is_dir() or not _may_be_hub_name(name):
         raise ValueError(
             f"{problem}, and there is no model at {folder.absolute()}; name its folder with --base"

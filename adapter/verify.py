@@ -26,6 +26,7 @@ from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, sha256
 from qwenlora.run.format import and_more, shape
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model.damage import check_file
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # keys that a run's config cannot set, and that change what an adapter does but no shape
@@ -103,6 +104,7 @@ def read_adapter(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         raise ValueError(
             f"{folder} has {ADAPTER_CONFIG}, but no {WEIGHTS[0]}; copy it there, or train it again"
         )
+    check_file(file)
     try:
         tensors: Any = _read_tensors(file)
     except Exception as error:  # weights_only refuses with whatever pickle raises

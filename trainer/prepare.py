@@ -17,6 +17,7 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
 from qwenlora.trainer.loop.arguments import check_optimizer, check_settings
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model.damage import AGAIN, weight_files
 from qwenlora.trainer.model.lora import check_init_from, count_parameters
 from qwenlora.trainer.ranks import gpus
 from qwenlora.trainer.spread import sequence
@@ -34,6 +35,8 @@ def prepare(
     check_optimizer(config.train)
     check_init_from(config.lora)
     base = models.base_of(config, run)
+    if Path(base).is_dir() and not weight_files(Path(base)):
+        raise ValueError(f"model.name_or_path={base} holds no weights (model*.safetensors); {AGAIN}")
     sequence.check(config, models.load_config_of(config, base))
     stamp = freshness.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
     tokenizer = models.load_tokenizer(config, base)

@@ -36,11 +36,11 @@ from qwenlora.adapter.weight_files import (
 from qwenlora.run.format import count, size
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model.base_files import SLICE
+from qwenlora.trainer.model.damage import read_json
 from qwenlora.trainer.model.endings import (
     Settings,
     generation_settings,
     is_text_only,
-    read_settings,
     set_end,
     set_model_end,
     settings_text,
@@ -232,7 +232,7 @@ def _write_other_files(
     for file in config_file.parent.glob("*.py"):
         shutil.copyfile(file, folder / file.name)
     # the base's own text: transformers would write today's keys, which other engines may not know
-    config = read_settings(config_file)
+    config = read_json(config_file)
     generation = _generation_of(subject, tokenizer)
     if not is_text_only(generation, tokenizer):
         set_end(tokenizer, text_only=False)
@@ -252,7 +252,7 @@ def _generation_of(subject: Subject, tokenizer: Any) -> Settings:
     assert subject.adapter is not None
     own = subject.adapter / GENERATION_CONFIG_NAME
     if own.is_file():
-        return read_settings(own)
+        return read_json(own)
     text_only = bool(subject.run and subject.run.facts.is_file() and subject.run.read_facts().text_only)
     return generation_settings(subject.base, subject.config.model.revision, tokenizer, text_only=text_only)
 

@@ -32,7 +32,7 @@ from qwenlora.data.turns import TURN_END
 from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, seal
 from qwenlora.run.folder import RunFolder, step_of
-from qwenlora.trainer.model.endings import read_settings
+from qwenlora.trainer.model.damage import read_json
 
 CARD = "README.md"
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
@@ -142,7 +142,7 @@ def _write_files(made: Path, adapter: Path, card: Card) -> None:
     _write_json(made / ADAPTER_CONFIG, config)
     for name in SETTINGS:
         if (adapter / name).is_file():
-            settings = read_settings(adapter / name)
+            settings = read_json(adapter / name)
             if name == TOKENIZER_CONFIG and not (adapter / GENERATION_CONFIG_NAME).is_file():
                 # of an earlier version, which kept the base's end
                 settings["eos_token"] = TURN_END

@@ -20,6 +20,7 @@ from qwenlora.adapter.subject import ADAPTER_CONFIG
 from qwenlora.adapter.weight_files import SafetensorsWriter, open_weights, parse_size
 from qwenlora.data.turns import END_OF_TEXT, TURN_END
 from qwenlora.run.format import count, size
+from qwenlora.trainer.model.damage import Keys, check_model, read_json
 
 # keys of config.json as the first release spelled them
 OLD_KEYS = {
@@ -38,8 +39,6 @@ EXPECTED = {
 }
 # keys of generation_config.json to keep: always, and if tokens are sampled
 KEPT, SAMPLING = ("do_sample", "repetition_penalty", "max_new_tokens"), ("top_k", "top_p", "temperature")
-
-_Keys = dict[str, Any]  # of a JSON file
 
 
 def convert(source: Path, out: Path, *, max_shard_size: str) -> int:
@@ -62,6 +61,7 @@ def convert(source: Path, out: Path, *, max_shard_size: str) -> int:
     config = qwen2_config(source)
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
+    check_model(source)
     with open_weights(str(source)) as files:
         try:
             planned = plan_weights(files, model)
@@ -134,9 +134,9 @@ def _config_text(config: Qwen2Config) -> str:
     return json.dumps(keys, indent=2, sort_keys=True) + "\n"
 
 
-def _read_config(source: Path) -> _Keys:
+def _read_config(source: Path) -> Keys:
     """Return config.json. Raises: ValueError unless it is a Qwen-1's, in full precision, for text."""
-    config = _read_json(source / "config.json")
+    config = read_json(source / "config.json")
     kind = config.get("model_type")
     if kind != "qwen":
         newer = isinstance(kind, str) and kind.startswith("qwen")
@@ -171,22 +171,10 @@ def _tokenizer(source: Path, config: Qwen2Config) -> Any:
 def _generation_config(source: Path, tokenizer: Any) -> GenerationConfig:
     """Return how the model samples; it stops at the end of a turn or text, as Qwen-1's code does."""
     file = source / "generation_config.json"
-    old = _read_json(file) if file.is_file() else {}
+    old = read_json(file) if file.is_file() else {}
     kept = [*KEPT, *(SAMPLING if old.get("do_sample") else ())]
     return GenerationConfig(
         **{key: old[key] for key in kept if key in old},
         eos_token_id=tokenizer.convert_tokens_to_ids([TURN_END, END_OF_TEXT]),
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _read_json(file: Path) -> _Keys:
-    try:
-        keys = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{file} cannot be read: {error}; IN is a Qwen-1's folder, or an adapter's"
-        ) from None
-    if not isinstance(keys, dict):
-        raise ValueError(f"{file} holds no keys; download it again")
-    return keys

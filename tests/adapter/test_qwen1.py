@@ -294,7 +294,7 @@ SPOILT = {
     "weights cut short": (lambda f: cut(f / "model.safetensors"), "cut short"),
     "a pointer": (
         lambda f: (f / "model.safetensors").write_text("version https://git-lfs"),
-        "no safetensors file",
+        "is a Git LFS pointer",
     ),
     "a missing file": (
         lambda f: (shards(f), (f / "pytorch_model-00002-of-00002.bin").unlink()),
@@ -302,7 +302,7 @@ SPOILT = {
     ),
     "a file cut short": (
         lambda f: (shards(f), cut(f / "pytorch_model-00002-of-00002.bin")),
-        "pytorch_model-00002-of-00002.bin cannot be read",
+        "pytorch_model-00002-of-00002.bin is cut short",
     ),
     "a file of something else": (
         lambda f: (shards(f), (f / "pytorch_model-00002-of-00002.bin").write_text("hello")),

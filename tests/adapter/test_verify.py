@@ -119,7 +119,9 @@ def test_a_module_that_was_not_trained_is_told(adapter):
 def test_a_cut_file_is_refused(adapter, size):
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"adapter_model.safetensors is (empty|cut short|no safetensors file)"
+    ):
         check_adapter(find(str(adapter)))
 
 

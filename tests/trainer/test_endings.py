@@ -72,8 +72,10 @@ def test_a_turns_end_comes_first_and_a_texts_end_stays(tokenizer, tmp_path, gene
 
 def test_a_broken_file_is_named(tokenizer, tmp_path):
     base = base_that_ends(tmp_path, tokenizer, [END_OF_TEXT], None)
-    (tmp_path / "generation_config.json").write_text("version https://git-lfs")
-    with pytest.raises(ValueError, match=r"generation_config\.json cannot be read: .*; download it again"):
+    (tmp_path / "generation_config.json").write_text("<html>")
+    with pytest.raises(
+        ValueError, match=r"generation_config\.json cannot be read: .*; copy or download it again"
+    ):
         generation_settings(base, None, tokenizer, text_only=False)
 
 

@@ -4,8 +4,8 @@ spread/sharded_loading.py loads a base of which each rank holds a part."""
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,9 @@ from qwenlora.configs.schema import Config, Model
 from qwenlora.data.chat import forget_calls
 from qwenlora.data.turns import TURN_END
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.model import head
+from qwenlora.run.format import shape
+from qwenlora.trainer.model import damage, head
+from qwenlora.trainer.model.base_files import stored_in
 from qwenlora.trainer.model.tiny import build_tiny
 
 TINY = "tiny"
@@ -41,11 +43,14 @@ def base_of(config: Config, run: RunFolder) -> str:
 
 
 def resolve(name: str, key: str) -> str:
-    """Return a model folder's absolute path, or a hub name as it is."""
+    """Return a model folder's absolute path, or a hub name as it is. Raises: ValueError when it is neither,
+    or the model is damaged."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if key == "model.name_or_path" and not (folder / "config.json").is_file():
             raise ValueError(f"{key}={name} has no config.json; name the folder that holds the model's files")
+        if key == "model.name_or_path":
+            damage.check_model(folder.absolute())
         return str(folder.absolute())
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(
@@ -63,9 +68,11 @@ def load_tokenizer(config: Config, base: str) -> Any:
 
 
 def _tokenizer(name: str, config: Model, key: str) -> Any:
+    folder = resolve(name, key)
+    damage.check_tokenizer(Path(folder))
     with hub_errors(key, name):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(name, key),
+            folder,
             trust_remote_code=config.trust_remote_code,
             revision=config.revision if key == "model.name_or_path" else None,
         )
@@ -192,15 +199,9 @@ def _offsets(file: BinaryIO, size: int) -> Iterator[int]:
     """Yield offsets of samples in a safetensors file: its header; start, middle and end of each tensor."""
     header = int.from_bytes(file.read(8), "little")
     yield from range(0, min(header + 8, size), SAMPLE_BYTES)
-    file.seek(8)
-    try:
-        tensors = json.loads(file.read(header)) if header < size else {}
-    except ValueError:  # a damaged file: loading it reports that
-        return
-    tensors.pop("__metadata__", None)
-    for tensor in tensors.values():
-        start, end = (8 + header + offset for offset in tensor["data_offsets"])
-        yield from (start, (start + end) // 2, max(start, end - SAMPLE_BYTES))
+    with suppress(ValueError):  # a damaged file that is none of the model's
+        for each in stored_in(Path(file.name)):
+            yield from (each.start, (each.start + each.stop) // 2, max(each.start, each.stop - SAMPLE_BYTES))
 
 
 def load_base(config: Config, base: str) -> Any:
@@ -221,10 +222,11 @@ def load_base(config: Config, base: str) -> Any:
             revision=config.model.revision,
             output_loading_info=True,
             device_map=device_map,
+            ignore_mismatched_sizes=True,  # refuse_misfits names them
             **({"config": model_config} if own_head else {}),
             **_quantization(config, dtype),
         )
-    refuse_missing(config, loading["missing_keys"])
+    refuse_misfits(config, loading)
     if config.strategy.quantization == "nf4":
         _keep_4bit_weights_as_they_are(model)
     return model
@@ -245,10 +247,15 @@ def _quantization(config: Config, dtype: torch.dtype) -> dict[str, BitsAndBytesC
     return {}
 
 
-def refuse_missing(config: Config, missing_keys: Iterable[str]) -> None:
-    """Refuse a base whose files lack weights: transformers would draw new random ones at each start.
-    missing_keys: from from_pretrained's loading info. Raises: ValueError naming the first."""
-    if missing := sorted(missing_keys):
+def refuse_misfits(config: Config, loading: dict[str, Any]) -> None:
+    """Refuse a base whose files lack weights, or have them in other shapes: transformers would draw random
+    ones at each start. loading: from_pretrained's loading info. Raises: ValueError naming the first."""
+    for name, in_files, expected in sorted(loading["mismatched_keys"]):
+        raise ValueError(
+            f"model.name_or_path={config.model.name_or_path}: {name} is {shape(in_files)} in its files, and"
+            f" {shape(expected)} by its config.json: they are of different models; download both again"
+        )
+    if missing := sorted(loading["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
             f"model.name_or_path={config.model.name_or_path}: its files lack {missing[0]}{more}, which would"

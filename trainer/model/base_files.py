@@ -26,6 +26,16 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Stored(NamedTuple):
+    """A tensor, as its file's header says. dtype: safetensors' name; [start, stop): bytes of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
 class BaseFiles:
     """The safetensors files of a base, as a context manager that closes them; a base may have none.
 
@@ -122,19 +132,26 @@ def _files(base: str, revision: str | None, local: bool) -> list[Path]:
 
 
 def _places(path: Path) -> dict[str, Place]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError(f"{path} is no safetensors file, or cut short; download it again")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
     return {
-        name: Place(
-            path, 8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"])
-        )
-        for name, entry in header.items()
-        if entry["dtype"] in DTYPES
+        each.name: Place(path, each.start, DTYPES[each.dtype], each.shape)
+        for each in stored_in(path)
+        if each.dtype in DTYPES
     }
+
+
+def stored_in(path: Path) -> list[Stored]:
+    """Return what a safetensors file's header says. Raises: ValueError when it has none."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= path.stat().st_size else None
+        header.pop("__metadata__", None)
+        return [
+            Stored(name, each["dtype"], tuple(each["shape"]), *(8 + length + i for i in each["data_offsets"]))
+            for name, each in header.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no safetensors file, or cut short; download it again") from None
 
 
 def peak_memory() -> int:

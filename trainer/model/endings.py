@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from qwenlora.data.turns import END_OF_TEXT, TURN_END
+from qwenlora.trainer.model.damage import read_json
 
 EOS = "eos_token_id"
 Settings = dict[str, object]  # generation_config.json or config.json, as anyone wrote it
@@ -43,17 +44,6 @@ def is_text_only(generation: Settings, tokenizer: Any) -> bool:
     return _list(generation.get(EOS))[:1] == [tokenizer.get_vocab().get(END_OF_TEXT)]
 
 
-def read_settings(file: Path) -> Settings:
-    """Return a JSON file's keys. Raises: ValueError when it is broken."""
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}; download it again") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} holds no keys; download it again")
-    return settings
-
-
 def settings_text(settings: Settings) -> str:
     """Return a JSON file's text."""
     return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
@@ -74,4 +64,4 @@ def _list(ends: object) -> list[int]:
 
 def _read(base: str, revision: str | None, name: str) -> Settings:
     file = cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return read_settings(Path(file)) if file else {}
+    return read_json(Path(file)) if file else {}

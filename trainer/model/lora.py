@@ -1,6 +1,5 @@
 """The adapter on a base model: made from the config, or from an adapter that is trained further."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from qwenlora.configs.schema import Config, Lora
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model.base import load_config_of
+from qwenlora.trainer.model.damage import AGAIN, check_file, read_json
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 NAMES_SHOWN = 40
@@ -55,6 +55,7 @@ def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
             # peft leaves modules_to_save in the base's dtype, too coarse for Adam's small steps
             parameter.data = parameter.data.float()
     if lora.init_from:
+        check_init_from(lora)
         _load_adapter(peft_model, lora, Path(lora.init_from).expanduser())
     return peft_model
 
@@ -71,7 +72,6 @@ def _check_names(key: str, wanted: list[str] | None, existing: list[str]) -> Non
 
 def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
     """Put a saved adapter's weights into the model. Raises: ValueError when it does not fit."""
-    check_init_from(lora)
     weights = load_peft_weights(str(folder), device="cpu")
     try:
         result = set_peft_model_state_dict(model, weights)
@@ -94,7 +94,7 @@ def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
 
 
 def check_init_from(lora: Lora) -> None:
-    """Refuse an adapter whose settings are not those of the config. Raises: ValueError naming the key."""
+    """Refuse an adapter that is damaged, or whose settings are not the config's. Raises: ValueError."""
     if not lora.init_from:
         return
     folder = Path(lora.init_from).expanduser()
@@ -105,7 +105,7 @@ def check_init_from(lora: Lora) -> None:
         raise ValueError(
             f"lora.init_from={lora.init_from} is no adapter folder: it has no adapter_config.json{hint}"
         )
-    saved = json.loads(file.read_bytes())
+    saved = read_json(file)
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
         if saved.get(key, getattr(lora, key)) != getattr(lora, key):
             raise ValueError(
@@ -115,6 +115,11 @@ def check_init_from(lora: Lora) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         if saved.get(key):
             raise ValueError(f"lora.init_from={lora.init_from} has a {key}, which qwenlora has no key for")
+    files = list(folder.glob("adapter_model.*"))
+    if not files:
+        raise ValueError(f"lora.init_from={lora.init_from} has no adapter_model.safetensors; {AGAIN}")
+    for weights in files:
+        check_file(weights)
 
 
 def count_parameters(config: Config, base: str) -> Parameters:

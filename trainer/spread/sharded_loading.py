@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from qwenlora.configs.schema import Config
-from qwenlora.trainer.model.base import device, hub_errors, load_config_of, pick_dtype, refuse_missing
+from qwenlora.trainer.model.base import device, hub_errors, load_config_of, pick_dtype, refuse_misfits
 from qwenlora.trainer.model.base_files import BaseFiles, peak_memory
 from qwenlora.trainer.spread.zero import DeepSpeedConfig
 
@@ -54,8 +54,9 @@ class WholeBase:
             trust_remote_code=config.model.trust_remote_code,
             revision=config.model.revision,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-        refuse_missing(config, loading["missing_keys"])
+        refuse_misfits(config, loading)
         self.tensors: dict[str, Tensor] = model.state_dict()
         self.bytes_read = sum({t.data_ptr(): t.nbytes for t in self.tensors.values()}.values())
 
