@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import keyword
 import platform
 import sys
 from collections.abc import Callable
@@ -35,6 +36,7 @@ COMMANDS = {  # {command: the module of cli/ with the function of that name}
     "export": "adapter_commands",
     "convert-qwen1": "adapter_commands",
     "config show": "config_commands",
+    "config from": "config_commands",
     "config schema": "config_commands",
     "data check": "data_commands",
     "data preview": "data_commands",
@@ -63,7 +65,8 @@ def load(name: str) -> Any:
 
 
 def _function_of(name: str) -> str:
-    return name.split()[-1].replace("-", "_")
+    word = name.split()[-1].replace("-", "_")
+    return f"{word}_" if keyword.iskeyword(word) else word
 
 
 def help_of(name: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
 
+from qwenlora.configs.foreign import hints
 from qwenlora.configs.schema import Config, Section
 from qwenlora.configs.wording import show
 
@@ -21,34 +22,17 @@ def _fields(section: type[Section] = Config, prefix: str = "") -> dict[str, Fiel
 
 
 FIELDS = _fields()
-SECTIONS = list(dict.fromkeys(key.split(".")[0] for key in FIELDS if "." in key))
-
-# names that people know from other tools, where a similar spelling does not help
+# names that people know from elsewhere; foreign.py has those of other tools
 _ELSEWHERE = {
-    "mask_history": "data.train_on",
-    "neat_packing": "data.packing",
-    "preprocessing_num_workers": "data.num_proc",
-    "sample_packing": "data.packing",
-    "train_on_inputs": "data.train_on",
-    "val_size": "data.eval_fraction",
     "batch_size": "train.per_device_train_batch_size",
-    "cutoff_len": "data.max_length",
-    "dataset": "data.train",
     "dropout": "lora.lora_dropout",
     "epochs": "train.num_train_epochs",
-    "gradient_accumulation_steps": "train.global_batch_size",
-    "load_in_4bit": "strategy.quantization",
-    "load_in_8bit": "strategy.quantization",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
     "lr": "train.learning_rate",
     "max_seq_length": "data.max_length",
-    "model_name_or_path": "model.name_or_path",
-    "output_dir": "run_dir",
+    "model_name": "model.name_or_path",
     "rank": "lora.r",
-    "report_to": "log.wandb",
-    "sequence_len": "data.max_length",
 }
+SECTIONS = list(dict.fromkeys(key.split(".")[0] for key in FIELDS if "." in key))
 
 
 def keys_of(section: str) -> list[str]:
@@ -73,7 +57,11 @@ def _flatten(section: Section, prefix: str = "") -> dict[str, object]:
 def unknown_key(key: str, value: object) -> str:
     """Return the message on a key that is not in the schema, with the nearest one that is."""
     section, _, name = key.rpartition(".")
-    if nearest := next(_similar(section, name), None):
+    if nearest := next(_longer_or_same(section, name), None):
+        hint = f"did you mean {nearest}?"
+    elif elsewhere := next(hints(name), None):
+        hint = elsewhere
+    elif nearest := next(_similar(section, name), None):
         hint = f"did you mean {nearest}?"
     elif section in SECTIONS:
         hint = f"{section} has: {', '.join(_names_in(section))}"
@@ -82,18 +70,24 @@ def unknown_key(key: str, value: object) -> str:
     return f"{key}={show(value)}: no such key; {hint}"
 
 
-def _similar(section: str, name: str) -> Iterator[str]:
-    """Yield the keys that may be meant, the most likely first."""
-    names = _names_in(section)
+def _longer_or_same(section: str, name: str) -> Iterator[str]:
+    """Yield the keys that have the name, also in another section, or begin with it."""
     prefix = f"{section}." if section else ""
     if len(name) > 2:
-        yield from (prefix + longer for longer in names if longer.startswith(name))
+        yield from (prefix + longer for longer in _names_in(section) if longer.startswith(name))
     yield from (key for key in FIELDS if _name(key) == name)
     if name in _ELSEWHERE:
         yield _ELSEWHERE[name]
+
+
+def _similar(section: str, name: str) -> Iterator[str]:
+    """Yield the keys that are spelled alike."""
+    prefix = f"{section}." if section else ""
     if not section:
         yield from difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.6)
-    yield from (prefix + near for near in difflib.get_close_matches(name, names, n=1, cutoff=0.7))
+    yield from (
+        prefix + near for near in difflib.get_close_matches(name, _names_in(section), n=1, cutoff=0.7)
+    )
     nearest = difflib.get_close_matches(name, map(_name, FIELDS), n=1, cutoff=0.7)
     yield from (key for key in FIELDS if _name(key) in nearest)
 

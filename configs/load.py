@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from qwenlora.configs.foreign import foreign
 from qwenlora.configs.keys import FIELDS, SECTIONS, keys_of, unknown_key
 from qwenlora.configs.schema import Config, SourceEntry
 from qwenlora.configs.wording import did_you_mean, expected, show
@@ -30,9 +31,26 @@ def load_config(
 
     overrides: `key=value` texts as typed on a command line (the value is YAML), or a mapping of dotted key to
     value; defaults: dotted key to value, of a site file; defaults_of: their origin, for messages.
-    Raises: ValueError, one line a problem.
+    Raises: ValueError, one line a problem; one line for a config of another tool.
     """
     path = Path(path)
+    try:
+        return _load(path, overrides, defaults, defaults_of)
+    except ValueError:
+        if found := foreign(path):
+            raise ValueError(
+                f"{path} is {found.what}; write one for qwenlora, and look at it: qwenlora config from {path}"
+                " > my.yaml"
+            ) from None
+        raise
+
+
+def _load(
+    path: Path,
+    overrides: Mapping[str, object] | Iterable[str],
+    defaults: Mapping[str, object] | None,
+    defaults_of: str,
+) -> Config:
     values, places = read_yaml(path)
     missing = {key: value for key, value in (defaults or {}).items() if not _has(key, values, places)}
     problems = _apply(missing, values, places, defaults_of)
@@ -85,12 +103,13 @@ def _apply(
         elif key not in FIELDS:
             problems.append(f"{place}: {unknown_key(key, value)}")
         else:
-            _set(values, key, value)
+            set_key(values, key, value)
             places[key] = place
     return problems
 
 
-def _set(values: Values, key: str, value: object) -> None:
+def set_key(values: Values, key: str, value: object) -> None:
+    """Set a dotted key in nested values."""
     *sections, name = key.split(".")
     for section in sections:
         inner = values.get(section)
@@ -110,12 +129,13 @@ def _typed(field: FieldInfo, raw: str) -> object:
     # YAML drops spaces and text after a #; on a command line both belong to the value, unless it is quoted
     as_typed = (isinstance(value, str) and raw[:1] not in "\"'") or (value is None and "#" in raw)
     candidates = [raw, value] if as_typed else [value, raw]
-    if isinstance(value, dict | list) and _takes(adapter, ["a"]):
+    if isinstance(value, dict | list) and takes(adapter, ["a"]):
         candidates = [value]  # a list with a mistake in it is no text
-    return next((candidate for candidate in candidates if _takes(adapter, candidate)), value)
+    return next((candidate for candidate in candidates if takes(adapter, candidate)), value)
 
 
-def _takes(adapter: TypeAdapter[object], candidate: object) -> bool:
+def takes(adapter: TypeAdapter[object], candidate: object) -> bool:
+    """Return whether a value is valid as YAML has it."""
     try:
         adapter.validate_json(json.dumps(candidate), strict=True)
     except (ValidationError, TypeError):

@@ -1,12 +1,14 @@
 """The files, folders, globs, hub data sets and `example` that data.train and data.eval name."""
 
 import glob
+import json
 import os
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qwenlora.configs import foreign, foreign_data
 from qwenlora.configs.schema import Data, SourceEntry
 from qwenlora.data import folders, row_io
 from qwenlora.data.bad_row import show
@@ -104,6 +106,7 @@ def _files(entry: SourceEntry, side: SideName, note: Callable[[str], None]) -> t
         if not path.is_file():
             raise ValueError(f"{key}={name} is a pipe or device, not a file; write its rows to one")
         _refuse_unused(entry, key, "a file", "encoding")
+        _look_at_dataset_info(path, entry, key, note)
         return [path], None
     if not set("*?[").isdisjoint(name):
         _refuse_unused(entry, key, "a glob", "encoding")
@@ -112,6 +115,20 @@ def _files(entry: SourceEntry, side: SideName, note: Callable[[str], None]) -> t
         _refuse_unused(entry, key, "a data set of the hub", "split", "name", "revision")
         return _opened(_from_hub(entry, side))
     raise ValueError(f"{key}={name}: no such file (looked for {path.absolute()})")
+
+
+def _look_at_dataset_info(path: Path, entry: SourceEntry, key: str, note: Callable[[str], None]) -> None:
+    """Say what LLaMA-Factory's dataset_info.json has on a file; refuse that file itself."""
+    if path.name == foreign.INFO and (found := foreign.foreign(path)):
+        raise ValueError(
+            f"{key}={path} is {found.what}: it has no rows, but names their files; write a config from it:"
+            f" qwenlora config from {path} > my.yaml"
+        )
+    if not (entry.columns or entry.roles or entry.format) and (described := foreign_data.beside(path)):
+        note(
+            f"{path}: LLaMA-Factory's {foreign.INFO} beside it describes it; to have it read so: {key}:"
+            f" {json.dumps(described, ensure_ascii=False)}"
+        )
 
 
 def _refuse_unused(entry: SourceEntry, key: str, what: str, *used: str) -> None:

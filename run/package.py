@@ -20,6 +20,7 @@ PATTERNS = (
     "general.jsonl",
     "examples/*.jsonl",
     "clusters/*.yaml",
+    "counterparts/*.yaml",
 )
 
 

@@ -59,6 +59,24 @@ def test_run_dir_defaults_to_the_files_name(write):
         ),
         ("learning_rate: 1", "{path}:3: learning_rate=1: no such key; did you mean train.learning_rate?"),
         ("cutoff_len: 1", "{path}:3: cutoff_len=1: no such key; did you mean data.max_length?"),
+        (
+            "micro_batch_size: 1",
+            "{path}:3: micro_batch_size=1: no such key; did you mean train.per_device_train_batch_size?",
+        ),
+        (
+            "train: {num_epochs: 1}",
+            "{path}:3: train.num_epochs=1: no such key; did you mean train.num_train_epochs?",
+        ),
+        (
+            "train: {stage: sft}",
+            "{path}:3: train.stage=sft: no such key; LLaMA-Factory's stage has no counterpart here (qwenlora"
+            " learns replies and plain text; it has no preference or reward training); remove it",
+        ),
+        (
+            "train: {group_by_length: true}",
+            "{path}:3: train.group_by_length=true: no such key; LLaMA-Factory's group_by_length is not needed"
+            " here; remove it",
+        ),
         ("tarin: {seed: 1}", '{path}:3: tarin={{"seed": 1}}: no such key; did you mean train?'),
         ("lora: {r: true}", "{path}:3: lora.r=true: expected an integer"),
         ('lora: {r: "8"}', '{path}:3: lora.r="8": expected an integer'),

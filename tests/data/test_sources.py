@@ -228,3 +228,21 @@ def test_a_hub_data_set_is_read_like_a_file(saved, monkeypatch):
     assert asked == [("org/chats", "zh", {"split": "train[:5]", "revision": "v2"})]
     ((place, _), *_) = rows_of_side(Data(train=train), "train")
     assert place == "org/chats:1"
+
+
+def test_the_dataset_info_of_llama_factory_is_no_rows_and_describes_a_file_beside_it():
+    info = {"faq": {"file_name": "faq.jsonl", "columns": {"prompt": "frage", "response": "output"}}}
+    Path("dataset_info.json").write_text(json.dumps(info))
+    Path("faq.jsonl").write_text('{"frage": "?", "output": "!"}\n')
+    notes: list[str] = []
+    sources.find(
+        Data(train=["faq.jsonl", {"path": "faq.jsonl", "columns": {"frage": "query"}}]), notes.append
+    )
+    assert notes == [
+        "faq.jsonl: LLaMA-Factory's dataset_info.json beside it describes it; to have it read so: data.train:"
+        ' {"path": "faq.jsonl", "columns": {"input": null, "frage": "instruction"}}'
+    ]
+    assert refused(train="dataset_info.json") == (
+        "data.train=dataset_info.json is LLaMA-Factory's dataset_info.json: it has no rows, but names their"
+        " files; write a config from it: qwenlora config from dataset_info.json > my.yaml"
+    )
