@@ -87,7 +87,7 @@ class Command:
         self.folder = folder
 
     def __call__(
-        self, *arguments: object, timeout: float = 300, **environment: str
+        self, *arguments: object, timeout: float = 500, **environment: str
     ) -> subprocess.CompletedProcess:
         return forked.run(
             [*forked.COMMAND, *map(str, arguments)],

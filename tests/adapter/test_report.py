@@ -395,7 +395,7 @@ def browse(tmp_path_factory):
         ]
         options += ["--blink-settings=preferredColorScheme=0"] * dark
         answer = subprocess.run(
-            [chromium, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+            [chromium, *options, page.as_uri()], capture_output=True, text=True, timeout=500, check=True
         )
         lines = [line for line in answer.stderr.splitlines() if ":CONSOLE:" in line]
         return lines, Image.open(picture).convert("RGB")

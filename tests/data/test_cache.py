@@ -60,8 +60,8 @@ def test_two_that_start_together_build_once(tmp_path):
     place = f"process {first.pid} on {os.uname().nodename}"
     assert second.stdout.readline() == f"waiting for {place}, which prepares the same data\n"
     (tmp_path / "go").touch()
-    assert second.communicate(timeout=120)[0] == "first\n"
-    assert first.communicate(timeout=120)[0] == "first\n"
+    assert second.communicate(timeout=500)[0] == "first\n"
+    assert first.communicate(timeout=500)[0] == "first\n"
     assert others(folder) == ["go"]
 
 
@@ -73,7 +73,7 @@ def test_a_killed_builder_leaves_nothing_and_the_one_that_waits_takes_over(tmp_p
     assert "waiting for" in second.stdout.readline()
     first.send_signal(signal.SIGKILL)
     first.wait()
-    said = second.communicate(timeout=120)[0]
+    said = second.communicate(timeout=500)[0]
     assert said.endswith("has ended without finishing: preparing the data here\nbuilding\nsecond\n")
     assert (folder / "whole").read_text() == "second"
     assert others(folder) == [], "what the killed one left is swept away"

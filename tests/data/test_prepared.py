@@ -638,9 +638,9 @@ def test_of_two_preparations_one_is_killed_and_the_other_ends_right_and_a_third_
     assert f"waiting for process {first.pid} on " in second.stdout.readline()
     first.send_signal(signal.SIGKILL)
     first.wait()
-    said = second.communicate(timeout=120)[0].splitlines()
+    said = second.communicate(timeout=500)[0].splitlines()
     assert "has ended without finishing: preparing the data here" in said[0]
-    third = start().communicate(timeout=180)[0]
+    third = start().communicate(timeout=500)[0]
     expected = prepare(Data(train=file), tokenizer, tmp_path / "other").counts["train"]
     assert said[-1] == third.strip() == expected.sha256
     assert expected.rows == 12_000
@@ -659,7 +659,7 @@ def test_a_killed_preparation_takes_its_processes_with_it(tmp_path, tiny):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=500)
     assert alive == []
 
 

@@ -101,7 +101,7 @@ def test_on_a_disk_of_one_and_a_half_checkpoints_the_run_goes_on_and_resumes(
     with start(tmp_path, "train.save_total_limit=1") as process:
         wait_for_step(run, 12, process)
         process.send_signal(signal.SIGTERM)
-        screen = process.communicate(timeout=180)[0]
+        screen = process.communicate(timeout=500)[0]
     assert process.returncode == 1, screen
     assert "Traceback" not in screen
     warning = "was not saved: No space left on device; the newest whole one is checkpoint-5"
@@ -113,7 +113,7 @@ def test_on_a_disk_of_one_and_a_half_checkpoints_the_run_goes_on_and_resumes(
     assert run.history.attempts()[0].reason == "failed"
     disk("size=100m")
     with start(tmp_path, "train.save_total_limit=1") as process:
-        screen = process.communicate(timeout=120)[0]
+        screen = process.communicate(timeout=500)[0]
     assert process.returncode == 0, screen
     assert "resuming from checkpoint-5" in screen
     assert_same(run, undisturbed)
@@ -123,7 +123,7 @@ def test_to_the_end_on_such_a_disk_the_adapter_is_written_if_it_fits(tmp_path, t
     write_config(tmp_path, tiny)
     disk(f"size={size_of_a_checkpoint(undisturbed) * 3 // 2}")
     with start(tmp_path) as process:
-        screen = process.communicate(timeout=120)[0]
+        screen = process.communicate(timeout=500)[0]
     assert process.returncode == 0, screen
     assert screen.count("was not saved: No space left on device; the newest") == 7, screen
     assert_same(RunFolder(tmp_path / "disk" / "run"), undisturbed)
@@ -141,14 +141,14 @@ def test_a_disk_that_becomes_read_only_ends_the_run_with_the_reason(tmp_path, ti
         # the logs are open for writing, so this file system cannot be remounted; an empty one over it does
         # the same
         subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", run.path], check=True)
-        screen = process.communicate(timeout=120)[0]
+        screen = process.communicate(timeout=500)[0]
     subprocess.run(["umount", "--lazy", run.path], check=True)
     assert process.returncode == 1, screen
     assert "Traceback" not in screen
     assert "was not saved: Read-only file system" in screen
     assert "all steps are trained, but the adapter was not saved: Read-only file system" in screen
     with start(tmp_path) as process:
-        screen = process.communicate(timeout=120)[0]
+        screen = process.communicate(timeout=500)[0]
     assert process.returncode == 0, screen
     assert "resuming from checkpoint-" in screen
     assert_same(run, undisturbed)
@@ -164,7 +164,7 @@ def test_a_run_folder_that_is_removed_is_missed_and_not_made_anew(tmp_path, tiny
             tmp_path / "removed"
         )  # at once: a folder that is written into cannot be emptied name by name
         shutil.rmtree(tmp_path / "removed", ignore_errors=True)
-        screen = process.communicate(timeout=120)[0]
+        screen = process.communicate(timeout=500)[0]
     assert process.returncode == 1, screen
     assert "Traceback" not in screen
     assert "was not saved: No such file or directory" in screen

@@ -54,7 +54,7 @@ def test_torchrun_by_hand_trains_the_same(qwenlora, tmp_path):
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv += ["-m", "qwenlora.trainer.main", str(config), "run_dir=hand"]
     answer = forked.run(
-        argv, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False, timeout=150
+        argv, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False, timeout=500
     )
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.rstrip().endswith("done: the adapter is in hand/adapter")

@@ -41,7 +41,7 @@ def test_the_rank_that_hangs_is_named_and_all_write_their_stacks(tmp_path):
     process = start(tmp_path, "--nproc", "2", f"launch.stall_timeout_s={STALL_S}")
     started = time.monotonic()
     os.kill(ranks(run)[1].pid, signal.SIGSTOP)
-    screen = process.communicate(timeout=120)[0]
+    screen = process.communicate(timeout=500)[0]
     assert process.returncode == 1, screen
     assert time.monotonic() - started > STALL_S - 1
     assert re.search(
@@ -62,6 +62,6 @@ def test_stacks_can_be_asked_for_and_change_nothing(tmp_path):
     run = tmp_path / "runs/my"
     process = start(tmp_path)
     os.kill(ranks(run)[0].pid, 41)
-    screen = process.communicate(timeout=120)[0]
+    screen = process.communicate(timeout=500)[0]
     assert process.returncode == 0, screen
     assert "most recent call first" in (run / "logs/attempt-1/rank-0.log").read_text()

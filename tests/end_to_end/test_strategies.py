@@ -30,7 +30,7 @@ def config(tmp_path):
 
 def train(config, *arguments: str) -> str:
     command = [*forked.COMMAND, "train", str(config), *arguments]
-    done = forked.run(command, cwd=config.parent, capture_output=True, text=True, timeout=280, check=False)
+    done = forked.run(command, cwd=config.parent, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -83,7 +83,7 @@ def test_ranks_that_are_started_by_hand_are_refused_too(config, override, says):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
         check=False,
     )
     assert done.returncode != 0

@@ -158,7 +158,7 @@ def test_a_local_job_is_followed_cancelled_and_resumed(folder, qwenlora):
         _wait_for(lambda: run.history.attempts() and _step(run, 1) >= 3)
         assert "is asked to save and to stop" in qwenlora("cancel", "runs/my").stdout
         assert job.result()["reason"] == "stopped"
-        said = following.communicate(timeout=180)[0]
+        said = following.communicate(timeout=500)[0]
     assert "\nsteps         20,000 " in said
     assert said.rstrip().endswith("Exiting after successful completion")
     assert qwenlora("logs", "runs/my", "--rank", 0).stdout == run.log(1, "rank-0").read_text()

@@ -68,7 +68,7 @@ class Cluster:
                 stdout=said,
                 stderr=said,
                 stdin=subprocess.DEVNULL,
-                timeout=120,
+                timeout=500,
                 check=False,
             )
             said.seek(0)

@@ -41,7 +41,7 @@ class Jobs:
             self.file(f"{job_id}.0.0.started")
         return job_id
 
-    def file(self, name, timeout=60):
+    def file(self, name, timeout=500):
         deadline = time.monotonic() + timeout
         while not (self.folder / name).exists():
             assert time.monotonic() < deadline, f"no {name}: {self.cluster.run('squeue', '-l').stdout}"
