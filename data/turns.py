@@ -307,10 +307,10 @@ def without_null_keys(value: Any) -> Any:
 
 
 def from_json(value: object, what: str) -> object:
-    """Return a value, decoded where it is JSON in a text (in CSV, and ShareGPT's tools)."""
-    if isinstance(value, str):
+    """Return a value, decoded where it is JSON in a text (in CSV, and ShareGPT's tools), even twice."""
+    while isinstance(value, str):
         try:
-            return decode_json(value)
+            value = decode_json(value)
         except BadRow as error:
             raise BadRow(f"{what} must be JSON, found {show(value)}, {error}") from None
     return value

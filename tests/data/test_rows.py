@@ -119,6 +119,14 @@ OPENAI = {
 }
 
 
+def test_json_in_a_text_in_a_text_is_decoded_too():
+    row = json.loads(json.dumps(OPENAI))
+    function = row["messages"][2]["tool_calls"][0]["function"]
+    function["arguments"] = json.dumps(function["arguments"])
+    row["tools"] = json.dumps(json.dumps(row["tools"]))
+    assert read(row) == read(OPENAI)
+
+
 @pytest.mark.parametrize(
     ("shape", "rows"),
     {
