@@ -1,7 +1,6 @@
 """A checkpoint of any strategy and number of ranks resumes under any other."""
 
 import itertools
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,10 @@ ALL = tuple(itertools.product(SAVERS, RESUMERS))
 
 
 def covering() -> list[tuple]:
-    """Return pairs in which each saver meets each strategy, some number of ranks, and itself."""
-    chosen = {(saver, resumer) for saver, resumer in ALL if saver == resumer}
-    for number, saver in enumerate(SAVERS):
-        names = ("ddp", "zero1", "zero2", "zero3", "fsdp")
-        chosen |= {(saver, (name, (1, 2, 4)[(number + place) % 3])) for place, name in enumerate(names)}
-    return sorted(chosen)
+    """Return pairs in which each resumer meets a saver, and each saver itself and two others: a
+    checkpoint's form does not depend on who reads it."""
+    pairs = {(SAVERS[(number + 3) % len(SAVERS)], resumer) for number, resumer in enumerate(RESUMERS)}
+    return sorted(pairs | {(saver, saver) for saver in SAVERS})
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +86,7 @@ def check(made, pairs: list[tuple], folder: Path) -> None:
 @pytest.mark.slow
 def test_a_checkpoint_of_each_strategy_goes_on_under_each_other(made, tmp_path):
     pairs = covering()
-    assert len(pairs) >= 30
-    assert {saver for saver, _ in pairs} == set(SAVERS)
+    assert all(sum(by == saver != to for by, to in pairs) >= 2 for saver in SAVERS)
     assert {resumer for _, resumer in pairs} == set(RESUMERS)
     check(made, pairs, tmp_path)
 
@@ -101,11 +97,15 @@ def test_every_pair(made, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp"])
-def test_with_dropout_the_same_strategy_goes_on_to_the_bit(made, tmp_path, name):
+def test_with_dropout_the_same_strategy_goes_on_to_the_bit(made, tmp_path):
     _, done, tokenizer = made
-    cell = done["ddp", 2][1].under(name, tmp_path / "whole", dropout=0.1)
-    again = cell.under(name, tmp_path / "again", resume=str(tmp_path / "whole" / f"checkpoint-{SAVED}"))
-    results = run_ranks(run_cells, 2, [cell, again], tokenizer)
-    assert results[0][0]["adapter"] == results[0][1]["adapter"]
-    shutil.rmtree(tmp_path / "whole")
+    names, cells = ("zero2", "zero3", "fsdp"), []
+    for name in names:
+        whole = tmp_path / name / "whole"
+        cell = done["ddp", 2][1].under(name, whole, dropout=0.1)
+        cells += [
+            cell,
+            cell.under(name, tmp_path / name / "again", resume=str(whole / f"checkpoint-{SAVED}")),
+        ]
+    adapters = [result["adapter"] for result in run_ranks(run_cells, 2, cells, tokenizer, timeout=560)[0]]
+    assert dict(zip(names, adapters[::2], strict=True)) == dict(zip(names, adapters[1::2], strict=True))
