@@ -2,7 +2,6 @@
 
 import glob
 import json
-import os
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 from qwenlora.configs import foreign, foreign_data
 from qwenlora.configs.schema import Data, SourceEntry
-from qwenlora.data import folders, row_io
+from qwenlora.data import folders, hub, row_io
 from qwenlora.data.bad_row import show
 from qwenlora.data.folders import DEFAULT_SPLIT, printable
 from qwenlora.data.row_io import EXTENSIONS, TEXT, Chunk, extension
@@ -165,17 +164,21 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _from_hub(entry: SourceEntry, side: SideName) -> Any:
+    hub.ask(entry.path, "dataset")
     import datasets  # takes half a second, and local files do without
 
+    why = hub.why_offline()
+    datasets.config.HF_HUB_OFFLINE = bool(datasets.config.HF_HUB_OFFLINE or why)
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(entry.path, entry.name, split=entry.split, revision=entry.revision)
     except Exception as error:  # of the hub, the network, pyarrow, or the data set's own files
-        offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        offline = f" (offline: {why})" if why else ""
+        cure = f"; {hub.advice(entry.path, 'dataset')}" if why else ""
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
             f"data.{side}={entry.path}: no such file, and no data set of the hub that can be loaded{offline}:"
-            f" {reason}"
+            f" {reason}{cure}"
         ) from None
 
 

@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from qwenlora.configs.schema import Config, Model
+from qwenlora.data import hub
 from qwenlora.data.chat import forget_calls
 from qwenlora.data.turns import TURN_END
 from qwenlora.run.folder import RunFolder
@@ -99,16 +100,19 @@ def _tokenizer(name: str, config: Model, key: str) -> Any:
 
 @contextmanager
 def hub_errors(key: str, name: str) -> Iterator[None]:
-    """Turn transformers' errors about a missing or broken model into a ValueError of one line."""
+    """Ask the hub, if the model is there; turn transformers' errors about a missing or broken model into a
+    ValueError of one line."""
+    on_hub = name.count("/") == 1 and not Path(name).expanduser().is_dir()
+    if on_hub:
+        hub.ask(name)
     try:
         yield
     except (OSError, ImportError, json.JSONDecodeError) as error:
-        offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        why = hub.why_offline() if on_hub else ""
+        offline = f" (offline: {why})" if why else ""
+        cure = hub.advice(name) if why else "the path of a folder that holds the files will do, too"
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(
-            f"{key}={name} cannot be loaded{offline}: {reason.rstrip('.')}; the path of a folder that holds"
-            " the files will do, too"
-        ) from error
+        raise ValueError(f"{key}={name} cannot be loaded{offline}: {reason.rstrip('.')}; {cure}") from error
 
 
 def pick_dtype(name: str) -> torch.dtype:
