@@ -1,5 +1,5 @@
-"""Whether the model hub answers. A process asks it once, before it needs anything from there: the hub's client
-would try for minutes. Without an answer, models and data sets come from the cache alone, at once."""
+"""Whether the model hub answers. A process asks it once, before it needs anything from there: the hub's own
+client would try for minutes. Without an answer, models and data sets come from the cache alone, at once."""
 
 import logging
 import threading
@@ -61,7 +61,7 @@ def _why_silent(endpoint: str, limit_s: float) -> str:
 
     def knock() -> None:
         try:
-            get_session().head(endpoint, timeout=limit_s)
+            get_session().head(endpoint, timeout=2 * limit_s)
             why[0] = ""
         except Exception as error:  # of names, connections, proxies, certificates
             why[0] = " ".join(str(error).split()) or type(error).__name__

@@ -1,5 +1,5 @@
-"""A hub that does not answer costs seconds: then models and data sets come from the cache, or the message says
-what to do."""
+"""A hub that does not answer costs seconds: then models and data sets come from the cache, or the message
+says what to do."""
 
 import shutil
 import socket
@@ -61,8 +61,9 @@ def nowhere(monkeypatch):
 
 
 ADVICE = (
-    "; set HF_ENDPOINT to a mirror of the hub that this machine reaches, or name a folder to which you have downloaded"
-    " it: `hf download {name}{repo} --local-dir FOLDER`, `modelscope download --{kind} {name} --local_dir FOLDER`"
+    "; set HF_ENDPOINT to a mirror of the hub that this machine reaches, or name a folder to which you have"
+    " downloaded it: `hf download {name}{repo} --local-dir FOLDER`, `modelscope download --{kind} {name}"
+    " --local_dir FOLDER`"
     " (HF_HUB_OFFLINE=1 uses the cache without asking the hub)"
 )
 
@@ -111,7 +112,7 @@ def test_what_is_in_the_cache_is_used_without_the_hub(tiny, refusing, monkeypatc
     base = models.resolve("me/TinyQ", "model.name_or_path")
     assert models.load_tokenizer(config, base).is_fast
     assert models.fingerprint(config, base) == COMMIT
-    assert models.load_base(config, base).config.model_type == "qwen2"
+    assert models.load_base(config, base).config.model_type == "qwen3"
     assert limits == [hub.CACHED_LIMIT_S], "asked once, and not for long"
 
 
