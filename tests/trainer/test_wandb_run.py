@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import time
 
 import pytest
@@ -56,6 +57,28 @@ def chosen(monkeypatch=None, environment=None, **log):
 )
 def test_auto_follows_the_variables(monkeypatch, environment, mode, why):
     assert chosen(monkeypatch, environment)[:2] == (mode, why)
+
+
+def test_wandb_is_not_imported_where_nothing_of_it_is_set_up(monkeypatch, tmp_path):
+    for name in ("WANDB_CONFIG_DIR", "NETRC", "WANDB_SILENT"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import fails
+    assert chosen()[:2] == ("off", "no W&B key: `wandb login`, or log.wandb=offline")
+
+
+@pytest.mark.parametrize(
+    "file", ["home/.netrc", "home/_netrc", "home/.config/wandb/settings", "wandb/settings"]
+)
+def test_wandb_is_asked_where_a_file_of_it_exists(monkeypatch, tmp_path, file):
+    for name in ("WANDB_CONFIG_DIR", "NETRC", "WANDB_SILENT"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    login, settings = f"machine api.wandb.ai login user password {KEY}\n", "[default]\nmode = offline\n"
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(settings if file.endswith("settings") else login)
+    (tmp_path / file).chmod(0o600)
+    assert chosen().mode == ("offline" if file.endswith("settings") else "online")
 
 
 @pytest.mark.parametrize("server", [None, "https://wandb.example.org"])

@@ -2,6 +2,7 @@
 files, and what `wandb login`, `wandb offline` and `wandb disabled` wrote; W&B itself reads them."""
 
 import os
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from qwenlora.configs import Config
@@ -18,6 +19,7 @@ MODES: dict[str, Mode] = {  # by W&B's names; the last two are old ones
     "dryrun": "offline",
 }
 PROJECT = "qwenlora"
+NO_KEY = "no W&B key: `wandb login`, or log.wandb=offline"
 
 
 class Choice(NamedTuple):
@@ -38,7 +40,9 @@ def choose(config: Config, run: RunFolder) -> Choice:
     log = config.log
     if log.wandb == "off":
         return Choice("off", _by_config(log))
-    import wandb  # here: it takes a second
+    if log.wandb == "auto" and not _is_set_up():
+        return Choice("off", NO_KEY)
+    import wandb  # here: it takes a second, and starts a process
 
     # silent: else it asks its server who is logged in
     settings = wandb.setup(wandb.Settings(silent=True)).settings
@@ -63,6 +67,15 @@ def choose(config: Config, run: RunFolder) -> Choice:
     )
 
 
+def _is_set_up() -> bool:
+    """Whether anything exists that W&B reads: its variables (SageMaker's, too), netrc, its settings files."""
+    if any(name.startswith(("WANDB_", "SM_")) or name == "NETRC" for name in os.environ):
+        return True
+    at_home = (".netrc", "_netrc", ".config/wandb/settings")
+    files = [*(Path.home() / name for name in at_home), Path("wandb/settings"), Path(".wandb/settings")]
+    return any(file.exists() for file in files)
+
+
 def _by_config(log: Log) -> str:
     theirs = os.environ.get("WANDB_MODE", "")
     overruled = [f"WANDB_MODE={theirs}"] if theirs and MODES.get(theirs) != log.wandb else []
@@ -79,7 +92,7 @@ def _by_wandb(settings: Any) -> tuple[Mode, str]:
         return MODES[settings.mode], f"WANDB_MODE={variable}" if variable else f"`wandb {settings.mode}`"
     if _logged_in():
         return "online", "logged in"
-    return "off", "no W&B key: `wandb login`, or log.wandb=offline"
+    return "off", NO_KEY
 
 
 def _disabled() -> str:
