@@ -1,12 +1,12 @@
 """The run, checkpoint, adapter or model that a user names after training: `find("runs/tiny")`."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from qwenlora.configs import load_config
 from qwenlora.configs.schema import Config, Data, Model
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
@@ -91,13 +91,28 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 def _of_run(name: str, run: RunFolder, adapter: Path, base: str | None, trust_remote_code: bool) -> Subject:
     read_adapter_config(adapter)
-    config = load_config(run.config)
+    config = run.read_config()
     model: dict[str, object] = {"trust_remote_code": True} if trust_remote_code else {}
     if base and base != config.model.name_or_path:  # the revision is not another base's
         model |= {"name_or_path": base, "revision": None}
     config = config.model_copy(update={"model": config.model.model_copy(update=model)})
-    found = _find_base(base, f"--base {base}") if base else models.base_of(config, run)
+    if base:
+        found = _find_base(base, f"--base {base}")
+    elif (named := config.model.name_or_path) == models.TINY:
+        found = models.base_of(config, run)
+    else:
+        found = _find_base(_recorded_base(run, config), f"{name} needs the base model {named}")
     return Subject(name, config, found, adapter, run)
+
+
+def _recorded_base(run: RunFolder, config: Config) -> str:
+    """Return the base's name as its config has it; where that is no folder, the folder on record."""
+    named = config.model.name_or_path
+    if Path(named).expanduser().is_dir():
+        return named
+    with suppress(OSError, ValueError):
+        return run.read_facts().base
+    return named
 
 
 def _without_run(name: str, adapter: Path, base: str | None, trust_remote_code: bool) -> Subject:

@@ -30,10 +30,13 @@ def record(facts: Path, diff: Path) -> None:
     """Write versions, command and commit to facts (JSON), and git's changes since the commit to diff."""
     git, changes = _git()
     # an argument need not be UTF-8, JSON must
-    command = [
-        argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for argument in sys.argv
-    ]
-    code = Code(git=git, versions=versions(), python=platform.python_version(), command=command)
+    *command, folder = (
+        text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        for text in (*sys.argv, str(Path.cwd()))
+    )
+    code = Code(
+        git=git, versions=versions(), python=platform.python_version(), command=command, folder=folder
+    )
     write_atomically(facts, code.text())
     if changes:
         write_atomically(diff, changes)

@@ -7,17 +7,18 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from qwenlora.configs.load import load_config, to_yaml
+from qwenlora.configs.paths import located
 from qwenlora.configs.schema import Config
 from qwenlora.run import code
 from qwenlora.run.changes import Changes, changes
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.history import History
-from qwenlora.run.records import Facts, RankError, Reason
+from qwenlora.run.records import Code, Facts, RankError, Reason
 
 PREFLIGHT = 0  # in place of an attempt's number, for checks without an attempt
 PREPARE_ONLY = "--prepare-only"  # makes trainer/main.py prepare, and train nothing
@@ -87,6 +88,24 @@ class RunFolder:
     def write_facts(self, facts: Facts) -> None:
         """Write facts.json."""
         write_atomically(self.facts, facts.text())
+
+    def read_config(self) -> Config:
+        """Return the config of the last attempt, with relative names of models and rows located. Raises:
+        ValueError for a bad config.yaml."""
+        return located(load_config(self.config), self.started_in())
+
+    def started_in(self) -> list[Path]:
+        """Return where the last attempt may have been started: the folder that has this one as its run_dir,
+        also when both were moved; the one on record; the working directory."""
+        found = []
+        with suppress(OSError, ValueError):
+            named = Path(load_config(self.config).run_dir)
+            if not named.is_absolute() and self.path.parts[-len(named.parts) :] == named.parts:
+                found.append(Path(*self.path.parts[: -len(named.parts)]))
+        with suppress(OSError, ValueError):
+            if recorded := Code.read(self.code).folder:
+                found.append(Path(recorded))
+        return [*found, Path.cwd()]
 
     def flight_recorder(self, attempt: int) -> str:
         """Return the path prefix of NCCL's dumps of its last collectives; the rank's number follows."""

@@ -211,12 +211,14 @@ class Facts(Record):
 
 
 class Code(Record):
-    """The code of a run. git: the commit, None without one; versions: of packages, None where missing."""
+    """The code of a run. git: the commit, None without one; versions: of packages, None where missing;
+    folder: the command's working directory, empty where an older version wrote the record."""
 
     git: str | None = None
     versions: dict[str, str | None] = {}
     python: str = ""
     command: list[str] = []
+    folder: str = ""
 
 
 class Identity(BaseModel):

@@ -9,6 +9,7 @@ from qwenlora.adapter.answers import Question, Sampling, check_text, question_of
 from qwenlora.adapter.compare.general import GeneralQuestion, read_general_questions
 from qwenlora.adapter.subject import Subject
 from qwenlora.configs.schema import Data, Sources
+from qwenlora.data import sources
 from qwenlora.data.prepared import other_files
 from qwenlora.data.rows import Row
 from qwenlora.data.survey import rows_of_side, survey
@@ -68,15 +69,28 @@ def choose_questions(subjects: list[Subject], options: CompareOptions) -> Chosen
     """Return the questions to ask; reads only data files. Raises: ValueError for missing or bad files."""
     runs = [subject for subject in subjects if subject.run]
     data = (runs or subjects)[0].config.data
-    sets, notes = _training_set(runs, options.limit)
-    if others := _untrained_set(runs, data, options):
+    if missing := _missing_rows(runs):
+        sets, notes = [], [f"no training questions: {missing}; --rephrased FILE asks some"]
+    else:
+        sets, notes = _training_set(runs, options.limit)
+    if others := _untrained_set([] if missing else runs, data, options):
         sets.append(others)
-    elif runs:
+    elif runs and not missing:
         notes.append("no rephrased questions: --rephrased FILE asks some, in rows as for training")
     sets.append(_general_set(options))
     if options.samples and (question := _question_to_repeat(options.question, sets)):
         sets.append(QuestionSet("repeated", [question] * options.samples))
     return ChosenQuestions([each for each in sets if each.questions], data, notes)
+
+
+def _missing_rows(runs: list[Subject]) -> str:
+    """Return why the first run's rows cannot be read, as after a move; empty if nothing is missing."""
+    try:
+        if runs:
+            sources.find(runs[0].config.data)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _training_set(runs: list[Subject], limit: int) -> tuple[list[QuestionSet], list[str]]:

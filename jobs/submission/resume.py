@@ -23,8 +23,11 @@ def resume(named: RunOrJob) -> str:
     if job:
         return _requeue(job)
     run = named.only_run("resume")
-    config = shlex.quote(str(run.config))
-    raise ValueError(f"{run.path} was not submitted from here; this goes on with it: qwenlora train {config}")
+    folder = run.started_in()[0]  # paths in the config are relative to it
+    command = f"qwenlora train {shlex.quote(str(run.config))}"
+    if folder != Path.cwd():
+        command = f"cd {shlex.quote(str(folder))} && {command}"
+    raise ValueError(f"{run.path} was not submitted from here; this goes on with it: {command}")
 
 
 def _refuse(named: RunOrJob, job: JobInfo | None) -> None:

@@ -367,6 +367,17 @@ def test_a_run_whose_data_changed_since_is_warned_of(run, tmp_path):
     )
 
 
+def test_a_run_whose_rows_are_gone_is_asked_the_other_questions(run, tmp_path):
+    shutil.copytree(run, tmp_path / "moved")
+    config = find(str(run)).config.model_copy(update={"data": Data(train="gone.jsonl")})
+    (tmp_path / "moved" / "config.yaml").write_text(to_yaml(config))
+    found = choose([tmp_path / "moved"])
+    assert sizes(found) == {"general": 60}
+    (note,) = found.notes
+    assert "no training questions: data.train=gone.jsonl: no such file (looked for " in note
+    assert note.endswith("; --rephrased FILE asks some")
+
+
 def test_a_run_on_text_without_questions_is_asked_the_general_ones(run, tmp_path):
     shutil.copytree(run, tmp_path / "text")
     rows = tmp_path / "text.jsonl"

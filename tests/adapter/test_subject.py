@@ -74,6 +74,35 @@ def test_a_base_is_of_the_revision_that_was_trained_on(held, tmp_path):
     assert find(str(run), trust_remote_code=True).config.model.trust_remote_code
 
 
+def test_a_base_whose_name_is_relative_is_found_from_any_folder(held, tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    shutil.copytree(held, project / "runs" / "my", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (project / "runs" / "my" / "base_model").rename(project / "qwen")
+    values = yaml.safe_load((project / "runs" / "my" / "config.yaml").read_text())
+    facts = json.loads((project / "runs" / "my" / "facts.json").read_text())
+
+    def write(folder, run_dir, base, recorded):
+        model = values["model"] | {"name_or_path": base}
+        (folder / "config.yaml").write_text(yaml.safe_dump(values | {"run_dir": run_dir, "model": model}))
+        (folder / "facts.json").write_text(json.dumps(facts | {"base": str(recorded)}))
+
+    write(project / "runs" / "my", "runs/my", "./qwen", project / "qwen")
+    monkeypatch.chdir(tmp_path)
+    for named in ("project/runs/my", "project/runs/my/adapter"):
+        assert find(named).base == str(project / "qwen")
+    alone = shutil.copytree(project / "runs" / "my", tmp_path / "alone")  # where it was started is unknown
+    write(alone, "/gone/my", "models/qwen", project / "qwen")
+    assert find("alone").base == str(project / "qwen")
+    write(alone, "/gone/my", "models/qwen", "/gone/models/qwen")
+    with pytest.raises(
+        ValueError,
+        match="alone needs the base model models/qwen, and there is no model at /gone/models/qwen; name its"
+        " folder with --base",
+    ):
+        find("alone")
+    assert find("alone", base="project/qwen").base == str(project / "qwen")
+
+
 def test_a_run_is_asked_in_the_words_it_was_trained_with(held, tmp_path):
     run = shutil.copytree(held, tmp_path / "run")
     (run / "base_model" / "chat_template.jinja").write_text("{{ 'changed since' }}")

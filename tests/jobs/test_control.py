@@ -1,5 +1,6 @@
 """A run or a job is found by what a user calls it, and shown, followed, cancelled and resumed by that."""
 
+import contextlib
 import io
 import json
 import os
@@ -147,6 +148,12 @@ def test_a_run_that_nobody_submitted_is_resumed_by_the_command_that_is_said(slur
     run.end_attempt("failed")
     with pytest.raises(ValueError, match=f"goes on with it: qwenlora train '{run.config}'"):
         resume(find("runs/my run"))
+    run.config.write_text("{run_dir: runs/my run, model: {name_or_path: qwen}, data: {train: rows.jsonl}}")
+    with (
+        contextlib.chdir("runs"),
+        pytest.raises(ValueError, match=f"goes on with it: cd {folder} && qwenlora train '{run.config}'"),
+    ):
+        resume(find("my run"))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,8 +35,68 @@ def claim(run, config, **how):
 def test_a_new_folder_holds_the_resolved_config_and_the_code(run, config):
     assert load_config(run.config) == config()
     code = json.loads(run.code.read_text())
-    assert set(code) == {"format", "git", "versions", "python", "command"}
+    assert set(code) == {"format", "git", "versions", "python", "command", "folder"}
     assert code["versions"]["torch"]
+
+
+class TestRelativeNames:
+    """They are those of the folder in which the last attempt was started, wherever one reads them."""
+
+    @pytest.fixture
+    def project(self, tmp_path, monkeypatch):
+        folder = tmp_path / "project"
+        (folder / "models" / "qwen").mkdir(parents=True)
+        (folder / "rows.jsonl").touch()
+        monkeypatch.chdir(folder)
+        return folder
+
+    @staticmethod
+    def started(run_dir):
+        text = "{model: {name_or_path: models/qwen}, data: {train: [rows.jsonl, {path: '*.jsonl'}, o/hub]}}"
+        Path("my.yaml").write_text(text)
+        config = load_config("my.yaml", {"run_dir": str(run_dir)})
+        run = RunFolder(config.run_dir)
+        claim(run, config)
+        return run
+
+    @staticmethod
+    def names(folder):
+        config = RunFolder(folder).read_config()
+        rows = [entry if isinstance(entry, str) else entry.path for entry in config.data.train]
+        return config.model.name_or_path, rows
+
+    @pytest.mark.parametrize("run_dir", ["runs/a", "/elsewhere"])
+    def test_from_another_folder(self, project, tmp_path, monkeypatch, run_dir):
+        run = self.started(run_dir.replace("/elsewhere", str(tmp_path / "elsewhere")))
+        monkeypatch.chdir(tmp_path)
+        rows = [f"{project}/rows.jsonl", f"{project}/*.jsonl", "o/hub"]
+        assert self.names(run.path) == (f"{project}/models/qwen", rows)
+        assert load_config(run.config).model.name_or_path == "models/qwen"
+
+    def test_after_a_move_of_everything_and_by_an_older_version(self, project, tmp_path, monkeypatch):
+        run = self.started("runs/a")
+        code = json.loads(run.code.read_text())
+        code.pop("folder")
+        run.code.write_text(json.dumps(code))
+        monkeypatch.chdir(tmp_path)
+        project.rename(tmp_path / "moved")
+        assert self.names("moved/runs/a")[0] == f"{tmp_path}/moved/models/qwen"
+
+    def test_after_a_resume_in_another_folder(self, project, tmp_path, monkeypatch):
+        run = self.started(tmp_path / "elsewhere")
+        other = tmp_path / "other"
+        (other / "models" / "qwen").mkdir(parents=True)
+        monkeypatch.chdir(other)
+        self.started(run.path)
+        monkeypatch.chdir(tmp_path)
+        assert self.names(run.path)[0] == f"{other}/models/qwen"
+
+    def test_where_it_was_started_is_not_known(self, project, tmp_path, monkeypatch):
+        run = self.started(tmp_path / "elsewhere")
+        run.code.unlink()
+        assert self.names(run.path)[0] == f"{project}/models/qwen"
+        monkeypatch.chdir(tmp_path)
+        assert self.names(run.path) == ("models/qwen", ["rows.jsonl", "*.jsonl", "o/hub"])
 
 
 def test_a_run_that_never_trained_may_change_its_config(run, config):
