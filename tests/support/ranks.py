@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-TIMEOUT_S = 180.0
+TIMEOUT_S = 1000.0  # a hang, however busy the machine is
 # imported once, by the process that ranks are forked from: each rank is as new as if it had imported them
 # itself
 PRELOAD = ["libraries"]

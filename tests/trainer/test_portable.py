@@ -31,7 +31,7 @@ def made(tmp_path_factory, tiny):
     for count in (1, 2, 4):
         mine = [saver for saver in SAVERS if saver[1] == count]
         cells = [start.under(name, folder / f"{name}-{count}") for name, _ in mine]
-        results = run_ranks(run_cells, count, cells, str(tiny), timeout=400)
+        results = run_ranks(run_cells, count, cells, str(tiny))
         done |= {saver: (results[0][number], cells[number]) for number, saver in enumerate(mine)}
     return folder, done, str(tiny)
 
@@ -48,7 +48,7 @@ def resume_all(made, pairs: list[tuple], folder: Path) -> dict[tuple, dict]:
             cell = done[saver][1]
             saved = Path(cell.folder) / f"checkpoint-{SAVED}"
             cells.append(cell.under(name, folder_of(folder, saver, (name, count)), resume=str(saved)))
-        of_rank = run_ranks(run_cells, count, cells, tokenizer, timeout=560)
+        of_rank = run_ranks(run_cells, count, cells, tokenizer)
         results |= {pair: of_rank[0][number] for number, pair in enumerate(mine)}
     return results
 
@@ -107,5 +107,5 @@ def test_with_dropout_the_same_strategy_goes_on_to_the_bit(made, tmp_path):
             cell,
             cell.under(name, tmp_path / name / "again", resume=str(whole / f"checkpoint-{SAVED}")),
         ]
-    adapters = [result["adapter"] for result in run_ranks(run_cells, 2, cells, tokenizer, timeout=560)[0]]
+    adapters = [result["adapter"] for result in run_ranks(run_cells, 2, cells, tokenizer)[0]]
     assert dict(zip(names, adapters[::2], strict=True)) == dict(zip(names, adapters[1::2], strict=True))

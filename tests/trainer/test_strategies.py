@@ -61,7 +61,7 @@ def matrix(request, tmp_path_factory, tokenizer):
     own = {"zero3": {"deepspeed_config": str(parts)}}
     cells = [start.under(name, folder / name, **own.get(name, {})) for name in NAMES]
     one = run_ranks(run_cells, 1, [start.under("ddp", folder / "one")], tokenizer)
-    two = run_ranks(run_cells, 2, cells, tokenizer, timeout=400)
+    two = run_ranks(run_cells, 2, cells, tokenizer)
     results = {name: [two[rank][number] for rank in range(2)] for number, name in enumerate(NAMES)}
     return base, results | {"one": [one[0][0]]}, folder
 
@@ -103,7 +103,7 @@ def small(tmp_path_factory) -> Cell:
 @pytest.mark.parametrize("policy", ["rollback", pytest.param("skip", marks=pytest.mark.long)])
 def test_a_step_that_is_not_finite_is_left_out_alike_under_every_strategy(small, tmp_path, tokenizer, policy):
     cells = [small.under(name, tmp_path / name, broken=5, train={"on_nan": policy}) for name in NAMES]
-    ranks = run_ranks(run_cells, 2, cells, tokenizer, timeout=300)
+    ranks = run_ranks(run_cells, 2, cells, tokenizer)
     ddp = ranks[0][0]
     assert "step 5: the loss is not finite" in ddp["warnings"][0]
     adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in NAMES]
@@ -122,9 +122,7 @@ def test_a_quantised_base_gives_the_numbers_of_one_process(small, tmp_path, toke
     names = [name for name in NAMES if name != "fsdp" and (quantization, name) != ("int8", "zero3")]
     start = replace(small, quantization=quantization)
     one = run_ranks(run_cells, 1, [start.under("ddp", tmp_path / "one")], tokenizer)[0][0]
-    results = run_ranks(
-        run_cells, 2, [start.under(name, tmp_path / name) for name in names], tokenizer, timeout=400
-    )
+    results = run_ranks(run_cells, 2, [start.under(name, tmp_path / name) for name in names], tokenizer)
     stored = {"nf4": "Params4bit", "int8": "Int8Params"}[quantization]
     first = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
     for number, name in enumerate(names):
@@ -139,7 +137,7 @@ def test_a_quantised_base_gives_the_numbers_of_one_process(small, tmp_path, toke
 
 def test_a_base_in_bfloat16_is_trained_alike(small, tmp_path, tokenizer):
     cells = [replace(small, dtype="bfloat16").under(name, tmp_path / name) for name in NAMES]
-    results = run_ranks(run_cells, 2, cells, tokenizer, timeout=400)[0]
+    results = run_ranks(run_cells, 2, cells, tokenizer)[0]
     for name, one in zip(NAMES, results, strict=True):
         assert one["held"]["dtypes"] == ["torch.bfloat16"]
         apart = max(abs(one["losses"][step] - results[0]["losses"][step]) for step in one["losses"])
@@ -157,7 +155,7 @@ def test_groups_of_a_node_hold_a_whole_base_each(small, tmp_path, tokenizer):
         small.under("fsdp", tmp_path / "fsdp", **two),
         small.under("zero3", tmp_path / "zero3", **two),
     ]
-    ddp, fsdp, zero3 = run_ranks(run_cells, 4, cells, tokenizer, timeout=500)[0]
+    ddp, fsdp, zero3 = run_ranks(run_cells, 4, cells, tokenizer)[0]
     assert_close(fsdp, ddp)
     assert_close(zero3, ddp)
     assert fsdp["held"]["base_bytes"] == ddp["held"]["base_bytes"] / 2  # not a quarter
@@ -169,7 +167,7 @@ def test_offload_goes_through_deepspeed_without_a_gpu_too(small, tmp_path, token
         small.under("zero2", tmp_path / "zero2", offload="optimizer"),
         small.under("zero3", tmp_path / "zero3", offload="params"),
     ]
-    ddp, *others = run_ranks(run_cells, 2, cells, tokenizer, timeout=400)[0]
+    ddp, *others = run_ranks(run_cells, 2, cells, tokenizer)[0]
     for one in others:
         assert_close(one, ddp)
 
@@ -183,7 +181,7 @@ def test_what_decays_and_what_does_not_go_on_to_the_bit(small, tmp_path, tokeniz
         cell.under(cell.name, f"{cell.folder}-again", resume=f"{cell.folder}/checkpoint-{cell.save_steps}")
         for cell in cells
     ]
-    ddp, *results = run_ranks(run_cells, 2, [*cells, *again], tokenizer, timeout=400)[0]
+    ddp, *results = run_ranks(run_cells, 2, [*cells, *again], tokenizer)[0]
     for one in results:
         shared = {step: ddp["losses"][step] for step in one["losses"]}
         assert max(abs(one["losses"][step] - loss) for step, loss in shared.items()) <= CLOSE
@@ -207,7 +205,7 @@ def test_other_optimizers_go_on_to_the_bit(small, tmp_path, tokenizer, optim):
         cell.under(cell.name, f"{cell.folder}-again", resume=f"{cell.folder}/checkpoint-{cell.save_steps}")
         for cell in cells
     ]
-    results = run_ranks(run_cells, 2, [*cells, *again], tokenizer, timeout=400)[0]
+    results = run_ranks(run_cells, 2, [*cells, *again], tokenizer)[0]
     assert [one["adapter"] for one in results[:3]] == [one["adapter"] for one in results[3:]]
     for one in results[:3]:
         assert max(abs(one["losses"][step] - results[0]["losses"][step]) for step in one["losses"]) <= 1e-4
@@ -217,5 +215,5 @@ def test_modules_that_are_trained_whole_are_so_under_fsdp_to_the_bit(small, tmp_
     own = {"lora": {"modules_to_save": ["embed_tokens", "norm"]}}
     ddp, fsdp = (small.under(name, tmp_path / name, **own) for name in ("ddp", "fsdp"))
     again = fsdp.under("fsdp", tmp_path / "again", resume=f"{fsdp.folder}/checkpoint-{fsdp.save_steps}")
-    results = run_ranks(run_cells, 2, [ddp, fsdp, again], tokenizer, timeout=400)[0]
+    results = run_ranks(run_cells, 2, [ddp, fsdp, again], tokenizer)[0]
     assert len({one["adapter"] for one in results}) == 1

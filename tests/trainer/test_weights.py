@@ -123,7 +123,7 @@ def ranks(tmp_path_factory, tiny):
     """Return the base, and what each of two ranks did in each run."""
     folder = tmp_path_factory.mktemp("weights")
     base = make_base(folder / "base", "qwen3")
-    return base, run_ranks(run_all, 2, runs_of(base, folder, HOW), str(tiny), timeout=400)
+    return base, run_ranks(run_all, 2, runs_of(base, folder, HOW), str(tiny))
 
 
 def runs_of(base: str, folder: Path, how: dict) -> dict[str, Sharing]:
@@ -160,5 +160,5 @@ def assert_same(one: dict, others: list[dict]) -> None:
 def test_losses_are_the_same_under_any_strategy(ranks, tiny, tmp_path):
     base, results = ranks
     runs = runs_of(base, tmp_path, {name: {"strategy": name} for name in STRATEGIES})
-    for rank in run_ranks(run_all, 2, runs, str(tiny), timeout=400):
+    for rank in run_ranks(run_all, 2, runs, str(tiny)):
         assert_same(results[0]["rows"], [rank[name] for name in STRATEGIES])
