@@ -1,11 +1,9 @@
 """Questions as a model reads them, and its answers, generated in batches."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from rich.progress import Progress
 
 from qwenlora.configs.schema import Data
 from qwenlora.data.rows import Row
@@ -151,7 +149,7 @@ def generate_answers(
     """Yield answers, in order; a full GPU halves batches. Raises: ValueError when one question fills it."""
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
+    with LongWork() as progress:
         task = progress.add_task(title, total=len(questions))
         done, size = 0, batch_size
         while done < len(questions):

@@ -1,7 +1,6 @@
 """How likely a model finds given replies: the loss of training rows, the perplexity of answers."""
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from rich.progress import track
 from torch.nn.functional import cross_entropy
 
 from qwenlora.adapter.answers import Question, prompt_of
@@ -18,6 +16,7 @@ from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
 from qwenlora.data.overlength import cut_to_length
 from qwenlora.data.rows import Row
+from qwenlora.run.long_work import each
 from qwenlora.trainer.loop.batches import collate
 from qwenlora.trainer.loop.weighted_loss import WEIGHTS
 from qwenlora.trainer.model.base import IGNORED
@@ -71,7 +70,7 @@ def mean_loss(
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     total = count = 0.0
     batches = list(_batches(rows, batch_size))
-    for rows_of_batch in track(batches, description=title, transient=True, disable=not sys.stdout.isatty()):
+    for rows_of_batch in each(batches, title):
         batch = {name: values.to(model.device) for name, values in collate(rows_of_batch, pad_id).items()}
         labels = batch.pop("labels")[:, 1:]
         trained = labels != IGNORED
