@@ -9,6 +9,7 @@ from qwenlora.configs.schema import Data
 from qwenlora.data.rows import Row
 from qwenlora.data.survey import rows_of_side
 from qwenlora.data.turns import END_OF_TEXT, THINK, THOUGHT, TURN_END, TURN_START, Message, is_learnt
+from qwenlora.run.long_work import LongWork
 
 BATCH = 40  # questions at once
 

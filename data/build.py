@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from qwenlora.configs.schema import Data
 from qwenlora.data.arrays import ArrayWriter
@@ -29,6 +29,7 @@ from qwenlora.data.row_io import Chunk
 from qwenlora.data.sources import Source
 from qwenlora.data.tokenise import TokenisedChunk, Tokenising, chunks_with_shape, tokenise_chunk
 from qwenlora.run.disk import free_bytes
+from qwenlora.run.long_work import LongWork
 from qwenlora.run.orphans import die_with_parent
 from qwenlora.run.signals import STOP_SIGNALS
 
@@ -169,20 +170,18 @@ class _PeakMemory:
 
 @contextmanager
 def _bar(console: Console | None, total: int) -> Iterator[Callable[[Source, int, int, int], None]]:
-    """Show a progress bar while the block runs; yield progress(source, file, bytes of it read, rows read)."""
+    """Show how far it is while the block runs; yield progress(source, file, bytes of it read, rows read)."""
     done: dict[str, int] = {}
-    with Progress(
-        TextColumn("preparing data"),
+    with LongWork(
+        TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         TaskProgressColumn(),
         TextColumn("{task.fields[rows]:,} rows"),
         TimeRemainingColumn(),
-        console=console,
+        console=console or Console(quiet=True),
         expand=True,
-        transient=True,
-        disable=console is None or not console.is_terminal,
     ) as bar:
-        task = bar.add_task("", total=total or None, rows=0)
+        task = bar.add_task("preparing data", total=total or None, rows=0)
 
         def progress(source: Source, file: int, read: int, rows: int) -> None:
             place = source.place(file, 0)

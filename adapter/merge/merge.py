@@ -6,7 +6,6 @@ of a few is enough for any model. The logits of base and adapter are compared wi
 
 import math
 import shutil
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
@@ -34,6 +32,7 @@ from qwenlora.adapter.weight_files import (
     parse_size,
 )
 from qwenlora.run.format import count, size
+from qwenlora.run.long_work import LongWork
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model.base_files import SLICE
 from qwenlora.trainer.model.damage import read_json
@@ -105,7 +104,7 @@ def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = Non
         )
 
     with (
-        Progress(transient=True, disable=not sys.stdout.isatty()) as progress,
+        LongWork() as progress,
         open_weights(first.base, revision) as files,
     ):
         base = StreamedModel(config, files, trust_remote_code=trust)
@@ -170,7 +169,7 @@ def _source(base: StreamedModel, parameter: str) -> str:
 
 
 def _write_weights(
-    base: StreamedModel, writer: SafetensorsWriter, specs: dict[str, TensorSpec], progress: Progress
+    base: StreamedModel, writer: SafetensorsWriter, specs: dict[str, TensorSpec], progress: LongWork
 ) -> _Written:
     """Write all tensors: those that the adapter changes, merged, then the others as they are."""
     task = progress.add_task("merging", total=writer.size)

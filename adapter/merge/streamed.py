@@ -12,7 +12,6 @@ import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -25,6 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from qwenlora.adapter.weight_files import WeightFiles, read_tensor
+from qwenlora.run.long_work import LongWork
 from qwenlora.trainer.spread.sharded_loading import weights_of
 
 BOUND = 1e-4  # of logits, times their standard deviation if above 1: float32 itself may cause as much
@@ -161,7 +161,7 @@ class StreamedModel:
             for slot in self._slots.get(module, ()):
                 setattr(module, slot.attribute, slot.placeholder)
 
-    def logits(self, batch: Mapping[str, Tensor], progress: Progress, title: str) -> Tensor:
+    def logits(self, batch: Mapping[str, Tensor], progress: LongWork, title: str) -> Tensor:
         """Return float32 logits [prompts, last KEPT tokens, vocabulary]; 0 on padding (left)."""
         parts = [part for _, part in _topmost(self.model, self._is_unit)]
         task = progress.add_task(title, total=len(parts))
@@ -254,7 +254,7 @@ def compare_logits(
     merged_model: StreamedModel,
     rounded_model: StreamedModel,
     batch: Mapping[str, Tensor],
-    progress: Progress,
+    progress: LongWork,
 ) -> LogitDifference:
     """Compare logits with those of a merged model. rounded_model: the same, its weights rounded once more.
 

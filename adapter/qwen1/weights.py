@@ -6,14 +6,12 @@ differ only beyond the length that it was trained on.
 
 import math
 import re
-import sys
 from typing import Any, NamedTuple
-
-from rich.progress import Progress
 
 from qwenlora.adapter.weight_files import SafetensorsWriter, TensorSpec, WeightFiles
 from qwenlora.run.format import and_more
 from qwenlora.run.format import shape as shape_text
+from qwenlora.run.long_work import LongWork
 from qwenlora.trainer.model.base_files import SLICE
 
 OUTSIDE = {
@@ -104,7 +102,7 @@ def write_weights(
     files: WeightFiles, planned: dict[str, tuple[RowBlock, TensorSpec]], writer: SafetensorsWriter
 ) -> None:
     """Write the planned tensors, a slice at a time."""
-    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
+    with LongWork() as progress:
         task = progress.add_task("converting", total=writer.size)
         for name, (block, spec) in planned.items():
             count = math.prod(spec.shape)
