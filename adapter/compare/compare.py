@@ -152,7 +152,7 @@ def _ask_model(
             texts = [answer.text for answer in (first or answers).answers["general"]]
             tokens = losses.answer_tokens(tokenizer, questions, texts)
         answers.losses[name] = losses.mean_loss(
-            model, tokens, tokenizer.pad_token_id, title, batch_size=options.batch_size
+            model, tokens, tokenizer.pad_token_id, f"{title}, loss", batch_size=options.batch_size
         )
     return answers
 
