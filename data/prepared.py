@@ -44,7 +44,7 @@ from qwenlora.run.records import SideCounts, SideName
 _OPTIONS = ("max_length", "overlength", "split_replies", "train_on", "eval_fraction")
 # libraries that the tokens depend on, and files of this folder that they do not depend on
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow", "datasets")
-_NO_MATTER = {"__init__.py", "cache.py", "freshness.py", "order.py", "report.py", "survey.py"}
+_NO_MATTER = {"__init__.py", "cache.py", "freshness.py", "hub.py", "order.py", "report.py", "survey.py"}
 
 
 class Side(NamedTuple):
