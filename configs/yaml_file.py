@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from qwenlora.configs.wording import show
+from qwenlora.configs.yaml_errors import explain
 
 Values = dict[str, object]
 Places = dict[str, str]  # dotted key -> `file:line`
@@ -72,8 +73,8 @@ def parse_yaml(text: str, name: str, places: Places | None = None) -> Any:
         node = loader.get_single_node()
         return None if node is None else _Composer(loader, name, {} if places is None else places).value(node)
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{name}:{line}: not valid YAML: {error.problem}") from None
+        line, problem = explain(error, text)
+        raise ValueError(f"{name}:{line}: not valid YAML: {problem}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:

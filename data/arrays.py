@@ -10,14 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwenlora.configs.schema import Data
-from qwenlora.data.counts import (
-    SHOWN_BAD_ROWS,
-    BadRowPlace,
-    BadRows,
-    Overlap,
-    PreparedIndex,
-    SourceCounts,
-)
+from qwenlora.data.counts import BadRowPlace, BadRows, Overlap, PreparedIndex, SourceCounts
 from qwenlora.data.marks import Unfilled
 from qwenlora.data.packing import pack
 from qwenlora.data.sources import SIDES, Source
@@ -33,7 +26,7 @@ class ArrayWriter:
         self.read = self.bad_rows = 0
         self.notes: list[str] = []
         self._unfilled = Unfilled()
-        self._first_bad: list[BadRowPlace] = []
+        self._bad = BadRows()
         self._bad_file = (folder / "bad.jsonl").open("w", encoding="utf-8")
         self._sides: dict[SideName, _SideWriter] = {}
         self._by_source = [Counter[str]() for _ in sources]
@@ -43,10 +36,9 @@ class ArrayWriter:
         self.read += chunk.read
         self.bad_rows += len(chunk.bad)
         self._by_source[source].update(read=chunk.read, bad=len(chunk.bad))
-        for line, reason in chunk.bad:
-            place = BadRowPlace(source, file, line, reason)
-            if len(self._first_bad) < SHOWN_BAD_ROWS:
-                self._first_bad.append(place)
+        for line, row in chunk.bad:
+            place = BadRowPlace(source, file, line, str(row))
+            self._bad.add(place, row.roles)
             self._bad_file.write(json.dumps(place, ensure_ascii=False) + "\n")
         for line, names in chunk.unfilled:
             self._unfilled.add(self.sources[source].place(file, line), names)
@@ -61,8 +53,8 @@ class ArrayWriter:
 
     def bad(self) -> BadRows:
         """Return the bad rows so far."""
-        among = sum(counts["read"] for counts in self._by_source if counts["bad"])
-        return BadRows(count=self.bad_rows, among=among, first=self._first_bad)
+        self._bad.among = sum(counts["read"] for counts in self._by_source if counts["bad"])
+        return self._bad
 
     def finish(self) -> PreparedIndex:
         """Write the rest; return the index."""

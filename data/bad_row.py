@@ -1,16 +1,18 @@
 """The error for a row that cannot be trained, and how messages show values: printable, on one line."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
 
 class BadRow(ValueError):  # noqa: N818 (it is passed on in place of a row)
-    """A row that cannot be trained, though the rows after it can be read. Its text is one printable line."""
+    """A row that cannot be trained, though the rows after it can be read. Its text is one printable line.
+    roles: data.roles as it should be, when its roles are the reason."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, roles: Mapping[str, str] | None = None) -> None:
         super().__init__(printable(reason))
+        self.roles = dict(roles or {})
 
 
 def show(value: Any, width: int = 60) -> str:

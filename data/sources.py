@@ -77,6 +77,11 @@ def _options(entry: SourceEntry, data: Data) -> RowOptions:
     )
     for theirs, ours in options.columns.items():
         if ours is not None and ours not in KEYS:
+            if theirs in KEYS:  # as LLaMA-Factory has them
+                raise ValueError(
+                    f"data.columns: {{{theirs}: {ours}}}: the rows' own key stands first; write {{{ours}:"
+                    f" {theirs}}}"
+                )
             raise ValueError(
                 f"data.columns: {{{theirs}: {ours}}}: rows have no {ours} here; known: {', '.join(KEYS)}, and"
                 f" null to ignore {theirs}"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from qwenlora.configs.schema import Data
 from qwenlora.data import sources
 from qwenlora.data.bad_row import BadRow
-from qwenlora.data.counts import SHOWN_BAD_ROWS, BadRowPlace, BadRows
+from qwenlora.data.counts import BadRowPlace, BadRows
 from qwenlora.data.marks import Unfilled, placeholders
 from qwenlora.data.rows import Row
 from qwenlora.data.tokenise import read_rows, repeats_of, side_of
@@ -28,25 +28,26 @@ def survey(data: Data) -> Survey:
     found = sources.find(data, notes.append)
     train = evaluation = 0
     read = [0] * len(found)
-    bad: list[BadRowPlace] = []
+    bad, with_bad = BadRows(), set[int]()
     unfilled = Unfilled()
     for number, file, line, row in read_rows(found, notes.append):
         read[number] += 1
         if isinstance(row, BadRow):
-            bad.append(BadRowPlace(number, file, line, str(row)))
+            bad.add(BadRowPlace(number, file, line, str(row)), row.roles)
+            with_bad.add(number)
             continue
         unfilled.add(found[number].place(file, line), placeholders(row.messages))
         if side_of(row.digest, found[number], data) == "train":
             train += repeats_of(row.digest, found[number].weight)
         else:
             evaluation += 1
-    if bad and data.on_bad_row == "error":
-        among = sum(read[number] for number in {place.source for place in bad})
-        raise ValueError(BadRows(count=len(bad), among=among, first=bad[:SHOWN_BAD_ROWS]).refusal(found))
+    if bad.count and data.on_bad_row == "error":
+        bad.among = sum(read[number] for number in with_bad)
+        raise ValueError(bad.refusal(found))
     for source, rows in zip(found, read, strict=True):
         if not rows:
             raise ValueError(f"data.{source.side}={source.name} is empty: it has no rows")
-    return Survey(train, evaluation, len(bad), [*notes, *unfilled.notes()])
+    return Survey(train, evaluation, bad.count, [*notes, *unfilled.notes()])
 
 
 def rows_of_side(data: Data, side: SideName) -> Iterator[tuple[str, Row]]:

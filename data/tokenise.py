@@ -6,6 +6,7 @@ build.py's processes call `tokenise_chunk(...)`; `read_rows(sources)` gives the 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -48,11 +49,11 @@ class TokenArrays(NamedTuple):
 
 
 class TokenisedChunk(NamedTuple):
-    """A chunk as arrays. read: number of rows; bad: (line, reason); unfilled: (line, its placeholders);
+    """A chunk as arrays. read: number of rows; bad: (line, why); unfilled: (line, its placeholders);
     counts: SideCounts' on long rows."""
 
     read: int
-    bad: list[tuple[int, str]]
+    bad: list[tuple[int, BadRow]]
     unfilled: list[tuple[int, list[str]]]
     sides: dict[SideName, TokenArrays]
     counts: dict[SideName, Counter[str]]
@@ -72,19 +73,19 @@ def tokenise_chunk(
 ) -> TokenisedChunk:
     """Return a chunk as arrays. shape: of the file's rows; check_only: only look for bad rows."""
     everything = list(rows_of(chunk, shape, source.options))
-    bad = [(line, str(row)) for line, row in everything if isinstance(row, BadRow)]
+    bad = [(line, row) for line, row in everything if isinstance(row, BadRow)]
     rows = [row for _, row in everything if isinstance(row, Row)]
     if check_only:
         bad += _unrenderable(using.encoder, rows)
-        return TokenisedChunk(len(everything), sorted(bad), [], {}, {})
+        return TokenisedChunk(len(everything), sorted(bad, key=itemgetter(0)), [], {}, {})
     unfilled = [(row.line, names) for row in rows if (names := placeholders(row.messages))]
     by_side, counts = _tokenise(using, source, rows, bad)
     sides = {side: _arrays(tokenised) for side, tokenised in by_side.items() if tokenised}
-    return TokenisedChunk(len(everything), sorted(bad), unfilled, sides, counts)
+    return TokenisedChunk(len(everything), sorted(bad, key=itemgetter(0)), unfilled, sides, counts)
 
 
 def _tokenise(
-    using: Tokenising, source: Source, rows: list[Row], bad: list[tuple[int, str]]
+    using: Tokenising, source: Source, rows: list[Row], bad: list[tuple[int, BadRow]]
 ) -> tuple[dict[SideName, list[_TokenisedRow]], dict[SideName, Counter[str]]]:
     """Return each side's rows as tokens, and their counts; add rows that cannot be trained to bad."""
     by_side: dict[SideName, list[_TokenisedRow]] = {side: [] for side in SIDES}
@@ -99,17 +100,17 @@ def _tokenise(
             counts[side]["masked_replies"] += sum(map(is_masked, row.messages))
             by_side[side].append(_TokenisedRow(row.line, digest, len(tokens.ids), pieces))
         except BadRow as error:
-            bad.append((row.line, str(error)))
+            bad.append((row.line, error))
     return by_side, counts
 
 
-def _unrenderable(encoder: Encoder, rows: list[Row]) -> Iterator[tuple[int, str]]:
-    """Yield (line, reason) for each row that the chat template refuses."""
+def _unrenderable(encoder: Encoder, rows: list[Row]) -> Iterator[tuple[int, BadRow]]:
+    """Yield (line, why) for each row that the chat template refuses."""
     for row in rows:
         try:
             encoder.render(row)
         except BadRow as error:
-            yield row.line, str(error)
+            yield row.line, error
 
 
 def _pieces(using: Tokenising, row: Row, tokens: Tokens, counts: Counter[str]) -> list[Tokens]:

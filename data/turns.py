@@ -117,7 +117,8 @@ def turns_of(turns: object, key: str, options: RowOptions) -> list[Message]:
         raise BadRow(f"{key} is a list without turns; remove the row")
     roles = {**ROLES, **options.roles}
     named = (_turn_with_our_keys(number, turn, options) for number, turn in enumerate(turns, 1))
-    spoken = chain.from_iterable(turns_by_role(turn, roles) for turn in named)
+    spoken = list(chain.from_iterable(turns_by_role(turn, roles) for turn in named))
+    _refuse_unknown_roles(spoken, options)
     return [_turn(number, turn, options) for number, turn in enumerate(spoken, 1)]
 
 
@@ -225,22 +226,46 @@ def _role(number: int, role: object, options: RowOptions) -> str:
     """Return our name for a role."""
     ours = options.roles.get(role) or ROLES.get(role) if isinstance(role, str) else None
     if ours is None:
-        known = ", ".join(ROLES)
-        raise BadRow(
-            f"turn {number} has role {show(role)}; known: {known}{_role_hint(number, role, options)}"
-        )
+        raise BadRow(f"turn {number} has role {show(role)}; known: {', '.join(ROLES)}")
     return ours
+
+
+def _refuse_unknown_roles(turns: list[JsonObject], options: RowOptions) -> None:
+    """Refuse roles without a meaning, all of them at once."""
+    unknown: dict[str, int] = {}  # role -> the first turn that has it
+    for number, turn in enumerate(turns, 1):
+        role = turn.get("from" if "value" in turn and turn.get("from") is not None else "role")
+        if isinstance(role, str) and role and role not in options.roles and role not in ROLES:
+            unknown.setdefault(role, number)
+    if not unknown:
+        return
+    first, number = next(iter(unknown.items()))
+    reason = f"turn {number} has role {show(first)}; known: {', '.join(ROLES)}"
+    if first.lower() == "pretrain":
+        raise BadRow(f'{reason}; text to learn as a whole is written {{"text": "..."}}')
+    roles = {**options.roles, **{role: _meaning(turn, role) for role, turn in unknown.items()}}
+    raise BadRow(f"{reason}; write data.roles: {as_mapping(roles)}", roles)
+
+
+def _meaning(number: int, role: str) -> str:
+    """Return what a role may mean. number: of its turn."""
+    name = role.lower()
+    guess = ROLES.get(name) or next((ours for ours, theirs in _OTHER_ROLES.items() if name in theirs), None)
+    return guess or ("user" if number % 2 else "assistant")
 
 
 def refuse_unused(values: JsonObject, unused: Mapping[str, str | None], where: str) -> None:
     """Refuse keys that would change what is learnt. unused: key -> the key to read it as, if any."""
-    for key, instead in unused.items():
-        if values.get(key) not in (None, "", []):
-            also = f" read it as {instead}: data.columns: {as_mapping({key: instead})}, or" if instead else ""
-            raise BadRow(
-                f"{where}has {key}, which qwenlora does not use;{also} ignore it: data.columns: {{{key}:"
-                " null}"
-            )
+    found = [key for key in unused if values.get(key) not in (None, "", [])]
+    if not found:
+        return
+    instead = {key: ours for key in found if (ours := unused[key])}
+    it = "it" if len(found) == 1 else " and ".join(instead)
+    also = f" read {it} as {' and '.join(instead.values())}: data.columns: {as_mapping(instead)}, or"
+    raise BadRow(
+        f"{where}has {' and '.join(found)}, which qwenlora does not use;{also if instead else ''} ignore"
+        f" {'it' if len(found) == 1 else 'them'}: data.columns: {as_mapping(dict.fromkeys(found))}"
+    )
 
 
 def _turn_hint(turn: JsonObject) -> str:
@@ -257,17 +282,6 @@ def _turn_hint(turn: JsonObject) -> str:
     if any(key in ROLES for key in turn):
         return ', one turn each: {"role": "user", "content": "..."}'
     return ""
-
-
-def _role_hint(number: int, role: object, options: RowOptions) -> str:
-    if not isinstance(role, str) or not role:
-        return ""
-    name = role.lower()
-    if name == "pretrain":
-        return '; text to learn as a whole is written {"text": "..."}'
-    guess = ROLES.get(name) or next((ours for ours, theirs in _OTHER_ROLES.items() if name in theirs), None)
-    guess = guess or ("user" if number % 2 else "assistant")
-    return f"; write data.roles: {as_mapping({**options.roles, role: guess})}"
 
 
 # ---- functions

@@ -13,11 +13,12 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from qwenlora.configs import Config
+from qwenlora.configs.schema import Data
 from qwenlora.data import prepared, report
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.chat import Encoder, Tokens
 from qwenlora.data.overlength import cut_to_length
-from qwenlora.data.survey import rows_of_side
+from qwenlora.data.survey import rows_of_side, survey
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import SideName
@@ -76,13 +77,23 @@ def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool
                 console.print(_coloured(tokenizer, piece, console), soft_wrap=True)
         shown += 1
     if not shown:
-        raise ValueError(f"there is no {side} row number {first}")
+        raise ValueError(_no_row(config.data, side, first))
     legend = (
         Text("trained tokens look like this", style=TRAINED)
         if console.color_system
         else "trained tokens: ⟦like this⟧"
     )
     console.print(legend)
+
+
+def _no_row(data: Data, side: SideName, first: int) -> str:
+    """Return why there is no such row to show. Raises: ValueError listing the bad rows, where all are."""
+    rows = sum(1 for _ in rows_of_side(data, side))
+    if side == "eval" and data.eval is None and data.eval_fraction is None:
+        return "there are no eval rows: neither data.eval nor data.eval_fraction is set"
+    if not rows:
+        survey(data.model_copy(update={"on_bad_row": "error"}))
+    return f"there is no {side} row number {first}: {rows:,} can be trained"
 
 
 def _tokenizer_and_embeddings(config: Config) -> tuple[Any, int]:

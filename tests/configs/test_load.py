@@ -1,6 +1,7 @@
 """A config that is right is resolved; one that is wrong is refused in words that say what to write."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from qwenlora.configs import Config, load_config
 from qwenlora.configs.keys import differences
 from qwenlora.configs.load import to_yaml
+from qwenlora.configs.yaml_file import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = "model: {name_or_path: tiny}\ndata: {train: example}\n"
@@ -265,3 +267,62 @@ def test_sources_of_rows_are_written_out_and_read_back(tmp_path):
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config
     assert config.data.train[1].weight == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (
+            "a:\n  b: 1\n   c: 2\n",
+            3,
+            "indented further than the line above it, which is no section; indent the",
+        ),
+        (
+            "a: 1\n  b: 2\n",
+            2,
+            "indented further than the line above it, which is no section; indent them alike: b",
+        ),
+        (
+            "a:\n  b: 1\n c: 2\n",
+            3,
+            "indented unlike the lines of its section, which begins in line 1; indent th",
+        ),
+        (" a: 1\nb: 2\n", 2, "indented unlike the first line; indent them alike: b: 2"),
+        ("a:\n\tb: 1\n", 2, "a tab; indent with spaces: b: 1"),
+        ("a:\n  - x\n  b: 1\n", 3, "a key among the items of a list; indent it as its section: b: 1"),
+        ("a: b: c\n", 1, "a value with a colon and a space; put it in quotes: a: b: c"),
+        ("a\nb: 1\n", 2, "the line above it has no colon and space after its key: b: 1"),
+        ("a：1\nb: 2\n", 2, "the line above it has no colon and space after its key: b: 2"),
+        ("a: 1\n\nb\n", 3, "a key without a colon: b"),
+        ("a: [1, 2\nb: 3\n", 2, "a comma, or the ] of what begins in line 1, is missing before it: b: 3"),
+        (
+            "a: {b: 1 c: 2}\n",
+            1,
+            "a comma, or the } of what begins in line 1, is missing before it: a: {b: 1 c: 2}",
+        ),
+        ("a: [\n", 1, "a [ or { that is not closed: a: ["),
+        ("b: 1\na: 'x\nc: 1\n", 2, "a quote that is not closed: a: 'x"),
+        ("a: 'it's'\n", 1, "text after the end of a value; put it all in quotes: a: 'it's'"),
+        ('a: "x\\q"\n', 1, 'a \\q in double quotes; use single ones, or \\\\q: a: "x\\q"'),
+        ("a: @x\n", 1, "a value that begins with @; put it in quotes: a: @x"),
+        ("a: *x\n", 1, "*x names nothing; put it in quotes: a: *x"),
+        ("a: !foo 1\n", 1, "!foo is not known; put the value in quotes: a: !foo 1"),
+        ("a: 1\n}\n", 2, "a } that closes nothing; remove it: }"),
+        ("a: {b: 1,, c: 2}\n", 1, "no value before the ,: a: {b: 1,, c: 2}"),
+        ("a: 1\n---\nb: 2\n", 2, "a second document begins; keep one: ---"),
+    ],
+)
+def test_what_is_no_yaml_is_told_in_words_of_a_config(write, text, line, words):
+    path = write(text)
+    (found,) = refusal(path)
+    assert found.startswith(f"{path}:{line}: not valid YAML: {words}")
+
+
+@given(st.text(alphabet="ab:-[]{}'\"\n\t #*&!%@,|>1", max_size=30))
+def test_yaml_of_any_kind_is_read_or_refused_with_a_line_of_it(text):
+    try:
+        parse_yaml(text, "my.yaml")
+    except ValueError as error:
+        assert "\n" not in str(error)
+        if place := re.match(r"my\.yaml:(\d+): ", str(error)):
+            assert 1 <= int(place[1]) <= max(1, text.count("\n") + 1)

@@ -843,6 +843,16 @@ def test_a_bad_file_is_named_among_good_ones(tmp_path, message):
     )
 
 
+def test_roles_of_a_file_are_named_at_once(tmp_path, message):
+    turns = [
+        [{"from": name, "value": "x"} for name in names] for names in (("Kunde", "bot"), ("Gast", "gpt"))
+    ]
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"conversations": both} for both in turns)))
+    assert "\nall roles at once: data.roles: {Kunde: user, bot: assistant, Gast: user}\n" in message(
+        train="a.jsonl"
+    )
+
+
 def test_an_empty_file_is_named_among_good_ones(tmp_path, message):
     (tmp_path / "a.jsonl").write_bytes(lines(ROW))
     (tmp_path / "b.jsonl").write_bytes(b"\n")

@@ -646,8 +646,22 @@ def test_a_role_that_is_guessed_is_likely():
     for theirs, ours in roles.items():
         assert f"data.roles: {{{theirs}: {ours}}}" in reason({"messages": [{"role": theirs, "content": "x"}]})
     turns = [{"role": "甲", "content": "x"}, {"role": "乙", "content": "x"}]
-    assert "data.roles: {甲: user}" in reason({"messages": turns})
+    assert "data.roles: {甲: user, 乙: assistant}" in reason({"messages": turns})
     assert "data.roles: {甲: user, 乙: assistant}" in reason({"messages": turns}, roles={"甲": "user"})
+
+
+def test_keys_that_are_not_used_are_named_at_once():
+    row = {"messages": SAID, "images": ["x.png"], "audio": "x.mp3"}
+    assert reason(row) == (
+        "has images and audio, which qwenlora does not use; ignore them: data.columns: {images: null,"
+        " audio: null}"
+    )
+    turns = [QUESTION, {**ANSWER, "loss_scale": 1, "reasoning": "so"}]
+    assert reason({"messages": turns}) == (
+        "turn 2 has loss_scale and reasoning, which qwenlora does not use; read loss_scale and reasoning as"
+        " weight and reasoning_content: data.columns: {loss_scale: weight, reasoning: reasoning_content}, or"
+        " ignore them: data.columns: {loss_scale: null, reasoning: null}"
+    )
 
 
 def test_a_row_of_two_shapes_is_read_as_the_one_asked_for():

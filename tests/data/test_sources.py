@@ -127,6 +127,9 @@ def test_a_column_that_is_none_is_refused_before_rows_are_read():
     assert refused(train="example", columns={"a": "outptu"}).startswith(
         "data.columns: {a: outptu}: rows have no outptu here; known: instruction, output, "
     )
+    assert refused(train="example", columns={"prompt": "frage"}) == (
+        "data.columns: {prompt: frage}: the rows' own key stands first; write {frage: prompt}"
+    )
 
 
 def test_each_file_has_a_shape_of_its_own(folder):

@@ -151,8 +151,16 @@ def test_preview_shows_what_becomes_of_a_long_row(config):
 
 
 def test_preview_of_a_row_that_is_not_there_is_refused(config):
-    with pytest.raises(ValueError, match="there is no train row number 100"):
+    with pytest.raises(ValueError, match=r"^there is no train row number 100: 40 can be trained$"):
         preview(config(), "train", 100, 1, ids=False, console=screen())
+    with pytest.raises(ValueError, match=r"^there are no eval rows: neither data\.eval nor data\.eval_fr"):
+        preview(config(), "eval", 1, 1, ids=False, console=screen())
+
+
+def test_preview_of_rows_that_are_all_bad_says_why(config):
+    bad = config([{"instruction": "q", "output": ""}] * 3, **{"data.on_bad_row": "skip"})
+    with pytest.raises(ValueError, match=r":1: .* is empty; .*; the same for all 3 rows\nmend or remove"):
+        preview(bad, "train", 1, 1, ids=False, console=screen())
 
 
 @pytest.mark.parametrize(
