@@ -322,7 +322,9 @@ def test_what_is_no_yaml_is_told_in_words_of_a_config(write, text, line, words):
 def test_yaml_of_any_kind_is_read_or_refused_with_a_line_of_it(text):
     try:
         parse_yaml(text, "my.yaml")
+        return
     except ValueError as error:
-        assert "\n" not in str(error)
-        if place := re.match(r"my\.yaml:(\d+): ", str(error)):
-            assert 1 <= int(place[1]) <= max(1, text.count("\n") + 1)
+        said = str(error)
+    assert "\n" not in said
+    if place := re.match(r"my\.yaml:(\d+): ", said):
+        assert 1 <= int(place[1]) <= max(1, text.count("\n") + 1)
