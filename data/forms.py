@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from qwenlora.data.bad_row import BadRow, show
 from qwenlora.data.chunks import JsonObject
 from qwenlora.data.shapes import PAIRS
+from qwenlora.data.weights import OF_TURNS
 
 # the type of a content part -> what it holds; OpenAI's, and LLaMA-Factory's
 _PARTS = {
@@ -12,6 +13,11 @@ _PARTS = {
     **dict.fromkeys(("reasoning", "thinking"), "reasoning_content"),
     "tool_call": "tool_calls",
 }
+# what a part of text may have besides; half of a turn has no weight of its own
+_NOT_OF_TEXT = (
+    *(*OF_TURNS, "mask"),
+    *("image", "image_url", "images", "video", "video_url", "audio", "input_audio"),
+)
 _ORDER = ("reasoning_content", "content", "tool_calls")  # in which templates write them
 _SPOKEN = ("system", "user", "assistant")  # in this order, however an object's keys are sorted
 _TURN_KEYS = {"role", "content", "from", "value"}
@@ -68,7 +74,17 @@ def _part(part: object, name: str) -> tuple[str, object]:
         raise BadRow(
             f'{name} has a part without text; expected {{"type": "text", "text": ...}}: {show(part)}'
         )
+    _refuse_more(part, name)
     return holds, value
+
+
+def _refuse_more(part: JsonObject, name: str) -> None:
+    """Refuse a part with what would change what is learnt of it."""
+    if key := next((key for key in _NOT_OF_TEXT if part.get(key) not in (None, "", [])), None):
+        raise BadRow(
+            f"{name} has a part with {key}, and only text is read here, of which all is trained alike; leave"
+            " such rows out: data.on_bad_row: skip"
+        )
 
 
 def turns_by_role(turn: JsonObject, roles: Mapping[str, str]) -> list[JsonObject]:

@@ -25,11 +25,14 @@ from qwenlora.data.turns import (
     reply,
     turns_of,
 )
-from qwenlora.data.weights import OF_ROWS, read_weight
+from qwenlora.data.weights import OF_ROWS, OF_TURNS, read_weight
 
 # keys that would change a row's meaning but are not used -> the key to read them as, if any
 _UNUSED = {
     **dict.fromkeys(("images", "videos", "audios", "image", "video", "audio", "reasoning_content"), None),
+    # of turns; in a row a loss may be a measured one, and a mask a list
+    **dict.fromkeys({*OF_TURNS, "loss_scale"}.difference(OF_ROWS), "weight"),
+    **dict.fromkeys(("mask", "masked"), None),
 }
 _SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "meta_instruction")
 
@@ -64,9 +67,9 @@ def to_row(line: int, value: object, shape: str, options: RowOptions) -> Row:
     if weight == 0:
         raise BadRow("has weight 0: there is nothing to learn from")
     weight = weight or 1.0
+    refuse_unused(row, _UNUSED, "")
     if shape == "text":
         return Row(line, [], None, _text(row), weight)
-    refuse_unused(row, _UNUSED, "")
     if shape == "chat" and row.get("history"):
         raise BadRow(
             "has turns and a history; put it into the turns, or ignore it: data.columns: {history: null}"

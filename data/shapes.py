@@ -166,10 +166,10 @@ def _more_columns(columns: Mapping[str, str | None], more: Mapping[str, str | No
 
 
 def _refuse_bad_replies(row: JsonObject) -> None:
-    """Refuse rows whose label says that the reply is a bad one. Numbers may be labels of classes."""
-    for key in ("label", "kto_tag"):
+    """Refuse rows whose label says that the reply is a bad one. Numbers in `label` may be classes."""
+    for key, bad in (("label", ("false",)), ("kto_tag", ("false", "0", "0.0"))):
         label = row.get(key)
-        if label is False or (isinstance(label, str) and label.lower() == "false"):
+        if isinstance(label, str | float | int) and str(label).strip().lower() in bad:
             raise BadRow(
                 f"has a bad reply, by its label for KTO ({key}: {show(label)}); to learn the good ones alone,"
                 f" write data.on_bad_row: skip, or if it is no such label, data.columns: {{{key}: null}}"

@@ -5,7 +5,7 @@ from qwenlora.data.bad_row import BadRow, show
 from qwenlora.data.chunks import JsonObject
 
 # names that people use, of which a turn or row has one
-OF_TURNS = ("weight", "loss_weight", "loss", "loss_mask", "train", "training")
+OF_TURNS = ("weight", "loss_weight", "loss", "loss_mask", "train", "training", "output_with_loss")
 OF_ROWS = ("weight", "loss_weight")
 # a row's weight times a turn's is still a float32 without loss of digits
 LEAST, MOST = 1e-18, 1e18

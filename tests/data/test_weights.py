@@ -180,6 +180,11 @@ def test_a_call_has_the_weight_of_its_turn_and_other_names_can_be_mapped(tokeniz
     assert read({"messages": [USER, REPLY | {"weight": 0}]}, weight=None).messages[1] == REPLY
 
 
+def test_pairs_say_whether_their_reply_is_learnt_as_xtuner_writes_it():
+    pairs = [{"input": "q", "output": "a", "output_with_loss": False}, {"input": "q", "output": "b"}]
+    assert [turn.get("weight") for turn in read({"conversation": pairs}).messages] == [None, 0, None, None]
+
+
 def test_train_on_and_weights(tokenizers):
     turns = [USER, REPLY | {"weight": 0.5}, USER, {"role": "assistant", "content": "b", "weight": 0}]
     (last,) = Encoder(tokenizers["tiny"], "last_assistant").encode([read({"messages": turns})])
