@@ -26,6 +26,7 @@ from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, sha256
 from qwenlora.run.format import and_more, shape
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model import quantised
 from qwenlora.trainer.model.damage import check_file
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -234,12 +235,35 @@ def _check_base_weights(subject: Subject) -> bool | None:
     if trained_on == models.UNKNOWN:
         return None
     if (fingerprint := models.fingerprint(subject.config, subject.base)) != trained_on:
+        if quantised_base_of(subject) and not _is_quantised(subject):
+            return None  # as the model in full precision, into which it can be merged
         raise ValueError(
             f"{subject.name} was trained on a base with other weights than {subject.base} has now"
             f" (fingerprint {trained_on}, found {fingerprint}); name the folder with the right ones with"
             " --base"
         )
     return True
+
+
+def quantised_base_of(subject: Subject) -> str:
+    """Return how the files are quantised that a run was trained over; empty when they are not."""
+    if subject.run is None or not subject.run.facts.is_file():
+        return ""
+    return quantised.trained_over(subject.run.read_facts())
+
+
+def _is_quantised(subject: Subject) -> bool:
+    return bool(models.quantised_files(models.load_config_of(subject.config, subject.base)))
+
+
+def _notes(subject: Subject, verified: VerifiedAdapter) -> list[str]:
+    """Return what the user is told about the base."""
+    notes = models.notes_on(subject.config, subject.base)
+    if verified.same_weights is None and (kind := quantised_base_of(subject)):
+        notes.append(
+            f"trained over quantised files ({kind}); that they were made from {subject.base} is not checked"
+        )
+    return notes
 
 
 def print_check(subject: Subject) -> int:
@@ -256,7 +280,7 @@ def print_check(subject: Subject) -> int:
     table.add_row("base", fits + weights * bool(verified.same_weights))
     table.add_row("sha256", verified.sha256)
     Console(markup=False, highlight=False).print(table)
-    for note in models.notes_on(subject.config, subject.base):
+    for note in _notes(subject, verified):
         print(f"note: {note}", file=sys.stderr)
     if unchanged := verified.unchanged:
         print(

@@ -181,7 +181,7 @@ class Facts(Record):
     base: folder or hub name; base_fingerprint: changes when its weights do; data_folder: the prepared rows;
     files_key: hash of the files that they are from; data: their counts; packing: data.packing, decided;
     bad_rows: left out; notes: warnings; checkpoint_bytes: of one checkpoint; stamp: data/freshness.py's;
-    text_only: no training row is a chat.
+    text_only: no training row is a chat; base_quantised: how the base's files are, empty if they are not.
     """
 
     base: str
@@ -196,6 +196,7 @@ class Facts(Record):
     checkpoint_bytes: int
     stamp: str = ""
     text_only: bool = False
+    base_quantised: str = ""
 
     @property
     def units(self) -> int:

@@ -37,7 +37,8 @@ def prepare(
     base = models.base_of(config, run)
     if Path(base).is_dir() and not weight_files(Path(base)):
         raise ValueError(f"model.name_or_path={base} holds no weights (model*.safetensors); {AGAIN}")
-    sequence.check(config, models.load_config_of(config, base))
+    model_config = models.load_config_of(config, base)
+    sequence.check(config, model_config)
     stamp = freshness.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
     tokenizer = models.load_tokenizer(config, base)
     fingerprint = models.fingerprint(config, base)
@@ -59,6 +60,7 @@ def prepare(
         checkpoint_bytes=checkpoint_bytes,
         stamp=stamp,
         text_only=not rows.trains_turns(tokenizer),
+        base_quantised=models.quantised_files(model_config),
     )
     check_settings(config, facts.units)
     if run.trained and run.facts.exists():

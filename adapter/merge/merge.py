@@ -34,6 +34,7 @@ from qwenlora.adapter.weight_files import (
 from qwenlora.run.format import count, size
 from qwenlora.run.long_work import LongWork
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model import quantised
 from qwenlora.trainer.model.base_files import SLICE
 from qwenlora.trainer.model.damage import read_json
 from qwenlora.trainer.model.endings import (
@@ -86,10 +87,10 @@ def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = Non
     weights = parse_weights(options.weights, len(subjects))
     dtype, shard_size = _parse_dtype(options.dtype), parse_size(options.max_shard_size)
     out = free_folder(out, read=tuple(folder for each in subjects for folder in (each.adapter, each.base)))
+    config = _base_config(first)
     for subject in subjects:
         verify.check_adapter(subject)
     check_combination(subjects, weights, options.combine)
-    config = _base_config(first)
     tokenizer = load_tokenizer(first)
     questions = _read_prompts(options.prompts) if options.prompts else _default_prompts(first)
     batch = _batch(tokenizer, questions, config.get_text_config().vocab_size)
@@ -97,7 +98,7 @@ def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = Non
     say(f"merging {', '.join(subject.label for subject in subjects)} into {first.base}")
     for note in models.notes_on(first.config, first.base):
         say(f"note: {note}")
-    if any(subject.run and subject.config.strategy.quantization != "none" for subject in subjects):
+    if any(map(_trained_over_quantised, subjects)):
         say(
             "note: trained over a quantised base, merged into its full-precision weights, with which it is"
             " compared: answers may differ a little from those in training"
@@ -145,12 +146,17 @@ def _parse_dtype(name: str) -> torch.dtype | None:
 
 def _base_config(subject: Subject) -> Any:
     config = models.load_config_of(subject.config, subject.base)
-    if getattr(config, "quantization_config", None):
+    if kind := models.quantised_files(config):
         raise ValueError(
-            f"{subject.base} is quantised in its files, and the adapter's change would be rounded away; name"
-            " the model it was made from with --base"
+            f"{subject.base} is quantised in its files ({kind}), in which the adapter's change would be"
+            f" rounded away; {quantised.HOW}"
         )
     return config
+
+
+def _trained_over_quantised(subject: Subject) -> bool:
+    by_config = subject.run is not None and subject.config.strategy.quantization != "none"
+    return by_config or bool(verify.quantised_base_of(subject))
 
 
 def _plan(base: StreamedModel, dtype: torch.dtype | None, untied: bool) -> dict[str, TensorSpec]:

@@ -22,6 +22,7 @@ from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig
 from qwenlora.adapter.verify import lora_kind
 from qwenlora.run.comparison import ComparedModel
 from qwenlora.run.format import as_yaml, count, number, printable
+from qwenlora.trainer.model.quantised import trained_over
 
 WITHHELD = "(withheld)"
 NO_BASE = "BASE"  # in place of a base whose name on the hub is not known
@@ -97,6 +98,8 @@ def make_card(summary: RunSummary, adapter: ExportedAdapter, private: Private, o
     path = str(summary.settings.get("model.name_or_path") or named or "an unnamed base")
     base = _Base(on_hub or shown(file_name(path)), on_hub)
     settings = _shown_settings(summary, base, shown)
+    in_files = bool(summary.facts and trained_over(summary.facts))
+    in_memory = settings.get("strategy.quantization") not in (None, "none")
     obstacles = serving.obstacles(adapter.config, list(adapter.tensors))
     results = _results(summary, adapter.step)
     text = _fill(
@@ -110,7 +113,8 @@ def make_card(summary: RunSummary, adapter: ExportedAdapter, private: Private, o
         versions=_versions(summary),
         settings=_settings_text(settings),
         **_base_values(base, summary, settings),
-        **_adapter_values(adapter, settings),
+        quantised_files=in_files,
+        **_adapter_values(adapter, is_quantised=in_files or in_memory),
         **_serving_values(adapter, title, obstacles),
         **_comparison_values(summary, adapter.folder, shown),
     )
@@ -160,10 +164,10 @@ def _base_values(base: _Base, summary: RunSummary, settings: Settings) -> dict[s
     }
 
 
-def _adapter_values(adapter: ExportedAdapter, settings: Settings) -> dict[str, object]:
-    """Return the template's variables on the adapter."""
+def _adapter_values(adapter: ExportedAdapter, *, is_quantised: bool) -> dict[str, object]:
+    """Return the template's variables on the adapter. is_quantised: as the base was, in files or memory."""
     kind = lora_kind(adapter.config)
-    if settings.get("strategy.quantization") not in (None, "none"):
+    if is_quantised:
         kind = "QLoRA" if kind == "LoRA" else f"{kind} (over a quantised base)"
     numbers = sum(adapter.tensors.values())
     return {"kind": kind, "numbers": f"{numbers:,}", "megabytes": f"{numbers * 4 / 1e6:,.1f}"}

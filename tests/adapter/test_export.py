@@ -327,6 +327,16 @@ def test_what_servers_cannot_take_and_what_could_not_be_read_is_said(run, tmp_pa
     assert "Nothing is known of the rows" in text
 
 
+def test_an_adapter_over_quantised_files_is_merged_into_what_they_were_made_from(run, tmp_path):
+    change_json(run / "facts.json", base_quantised="bitsandbytes, 4 bits")
+    export(run, tmp_path / "out", base="Me/Qwen-4bit")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A QLoRA adapter for Me/Qwen-4bit" in card
+    assert (
+        "merged --base ORIGINAL  # the model in full precision that Me/Qwen-4bit was made from\n```" in card
+    )
+
+
 def test_a_base_from_the_hubs_cache_has_the_hubs_name(run, tmp_path):
     place = (
         "/data/cache/models--Qwen--Qwen2.5-0.5B-Instruct/snapshots/7ae557604adf67be50417f59c2c2f167def9a775"

@@ -487,7 +487,9 @@ def test_a_base_that_cannot_take_it_is_refused(base, adapter, tmp_path, monkeypa
     (copy / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
-    with pytest.raises(ValueError, match=r"copy is quantised in its files, .* with --base"):
+    with pytest.raises(
+        ValueError, match=r"copy is quantised in its files \(gptq, 4 bits\), .*: --base FOLDER"
+    ):
         merge([find(str(adapter), base=str(copy))], tmp_path / "out")
     (copy / "config.json").write_text(json.dumps(config))
     for file in copy.glob("*.safetensors"):

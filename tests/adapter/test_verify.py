@@ -8,12 +8,16 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from run_facts import make_facts
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
-from qwenlora.adapter.verify import check_adapter
+from qwenlora.adapter.verify import check_adapter, print_check
+from qwenlora.configs.load import to_yaml
+from qwenlora.configs.schema import Config, Data, Lora, Model
+from qwenlora.run.folder import RunFolder
 
 LAYER = "base_model.model.model.layers"
 KINDS = {
@@ -135,6 +139,30 @@ def test_files_that_are_not_there_or_hold_something_else(adapter):
     torch.save({"a": eval}, adapter / "adapter_model.bin")  # would run code if it were simply unpickled
     with pytest.raises(ValueError, match=r"adapter_model.bin cannot be read"):
         check_adapter(find(str(adapter)))
+
+
+@pytest.mark.parametrize("recorded", ["", "bitsandbytes, 4 bits"])
+def test_a_run_over_quantised_files_fits_the_model_that_they_were_made_from(tiny, tmp_path, recorded, capsys):
+    four, run = shutil.copytree(tiny, tmp_path / "four"), RunFolder(tmp_path / "run")
+    settings = json.loads((four / "config.json").read_text())
+    how = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (four / "config.json").write_text(json.dumps(settings | how))
+    make(run.adapter, tiny)
+    model, lora = Model(name_or_path=str(four)), Lora(r=4, lora_alpha=8)
+    run.config.write_text(to_yaml(Config(run_dir="r", model=model, data=Data(train="example"), lora=lora)))
+    run.write_facts(make_facts(base=str(four), base_quantised=recorded))
+    if recorded:
+        shutil.rmtree(four)
+    subject = find(str(run.path), base=str(tiny))
+    assert check_adapter(subject).same_weights is None
+    assert print_check(subject) == 0
+    assert (
+        "trained over quantised files (bitsandbytes, 4 bits); that they were made from"
+        in capsys.readouterr().err
+    )
+    run.write_facts(make_facts(base=str(tiny)))
+    with pytest.raises(ValueError, match="was trained on a base with other weights"):
+        check_adapter(subject)
 
 
 def test_a_model_is_no_adapter(tiny):

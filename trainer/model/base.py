@@ -21,7 +21,7 @@ from qwenlora.data.chat import forget_calls
 from qwenlora.data.turns import TURN_END
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import shape
-from qwenlora.trainer.model import damage, head
+from qwenlora.trainer.model import damage, head, quantised
 from qwenlora.trainer.model.base_files import stored_in
 from qwenlora.trainer.model.tiny import build_tiny
 
@@ -142,7 +142,14 @@ def load_config_of(config: Config, base: str, *, download: bool = False) -> Any:
 
 def notes_on(config: Config, base: str) -> list[str]:
     """Return what the user is told about the base."""
-    return [head.NOTE] if _has_own_head(config, base, _read_config_of(config, base)) else []
+    model_config = _read_config_of(config, base)
+    notes = [head.NOTE] if _has_own_head(config, base, model_config) else []
+    return notes + [quantised.note(kind) for kind in [quantised_files(model_config)] if kind]
+
+
+def quantised_files(model_config: Any) -> str:
+    """Return how a base's files are quantised, by its transformers config; empty when they are not."""
+    return quantised.kind_of(getattr(model_config, "quantization_config", None))
 
 
 def _has_own_head(config: Config, base: str, model_config: Any, *, download: bool = False) -> bool:
@@ -231,7 +238,7 @@ def load_base(config: Config, base: str) -> Any:
             **_quantization(config, dtype),
         )
     refuse_misfits(config, loading)
-    if config.strategy.quantization == "nf4":
+    if config.strategy.quantization == "nf4" or quantised_files(model_config):
         _keep_4bit_weights_as_they_are(model)
     return model
 

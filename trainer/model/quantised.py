@@ -1,0 +1,40 @@
+"""Bases whose files are quantised (GPTQ, AWQ, 4 bits of bitsandbytes ...): LoRA trains over them, but nothing
+can be merged into them, since an adapter's change is smaller than their steps."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from transformers.utils import CONFIG_NAME, cached_file
+
+from qwenlora.run.records import Facts
+from qwenlora.trainer.model.damage import read_json
+
+HOW = "merge into the model in full precision that they were made from: --base FOLDER_OR_HUB_NAME"
+
+
+def kind_of(settings: object) -> str:
+    """Return how a base's files are quantised, as `bitsandbytes, 4 bits`; empty when they are not. settings:
+    quantization_config of its config.json."""
+    if not settings:
+        return ""
+    keys = settings if isinstance(settings, Mapping) else vars(settings)
+    method = str(getattr(keys.get("quant_method"), "value", keys.get("quant_method") or "quantised"))
+    loaded = next((n for n in (4, 8) if keys.get(f"load_in_{n}bit") or keys.get(f"_load_in_{n}bit")), None)
+    bits = keys.get("bits") or keys.get("w_bit") or loaded
+    return f"{method}, {bits} bits" if bits else method
+
+
+def note(kind: str) -> str:
+    """Return what the user of such a base is told. kind: kind_of's."""
+    return f"the base is quantised in its files ({kind}), into which no adapter can be merged; {HOW}"
+
+
+def trained_over(facts: Facts) -> str:
+    """Return how the files of a run's base are quantised; empty when they are not, or that is not known."""
+    if facts.base_quantised:
+        return facts.base_quantised
+    with suppress(OSError, ValueError):  # of an older version: its base may be gone
+        if file := cached_file(facts.base, CONFIG_NAME, local_files_only=True):
+            return kind_of(read_json(Path(file)).get("quantization_config"))
+    return ""
