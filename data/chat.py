@@ -82,6 +82,7 @@ class Encoder:
         unknown = (None, tokenizer.unk_token_id)
         self._end_of_text = next((token for token in known if token not in unknown), tokenizer.eos_token_id)
         self._takes_thoughts = "reasoning_content" in str(tokenizer.chat_template)
+        self._takes_calls = "tool_calls" in str(tokenizer.chat_template)
         self._writes_no_thought = self._writes_no_thought_itself()
         named = (token for token in tokenizer.special_tokens_map.values() if isinstance(token, str))
         of_text = (token for token, number in zip(_ENDS_OF_TEXT, known, strict=True) if number not in unknown)
@@ -234,6 +235,11 @@ class Encoder:
 
     def _no_thoughts(self, text: str, messages: list[Message]) -> list[bool]:
         """Return for each reply whether NO_THOUGHT is before it. Raises: BadRow when replies differ."""
+        if not self._takes_calls and any("tool_calls" in message for message in messages):
+            raise BadRow(
+                f"has calls, which the chat template of {self.tokenizer.name_or_path} leaves out; set"
+                " model.tokenizer to one whose template takes them, as those of Qwen2.5 and Qwen3"
+            )
         turns = [turn[2] for turn in _TURN.finditer(text) if turn[1] == "assistant"]
         replies = [message for message in messages if message["role"] == "assistant"]
         if len(turns) != len(replies):

@@ -15,7 +15,6 @@ from transformers import AddedToken, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwenlora.data.turns import END_OF_TEXT, TURN_END, TURN_START
-from qwenlora.trainer.model.tiny import CHAT_TEMPLATE
 
 VOCABULARY = "qwen.tiktoken"
 # in the order of their ids, which follow the vocabulary, as in Qwen-1's code
@@ -23,7 +22,9 @@ SPECIAL = (END_OF_TEXT, TURN_START, TURN_END, *(f"<|extra_{number}|>" for number
 SYSTEM = "You are a helpful assistant."
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\n" + SYSTEM + "<|im_end|>\n' }}{% endif %}"
-) + CHAT_TEMPLATE
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n'"
+    " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def convert_tokenizer(file: Path, max_length: int) -> Any:

@@ -43,6 +43,8 @@ def test_check_shows_counts_and_a_page_with_the_same(config, tmp_path):
     page = (tmp_path / "runs" / "my.data.html").read_text()
     for words in (
         "40 rows",
+        "tokenizer",
+        "1.4 to 2 times as many",
         "training rows",
         "evaluation rows",
         "packs",
@@ -57,6 +59,15 @@ def test_check_shows_counts_and_a_page_with_the_same(config, tmp_path):
     assert "http" not in page, "it opens from disk, without a network"
     assert "<script" not in page, "it opens from disk, without a network"
     assert not (tmp_path / "runs" / "my").exists(), "looking makes no run"
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "name_or_path"])
+def test_check_says_whose_tokenizer_counts(config, tiny, key):
+    console = screen()
+    console.width = 400
+    check(config(**{f"model.{key}": str(tiny)}), None, console)
+    (line,) = (line for line in console.file.getvalue().splitlines() if line.startswith("tokenizer "))
+    assert line.split() == ["tokenizer", str(tiny)]
 
 
 def test_check_refuses_tokens_that_the_base_has_no_embedding_for(config, tiny, tmp_path):

@@ -4,6 +4,7 @@ ordinary model folder, the same bytes each time, made without a download."""
 import json
 import os
 import shutil
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,6 @@ from qwenlora.data.turns import TURN_END, TURN_START
 VOCABULARY = 2048
 SEED = 0
 PAD = "<|endoftext|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n'"
-    " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def build_tiny(folder: Path, tokenizer: Any = None) -> None:
@@ -92,5 +89,6 @@ def train_tokenizer() -> Any:
         unk_token=None,
         additional_special_tokens=[TURN_START, TURN_END],
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    template = resources.files("qwenlora.trainer.model") / "tiny.jinja"
+    tokenizer.chat_template = template.read_text(encoding="utf-8").rstrip("\n")
     return tokenizer
