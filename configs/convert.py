@@ -25,7 +25,9 @@ _COMPOSED = frozenset(  # of ours; not copied one by one
     | {f"train.{what}_{name}" for what in ("save", "eval") for name in ("strategy", "steps")}
 )
 _LISTS = ("lora.modules_to_save", "lora.target_parameters")
-_SECRET = re.compile(r"token\b|secret|passw|api_?key|credential|webhook|\b(hf_|sk-|ms-)\w{16}", re.IGNORECASE)
+_SECRET = re.compile(
+    r"token\b|secret|passw|key(_id)?\b|credential|webhook|\b(hf_|sk-|ms-)\w{16}|://[^/\s]*@", re.IGNORECASE
+)
 _WIDTH = 110
 
 
@@ -229,9 +231,16 @@ def _strategy(theirs: Values, result: _Result) -> None:
         result.none.append(f"deepspeed={show(config)}: choose strategy.name: zero1, zero2 or zero3")
         return
     result.values["strategy.name"] = f"zero{stage[1]}" if stage[1] != "0" else "ddp"
-    if "offload" in name:
-        result.values["strategy.offload"] = "params" if stage[1] == "3" else "optimizer"
+    parts = [what for what in ("param", "optimizer") if _offloads(zero, what)]
+    if "offload" in name or parts:
+        by_params = stage[1] == "3" and parts != ["optimizer"]
+        result.values["strategy.offload"] = "params" if by_params else "optimizer"
     result.differs.append(f"deepspeed={show(config)}: qwenlora's own config of that stage is used")
+
+
+def _offloads(zero: object, what: str) -> bool:
+    part = zero.get(f"offload_{what}") if isinstance(zero, dict) else None
+    return isinstance(part, dict) and part.get("device") not in (None, "none")
 
 
 # ---- the text

@@ -16,6 +16,10 @@ from qwenlora.configs.yaml_file import Values, parse_yaml, read_yaml
 
 INFO = "dataset_info.json"  # LLaMA-Factory's list of data sets
 _FILES = ("llama-factory", "ms-swift", "axolotl")
+# a command's words, up to what the shell does with it: `2>&1 | tee log`, `> log &`
+_WORDS = re.compile(r"""(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|(?!\s\d?>)[^|&;<>])*""", re.DOTALL)
+# of torchrun, accelerate and deepspeed
+_PROCESSES = re.compile(r"--(?:nproc[-_]per[-_]node|num_processes|num_gpus)[= ]+(\S+)")
 _URLS = frozenset({"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"})
 
 
@@ -139,6 +143,8 @@ def _in_script(path: Path, text: str) -> Foreign | None:
                     name: variables.get(name, value)
                     for name, value in re.findall(r"\b([A-Z_]+)=(\S+)", line[: match.start()])
                 }
+                if processes := _PROCESSES.search(line[: match.start()]):
+                    settings["NPROC_PER_NODE"] = processes[1]
                 values = {name: _typed(_filled(value, variables)) for name, value in settings.items()}
                 return Foreign(path, tool, values | _arguments(_filled(line[match.end() :], variables)))
     return None
@@ -151,10 +157,12 @@ def _filled(text: str, variables: Mapping[str, str]) -> str:
 def _arguments(line: str) -> Values:
     """Return a command's `--key value ...` as values: several make a list, none is true."""
     line = re.sub(r"\$\([^()]*(\([^()]*\)[^()]*)*\)", lambda match: shlex.quote(match[0]), line)
+    command = _WORDS.match(line)
+    assert command is not None, "it matches nothing, too"
     try:
-        words = shlex.split(line)
+        words = shlex.split(command[0])
     except ValueError:  # a quote that is not closed
-        words = line.split()
+        words = command[0].split()
     found: dict[str, list[object]] = {}
     for word in words:
         if word.startswith("--"):

@@ -35,6 +35,16 @@ AXOLOTL_FIELDS = {
 }
 
 
+_BUILDERS = ("json", "csv", "parquet", "arrow", "text", "")  # of the datasets library: files are named beside
+# what is read of an entry of Axolotl's datasets, or is not needed
+_AXOLOTL_READ = {
+    *("path", "type", "data_files", "split", "name", "revision", "ds_type", "field", "text_column"),
+    *("field_messages", "message_property_mappings", "message_field_role", "message_field_content"),
+    *("roles", "roles_to_train", "chat_template", "trust_remote_code"),
+    *AXOLOTL_FIELDS,
+}
+
+
 def _source(path: str, columns: Mapping[str, str | None], **options: object) -> Entry:
     """Return a source. columns: our keys for theirs. What says nothing is left out."""
     renamed = {theirs: ours for theirs, ours in columns.items() if theirs and theirs != ours}
@@ -192,10 +202,10 @@ def axolotl(datasets: object, theirs: Values, config: Path, note: Note) -> list[
         if not (path or files):
             note(f"datasets: an entry without a path is left out: {show(dataset)}")
         elif files:
-            folder = Path(path) if Path(path).is_dir() else Path()
+            folder = Path() if path in _BUILDERS else Path(path)
             names = [files] if isinstance(files, str) else _texts(files)
             found += [_source(str(folder / name), columns, **options) for name in names]
-        elif _is_path(path):
+        elif Path(path).suffix and _is_path(path):
             found.append(_source(path, columns, **options))
         else:
             where = {key: dataset.get(key) for key in ("split", "name", "revision")}
@@ -206,8 +216,10 @@ def axolotl(datasets: object, theirs: Values, config: Path, note: Note) -> list[
 def _axolotl_options(dataset: Values, note: Note) -> Values:
     """Return the format of a data set's rows, their columns and their roles."""
     path, kind = _text(dataset, "path"), dataset.get("type") or ""
-    trained = dataset.get("roles_to_train") or ["assistant"]
-    if trained not in (["assistant"], ["gpt"]):
+    if unread := dataset.keys() - _AXOLOTL_READ:
+        note(f"datasets: {path}: {', '.join(sorted(unread))}: no counterpart here")
+    trained = dataset.get("roles_to_train")
+    if trained not in (None, ["assistant"], ["gpt"]):  # []: only turns whose message_field_training says so
         note(f"roles_to_train={json.dumps(trained)} of {path}: data.train_on: assistant, last_assistant, all")
     if isinstance(kind, dict):
         note(f"type of {path}: the model's own template is used, not its format")

@@ -5,6 +5,7 @@ ruamel.yaml gives lines, too, but reads dates and 1_000 as such, and hides where
 
 import difflib
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qwenlora.configs.yaml_errors import explain
 
 Values = dict[str, object]
 Places = dict[str, str]  # dotted key -> `file:line`
+_MERGE = "<<"  # of YAML 1.1, which the configs of other tools are
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,6 +85,10 @@ def parse_yaml(text: str, name: str, places: Places | None = None) -> Any:
         loader.dispose()
 
 
+def _several(node: yaml.Node) -> list[yaml.Node]:
+    return node.value if isinstance(node, yaml.SequenceNode) else [node]
+
+
 class _Composer:
     """Makes values of YAML nodes, and notes the place of each key."""
 
@@ -101,9 +107,13 @@ class _Composer:
         return self.loader.construct_object(node)
 
     def _mapping(self, node: yaml.MappingNode, key: str, above: tuple[yaml.Node, ...]) -> Values:
+        merged: Values = {}
         mapping: Values = {}
-        for key_node, value_node in node.value:
+        for key_node, value_node in sorted(node.value, key=lambda pair: pair[0].value != _MERGE):
             place, name = self._place(key_node), key_node.value
+            if name == _MERGE:
+                merged |= self._merged(value_node, key, above)
+                continue
             if not isinstance(key_node, yaml.ScalarNode):
                 raise ValueError(f"{place}: a key must be a word")
             dotted = f"{key}.{name}" if key else name
@@ -111,7 +121,14 @@ class _Composer:
                 raise ValueError(f"{place}: {dotted} stands twice (first at {self.places[dotted]}); keep one")
             self.places[dotted] = place
             mapping[name] = self.value(value_node, dotted, above)
-        return mapping
+        return merged | mapping
+
+    def _merged(self, node: yaml.Node, key: str, above: tuple[yaml.Node, ...]) -> Values:
+        """Return the keys of `<<: *anchor`, or of a list of anchors, of which the first decides."""
+        values = [self.value(one, key, above) for one in reversed(_several(node))]
+        if not all(isinstance(value, dict) for value in values):
+            raise ValueError(f"{self._place(node)}: {_MERGE} takes keys from a mapping, found {show(values)}")
+        return dict(chain.from_iterable(value.items() for value in values if isinstance(value, dict)))
 
     def _place(self, node: yaml.Node) -> str:
         return f"{self.name}:{node.start_mark.line + 1}"

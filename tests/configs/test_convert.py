@@ -129,6 +129,8 @@ wandb_project:
 vllm: {api_key: abcdefgh}
 """
 
+AXOLOTL_HEAD = "base_model: Qwen/Qwen3-8B\nadapter: lora\nmicro_batch_size: 2\n"
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
@@ -168,6 +170,19 @@ def test_ms_swift_in_a_script():
     assert values["log"]["wandb"] == "auto"
     assert "# no counterpart is known of: HF_TOKEN (not shown)\n" in text
     assert "hf_abc" not in text
+
+
+def test_what_the_shell_does_with_a_command_is_no_argument_of_it():
+    script = """GPUS=8
+torchrun --nproc_per_node $GPUS src/train.py --stage sft --finetuning_type lora --dataset 'a|b' \\
+    --model_name_or_path Qwen/Qwen3-4B --per_device_train_batch_size 2 --gradient_accumulation_steps 4%s
+"""
+    for rest in (" 2>&1 | tee log.txt", " > log 2>&1 &", "; echo --seed 1", "&& shutdown"):
+        _, values = converted(script % rest, "run.sh")
+        assert values["train"]["global_batch_size"] == 2 * 4 * 8
+        assert values["launch"]["nproc_per_node"] == 8
+        assert values["data"]["train"] == "data/a|b.json"
+        assert "seed" not in values["train"]
 
 
 def test_ms_swift_evaluates_when_it_saves():
@@ -213,6 +228,36 @@ def test_axolotl():
     assert 'roles_to_train=["assistant", "user"] of own.jsonl: data.train_on: ' in text
     assert "evals_per_epoch=4: here once, or every train.eval_steps" in text
     assert "# no counterpart is known of: vllm (not shown)\n" in text
+
+
+def test_an_entry_of_axolotl_keeps_its_split_and_its_folder():
+    rows = "{path: ./rows, split: validation, type: chat_template, roles_to_train: [], shards: 4}"
+    files = "{path: ./more, data_files: '*.jsonl', type: alpaca}"
+    text, values = converted(f"{AXOLOTL_HEAD}datasets: [{rows}, {files}]", "ax.yaml")
+    assert values["data"]["train"] == [{"path": "./rows", "split": "validation"}, "more/*.jsonl"]
+    assert "roles_to_train=[] of ./rows: data.train_on" in text
+    assert "datasets: ./rows: shards: no counterpart here" in text
+
+
+@pytest.mark.parametrize(
+    ("zero", "strategy"),
+    [
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, {"name": "zero3", "offload": "params"}),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, {"name": "zero3", "offload": "optimizer"}),
+        ({"stage": 2, "offload_optimizer": {"device": "none"}}, {"name": "zero2"}),
+    ],
+)
+def test_deepspeed_within_the_config_says_what_is_offloaded(zero, strategy):
+    deepspeed = json.dumps({"zero_optimization": zero})
+    assert converted(f"{AXOLOTL_HEAD}deepspeed: {deepspeed}", "ax.yaml")[1]["strategy"] == strategy
+
+
+def test_merged_keys_are_theirs_and_no_secret_is_shown():
+    secrets = "AWS_ACCESS_KEY_ID: geheim\nprivate_key: geheim\nmlflow_uri: 'https://me:geheim@host/'\n"
+    base = "base: &base\n  learning_rate: 2e-5\n  seed: 1\n<<: *base\nseed: 2\n"
+    text, values = converted(f"{base}{AXOLOTL_HEAD}{secrets}", "ax.yaml")
+    assert (values["train"]["learning_rate"], values["train"]["seed"]) == (2e-5, 2)
+    assert "geheim" not in text
 
 
 @pytest.mark.parametrize(
