@@ -57,6 +57,12 @@ def test_config_show_prints_what_would_run(qwenlora):
     assert "  r: 3\n" in answer.stdout
 
 
+def test_a_terminal_that_lacks_characters_shows_the_others(qwenlora):
+    answer = qwenlora("config", "show", TINY, "run_dir=模型😀", PYTHONIOENCODING="ascii")
+    assert answer.returncode == 0, answer.stderr
+    assert "run_dir: \\u6a21\\u578b\\U0001f600" in answer.stdout
+
+
 def test_unknown_key(qwenlora):
     line = refused(qwenlora("train", TINY, "lora.rnk=3"))
     assert line.startswith("command line: lora.rnk=3: no such key; ")

@@ -292,6 +292,21 @@ def test_an_optimizer_whose_package_is_broken_is_refused(monkeypatch):
         check_optimizer(config_of(optim="paged_adamw_8bit").train)
 
 
+@pytest.mark.parametrize(
+    ("lora", "train", "message"),
+    [
+        ({"init_from": "no"}, {}, "lora.init_from=no is no adapter folder"),
+        ({}, {"optim": "galore_adamw"}, "train.optim=galore_adamw saves memory where"),
+    ],
+)
+def test_they_are_refused_before_the_base_is_looked_for(monkeypatch, tmp_path, lora, train, message):
+    monkeypatch.setattr(prepare.models, "base_of", lambda *_: pytest.fail("it was looked for"))
+    config = config_of(**train)
+    config = config.model_copy(update={"lora": config.lora.model_copy(update=lora)})
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare(config, RunFolder(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
 def test_flash_attention_without_its_package_is_refused(monkeypatch, name):
     for number in (2, 3):
