@@ -17,6 +17,7 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
 from qwenlora.trainer.loop.arguments import check_optimizer, check_settings
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model import quantised
 from qwenlora.trainer.model.damage import AGAIN, weight_files
 from qwenlora.trainer.model.lora import check_init_from, count_parameters
 from qwenlora.trainer.ranks import gpus
@@ -38,6 +39,7 @@ def prepare(
     if Path(base).is_dir() and not weight_files(Path(base)):
         raise ValueError(f"model.name_or_path={base} holds no weights (model*.safetensors); {AGAIN}")
     model_config = models.load_config_of(config, base)
+    quantised.check(config, kind := models.quantised_files(model_config))
     sequence.check(config, model_config)
     stamp = freshness.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
     tokenizer = models.load_tokenizer(config, base)
@@ -60,7 +62,7 @@ def prepare(
         checkpoint_bytes=checkpoint_bytes,
         stamp=stamp,
         text_only=not rows.trains_turns(tokenizer),
-        base_quantised=models.quantised_files(model_config),
+        base_quantised=kind,
     )
     check_settings(config, facts.units)
     if run.trained and run.facts.exists():

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 
-from qwenlora.configs.schema import Config, Data, Model
+from qwenlora.configs.schema import Config, Data, Model, Strategy
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model.quantised import kind_of
+from qwenlora.trainer.model.quantised import check, kind_of
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,24 @@ from qwenlora.trainer.model.quantised import kind_of
 )
 def test_how_files_are_quantised_is_said_as_their_config_has_it(settings, kind):
     assert kind_of(settings) == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "fits"),
+    [
+        ("", "int8", True),
+        ("gptq, 4 bits", "none", True),
+        ("bitsandbytes, 4 bits", "nf4", True),
+        ("bitsandbytes, 8 bits", "int8", True),
+        ("bitsandbytes, 4 bits", "int8", False),
+        ("gptq, 4 bits", "nf4", False),
+    ],
+)
+def test_nothing_is_quantised_twice(kind, asked, fits):
+    strategy = Strategy(quantization=asked)
+    config = Config(run_dir="r", model=Model(name_or_path="q"), data=Data(train="unused"), strategy=strategy)
+    with nullcontext() if fits else pytest.raises(ValueError, match=rf"={asked}: .* set strategy\.quant"):
+        check(config, kind)
 
 
 def test_the_user_is_told_at_once_what_an_adapter_can_be_merged_into(tiny, tmp_path):

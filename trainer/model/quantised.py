@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers.utils import CONFIG_NAME, cached_file
 
+from qwenlora.configs.schema import Config
 from qwenlora.run.records import Facts
 from qwenlora.trainer.model.damage import read_json
 
@@ -23,6 +24,17 @@ def kind_of(settings: object) -> str:
     loaded = next((n for n in (4, 8) if keys.get(f"load_in_{n}bit") or keys.get(f"_load_in_{n}bit")), None)
     bits = keys.get("bits") or keys.get("w_bit") or loaded
     return f"{method}, {bits} bits" if bits else method
+
+
+def check(config: Config, kind: str) -> None:
+    """Refuse to quantise anew what the files hold quantised. kind: kind_of's. Raises: ValueError."""
+    asked = config.strategy.quantization
+    same = {"nf4": "bitsandbytes, 4 bits", "int8": "bitsandbytes, 8 bits"}
+    if kind and asked != "none" and kind != same[asked]:
+        raise ValueError(
+            f"strategy.quantization={asked}: the files of model.name_or_path={config.model.name_or_path} are"
+            f" quantised already ({kind}); set strategy.quantization: none"
+        )
 
 
 def note(kind: str) -> str:
