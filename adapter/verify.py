@@ -256,10 +256,10 @@ def _is_quantised(subject: Subject) -> bool:
     return bool(models.quantised_files(models.load_config_of(subject.config, subject.base)))
 
 
-def _notes(subject: Subject, verified: VerifiedAdapter) -> list[str]:
-    """Return what the user is told about the base."""
+def notes_on(subject: Subject) -> list[str]:
+    """Return what the user is told about an adapter's base."""
     notes = models.notes_on(subject.config, subject.base)
-    if verified.same_weights is None and (kind := quantised_base_of(subject)):
+    if (kind := quantised_base_of(subject)) and not _is_quantised(subject):
         notes.append(
             f"trained over quantised files ({kind}); that they were made from {subject.base} is not checked"
         )
@@ -280,7 +280,7 @@ def print_check(subject: Subject) -> int:
     table.add_row("base", fits + weights * bool(verified.same_weights))
     table.add_row("sha256", verified.sha256)
     Console(markup=False, highlight=False).print(table)
-    for note in _notes(subject, verified):
+    for note in notes_on(subject):
         print(f"note: {note}", file=sys.stderr)
     if unchanged := verified.unchanged:
         print(

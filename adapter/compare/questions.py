@@ -69,8 +69,9 @@ def choose_questions(subjects: list[Subject], options: CompareOptions) -> Chosen
     """Return the questions to ask; reads only data files. Raises: ValueError for missing or bad files."""
     runs = [subject for subject in subjects if subject.run]
     data = (runs or subjects)[0].config.data
+    sets: list[QuestionSet] = []
     if missing := _missing_rows(runs):
-        sets, notes = [], [f"no training questions: {missing}; --rephrased FILE asks some"]
+        notes = [f"no training questions: {missing}; --rephrased FILE asks some"]
     else:
         sets, notes = _training_set(runs, options.limit)
     if others := _untrained_set([] if missing else runs, data, options):

@@ -96,7 +96,7 @@ def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = Non
     batch = _batch(tokenizer, questions, config.get_text_config().vocab_size)
     trust, revision = first.config.model.trust_remote_code, first.config.model.revision
     say(f"merging {', '.join(subject.label for subject in subjects)} into {first.base}")
-    for note in models.notes_on(first.config, first.base):
+    for note in verify.notes_on(first):
         say(f"note: {note}")
     if any(map(_trained_over_quantised, subjects)):
         say(

@@ -6,7 +6,7 @@ import math
 import os
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def stored_in(path: Path) -> list[Stored]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length <= path.stat().st_size else None
+            header: Any = json.loads(file.read(length)) if length <= path.stat().st_size else None
         header.pop("__metadata__", None)
         return [
             Stored(name, each["dtype"], tuple(each["shape"]), *(8 + length + i for i in each["data_offsets"]))
