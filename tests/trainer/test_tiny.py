@@ -119,6 +119,19 @@ def test_calls_thoughts_and_answers_of_tools_are_rendered_as_by_qwen3(render, me
     assert render(messages) == render(messages, by="qwen3").replace(NO_THOUGHT, "")
 
 
+def test_earlier_thoughts_are_left_out_and_calls_follow_their_reply(render):
+    thinking = {"role": "assistant", "content": "Look.", "reasoning_content": "hm", "tool_calls": CALLS}
+    asked, answer = {"role": "user", "content": "?"}, {"role": "tool", "content": "no"}
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京", "days": 2}}\n</tool_call>'
+    turn = f"Look.\n{call}<|im_end|>\n"
+    heard = "<|im_start|>user\n<tool_response>\nno\n</tool_response><|im_end|>\n"
+    begin, question = "<|im_start|>assistant\n", "<|im_start|>user\n?<|im_end|>\n"
+    last = f"{question}{begin}<think>\nhm\n</think>\n\n{turn}{heard}"
+    assert render([asked, thinking, answer]) == last
+    assert render([asked, thinking, answer] * 2) == f"{question}{begin}{turn}{heard}{last}"
+    assert render([thinking | {"content": ""}]) == f"{begin}{call}<|im_end|>\n"
+
+
 def test_tools_are_in_the_system_turn(render):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "?"}]
     text = render(messages, TOOLS)
