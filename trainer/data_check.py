@@ -81,7 +81,7 @@ def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool
     legend = (
         Text("trained tokens look like this", style=TRAINED)
         if console.color_system
-        else "trained tokens: ⟦like this⟧"
+        else f"trained tokens: {_marked('like this', console)}"
     )
     console.print(legend)
 
@@ -132,9 +132,20 @@ def _coloured(tokenizer: Any, tokens: Tokens, console: Console) -> Text:
         if not tokens.trained[start]:
             text.append(words)
         else:
-            text.append(words if console.color_system else f"⟦{words}⟧", style=TRAINED)
+            text.append(_marked(words, console), style=TRAINED)
             text.append(_times(tokens, start), style="bold")
     return text
+
+
+def _marked(words: str, console: Console) -> str:
+    """Return trained words as they are where they get a colour, else in brackets that the screen can show."""
+    if console.color_system:
+        return words
+    try:
+        "⟦⟧".encode(console.encoding)
+    except UnicodeEncodeError:  # GBK, ASCII
+        return f"[[{words}]]"
+    return f"⟦{words}⟧"
 
 
 def _times(tokens: Tokens, place: int) -> str:

@@ -184,3 +184,12 @@ def test_the_histogram_counts_every_row_once_on_the_right_side_of_the_limit(leng
     assert sum(bar.rows for bar in bars if bar.over) == sum(length > max_length for length in lengths)
     assert all(a.end == b.start for a, b in pairwise(bars))
     assert len(bars) <= 2 * report.BINS + 1
+
+
+def test_preview_marks_trained_tokens_with_what_the_terminal_can_show(config):
+    written = io.BytesIO()
+    terminal = io.TextIOWrapper(written, encoding="gbk", errors="backslashreplace")
+    preview(config(), "train", 1, 1, ids=False, console=Console(file=terminal, width=100, markup=False))
+    terminal.flush()
+    assert "[[答案0。<|im_end|>]]" in written.getvalue().decode("gbk")
+    assert "trained tokens: [[like this]]" in written.getvalue().decode("gbk")
