@@ -5,7 +5,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qwenlora.trainer.ranks.stop_request import StopRequest
 
@@ -64,24 +64,18 @@ class Stop(TrainerCallback):
         control.should_save = control.should_training_stop = True
         control.should_evaluate = False
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_step_begin(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Start the clock of a step."""
         self._step_start = time.monotonic()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Save and stop, if the ranks agreed to; after the last step there is nothing left to stop."""
         self._steps += 1
         self._longest_step_s = max(self._longest_step_s, time.monotonic() - self._step_start)
         if self.agreed and state.global_step < state.max_steps:
             self.end(control)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_epoch_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Cancel the epoch end's actions if the run is stopped: Trainer calls this even in mid-epoch."""
         if self.stopped:
             control.should_log = control.should_evaluate = control.should_save = False

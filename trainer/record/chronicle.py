@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Reason
@@ -44,16 +44,12 @@ class Chronicle(TrainerCallback):
         }
         return {"attempts": len(attempts), "goodput": attempts[-1].goodput if attempts else None, **lines}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Take the time that model and checkpoint needed."""
         self._model_s = time.monotonic() - self._since
         self._since = time.monotonic()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """After the first step, record how long the start took."""
         if self._recorded:
             return

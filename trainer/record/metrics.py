@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qwenlora.run.history import ProgressFile
 from qwenlora.run.records import Parameters
 
 log = logging.getLogger("qwenlora")
 
+Logs = dict[str, float]  # Trainer's, as callbacks get them
 Line = dict[str, float]  # of metrics.jsonl: "step", "time" (seconds since 1970), and numbers by their names
 
 # dense bf16 matrix peaks in FLOP/s, from NVIDIA's data sheets; the longest name that fits is taken
@@ -184,16 +185,12 @@ class Metrics(TrainerCallback):
         self._data_wait_s, self._saving_s = self.trainer.data_wait_s, self.trainer.saving_s
         self._tokens = self._trained = self._squares = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Start the clock."""
         self._begun = time.perf_counter()
         self._start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Count the tokens of the global batch just trained; every rank knows all its rows from the order."""
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last step is logged whatever logging_steps is
@@ -210,14 +207,7 @@ class Metrics(TrainerCallback):
                 self.attempt, state.global_step, time.perf_counter() - self._begun - saving, saving
             )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **_: object,
-    ) -> None:
+    def on_log(self, args: object, state: TrainerState, control: object, logs: Logs, **_: object) -> None:
         """Add throughput, MFU, memory and waiting to a training log; write every log."""
         if "train_runtime" in logs:  # Trainer's summary at the end, which says nothing new
             logs.clear()
@@ -228,7 +218,7 @@ class Metrics(TrainerCallback):
             logs["trained_tokens_per_s"] = self._trained / seconds
             if self.peak:
                 per_token = flops_per_token(self.parameters, self._squares / self._tokens, self.recomputed)
-                logs["mfu"] = logs["tokens_per_s"] * per_token / (self.peak * args.world_size)
+                logs["mfu"] = logs["tokens_per_s"] * per_token / (self.peak * self.trainer.args.world_size)
             logs["peak_memory_gb"] = _peak_memory_bytes() / 1e9
             logs["data_wait_s"] = self.trainer.data_wait_s - self._data_wait_s
             logs["saving_s"] = self.trainer.saving_s - self._saving_s

@@ -5,7 +5,9 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from qwenlora.trainer.record.metrics import Logs
 
 log = logging.getLogger("qwenlora")
 
@@ -20,9 +22,7 @@ class ProgressCallback(TrainerCallback):
         self._numbers = ""
         self._first, self._start = 0, time.monotonic()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Show the bar, if this is a terminal."""
         self._first, self._start = state.global_step, time.monotonic()
         if self.console.is_terminal:
@@ -40,20 +40,11 @@ class ProgressCallback(TrainerCallback):
             )
             self.bar.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Move the bar."""
         self._update_bar(state)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **_: object,
-    ) -> None:
+    def on_log(self, args: object, state: TrainerState, control: object, logs: Logs, **_: object) -> None:
         """Show the newest numbers."""
         if "loss" in logs:
             self._numbers = (

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from qwenlora.configs import Config
 from qwenlora.run import checkpoints
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
+from qwenlora.trainer.record.metrics import Logs
 from qwenlora.trainer.record.wandb_choice import Choice, choose
 
 REACH_TIMEOUT_S = 5.0
@@ -126,14 +127,7 @@ class WandbCallback(TrainerCallback):
             ),
         )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **_: object,
-    ) -> None:
+    def on_log(self, args: object, state: TrainerState, control: object, logs: Logs, **_: object) -> None:
         """Send one log."""
         if logs:
             self._send_log(state.global_step, logs)
@@ -144,7 +138,7 @@ class WandbCallback(TrainerCallback):
             logs = {name: value for name, value in line.items() if name not in ("step", "time")}
             self._send_log(int(line["step"]), logs)
 
-    def _send_log(self, step: int, logs: dict[str, float]) -> None:
+    def _send_log(self, step: int, logs: Logs) -> None:
         values = {
             f"{'eval' if name.startswith('eval_') else 'train'}/{name.removeprefix('eval_')}": value
             for name, value in logs.items()
