@@ -1,4 +1,4 @@
-"""The choice for strategy.name: auto, from estimates of the bytes that a GPU holds and sends.
+"""The choice for strategy.name: auto, from estimates of the bytes that a GPU holds.
 
 1 GB is 1e9 bytes. Estimates are within a fifth of published runs of a 7B (tests/configs/test_estimate.py).
 """
@@ -15,7 +15,7 @@ EAGER = 2.3  # activations with peft's LoRA layers, relative to fused kernels
 RESERVE = 2_000_000_000  # CUDA's context, NCCL's buffers, what the allocator cannot use
 LIVE = 1_000_000_000  # numbers that ZeRO-3 holds gathered (stage3_max_live_parameters)
 FLOPS = 798e12  # bfloat16 matrix products of an H100, measured
-NVLINK, PCIE, NETWORK = 370e9, 25e9, 50e9  # bytes a second that a GPU gets
+PCIE, NETWORK = 25e9, 50e9  # bytes a second that a GPU gets
 
 
 class Sizes(NamedTuple):
@@ -59,13 +59,6 @@ class MemoryNeed(NamedTuple):
         return self.total - self.activations + self.least_activations
 
 
-class Traffic(NamedTuple):
-    """Bytes that a GPU sends: once a step, and in each micro-batch."""
-
-    step: int
-    micro_batch: int
-
-
 class Decision(NamedTuple):
     """The strategy of a run. sentence: why, for strategy.name=auto; else empty."""
 
@@ -98,7 +91,7 @@ def need(
     - logits: 12 t * vocabulary. reserve: 2e9.
     """
     width = _bytes_a_number(config, machine)
-    base = _base_bytes(config, sizes, machine)
+    base = base_bytes(config, sizes, machine)
     outside = sizes.total - sizes.body
     world, group = machine.world_size, machine.processes if shard_group == "node" else machine.world_size
     weights, gathered = base, 0.0
@@ -128,22 +121,6 @@ def need(
         reserve=RESERVE if machine.gpus else 0,
         least_activations=at_once * (kept + passing),
     )
-
-
-def traffic(
-    config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str = "global"
-) -> Traffic:
-    """Return the bytes that a GPU sends, with n GPUs in all and g in a sharding group.
-
-    step: the adapter's gradients, float32, are averaged: 2 (n - 1) / n * 4 P, whoever holds the result.
-    micro_batch, zero3 and fsdp: the base is gathered forward and backward, 2 (g - 1) / g * its bytes; zero3
-    in node groups gathers from all GPUs forward, from the node's backward.
-    """
-    world, near = machine.world_size, machine.processes if shard_group == "node" else machine.world_size
-    far = world if name == "zero3" else near
-    step = 2 * (world - 1) / world * 4 * sizes.trainable
-    shares = (near - 1) / near + (far - 1) / far if name in ("zero3", "fsdp") else 0
-    return Traffic(int(step), int(shares * _base_bytes(config, sizes, machine)))
 
 
 def break_even(config: Config, bandwidth: float) -> int:
@@ -206,7 +183,7 @@ def _ways(config: Config, sizes: Sizes, machine: Machine) -> dict[tuple[str, str
 def _why(config: Config, sizes: Sizes, machine: Machine, group: str, chosen: MemoryNeed, *, name: str) -> str:
     if name == "ddp":
         return f"the base takes {_gb(chosen.weights)} of each GPU's {_gb(machine.gpu_bytes)}"
-    base, at_once = _base_bytes(config, sizes, machine), tokens_at_once(config, sizes)
+    base, at_once = base_bytes(config, sizes, machine), tokens_at_once(config, sizes)
     why = f"{_gb(chosen.weights)} of the base's {_gb(base)} on each GPU of {_gb(machine.gpu_bytes)}"
     if group == "global" and machine.nodes > 1:
         hidden = break_even(config, NETWORK)
@@ -296,7 +273,8 @@ def _bytes_a_number(config: Config, machine: Machine) -> int:
     return 4 if on_cpu or config.model.dtype == "float32" else 2
 
 
-def _base_bytes(config: Config, sizes: Sizes, machine: Machine) -> float:
+def base_bytes(config: Config, sizes: Sizes, machine: Machine) -> float:
+    """Return the bytes of the whole base model."""
     width = _bytes_a_number(config, machine)
     body = {"none": width, "nf4": NF4, "int8": 1}[config.strategy.quantization]
     return body * sizes.body + width * (sizes.total - sizes.body)

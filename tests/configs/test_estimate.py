@@ -1,10 +1,11 @@
 """What a run needs on each GPU, held against published runs; and what auto makes of it on real machines."""
 
 import pytest
+from traffic import traffic
 
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import Machine
-from qwenlora.configs.estimate import Sizes, break_even, decide, need, tokens_at_once, traffic
+from qwenlora.configs.estimate import Sizes, break_even, decide, need, tokens_at_once
 
 MIB = 2**20
 GPU24, GPU40, GPU80 = 24_564 * MIB, 40_960 * MIB, 81_559 * MIB  # RTX 4090, A100-40G, H100, as nvidia-smi says

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from traffic import NVLINK, traffic
 
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import RULES, Machine
-from qwenlora.configs.estimate import NETWORK, NVLINK, PCIE, Sizes, break_even, need, traffic
+from qwenlora.configs.estimate import NETWORK, PCIE, Sizes, break_even, need
 
 DOC = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")
 TWO_NODES = Machine(2, 8, 8, 81_559 * 2**20)
