@@ -1,9 +1,11 @@
 """The error for a row that cannot be trained, and how messages show values: printable, on one line."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 class BadRow(ValueError):  # noqa: N818 (it is passed on in place of a row)
@@ -13,6 +15,16 @@ class BadRow(ValueError):  # noqa: N818 (it is passed on in place of a row)
     def __init__(self, reason: str, roles: Mapping[str, str] | None = None) -> None:
         super().__init__(printable(reason))
         self.roles = dict(roles or {})
+
+
+def or_bad(make: Callable[..., Result], *arguments: Any) -> Result | BadRow:
+    """Return make(*arguments), or the BadRow that it raises, or that stands among the arguments."""
+    if bad := next((argument for argument in arguments if isinstance(argument, BadRow)), None):
+        return bad
+    try:
+        return make(*arguments)
+    except BadRow as error:
+        return error
 
 
 def show(value: Any, width: int = 60) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qwenlora.data.bad_row import BadRow, show
+from qwenlora.data.bad_row import BadRow, or_bad, show
 from qwenlora.data.rows import Row
 from qwenlora.data.turns import (
     END_OF_TEXT,
@@ -92,28 +92,10 @@ class Encoder:
         """Return the tokens of each row, or why it cannot be trained."""
         if self._writes_no_thought:  # a row's own empty thought is rendered alike, and masked alike
             rows = list(map(_without_empty_thoughts, rows))
-        texts: list[str] = []
-        no_thoughts: list[list[bool] | BadRow] = []
-        for row, text in zip(rows, self._render_all(rows), strict=True):
-            try:
-                if isinstance(text, BadRow):
-                    raise text
-                if row.text is None:
-                    self._refuse_marks(text, row)
-                no_thoughts.append([] if row.text is not None else self._no_thoughts(text, row.messages))
-                texts.append(text)
-            except BadRow as error:
-                no_thoughts.append(error)
-                texts.append("")
-        encoded: list[Tokens | BadRow] = []
-        for row, ids, its_no_thoughts in zip(rows, self._ids(texts), no_thoughts, strict=True):
-            try:
-                if isinstance(its_no_thoughts, BadRow):
-                    raise its_no_thoughts
-                encoded.append(self._tokens(row, ids, its_no_thoughts))
-            except BadRow as error:
-                encoded.append(error)
-        return encoded
+        texts = self._render_all(rows)
+        no_thoughts = [or_bad(self._no_thoughts, *pair) for pair in zip(rows, texts, strict=True)]
+        ids = self._ids([text if isinstance(text, str) else "" for text in texts])
+        return [or_bad(self._tokens, *parts) for parts in zip(rows, ids, no_thoughts, strict=True)]
 
     def _writes_no_thought_itself(self) -> bool:
         turns = [Message(role="user", content="?"), reply("!")]
@@ -139,13 +121,7 @@ class Encoder:
                 return texts
             except Exception:  # noqa: S110 (then one by one: a template raises any error, and does not say for which row)
                 pass
-        rendered: list[str | BadRow] = []
-        for row in rows:
-            try:
-                rendered.append(self.render(row))
-            except BadRow as error:
-                rendered.append(error)
-        return rendered
+        return [or_bad(self.render, row) for row in rows]
 
     def _has_thoughts(self, conversations: list[list[Message]]) -> bool:
         return not self._takes_thoughts and any(
@@ -233,15 +209,19 @@ class Encoder:
                 spans[number] = (after, end)
         return spans
 
-    def _no_thoughts(self, text: str, messages: list[Message]) -> list[bool]:
-        """Return for each reply whether NO_THOUGHT is before it. Raises: BadRow when replies differ."""
-        if not self._takes_calls and any("tool_calls" in message for message in messages):
+    def _no_thoughts(self, row: Row, text: str) -> list[bool]:
+        """Return for each reply whether NO_THOUGHT is before it. text: the row as it is rendered. Raises:
+        BadRow when replies differ, calls are left out, or turns hold control tokens."""
+        if row.text is not None:
+            return []
+        self._refuse_marks(text, row)
+        if not self._takes_calls and any("tool_calls" in message for message in row.messages):
             raise BadRow(
                 f"has calls, which the chat template of {self.tokenizer.name_or_path} leaves out; set"
                 " model.tokenizer to one whose template takes them, as those of Qwen2.5 and Qwen3"
             )
         turns = [turn[2] for turn in _TURN.finditer(text) if turn[1] == "assistant"]
-        replies = [message for message in messages if message["role"] == "assistant"]
+        replies = [message for message in row.messages if message["role"] == "assistant"]
         if len(turns) != len(replies):
             raise BadRow(
                 f"the chat template wrote {len(turns)} assistant turns for {len(replies)}; expected ChatML"

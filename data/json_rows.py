@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from qwenlora.data.bad_row import BadRow, show
+from qwenlora.data.bad_row import BadRow, or_bad, show
 from qwenlora.data.chunks import MAX_LINE_BYTES, Decoded, JsonObject, Values, in_chunks, position
 
 
@@ -22,10 +22,7 @@ class Lines(NamedTuple):
         """Yield each row that is not blank."""
         for number, line in enumerate(self.blob.split(b"\n"), self.first):
             if line.removeprefix(codecs.BOM_UTF8).strip():
-                try:
-                    yield number, _decode_line(line)
-                except BadRow as error:
-                    yield number, error
+                yield number, or_bad(_decode_line, line)
 
 
 def decode_json(text: str) -> object:

@@ -55,12 +55,13 @@ class Row(NamedTuple):
         return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def to_row(line: int, value: object, shape: str, options: RowOptions) -> Row:
-    """Return a row of a known shape. Raises: BadRow saying what is wrong with it."""
+def to_row(line: int, value: object, of_file: str | None, options: RowOptions) -> Row:
+    """Return a row. of_file: the shape of its file's rows, if known. Raises: BadRow saying what is wrong."""
     row = with_our_keys(value, options)
-    if (its_shape := shape_of_object(row, options)) != shape:
+    shape = shape_of_object(row, options)
+    if of_file and shape != of_file:
         raise BadRow(
-            f"is {its_shape}, the rows before it are {shape}; one file, one shape: make two files of it, and"
+            f"is {shape}, the rows before it are {of_file}; one file, one shape: make two files of it, and"
             " name both"
         )
     weight = read_weight(row, OF_ROWS, "")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwenlora.configs.schema import Data
-from qwenlora.data.bad_row import BadRow
+from qwenlora.data.bad_row import BadRow, or_bad
 from qwenlora.data.chat import Encoder, Tokens
 from qwenlora.data.marks import placeholders
 from qwenlora.data.overlength import cut_to_length
@@ -93,24 +93,20 @@ def _tokenise(
     for row, tokens in zip(rows, using.encoder.encode(rows), strict=True):
         digest = row.digest
         side = side_of(digest, source, using.data)
-        try:
-            if isinstance(tokens, BadRow):
-                raise tokens
-            pieces = _pieces(using, row, tokens, counts[side])
-            counts[side]["masked_replies"] += sum(map(is_masked, row.messages))
-            by_side[side].append(_TokenisedRow(row.line, digest, len(tokens.ids), pieces))
-        except BadRow as error:
-            bad.append((row.line, error))
+        pieces = or_bad(_pieces, using, row, tokens, counts[side])
+        if isinstance(pieces, BadRow):
+            bad.append((row.line, pieces))
+            continue
+        assert isinstance(tokens, Tokens), "bad tokens would make bad pieces"
+        counts[side]["masked_replies"] += sum(map(is_masked, row.messages))
+        by_side[side].append(_TokenisedRow(row.line, digest, len(tokens.ids), pieces))
     return by_side, counts
 
 
-def _unrenderable(encoder: Encoder, rows: list[Row]) -> Iterator[tuple[int, BadRow]]:
-    """Yield (line, why) for each row that the chat template refuses."""
-    for row in rows:
-        try:
-            encoder.render(row)
-        except BadRow as error:
-            yield row.line, error
+def _unrenderable(encoder: Encoder, rows: list[Row]) -> list[tuple[int, BadRow]]:
+    """Return (line, why) for each row that the chat template refuses."""
+    rendered = ((row.line, or_bad(encoder.render, row)) for row in rows)
+    return [(line, text) for line, text in rendered if isinstance(text, BadRow)]
 
 
 def _pieces(using: Tokenising, row: Row, tokens: Tokens, counts: Counter[str]) -> list[Tokens]:
@@ -132,12 +128,7 @@ def _pieces(using: Tokenising, row: Row, tokens: Tokens, counts: Counter[str]) -
 def rows_of(chunk: Chunk, shape: str | None, options: RowOptions) -> Iterator[tuple[int, Row | BadRow]]:
     """Yield (line, row, or why it cannot be trained) for each row of a chunk."""
     for line, value in chunk.values():
-        try:
-            if isinstance(value, BadRow):
-                raise value
-            yield line, to_row(line, value, shape or shape_of(value, options), options)
-        except BadRow as error:
-            yield line, error
+        yield line, or_bad(to_row, line, value, shape, options)
 
 
 def read_rows(
@@ -199,10 +190,5 @@ def _arrays(rows: list[_TokenisedRow]) -> TokenArrays:
 
 def _first_shape(chunk: Chunk, options: RowOptions) -> str | None:
     """Return the shape of the first row that has one."""
-    for _, value in chunk.values():
-        if not isinstance(value, BadRow):
-            try:
-                return shape_of(value, options)
-            except BadRow:
-                continue
-    return None
+    shapes = (or_bad(shape_of, value, options) for _, value in chunk.values())
+    return next((shape for shape in shapes if isinstance(shape, str)), None)

@@ -16,9 +16,9 @@ from qwenlora.adapter.answers import Answer, Question, Sampling, check_text, gen
 from qwenlora.adapter.outputs import free_file
 from qwenlora.configs.schema import Data
 from qwenlora.data import sources
-from qwenlora.data.bad_row import BadRow
+from qwenlora.data.bad_row import BadRow, or_bad
 from qwenlora.data.rows import to_row
-from qwenlora.data.shapes import PAIRS, TURN_LISTS, RowOptions, shape_of
+from qwenlora.data.shapes import PAIRS, TURN_LISTS, RowOptions
 from qwenlora.data.sources import Source
 from qwenlora.data.tokenise import chunks_with_shape
 from qwenlora.data.turns import Message
@@ -81,13 +81,9 @@ def _place(source: Source, file: int, line: int) -> str:
 
 
 def _question(line: int, value: Any, shape: str | None, options: RowOptions) -> Question | BadRow:
-    if isinstance(value, BadRow):
-        return value
-    try:
-        value = _with_reply(value, options)
-        row = to_row(line, value, shape or shape_of(value, options), options)
-    except BadRow as error:
-        return error
+    row = or_bad(to_row, line, _with_reply(value, options), shape, options)
+    if isinstance(row, BadRow):
+        return row
     messages, reference = row.messages, ""
     if messages and messages[-1]["content"] == _REPLY:
         messages = messages[:-1]

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenlora.configs.schema import Data
-from qwenlora.data.bad_row import BadRow
+from qwenlora.data.bad_row import BadRow, or_bad
 from qwenlora.data.chat import Encoder, forget_calls
+from qwenlora.data.marks import refuse_media
 from qwenlora.data.rows import Row, to_row
 from qwenlora.data.shapes import RowOptions, shape_of
 from qwenlora.data.sources import find
@@ -41,11 +42,12 @@ words = st.text(letters, min_size=1, max_size=30) | st.sampled_from(
     ]
 )
 clean = words.filter(lambda text: text.strip() and "<|im_start|>" not in text and "think>" not in text)
-# Hypothesis also draws the texts that stand in loaded modules, as the control tokens, which are refused
+# Hypothesis also draws the texts that stand in loaded modules, as control tokens and marks of images: refused
 said = (
     st.lists(clean, min_size=1, max_size=3)
     .map("".join)
     .filter(lambda text: "<|im_end|>" not in text and "<|endoftext|>" not in text)
+    .filter(lambda text: or_bad(refuse_media, {}, [{"role": "user", "content": text}]) is None)
 )
 calls = st.lists(
     st.fixed_dictionaries(
