@@ -86,45 +86,41 @@ class StepLoader(DataLoader[list[Tokens]]):
 def collate(rows: list[Tokens], pad_id: int) -> dict[str, Tensor]:
     """Return input_ids, labels and attention_mask, int64 [rows, longest], padded on the right. Without rows
     the batch is one blank token that trains nothing, so that a rank without work still joins every
-    collective. Labels are -100 where a token is not trained, and not shifted: the model shifts. Where rows
-    have weights there are loss_weights, too (weighted_loss.py)."""
-    width = max((len(row.ids) for row in rows), default=1)
-    shape = (max(len(rows), 1), width)
-    input_ids = torch.full(shape, pad_id)
-    labels = torch.full(shape, IGNORED)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    attention_mask[:, 0] = 1
-    for number, row in enumerate(rows):
-        length = len(row.ids)
-        ids = torch.from_numpy(row.ids.astype("int64"))
-        input_ids[number, :length] = ids
-        labels[number, :length] = ids.where(torch.from_numpy(row.trained.copy()), IGNORED)
-        attention_mask[number, :length] = 1
-    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-    return batch | loss_weights([[row] for row in rows], width)
+    collective."""
+    batch = _one_after_the_other([[row] for row in rows], pad_id)
+    lengths = torch.tensor([len(row.ids) for row in rows] or [1])
+    attended = torch.arange(batch["input_ids"].shape[1]) < lengths.unsqueeze(1)
+    return batch | {"attention_mask": attended.long()}
 
 
 def collate_packs(packs: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
     """Return input_ids, labels and position_ids, int64 [packs, longest], a pack's rows one after the other.
     Positions start at 0 in every row, by which transformers' attention isolates rows if there is no
-    attention_mask and no cache; check_isolation() tests that. Padding counts as rows of one token. Where rows
-    have weights there are loss_weights, too (weighted_loss.py)."""
-    width = max((sum(len(row.ids) for row in pack) for pack in packs), default=1)
-    shape = (max(len(packs), 1), max(width, 1))
-    input_ids = torch.full(shape, pad_id)
-    labels = torch.full(shape, IGNORED)
-    position_ids = torch.zeros(shape, dtype=torch.int64)
+    attention_mask and no cache; check_isolation() tests that. Padding counts as rows of one token."""
+    batch = _one_after_the_other(packs, pad_id)
+    position_ids = torch.zeros_like(batch["input_ids"])
     for number, pack in enumerate(packs):
+        positions = torch.cat([torch.arange(0), *(torch.arange(len(row.ids)) for row in pack)])
+        position_ids[number, : len(positions)] = positions
+    return batch | {"position_ids": position_ids}
+
+
+def _one_after_the_other(lines: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
+    """Return input_ids and labels, and loss_weights where rows have weights (weighted_loss.py). lines: the
+    rows of each line of the batch. Labels are -100 where a token is not trained, and not shifted: the model
+    shifts."""
+    width = max([1, *(sum(len(row.ids) for row in line) for line in lines)])
+    input_ids = torch.full((max(len(lines), 1), width), pad_id)
+    labels = torch.full_like(input_ids, IGNORED)
+    for number, line in enumerate(lines):
         start = 0
-        for row in pack:
+        for row in line:
             end = start + len(row.ids)
             ids = torch.from_numpy(row.ids.astype("int64"))
             input_ids[number, start:end] = ids
             labels[number, start:end] = ids.where(torch.from_numpy(row.trained.copy()), IGNORED)
-            position_ids[number, start:end] = torch.arange(len(ids))
             start = end
-    batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-    return batch | loss_weights(packs, width)
+    return {"input_ids": input_ids, "labels": labels} | loss_weights(lines, width)
 
 
 def seed_micro_batch(seed: int, step: int, number: int, slice_number: int = 0) -> None:

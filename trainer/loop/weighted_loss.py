@@ -58,30 +58,21 @@ def use_weights(model: Any, *, accepts: bool) -> None:
 
     def loss_function(
         logits: Tensor,
-        labels: Tensor | None = None,
-        vocab_size: int = 0,
-        num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
+        labels: Tensor,
+        vocab_size: int,
+        *,
         loss_weights: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         if loss_weights is None:
-            of_all: Tensor = own(
-                logits,
-                labels,
-                vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
-                **options,
-            )
+            of_all: Tensor = own(logits, labels, vocab_size, **options)
             return of_all
-        assert labels is not None
-        assert num_items_in_batch is not None, "the weight of the global batch"
+        shift_labels = options.get("shift_labels")
         if shift_labels is None:
             shift_labels = pad(labels, (0, 1), value=IGNORED)[:, 1:]
         losses = cross_entropy(
             logits.float().flatten(0, 1), shift_labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        return (losses * loss_weights.flatten() / num_items_in_batch).sum()
+        return (losses * loss_weights.flatten() / options["num_items_in_batch"]).sum()
 
     base.loss_function = loss_function
