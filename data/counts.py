@@ -1,10 +1,9 @@
 """Counts made while rows are prepared: a prepared folder's index.json, and the report on bad rows."""
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
 from qwenlora.data.cache import Index
 from qwenlora.data.shapes import KNOWN, as_mapping
@@ -120,11 +119,3 @@ class PreparedIndex(Index):
     seconds: float = 0.0
     processes: int = 1
     peak_memory_bytes: int = 0
-
-
-def bad_lines(folder: Path, sources: list[Source]) -> Iterator[str]:
-    """Yield every bad row of a prepared folder as `place: reason`."""
-    line = TypeAdapter(BadRowPlace)
-    with (folder / "bad.jsonl").open(encoding="utf-8") as file:
-        for text in file:
-            yield line.validate_json(text).text(sources)

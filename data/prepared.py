@@ -25,14 +25,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from qwenlora.configs.schema import Config, Data
-from qwenlora.data import build, counts, sources
+from qwenlora.data import build, sources
 from qwenlora.data.bad_row import printable
 from qwenlora.data.cache import FileState, build_once, digest_of, state_of
 from qwenlora.data.chat import Tokens
-from qwenlora.data.counts import PreparedIndex
+from qwenlora.data.counts import BadRowPlace, PreparedIndex
 from qwenlora.data.packing import Packs
 from qwenlora.data.sources import Source
 from qwenlora.data.turns import TURN_END
@@ -93,7 +94,10 @@ class Prepared:
 
     def bad_lines(self) -> Iterator[str]:
         """Yield every bad row as `place: reason`."""
-        yield from counts.bad_lines(self.folder, self.sources)
+        line = TypeAdapter(BadRowPlace)
+        with (self.folder / "bad.jsonl").open(encoding="utf-8") as file:
+            for text in file:
+                yield line.validate_json(text).text(self.sources)
 
     def place(self, side: SideName, row: int) -> str:
         """Return a row's place, for messages. row: its number in the folder's places.npy."""

@@ -20,7 +20,7 @@ from qwenlora.data import hub
 from qwenlora.data.chat import forget_calls
 from qwenlora.data.turns import TURN_END
 from qwenlora.run.folder import RunFolder
-from qwenlora.run.format import shape
+from qwenlora.run.format import and_more, shape
 from qwenlora.trainer.model import damage, head, quantised
 from qwenlora.trainer.model.base_files import stored_in
 from qwenlora.trainer.model.tiny import build_tiny
@@ -267,10 +267,9 @@ def refuse_misfits(config: Config, loading: dict[str, Any]) -> None:
             f" {shape(expected)} by its config.json: they are of different models; download both again"
         )
     if missing := sorted(loading["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
-            f"model.name_or_path={config.model.name_or_path}: its files lack {missing[0]}{more}, which would"
-            " be random numbers; download it again, or name a base that is whole"
+            f"model.name_or_path={config.model.name_or_path}: its files lack {missing[0]}{and_more(missing)},"
+            " which would be random numbers; download it again, or name a base that is whole"
         )
 
 

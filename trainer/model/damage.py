@@ -16,6 +16,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from qwenlora.run.format import and_more
 from qwenlora.trainer.model.base_files import DTYPES, Stored, stored_in
 
 POINTER = b"version https://git-lfs"
@@ -61,8 +62,9 @@ def weight_files(folder: Path) -> list[Path]:
                 for name in sorted(set(read_json(folder / index).get("weight_map", {}).values()))
             ]
             if lost := [file.name for file in files if not file.is_file()]:
-                more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-                raise ValueError(f"{folder} lacks {lost[0]}{more}, which its {index} names; {AGAIN}")
+                raise ValueError(
+                    f"{folder} lacks {lost[0]}{and_more(lost)}, which its {index} names; {AGAIN}"
+                )
             return files
     return []
 
