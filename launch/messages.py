@@ -3,16 +3,15 @@
 import json
 from typing import ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from qwenlora.run.handover import Handover
 from qwenlora.run.heartbeat import Beat
 
 
-class AgentMessage(BaseModel):
+class AgentMessage(BaseModel, frozen=True):
     """A message. node: the sender; received_at: seconds since 1970. The receiver sets both."""
 
-    model_config = ConfigDict(frozen=True)
     KIND: ClassVar[str]
 
     node: int = 0

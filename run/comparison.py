@@ -8,20 +8,16 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from qwenlora.run.records import Record
 
 
-class ComparedModel(BaseModel):
+class ComparedModel(BaseModel, frozen=True):
     """A compared model. adapter: its folder's name, None for a base; own: the folder is this run's."""
-
-    model_config = ConfigDict(frozen=True)
 
     label: str
     adapter: str | None = None
     own: bool = False
 
 
-class Measure(BaseModel):
+class Measure(BaseModel, frozen=True):
     """A number of each model, in the models' order. count: the number of questions."""
-
-    model_config = ConfigDict(frozen=True)
 
     set: str
     measure: str
@@ -39,10 +35,8 @@ class Measure(BaseModel):
         return max(known) if self.better == "higher" else min(known)
 
 
-class AnsweredQuestion(BaseModel):
+class AnsweredQuestion(BaseModel, frozen=True):
     """A question, and each model's answer. right: None where that cannot be judged."""
-
-    model_config = ConfigDict(frozen=True)
 
     set: str
     kind: str | None = None

@@ -119,12 +119,10 @@ class Progress(Record):
     saving_s: float
 
 
-class Parameters(BaseModel):
+class Parameters(BaseModel, frozen=True):
     """Counts of numbers. body: matrices that every token passes; head: the output matrix; hidden_size,
     intermediate_size, kv_width: widths of a token's activations in a layer; for a mixture of experts, in
     those that the token meets; 0 in runs of a version before 0.1."""
-
-    model_config = ConfigDict(frozen=True)
 
     total: int
     trainable: int
@@ -137,7 +135,7 @@ class Parameters(BaseModel):
     kv_width: int = 0
 
 
-class SideCounts(BaseModel):
+class SideCounts(BaseModel, frozen=True):
     """Counts of the training or the evaluation rows, made before training.
 
     rows, tokens, trained_tokens, longest: of an epoch; read_rows, longest_read, longest_place (source, file,
@@ -146,8 +144,6 @@ class SideCounts(BaseModel):
     question; masked_replies: of weight 0, and weighted_tokens: trained, of another weight than 1, both of the
     files; packs, packs_sha256: of training rows; sha256: of all trained data; duplicates: repeated rows.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     rows: int
     read_rows: int
@@ -222,20 +218,16 @@ class Code(Record):
     folder: str = ""
 
 
-class Identity(BaseModel):
+class Identity(BaseModel, frozen=True):
     """The run that a checkpoint belongs to. config: resolved; data, base: hashes of rows and base weights."""
-
-    model_config = ConfigDict(frozen=True)
 
     config: dict[str, Any]
     data: str
     base: str
 
 
-class FileEntry(BaseModel):
+class FileEntry(BaseModel, frozen=True):
     """The size and hash of a checkpoint's file as it was written."""
-
-    model_config = ConfigDict(frozen=True)
 
     bytes: int
     sha256: str
@@ -252,20 +244,16 @@ class Manifest(Record):
     sha256: str = ""
 
 
-class Cursor(BaseModel):
+class Cursor(BaseModel, frozen=True):
     """A place in the data."""
-
-    model_config = ConfigDict(frozen=True)
 
     epoch: int
     step_in_epoch: int
     steps_per_epoch: int
 
 
-class Schedule(BaseModel):
+class Schedule(BaseModel, frozen=True):
     """A place in the learning rate's schedule."""
-
-    model_config = ConfigDict(frozen=True)
 
     last_epoch: int
 
