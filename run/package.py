@@ -29,9 +29,9 @@ def package() -> Path:
     return Path(qwenlora.__file__).parent
 
 
-def files() -> list[Path]:
-    """Return every file of the package, sorted."""
-    source = package()
+def files(source: Path | None = None) -> list[Path]:
+    """Return every file of a package, sorted. source: its folder; default: the running package's."""
+    source = source or package()
     # only packages: a clone's root also has .venv/, tests/ and runs/
     rooms = {
         init.parent for room in source.glob("*/__init__.py") for init in room.parent.rglob("__init__.py")
@@ -51,9 +51,10 @@ def code_hash(rooms: Collection[str] = (), *, but: Collection[str] = ()) -> str:
     return digest.hexdigest()
 
 
-def snapshot(folder: Path) -> None:
-    """Copy the package to folder/qwenlora, to be found through PYTHONPATH=folder."""
-    for file in files():
-        target = folder / "qwenlora" / file.relative_to(package())
+def snapshot(folder: Path, source: Path | None = None) -> None:
+    """Copy a package to folder/qwenlora, to be found through PYTHONPATH=folder. source: as for files()."""
+    source = source or package()
+    for file in files(source):
+        target = folder / "qwenlora" / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(file, target)

@@ -73,6 +73,7 @@ def use_weights(model: Any, *, accepts: bool) -> None:
         losses = cross_entropy(
             logits.float().flatten(0, 1), shift_labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        return (losses * loss_weights.flatten() / options["num_items_in_batch"]).sum()
+        number: Tensor | int = options["num_items_in_batch"]  # the weight of the global batch
+        return (losses * loss_weights.flatten() / number).sum()
 
     base.loss_function = loss_function
