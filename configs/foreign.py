@@ -139,10 +139,8 @@ def _in_script(path: Path, text: str) -> Foreign | None:
         for tool in tools():
             match = re.search(tool.command, line) if tool.command else None
             if match and " --" in line:
-                settings = {
-                    name: variables.get(name, value)
-                    for name, value in re.findall(r"\b([A-Z_]+)=(\S+)", line[: match.start()])
-                }
+                settings = {name: value for name, value in variables.items() if name in tool.keys}
+                settings |= dict(re.findall(r"\b([A-Z_]+)=(\S+)", line[: match.start()]))
                 if processes := _PROCESSES.search(line[: match.start()]):
                     settings["NPROC_PER_NODE"] = processes[1]
                 values = {name: _typed(_filled(value, variables)) for name, value in settings.items()}

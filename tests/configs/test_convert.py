@@ -185,6 +185,18 @@ torchrun --nproc_per_node $GPUS src/train.py --stage sft --finetuning_type lora 
         assert "seed" not in values["train"]
 
 
+def test_what_a_script_exports_and_what_stands_before_its_command_is_read():
+    command = "swift sft --model Qwen/Qwen3-4B --dataset a.jsonl --gradient_accumulation_steps 1\n"
+    for script, processes in (
+        ("export NPROC_PER_NODE=8\n", 8),
+        ("export NPROC_PER_NODE=8\nNPROC_PER_NODE=2 ", 2),
+        ("n=4\nexport NPROC_PER_NODE=$n\nexport HF_TOKEN=geheim\n", 4),
+    ):
+        text, values = converted(script + command, "run.sh")
+        assert values["train"]["global_batch_size"] == values["launch"]["nproc_per_node"] == processes
+        assert "geheim" not in text
+
+
 def test_ms_swift_evaluates_when_it_saves():
     text = "model: Qwen/Qwen3-4B\ndataset: [a.jsonl]\nsplit_dataset_ratio: 0.1\nsave_steps: 20\n"
     assert converted(text, "swift.yaml")[1]["train"]["eval_steps"] == 20
