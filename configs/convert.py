@@ -54,6 +54,8 @@ def convert(path: Path) -> str:
             " JSON file of theirs, or a shell script that starts their training"
         )
     result = _Result(dict(found.tool.defaults) if found.tool else {}, [], [], [], [])
+    if found.more:
+        result.differs.append(f"{found.path} starts {found.more + 1} trainings, of which this is the first")
     if found.tool:
         theirs = {key: value for key, value in found.values.items() if value not in (None, "", [], {})}
         _copy(found.tool, theirs, result)

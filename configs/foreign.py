@@ -45,11 +45,13 @@ class Tool(NamedTuple):
 
 
 class Foreign(NamedTuple):
-    """A config of another tool. tool: None for a dataset_info.json alone."""
+    """A config of another tool. tool: None for a dataset_info.json alone; more: how many trainings a script
+    starts after this one."""
 
     path: Path
     tool: Tool | None
     values: Values
+    more: int = 0
 
     @property
     def what(self) -> str:
@@ -105,8 +107,8 @@ def foreign(path: Path) -> Foreign | None:
     """Return a file as a config of another tool; None when it is none, or cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if found := _in_script(path, text):
-            return found
+        if in_script := list(_in_script(path, text)):
+            return in_script[0]._replace(more=len(in_script) - 1)
         values = json.loads(text) if path.suffix == ".json" else parse_yaml(text, str(path))
     except (OSError, ValueError):
         return None
@@ -131,11 +133,13 @@ def _tool_of(values: Values) -> Tool | None:
     return None
 
 
-def _in_script(path: Path, text: str) -> Foreign | None:
-    """Return the training that a shell script starts, with its arguments as values."""
+def _in_script(path: Path, text: str) -> Iterator[Foreign]:
+    """Yield each training that a shell script starts, with its arguments as values."""
     text = re.sub(r"(?m)(^|\s)#(\s.*)?$", "", text)
-    variables = dict(re.findall(r"(?m)^\s*(?:export\s+)?(\w+)=(\S*)\s*$", text))
+    variables: dict[str, str] = {}  # as they are at a line
     for line in re.sub(r"\\\r?\n", " ", text).splitlines():
+        if assigned := re.fullmatch(r"\s*(?:export\s+)?(\w+)=(\S*)\s*", line):
+            variables[assigned[1]] = assigned[2]
         for tool in tools():
             match = re.search(tool.command, line) if tool.command else None
             if match and " --" in line:
@@ -144,8 +148,7 @@ def _in_script(path: Path, text: str) -> Foreign | None:
                 if processes := _PROCESSES.search(line[: match.start()]):
                     settings["NPROC_PER_NODE"] = processes[1]
                 values = {name: _typed(_filled(value, variables)) for name, value in settings.items()}
-                return Foreign(path, tool, values | _arguments(_filled(line[match.end() :], variables)))
-    return None
+                yield Foreign(path, tool, values | _arguments(_filled(line[match.end() :], variables)))
 
 
 def _filled(text: str, variables: Mapping[str, str]) -> str:

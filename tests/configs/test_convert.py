@@ -197,6 +197,13 @@ def test_what_a_script_exports_and_what_stands_before_its_command_is_read():
         assert "geheim" not in text
 
 
+def test_of_several_trainings_in_a_script_the_first_is_read_and_it_is_said():
+    command = "swift sft --model Qwen/Qwen3-4B --dataset a.jsonl --max_length $LENGTH\n"
+    text, values = converted(f"LENGTH=128\n{command}LENGTH=256\n{command}", "run.sh")
+    assert values["data"]["max_length"] == 128
+    assert "#   run.sh starts 2 trainings, of which this is the first\n" in text
+
+
 def test_ms_swift_evaluates_when_it_saves():
     text = "model: Qwen/Qwen3-4B\ndataset: [a.jsonl]\nsplit_dataset_ratio: 0.1\nsave_steps: 20\n"
     assert converted(text, "swift.yaml")[1]["train"]["eval_steps"] == 20
