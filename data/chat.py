@@ -83,6 +83,7 @@ class Encoder:
         self._end_of_text = next((token for token in known if token not in unknown), tokenizer.eos_token_id)
         self._takes_thoughts = "reasoning_content" in str(tokenizer.chat_template)
         self._takes_calls = "tool_calls" in str(tokenizer.chat_template)
+        self._takes_tools = "tools" in str(tokenizer.chat_template)
         self._writes_no_thought = self._writes_no_thought_itself()
         named = (token for token in tokenizer.special_tokens_map.values() if isinstance(token, str))
         of_text = (token for token, number in zip(_ENDS_OF_TEXT, known, strict=True) if number not in unknown)
@@ -211,14 +212,18 @@ class Encoder:
 
     def _no_thoughts(self, row: Row, text: str) -> list[bool]:
         """Return for each reply whether NO_THOUGHT is before it. text: the row as it is rendered. Raises:
-        BadRow when replies differ, calls are left out, or turns hold control tokens."""
+        BadRow when replies differ, tools or calls are left out, or turns hold control tokens."""
         if row.text is not None:
             return []
         self._refuse_marks(text, row)
+        left_out = ["tools"] if row.tools and not self._takes_tools else []
         if not self._takes_calls and any("tool_calls" in message for message in row.messages):
+            left_out.append("calls")
+        if left_out:
             raise BadRow(
-                f"has calls, which the chat template of {self.tokenizer.name_or_path} leaves out; set"
-                " model.tokenizer to one whose template takes them, as those of Qwen2.5 and Qwen3"
+                f"has {' and '.join(left_out)}, which the chat template of {self.tokenizer.name_or_path}"
+                " leaves out; set model.tokenizer to one whose template takes them, as those of Qwen2.5 and"
+                " Qwen3, or ignore tools: data.columns: {tools: null}"
             )
         turns = [turn[2] for turn in _TURN.finditer(text) if turn[1] == "assistant"]
         replies = [message for message in row.messages if message["role"] == "assistant"]

@@ -155,12 +155,25 @@ def test_a_row_with_tools_is_trained_as_with_qwen3(tokenizers):
     assert text == f"<tool_call>\n{call}\n</tool_call><|im_end|>No.<|im_end|>"
 
 
-def test_a_template_without_calls_is_named(tokenizers):
+CALLED = {"role": "assistant", "content": "", "tool_calls": CALLS}
+
+
+@pytest.mark.parametrize(
+    ("reply", "tools", "left_out"),
+    [
+        (CALLED, TOOLS, "tools and calls"),
+        (CALLED, None, "calls"),
+        ({**CALLED, "content": "No."}, None, "calls"),
+        ({"role": "assistant", "content": "No."}, TOOLS, "tools"),
+    ],
+)
+def test_a_template_that_leaves_out_tools_or_calls_is_named(tokenizers, reply, tools, left_out):
     tokenizer = copy.deepcopy(tokenizers["tiny"])
     tokenizer.chat_template, tokenizer.name_or_path = OLD, "runs/old/base_model"
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": CALLS}]
-    (bad,) = Encoder(tokenizer).encode([Row(1, messages, tools=TOOLS)])
-    assert str(bad).startswith("has calls, which the chat template of runs/old/base_model leaves out; set")
+    (bad,) = Encoder(tokenizer).encode([Row(1, [{"role": "user", "content": "?"}, reply], tools=tools)])
+    assert str(bad).startswith(
+        f"has {left_out}, which the chat template of runs/old/base_model leaves out; set model.tokenizer"
+    )
 
 
 def test_it_takes_a_given_tokenizer(assets, tmp_path):
