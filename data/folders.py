@@ -74,7 +74,7 @@ def files_of(folder: Path, entry: SourceEntry, key: str, note: Callable[[str], N
     """
     named = _Named(folder, key, entry)
     visible = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
-    known = [printable(path) for path in visible if _has_rows(path)]
+    known = [shown_as_is(path) for path in visible if _has_rows(path)]
     if not known:
         raise ValueError(f"{named.is_called} has no data files ({', '.join(EXTENSIONS)}, also .gz and .zst)")
     splits = _splits_of_card(named) or _splits_by_name(folder, known)
@@ -110,7 +110,7 @@ def _are(count: int, what: str = "") -> str:
     return f"{count}{what} is" if count == 1 else f"{count}{what and what + 's'} are"
 
 
-def printable(path: Path) -> Path:
+def shown_as_is(path: Path) -> Path:
     """Refuse a name that cannot be shown, such as a GBK name from a zip archive."""
     try:
         str(path).encode()
@@ -211,5 +211,5 @@ def _splits_of(configuration: _Configuration, folder: Path) -> Splits:
         found = splits.setdefault(split, [])
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             names = glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 (its ** matches files)
-            found += [printable(root / name) for name in sorted(names) if (root / name).is_file()]
+            found += [shown_as_is(root / name) for name in sorted(names) if (root / name).is_file()]
     return {split: list(dict.fromkeys(files)) for split, files in splits.items()}

@@ -38,6 +38,7 @@ from qwenlora.data.packing import Packs
 from qwenlora.data.sources import Source
 from qwenlora.data.turns import TURN_END
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.format import and_more
 from qwenlora.run.package import code_hash
 from qwenlora.run.records import SideCounts, SideName
 
@@ -174,11 +175,10 @@ class Prepared:
         missing = used[used >= embeddings].astype(int).tolist()
         if missing:
             names = ", ".join(printable(tokenizer.decode([token])) for token in missing[:3])
-            more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
             raise ValueError(
-                f"the base has no embedding for {names}{more}, which the rows or their padding use: it has"
-                f" {embeddings:,}, the tokenizer {len(tokenizer):,} tokens; enlarge the base once"
-                f" (transformers: model.resize_token_embeddings({len(tokenizer)}), save_pretrained), or name"
+                f"the base has no embedding for {names}{and_more(missing, 3)}, which the rows or their"
+                f" padding use: it has {embeddings:,}, the tokenizer {len(tokenizer):,} tokens; enlarge the base"
+                f" once (transformers: model.resize_token_embeddings({len(tokenizer)}), save_pretrained), or name"
                 " the base's own tokenizer"
             )
 

@@ -11,7 +11,7 @@ from qwenlora.configs import foreign, foreign_data
 from qwenlora.configs.schema import Data, SourceEntry
 from qwenlora.data import folders, hub, row_io
 from qwenlora.data.bad_row import show
-from qwenlora.data.folders import DEFAULT_SPLIT, printable
+from qwenlora.data.folders import DEFAULT_SPLIT, shown_as_is
 from qwenlora.data.row_io import EXTENSIONS, TEXT, Chunk, extension
 from qwenlora.data.shapes import KEYS, RowOptions
 from qwenlora.data.tables import dataset_chunks
@@ -148,7 +148,7 @@ def _refuse_unused(entry: SourceEntry, key: str, what: str, *used: str) -> None:
 def _matches(pattern: Path, key: str) -> list[Path]:
     """Return the files of a glob. key: of the config, for messages."""
     paths = sorted(Path(match) for match in glob.glob(str(pattern), recursive=True))  # noqa: PTH207 (also absolute)
-    files = [printable(path) for path in paths if path.is_file()]
+    files = [shown_as_is(path) for path in paths if path.is_file()]
     if not files:
         raise ValueError(f"{key}: no file matches (looked in {Path.cwd()})")
     return files

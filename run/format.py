@@ -28,9 +28,9 @@ def shape(lengths: Iterable[int]) -> str:
     return " x ".join(map(str, lengths))
 
 
-def and_more(names: Sequence[str]) -> str:
-    """Return ` and N more` for the names after the first, which the message shows."""
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+def and_more(names: Sequence[object], shown: int = 1) -> str:
+    """Return ` and N more` for the names after the first ones, which the message shows."""
+    return f" and {len(names) - shown:,} more" if len(names) > shown else ""
 
 
 def short(text: str, longest: int = 2000) -> str:

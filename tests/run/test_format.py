@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwenlora.run.format import ago, as_yaml, clock, count, duration, number, printable, size
+from qwenlora.run.format import ago, and_more, as_yaml, clock, count, duration, number, printable, size
 
 
 @pytest.mark.parametrize(
@@ -38,5 +38,6 @@ def test_counts_sizes_and_texts():
     assert (count(1, "run"), count(0, "run"), count(1200, "run")) == ("1 run", "0 runs", "1,200 runs")
     assert (size(2_500_000), size(2_500_000_000)) == ("2.5 MB", "2.5 GB")
     assert count(2, "process", "es") == "2 processes"
+    assert [and_more("abc", shown) for shown in (1, 2, 3)] == [" and 2 more", " and 1 more", ""]
     assert printable("a\x1b[31m\nb") == "a\ufffd[31m\ufffdb"
     assert as_yaml([{"path": "a b", "weight": 2.0}, True]) == "[{path: a b, weight: 2.0}, true]"

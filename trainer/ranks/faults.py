@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwenlora.configs import Config
+from qwenlora.run.format import and_more
 
 SHOWN = 8  # rows that a message names
 IN_A_ROW = 10  # consecutive steps that may be left out
@@ -29,10 +30,9 @@ def broken_micro_batches(losses: list[Tensor], team: int, teams: int) -> list[in
 def describe(step: int, what: str, rows: list[int], place: Callable[[int], str]) -> str:
     """Return a message: what is not finite, in which step and rows. place: gives a row's file and line."""
     shown = ", ".join(f"{row} ({place(row)})" for row in rows[:SHOWN])
-    more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     return (
         f"step {step}: the {what} is not finite (NaN or infinite), in row{'s' * (len(rows) > 1)}"
-        f" {shown}{more}"
+        f" {shown}{and_more(rows, SHOWN)}"
     )
 
 

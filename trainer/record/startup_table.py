@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from qwenlora.configs import Config
 from qwenlora.data.turns import TURN_END
+from qwenlora.run.format import and_more
 from qwenlora.run.records import Facts, SideCounts
 from qwenlora.trainer.model.base import TINY, pick_dtype
 from qwenlora.trainer.model.lora import EMBEDDINGS
@@ -126,7 +127,7 @@ def warnings(
     embeddings_trained = any(name in EMBEDDINGS for name in config.lora.modules_to_save or [])
     if untrained and config.model.name_or_path != TINY and not embeddings_trained:
         modules = "[embed_tokens]" if tied else "[embed_tokens, lm_head]"
-        names = ", ".join(untrained[:5]) + (f" and {len(untrained) - 5:,} more" if untrained[5:] else "")
+        names = ", ".join(untrained[:5]) + and_more(untrained, 5)
         other = "start from the -Instruct model" if TURN_END in untrained else "write words that it knows"
         lines.append(
             f"this base model never learnt {names}, which LoRA alone can hardly teach it: set"
