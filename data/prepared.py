@@ -177,9 +177,9 @@ class Prepared:
             names = ", ".join(printable(tokenizer.decode([token])) for token in missing[:3])
             raise ValueError(
                 f"the base has no embedding for {names}{and_more(missing, 3)}, which the rows or their"
-                f" padding use: it has {embeddings:,}, the tokenizer {len(tokenizer):,} tokens; enlarge the base"
-                f" once (transformers: model.resize_token_embeddings({len(tokenizer)}), save_pretrained), or name"
-                " the base's own tokenizer"
+                f" padding use: it has {embeddings:,}, the tokenizer {len(tokenizer):,} tokens; enlarge the"
+                f" base once (transformers: model.resize_token_embeddings({len(tokenizer)}),"
+                " save_pretrained), or name the base's own tokenizer"
             )
 
     def side(self, side: SideName) -> Side | None:
