@@ -6,14 +6,7 @@ from typing import Annotated, Unpack
 
 import typer
 
-from qwenlora.cli.arguments import (
-    AllowConfigChange,
-    ConfigFile,
-    Fresh,
-    Overrides,
-    RunOrJobName,
-    with_options,
-)
+from qwenlora.cli.arguments import AllowConfigChange, ConfigFile, Fresh, Overrides, RunOrJobName, with_options
 from qwenlora.configs.load import to_yaml
 from qwenlora.jobs.find import find
 from qwenlora.jobs.submission import resume as resuming
@@ -67,9 +60,7 @@ def resume(run: RunOrJobName) -> int:
     return 0
 
 
-def site(
-    site: Annotated[str, typer.Argument(help="A site file, or its name in configs/clusters/.")],
-) -> int:
+def site(site: Annotated[str, typer.Argument(help="A site file, or its name in configs/clusters/.")]) -> int:
     """Print a site's options for sbatch: sbatch $(qwenlora site mycluster) slurm/train.sh my.yaml."""
     loaded = load_site(site)
     if unsaid := loaded.unsaid():

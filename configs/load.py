@@ -81,10 +81,7 @@ def _has(key: str, values: Values, places: Places) -> bool:
 
 
 def _apply(
-    overrides: Mapping[str, object] | Iterable[str],
-    values: Values,
-    places: Places,
-    place: str = COMMAND_LINE,
+    overrides: Mapping[str, object] | Iterable[str], values: Values, places: Places, place: str = COMMAND_LINE
 ) -> list[str]:
     """Lay overrides over values; return the problems. place: the overrides' origin, for messages."""
     problems, pairs = [], []

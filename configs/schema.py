@@ -120,8 +120,7 @@ class Data(Section):
     roles: dict[Text, Role] = Field(default_factory=dict, description=_ROLES)
     encoding: Text | None = Field(None, description=_ENCODING)
     on_bad_row: Literal["error", "skip"] = Field(
-        "error",
-        description="What to do when rows cannot be trained; they are listed in either case.",
+        "error", description="What to do when rows cannot be trained; they are listed in either case."
     )
     train_on: Literal["assistant", "last_assistant", "all"] = Field(
         "assistant", description="What is learnt: every reply, the last reply of a row, or everything."
@@ -130,8 +129,7 @@ class Data(Section):
         2048, description="Longest row, and length of a pack, in tokens."
     )
     overlength: Literal["error", "truncate", "drop", "split"] = Field(
-        "error",
-        description="What to do with rows longer than max_length; the outcome is counted and shown.",
+        "error", description="What to do with rows longer than max_length; the outcome is counted and shown."
     )
     split_replies: bool = Field(
         False,

@@ -76,9 +76,7 @@ def build_arrays(
     if writer.bad_rows and data.on_bad_row == "error":
         raise ValueError(writer.bad().refusal(sources))
     return writer.finish().revised(
-        seconds=round(time.monotonic() - start, 3),
-        processes=max(processes, 1),
-        peak_memory_bytes=memory.peak,
+        seconds=round(time.monotonic() - start, 3), processes=max(processes, 1), peak_memory_bytes=memory.peak
     )
 
 

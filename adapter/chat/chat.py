@@ -11,12 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qwenlora.adapter.answers import Question, Sampling, check_text, context_length
 from qwenlora.adapter.chat.conversation import STOPPED, Conversation, uses_thinking
-from qwenlora.adapter.chat.question_files import (
-    answer_questions,
-    check_lengths,
-    check_output,
-    read_questions,
-)
+from qwenlora.adapter.chat.question_files import answer_questions, check_lengths, check_output, read_questions
 from qwenlora.adapter.chat.terminal import KEYS, describe_reply, piece_printer, talk
 from qwenlora.adapter.compare.side_by_side import clean
 from qwenlora.adapter.loading import LoadedModel, load, load_tokenizer, override_model

@@ -104,10 +104,7 @@ def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = Non
             " compared: answers may differ a little from those in training"
         )
 
-    with (
-        LongWork() as progress,
-        open_weights(first.base, revision) as files,
-    ):
+    with LongWork() as progress, open_weights(first.base, revision) as files:
         base = StreamedModel(config, files, trust_remote_code=trust)
         base.attach(attach_adapters(base, subjects, weights, options.combine))
         unmerged = base.logits(batch, progress, "base and adapter")

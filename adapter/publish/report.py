@@ -11,12 +11,7 @@ from markupsafe import Markup
 
 from qwenlora.adapter.publish import curves, report_lines
 from qwenlora.adapter.publish.curves import Chart
-from qwenlora.adapter.publish.run_summary import (
-    LORA_SETTINGS,
-    OPTIMIZER_SETTINGS,
-    RunSummary,
-    summarise_run,
-)
+from qwenlora.adapter.publish.run_summary import LORA_SETTINGS, OPTIMIZER_SETTINGS, RunSummary, summarise_run
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import as_yaml, number, short

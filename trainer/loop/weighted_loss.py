@@ -57,12 +57,7 @@ def use_weights(model: Any, *, accepts: bool) -> None:
     own = base.loss_function
 
     def loss_function(
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        *,
-        loss_weights: Tensor | None = None,
-        **options: Any,
+        logits: Tensor, labels: Tensor, vocab_size: int, *, loss_weights: Tensor | None = None, **options: Any
     ) -> Tensor:
         if loss_weights is None:
             of_all: Tensor = own(logits, labels, vocab_size, **options)
