@@ -171,8 +171,8 @@ class Encoder:
         if self.train_on == "all":
             if any("weight" in message for message in row.messages):
                 raise BadRow(
-                    "has turns with weights, and data.train_on=all trains all turns alike; set data.train_on:"
-                    " assistant, or ignore the weights' key in data.columns"
+                    "has turns with weights (0 for replies in a prompt), and data.train_on=all trains all"
+                    " turns alike; set data.train_on: assistant, or ignore the weights' key in data.columns"
                 )
             return [(0, length, row.weight)]
         weights = [row.weight * reply.get("weight", 1.0) for reply in replies]

@@ -129,7 +129,7 @@ def _pair(row: JsonObject, question_key: str, answer_key: str, options: RowOptio
                 f"has turns in {question_key}, and input; put it into the turns, or ignore it:"
                 " data.columns: {input: null}"
             )
-        asked = _turns(row, question_key, options)
+        asked = list(map(_masked, _turns(row, question_key, options)))
     else:
         question = "\n".join(part for part in (_text_of(row, question_key), more) if part)
         asked = [Message(role="user", content=question)]
@@ -138,6 +138,11 @@ def _pair(row: JsonObject, question_key: str, answer_key: str, options: RowOptio
     else:
         answered = [reply(_text_of(row, answer_key))]
     return [*_history(row.get("history")), *asked, *answered]
+
+
+def _masked(message: Message) -> Message:
+    """Return a turn of a question, in which nothing is trained, as in TRL's prompts."""
+    return {**message, "weight": 0.0} if message["role"] == "assistant" else message
 
 
 def _are_turns(value: object) -> bool:

@@ -510,12 +510,20 @@ def test_a_talk_is_the_same_in_every_form(talk, system):
 
     def outcome(form: Any) -> Any:
         try:
-            return read(form).messages
+            messages = read(form).messages
         except BadRow as error:
             return str(error)
+        return [{key: turn[key] for key in ("role", "content")} for turn in messages]  # a prompt's are masked
 
     outcomes = [outcome(form) for form in forms]
     assert all(found == outcomes[0] for found in outcomes)
+
+
+@pytest.mark.parametrize("completion", ["三点。", ANSWER, [ANSWER]])
+def test_replies_in_a_prompt_are_not_trained(completion):
+    earlier = {"role": "assistant", "content": "您好！"}
+    row = {"prompt": [QUESTION, earlier | {"weight": 1}, QUESTION], "completion": completion}
+    assert read(row).messages == [QUESTION, earlier | {"weight": 0.0}, QUESTION, ANSWER]
 
 
 def test_pairs_of_roles_are_turns_in_the_order_of_a_talk():
