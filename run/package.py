@@ -21,6 +21,7 @@ PATTERNS = (
     "examples/*.jsonl",
     "clusters/*.yaml",
     "counterparts/*.yaml",
+    "tiny.jinja",
 )
 
 
