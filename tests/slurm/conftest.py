@@ -68,7 +68,7 @@ class Cluster:
                 stdout=said,
                 stderr=said,
                 stdin=subprocess.DEVNULL,
-                timeout=500,
+                timeout=900,
                 check=False,
             )
             said.seek(0)
@@ -97,7 +97,7 @@ class Cluster:
         answer = self.run("squeue", "-h", "-t", "all", "-o", "%T", "-j", job_id, check=False).stdout.split()
         return answer[0] if answer else ""
 
-    def wait(self, job_id: str, *states: str, timeout: float = 180) -> str:
+    def wait(self, job_id: str, *states: str, timeout: float = 900) -> str:
         """Return the state, one of those named, as soon as the job has it."""
         deadline = time.monotonic() + timeout
         while (state := self.state(job_id)) not in states:
@@ -112,7 +112,7 @@ class Cluster:
         output = Path(about.partition("StdOut=")[2].partition("\n")[0])
         return about + (output.read_text(errors="replace")[-5000:] if output.is_file() else "")
 
-    def wait_idle(self, timeout: float = 180) -> None:
+    def wait_idle(self, timeout: float = 900) -> None:
         """Cancel all jobs, and wait until every node is free."""
         deadline = time.monotonic() + timeout
         while self.run("squeue", "-h", "-o", "%i").stdout or self._node_states() != "idle":

@@ -26,7 +26,7 @@ def test_a_job_that_always_crashes_is_tried_twice_and_no_more(cluster, tmp_path,
         "run_dir=runs/run",
     ]
     job = sbatch(cluster, tmp_path, config, *overrides, options=("--array=0",) * array)
-    cluster.wait(f"{job}_0" if array else job, "FAILED", timeout=500)
+    cluster.wait(f"{job}_0" if array else job, "FAILED", timeout=900)
     found = attempts(tmp_path / "runs/run")
     assert [one["reason"] for one in found] == ["failed", "failed"]
     said = said_by(tmp_path, job)
@@ -62,7 +62,7 @@ def test_an_agent_that_is_killed_does_not_cost_the_job(cluster, tmp_path):
     cluster.script(
         "sh", "node2", "kill", "-KILL", node_process(cluster, "node2", f"{QWENLORA} train my.yaml")
     )
-    cluster.wait(job, "COMPLETED", timeout=500)
+    cluster.wait(job, "COMPLETED", timeout=900)
     first, second = attempts(tmp_path / "runs/run")
     assert (first["reason"], second["reason"]) == ("failed", "done")
     assert first["message"] == "the agent of node2 is gone: killed, or its node failed"
@@ -76,7 +76,7 @@ def test_a_rank_that_hangs_on_another_node_is_named_and_the_job_comes_back(clust
     cluster.script(
         "sh", "node2", "kill", "-STOP", node_process(cluster, "node2", "-u -m qwenlora.trainer.main")
     )
-    cluster.wait(job, "COMPLETED", timeout=500)
+    cluster.wait(job, "COMPLETED", timeout=900)
     first, second = attempts(tmp_path / "runs/run")
     assert (first["reason"], second["reason"]) == ("failed", "done")
     assert first["message"].startswith("rank 1 on node2: no progress for ")
@@ -89,7 +89,7 @@ def test_a_cancelled_job_saves_and_is_left_alone(cluster, tmp_path):
     job = sbatch(cluster, tmp_path, config, "run_dir=runs/run")
     wait_for_step(tmp_path / "runs/run", 1, 6)
     cluster.scancel(job)
-    cluster.wait(job, "CANCELLED", timeout=500)
+    cluster.wait(job, "CANCELLED", timeout=900)
     (attempt,) = attempts(tmp_path / "runs/run")
     assert (attempt.get("reason", "-"), attempt["cause"]) in [("stopped", "CANCELLED"), ("-", "CANCELLED")]
     time.sleep(10)

@@ -42,7 +42,7 @@ class Disturber:
 
     def requeue_and_hold(self):
         self.cluster.scontrol("requeuehold", self.job)
-        self.cluster.wait(self.job, "PENDING", timeout=500)
+        self.cluster.wait(self.job, "PENDING", timeout=900)
         time.sleep(2)
         self.cluster.scontrol("release", self.job)
         return {"stopped", "killed"}, {"REQUEUED"}
@@ -51,7 +51,7 @@ class Disturber:
         """A job of a higher partition wants both nodes; without grace, everything is killed after
         KillWait."""
         job = self.cluster.sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1", cwd="/")
-        self.cluster.wait(job, "COMPLETED", timeout=500)
+        self.cluster.wait(job, "COMPLETED", timeout=900)
         return {"stopped", "killed"}, {"PREEMPTED"}
 
     def take_a_node_down(self):

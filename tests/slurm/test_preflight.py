@@ -28,7 +28,7 @@ def failed(cluster, folder, *arguments):
     """Submit a job that fails; return its one line that says why."""
     config = write_config(folder, 4)
     job = sbatch(cluster, folder, config, "run_dir=runs/run", "launch.max_restarts=0", *arguments)
-    cluster.wait(job, "FAILED", timeout=500)
+    cluster.wait(job, "FAILED", timeout=900)
     output = (folder / f"slurm-{job}.out").read_text()
     assert "Traceback" not in output
     (line,) = [line for line in output.splitlines() if line.startswith("failed: ")]

@@ -46,7 +46,7 @@ def test_arguments_arrive_intact_from_any_folder(cluster, tmp_path):
     job = cluster.sbatch(
         TRAIN, *HOSTILE, cwd=folder, env={"QWENLORA": str(command), "ARGUMENTS_FILE": str(output)}
     )
-    cluster.wait(job, "COMPLETED", timeout=500)
+    cluster.wait(job, "COMPLETED", timeout=900)
     assert output.read_text().split("\0")[:-1] == ["train", *HOSTILE]
 
 
@@ -60,7 +60,7 @@ def test_the_site_file_sets_the_environment_and_the_container(cluster, tmp_path)
     job = cluster.sbatch(
         TRAIN, "my.yaml", cwd=tmp_path, env={"QWENLORA_ENV": str(site), "QWENLORA": "qwenlora"}
     )
-    cluster.wait(job, "COMPLETED", timeout=500)
+    cluster.wait(job, "COMPLETED", timeout=900)
     assert output.read_text() == "a b|c d|qwenlora train my.yaml\n"
 
 
@@ -82,7 +82,7 @@ def test_the_site_file_sets_the_environment_and_the_container(cluster, tmp_path)
 def test_a_refusal_is_one_line_and_is_not_requeued(cluster, tmp_path, arguments, env, message):
     write_config(tmp_path, 4)
     job = cluster.sbatch(TRAIN, *arguments, cwd=tmp_path, env={"QWENLORA": QWENLORA} | env)
-    cluster.wait(job, "FAILED", timeout=500)
+    cluster.wait(job, "FAILED", timeout=900)
     output = (tmp_path / f"slurm-{job}.out").read_text()
     assert message in output
     assert "Traceback" not in output
@@ -94,12 +94,12 @@ def test_a_refusal_is_one_line_and_is_not_requeued(cluster, tmp_path, arguments,
 def test_two_nodes_with_two_ranks_each_train_what_one_machine_with_four_does(cluster, tmp_path, monkeypatch):
     config = write_config(tmp_path, 12)
     job = sbatch(cluster, tmp_path, config, "run_dir=runs/nodes", "launch.nproc_per_node=2")
-    cluster.wait(job, "COMPLETED", timeout=500)
+    cluster.wait(job, "COMPLETED", timeout=900)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     overrides = {"run_dir": "runs/python", "launch.nproc_per_node": 2}
     submitted = submit(config, overrides, nodes=2, timeout_min=20)
-    cluster.wait(submitted.job_id, "COMPLETED", timeout=500)
+    cluster.wait(submitted.job_id, "COMPLETED", timeout=900)
     result = submitted.result()
     assert (result["reason"], result["step"], submitted.state) == ("done", 12, "COMPLETED")
     locally(tmp_path, config, "alone", 4)
@@ -120,7 +120,7 @@ def test_zero2_is_the_same_by_slurm_by_torchrun_and_by_deepspeeds_launcher(clust
     config = write_config(tmp_path, 6)
     zero2 = ("strategy.name=zero2", "train.eval_strategy=no")
     job = sbatch(cluster, tmp_path, config, "run_dir=runs/slurm", "launch.nproc_per_node=1", *zero2)
-    cluster.wait(job, "COMPLETED", timeout=500)
+    cluster.wait(job, "COMPLETED", timeout=900)
     locally(tmp_path, config, "torchrun", 2, *zero2)
     locally(tmp_path, config, "deepspeed", 2, "launch.launcher=deepspeed", *zero2)
     ways = ("slurm", "torchrun", "deepspeed")
@@ -159,7 +159,7 @@ def test_a_signal_before_anything_listens_does_not_cost_the_job(cluster, tmp_pat
     while "Restarts=1" not in cluster.scontrol("show", "job", job):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    cluster.wait(job, "COMPLETED", timeout=500)
+    cluster.wait(job, "COMPLETED", timeout=900)
 
 
 @pytest.mark.slow
@@ -183,4 +183,4 @@ def test_a_job_that_is_killed_at_its_time_limit_comes_back(cluster, tmp_path):
     while "Restarts=1" not in cluster.scontrol("show", "job", job):
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    cluster.wait(job, "COMPLETED", timeout=500)
+    cluster.wait(job, "COMPLETED", timeout=900)
