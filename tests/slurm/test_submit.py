@@ -127,7 +127,7 @@ def test_a_signal_before_the_time_limit_brings_the_job_back_to_the_same_end(fold
     run = RunFolder("runs/disturbed")
     wait_for(lambda: step(run, 1) >= 2)
     subprocess.run(["scancel", "--signal=USR2", job.job_id], check=True, timeout=20)
-    summary = result(job, 180)
+    summary = result(job)
     assert (summary["reason"], summary["attempts"], summary["step"]) == ("done", 2, 30)
     assert [attempt.reason for attempt in attempts("runs/disturbed")] == ["stopped", "done"]
     assert {attempt.job_id for attempt in attempts("runs/disturbed")} == {job.job_id}
