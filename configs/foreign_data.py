@@ -95,8 +95,9 @@ def llama_factory(names: object, theirs: Values, config: Path, note: Note) -> li
         if info and isinstance(entry := known.get(name), dict):
             found += of_info(name, entry, info.parent, note)
         else:
-            note(f"dataset {name}: not in {info or folder / INFO}, which says what its file is; name it")
-            found.append(str(folder / f"{name}.json"))
+            guess = (info.parent if info else folder) / f"{name}.json"
+            note(f"dataset {name}: not in {info or folder / INFO}; {guess} is a guess, name its file")
+            found.append(str(guess))
     return found
 
 

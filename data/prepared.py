@@ -124,7 +124,7 @@ class Prepared:
         if data.eval_fraction and "eval" not in self.counts:
             raise ValueError(
                 f"data.eval_fraction={data.eval_fraction} leaves no row to evaluate on: there are only"
-                f" {self.counts['train'].rows}; raise it, or name a file: data.eval"
+                f" {self.counts['train'].rows}; raise it, set it to null, or name a file: data.eval"
             )
         self._refuse_endless(data, tokenizer)
         self._refuse_without_embedding(tokenizer, embeddings)

@@ -223,8 +223,8 @@ def _side(name: str, counts: SideCounts, config: Config) -> list[tuple[str, str]
     lines = [
         (
             name,
-            f"{counts.rows:,} of {counts.read_rows:,} read, {counts.duplicates:,} of these twice; {tokens:,}"
-            f" tokens, {counts.trained_tokens / max(tokens, 1):.1%} of them trained",
+            f"{counts.rows:,} of {counts.read_rows:,} read, {counts.duplicates:,} of these repeat an earlier"
+            f" one; {tokens:,} tokens, {counts.trained_tokens / max(tokens, 1):.1%} of them trained",
         )
     ]
     if counts.masked_replies or counts.weighted_tokens:

@@ -21,7 +21,7 @@ from qwenlora.run.state import RunState
 BAD_ROWS = 20  # lines of bad_rows.txt
 COUNTS = {  # {field of SideCounts: its name on the page}
     "read_rows": "rows read",
-    "duplicates": "of these twice",
+    "duplicates": "of these repeated",
     "overlength": "of these over-length",
     "truncated": "truncated",
     "dropped": "dropped",

@@ -45,7 +45,7 @@ OF_LLAMA_FACTORY = """\
 # from lf.yaml, a config of LLaMA-Factory
 # differs here:
 #   dataset liked is preference data (ranking), which qwenlora does not train: left out
-#   dataset other: not in data/dataset_info.json, which says what its file is; name it
+#   dataset other: not in data/dataset_info.json; data/other.json is a guess, name its file
 #   train.global_batch_size=16 is 2 a GPU x 8 accumulated x 1 GPU; multiply it when you train on more
 #   deepspeed=examples/deepspeed/ds_z3_offload_config.json: qwenlora's own config of that stage is used
 #   output_dir=saves/x: run_dir is runs/ and the config's name
@@ -152,6 +152,15 @@ def test_llama_factory():
     assert converted(LLAMA_FACTORY, "lf.yaml")[0] == OF_LLAMA_FACTORY
 
 
+def test_a_dataset_that_the_info_does_not_know_is_looked_for_beside_it():
+    Path("lf").mkdir()
+    Path("data").rename("lf/data")
+    text, values = converted("model_name_or_path: a/b\nstage: sft\ndataset: faq, other\n", "lf/lf.yaml")
+    listed, guessed = values["data"]["train"]
+    assert (listed["path"], guessed) == ("lf/data/faq.json", "lf/data/other.json")
+    assert "lf/data/other.json is a guess" in text
+
+
 def test_llama_factory_pre_training_is_packed():
     text = "stage: pt\ndataset: a\ncutoff_len: 64\n"
     assert converted(text, "lf.yaml")[1]["data"]["packing"] == "on"
@@ -247,6 +256,12 @@ def test_axolotl():
     assert 'roles_to_train=["assistant", "user"] of own.jsonl: data.train_on: ' in text
     assert "evals_per_epoch=4: here once, or every train.eval_steps" in text
     assert "# no counterpart is known of: vllm (not shown)\n" in text
+
+
+@pytest.mark.parametrize(("ends", "differs"), [("turn", False), ("all", True)])
+def test_axolotls_ends_of_turns(ends, differs):
+    text, _ = converted(f"{AXOLOTL_HEAD}datasets: [{{path: a.jsonl}}]\ntrain_on_eos: {ends}", "ax.yaml")
+    assert ("train_on_eos" in text) is differs
 
 
 def test_an_entry_of_axolotl_keeps_its_split_and_its_folder():
