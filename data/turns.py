@@ -326,7 +326,9 @@ def from_json(value: object, what: str) -> object:
         try:
             value = decode_json(value)
         except BadRow as error:
-            raise BadRow(f"{what} must be JSON, found {show(value)}, {error}") from None
+            if value.lstrip()[:1] in ("[", "{"):
+                raise BadRow(f"{what} must be JSON, found {show(value)}, {error}") from None
+            raise BadRow(f"{what} must be a list or an object, found the text {show(value)}") from None
     return value
 
 

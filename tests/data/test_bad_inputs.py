@@ -569,7 +569,7 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     "turns are text": (
         "my.jsonl",
         lines({"messages": "hello"}),
-        ['messages must be JSON, found "hello"'],
+        ['messages must be a list or an object, found the text "hello"'],
         {},
     ),
     "turns are lists": (
@@ -715,7 +715,12 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     "text is empty": ("my.jsonl", lines({"text": ""}), ["text is empty"], {}),
     "text is a number": ("my.jsonl", lines({"text": 3}), ["text must be text, found 3"], {}),
     # tools
-    "tools are text": ("my.jsonl", chat(*TURNS, tools="clock"), ['tools must be JSON, found "clock"'], {}),
+    "tools are text": (
+        "my.jsonl",
+        chat(*TURNS, tools="clock"),
+        ['tools must be a list or an object, found the text "clock"'],
+        {},
+    ),
     "tools are names": ("my.jsonl", chat(*TURNS, tools=["clock"]), ["tools must be a list of objects"], {}),
     "arguments are no JSON": (
         "my.jsonl",
@@ -753,7 +758,7 @@ BAD: dict[str, tuple[str, bytes, list[str], dict[str, Any]]] = {
     "function_call without JSON": (
         "my.jsonl",
         lines({"conversations": [{"from": "function_call", "value": "clock()"}]}),
-        ['turn 1 (function_call): a call must be JSON, found "clock()"'],
+        ['turn 1 (function_call): a call must be a list or an object, found the text "clock()"'],
         {},
     ),
     "dates in arguments": (
