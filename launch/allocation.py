@@ -54,7 +54,7 @@ def current_allocation() -> Allocation:
         _refuse_one_of_several(int(os.environ.get("SLURM_JOB_NUM_NODES", "1")))
         return Allocation(0, (socket.gethostname(),), job_id, restarts, requeues)
     hosts = query.hosts(os.environ["SLURM_STEP_NODELIST"])
-    if len(hosts) > 1 and _typed():
+    if _typed():
         _refuse_one_of_several(len(hosts))
     if os.environ["SLURM_STEP_ID"] == INTERACTIVE_STEP:
         _refuse_one_of_several(int(os.environ.get("SLURM_JOB_NUM_NODES", "1")))
