@@ -65,3 +65,10 @@ def test_the_light_rooms_import_no_torch():
         [sys.executable, "-c", code, *modules], capture_output=True, text=True, check=True
     )
     assert answer.stdout == "False\n"
+
+
+def test_what_prepares_rows_imports_no_datasets():
+    """It brings pandas, which takes seconds, and only data sets of the hub need it."""
+    code = "import sys, qwenlora.trainer.data_check; print('datasets' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout == "False\n"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from qwenlora.configs import Config
@@ -27,6 +27,7 @@ SAME_NAME = {
 # beginnings of optimizers' names: galore and apollo need a key optim_target_modules, and lomo updates weights
 # in the backward pass, before gradients are added up and averaged
 NOT_FOR_LORA = ("galore", "apollo", "lomo", "adalomo")
+OF_TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor")  # need no package
 
 
 def order_of(config: Config, train: Side, packs: Packs | None = None) -> Order:
@@ -98,6 +99,10 @@ def check_optimizer(train: Train) -> None:
             f"train.optim={train.optim} saves memory where all weights are trained; an adapter's are few, and"
             " qwenlora does not support it: set train.optim: adamw_torch_fused or adamw_8bit"
         )
+    if name in OF_TORCH:
+        return
+    from transformers import Trainer  # takes seconds, as it brings datasets and pandas
+
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
     arguments = SimpleNamespace(**defaults | train.model_dump(include=SAME_NAME))
     try:
