@@ -323,12 +323,13 @@ def without_null_keys(value: Any) -> Any:
 def from_json(value: object, what: str) -> object:
     """Return a value, decoded where it is JSON in a text (in CSV, and ShareGPT's tools), even twice."""
     while isinstance(value, str):
+        text = value
         try:
-            value = decode_json(value)
+            value = decode_json(text)
         except BadRow as error:
-            if value.lstrip()[:1] in ("[", "{"):
-                raise BadRow(f"{what} must be JSON, found {show(value)}, {error}") from None
-            raise BadRow(f"{what} must be a list or an object, found the text {show(value)}") from None
+            if text.lstrip()[:1] in ("[", "{"):
+                raise BadRow(f"{what} must be JSON, found {show(text)}, {error}") from None
+            raise BadRow(f"{what} must be a list or an object, found the text {show(text)}") from None
     return value
 
 
