@@ -7,18 +7,17 @@ from collections.abc import Sequence
 
 from qwenlora.configs import Config
 from qwenlora.launch.allocation import Allocation, free_port
-from qwenlora.launch.children import RANK_MODULE
-from qwenlora.run.folder import PREPARE_ONLY, RunFolder
+from qwenlora.run.folder import RunFolder
 from qwenlora.run.hardware import visible_devices
 
+RANK_MODULE = "qwenlora.trainer.main"
 STANDALONE = ("--standalone",)  # torchrun on one node: a free port of this machine
 
 
 def torchrun_argv(arguments: list[str], processes: int, rendezvous: Sequence[str] = STANDALONE) -> list[str]:
-    """Return the command that starts a node's ranks. arguments: a config file and overrides."""
+    """Return the command that starts a node's ranks by torchrun. arguments: a config file and overrides."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--nproc-per-node={processes}"]
-    # children.py passes all signals but SIGQUIT on to the ranks
-    return [*torchrun, "--signals-to-handle=SIGQUIT", "-m", RANK_MODULE, *arguments]
+    return [*torchrun, "-m", RANK_MODULE, *arguments]
 
 
 def deepspeed_argv(arguments: list[str], processes: int, allocation: Allocation, port: int) -> list[str]:
@@ -49,27 +48,6 @@ def argv_without_agents(
     target = f"--hostfile={config.launch.hostfile}" if config.launch.hostfile else f"--num_gpus={processes}"
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", target, f"--master_port={port}"]
     return [*runner, "--no_local_rank", "--module", RANK_MODULE, *arguments]
-
-
-def preparing_argv(folder: RunFolder) -> list[str]:
-    """Return the command that prepares model and data, once for all ranks."""
-    return [sys.executable, "-m", RANK_MODULE, str(folder.config), PREPARE_ONLY]
-
-
-def rendezvous_options(allocation: Allocation, run_id: str, port: int, timeout_s: int) -> Sequence[str]:
-    """Return torchrun's options that bring a run's nodes together. port: of the first node."""
-    if allocation.nodes == 1:
-        return STANDALONE
-    first, nodes = allocation.hosts[0], f"--nnodes={allocation.nodes}"
-    if allocation.by_ssh:
-        # in this order rank 0 is on the first node, which has the screen. c10d orders nodes by name: in a job
-        # that does not matter, srun brings rank 0's output to the job's file from any node
-        address = [f"--master-addr={first}", f"--master-port={port}"]
-        return ["--rdzv-backend=static", nodes, f"--node-rank={allocation.node}", *address]
-    # without is_host torchrun guesses it from the node's name, and a node may have several
-    settings = f"is_host={int(allocation.first)},join_timeout={timeout_s},last_call_timeout=1"
-    backend = ["--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{port}", f"--rdzv-id={run_id}"]
-    return [nodes, *backend, f"--rdzv-conf={settings}"]
 
 
 def processes_in_words(count: int) -> str:

@@ -1,29 +1,15 @@
-"""Which rank a signal killed. torchrun reports it; DeepSpeed's launcher does not, so the agent looks itself.
+"""Which rank a signal killed, under DeepSpeed's launcher, which does not say so: the agent looks itself.
 That launcher reaps its ranks once a second, and then nobody can see any more how a rank ended. Deaths.pause
 wakes up as soon as a rank ends, and so looks first."""
 
 import os
-import re
 import select
 import signal
 from pathlib import Path
 from typing import IO
 
 from qwenlora.run import heartbeat
-
-# torchrun's report of a failure; a negative exit code is a signal
-_FIRST_KILLED = re.compile(r"\(first observed failure\):.*?rank\s+: (\d+).*?exitcode\s+: -(\d+)", re.DOTALL)
-
-
-def killed_line(rank: int, number: int) -> str:
-    """Return the line that reports a rank killed by a signal, in torchrun's form."""
-    return f"(first observed failure): rank : {rank} exitcode : -{number}\n"
-
-
-def first_killed(log: str) -> tuple[int, int] | None:
-    """Return (rank, signal) of the first rank that a launcher's log reports as killed; else None."""
-    match = _FIRST_KILLED.search(log)
-    return (int(match[1]), int(match[2])) if match else None
+from qwenlora.run.rank_deaths import killed_line
 
 
 class Deaths:
@@ -57,7 +43,7 @@ class Deaths:
         for descriptor, _ in self._poll.poll(seconds * 1000):
             self._poll.unregister(descriptor)
 
-    def report_killed(self) -> bool:
+    def reports_failure(self) -> bool:
         """Report the first rank that a signal killed, once; return whether it was reported now."""
         for beat in heartbeat.read_beats(self._beats):
             if number := _ended_by(beat.pid):
@@ -74,7 +60,7 @@ class Deaths:
         if self._reported:
             return False
         self._reported = True
-        self._log.write(killed_line(rank, number).encode())
+        self._log.write(killed_line(f"rank-{rank}", number).encode())
         self._log.flush()
         return True
 

@@ -1,11 +1,17 @@
-"""Runs torchrun, or DeepSpeed's launcher, for the ranks of one node, and watches them to their end."""
+"""Runs the ranks of one node, forked from its forkserver or under DeepSpeed's launcher, and watches them to
+their end."""
 
 import os
+import signal
+import subprocess
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import IO
 
-from qwenlora.launch.commands import deepspeed_argv, rendezvous_options, torchrun_argv
+import psutil
+
+from qwenlora.launch.children import prepare_child
+from qwenlora.launch.commands import RANK_MODULE, deepspeed_argv
 from qwenlora.launch.deaths import Deaths
 from qwenlora.launch.node import Node
 from qwenlora.launch.watch import Watch
@@ -13,55 +19,106 @@ from qwenlora.run import heartbeat
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.handover import Handover
 from qwenlora.run.lent_screen import lend
-
-SHORTEST_RENDEZVOUS_S = 60
+from qwenlora.run.signals import STOP_SIGNALS
 
 
 def run_ranks(node: Node, watch: Watch, handover: Handover, port: int) -> int:
-    """Run this node's ranks; return their launcher's exit code. port: to meet at; 0: torchrun finds one."""
-    number, attempt = node.allocation.node, handover.attempt
-    with ExitStack() as stack:
-        watch.beats = stack.enter_context(heartbeat.make_folder())
+    """Run this node's ranks; return their exit code. port: of the first node, to meet at."""
+    number = node.allocation.node
+    with heartbeat.make_folder() as watch.beats:
         handover = replace(handover, beats=watch.beats)
-        name = f"launch-{number}" if number else "launch"
-        log = stack.enter_context(node.folder.log(attempt, name).open("ab"))
-        run = _run_deepspeed if node.config.launch.launcher == "deepspeed" else _run_torchrun
-        code = run(node, watch, handover, port, log)
+        run = _run_deepspeed if node.config.launch.launcher == "deepspeed" else _run_forked
+        code = run(node, watch, handover, port, f"launch-{number}" if number else "launch")
         watch.after(code)
     return code
 
 
-def _run_torchrun(node: Node, watch: Watch, handover: Handover, port: int, log: IO[bytes]) -> int:
-    run_id = f"{node.meeting.run_id}.{handover.attempt}"
-    timeout_s = max(SHORTEST_RENDEZVOUS_S, node.config.launch.join_timeout_s)
-    rendezvous = rendezvous_options(node.allocation, run_id, port, timeout_s)
-    argv = torchrun_argv([str(node.folder.config)], node.processes, rendezvous)
-    return node.children.run(argv, _rank_environment(handover, node.folder), log, watch.while_training)
+def _run_forked(node: Node, watch: Watch, handover: Handover, port: int, log: str) -> int:
+    common = _variables(handover, node.folder) | handover.environment()
+    ranks = [common | rank for rank in rank_variables(node, port)]
+    watch.failures = forked = node.forkserver.train(handover.attempt, log, ranks)
+    return node.children.run(forked, watch.while_training)
 
 
-def _run_deepspeed(node: Node, watch: Watch, handover: Handover, port: int, log: IO[bytes]) -> int:
+def rank_variables(node: Node, port: int) -> list[dict[str, str]]:
+    """Return torchrun's variables for each rank of a node. port: of the first node."""
+    allocation, count = node.allocation, node.processes
+    common = {
+        "MASTER_ADDR": allocation.hosts[0] if allocation.nodes > 1 else "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(count),
+        "WORLD_SIZE": str(count * allocation.nodes),
+        "GROUP_RANK": str(allocation.node),
+    }
+    first = allocation.node * count
+    return [common | {"LOCAL_RANK": str(n), "RANK": str(first + n)} for n in range(count)]
+
+
+def _run_deepspeed(node: Node, watch: Watch, handover: Handover, port: int, log: str) -> int:
     argv = deepspeed_argv([str(node.folder.config)], node.processes, node.allocation, port)
-    screen = lend(watch.beats) if node.allocation.first else nullcontext("")
-    with Deaths(watch.beats, log, node.processes) as deaths, screen as path:
-        watch.deaths = deaths
-        environment = _rank_environment(replace(handover, screen=path), node.folder)
+    with ExitStack() as stack:
+        file = stack.enter_context(node.folder.log(handover.attempt, log).open("ab"))
+        screen = stack.enter_context(lend(watch.beats) if node.allocation.first else nullcontext(""))
+        deaths = stack.enter_context(Deaths(watch.beats, file, node.processes))
+        watch.failures = deaths
+        # without PYTHONSAFEPATH, `python -m` takes a random.py of the working folder for Python's own
+        environment = os.environ | _variables(handover, node.folder) | {"PYTHONSAFEPATH": "1"}
+        environment |= replace(handover, screen=screen).environment()
         if node.processes > 1:  # as torchrun does: otherwise each rank would take all cores
             environment.setdefault("OMP_NUM_THREADS", "1")
-        code = node.children.run(
-            argv, environment, log, watch.while_training, pause=deaths.pause, isolated=True
-        )
+        code = node.children.run(_Launched(argv, environment, file), watch.while_training, deaths.pause)
         deaths.report_exit_code(code)
     return code
 
 
-def process_environment(handover: Handover) -> dict[str, str]:
-    """Return the environment of a process that trains or prepares."""
-    # without PYTHONSAFEPATH, `python -m` takes a random.py of the working folder for Python's own
-    return os.environ | handover.environment() | {"PYTHONSAFEPATH": "1"}
+class _Launched:
+    """DeepSpeed's launcher. It has signal handlers of its own, which kill ranks that are not done within half
+    a minute. So the stop signals are blocked for it; its ranks inherit that, and unblock them once they can
+    handle them (trainer/ranks). It prints much, which goes to the log."""
+
+    def __init__(self, argv: list[str], environment: dict[str, str], log: IO[bytes]) -> None:
+        def prepare() -> None:
+            prepare_child()
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+        self._process = subprocess.Popen(
+            argv, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=prepare
+        )
+
+    def poll(self) -> int | None:
+        """Return the launcher's exit code."""
+        return self._process.poll()
+
+    def ranks(self) -> list[psutil.Process]:
+        """Return its ranks."""
+        return [process for process in self._descendants() if _runs(process, RANK_MODULE)]
+
+    def kill(self) -> None:
+        """Kill the launcher and its ranks."""
+        for process in self._descendants():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self._process.kill()
+
+    def _descendants(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
 
 
-def _rank_environment(handover: Handover, folder: RunFolder) -> dict[str, str]:
-    """Return process_environment, and have NCCL write its last collectives if one hangs; user settings win.
+def _runs(process: psutil.Process, module: str) -> bool:
+    try:
+        return module in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+def _variables(handover: Handover, folder: RunFolder) -> dict[str, str]:
+    """Return variables that have NCCL write its last collectives if one hangs, except those that the user has
+    set.
 
     Source: https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
     """
@@ -72,4 +129,4 @@ def _rank_environment(handover: Handover, folder: RunFolder) -> dict[str, str]:
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
         "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": prefix,
     }
-    return recorder | process_environment(handover)
+    return {name: value for name, value in recorder.items() if name not in os.environ}

@@ -11,8 +11,8 @@ from qwenlora.data.freshness import is_current
 from qwenlora.launch import preflight, restarts, ssh
 from qwenlora.launch.allocation import free_port
 from qwenlora.launch.causes import cause_of_kill
-from qwenlora.launch.commands import preparing_argv, processes_in_words
-from qwenlora.launch.launcher import process_environment, run_ranks
+from qwenlora.launch.commands import processes_in_words
+from qwenlora.launch.launcher import run_ranks
 from qwenlora.launch.meeting import NotMet
 from qwenlora.launch.messages import AgentMessage, FileInRunFolder, NodeFacts, StartRanks
 from qwenlora.launch.node import Node
@@ -72,6 +72,7 @@ class Leader:
         """Run one attempt: check, prepare, train, conclude."""
         node, folder = self.node, self.node.folder
         attempt = self._begin_attempt()
+        _ = node.forkserver  # imports while the nodes are checked
         watch = Watch(node, attempt)
         code, fault = EXIT_CODES["failed"], ""
         try:
@@ -100,17 +101,15 @@ class Leader:
 
     def _prepare_and_train(self, watch: Watch, handover: Handover) -> int:
         node, folder = self.node, self.node.folder
-        with folder.log(handover.attempt, "launch").open("ab") as log:
-            if not is_current(node.config, folder, on_gpu=gpu_count() > 0):
-                node.console.print("preparing model and data ...")
-                environment = process_environment(handover)
-                code = node.children.run(preparing_argv(folder), environment, log, watch.while_preparing)
-                if code:
-                    return code
-            if node.stop_requested:
-                return 0
-            node.warn(preflight.space_warning(node.config, folder))
-            return self._train(watch, replace(handover, prepare_s=time.monotonic() - watch.started))
+        if not is_current(node.config, folder, on_gpu=gpu_count() > 0):
+            node.console.print("preparing model and data ...")
+            preparation = node.forkserver.prepare(handover.attempt, handover.environment())
+            if code := node.children.run(preparation, watch.while_preparing):
+                return code
+        if node.stop_requested:
+            return 0
+        node.warn(preflight.space_warning(node.config, folder))
+        return self._train(watch, replace(handover, prepare_s=time.monotonic() - watch.started))
 
     def _exit_code_in_job(self, code: int) -> int:
         """Return the exit code to leave a Slurm job with: 75, where it is worth another attempt."""
@@ -202,11 +201,7 @@ class Leader:
         if not handover.only_check:
             over = f" on {nodes} nodes" * (nodes > 1)
             node.console.print(f"starting {processes_in_words(node.processes * nodes)}{over} ...")
-        port = 0
-        if nodes > 1:
-            port = free_port(node.meeting.run_id)
-        elif node.config.launch.launcher == "deepspeed":  # torchrun finds a port by itself
-            port = free_port(secrets.token_hex(8))
+        port = free_port(node.meeting.run_id if nodes > 1 else secrets.token_hex(8))
         node.meeting.send(StartRanks(handover=handover, port=port))
         return run_ranks(node, watch, handover, port)
 

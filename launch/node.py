@@ -9,6 +9,7 @@ from rich.console import Console
 from qwenlora.configs import Config
 from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.children import Children
+from qwenlora.launch.forkserver import Forkserver
 from qwenlora.launch.hostfile import processes_per_node
 from qwenlora.launch.meeting import Meeting
 from qwenlora.run.folder import RunFolder
@@ -34,6 +35,13 @@ class Node:
     def processes(self) -> int:
         """How many ranks this node runs."""
         return processes_per_node(self.config)
+
+    @cached_property
+    def forkserver(self) -> Forkserver:
+        """What preparation and ranks are forked from. It begins to import when it is first asked for."""
+        server = Forkserver(self.folder, self.processes)
+        self.resources.callback(server.close)
+        return server
 
     @property
     def stop_requested(self) -> bool:

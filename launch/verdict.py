@@ -5,9 +5,9 @@ import signal
 from rich.console import Console
 
 from qwenlora.launch.children import Children
-from qwenlora.launch.deaths import first_killed
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.history import EXIT_CODES
+from qwenlora.run.rank_deaths import first_killed
 from qwenlora.run.records import RankError, Reason
 
 TAIL_LINES = 15
@@ -69,13 +69,14 @@ def first_error(folder: RunFolder, attempt: int) -> RankError | None:
     for log in sorted(folder.logs(attempt).glob("launch*.log")):  # one for each node
         if not (killed := first_killed(log.read_text(encoding="utf-8", errors="replace"))):
             continue
-        rank, number = f"rank-{killed[0]}", killed[1]
+        process, number = killed
         # launchers end the other ranks by SIGTERM; a rank that has written its error died of that
-        if number != signal.SIGTERM and rank not in {error.process for error in errors}:
-            message = f"{rank.replace('-', ' ')} was killed by {signal.Signals(number).name}, not by qwenlora"
+        if number != signal.SIGTERM and process not in {error.process for error in errors}:
+            who = "the preparation" if process == "prepare" else process.replace("-", " ")
+            message = f"{who} was killed by {signal.Signals(number).name}, not by qwenlora"
             if number == signal.SIGKILL:
                 message += ": by hand, by the scheduler, or for lack of memory (dmesg says)"
-            return RankError(process=rank, time=0.0, message=message, code=1, ours=False)
+            return RankError(process=process, time=0.0, message=message, code=1, ours=False)
     return min(errors, key=lambda error: error.time, default=None)
 
 

@@ -5,6 +5,7 @@ import time
 from qwenlora.launch import stalls
 from qwenlora.launch.causes import cause_of_stop
 from qwenlora.launch.deaths import Deaths
+from qwenlora.launch.forkserver import Forked
 from qwenlora.launch.messages import (
     AgentLost,
     AgentMessage,
@@ -28,12 +29,12 @@ STACKS_S = 3.0  # for all nodes to write their stacks
 class Watch:
     """Watches one attempt on one node. fault: what went wrong, where the ranks cannot report it; beats: the
     folder of the ranks' signs of life, once they start; cause: why Slurm ended the attempt (causes.py);
-    agent_lost: another node's agent is gone; deaths: set for a launcher that does not report killed ranks."""
+    agent_lost: another node's agent is gone; failures: reports when a rank has failed, once ranks run."""
 
     def __init__(self, node: Node, attempt: int) -> None:
         self.node, self.attempt = node, attempt
         self.fault = self.beats = self.cause = ""
-        self.deaths: Deaths | None = None
+        self.failures: Forked | Deaths | None = None
         self.agent_lost = self.run_over = False
         self._asked_slurm = self._stalled = False
         self._kill_at = float("inf")
@@ -52,8 +53,8 @@ class Watch:
 
     def while_training(self) -> None:
         """Look once; called several times a second."""
-        if self.deaths and self.deaths.report_killed():
-            self._end_within(GRACE_S)  # the other ranks wait for the one that died
+        if self.failures and self.failures.reports_failure():
+            self._end_within(GRACE_S)  # the other ranks wait for the one that failed
         self._ask_slurm()
         while message := self.node.meeting.receive():
             self._handle(message)

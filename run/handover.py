@@ -1,4 +1,5 @@
-"""The values that an agent passes to its ranks in an environment variable, and their defaults."""
+"""What an agent passes on: to its ranks values in an environment variable, to its forkserver what to
+start."""
 
 import os
 from dataclasses import dataclass
@@ -35,7 +36,28 @@ class Handover:
         return {_VARIABLE: _JSON.dump_json(self).decode()}
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a forkserver is to start: processes of trainer/main.py. arguments: of each; log: a file, for what
+    they write to standard error; variables: those of each, which its environment has besides the
+    forkserver's."""
+
+    arguments: list[str]
+    log: str
+    variables: list[dict[str, str]]
+
+    @classmethod
+    def parse(cls, line: bytes) -> "Start":
+        """Return what a line of JSON holds."""
+        return _START.validate_json(line)
+
+    def line(self) -> bytes:
+        """Return this as a line of JSON."""
+        return _START.dump_json(self) + b"\n"
+
+
 _JSON = TypeAdapter(Handover)
+_START = TypeAdapter(Start)
 
 
 def received() -> Handover:

@@ -8,6 +8,7 @@ the ranks. Libraries that print at import are imported after the screen is taken
 import os
 import sys
 from functools import partial
+from typing import NoReturn
 
 from qwenlora.configs import load_config
 from qwenlora.data.freshness import is_current
@@ -102,9 +103,14 @@ def _join(process: Process) -> Heart:
     return heart
 
 
-if __name__ == "__main__":
+def run_process(arguments: list[str]) -> NoReturn:
+    """Be this process, to its end."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main(arguments))
     except ValueError as refusal:  # before there was a run folder to write to
         print(f"error: {refusal}", file=sys.stderr)
         sys.exit(EXIT_CODES["refused"])
+
+
+if __name__ == "__main__":
+    run_process(sys.argv[1:])

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qwenlora.launch.deaths import Deaths, killed_line
+from qwenlora.launch.deaths import Deaths
 from qwenlora.run import heartbeat
+from qwenlora.run.rank_deaths import killed_line
 
 LONG_S = 60.0
 
@@ -34,17 +35,17 @@ def test_the_end_of_a_rank_wakes_who_waits_and_is_told_once(ranks):
     sleepers, folder = ranks
     with Deaths(folder, log := io.BytesIO(), 2) as deaths:
         deaths.pause(0)
-        assert not deaths.report_killed()
+        assert not deaths.reports_failure()
         sleepers[1].send_signal(signal.SIGSEGV)
         start = time.monotonic()
         deaths.pause(LONG_S)
         assert time.monotonic() - start < LONG_S / 2, "it was woken"
-        assert deaths.report_killed()
-        assert not deaths.report_killed()
+        assert deaths.reports_failure()
+        assert not deaths.reports_failure()
         sleepers[0].kill()
         deaths.pause(LONG_S)
-        assert not deaths.report_killed(), "the first one is why the others end"
-    assert log.getvalue().decode() == killed_line(1, signal.SIGSEGV)
+        assert not deaths.reports_failure(), "the first one is why the others end"
+    assert log.getvalue().decode() == killed_line("rank-1", signal.SIGSEGV)
 
 
 def test_a_rank_that_leaves_was_not_killed(monkeypatch):
@@ -54,12 +55,14 @@ def test_a_rank_that_leaves_was_not_killed(monkeypatch):
         heartbeat.Heart(folder, 0).beat(1)
         leaver.stdin.close()
         deaths.pause(LONG_S)
-        assert not deaths.report_killed()
+        assert not deaths.reports_failure()
         assert leaver.wait() == 3
     assert log.getvalue() == b""
 
 
-@pytest.mark.parametrize(("code", "line"), [(247, killed_line(1, 9)), (1, ""), (75, ""), (-9, ""), (0, "")])
+@pytest.mark.parametrize(
+    ("code", "line"), [(247, killed_line("rank-1", 9)), (1, ""), (75, ""), (-9, ""), (0, "")]
+)
 def test_the_launchers_exit_code_tells_of_an_only_rank(ranks, code, line):
     folder = ranks[1]
     Path(folder, "0").unlink()
@@ -85,5 +88,5 @@ def test_on_a_kernel_without_pidfd_it_waits_as_long_as_it_was_told(ranks, monkey
         start = time.monotonic()
         deaths.pause(0.5)
         assert time.monotonic() - start >= 0.5
-        assert deaths.report_killed()
-    assert log.getvalue().decode() == killed_line(0, 9)
+        assert deaths.reports_failure()
+    assert log.getvalue().decode() == killed_line("rank-0", 9)

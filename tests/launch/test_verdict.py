@@ -6,9 +6,9 @@ import signal
 import pytest
 from rich.console import Console
 
-from qwenlora.launch.deaths import killed_line
 from qwenlora.launch.verdict import conclude, first_error
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.rank_deaths import killed_line
 from qwenlora.run.records import RankError
 
 
@@ -84,10 +84,10 @@ def test_the_rank_that_torchrun_saw_killed_on_any_node_comes_first(folder):
 def test_who_failed_first(folder, errors, number, first):
     for rank, message in errors.items():
         write_error(folder, rank, message)
-    folder.log(1, "launch").write_text(killed_line(3, number))
+    folder.log(1, "launch").write_text(killed_line("rank-3", number))
     assert first_error(folder, 1).message.startswith(first)
 
 
 def test_a_rank_that_sigterm_ended_is_no_error(folder):
-    folder.log(1, "launch").write_text(killed_line(3, signal.SIGTERM))
+    folder.log(1, "launch").write_text(killed_line("rank-3", signal.SIGTERM))
     assert first_error(folder, 1) is None

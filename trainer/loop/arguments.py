@@ -14,6 +14,7 @@ from qwenlora.data.order import Order, accumulation_steps, total_steps
 from qwenlora.data.packing import Packs
 from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.hidden import show_bitsandbytes
 from qwenlora.trainer.loop.schedule import check_schedule
 from qwenlora.trainer.model.base import pick_dtype
 
@@ -49,6 +50,8 @@ def training_arguments(
     train = config.train
     dtype = pick_dtype(config.model.dtype)
     on_gpu = torch.cuda.is_available()
+    if train.optim not in OF_TORCH:
+        show_bitsandbytes()
     return TrainingArguments(
         output_dir=str(run.path),
         **train.model_dump(include=SAME_NAME),
@@ -101,6 +104,7 @@ def check_optimizer(train: Train) -> None:
         )
     if name in OF_TORCH:
         return
+    show_bitsandbytes()
     from transformers import Trainer  # takes seconds, as it brings datasets and pandas
 
     defaults = {field.name: field.default for field in fields(TrainingArguments)}

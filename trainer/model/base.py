@@ -21,6 +21,7 @@ from qwenlora.data.chat import forget_calls
 from qwenlora.data.turns import TURN_END
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import and_more, shape
+from qwenlora.trainer.hidden import show_bitsandbytes
 from qwenlora.trainer.model import damage, head, quantised
 from qwenlora.trainer.model.base_files import stored_in
 from qwenlora.trainer.model.tiny import build_tiny
@@ -176,6 +177,8 @@ def _read_config_of(config: Config, base: str) -> Any:
             f"model.name_or_path={config.model.name_or_path} is of type {model_config.model_type}, which this"
             f" transformers has no text model for; it has {qwens}"
         )
+    if config.strategy.quantization != "none" or quantised_files(model_config):
+        show_bitsandbytes()
     return model_config
 
 

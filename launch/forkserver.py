@@ -1,0 +1,111 @@
+"""The agent's side of trainer/forkserver.py, which imports the libraries once, and forks preparation and
+ranks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from qwenlora.launch.children import prepare_child
+from qwenlora.run.folder import PREPARE_ONLY, RunFolder
+from qwenlora.run.handover import Start
+
+MODULE = "qwenlora.trainer.forkserver"
+
+
+class Forkserver:
+    """A process that starts others for this node. It imports from the moment this is made."""
+
+    def __init__(self, folder: RunFolder, processes: int) -> None:
+        """folder: of the run; processes: ranks of this node."""
+        self._folder = folder
+        self._early_log = tempfile.TemporaryFile()  # noqa: SIM115  there may be no attempt with a log yet
+        self.answers, its_end = socket.socketpair()
+        self.answers.setblocking(False)
+        # without PYTHONSAFEPATH, `python -m` takes a random.py of the working folder for Python's own
+        environment = os.environ | {"PYTHONSAFEPATH": "1"}
+        if processes > 1:  # as torchrun does: otherwise each rank would take all cores
+            environment.setdefault("OMP_NUM_THREADS", "1")
+        with its_end:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-m", MODULE, str(folder.config)],  # the config shows whose it is
+                env=environment,
+                stdin=its_end,
+                stderr=self._early_log,
+                start_new_session=True,
+                preexec_fn=prepare_child,
+            )
+
+    def close(self) -> None:
+        """End the process, and what it started."""
+        self.process.kill()
+        self.process.wait()
+        self.answers.close()
+        self._early_log.close()
+
+    def prepare(self, attempt: int, variables: dict[str, str]) -> "Forked":
+        """Start the preparation. variables: for its environment."""
+        return self._start(attempt, "launch", [PREPARE_ONLY], [variables])
+
+    def train(self, attempt: int, log: str, variables: list[dict[str, str]]) -> "Forked":
+        """Start the ranks. log: the name of the launch log; variables: for the environment of each."""
+        return self._start(attempt, log, [], variables)
+
+    def copy_early_log(self, log: Path) -> None:
+        """Append to a log what the process wrote before it was told of one."""
+        self._early_log.seek(0)
+        with log.open("ab") as file:
+            file.write(self._early_log.read())
+
+    def _start(self, attempt: int, log: str, options: list[str], variables: list[dict[str, str]]) -> "Forked":
+        start = Start([str(self._folder.config), *options], str(self._folder.log(attempt, log)), variables)
+        with suppress(OSError):  # it has ended, which Forked.poll sees
+            self.answers.sendall(start.line())
+        return Forked(self, start)
+
+
+class Forked:
+    """Processes that a forkserver was told to start, as children.py runs them."""
+
+    def __init__(self, server: Forkserver, start: Start) -> None:
+        self._server, self._start = server, start
+        self._received = b""
+        self._reported = False
+
+    def poll(self) -> int | None:
+        """Return the exit code of the first process that failed, else 0; None while they run."""
+        if (answer := self._answer("ended")) is not None:
+            return answer
+        if (code := self._server.process.poll()) is not None:
+            self._server.copy_early_log(Path(self._start.log))
+        return code
+
+    def reports_failure(self) -> bool:
+        """Whether a process has failed, while others may still run; true once."""
+        reports = not self._reported and self._answer("failed") is not None
+        self._reported |= reports
+        return reports
+
+    def ranks(self) -> list[psutil.Process]:
+        """Return the ranks that run; none while it prepares."""
+        if PREPARE_ONLY in self._start.arguments:
+            return []
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(self._server.process.pid).children()
+        return []
+
+    def kill(self) -> None:
+        """Kill the forkserver; the kernel then ends what it started."""
+        self._server.process.kill()
+
+    def _answer(self, what: str) -> int | None:
+        with suppress(OSError):  # nothing new
+            self._received += self._server.answers.recv(4096)
+        answers = [json.loads(line) for line in self._received.split(b"\n")[:-1]]
+        return next((int(answer[what]) for answer in answers if what in answer), None)

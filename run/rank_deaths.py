@@ -1,0 +1,16 @@
+"""The line in a launch log that says which process a signal killed: it could not say so itself."""
+
+import re
+
+_KILLED = re.compile(r"^(rank-\d+|prepare) was killed by signal (\d+)$", re.MULTILINE)
+
+
+def killed_line(process: str, number: int) -> str:
+    """Return the line for a process that a signal killed. process: `rank-0` ... or `prepare`."""
+    return f"{process} was killed by signal {number}\n"
+
+
+def first_killed(log: str) -> tuple[str, int] | None:
+    """Return (process, signal) of the first process that a log reports as killed; else None."""
+    match = _KILLED.search(log)
+    return (match[1], int(match[2])) if match else None
