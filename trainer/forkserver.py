@@ -22,6 +22,7 @@ from typing import BinaryIO
 from qwenlora.run.folder import PREPARE_ONLY
 from qwenlora.run.handover import Start
 from qwenlora.run.history import EXIT_CODES
+from qwenlora.run.orphans import die_with_parent
 from qwenlora.run.rank_deaths import killed_line
 from qwenlora.trainer.hidden import hidden
 
@@ -36,10 +37,9 @@ ASKS_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch.cuda.is_available() then le
 
 
 def serve() -> list[str]:
-    """Import the libraries, and fork what the agent asks for; this process never returns. Return, in a
-    process that
-    was forked: its arguments for trainer/main.py."""
-    screen = os.dup(1)
+    """Import the libraries, and fork what the agent asks for; in this process it never returns. In a process
+    that was forked, return the arguments for trainer/main.py."""
+    screen, me = os.dup(1), os.getpid()
     os.dup2(2, 1)  # what libraries print at import is for the log
     _import_libraries()
     with os.fdopen(os.dup(0), "r+b", buffering=0) as agent:
@@ -49,6 +49,7 @@ def serve() -> list[str]:
                 os.dup2(log.fileno(), 2)
             for variables in start.variables:
                 if not (pid := os.fork()):
+                    die_with_parent(me)
                     agent.close()
                     _become(start.arguments, variables, screen)
                     return start.arguments

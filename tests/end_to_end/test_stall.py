@@ -22,10 +22,7 @@ def ranks(run):
         for one in psutil.process_iter(["cmdline"])
         if str(run / "config.yaml") in (one.info["cmdline"] or [])
     ]
-    environments = [
-        (one, one.environ()) for one in ours if "torch.distributed.run" not in one.info["cmdline"]
-    ]
-    return {int(environment["RANK"]): one for one, environment in environments if "RANK" in environment}
+    return {int(one.name().removeprefix("rank-")): one for one in ours if one.name().startswith("rank-")}
 
 
 def start(folder, *arguments):

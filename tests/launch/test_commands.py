@@ -7,10 +7,23 @@ from dataclasses import replace
 
 import pytest
 
+from qwenlora.configs.schema import Config, Data, Launch, Model
 from qwenlora.launch import commands
 from qwenlora.launch.allocation import Allocation
+from qwenlora.launch.launcher import rank_variables
+from qwenlora.launch.node import Node
 
 ALLOCATION = Allocation(0, ("127.0.0.1", "127.0.0.2"), None, 0, False, name="n", secret="s")
+
+
+@pytest.fixture
+def node_of():
+    def node_of(allocation, processes):
+        config = Config(run_dir="runs/x", model=Model(name_or_path="tiny"), data=Data(train="example"))
+        config = config.model_copy(update={"launch": Launch(nproc_per_node=processes)})
+        return Node(config, allocation, None, None, None, None)
+
+    return node_of
 
 
 def world(argv: list[str]) -> dict:
@@ -26,7 +39,6 @@ def test_the_torchrun_command_is_a_list_and_asks_for_a_free_port(tmp_path):
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node=2",
-        "--signals-to-handle=SIGQUIT",
         "-m",
         "qwenlora.trainer.main",
         f"{tmp_path}/a b; rm -rf x/config.yaml",
@@ -63,27 +75,22 @@ def test_the_command_on_the_second_of_three_nodes(monkeypatch):
     assert argv[4:7] == ["--node_rank=1", "--master_addr=node1", "--master_port=12345"]
 
 
-def test_torchrun_on_the_hosts_of_a_hostfile():
-    second = replace(ALLOCATION, node=1, hosts=("node1", "node2"))
-    rendezvous = commands.rendezvous_options(second, "n.1", 12345, 60)
-    argv = commands.torchrun_argv(["config.yaml"], 4, rendezvous)
-    assert argv[3:9] == [
-        "--rdzv-backend=static",
-        "--nnodes=2",
-        "--node-rank=1",
-        "--master-addr=node1",
-        "--master-port=12345",
-        "--nproc-per-node=4",
+def test_the_ranks_of_the_second_node_follow_those_of_the_first(node_of):
+    second = node_of(replace(ALLOCATION, node=1, hosts=("node1", "node2")), processes=2)
+    assert rank_variables(second, 12345) == [
+        {
+            "MASTER_ADDR": "node1",
+            "MASTER_PORT": "12345",
+            "LOCAL_WORLD_SIZE": "2",
+            "WORLD_SIZE": "4",
+            "GROUP_RANK": "1",
+            "LOCAL_RANK": str(local),
+            "RANK": str(2 + local),
+        }
+        for local in range(2)
     ]
 
 
-@pytest.mark.parametrize("node", [0, 1])
-def test_torchrun_on_the_nodes_of_a_job(node):
-    allocation = Allocation(node, ("node1", "node2"), "12", 0, True)
-    assert commands.rendezvous_options(allocation, "12.0.1", 12345, 90) == [
-        "--nnodes=2",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=node1:12345",
-        "--rdzv-id=12.0.1",
-        f"--rdzv-conf=is_host={1 - node},join_timeout=90,last_call_timeout=1",
-    ]
+def test_the_ranks_of_one_machine_meet_on_it_whatever_its_name_is(node_of):
+    (rank,) = rank_variables(node_of(Allocation(0, ("no.such.name",), None, 0, False), processes=1), 12345)
+    assert (rank["MASTER_ADDR"], rank["RANK"], rank["WORLD_SIZE"]) == ("127.0.0.1", "0", "1")

@@ -74,7 +74,7 @@ def test_a_rank_that_hangs_on_another_node_is_named_and_the_job_comes_back(clust
     job = sbatch(cluster, tmp_path, config, "run_dir=runs/run", "launch.stall_timeout_s=15")
     wait_for_step(tmp_path / "runs/run", 1, 6)
     cluster.script(
-        "sh", "node2", "kill", "-STOP", node_process(cluster, "node2", "-u -m qwenlora.trainer.main")
+        "sh", "node2", "kill", "-STOP", cluster.script("sh", "node2", "pgrep", "-x", "rank-1").strip()
     )
     cluster.wait(job, "COMPLETED", timeout=900)
     first, second = attempts(tmp_path / "runs/run")

@@ -3,8 +3,8 @@ otherwise.
 
 A nursery (one a test session) imports the libraries, and no line of qwenlora. `Popen` has it fork what would
 be
-`python -c "...main()" train ...`; what such a process starts with subprocess.Popen (the preparation,
-torchrun, the ranks) is forked from it in turn. Each is a process of its own in every other respect: parent,
+`python -c "...main()" train ...`; what such a process starts with subprocess.Popen (its
+forkserver, DeepSpeed's launcher, the ranks) is forked from it in turn. Each is a process of its own in every other respect: parent,
 session, signals, death with the parent, command line, environment, open files, exit code, and qwenlora's
 modules imported anew.
 
@@ -40,7 +40,12 @@ from pathlib import Path
 from typing import Any
 
 COMMAND = (sys.executable, "-c", "from qwenlora.cli.main import main; main()")
-MODULES = ("qwenlora.trainer.main", "torch.distributed.run", "deepspeed.launcher.launch")
+MODULES = (
+    "qwenlora.trainer.forkserver",
+    "qwenlora.trainer.main",
+    "torch.distributed.run",
+    "deepspeed.launcher.launch",
+)
 SABOTAGE = (
     "QWENLORA_TESTS_SABOTAGE"  # a file that such a process runs first, as Python does with sitecustomize.py
 )

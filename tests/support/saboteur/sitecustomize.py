@@ -18,9 +18,9 @@ _FILE_EVENTS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rm
 
 
 def _name():
-    if "qwenlora.trainer.main" not in sys.orig_argv or "torch.distributed.run" in sys.orig_argv:
-        return "other"
-    return "prepare" if "--prepare-only" in sys.orig_argv else f"rank-{os.environ.get('RANK', 0)}"
+    if "qwenlora.trainer.main" in sys.orig_argv and "torch.distributed.run" not in sys.orig_argv:
+        return f"rank-{os.environ.get('RANK', 0)}"
+    return Path("/proc/self/comm").read_text().strip()  # of a process that a forkserver has forked
 
 
 def _kill(everyone):
@@ -80,10 +80,31 @@ class _Operations:
                 file.write(f"{threading.current_thread().name} {event} {path}\n")
 
 
-_plan = json.loads(os.environ.get("QWENLORA_CHAOS", "{}"))
-if _plan.get("process") == _name():
+def _begin():
+    if _plan and "qwenlora.trainer.forkserver" in sys.orig_argv:
+        os.register_at_fork(after_in_child=_begin_when_named)
+    elif _plan.get("process") == _name():
+        _harm()
+
+
+def _begin_when_named():
+    def wait():
+        before = _name()
+        while _name() == before:
+            time.sleep(0.0005)
+        if _plan["process"] == _name():
+            _harm()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _harm():
     if "inside" in _plan:
         arguments = (_plan["inside"], _plan["nth"], _plan["after_s"], _plan["everyone"])
         threading.Thread(target=_watch, args=arguments, daemon=True).start()
     else:
         _Operations(_plan.get("operation", -1), _plan.get("everyone"), _plan.get("count"))
+
+
+_plan = json.loads(os.environ.get("QWENLORA_CHAOS", "{}"))
+_begin()

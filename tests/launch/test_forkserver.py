@@ -1,0 +1,138 @@
+"""What an agent's forkserver starts, and what the agent learns of its end. The processes are real; instead of
+trainer/main.py they run a few lines."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qwenlora.launch import forkserver
+from qwenlora.launch.children import Children
+from qwenlora.launch.forkserver import Forkserver
+from qwenlora.run.folder import RunFolder
+
+# in the place of qwenlora.trainer.forkserver: without the libraries, and with work that a test chooses
+SERVER = """
+import os, sys, time
+from qwenlora.trainer import forkserver
+forkserver.MODULES = ("json", "a_library_that_is_not_here")
+arguments = forkserver.serve()
+exec(os.environ["WORK"])
+"""
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.logs(1).mkdir(parents=True)
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        forkserver.subprocess,
+        "Popen",
+        lambda argv, **options: real([sys.executable, "-c", SERVER, argv[-1]], **options),
+    )
+    server = Forkserver(folder, 2)
+    yield server
+    server.close()
+
+
+def ended(forked):
+    end = time.monotonic() + 60
+    while (code := forked.poll()) is None:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return code
+
+
+def log(server):
+    return server._folder.log(1, "launch").read_text()
+
+
+def ranks(*work):
+    return [{"RANK": str(number), "WORK": lines} for number, lines in enumerate(work)]
+
+
+def test_a_rank_has_its_variables_name_arguments_and_log_and_no_other_files(server, capfd):
+    look = """
+import pathlib
+print(pathlib.Path("/proc/self/comm").read_text().strip(), os.environ["RANK"], arguments, file=sys.stderr)
+print(sorted(int(n) for n in os.listdir("/proc/self/fd"))[:4], sys.stdin.read() == "", file=sys.stderr)
+"""
+    assert ended(server.train(1, "launch", ranks(look))) == 0
+    config = str(server._folder.config)
+    assert log(server).splitlines() == [f"rank-0 0 [{config!r}]", "[0, 1, 2, 3] True"]
+
+
+def test_the_preparation_is_named_and_comes_before_the_ranks(server):
+    assert ended(server.prepare(1, {"WORK": "print(arguments[1], file=sys.stderr); sys.exit(2)"})) == 2
+    assert ended(server.train(1, "launch", ranks("print('rank', file=sys.stderr)"))) == 0
+    assert log(server) == "--prepare-only\nrank\n"
+
+
+def test_a_failure_is_known_while_the_others_still_run(server):
+    forked = server.train(1, "launch", ranks("time.sleep(600)", "os._exit(1)"))
+    end = time.monotonic() + 60
+    while not forked.reports_failure():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert not forked.reports_failure(), "once"
+    assert forked.poll() is None
+    (rank,) = forked.ranks()
+    assert rank.name() == "rank-0"
+    forked.kill()
+    assert ended(forked) == -signal.SIGKILL
+    rank.wait(60)
+
+
+def test_a_killed_rank_is_in_the_log_and_the_first_failure_is_the_exit_code(server):
+    wait = (
+        "import pathlib\nwhile not pathlib.Path(sys.argv[1] + '.go').exists(): time.sleep(0.01)\nos._exit(3)"
+    )
+    forked = server.train(1, "launch", ranks("os.kill(os.getpid(), 9)", wait))
+    end = time.monotonic() + 60
+    while not forked.reports_failure():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    (server._folder.path / "config.yaml.go").touch()
+    assert ended(forked) == -signal.SIGKILL
+    assert log(server) == "rank-0 was killed by signal 9\n"
+
+
+def test_ranks_that_leave_to_be_requeued_have_not_failed(server):
+    forked = server.train(1, "launch", ranks("os._exit(75)", "os._exit(75)"))
+    assert ended(forked) == 75
+    assert not forked.reports_failure()
+
+
+def test_what_it_wrote_is_in_the_log_if_it_dies_before_it_starts_anything(server):
+    os.pwrite(server._early_log.fileno(), b"Illegal instruction\n", 0)
+    server.process.kill()
+    server.process.wait()
+    forked = server.train(1, "launch", ranks("pass"))
+    assert ended(forked) == -signal.SIGKILL
+    assert log(server) == "Illegal instruction\n"
+
+
+def test_a_stop_request_reaches_ranks_but_ends_a_preparation(server):
+    handle = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: os._exit(75))\ntime.sleep(600)"
+    for start, expected in (
+        (lambda: server.train(1, "launch", ranks(handle, handle)), 75),
+        (lambda: server.prepare(1, {"WORK": "time.sleep(600)"}), -signal.SIGKILL),
+    ):
+        children = Children()
+        children.stop_requested, children.stop_signal = True, "SIGTERM"
+        forked = start()
+        end = time.monotonic() + 60
+        while expected == 75 and len(forked.ranks()) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert children.run(forked, lambda: None) == expected
+
+
+def test_ranks_share_the_cores_as_under_torchrun(server):
+    show = "print(os.environ['OMP_NUM_THREADS'], file=sys.stderr)"
+    assert ended(server.train(1, "launch", ranks(show))) == 0
+    assert log(server) == f"{os.environ.get('OMP_NUM_THREADS', '1')}\n"
