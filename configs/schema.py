@@ -337,7 +337,10 @@ class Launch(Section):
     """How processes start."""
 
     launcher: Literal["torchrun", "deepspeed"] = Field(
-        "torchrun", description="What starts the processes of a node; in Slurm jobs always torchrun."
+        "torchrun",
+        description="What starts the processes of a node: qwenlora, as torchrun does, or DeepSpeed's"
+        " launcher; in"
+        " Slurm jobs always torchrun.",
     )
     hostfile: Text | None = Field(
         None,

@@ -3,10 +3,10 @@ otherwise.
 
 A nursery (one a test session) imports the libraries, and no line of qwenlora. `Popen` has it fork what would
 be
-`python -c "...main()" train ...`; what such a process starts with subprocess.Popen (its
-forkserver, DeepSpeed's launcher, the ranks) is forked from it in turn. Each is a process of its own in every other respect: parent,
-session, signals, death with the parent, command line, environment, open files, exit code, and qwenlora's
-modules imported anew.
+`python -c "...main()" train ...`; what such a process starts with subprocess.Popen (its forkserver, torchrun,
+DeepSpeed's launcher, the ranks) is forked from it in turn. Each is a process of its own in every other
+respect: parent, session, signals, death with the parent, command line, environment, open files, exit code,
+and qwenlora's modules imported anew.
 
 What a new interpreter would do otherwise with its environment (PYTHONPATH, HF_HOME ...) gets one, and so do
 all where Linux does not let a process name its command line.
