@@ -339,8 +339,7 @@ class Launch(Section):
     launcher: Literal["torchrun", "deepspeed"] = Field(
         "torchrun",
         description="What starts the processes of a node: qwenlora, as torchrun does, or DeepSpeed's"
-        " launcher; in"
-        " Slurm jobs always torchrun.",
+        " launcher; in Slurm jobs always torchrun.",
     )
     hostfile: Text | None = Field(
         None,

@@ -33,10 +33,10 @@ class Forkserver:
         if processes > 1:  # as torchrun does: otherwise each rank would take all cores
             environment.setdefault("OMP_NUM_THREADS", "1")
         with its_end:
-            self.process = subprocess.Popen(
+            self.process: subprocess.Popen[bytes] = subprocess.Popen(
                 [sys.executable, "-u", "-m", MODULE, str(folder.config)],  # the config shows whose it is
                 env=environment,
-                stdin=its_end,
+                stdin=its_end.fileno(),
                 stderr=self._early_log,
                 start_new_session=True,
                 preexec_fn=prepare_child,
