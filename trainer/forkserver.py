@@ -82,8 +82,10 @@ def _become(arguments: list[str], variables: dict[str, str], screen: int) -> Non
     os.close(nothing)
     Path("/proc/self/comm").write_text(_name(arguments, variables))  # as ps and top show it
     torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_initialized():
-        os.execv(sys.executable, [sys.executable, "-u", "-m", "qwenlora.trainer.main", *arguments])  # noqa: S606
+    if torch and torch.cuda._is_in_bad_fork():  # what torch itself asks before it refuses to use CUDA
+        os.execv(  # noqa: S606
+            sys.executable, [sys.executable, "-u", "-m", "qwenlora.trainer.main", *arguments]
+        )
 
 
 def _name(arguments: list[str], variables: dict[str, str]) -> str:

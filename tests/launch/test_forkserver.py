@@ -14,18 +14,26 @@ from qwenlora.launch.children import Children
 from qwenlora.launch.forkserver import Forkserver
 from qwenlora.run.folder import RunFolder
 
+# if a test wants it: as if a library had used CUDA while it was imported
+USED_CUDA = (
+    "torch = types.ModuleType('torch'); torch.cuda = types.SimpleNamespace(_is_in_bad_fork=lambda: True);"
+)
+USED_CUDA += "sys.modules['torch'] = torch"
+
 # in the place of qwenlora.trainer.forkserver: without the libraries, and with work that a test chooses
 SERVER = """
-import os, sys, time
+import os, sys, time, types
 from qwenlora.trainer import forkserver
 forkserver.MODULES = ("json", "a_library_that_is_not_here")
+exec(os.environ.get("BEFORE", ""))
 arguments = forkserver.serve()
 exec(os.environ["WORK"])
 """
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def server(tmp_path, monkeypatch, request):
+    monkeypatch.setenv("BEFORE", getattr(request, "param", ""))
     folder = RunFolder(str(tmp_path / "run"))
     folder.logs(1).mkdir(parents=True)
     real = subprocess.Popen
@@ -136,3 +144,9 @@ def test_ranks_share_the_cores_as_under_torchrun(server):
     show = "print(os.environ['OMP_NUM_THREADS'], file=sys.stderr)"
     assert ended(server.train(1, "launch", ranks(show))) == 0
     assert log(server) == f"{os.environ.get('OMP_NUM_THREADS', '1')}\n"
+
+
+@pytest.mark.parametrize("server", [USED_CUDA], indirect=True)
+def test_where_an_import_has_used_cuda_ranks_begin_as_new_interpreters(server):
+    assert ended(server.train(1, "launch", ranks("print('forked', file=sys.stderr)"))) == 2
+    assert log(server).startswith(f"error: no config file {server._folder.config} ")
