@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from qwenlora.adapter import quiet
+from qwenlora.trainer.hidden import hidden
 
 
 class Deferred:
@@ -17,6 +18,6 @@ class Deferred:
 
     def __getattr__(self, name: str) -> Any:
         if self._module not in sys.modules:
-            with quiet(), Console(stderr=True).status("starting", spinner_style="dim"):
+            with quiet(), hidden(), Console(stderr=True).status("starting", spinner_style="dim"):
                 importlib.import_module(self._module)
         return getattr(sys.modules[self._module], name)

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import forked
@@ -268,28 +267,18 @@ def test_a_killed_agent_leaves_no_rank_behind(tmp_path, config):
 
 
 def test_a_rank_that_crashes_ends_the_run_with_its_reason(qwenlora, tmp_path, config):
-    (tmp_path / "sabotage").mkdir()
-    (tmp_path / "sabotage" / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
+    (tmp_path / "sabotage.py").write_text(
+        "import os, sys\n"
+        "if 'qwenlora.trainer.forkserver' in sys.orig_argv:\n"
         "    import qwenlora.trainer.attempt as attempt\n"
-        "    def broken(*_): raise RuntimeError('the card fell off the bus')\n"
+        "    whole = attempt.train\n"
+        "    def broken(*given):\n"
+        "        if os.environ['RANK'] == '1': raise RuntimeError('the card fell off the bus')\n"
+        "        return whole(*given)\n"
         "    attempt.train = broken\n"
     )
-    environment = {"PYTHONPATH": str(tmp_path / "sabotage")}
-    code = (
-        "import os, sys; sys.path.insert(0, os.environ['PYTHONPATH'])\nfrom qwenlora.cli.main import main;"
-        " main()"
-    )
-    answer = subprocess.run(
-        [sys.executable, "-c", code, "train", str(config), "run_dir=run", "--nproc", "2"],
-        cwd=tmp_path,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    sabotage = {forked.SABOTAGE: str(tmp_path / "sabotage.py")}
+    answer = qwenlora("train", config, "run_dir=run", "--nproc", "2", **sabotage)
     assert answer.returncode == 1, answer.stdout
     assert "failed: RuntimeError: the card fell off the bus" in answer.stdout
     assert "rank-1.log:" in answer.stdout
