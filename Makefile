@@ -27,10 +27,8 @@ train: $(VENV)/.installed
 	@echo '== and try your own rows: README.md, "Your data, one GPU"'
 
 test: $(VENV)/.installed-test
-	@echo '== running the tests that this machine can run, two at a time'
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not long and not slurm'
-	@echo '== running those on a Slurm cluster of this machine, one after the other'
-	$(BIN)/python -m pytest --durations 25 -m 'slurm and not long'
+	@echo '== running the tests that this machine can run, two at a time, and those on a Slurm cluster beside them'
+	@tests/run.sh $(BIN)/python
 
 test-quick: $(VENV)/.installed-test
 	@echo '== running the tests that train no whole run, two at a time'

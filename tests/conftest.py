@@ -28,12 +28,15 @@ settings.load_profile("ci")  # the same examples each time; others: --hypothesis
 
 def pytest_collection_modifyitems(items):
     """Call slow what waits for a whole training run. pytest-xdist's processes begin with the files that have
-    such."""
+    such: one makes `tiny_run` at once, the others take files that need it last."""
+    needs = {item.path: None for item in items if "tiny_run" in item.fixturenames}
     for item in items:
         if "tiny_run" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        maker = next(iter(needs), None)
+        items.sort(key=lambda item: (item.path != maker, item.path not in slow, item.path in needs))
 
 
 @pytest.fixture(scope="session")
@@ -106,9 +109,16 @@ def qwenlora(tmp_path) -> Command:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """Return the run folder and the output of `qwenlora train configs/tiny.yaml`, as `make train` runs it."""
-    folder = tmp_path_factory.mktemp("tiny run")
+def tiny_run(shared) -> tuple[Path, subprocess.CompletedProcess]:
+    """Return the run folder and the output of `qwenlora train configs/tiny.yaml`, as `make train` runs it.
+    Other processes read it at the same time: a test that writes into it does so in a copy."""
+    folder = shared("tiny run", _train_tiny)
+    said = {name: (folder / name).read_text() for name in ("stdout", "stderr")}
+    return folder / "runs" / "tiny", subprocess.CompletedProcess([], 0, **said)
+
+
+def _train_tiny(folder: Path) -> None:
+    folder.mkdir()
     answer = subprocess.run(  # by new interpreters, as users run it
         [*forked.COMMAND, "train", str(ROOT / "configs" / "tiny.yaml")],
         cwd=folder,
@@ -119,7 +129,8 @@ def tiny_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
         check=False,
     )
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    return folder / "runs" / "tiny", answer
+    (folder / "stdout").write_text(answer.stdout)
+    (folder / "stderr").write_text(answer.stderr)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 
@@ -103,10 +105,12 @@ def test_metrics_hold_every_number_of_every_logging_step(metrics):
     assert training[-1]["loss"] < 0.1
 
 
-def test_compare_shows_that_the_answers_were_learnt(tiny_run, metrics, qwenlora):
-    answer = qwenlora("compare", tiny_run[0], COLUMNS="160")
+def test_compare_shows_that_the_answers_were_learnt(tiny_run, metrics, qwenlora, tmp_path):
+    copy = shutil.copytree(tiny_run[0], tmp_path / "tiny")
+    answer = qwenlora("compare", copy, COLUMNS="160")
     assert answer.returncode == 0, answer.stderr
-    assert answer.stderr == ""
+    # how far it is, said only on a busy machine
+    assert not [line for line in answer.stderr.splitlines() if not re.fullmatch(r".*%, about .* left", line)]
     last = answer.stdout.splitlines()[-1]
     match = re.fullmatch(
         r"exact answers to training questions: base (\d+) of 120 \(.*\), tiny (\d+) of 120 .*", last
@@ -116,7 +120,7 @@ def test_compare_shows_that_the_answers_were_learnt(tiny_run, metrics, qwenlora)
     assert "\nrephrased questions: 20 " in answer.stdout
     assert "\ngeneral questions: 60 " in answer.stdout
     assert answer.stdout.count("┡") == 4, "answers side by side, of each set"
-    compared = Comparison.read(tiny_run[0] / "comparison.json")
+    compared = Comparison.read(copy / "comparison.json")
     loss = {one.set: one.values[1] for one in compared.measures if one.measure == "loss"}
     assert loss["rephrased"] == pytest.approx(metrics[-1]["eval_loss"], rel=1e-4), (
         "as the run's own evaluation"
@@ -141,8 +145,6 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_answers(run):
 
 
 def test_a_done_run_notices_that_its_data_changed(tiny_run, qwenlora, tmp_path):
-    import shutil
-
     shutil.copytree(tiny_run[0], tmp_path / "run")
     facts = tmp_path / "run" / "facts.json"
     facts.write_text(facts.read_text().replace('"files_key": "', '"files_key": "0'))
@@ -152,8 +154,6 @@ def test_a_done_run_notices_that_its_data_changed(tiny_run, qwenlora, tmp_path):
 
 
 def test_a_run_that_was_moved_can_still_be_compared(tiny_run, qwenlora, tmp_path):
-    import shutil
-
     shutil.copytree(tiny_run[0], tmp_path / "moved")
     answer = qwenlora("compare", "moved", "--limit", 8, "--show", 0, "--samples", 0)
     assert answer.returncode == 0, answer.stderr
@@ -189,12 +189,13 @@ def test_a_terminal_shows_a_bar_with_the_newest_numbers(tmp_path):
     assert f"loss {last['loss']:.4f}" in bar
 
 
-def test_the_same_command_again_says_that_it_is_done(tiny_run, qwenlora):
-    before = (tiny_run[0] / "metrics.jsonl").stat()
-    answer = qwenlora("train", tiny_run[0] / "config.yaml", f"run_dir={tiny_run[0]}")
+def test_the_same_command_again_says_that_it_is_done(tiny_run, qwenlora, tmp_path):
+    copy = shutil.copytree(tiny_run[0], tmp_path / "tiny")
+    before = (copy / "metrics.jsonl").stat()
+    answer = qwenlora("train", copy / "config.yaml", f"run_dir={copy}")
     assert answer.returncode == 0
-    assert answer.stdout.startswith(f"{tiny_run[0]} is done (120 steps): the adapter is in ")
-    assert (tiny_run[0] / "metrics.jsonl").stat() == before
+    assert answer.stdout.startswith(f"{copy} is done (120 steps): the adapter is in ")
+    assert (copy / "metrics.jsonl").stat() == before
 
 
 def test_the_offline_wandb_run_holds_the_same_losses(run, metrics, read_wandb):
@@ -226,8 +227,6 @@ sys.addaudithook(guard)
 
 
 def test_offline_nothing_tries_the_network(qwenlora, tmp_path, tiny):
-    import socket
-
     (tmp_path / "guard").mkdir()
     log = tmp_path / "asked"
     (tmp_path / "guard" / "sitecustomize.py").write_text(

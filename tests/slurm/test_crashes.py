@@ -41,7 +41,7 @@ def test_a_job_whose_rank_dies_after_progress_is_restarted(cluster, tmp_path):
     plan = {"process": "rank-1", "inside": "training_step", "nth": 20, "after_s": 0, "everyone": False}
     env = {"QWENLORA_CHAOS": json.dumps(plan), forked.SABOTAGE: str(SABOTEUR)}
     job = sbatch(cluster, tmp_path, config, "run_dir=runs/run", **env)
-    cluster.wait(job, "COMPLETED", timeout=300)
+    cluster.wait(job, "COMPLETED", timeout=900)
     found = attempts(tmp_path / "runs/run")
     assert [one["reason"] for one in found] == ["failed"] * (len(found) - 1) + ["done"]
     assert len(found) > 1

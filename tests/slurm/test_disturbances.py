@@ -82,7 +82,7 @@ def submit(cluster, folder, partition="low", steps=STEPS, **options):
 
 def assert_came_through(cluster, folder, job, said, undisturbed):
     """The job is done, after exactly these attempts, and the adapter is the undisturbed one to the bit."""
-    cluster.wait(job, "COMPLETED", timeout=300)
+    cluster.wait(job, "COMPLETED", timeout=900)
     run = folder / "runs/run"
     found = attempts(run)
     assert [one["job_id"] for one in found] == [job] * (len(said) + 1)
@@ -121,7 +121,7 @@ def test_the_signal_before_the_time_limit_saves_and_the_job_goes_on(cluster, tmp
     job = submit(cluster, tmp_path, partition="main", steps=LONG, signal="USR1@60")
     wait_for_step(tmp_path / "runs/run", 1, 10)
     cluster.scontrol("update", f"JobId={job}", "EndTime=now+50seconds")  # Slurm looks every 30 s
-    wait_for_step(tmp_path / "runs/run", 2, 10, timeout_s=200)
+    wait_for_step(tmp_path / "runs/run", 2, 10)
     cluster.scontrol("update", f"JobId={job}", "TimeLimit=20")
     assert_came_through(cluster, tmp_path, job, [({"stopped"}, {"TIMEOUT"})], undisturbed)
     first, second = attempts(tmp_path / "runs/run")

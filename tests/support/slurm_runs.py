@@ -56,7 +56,7 @@ def locally(folder: Path, config: str, name: str, processes: int, *more: str) ->
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert answer.returncode == 0, answer.stdout + answer.stderr
@@ -70,7 +70,7 @@ def attempts(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
 
 
-def wait_for_step(run: Path, attempt: int, step: int, timeout_s: float = 120.0) -> None:
+def wait_for_step(run: Path, attempt: int, step: int, timeout_s: float = 600.0) -> None:
     """Wait until that attempt has trained that step."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
