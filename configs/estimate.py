@@ -14,6 +14,7 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 EAGER = 2.3  # activations with peft's LoRA layers, relative to fused kernels
 RESERVE = 2_000_000_000  # CUDA's context, NCCL's buffers, what the allocator cannot use
 LIVE = 1_000_000_000  # numbers that ZeRO-3 holds gathered (stage3_max_live_parameters)
+LOGITS_AT_ONCE = 2**27  # bytes of float32 logits that the head makes at a time
 FLOPS = 798e12  # bfloat16 matrix products of an H100, measured
 PCIE, NETWORK = 25e9, 50e9  # bytes a second that a GPU gets
 

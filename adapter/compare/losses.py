@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch.nn.functional import cross_entropy
 
 from qwenlora.adapter.answers import Question, prompt_of
 from qwenlora.configs.schema import Data
@@ -17,12 +16,11 @@ from qwenlora.data.chat import Encoder, Tokens
 from qwenlora.data.overlength import cut_to_length
 from qwenlora.data.rows import Row
 from qwenlora.run.long_work import each
-from qwenlora.trainer.loop.batches import collate
-from qwenlora.trainer.loop.weighted_loss import WEIGHTS
+from qwenlora.trainer.loop.batches import WEIGHTS, collate
+from qwenlora.trainer.loop.chunked_loss import summed_loss
 from qwenlora.trainer.model.base import IGNORED
 
 TOKENS_AT_ONCE = 16384  # of a batch, padding included
-LOGITS_AT_ONCE = 1024  # tokens whose logits are in memory: 0.6 GB of float32 at Qwen's 152 thousand words
 
 
 def trained_tokens(tokenizer: Any, rows: Sequence[Row], data: Data) -> list[Tokens]:
@@ -77,10 +75,7 @@ def mean_loss(
         weights = (batch.pop(WEIGHTS)[:, :-1] if WEIGHTS in batch else trained.float())[trained]
         with torch.inference_mode():
             states = decoder(**batch, use_cache=False).last_hidden_state[:, :-1][trained]
-            pieces = (torch.split(each, LOGITS_AT_ONCE) for each in (states, labels[trained], weights))
-            for some, targets, their_weights in zip(*pieces, strict=True):
-                losses = cross_entropy(head(some).float(), targets, reduction="none").double()
-                total += (losses * their_weights).sum().item()
+            total += summed_loss(head, states, labels[trained], weights).item()
         count += weights.double().sum().item()
     return total / count if count else None
 

@@ -16,7 +16,7 @@ from qwenlora.configs.schema import Data, Lora
 from qwenlora.data.order import Order
 from qwenlora.data.packing import pack
 from qwenlora.trainer.loop.batches import collate, collate_packs
-from qwenlora.trainer.loop.weighted_loss import use_weights, weight_of
+from qwenlora.trainer.loop.batches import weight_of
 from qwenlora.trainer.spread.sequence import Team
 
 CLOSE = 1e-6

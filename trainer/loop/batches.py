@@ -1,6 +1,6 @@
 """One rank's micro-batches as tensors: the data's order (data/order.py) as a torch DataLoader."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +11,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from qwenlora.data.chat import Tokens
 from qwenlora.data.order import MicroBatch, Order
 from qwenlora.data.prepared import Side
-from qwenlora.trainer.loop.weighted_loss import loss_weights
 from qwenlora.trainer.model.base import IGNORED
+
+WEIGHTS = "loss_weights"
 
 
 class Rows(NamedTuple):
@@ -106,7 +107,7 @@ def collate_packs(packs: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
 
 
 def _one_after_the_other(lines: list[list[Tokens]], pad_id: int) -> dict[str, Tensor]:
-    """Return input_ids and labels, and loss_weights where rows have weights (weighted_loss.py). lines: the
+    """Return input_ids and labels, and loss_weights where rows have weights (chunked_loss.py). lines: the
     rows of each line of the batch. Labels are -100 where a token is not trained, and not shifted: the model
     shifts."""
     width = max([1, *(sum(len(row.ids) for row in line) for line in lines)])
@@ -120,7 +121,34 @@ def _one_after_the_other(lines: list[list[Tokens]], pad_id: int) -> dict[str, Te
             input_ids[number, start:end] = ids
             labels[number, start:end] = ids.where(torch.from_numpy(row.trained.copy()), IGNORED)
             start = end
-    return {"input_ids": input_ids, "labels": labels} | loss_weights(lines, width)
+    return {"input_ids": input_ids, "labels": labels} | _loss_weights(lines, width)
+
+
+def _loss_weights(rows: list[list[Tokens]], width: int) -> dict[str, Tensor]:
+    """Return a batch's loss_weights; empty when no row has weights. rows: one after the other in each line of
+    the batch, width tokens."""
+    if all(row.weights is None for line in rows for row in line):
+        return {}
+    weights = torch.zeros(len(rows), width)
+    for number, line in enumerate(rows):
+        given = torch.cat([torch.from_numpy(row.given_weights()) for row in line])
+        weights[number, : len(given) - 1] = given[1:]
+    return {WEIGHTS: weights}
+
+
+def weight_of(batches: Iterable[dict[str, Tensor]], device: torch.device) -> Tensor:
+    """Return the sum of batches' weights, a float64 scalar: of trained tokens where they have none."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        total += _weight_of(batch).to(device)
+    return total
+
+
+def _weight_of(batch: dict[str, Tensor]) -> Tensor:
+    if WEIGHTS in batch:
+        return batch[WEIGHTS].double().sum()
+    labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
+    return (labels != IGNORED).double().sum()
 
 
 def seed_micro_batch(seed: int, step: int, number: int, slice_number: int = 0) -> None:

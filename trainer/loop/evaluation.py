@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from qwenlora.data.prepared import Side
-from qwenlora.trainer.loop.batches import collate
-from qwenlora.trainer.loop.weighted_loss import weight_of
+from qwenlora.trainer.loop.batches import collate, weight_of
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.ranks.stop import Stop
 

@@ -26,13 +26,13 @@ from qwenlora.run.checkpoints import ADAPTER, OPTIMIZER, STATE
 from qwenlora.run.folder import step_of
 from qwenlora.run.records import Cursor, Schedule, State
 from qwenlora.trainer.loop import state as states
-from qwenlora.trainer.loop.batches import Rows, StepLoader, seed_micro_batch
+from qwenlora.trainer.loop.batches import Rows, StepLoader, seed_micro_batch, weight_of
+from qwenlora.trainer.loop.chunked_loss import own_the_loss
 from qwenlora.trainer.loop.evaluation import eval_batches, metrics_of, sum_losses
 from qwenlora.trainer.loop.nonfinite import NonFiniteSteps
 from qwenlora.trainer.loop.resume import ResumeCallback
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.schedule import begin_above_zero, restore_schedule
-from qwenlora.trainer.loop.weighted_loss import use_weights, weight_of
 from qwenlora.trainer.ranks import faults
 from qwenlora.trainer.ranks.stop import Stop
 from qwenlora.trainer.spread.sequence import Team
@@ -90,8 +90,9 @@ class LoraTrainer(Trainer):
         )
         self.team = team or Team(number=args.process_index, teams=args.world_size)
         self.nonfinite = NonFiniteSteps(config, rows, self.team)
-        if rows.weighted:
-            use_weights(self.model, accepts=self.model_accepts_loss_kwargs and self._loss_shifts_labels)
+        of_transformers = self.model_accepts_loss_kwargs and self._loss_shifts_labels
+        if note := own_the_loss(self.model, accepts=of_transformers, weighted=rows.weighted):
+            self.warn(note)
         self.remove_callback(PrinterCallback)
         self.add_callback(ResumeCallback(self))
 

@@ -50,7 +50,7 @@ class Zero:
     holds this rank's shards of them, flattened."""
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: DeepSpeedConfig
+        self, model: Any, optimizer: torch.optim.Optimizer, settings: DeepSpeedConfig
     ) -> None:
         start_communication()
         import deepspeed
@@ -60,6 +60,9 @@ class Zero:
         self.parameters: list[tuple[str, Any]] = [
             (name, p) for name, p in model.named_parameters() if p.requires_grad
         ]
+        if self.stage == 3 and list((head := model.get_output_embeddings()).children()):
+            # LoRA's parts of a head are gathered together: ranks call them for different numbers of chunks
+            deepspeed.utils.set_z3_leaf_module(head, True)
         self.engine: Any = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
