@@ -15,8 +15,8 @@ from qwenlora.adapter.compare.losses import mean_loss
 from qwenlora.configs.schema import Data, Lora
 from qwenlora.data.order import Order
 from qwenlora.data.packing import pack
-from qwenlora.trainer.loop.batches import collate, collate_packs
-from qwenlora.trainer.loop.batches import weight_of
+from qwenlora.trainer.loop.batches import collate, collate_packs, weight_of
+from qwenlora.trainer.loop.chunked_loss import own_the_loss
 from qwenlora.trainer.spread.sequence import Team
 
 CLOSE = 1e-6
@@ -72,9 +72,8 @@ def test_equal_weights_are_the_plain_mean(tiny, tmp_path):
     assert losses == pytest.approx(losses[:1] * 3, abs=CLOSE)
 
 
-def test_without_weights_nothing_is_changed(tiny, tmp_path):
+def test_without_weights_batches_have_none(tiny, tmp_path):
     made = trainer_of(tiny, tmp_path, side_of(8), config_of(), side_of(5))
-    assert "_loss_function" not in vars(made.peft_model.get_base_model())
     assert "loss_weights" not in next(iter(made.get_train_dataloader()))
 
 
@@ -99,7 +98,7 @@ def test_weights_are_shifted_and_padded_as_labels_are():
 
 def test_a_blank_batch_adds_nothing(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    use_weights(model, accepts=True)
+    own_the_loss(model, accepts=True, weighted=True)
     blank = collate([], 0)
     assert weight_of([blank], "cpu") == 0
     loss = model(**blank, num_items_in_batch=torch.tensor(2.5)).loss
@@ -109,7 +108,7 @@ def test_a_blank_batch_adds_nothing(tiny):
 def test_a_model_that_computes_its_loss_by_itself_is_refused(tiny):
     model = model_of(AutoModelForCausalLM.from_pretrained(tiny), Lora())
     with pytest.raises(ValueError, match=r"the rows have weights, and Qwen\w+ computes its loss by itself"):
-        use_weights(model, accepts=False)
+        own_the_loss(model, accepts=False, weighted=True)
 
 
 # ---- ranks
