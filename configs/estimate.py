@@ -89,7 +89,7 @@ def need(
       n (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less.
     - activations: t * layers * b (6 h + 2 k + 2 i), times 2.3 with peft's layers; h, k, i: hidden, key and
       value, intermediate width. gradient_checkpointing: t * layers * b h, and one layer as above.
-    - logits: 12 t * vocabulary. reserve: 2e9.
+    - logits: 12 t * vocabulary, but of at most LOGITS_AT_ONCE. reserve: 2e9.
     """
     width = _bytes_a_number(config, machine)
     base = base_bytes(config, sizes, machine)
@@ -118,7 +118,7 @@ def need(
         gathered=int(gathered),
         trained=int(_trained_bytes(config, sizes.trainable, name, world)),
         activations=int(at_once * (kept + EAGER * passing)),
-        logits=12 * at_once * (sizes.head // sizes.hidden_size),
+        logits=3 * min(4 * at_once * (sizes.head // sizes.hidden_size), LOGITS_AT_ONCE),
         reserve=RESERVE if machine.gpus else 0,
         least_activations=at_once * (kept + passing),
     )

@@ -5,7 +5,15 @@ from traffic import traffic
 
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import Machine
-from qwenlora.configs.estimate import Sizes, break_even, decide, need, tokens_at_once
+from qwenlora.configs.estimate import (
+    LOGITS_AT_ONCE,
+    MemoryNeed,
+    Sizes,
+    break_even,
+    decide,
+    need,
+    tokens_at_once,
+)
 
 MIB = 2**20
 GPU24, GPU40, GPU80 = 24_564 * MIB, 40_960 * MIB, 81_559 * MIB  # RTX 4090, A100-40G, H100, as nvidia-smi says
@@ -53,17 +61,28 @@ def test_sizes_are_taken_from_what_the_trainer_counts():
 )
 def test_a_7b_needs_what_was_published(length, lora, qlora):
     machine = Machine(1, 1, 1, GPU80)
-    found = need(config(max_length=length), QWEN["7B"], "ddp", machine).total
-    assert found / 1e9 == pytest.approx(lora, rel=1 / 5)
-    found = need(config({"quantization": "nf4"}, max_length=length), QWEN["7B"], "ddp", machine).total
-    assert found / 1e9 == pytest.approx(qlora, rel=1 / 5)
+
+    def with_all_logits(found: MemoryNeed) -> float:
+        return (found.total - found.logits + length * 1.74 * MIB) / 1e9
+
+    found = need(config(max_length=length), QWEN["7B"], "ddp", machine)
+    assert with_all_logits(found) == pytest.approx(lora, rel=1 / 5)
+    found = need(config({"quantization": "nf4"}, max_length=length), QWEN["7B"], "ddp", machine)
+    assert with_all_logits(found) == pytest.approx(qlora, rel=1 / 5)
 
 
 def test_activations_are_those_of_the_formula():
     found = need(config(train={"gradient_checkpointing": False}), QWEN["7B"], "ddp", Machine(1, 1, 1))
     assert found.least_activations == 2048 * 28 * 118 * 1024  # 118 KiB a token and layer
     assert found.activations == pytest.approx(2.3 * found.least_activations)
-    assert found.logits == pytest.approx(2048 * 1.74 * MIB, rel=1e-3)
+
+
+def test_logits_are_those_of_a_chunk():
+    sizes = QWEN["7B"]
+    few = need(config(max_length=64), sizes, "ddp", Machine(1, 1, 1)).logits
+    assert few == pytest.approx(64 * 1.74 * MIB, rel=1e-3)
+    for length in (2048, 8192):
+        assert need(config(max_length=length), sizes, "ddp", Machine(1, 1, 1)).logits == 3 * LOGITS_AT_ONCE
 
 
 def test_each_strategy_holds_its_share():
@@ -224,9 +243,9 @@ def test_a_strategy_that_is_named_is_taken(name):
 
 def test_more_than_the_least_and_less_than_the_expected_is_tried():
     plain = config(train={"gradient_checkpointing": False})
-    decision = decide(plain, QWEN["7B"], Machine(1, 1, 1, 32 * 1024 * MIB))
+    decision = decide(plain, QWEN["7B"], Machine(1, 1, 1, 30 * 1024 * MIB))
     assert decision.sentence == (
-        "strategy.name=auto: ddp, the base takes 15.2 GB of each GPU's 34.4 GB; about 37.6 GB may be needed,"
+        "strategy.name=auto: ddp, the base takes 15.2 GB of each GPU's 32.2 GB; about 34.2 GB may be needed,"
         " which is tight; train.gradient_checkpointing: true or strategy.quantization: nf4 would leave room"
     )
 
@@ -257,24 +276,24 @@ REFUSED = "strategy.name=auto: model.name_or_path=Qwen/Qwen2.5 needs about "
             "72B",
             {},
             Machine(2, 4, 4, GPU24),
-            "39.5 GB on each of 8 GPUs even with fsdp, expected at most the 25.8 GB there are (26.7 GB base,"
-            " 3.4 GB adapter, 7.5 GB for 2,048 tokens); what would fit: strategy.quantization: nf4 (zero3)"
-            " or 64 such GPUs (fsdp); or set strategy.name: fsdp to try all the same",
+            "36.2 GB on each of 8 GPUs even with fsdp, expected at most the 25.8 GB there are (26.7 GB base,"
+            " 3.4 GB adapter, 4.1 GB for 2,048 tokens); what would fit: strategy.quantization: nf4 (zero3)"
+            " or 32 such GPUs (fsdp); or set strategy.name: fsdp to try all the same",
         ),
         (
             "7B",
             {"gradient_checkpointing": False},
-            Machine(1, 1, 1, GPU24),
-            "37.6 GB on the GPU even with ddp, expected at most the 25.8 GB there are (15.2 GB base, 0.6 GB"
-            " adapter, 19.7 GB for 2,048 tokens); what would fit: train.gradient_checkpointing: true (ddp)"
-            " or data.max_length: 512 (ddp); or set strategy.name: ddp to try all the same",
+            Machine(1, 1, 1, 20 * 1024 * MIB),
+            "34.2 GB on the GPU even with ddp, expected at most the 21.5 GB there are (15.2 GB base, 0.6 GB"
+            " adapter, 16.3 GB for 2,048 tokens); what would fit: train.gradient_checkpointing: true (ddp)"
+            " or data.max_length: 256 (ddp); or set strategy.name: ddp to try all the same",
         ),
         (
             "72B",
             {},
             Machine(1, 1, 1, GPU24),
-            "158.2 GB on the GPU even with ddp, expected at most the 25.8 GB there are (145.4 GB base, 3.4"
-            " GB adapter, 7.5 GB for 2,048 tokens); what would fit: a smaller base model or larger GPUs; or"
+            "154.9 GB on the GPU even with ddp, expected at most the 25.8 GB there are (145.4 GB base, 3.4"
+            " GB adapter, 4.1 GB for 2,048 tokens); what would fit: a smaller base model or larger GPUs; or"
             " set strategy.name: ddp to try all the same",
         ),
     ],

@@ -18,10 +18,12 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qwenlora.configs.estimate import LOGITS_AT_ONCE
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.data.order import accumulation_steps
 from qwenlora.data.packing import pack
 from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop import chunked_loss
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows, collate_packs
 from qwenlora.trainer.loop.saver import Saver
@@ -71,6 +73,8 @@ class Sharing:
     strategy: str = "ddp"
     weighted: bool = False
     pack: int = 0
+    head: tuple[tuple[str, Any], ...] = ()  # keys of lora that train the head
+    positions: int = 0  # that the head takes at a time; 0: as many as it would
 
     @property
     def config(self) -> Config:
@@ -92,7 +96,7 @@ class Sharing:
             run_dir=self.folder,
             model=Model(name_or_path=self.base),
             data=Data(train="unused", eval="unused", **({"max_length": self.pack} if self.pack else {})),
-            lora=Lora(lora_dropout=self.dropout),
+            lora=Lora(lora_dropout=self.dropout, **dict(self.head)),
             train=Train(**train),
             strategy=Strategy(name=self.strategy, sequence_parallel=self.size),
         )
@@ -123,6 +127,7 @@ def run(sharing: Sharing, tokenizer: str) -> dict[str, Any]:
     """Return losses and evaluations by step, gradients of the first step, norms, adapter, tokens counted."""
     rank, world = dist.get_rank(), dist.get_world_size()
     config, folder = sharing.config, RunFolder(sharing.folder)
+    chunked_loss.LOGITS_AT_ONCE = 4 * 2048 * sharing.positions or LOGITS_AT_ONCE
     if rank == 0:
         folder.path.mkdir(parents=True, exist_ok=True)
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}

@@ -37,3 +37,9 @@ def test_the_flops_of_a_7b_are_the_published_formula():
         parameters, 4096, recomputed=False
     )
     assert extra == 2 * parameters.body + 2 * 4096 * 3584 * 28
+
+
+def test_the_head_costs_flops_at_trained_tokens_only():
+    parameters = parameters_of(900, 0, 500, 200, 1, 0, 8, 8, 8)
+    of_shares = [flops_per_token(parameters, 0, recomputed=False, trained=share) for share in (1, 0.5, 0)]
+    assert of_shares == [4 * 700, 4 * 600, 4 * 500]

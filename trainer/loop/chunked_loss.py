@@ -35,8 +35,8 @@ def own_the_loss(model: Any, *, accepts: bool, weighted: bool) -> str:
     name = type(base).__name__
     if not accepts and weighted:
         raise ValueError(
-            f"the rows have weights, and {name} computes its loss by itself, without them; use weights 0 and 1"
-            " alone, or ignore their key in data.columns"
+            f"the rows have weights, and {name} computes its loss by itself, without them; use weights 0 and"
+            " 1 alone, or ignore their key in data.columns"
         )
     if accepts:
         base.loss_function = partial(_loss, base.loss_function)
@@ -88,11 +88,10 @@ class _SummedLoss(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[3:]
-        gradients = [made * slope if wanted else None for made, wanted in zip(ctx.saved_tensors, needed)]
-        return (None, None, None, *gradients)
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
+        return (None, None, None, *(made * slope if wanted else None for made, wanted in needed))
 
 
 def _chunk(
@@ -178,14 +177,13 @@ def _loss(
         loss: Tensor = own(logits, labels, vocab_size, **options)
         return loss
     labels, total = _shifted(labels, options), logits
+    weights = (labels != IGNORED).float() if loss_weights is None else loss_weights
     if logits.ndim:
         rows = logits.float().flatten(0, 1)
         losses = cross_entropy(rows, labels.flatten(), ignore_index=IGNORED, reduction="none")
-        total = (losses * loss_weights.flatten()).sum()
+        total = (losses * weights.flatten()).sum()
     number = options.get("num_items_in_batch")  # or the weight of the global batch
-    if number is None:
-        number = (labels != IGNORED).sum() if loss_weights is None else loss_weights.sum()
-    return total / number
+    return total / (weights.sum() if number is None else number)
 
 
 def _plain_head(base: Any) -> nn.Module | None:
@@ -203,7 +201,7 @@ def _plain_head(base: Any) -> nn.Module | None:
     made = [node for node in nodes if isinstance(node, ast.Assign) and node.value in heads]
     if len(heads) != 1 or len(made) != 1 or not isinstance(name := made[0].targets[0], ast.Name):
         return None
-    expected = [name]
+    expected: list[ast.expr] = [name]
     for call in calls:
         to_loss = _attribute(call.func) == "loss_function"
         expected += call.args if to_loss else []

@@ -61,16 +61,19 @@ def peak_flops(gpu_name: str) -> float | None:
     return None if others else PEAK_FLOPS[name]  # a Laptop, Ti or NVL is another chip
 
 
-def flops_per_token(parameters: Parameters, mean_square_length: float, recomputed: bool) -> float:
+def flops_per_token(
+    parameters: Parameters, mean_square_length: float, recomputed: bool, trained: float = 1.0
+) -> float:
     """Return the FLOPs of training one token with a frozen base.
 
     mean_square_length: sum(length^2) / sum(length) of the rows, in tokens: the mean length of the sequence
-    that a token is in. recomputed: gradient checkpointing, one more forward pass of the body. A forward pass
-    costs 2 FLOPs a parameter, the backward pass to the inputs 2, and 2 more for trained weights.
+    that a token is in. recomputed: gradient checkpointing, one more forward pass of the body. trained: the
+    share of tokens that are trained, for which alone the head is needed. A forward pass costs 2 FLOPs a
+    parameter, the backward pass to the inputs 2, and 2 more for trained weights.
     """
     # causal attention costs half of 4 * length * width
     attention = 2 * mean_square_length * parameters.attention_width * parameters.layers
-    flops = 4 * (parameters.body + parameters.head) + 6 * parameters.trainable + 3 * attention
+    flops = 4 * (parameters.body + trained * parameters.head) + 6 * parameters.trainable + 3 * attention
     return flops + (2 * parameters.body + attention if recomputed else 0)
 
 
@@ -217,7 +220,12 @@ class Metrics(TrainerCallback):
             logs["tokens_per_s"] = self._tokens / seconds
             logs["trained_tokens_per_s"] = self._trained / seconds
             if self.peak:
-                per_token = flops_per_token(self.parameters, self._squares / self._tokens, self.recomputed)
+                per_token = flops_per_token(
+                    self.parameters,
+                    self._squares / self._tokens,
+                    self.recomputed,
+                    self._trained / self._tokens,
+                )
                 logs["mfu"] = logs["tokens_per_s"] * per_token / (self.peak * self.trainer.args.world_size)
             logs["peak_memory_gb"] = _peak_memory_bytes() / 1e9
             logs["data_wait_s"] = self.trainer.data_wait_s - self._data_wait_s

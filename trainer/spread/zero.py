@@ -49,9 +49,7 @@ class Zero:
     """DeepSpeed's engine for a model. optimizer: torch's, over the model's trained parameters; from now on it
     holds this rank's shards of them, flattened."""
 
-    def __init__(
-        self, model: Any, optimizer: torch.optim.Optimizer, settings: DeepSpeedConfig
-    ) -> None:
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, settings: DeepSpeedConfig) -> None:
         start_communication()
         import deepspeed
 
