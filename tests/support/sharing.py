@@ -73,7 +73,7 @@ class Sharing:
     strategy: str = "ddp"
     weighted: bool = False
     pack: int = 0
-    head: tuple[tuple[str, Any], ...] = ()  # keys of lora that train the head
+    lora: Lora | None = None  # instead of the default with dropout
     positions: int = 0  # that the head takes at a time; 0: as many as it would
 
     @property
@@ -96,7 +96,7 @@ class Sharing:
             run_dir=self.folder,
             model=Model(name_or_path=self.base),
             data=Data(train="unused", eval="unused", **({"max_length": self.pack} if self.pack else {})),
-            lora=Lora(lora_dropout=self.dropout, **dict(self.head)),
+            lora=self.lora or Lora(lora_dropout=self.dropout),
             train=Train(**train),
             strategy=Strategy(name=self.strategy, sequence_parallel=self.size),
         )
