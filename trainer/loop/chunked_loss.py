@@ -14,6 +14,7 @@ function, which is replaced by one that knows them.
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterator
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -191,29 +192,35 @@ def _plain_head(base: Any) -> nn.Module | None:
     where it caps or scales them, and where that cannot be read in its code."""
     head = base.get_output_embeddings()
     assert head is not None, "a causal language model has a head"
-    try:
-        code = inspect.getsource(inspect.unwrap(type(base).forward))
-    except (OSError, TypeError):
-        return None
-    nodes = list(ast.walk(ast.parse(textwrap.dedent(code))))
+    nodes = _code_of(type(base).forward)
     calls = [node for node in nodes if isinstance(node, ast.Call)]
-    heads = [call for call in calls if getattr(base, _attribute(call.func), None) is head]
-    made = [node for node in nodes if isinstance(node, ast.Assign) and node.value in heads]
-    if len(heads) != 1 or len(made) != 1 or not isinstance(name := made[0].targets[0], ast.Name):
+    of_head = [call for call in calls if getattr(base, _attribute(call.func), None) is head]
+    made = [node.targets for node in nodes if isinstance(node, ast.Assign) and node.value in of_head]
+    if len(of_head) != 1 or len(made) != 1:
         return None
-    expected: list[ast.expr] = [name]
+    name = ast.unparse(made[0][0])
+    uses = [node for node in nodes if isinstance(node, ast.Name) and node.id == name]
+    return head if set(uses) <= {*made[0], *_handed_over(calls)} else None
+
+
+def _code_of(function: Any) -> list[ast.AST]:
+    """Return all parts of a function's code; none where it cannot be read."""
+    try:
+        code = inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return []
+    return list(ast.walk(ast.parse(textwrap.dedent(code))))
+
+
+def _handed_over(calls: list[ast.Call]) -> Iterator[ast.expr]:
+    """Yield what calls of the loss function get, and what is named logits in any call."""
     for call in calls:
         to_loss = _attribute(call.func) == "loss_function"
-        expected += call.args if to_loss else []
-        expected += [keyword.value for keyword in call.keywords if to_loss or keyword.arg == "logits"]
-    uses = [node for node in nodes if isinstance(node, ast.Name) and node.id == name.id]
-    return head if all(use in expected for use in uses) else None
+        yield from call.args if to_loss else ()
+        yield from (keyword.value for keyword in call.keywords if to_loss or keyword.arg == "logits")
 
 
 def _attribute(function: ast.expr) -> str:
     """Return x of an expression self.x, else an empty string."""
-    return function.attr if isinstance(function, ast.Attribute) and _is_self(function.value) else ""
-
-
-def _is_self(expression: ast.expr) -> bool:
-    return isinstance(expression, ast.Name) and expression.id == "self"
+    of_self = isinstance(function, ast.Attribute) and ast.unparse(function.value) == "self"
+    return function.attr if isinstance(function, ast.Attribute) and of_self else ""
