@@ -24,6 +24,7 @@ from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model.checks import check_isolation, untrained_tokens
 from qwenlora.trainer.model.endings import Settings, generation_settings, set_end
 from qwenlora.trainer.model.lora import add_lora
+from qwenlora.trainer.model.row_attention import attend_row_by_row
 from qwenlora.trainer.record.metrics import Metrics
 from qwenlora.trainer.record.recording import Recording
 from qwenlora.trainer.spread import sequence, strategy
@@ -62,6 +63,7 @@ def build(context: Context) -> Parts:
     )
     spread = strategy.choose(config, facts.parameters, accumulation, longest)
     base = strategy.load_base(config, facts.base, spread)
+    row_by_row = attend_row_by_row(base)
     untrained = untrained_tokens(base, tokenizer, prepared.used_tokens(Path(facts.data_folder), "train"))
     torch.manual_seed(config.train.seed)  # a new adapter is the same on all ranks, under any strategy
     model = add_lora(base, config.lora, config.model.revision)
@@ -69,7 +71,7 @@ def build(context: Context) -> Parts:
     team = sequence.team_of(config.strategy.sequence_parallel, config.launch.ddp_timeout_s)
     trainer = _trainer(context, model, tokenizer, spread, team)
     trainer.make_engine()
-    if facts.packing:
+    if facts.packing or row_by_row:
         # before attention is shared: the kernel, which this checks, sees whole packs in either case
         check_isolation(model)
     sequence.share_attention(base, team)

@@ -5,7 +5,11 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made import side_of
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, masking_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from qwenlora.data.chat import Tokens
@@ -13,10 +17,13 @@ from qwenlora.data.order import Order
 from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
 from qwenlora.trainer.loop.batches import StepLoader, collate, collate_packs
+from qwenlora.trainer.loop.evaluation import eval_batches
+from qwenlora.trainer.model import row_attention
 from qwenlora.trainer.model.base import IGNORED
 from qwenlora.trainer.model.checks import check_isolation
+from qwenlora.trainer.model.row_attention import attend_row_by_row
 
-PAD = 0
+PAD, ROW_BY_ROW = 0, "row by row"
 
 
 def model_of(kind: str, attention: str, dtype: torch.dtype = torch.float32):
@@ -34,9 +41,10 @@ def model_of(kind: str, attention: str, dtype: torch.dtype = torch.float32):
         config, made = Qwen2Config(**sizes), Qwen2ForCausalLM
     else:
         config, made = Qwen3Config(**sizes, head_dim=16), Qwen3ForCausalLM
-    config._attn_implementation = attention
+    config._attn_implementation = "sdpa" if attention == ROW_BY_ROW else attention
     model = made(config).to(dtype).eval()
     model.config.use_cache = False
+    assert attention != ROW_BY_ROW or attend_row_by_row(model)
     return model
 
 
@@ -62,7 +70,7 @@ def losses(model, batch) -> torch.Tensor:
     return values[labels.flatten() != IGNORED]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", ROW_BY_ROW])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("flat", [False, True])
 def test_every_token_has_the_loss_it_has_alone(kind, attention, flat):
@@ -82,8 +90,54 @@ def test_without_restarting_positions_rows_leak(monkeypatch):
     assert (alone - losses(model, collate_packs([pack], PAD))).abs().max() > 0.01
 
 
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_row_by_row_gradients_are_those_of_a_padded_batch(lengths, seed):
+    rows, gradients = rows_of(*lengths, seed=seed), []
+    for attention, batch in (("sdpa", collate(rows, PAD)), (ROW_BY_ROW, collate_packs([rows], PAD))):
+        model = model_of("qwen3", attention)
+        model(**batch, num_items_in_batch=1).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    padded, end_to_end = gradients
+    scale = max(gradient.abs().max() for gradient in padded.values())
+    for name, gradient in padded.items():
+        assert (gradient - end_to_end[name]).abs().max() <= 1e-5 * scale, name
+
+
+def test_row_by_row_makes_no_mask_and_computes_no_padding(monkeypatch):
+    rows = rows_of(30, 2, 1)
+    shapes, model = [], model_of("qwen2", ROW_BY_ROW)
+    real = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def seen(module, query, key, value, mask, **options):
+        shapes.append((query.shape[2], mask))
+        return real(module, query, key, value, mask, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", seen)
+    model(**collate_packs([rows], PAD))
+    assert shapes == [(length, None) for length in (30, 2, 1)] * 3, "of three layers"
+
+
+def test_without_a_split_row_by_row_attention_leaks(monkeypatch):
+    monkeypatch.setattr(row_attention, "_lengths", lambda positions: [len(positions)])
+    with pytest.raises(ValueError, match="rows would see each other"):
+        check_isolation(model_of("qwen3", ROW_BY_ROW))
+
+
+def test_layers_that_look_at_more_than_their_row_keep_their_own_attention():
+    config = Qwen3Config(
+        **{"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=1,
+    )
+    model = Qwen3ForCausalLM(config)
+    assert not attend_row_by_row(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", ROW_BY_ROW])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_the_check_accepts_attention_that_isolates_rows(kind, attention, dtype):
     model = model_of(kind, attention, dtype).train()
@@ -158,6 +212,17 @@ def test_flash_attention_gets_one_long_sequence_the_others_a_row_for_each_pack(f
     order = Order(lengths, 2, 2, 0, pack(lengths, 13), 13)
     (batch,) = StepLoader(side, order, 1, 0, 1, PAD, flat=flat)
     assert batch["input_ids"].shape == ((1, 26) if flat else (2, 13))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_rows_that_are_not_packed_lie_end_to_end_too_where_attention_keeps_them_apart(flat):
+    side = side_of(4)
+    (batch,) = StepLoader(side, Order(side.lengths, 4, 4, 0), 1, 0, 1, PAD, flat=flat)
+    (evaluated,) = eval_batches(side, 4, 1, 0, PAD, flat=flat)
+    for each in (batch, evaluated):
+        total, longest = int(side.lengths.sum()), int(side.lengths.max())
+        assert each["input_ids"].shape == ((1, total) if flat else (4, longest))
+        assert ("attention_mask" in each) != flat
 
 
 @pytest.mark.gpu

@@ -54,9 +54,10 @@ class _RankOrder(BatchSampler):
 
 
 class StepLoader(DataLoader[list[Tokens]]):
-    """One rank's micro-batches of an epoch: the same number on every rank, empty ones as blank rows. flat:
-    packs are one long sequence, as flash attention needs them, not rows of a batch. cut: returns this rank's
-    slice of a batch, where ranks share sequences; rank and world_size then count teams."""
+    """One rank's micro-batches of an epoch: the same number on every rank, empty ones as blank rows. flat: a
+    micro-batch is one long sequence of its rows, without padding, for attention that keeps them apart. cut:
+    returns this rank's slice of a batch, where ranks share sequences; rank and world_size then count
+    teams."""
 
     def __init__(
         self,
@@ -72,9 +73,10 @@ class StepLoader(DataLoader[list[Tokens]]):
     ) -> None:
         def collate_units(units: list[list[Tokens]]) -> dict[str, Tensor]:
             rows = [row for unit in units for row in unit]
-            if order.packs is None:
-                return cut(collate(rows, pad_id), pad_id)
-            return cut(collate_packs([rows] if flat else units, pad_id), pad_id)
+            if flat:
+                return cut(collate_packs([rows], pad_id), pad_id)
+            packed = order.packs is not None
+            return cut(collate_packs(units, pad_id) if packed else collate(rows, pad_id), pad_id)
 
         sampler = _RankOrder(order, world_size, rank, accumulation)
         super().__init__(_Units(side), batch_sampler=sampler, collate_fn=collate_units)

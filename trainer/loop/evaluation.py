@@ -8,21 +8,23 @@ import torch
 from torch import Tensor
 
 from qwenlora.data.prepared import Side
-from qwenlora.trainer.loop.batches import collate, weight_of
+from qwenlora.trainer.loop.batches import collate, collate_packs, weight_of
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.ranks.stop import Stop
 
 
 def eval_batches(
-    side: Side, per_device: int, world_size: int, rank: int, pad_id: int
+    side: Side, per_device: int, world_size: int, rank: int, pad_id: int, *, flat: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """Yield this rank's evaluation batches: rows sorted by length, the same number of batches on every rank.
-    Which rows share a batch does not depend on world_size, so neither does their loss."""
+    Which rows share a batch does not depend on world_size, so neither does their loss. flat: as
+    StepLoader's."""
     rows = (-side.lengths.astype("int64")).argsort(kind="stable")
     per_turn = per_device * world_size
     for start in range(0, len(rows), per_turn):
         mine = rows[start + rank * per_device : start + (rank + 1) * per_device]
-        yield collate([side.row(int(number)) for number in mine], pad_id)
+        batch = [side.row(int(number)) for number in mine]
+        yield collate_packs([batch], pad_id) if flat else collate(batch, pad_id)
 
 
 def sum_losses(

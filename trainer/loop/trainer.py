@@ -33,6 +33,7 @@ from qwenlora.trainer.loop.nonfinite import NonFiniteSteps
 from qwenlora.trainer.loop.resume import ResumeCallback
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.schedule import begin_above_zero, restore_schedule
+from qwenlora.trainer.model.row_attention import takes_rows_end_to_end
 from qwenlora.trainer.ranks import faults
 from qwenlora.trainer.ranks.stop import Stop
 from qwenlora.trainer.spread.sequence import Team
@@ -81,6 +82,7 @@ class LoraTrainer(Trainer):
         self.wandb_id = ""
         self.data_wait_s = self.saving_s = self.idle_s = 0.0
         self._deepspeed = deepspeed
+        self._flat = takes_rows_end_to_end(model)
         self._names_in_file: dict[str, str] = {}  # by parameter; read while these are whole
         self._memory = states.HostMemory()
         self._losses: list[Tensor] = []  # of this rank's micro-batches in the current step
@@ -144,6 +146,7 @@ class LoraTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's loader, unwrapped: accelerate would tie its order to the world size."""
+        packs = self.order.packs is not None
         return StepLoader(
             self.train_side,
             self.order,
@@ -151,7 +154,7 @@ class LoraTrainer(Trainer):
             self.team.number,
             self.args.gradient_accumulation_steps,
             self._pad_id,
-            flat=self.config.model.attn_implementation.startswith("flash"),
+            flat=self._flat or (packs and self.config.model.attn_implementation.startswith("flash")),
             cut=self.team.cut,
         )
 
@@ -299,7 +302,7 @@ class LoraTrainer(Trainer):
         """Return sum_losses() over all ranks."""
         side, size = self.rows.evaluation, self.args.per_device_eval_batch_size
         assert side is not None, "there are no rows to evaluate"
-        mine = eval_batches(side, size, self.team.teams, self.team.number, self._pad_id)
+        mine = eval_batches(side, size, self.team.teams, self.team.number, self._pad_id, flat=self._flat)
         batches = (self._prepare_inputs(self.team.cut(batch, self._pad_id)) for batch in mine)
         with torch.no_grad(), self.accelerator.autocast():
             sums = sum_losses(self.model, batches, self.stop, self.args.device, self._out_of_memory)

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from qwenlora.data.bad_row import printable
 from qwenlora.data.turns import TURN_END, TURN_START
+from qwenlora.trainer.model.row_attention import takes_rows_end_to_end
 
 # of the logits' spread: isolated rows differ by rounding, or by int8's outlier columns; leaking ones by 0.4
 LEAK = 0.02
@@ -40,7 +41,7 @@ def check_isolation(model: Any) -> None:
             "packed rows would see each other: with"
             f" model.attn_implementation={model.config._attn_implementation} and this model, changing one row"
             f" moves the next one's logits by {change:.2g} (their spread: {scale:.2g}); set data.packing:"
-            " off, or model.attn_implementation: sdpa"
+            f" off, or model.attn_implementation: {'eager' if takes_rows_end_to_end(model) else 'sdpa'}"
         )
 
 
