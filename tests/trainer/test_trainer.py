@@ -322,7 +322,7 @@ def test_flash_attention_without_its_package_is_refused(monkeypatch, name):
     prepare._check_attention(name)
 
 
-def test_evaluatedcount_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path, monkeypatch):
+def test_speeds_count_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path, monkeypatch):
     side = side_of(21)
     made = trainer(side, config_of(max_steps=6))
     made.args.logging_steps = 2
@@ -345,8 +345,7 @@ def test_evaluatedcount_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path
         rows = [row for unit in units for row in unit]
         tokens, squares = side.lengths[rows].sum(), (side.lengths[rows] ** 2).sum()
         assert line["tokens_per_s"] == pytest.approx(tokens / 10)
-        assert line["trained_tokens_per_s"] / line["tokens_per_s"] == pytest.approx(
-            side.trained_lengths[rows].sum() / tokens
-        )
-        flops = flops_per_token(seen.parameters, squares / tokens, recomputed=False)
+        trained = side.trained_lengths[rows].sum() / tokens
+        assert line["trained_tokens_per_s"] / line["tokens_per_s"] == pytest.approx(trained)
+        flops = flops_per_token(seen.parameters, squares / tokens, recomputed=False, trained=trained)
         assert line["mfu"] == pytest.approx(line["tokens_per_s"] * flops / 1e12)
