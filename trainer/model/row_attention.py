@@ -38,13 +38,14 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Return attention, [lines, tokens, heads, dim]. query, key, value: [lines, heads, tokens, dim];
     position_ids, an option: [lines, tokens], from 0 in each row of a line."""
-    attend, positions = ALL_ATTENTION_FUNCTIONS["sdpa"], options.pop("position_ids", None)
+    attend: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    positions = options.pop("position_ids", None)
     if positions is None:
-        return attend(module, query, key, value, None, **options)
+        return attend(module, query, key, value, None, **options)[0], None
     lines = []
     for number, line in enumerate(positions.expand(len(query), -1)):
         lengths = _lengths(line)
-        own = (tensor[number : number + 1].split(lengths, 2) for tensor in (query, key, value))
+        own = (torch.split(tensor[number : number + 1], lengths, 2) for tensor in (query, key, value))
         rows = [attend(module, *row, None, **options)[0] for row in zip(*own, strict=True)]
         lines.append(torch.cat(rows, 1))
     return torch.cat(lines), None
