@@ -135,7 +135,7 @@ def assert_is_the_call(tokenizer, text: str, message) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(value=conversations())
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_what_is_trained_is_each_reply_and_its_end(tokenizers, name, value):
     tokenizer = pick(tokenizers, name)
     row = row_of(value)

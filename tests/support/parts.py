@@ -1,5 +1,7 @@
 """Small bases on disk, and what each of several ranks has after loading its shard of one."""
 
+import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.spread import sharded_loading
 
+WHOLE_BASE = sharded_loading.WholeBase
 # no size is divisible by 2 or 4: every shard has padding
 SIZES = {
     "vocab_size": 131,
@@ -78,6 +81,16 @@ def config_of(
 def tensors_in(base: Path) -> dict[str, Tensor]:
     """Return all tensors of a base's files, read by safetensors."""
     return {name: t for file in base.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def in_turn(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
+    """Return what function returns for each of some arguments, one after the other in the same ranks."""
+    results = []
+    for arguments in calls:
+        Watched.reads, Watched.total = [], 0
+        results.append(function(*arguments))
+        gc.collect()  # engines and their models are full of cycles
+    return results
 
 
 class Watched(base_files.BaseFiles):
@@ -239,15 +252,12 @@ def _counted(module: Any, name: str) -> list[Any]:
     return calls
 
 
-def turns(base: Path, load: Callable[..., Any] | None = None):
+def turns(base: Path):
     """Return the gathered parameters after load_fsdp, and when this rank began and ended to load a whole
     base."""
-    import time
-
     times = []
-    real = sharded_loading.WholeBase
 
-    class Timed(real):
+    class Timed(WHOLE_BASE):
         def __init__(self, *arguments: Any) -> None:
             times.append(time.time())
             super().__init__(*arguments)

@@ -5,6 +5,7 @@ import inspect
 import json
 import random
 import signal
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -73,7 +74,7 @@ def _ask_in_evaluation(made, request, evaluation, batch):
     agree, counts = made.stop.agree, {"batch": 0}
 
     def counting(device, also=None):
-        if inspect.stack()[1].function == "sum_losses":
+        if sys._getframe(1).f_code.co_name == "sum_losses":
             counts["batch"] += 1
             if counts["batch"] == (evaluation - 1) * 2 + batch:  # two batches each
                 request.ask("SIGTERM")
@@ -109,20 +110,32 @@ def settings(**train):
     return config.model_copy(update={"log": config.log.model_copy(update={"logging_steps": 2})})
 
 
-CASES = [{"step": step} for step in range(1, STEPS + 1)]
-CASES += [{"evaluation": number, "batch": batch} for number in (1, 2, 3) for batch in (1, 2)]
+def evaluated(every):
+    return settings(eval_strategy="steps" if every else "epoch", eval_steps=every)
+
+
+IN_STEPS = [{"step": step} for step in range(1, STEPS + 1)]
+IN_EVALUATIONS = [{"evaluation": number, "batch": batch} for number in (1, 2, 3) for batch in (1, 2)]
+EVERY = pytest.mark.parametrize("every", [2, None], ids=["evaluated every 2 steps", "evaluated every epoch"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [2, None], ids=["evaluated every 2 steps", "evaluated every epoch"])
-def test_a_stop_at_any_step_or_in_any_evaluation_changes_nothing(tiny, tmp_path, every):
-    config = settings(eval_strategy="steps" if every else "epoch", eval_steps=every)
+@EVERY
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param([IN_STEPS[-1], IN_EVALUATIONS[1], IN_EVALUATIONS[2], IN_EVALUATIONS[5]], id="some"),
+        pytest.param(IN_STEPS + IN_EVALUATIONS, id="all", marks=pytest.mark.long),
+    ],
+)
+def test_a_stop_at_any_step_or_in_any_evaluation_changes_nothing(tiny, tmp_path, every, cases):
+    config = evaluated(every)
     whole = attempt(tiny, tmp_path / "whole", config)
     expected, expected_weights = history(tmp_path / "whole"), weights(whole)
     assert [line["step"] for line in expected if "eval_loss" in line] == (
         [2, 4, 6, 7] if every else [3, 6, 7]
     )
-    for number, ask in enumerate(CASES):
+    for number, ask in enumerate(cases):
         folder = tmp_path / str(number)
         first = attempt(tiny, folder, config, ask)
         assert first.stop.stopped, ask  # asked in the last step: its evaluation is left
@@ -133,8 +146,9 @@ def test_a_stop_at_any_step_or_in_any_evaluation_changes_nothing(tiny, tmp_path,
             assert torch.equal(tensor, expected_weights[name]), (ask, name)
 
 
-def test_a_run_of_many_stops_is_the_same_run(tiny, tmp_path):
-    config = settings()
+@EVERY
+def test_a_run_of_many_stops_is_the_same_run(tiny, tmp_path, every):
+    config = evaluated(every)
     whole = attempt(tiny, tmp_path / "whole", config)
     for step in range(1, STEPS):
         assert attempt(tiny, tmp_path / "cut", config, {"step": step}).state.global_step == step
@@ -237,7 +251,10 @@ def test_the_configs_optimizer_settings_apply_after_a_resume(tiny, tmp_path):
     }
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "lion_32bit", "adamw_8bit", "rmsprop"])
+OTHERS = [pytest.param(name, marks=pytest.mark.long) for name in ("sgd", "lion_32bit", "rmsprop")]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "adamw_8bit", *OTHERS])
 def test_any_optimizer_goes_on_to_the_bit(tiny, tmp_path, optim):
     config = settings(optim=optim, learning_rate=1e-4)
     whole = attempt(tiny, tmp_path / "whole", config)
@@ -253,8 +270,8 @@ def test_the_best_checkpoint_is_kept_over_a_stop(tiny, tmp_path):
     )
     attempt(tiny, tmp_path / "run", config, {"step": 3})
     attempt(tiny, tmp_path / "run", config)
-    evaluated = {line["step"]: line["eval_loss"] for line in history(tmp_path / "run") if "eval_loss" in line}
-    best = min(evaluated, key=evaluated.__getitem__)
+    losses = {line["step"]: line["eval_loss"] for line in history(tmp_path / "run") if "eval_loss" in line}
+    best = min(losses, key=losses.__getitem__)
     names = {path.name for path in RunFolder(tmp_path / "run").checkpoints()}
     assert names == {f"checkpoint-{best}", "checkpoint-7"} | ({"checkpoint-6"} if best == 7 else set())
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from parts import config_of, make_base, part_of_fsdp, part_of_zero3, rename, tensors_in, turns, untie
+from parts import config_of, in_turn, make_base, part_of_fsdp, part_of_zero3, rename, tensors_in, turns, untie
 from ranks import run_ranks
 
 from qwenlora.trainer.model import base_files
@@ -91,10 +91,28 @@ def test_a_skeleton_has_no_weights_but_real_buffers_and_ties(bases, kind):
     assert (model.training, model.config._attn_implementation) == (False, "sdpa")
 
 
+def run_in_turn(function, count, calls) -> dict:
+    """Return by name of a call what each rank returned."""
+    results = run_ranks(in_turn, count, function, list(calls.values()))
+    return {name: [rank[number] for rank in results] for number, name in enumerate(calls)}
+
+
+@pytest.fixture(scope="module")
+def fsdp(bases):
+    copied = {"modules_to_save": ["embed_tokens"]}
+    calls = {kind: (bases[kind], (2,)) for kind in ("qwen2", "qwen3")}
+    return run_in_turn(part_of_fsdp, 2, calls | {"copied": (bases["qwen2"], (2,), copied)})
+
+
+@pytest.fixture(scope="module")
+def zero3(bases):
+    return run_in_turn(part_of_zero3, 2, {kind: (bases[kind], {}) for kind in ("qwen2", "qwen3")})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_fsdp_ranks_read_hold_and_compute_their_shards(bases, kind):
-    ranks = run_ranks(part_of_fsdp, 2, bases[kind], (2,))
+def test_fsdp_ranks_read_hold_and_compute_their_shards(bases, fsdp, kind):
+    ranks = fsdp[kind]
     assert_read_once(ranks, bases[kind])
     assert_same_tensors(ranks[0]["whole"], bases[kind])
     size = sum(tensor.nbytes for tensor in tensors_in(bases[kind]).values())
@@ -128,8 +146,8 @@ def test_a_tensor_may_have_fewer_rows_than_fsdp_has_ranks(bases):
 
 
 @pytest.mark.slow
-def test_fsdp_leaves_whole_what_peft_copies(bases):
-    ranks = run_ranks(part_of_fsdp, 2, bases["qwen2"], (2,), {"modules_to_save": ["embed_tokens"]})
+def test_fsdp_leaves_whole_what_peft_copies(bases, fsdp):
+    ranks = fsdp["copied"]
     assert_same_tensors(ranks[0]["whole"], bases["qwen2"])
     assert all(rank["loss differs"] < 1e-6 for rank in ranks)
     assert all(rank["gradient differs"] < 1e-5 * rank["gradient"] for rank in ranks)
@@ -137,10 +155,9 @@ def test_fsdp_leaves_whole_what_peft_copies(bases):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_zero3_ranks_read_hold_and_compute_their_shards(bases, kind):
-    ranks = run_ranks(part_of_zero3, 2, bases[kind], {})
-    assert_zero3(ranks, bases[kind])
-    assert not any(any(rank["secondary"]) for rank in ranks)
+def test_zero3_ranks_read_hold_and_compute_their_shards(bases, zero3, kind):
+    assert_zero3(zero3[kind], bases[kind])
+    assert not any(any(rank["secondary"]) for rank in zero3[kind])
 
 
 @pytest.mark.slow
@@ -165,20 +182,21 @@ def assert_zero3(ranks, base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["moe", "qwen3"])
-def test_a_base_that_cannot_be_read_by_ranges_is_loaded_whole_by_one_rank_at_a_time(tmp_path, bases, kind):
+def test_a_base_that_cannot_be_read_by_ranges_is_loaded_whole_by_one_rank_at_a_time(tmp_path, bases):
     from transformers import AutoModelForCausalLM
 
-    base = bases["moe"] if kind == "moe" else make_base(tmp_path / "base", kind)
-    expected = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
-    if kind != "moe":
-        rename(base)
-    ranks = run_ranks(turns, 2, base)
-    assert ranks[0]["times"][1] < ranks[1]["times"][0]
-    size = sum(p.nbytes for p in expected.values())
-    for rank in ranks:
-        assert rank["held"] < 0.51 * size
-        assert all(torch.equal(rank["whole"][name], parameter) for name, parameter in expected.items())
+    held = {"moe": bases["moe"], "pickled": make_base(tmp_path / "pickled", "qwen3")}
+    expected = {
+        name: dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+        for name, base in held.items()
+    }
+    rename(held["pickled"])
+    for name, ranks in run_in_turn(turns, 2, {name: (base,) for name, base in held.items()}).items():
+        assert ranks[0]["times"][1] < ranks[1]["times"][0]
+        size = sum(p.nbytes for p in expected[name].values())
+        for rank in ranks:
+            assert rank["held"] < 0.51 * size
+            assert all(torch.equal(rank["whole"][key], value) for key, value in expected[name].items()), name
 
 
 @pytest.mark.slow

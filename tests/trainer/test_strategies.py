@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 CLOSE = 1e-5
 NAMES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 BASES = [
-    ("qwen2", False),
     ("qwen3", True),
+    pytest.param(("qwen2", False), marks=pytest.mark.long),
     pytest.param(("qwen2", True), marks=pytest.mark.long),
     pytest.param(("qwen3", False), marks=pytest.mark.long),
 ]
