@@ -12,7 +12,7 @@ trap 'kill -INT "${parts[@]}" 2>/dev/null; wait; rm -f "$said"' EXIT
 trap 'exit 130' INT TERM HUP
 
 set -m # without job control, bash has its children ignore Ctrl-C, and so would what the tests start
-start -m 'slurm and not long' >"$said" 2>&1
+start tests/slurm -m 'not long' >"$said" 2>&1
 start -m 'not slurm and not long' -n 2 --dist loadfile --no-loadscope-reorder
 wait "${parts[1]}"
 others=$?

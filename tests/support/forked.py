@@ -278,16 +278,6 @@ def _imported() -> "_Baseline":
     return _Baseline()
 
 
-def lead(command: str, arguments: list[str]) -> None:
-    """Import the libraries, and be `command arguments`, whose processes are forked from this one: an agent of
-    a job, which no nursery can fork."""
-    baseline = _imported()
-    named = _name([sys.executable, command, *arguments], dict(os.environ))  # noqa: F841  its memory must stay
-    subprocess.Popen._execute_child = _forking(baseline, subprocess.Popen._execute_child)  # type: ignore
-    sys.argv = [command, *arguments]
-    os._exit(_run([*COMMAND, *arguments]))
-
-
 def _stack(context: int = 1) -> list[inspect.FrameInfo]:
     """inspect.stack without lines of source: torchrun names its callers by it, and with as many modules as
     there are here the original takes a second each time."""

@@ -12,15 +12,6 @@ import qwenlora
 
 TRAIN = str(Path(qwenlora.__path__[0], "slurm", "train.sh"))
 QWENLORA = str(Path(sys.executable).with_name("qwenlora"))
-# as QWENLORA, but what it starts is forked from it: see forked.lead
-AGENT = f"""#!{sys.executable}
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import forked
-if __name__ == "__main__":
-    forked.lead({QWENLORA!r}, sys.argv[1:])
-"""
-
 CONFIG = """
 model: {name_or_path: tiny}
 data: {train: example}
@@ -39,11 +30,13 @@ def write_config(folder: Path, steps: int) -> str:
 
 def sbatch(cluster, folder: Path, *arguments: object, options: tuple[str, ...] = (), **env: str) -> str:
     """Submit slurm/train.sh with arguments to two nodes; return the job's id."""
-    agent = folder / "agent"
-    agent.write_text(AGENT)
-    agent.chmod(0o755)
     options = ("--nodes=2", "--time=20", *options)
-    return cluster.sbatch(*options, TRAIN, *arguments, cwd=folder, env={"QWENLORA": str(agent)} | env)
+    return cluster.sbatch(*options, TRAIN, *arguments, cwd=folder, env={"QWENLORA": QWENLORA} | env)
+
+
+def node_process(cluster, node: str, *how: str) -> str:
+    """Return the pid, on that node, of the first process that pgrep finds."""
+    return cluster.script("sh", node, "pgrep", *how).split()[0]
 
 
 def locally(folder: Path, config: str, name: str, processes: int, *more: str) -> None:
