@@ -13,7 +13,7 @@ import pytest
 from lives import Life, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(0)]
-KILLS = int(os.environ.get("CHAOS_KILLS", "6"))
+KILLS = int(os.environ.get("CHAOS_KILLS", "4"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 STEPS = 10
 # what a process does, by the function that it is in; nth: times that it is entered before the kill, at most

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -609,6 +610,15 @@ print(made.counts["train"].sha256, flush=True)
 """
 
 
+def start_preparing(folder, tiny, file) -> subprocess.Popen:
+    script = folder / "prepare.py"
+    script.write_text(PREPARE)
+    command = [sys.executable, script, tiny, file, folder / "cache"]
+    process = forked.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
 @pytest.mark.slow
 def test_of_two_preparations_one_is_killed_and_the_other_ends_right_and_a_third_too(
     tmp_path, tiny, tokenizer
@@ -619,10 +629,7 @@ def test_of_two_preparations_one_is_killed_and_the_other_ends_right_and_a_third_
     )
 
     def start() -> subprocess.Popen:
-        command = [sys.executable, "-c", PREPARE, str(tiny), file, str(tmp_path / "cache")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        return process
+        return start_preparing(tmp_path, tiny, file)
 
     def staging() -> list:
         return [
@@ -652,9 +659,7 @@ def test_a_killed_preparation_takes_its_processes_with_it(tmp_path, tiny):
     file = write(
         tmp_path / "my.jsonl", [{"instruction": "问" * 200, "output": "答" * 200} for _ in range(30_000)]
     )
-    command = [sys.executable, "-c", PREPARE, str(tiny), file, str(tmp_path / "cache")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
+    process = start_preparing(tmp_path, tiny, file)
     while not (children := psutil.Process(process.pid).children()):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

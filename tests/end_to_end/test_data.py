@@ -64,8 +64,7 @@ def test_rows_that_are_left_out_are_reported_on_the_screen_in_the_folder_and_to_
 
 
 PACKED = (
-    "model: {name_or_path: tiny}\ndata: {train: example, packing: 'on', max_length: 256}\nlora:"
-    " {lora_dropout: 0.1}\n"
+    "model: {name_or_path: tiny}\ndata: {train: example, packing: 'on', max_length: 256}\n"
     "train: {global_batch_size: 4, per_device_train_batch_size: 2, max_steps: 14, learning_rate: 3e-3,\n"
     "        save_strategy: steps, save_steps: 8}\nlog: {logging_steps: 1}\n"
 )
@@ -74,13 +73,8 @@ PACKED = (
 def test_packed_runs_are_the_same_on_any_number_of_ranks_and_go_on_bit_for_bit(qwenlora, tmp_path):
     """24 packs in steps of 4; steps 7 and 13 begin an epoch."""
     (tmp_path / "my.yaml").write_text(PACKED)
-    (tmp_path / "plain.yaml").write_text(PACKED.replace("lora: {lora_dropout: 0.1}\n", ""))
-    for config, folder, processes in (
-        ("plain.yaml", "one", 1),
-        ("plain.yaml", "two", 2),
-        ("my.yaml", "whole", 2),
-    ):
-        answer = qwenlora("train", config, f"run_dir={folder}", "--nproc", processes)
+    for folder, processes in (("one", 1), ("two", 2)):
+        answer = qwenlora("train", "my.yaml", f"run_dir={folder}", "--nproc", processes)
         assert answer.returncode == 0, answer.stdout + answer.stderr
         assert "24 packs of at most 256 tokens, 94.71% full" in answer.stdout
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
@@ -102,12 +96,10 @@ def test_packed_runs_are_the_same_on_any_number_of_ranks_and_go_on_bit_for_bit(q
         answer = qwenlora("train", "my.yaml", "run_dir=cut", "--nproc", 2)
         assert answer.returncode == 0, answer.stdout + answer.stderr
     names = ("loss", "grad_norm", "step")
-    whole, resumed = (
-        [{n: line[n] for n in names} for line in metrics(tmp_path / f)] for f in ("whole", "cut")
-    )
+    whole, resumed = ([{n: line[n] for n in names} for line in metrics(tmp_path / f)] for f in ("two", "cut"))
     assert whole == resumed
     adapters = [
-        load_file(tmp_path / folder / "adapter" / "adapter_model.safetensors") for folder in ("whole", "cut")
+        load_file(tmp_path / folder / "adapter" / "adapter_model.safetensors") for folder in ("two", "cut")
     ]
     assert all(bool((adapters[0][name] == adapters[1][name]).all()) for name in adapters[0])
 
@@ -115,7 +107,7 @@ def test_packed_runs_are_the_same_on_any_number_of_ranks_and_go_on_bit_for_bit(q
 def test_a_stop_during_preparation_ends_all_of_it_and_the_next_start_is_right(qwenlora, tmp_path):
     write(
         tmp_path / "my.jsonl",
-        [{"instruction": f"问{n}" * 60, "output": f"答{n}。" * 60} for n in range(20_000)],
+        [{"instruction": f"问{n}" * 60, "output": f"答{n}。" * 60} for n in range(10_000)],
     )
     (tmp_path / "my.yaml").write_text(
         "model: {name_or_path: tiny}\ndata: {train: my.jsonl, num_proc: 2}\n"
@@ -139,7 +131,7 @@ def test_a_stop_during_preparation_ends_all_of_it_and_the_next_start_is_right(qw
     answer = qwenlora("train", "my.yaml")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert (
-        json.loads((tmp_path / "runs" / "my" / "facts.json").read_text())["data"]["train"]["rows"] == 20_000
+        json.loads((tmp_path / "runs" / "my" / "facts.json").read_text())["data"]["train"]["rows"] == 10_000
     )
     assert [path.name for path in cache.iterdir() if "staging" in path.name or "claim" in path.name] == []
 

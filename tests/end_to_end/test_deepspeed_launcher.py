@@ -127,8 +127,10 @@ def test_two_machines_train_the_same_and_no_key_is_on_a_command_line_or_disk(fol
 
 @pytest.mark.parametrize(
     ("number", "to", "hosts"),
-    [(signal.SIGHUP, "all", "one"), (signal.SIGINT, "group", "two")],
-    ids=["HUP to every process", "Ctrl-C, two machines"],
+    [
+        pytest.param(signal.SIGHUP, "all", "one", id="HUP to every process", marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, "group", "two", id="Ctrl-C, two machines"),
+    ],
 )
 def test_a_stop_request_ends_with_the_step_saved(folder, number, to, hosts):
     name = f"{number.name}-{hosts}"
@@ -148,7 +150,7 @@ def test_a_stop_request_ends_with_the_step_saved(folder, number, to, hosts):
     assert_nobody_is_left(others)
 
 
-@pytest.mark.parametrize("hosts", ["one", "two"])
+@pytest.mark.parametrize("hosts", [pytest.param("one", marks=pytest.mark.long), "two"])
 def test_a_killed_rank_is_named_and_nobody_is_left(folder, hosts):
     name = f"killed-{hosts}"
     with start(folder, name, *DEEPSPEED, "--hostfile", hosts, *LONG) as process:
@@ -163,6 +165,7 @@ def test_a_killed_rank_is_named_and_nobody_is_left(folder, hosts):
     assert_nobody_is_left(others)
 
 
+@pytest.mark.long
 def test_a_killed_agent_leaves_nobody(folder):
     with start(folder, "orphans", *DEEPSPEED, "--hostfile", "two", *LONG) as process:
         others = wait_for_training(folder, "orphans", process)
@@ -176,7 +179,7 @@ def test_a_machine_that_ssh_does_not_reach_is_named(folder, tmp_path):
         "#!/bin/sh\necho 'me@127.0.0.2: Permission denied (publickey).' >&2\nexit 255\n"
     )
     (tmp_path / "ssh").chmod(0o755)
-    answer = subprocess.run(
+    answer = forked.run(
         [*COMMAND, "my.yaml", "run_dir=unreached", *DEEPSPEED, "--hostfile", "two"],
         cwd=folder,
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
@@ -193,6 +196,7 @@ def test_a_machine_that_ssh_does_not_reach_is_named(folder, tmp_path):
     assert expected in answer.stdout
 
 
+@pytest.mark.long
 def test_deepspeed_by_hand_trains_the_same(folder, by_torchrun):
     answer = subprocess.run(
         [*COMMAND, "my.yaml", "run_dir=hand", *DEEPSPEED, "--nproc", "2", "--dry-run"],

@@ -143,19 +143,18 @@ def test_one_signalled_rank_is_enough_and_a_second_command_is_kept_out(qwenlora,
     assert (first["reason"], second["first_step"]) == ("stopped", first["last_step"] + 1)
 
 
-def test_a_broken_checkpoint_is_passed_over_and_named(qwenlora, tmp_path, config):
-    assert qwenlora("train", config, "run_dir=run").returncode == 0
-    expected = losses(tmp_path / "run"), adapter(tmp_path / "run")
+def test_a_broken_checkpoint_is_passed_over_and_named(qwenlora, tmp_path, config, whole):
+    shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     shutil.rmtree(tmp_path / "run" / "checkpoint-14")
     (tmp_path / "run" / "checkpoint-12" / "manifest.json").unlink()
     (tmp_path / "run" / "checkpoint-8" / "optimizer.safetensors").unlink()
-    answer = qwenlora("train", config, "run_dir=run")
+    answer = qwenlora("train", config, "run_dir=run", "--nproc", 2)
     assert answer.returncode == 0, answer.stdout
     assert "passed over: checkpoint-12 has no manifest.json" in answer.stdout
     assert "passed over: checkpoint-8 lacks optimizer.safetensors" in answer.stdout
     assert "resuming from checkpoint-4" in answer.stdout
-    assert (losses(tmp_path / "run"), adapter(tmp_path / "run")) == expected
+    assert (losses(tmp_path / "run"), adapter(tmp_path / "run")) == (losses(whole), adapter(whole))
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(qwenlora, tmp_path, config, whole):
@@ -199,40 +198,46 @@ def test_a_checkpoint_is_an_adapter_folder(whole):
 
 
 def test_other_weights_of_the_base_are_noticed(qwenlora, tmp_path, config):
-    assert qwenlora("train", config, "run_dir=run").returncode == 0
+    arguments = ["train", config, "run_dir=run", "train.max_steps=2"]
+    assert qwenlora(*arguments).returncode == 0
     shutil.rmtree(tmp_path / "run" / "adapter")
     weights = tmp_path / "run" / "base_model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    answer = qwenlora("train", config, "run_dir=run")
+    answer = qwenlora(*arguments)
     assert answer.returncode == 2, answer.stdout
     assert re.search(r"on a base model with other weights \(then \w+, now \w+\); restore them", answer.stdout)
 
 
 def test_a_base_on_the_hub_that_moved_is_noticed(qwenlora, tmp_path, config, tiny):
-    repo, then, now = tmp_path / "hf" / "hub" / "models--me--TinyQ", "1" * 40, "2" * 40
+    repo, then, now = tmp_path / "hub" / "models--me--TinyQ", "1" * 40, "2" * 40
     for commit in (then, now):
         shutil.copytree(tiny, repo / "snapshots" / commit)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(then)
+    begin = tmp_path / "begin.py"  # as HF_HUB_CACHE would, which a forked process is too late to read
+    begin.write_text(
+        f"from huggingface_hub import constants\nconstants.HF_HUB_CACHE = {str(repo.parent)!r}\n"
+    )
+    hub = {forked.SABOTAGE: str(begin)}
     arguments = ["train", config, "run_dir=run", "model.name_or_path=me/TinyQ"]
-    answer = qwenlora(*arguments, "train.max_steps=4", HF_HOME=str(tmp_path / "hf"))
+    answer = qwenlora(*arguments, "train.max_steps=4", **hub)
     assert answer.returncode == 0, answer.stdout
     assert json.loads((tmp_path / "run" / "facts.json").read_text())["base_fingerprint"] == then
-    assert "and has the weights" in qwenlora("verify", "run", HF_HOME=str(tmp_path / "hf")).stdout
+    assert "and has the weights" in qwenlora("verify", "run", **hub).stdout
     (repo / "refs" / "main").write_text(now)
-    refused = qwenlora("verify", "run", HF_HOME=str(tmp_path / "hf"))
+    refused = qwenlora("verify", "run", **hub)
     assert (refused.returncode, "was trained on a base with other weights" in refused.stderr) == (2, True)
-    answer = qwenlora(*arguments, HF_HOME=str(tmp_path / "hf"))
+    answer = qwenlora(*arguments, **hub)
     assert answer.returncode == 2, answer.stdout
     assert f"a base model with other weights (then {then}, now {now}); restore them" in answer.stdout
     pinned = [f"model.revision={then}", "--allow-config-change", "model.revision", "train.max_steps=6"]
-    answer = qwenlora(*arguments, *pinned, HF_HOME=str(tmp_path / "hf"))
+    answer = qwenlora(*arguments, *pinned, **hub)
     assert answer.returncode == 0, answer.stdout
     assert "resuming from checkpoint-4" in answer.stdout
 
 
-def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config):
-    assert qwenlora("train", config, "run_dir=run").returncode == 0
+def test_a_run_never_starts_over_in_silence(qwenlora, tmp_path, config, whole):
+    shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     for folder in (tmp_path / "run").glob("checkpoint-*"):
         (folder / "manifest.json").unlink()
@@ -363,7 +368,7 @@ def test_a_change_that_is_meant_passes(qwenlora, tmp_path, config, whole):
 
 
 def test_a_time_budget_ends_an_attempt_like_a_signal(qwenlora, tmp_path, config):
-    answer = qwenlora("train", config, "run_dir=run", "train.max_steps=100000", "train.max_time_min=0.4")
+    answer = qwenlora("train", config, "run_dir=run", "train.max_steps=100000", "train.max_time_min=0.05")
     assert answer.returncode == 75, answer.stdout
     assert "which is saved; the same command resumes: train.max_time_min is over" in answer.stdout
     again = qwenlora("train", config, "run_dir=run", "train.max_steps=100000", "train.max_time_min=0.02")

@@ -47,9 +47,8 @@ def test_a_run_goes_from_zero3_to_fsdp_to_zero2_and_ends_as_one_that_was_left_al
     assert json.loads((tmp_path / "moved" / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 3
     train(config, "run_dir=moved", "strategy.name=fsdp", "--nproc", "1", "train.max_steps=8")
     assert not (tmp_path / "moved" / "deepspeed.json").exists()
-    train(config, "run_dir=moved", "strategy.name=zero3", "--nproc", "4", "train.max_steps=9")
     output = train(config, "run_dir=moved", "strategy.name=zero2", "--nproc", "2")
-    assert "resuming from checkpoint-9" in output
+    assert "resuming from checkpoint-8" in output
     alone, moved = history(tmp_path / "alone"), history(tmp_path / "moved")
     assert alone.keys() == moved.keys() == set(range(1, 13))
     assert max(abs(alone[step] - moved[step]) for step in alone) < 1e-5
@@ -58,7 +57,7 @@ def test_a_run_goes_from_zero3_to_fsdp_to_zero2_and_ends_as_one_that_was_left_al
     ]
     assert max((files[0][key] - files[1][key]).abs().max() for key in files[0]) < 1e-5
     attempts = [json.loads(line) for line in (tmp_path / "moved" / "attempts.jsonl").read_text().splitlines()]
-    assert [one["strategy"] for one in attempts] == ["zero3", "fsdp", "zero3", "zero2"]
+    assert [one["strategy"] for one in attempts] == ["zero3", "fsdp", "zero2"]
 
 
 @pytest.mark.parametrize(

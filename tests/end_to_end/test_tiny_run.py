@@ -107,7 +107,7 @@ def test_metrics_hold_every_number_of_every_logging_step(metrics):
 
 def test_compare_shows_that_the_answers_were_learnt(tiny_run, metrics, qwenlora, tmp_path):
     copy = shutil.copytree(tiny_run[0], tmp_path / "tiny")
-    answer = qwenlora("compare", copy, COLUMNS="160")
+    answer = qwenlora("compare", copy, "--max-new-tokens", 64, COLUMNS="160")
     assert answer.returncode == 0, answer.stderr
     # how far it is, said only on a busy machine
     assert not [line for line in answer.stderr.splitlines() if not re.fullmatch(r".*%, about .* left", line)]

@@ -5,9 +5,9 @@ import io
 import json
 import os
 import subprocess
-import sys
 import time
 
+import forked
 import pytest
 from rich.console import Console
 
@@ -160,8 +160,8 @@ def test_a_run_that_nobody_submitted_is_resumed_by_the_command_that_is_said(slur
 def test_a_local_job_is_followed_cancelled_and_resumed(folder, qwenlora):
     """logs -f ends by itself with the run."""
     job, run = submit("my.yaml", cluster="local"), RunFolder("runs/my")
-    command = [sys.executable, "-c", "from qwenlora.cli.main import main; main()", "logs", "-f", "runs/my"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as following:
+    command = [*forked.COMMAND, "logs", "-f", "runs/my"]
+    with forked.Popen(command, stdout=subprocess.PIPE, text=True) as following:
         _wait_for(lambda: run.history.attempts() and _step(run, 1) >= 3)
         assert "is asked to save and to stop" in qwenlora("cancel", "runs/my").stdout
         assert job.result()["reason"] == "stopped"

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 from qwenlora.configs import load_config
@@ -368,21 +369,6 @@ def test_a_ledger_of_version_0_1_is_read(folder):
 # ---- the real executors
 
 
-@pytest.mark.slow
-def test_a_local_job_of_two_processes_ends_with_the_summary(folder):
-    job = submit("my.yaml", {"launch.nproc_per_node": 2, "run_dir": "runs/我的 run"}, cluster="local")
-    assert job.state == "RUNNING"
-    result = job.result()
-    assert (result["reason"], result["step"], result["attempts"]) == ("done", 2, 1)
-    assert Path(result["adapter"], "adapter_model.safetensors").exists()
-    assert result["loss"] > 0
-    assert result["eval_loss"] > 0
-    assert job.state == "FINISHED"
-    assert "2 processes x" in job.stdout()
-    (line,) = submissions(RunFolder("runs/我的 run"))
-    assert (line.job_id, line.cluster, line.work_dir) == (job.job_id, "local", str(folder))
-
-
 def test_a_local_job_that_fails_says_why(folder):
     (folder / "my.jsonl").write_text('{"messages": 3}\n')
     job = submit("my.yaml", ["data.train=my.jsonl"], cluster="local")
@@ -390,27 +376,45 @@ def test_a_local_job_that_fails_says_why(folder):
     assert "my.jsonl:1: " in str(job.exception())
 
 
+EDITED = """
+import json, pathlib, sys, qwenlora
+from qwenlora.jobs import submit
+edited = pathlib.Path(sys.argv[1], "qwenlora")
+assert pathlib.Path(qwenlora.__file__).parent == edited
+two = {"launch.nproc_per_node": 2, "run_dir": "runs/我的 run"}
+copied = submit("my.yaml", two, cluster="local", snapshot=True)
+said = {"job": copied.job_id, "states": [copied.state]}
+other = submit("my.yaml", {"run_dir": "runs/other"}, cluster="local", snapshot=False)
+(edited / "trainer" / "attempt.py").write_text("raise OSError('edited')")
+pathlib.Path("my.yaml").write_text("edited")
+said["result"], said["screen"], said["other"] = copied.result(), copied.stdout(), str(other.exception())
+said["states"].append(copied.state)
+print(json.dumps(said))
+"""
+
+
 @pytest.mark.slow
-def test_edits_after_submitting_change_nothing(folder):
-    edited = folder / "edited"
-    snapshot(edited)
-    code = (
-        "import sys, pathlib, qwenlora\n"
-        f"assert qwenlora.__file__.startswith({str(edited)!r})\n"
-        "from qwenlora.jobs import submit\n"
-        "def start(copy): return submit('my.yaml', {'run_dir': f'runs/{copy}'}, cluster='local',"
-        " snapshot=copy)\n"
-        "jobs = [start(True), start(False)]\n"
-        f"edited = pathlib.Path({str(edited)!r}, 'qwenlora', 'trainer', 'attempt.py')\n"
-        "edited.write_text('raise OSError(\"edited\")')\n"
-        "pathlib.Path('my.yaml').write_text('edited')\n"
-        "print(jobs[0].result()['reason'], 'edited' in str(jobs[1].exception()))\n"
-    )
-    paths = {"PYTHONPATH": str(edited)}
+def test_a_local_job_ends_with_the_summary_and_edits_after_submitting_change_nothing(folder):
+    snapshot(folder / "edited")
     answer = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | paths, capture_output=True, text=True, check=False
+        [sys.executable, "-c", EDITED, folder / "edited"],
+        env=os.environ | {"PYTHONPATH": str(folder / "edited")},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert answer.stdout.splitlines()[-1:] == ["done True"], answer.stdout + answer.stderr
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    said = json.loads(answer.stdout.splitlines()[-1])
+    result = said["result"]
+    assert (result["reason"], result["step"], result["attempts"]) == ("done", 2, 1)
+    assert Path(result["adapter"], "adapter_model.safetensors").exists()
+    assert result["loss"] > 0
+    assert result["eval_loss"] > 0
+    assert said["states"] == ["RUNNING", "FINISHED"]
+    assert "2 processes x" in said["screen"]
+    (line,) = submissions(RunFolder("runs/我的 run"))
+    assert (line.job_id, line.cluster, line.work_dir) == (said["job"], "local", str(folder))
+    assert "edited" in said["other"]
 
 
 def test_a_snapshot_holds_what_is_installed(folder):
@@ -439,7 +443,7 @@ def test_a_debug_job_runs_in_this_process_with_the_user_s_frames(folder):
         "job.result()\n"
     )
     Path("mine.py").write_text(code)
-    answer = subprocess.run(
+    answer = forked.run(
         [sys.executable, "mine.py"], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
     state, pid = answer.stdout.splitlines()[0].split()
@@ -451,7 +455,8 @@ def test_a_debug_job_runs_in_this_process_with_the_user_s_frames(folder):
 
 def test_a_debug_job_ends_with_the_summary_too(folder):
     code = "from qwenlora.jobs import submit; print(submit('my.yaml', cluster='debug').result()['reason'])"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    Path("mine.py").write_text(code)
+    answer = forked.run([sys.executable, "mine.py"], capture_output=True, text=True, check=False)
     assert answer.stdout.splitlines()[-1:] == ["done"], answer.stdout + answer.stderr
 
 
