@@ -24,6 +24,7 @@ from qwenlora.data.prepared import files_key
 from qwenlora.data.rows import Row
 from qwenlora.run.comparison import AnsweredQuestion, ComparedModel, Comparison, Measure
 from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.loop import chunked_loss
 
 PAIRS = {
     "早上几点开门？": "上午九点。",
@@ -210,9 +211,9 @@ def test_the_base_is_asked_as_if_there_were_no_adapter(tiny, tmp_path, settings)
 )
 def test_the_loss_is_that_of_the_model_itself(tiny, tmp_path, settings, monkeypatch):
     """Logits made of trained tokens alone, three at a time, against the model's own over the whole."""
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 3)
     adapter = random_adapter(tmp_path / "adapter", tiny, **settings)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), adapter).eval()
+    monkeypatch.setattr(chunked_loss, "LOGITS_AT_ONCE", 3 * 4 * model.config.vocab_size)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     rows = [Row(0, [*said(q, a), *said("还有吗？", a)]) for q, a in PAIRS.items()]
     tokens = losses.trained_tokens(tokenizer, rows, Data(train="example"))
