@@ -30,13 +30,15 @@ from qwenlora.data.rows import Row
 from qwenlora.data.turns import Message
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
-from qwenlora.trainer.loop.batches import Rows, collate
+from qwenlora.trainer.loop.batches import Rows, collate, collate_packs
 from qwenlora.trainer.loop.trainer import LoraTrainer
 from qwenlora.trainer.model.lora import add_lora
+from qwenlora.trainer.model.row_attention import attend_row_by_row
 from qwenlora.trainer.model.tiny import build_tiny
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 BATCH, MOST = 8, 512  # rows of a step, tokens of a row
+PLAIN, OURS = "Trainer + peft", "qwenlora"
 
 
 class Figures(NamedTuple):
@@ -118,9 +120,11 @@ def trainers(args: argparse.Namespace, side: Side, folder: Path) -> dict[str, An
     arguments = training_arguments(config, RunFolder(folder), len(side), 1, evaluates=False)
     build_tiny(folder / "tiny")
     words = AutoTokenizer.from_pretrained(folder / "tiny")
+    base = base_of(args)
+    assert attend_row_by_row(base)
     torch.manual_seed(1)
     ours = LoraTrainer(
-        add_lora(base_of(args), lora),
+        add_lora(base, lora),
         config,
         arguments,
         Rows(order_of(config, side), side),
@@ -135,7 +139,7 @@ def trainers(args: argparse.Namespace, side: Side, folder: Path) -> dict[str, An
     for trainer in (plain, ours):
         trainer.create_optimizer()
         trainer.model.train()
-    return {"Trainer + peft": plain, "qwenlora": ours}
+    return {PLAIN: plain, OURS: ours}
 
 
 def step(trainer: Any, batch: dict[str, Tensor]) -> tuple[float, float]:
@@ -191,18 +195,19 @@ def measure(args: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, 
         both = trainers(args, side, Path(folder))
         found = {name: Figures(0.0, 0, [], [], []) for name in both}
         for number, batch in enumerate(batches(side)):
+            slots = batch[PLAIN]["input_ids"].numel()
             # as many begin with one as with the other: the second finds the rows in the cache
             for name in list(both)[:: 1 if number % 2 else -1]:
                 start = time.process_time()
-                loss, norm = step(both[name], dict(batch))
+                loss, norm = step(both[name], dict(batch[name]))
                 found[name].cpu_s.append(time.process_time() - start)
                 found[name].losses.append(loss)
                 found[name].norms.append(norm)
             tell(f"step {number + 1}")
         for name, trainer in both.items():
-            saved = saved_bytes(trainer, batch) / batch["input_ids"].numel()
+            saved = saved_bytes(trainer, batch[name]) / slots
             with Operations() as counted:
-                step(trainer, dict(batch))
+                step(trainer, dict(batch[name]))
             found[name] = found[name]._replace(saved_bytes=saved, operations=counted.calls.total())
     plain, ours = found.values()
     assert min(plain.norms + ours.norms) > 0, "nothing was learnt"
@@ -211,10 +216,11 @@ def measure(args: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, 
     return found
 
 
-def batches(side: Side) -> Iterator[dict[str, Tensor]]:
-    """Yield padded batches of rows, in the file's order."""
+def batches(side: Side) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Yield batches of rows, in the file's order, by way: padded for Trainer, end to end for ours."""
     for start in range(0, len(side) // BATCH * BATCH, BATCH):
-        yield collate([side.row(number) for number in range(start, start + BATCH)], 0)
+        rows = [side.row(number) for number in range(start, start + BATCH)]
+        yield {PLAIN: collate(rows, 0), OURS: collate_packs([rows], 0)}
 
 
 def main() -> None:
