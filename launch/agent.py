@@ -2,7 +2,7 @@
 
 `qwenlora train` runs it, on this machine or as srun's one task on each node of a job; with a hostfile it also
 starts the agents of the other machines (ssh.py). The first node's agent leads and reports (leader.py), the
-others follow (follower.py). Each runs torchrun, or DeepSpeed's launcher, for its ranks (launcher.py).
+others follow (follower.py). Each runs its node's ranks (launcher.py).
 """
 
 import os

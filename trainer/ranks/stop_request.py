@@ -22,7 +22,7 @@ class StopRequest:
         self._raises = False
 
     def listen(self, *, nohup: bool = False) -> None:
-        """Handle stop signals from now on, also a signal that launch/children.py blocked until now. nohup:
+        """Handle stop signals from now on, also a signal that launch/launcher.py blocked until now. nohup:
         SIGHUP stays ignored."""
         for number in to_handle(nohup=nohup):
             signal.signal(number, self._handle)
