@@ -13,7 +13,8 @@ JOIN_LATER_S = 3.0  # longer than the first node waits, whose message names all 
 def follow(node: Node) -> int:
     """Do as the first node says; return 0 however the run ends (it reports that), 1 if its agent is gone."""
     meeting = node.meeting
-    _ = node.forkserver  # imports while the first node checks
+    if node.forks_ranks:
+        _ = node.forkserver  # imports while the first node checks
     meeting.join(node.config.launch.join_timeout_s + JOIN_LATER_S, lambda: node.stop_requested)
     meeting.send(preflight.facts_of_this_node(node.config, node.processes))
     while True:

@@ -43,7 +43,7 @@ class Forkserver:
             )
 
     def close(self) -> None:
-        """End the process, and what it started."""
+        """End the process, and what it started; again, it does nothing."""
         self.process.kill()
         self.process.wait()
         self.answers.close()

@@ -27,7 +27,7 @@ def run_ranks(node: Node, watch: Watch, handover: Handover, port: int) -> int:
     number = node.allocation.node
     with heartbeat.make_folder() as watch.beats:
         handover = replace(handover, beats=watch.beats)
-        run = _run_deepspeed if node.config.launch.launcher == "deepspeed" else _run_forked
+        run = _run_forked if node.forks_ranks else _run_deepspeed
         code = run(node, watch, handover, port, f"launch-{number}" if number else "launch")
         watch.after(code)
     return code

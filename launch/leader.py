@@ -72,7 +72,8 @@ class Leader:
         """Run one attempt: check, prepare, train, conclude."""
         node, folder = self.node, self.node.folder
         attempt = self._begin_attempt()
-        _ = node.forkserver  # imports while the nodes are checked
+        if node.forks_ranks:
+            _ = node.forkserver  # imports while the nodes are checked
         watch = Watch(node, attempt)
         code, fault = EXIT_CODES["failed"], ""
         try:
@@ -106,6 +107,8 @@ class Leader:
             preparation = node.forkserver.prepare(handover.attempt, handover.environment())
             if code := node.children.run(preparation, watch.while_preparing):
                 return code
+            if not node.forks_ranks:
+                node.forkserver.close()
         if node.stop_requested:
             return 0
         node.warn(preflight.space_warning(node.config, folder))

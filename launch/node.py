@@ -44,6 +44,11 @@ class Node:
         return server
 
     @property
+    def forks_ranks(self) -> bool:
+        """Whether the ranks are forked, too: DeepSpeed's launcher starts its own."""
+        return self.config.launch.launcher == "torchrun"
+
+    @property
     def stop_requested(self) -> bool:
         """Whether a stop signal came to this node."""
         return self.children.stop_requested

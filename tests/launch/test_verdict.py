@@ -65,9 +65,8 @@ def test_a_stop_is_not_a_done_run_though_there_is_an_older_adapter(folder):
     assert concluded(folder, 0, children=Children("SIGTERM"))[0] == 75
 
 
-def test_the_rank_that_torchrun_saw_killed_on_any_node_comes_first(folder):
-    report = "(first observed failure):\n  rank      : 3 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n"
-    folder.log(1, "launch-1").write_text(report)
+def test_a_rank_that_was_killed_on_any_node_comes_first(folder):
+    folder.log(1, "launch-1").write_text(f"a library's line\n{killed_line('rank-3', signal.SIGKILL)}")
     write_error(folder, 0, "connection reset")
     assert first_error(folder, 1).message.startswith("rank 3 was killed by SIGKILL, not by qwenlora")
 
@@ -91,3 +90,8 @@ def test_who_failed_first(folder, errors, number, first):
 def test_a_rank_that_sigterm_ended_is_no_error(folder):
     folder.log(1, "launch").write_text(killed_line("rank-3", signal.SIGTERM))
     assert first_error(folder, 1) is None
+
+
+def test_a_preparation_that_was_killed_says_so(folder):
+    folder.log(1, "launch").write_text(killed_line("prepare", signal.SIGKILL))
+    assert first_error(folder, 1).message.startswith("the preparation was killed by SIGKILL, not by qwenlora")
