@@ -15,6 +15,7 @@ import psutil
 from qwenlora.launch.children import prepare_child
 from qwenlora.run.folder import PREPARE_ONLY, RunFolder
 from qwenlora.run.handover import Start
+from qwenlora.run.rank_deaths import killed_line
 
 MODULE = "qwenlora.trainer.forkserver"
 
@@ -27,7 +28,6 @@ class Forkserver:
         self._folder = folder
         self._early_log = tempfile.TemporaryFile()  # noqa: SIM115  there may be no attempt with a log yet
         self.answers, its_end = socket.socketpair()
-        self.answers.setblocking(False)
         # without PYTHONSAFEPATH, `python -m` takes a random.py of the working folder for Python's own
         environment = os.environ | {"PYTHONSAFEPATH": "1"}
         if processes > 1:  # as torchrun does: otherwise each rank would take all cores
@@ -65,7 +65,7 @@ class Forkserver:
 
     def _start(self, attempt: int, log: str, options: list[str], variables: list[dict[str, str]]) -> "Forked":
         start = Start([str(self._folder.config), *options], str(self._folder.log(attempt, log)), variables)
-        with suppress(OSError):  # it has ended, which Forked.poll sees
+        with suppress(ConnectionError):  # it has ended, which Forked.poll sees
             self.answers.sendall(start.line())
         return Forked(self, start)
 
@@ -76,14 +76,21 @@ class Forked:
     def __init__(self, server: Forkserver, start: Start) -> None:
         self._server, self._start = server, start
         self._received = b""
-        self._reported = False
+        self._reported = self._killed = False
+        self._descendants: list[psutil.Process] = []  # of a forkserver that was killed
 
     def poll(self) -> int | None:
         """Return the exit code of the first process that failed, else 0; None while they run."""
         if (answer := self._answer("ended")) is not None:
             return answer
-        if (code := self._server.process.poll()) is not None:
-            self._server.copy_early_log(Path(self._start.log))
+        code = self._server.process.poll()
+        if code is None or any(process.is_running() for process in self._descendants):
+            return None
+        log = Path(self._start.log)
+        self._server.copy_early_log(log)
+        if code < 0 and not self._killed:
+            with log.open("a", encoding="utf-8") as file:
+                file.write(killed_line("forkserver", -code))
         return code
 
     def reports_failure(self) -> bool:
@@ -94,18 +101,26 @@ class Forked:
 
     def ranks(self) -> list[psutil.Process]:
         """Return the ranks that run; none while it prepares."""
-        if PREPARE_ONLY in self._start.arguments:
-            return []
-        with suppress(psutil.NoSuchProcess):
-            return psutil.Process(self._server.process.pid).children()
-        return []
+        return [] if PREPARE_ONLY in self._start.arguments else self._children()
 
     def kill(self) -> None:
-        """Kill the forkserver; the kernel then ends what it started."""
-        self._server.process.kill()
+        """Kill the forkserver and all that it started. They are gone when poll returns a code."""
+        if not self._killed:
+            self._descendants = self._children(recursive=True)
+        self._killed = True
+        self._server.process.kill()  # first: it would report the others as killed by somebody else
+        for process in self._descendants:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _children(self, *, recursive: bool = False) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self._server.process.pid).children(recursive)
+        except psutil.NoSuchProcess:
+            return []
 
     def _answer(self, what: str) -> int | None:
-        with suppress(OSError):  # nothing new
-            self._received += self._server.answers.recv(4096)
+        with suppress(BlockingIOError, ConnectionError):
+            self._received += self._server.answers.recv(4096, socket.MSG_DONTWAIT)
         answers = [json.loads(line) for line in self._received.split(b"\n")[:-1]]
         return next((int(answer[what]) for answer in answers if what in answer), None)

@@ -53,7 +53,7 @@ def check_launcher_in_slurm(config: Config) -> None:
     if launch.launcher != "torchrun":
         raise ValueError(
             f"launch.launcher={launch.launcher} is for machines without Slurm: in a job srun starts an agent"
-            " on each node, which starts torchrun; leave --launcher out"
+            " on each node, which starts the ranks; leave --launcher out"
         )
     if launch.hostfile is not None:
         raise ValueError(

@@ -11,6 +11,7 @@ from qwenlora.run.rank_deaths import first_killed
 from qwenlora.run.records import RankError, Reason
 
 TAIL_LINES = 15
+NAMES = {"prepare": "the preparation", "forkserver": "the process that ranks are forked from"}
 
 
 def conclude(
@@ -72,7 +73,7 @@ def first_error(folder: RunFolder, attempt: int) -> RankError | None:
         process, number = killed
         # launchers end the other ranks by SIGTERM; a rank that has written its error died of that
         if number != signal.SIGTERM and process not in {error.process for error in errors}:
-            who = "the preparation" if process == "prepare" else process.replace("-", " ")
+            who = NAMES.get(process, process.replace("-", " "))
             message = f"{who} was killed by {signal.Signals(number).name}, not by qwenlora"
             if number == signal.SIGKILL:
                 message += ": by hand, by the scheduler, or for lack of memory (dmesg says)"

@@ -2,12 +2,13 @@
 
 import re
 
-_KILLED = re.compile(r"^(rank-\d+|prepare) was killed by signal (\d+)$", re.MULTILINE)
+_KILLED = re.compile(r"^(rank-\d+|prepare|forkserver) was killed by signal (\d+)$", re.MULTILINE)
 
 
 def killed_line(process: str, number: int) -> str:
-    """Return the line for a process that a signal killed. process: `rank-0` ... or `prepare`."""
-    return f"{process} was killed by signal {number}\n"
+    """Return the line for a process that a signal killed, whatever is before it in the log. process: `rank-0`
+    ..., `prepare` or `forkserver`."""
+    return f"\n{process} was killed by signal {number}\n"
 
 
 def first_killed(log: str) -> tuple[str, int] | None:

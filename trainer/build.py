@@ -21,10 +21,10 @@ from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model.checks import check_isolation, untrained_tokens
+from qwenlora.trainer.model.checks import check_isolation, isolates_rows, untrained_tokens
 from qwenlora.trainer.model.endings import Settings, generation_settings, set_end
 from qwenlora.trainer.model.lora import add_lora
-from qwenlora.trainer.model.row_attention import attend_row_by_row
+from qwenlora.trainer.model.row_attention import attend_row_by_row, attend_to_padded_rows
 from qwenlora.trainer.record.metrics import Metrics
 from qwenlora.trainer.record.recording import Recording
 from qwenlora.trainer.spread import sequence, strategy
@@ -71,9 +71,12 @@ def build(context: Context) -> Parts:
     team = sequence.team_of(config.strategy.sequence_parallel, config.launch.ddp_timeout_s)
     trainer = _trainer(context, model, tokenizer, spread, team)
     trainer.make_engine()
-    if facts.packing or row_by_row:
-        # before attention is shared: the kernel, which this checks, sees whole packs in either case
+    # before attention is shared: the kernel, which this checks, sees whole packs in either case
+    if facts.packing:
         check_isolation(model)
+    elif row_by_row and not isolates_rows(model):
+        attend_to_padded_rows(base)
+        trainer.end_to_end = False
     sequence.share_attention(base, team)
     _beat_in_each_forward(model, context.heart, trainer)
     tied = bool(base.config.tie_word_embeddings)

@@ -14,7 +14,10 @@ import gc
 import importlib
 import json
 import os
+import runpy
+import stat
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +29,7 @@ from qwenlora.run.orphans import die_with_parent
 from qwenlora.run.rank_deaths import killed_line
 from qwenlora.trainer.hidden import hidden
 
+MAIN = "qwenlora.trainer.main"
 MODULES = (
     "qwenlora.trainer.prepare",
     "qwenlora.trainer.attempt",
@@ -42,11 +46,13 @@ def serve() -> list[str]:
     screen, me = os.dup(1), os.getpid()
     os.dup2(2, 1)  # what libraries print at import is for the log
     _import_libraries()
+    log = None
     with os.fdopen(os.dup(0), "r+b", buffering=0) as agent:
         for line in iter(agent.readline, b""):
             start, processes = Start.parse(line), dict[int, str]()
-            with Path(start.log).open("ab") as log:
-                os.dup2(log.fileno(), 2)
+            if start.log != log:
+                log = start.log
+                _continue_in(Path(log))
             for variables in start.variables:
                 if not (pid := os.fork()):
                     die_with_parent(me)
@@ -61,15 +67,28 @@ def serve() -> list[str]:
 def _import_libraries() -> None:
     before = os.environ.get(ASKS_NVML)
     os.environ[ASKS_NVML] = "1"
-    with hidden(), suppress(Exception):  # a process that was forked fails in the same way, and can report it
-        for name in MODULES:
-            importlib.import_module(name)
+    with hidden():
+        try:
+            for name in MODULES:
+                importlib.import_module(name)
+        except Exception:  # a process that was forked fails in the same way, and can report it
+            traceback.print_exc()
     if before is None:
         del os.environ[ASKS_NVML]
     else:
         os.environ[ASKS_NVML] = before
     gc.collect()
     gc.freeze()  # the collections of forked processes then leave the memory that they share as it is
+
+
+def _continue_in(log: Path) -> None:
+    """Make a log the standard error, and begin it with what was written while there was none."""
+    with log.open("ab") as file:
+        if stat.S_ISREG(os.fstat(2).st_mode):
+            file.write(Path("/proc/self/fd/2").read_bytes())
+            file.flush()
+            os.ftruncate(2, 0)  # the agent copies what is there if this process dies
+        os.dup2(file.fileno(), 2)
 
 
 def _become(arguments: list[str], variables: dict[str, str], screen: int) -> None:
@@ -80,12 +99,11 @@ def _become(arguments: list[str], variables: dict[str, str], screen: int) -> Non
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    Path("/proc/self/comm").write_text(_name(arguments, variables))  # as ps and top show it
+    with suppress(OSError):  # some sandboxes forbid it
+        Path("/proc/self/comm").write_text(_name(arguments, variables))  # as ps and top show it
     torch = sys.modules.get("torch")
     if torch and torch.cuda._is_in_bad_fork():  # what torch itself asks before it refuses to use CUDA
-        os.execv(  # noqa: S606
-            sys.executable, [sys.executable, "-u", "-m", "qwenlora.trainer.main", *arguments]
-        )
+        os.execv(sys.executable, [sys.executable, "-u", "-m", MAIN, *arguments])  # noqa: S606
 
 
 def _name(arguments: list[str], variables: dict[str, str]) -> str:
@@ -95,16 +113,17 @@ def _name(arguments: list[str], variables: dict[str, str]) -> str:
 def _exit_code_of(processes: dict[int, str], agent: BinaryIO) -> int:
     """Wait for processes; return 0, or the exit code of the first that left with another. processes: names by
     pid."""
-    first = 0
+    done, stopped = EXIT_CODES["done"], EXIT_CODES["stopped"]
+    first = done
     while processes:
         pid, status = os.wait()
-        process, code = processes.pop(pid), os.waitstatus_to_exitcode(status)
-        if first:
+        process, code = processes.pop(pid, ""), os.waitstatus_to_exitcode(status)
+        if not process or code == done or first not in (done, stopped):  # without a name: a library's own
             continue
         first = code
         if code < 0:
             print(killed_line(process, -code), end="", file=sys.stderr, flush=True)
-        if code not in (EXIT_CODES["done"], EXIT_CODES["stopped"]):
+        if code != stopped:
             _answer(agent, "failed", code)
     return first
 
@@ -115,6 +134,4 @@ def _answer(agent: BinaryIO, what: str, code: int) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = serve()
-    from qwenlora.trainer.main import run_process
-
-    run_process(sys.argv[1:])
+    runpy.run_module(MAIN, run_name="__main__", alter_sys=True)  # as `python -m` does

@@ -8,7 +8,6 @@ the ranks. Libraries that print at import are imported after the screen is taken
 import os
 import sys
 from functools import partial
-from typing import NoReturn
 
 from qwenlora.configs import load_config
 from qwenlora.data.freshness import is_current
@@ -103,14 +102,9 @@ def _join(process: Process) -> Heart:
     return heart
 
 
-def run_process(arguments: list[str]) -> NoReturn:
-    """Be this process, to its end."""
+if __name__ == "__main__":
     try:
-        sys.exit(main(arguments))
+        sys.exit(main(sys.argv[1:]))
     except ValueError as refusal:  # before there was a run folder to write to
         print(f"error: {refusal}", file=sys.stderr)
         sys.exit(EXIT_CODES["refused"])
-
-
-if __name__ == "__main__":
-    run_process(sys.argv[1:])

@@ -20,6 +20,13 @@ USED_CUDA = (
 )
 USED_CUDA += "sys.modules['torch'] = torch"
 
+FAILS_LATER = """
+import pathlib
+while not pathlib.Path(arguments[0] + ".go").exists():
+    time.sleep(0.01)
+os._exit(3)
+"""
+MISSING = "ModuleNotFoundError: No module named 'a_library_that_is_not_here'"
 # in the place of qwenlora.trainer.forkserver: without the libraries, and with work that a test chooses
 SERVER = """
 import os, sys, time, types
@@ -55,8 +62,11 @@ def ended(forked):
     return code
 
 
-def log(server):
-    return server._folder.log(1, "launch").read_text()
+def lines(server):
+    """Return the launch log without empty lines and the failed import of the module that is not there."""
+    text = server._folder.log(1, "launch").read_text()
+    text = text[text.rindex(MISSING) + len(MISSING) :] if MISSING in text else text
+    return [line for line in text.splitlines() if line]
 
 
 def ranks(*work):
@@ -71,13 +81,13 @@ print(sorted(int(n) for n in os.listdir("/proc/self/fd"))[:4], sys.stdin.read() 
 """
     assert ended(server.train(1, "launch", ranks(look))) == 0
     config = str(server._folder.config)
-    assert log(server).splitlines() == [f"rank-0 0 [{config!r}]", "[0, 1, 2, 3] True"]
+    assert lines(server) == [f"rank-0 0 [{config!r}]", "[0, 1, 2, 3] True"]
 
 
 def test_the_preparation_is_named_and_comes_before_the_ranks(server):
     assert ended(server.prepare(1, {"WORK": "print(arguments[1], file=sys.stderr); sys.exit(2)"})) == 2
     assert ended(server.train(1, "launch", ranks("print('rank', file=sys.stderr)"))) == 0
-    assert log(server) == "--prepare-only\nrank\n"
+    assert lines(server) == ["--prepare-only", "rank"]
 
 
 def test_a_failure_is_known_while_the_others_still_run(server):
@@ -92,7 +102,7 @@ def test_a_failure_is_known_while_the_others_still_run(server):
     assert rank.name() == "rank-0"
     forked.kill()
     assert ended(forked) == -signal.SIGKILL
-    rank.wait(60)
+    assert not rank.is_running(), "a run folder is free only when nobody can write to it"
 
 
 def test_a_killed_rank_is_in_the_log_and_the_first_failure_is_the_exit_code(server):
@@ -106,7 +116,7 @@ def test_a_killed_rank_is_in_the_log_and_the_first_failure_is_the_exit_code(serv
         time.sleep(0.02)
     (server._folder.path / "config.yaml.go").touch()
     assert ended(forked) == -signal.SIGKILL
-    assert log(server) == "rank-0 was killed by signal 9\n"
+    assert lines(server) == ["rank-0 was killed by signal 9"]
 
 
 def test_ranks_that_leave_to_be_requeued_have_not_failed(server):
@@ -121,7 +131,7 @@ def test_what_it_wrote_is_in_the_log_if_it_dies_before_it_starts_anything(server
     server.process.wait()
     forked = server.train(1, "launch", ranks("pass"))
     assert ended(forked) == -signal.SIGKILL
-    assert log(server) == "Illegal instruction\n"
+    assert lines(server) == ["Illegal instruction", "forkserver was killed by signal 9"]
 
 
 def test_a_stop_request_reaches_ranks_but_ends_a_preparation(server):
@@ -143,10 +153,33 @@ def test_a_stop_request_reaches_ranks_but_ends_a_preparation(server):
 def test_ranks_share_the_cores_as_under_torchrun(server):
     show = "print(os.environ['OMP_NUM_THREADS'], file=sys.stderr)"
     assert ended(server.train(1, "launch", ranks(show))) == 0
-    assert log(server) == f"{os.environ.get('OMP_NUM_THREADS', '1')}\n"
+    assert lines(server) == [os.environ.get("OMP_NUM_THREADS", "1")]
+
+
+@pytest.mark.parametrize("server", ["import warnings; warnings.warn('an old driver')"], indirect=True)
+def test_what_is_written_at_import_is_in_the_log_before_what_ranks_write(server):
+    assert ended(server.train(1, "launch", ranks("print('rank', file=sys.stderr)"))) == 0
+    text = server._folder.log(1, "launch").read_text()
+    assert text.index("an old driver") < text.index(MISSING) < text.index("rank")
+
+
+@pytest.mark.parametrize("server", ["os.posix_spawn('/bin/true', ['true'], {})"], indirect=True)
+def test_a_child_that_a_library_left_behind_is_nobody_s_failure(server):
+    assert ended(server.train(1, "launch", ranks("pass"))) == 0
+
+
+def test_a_failure_after_a_rank_has_left_to_be_requeued_counts(server):
+    forked = server.train(1, "launch", ranks("os._exit(75)", FAILS_LATER))
+    end = time.monotonic() + 60
+    while len(forked.ranks()) != 1:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    (server._folder.path / "config.yaml.go").touch()
+    assert ended(forked) == 3
+    assert forked.reports_failure()
 
 
 @pytest.mark.parametrize("server", [USED_CUDA], indirect=True)
 def test_where_an_import_has_used_cuda_ranks_begin_as_new_interpreters(server):
     assert ended(server.train(1, "launch", ranks("print('forked', file=sys.stderr)"))) == 2
-    assert log(server).startswith(f"error: no config file {server._folder.config} ")
+    assert lines(server)[0].startswith(f"error: no config file {server._folder.config} ")

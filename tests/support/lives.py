@@ -95,8 +95,10 @@ class Life:
         for _ in range(1200):
             left = [
                 one
-                for one in psutil.process_iter(["cmdline"])
+                for one in psutil.process_iter(["cmdline", "name"])
+                # one that is about to end has no command line any more
                 if str(self.run.config) in (one.info["cmdline"] or [])
+                or (not one.info["cmdline"] and one.info["name"].startswith(("rank-", "prepare")))
             ]
             if not left:
                 return

@@ -8,7 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import side_of
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, masking_utils
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    masking_utils,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -20,8 +30,12 @@ from qwenlora.trainer.loop.batches import StepLoader, collate, collate_packs
 from qwenlora.trainer.loop.evaluation import eval_batches
 from qwenlora.trainer.model import row_attention
 from qwenlora.trainer.model.base import IGNORED
-from qwenlora.trainer.model.checks import check_isolation
-from qwenlora.trainer.model.row_attention import attend_row_by_row
+from qwenlora.trainer.model.checks import check_isolation, isolates_rows
+from qwenlora.trainer.model.row_attention import (
+    attend_row_by_row,
+    attend_to_padded_rows,
+    takes_rows_end_to_end,
+)
 
 PAD, ROW_BY_ROW = 0, "row by row"
 
@@ -124,16 +138,30 @@ def test_without_a_split_row_by_row_attention_leaks(monkeypatch):
         check_isolation(model_of("qwen3", ROW_BY_ROW))
 
 
-def test_layers_that_look_at_more_than_their_row_keep_their_own_attention():
-    config = Qwen3Config(
-        **{"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-        use_sliding_window=True,
-        sliding_window=8,
-        max_window_layers=1,
-    )
-    model = Qwen3ForCausalLM(config)
+@pytest.mark.parametrize(
+    ("config", "made"),
+    [
+        (Qwen3Config, Qwen3ForCausalLM),
+        (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+        (MistralConfig, MistralForCausalLM),
+    ],
+)
+def test_layers_that_look_at_more_than_their_row_keep_their_own_attention(config, made):
+    """Qwen3-MoE and Mistral do not say by layer_types that they have a window."""
+    sizes = {"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    window = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}
+    model = made(config(**sizes, **window, num_key_value_heads=4, intermediate_size=64))
     assert not attend_row_by_row(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_in_which_rows_see_each_other_gets_padded_rows_again(monkeypatch):
+    monkeypatch.setattr(row_attention, "_lengths", lambda positions: [len(positions)])
+    model = model_of("qwen3", ROW_BY_ROW)
+    assert not isolates_rows(model)
+    attend_to_padded_rows(model)
+    assert not takes_rows_end_to_end(model)
+    assert isolates_rows(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

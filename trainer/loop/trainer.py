@@ -57,7 +57,7 @@ class LoraTrainer(Trainer):
     deepspeed: DeepSpeed's config, for zero1 to zero3. team: the ranks that share this one's sequences.
     resumed: the state of the checkpoint that this attempt continues, if any. data_wait_s, saving_s: seconds
     so far of waiting for batches, and of saves that held up training; idle_s: of evaluating and saving.
-    wandb_id: the W&B run's, for checkpoints.
+    wandb_id: the W&B run's, for checkpoints. end_to_end: rows are not padded, but lie one after the other.
     """
 
     control: TrainerControl
@@ -82,7 +82,7 @@ class LoraTrainer(Trainer):
         self.wandb_id = ""
         self.data_wait_s = self.saving_s = self.idle_s = 0.0
         self._deepspeed = deepspeed
-        self._flat = takes_rows_end_to_end(model)
+        self.end_to_end = takes_rows_end_to_end(model)
         self._names_in_file: dict[str, str] = {}  # by parameter; read while these are whole
         self._memory = states.HostMemory()
         self._losses: list[Tensor] = []  # of this rank's micro-batches in the current step
@@ -154,7 +154,7 @@ class LoraTrainer(Trainer):
             self.team.number,
             self.args.gradient_accumulation_steps,
             self._pad_id,
-            flat=self._flat or (packs and self.config.model.attn_implementation.startswith("flash")),
+            flat=self.end_to_end or (packs and self.config.model.attn_implementation.startswith("flash")),
             cut=self.team.cut,
         )
 
@@ -302,7 +302,7 @@ class LoraTrainer(Trainer):
         """Return sum_losses() over all ranks."""
         side, size = self.rows.evaluation, self.args.per_device_eval_batch_size
         assert side is not None, "there are no rows to evaluate"
-        mine = eval_batches(side, size, self.team.teams, self.team.number, self._pad_id, flat=self._flat)
+        mine = eval_batches(side, size, self.team.teams, self.team.number, self._pad_id, flat=self.end_to_end)
         batches = (self._prepare_inputs(self.team.cut(batch, self._pad_id)) for batch in mine)
         with torch.no_grad(), self.accelerator.autocast():
             sums = sum_losses(self.model, batches, self.stop, self.args.device, self._out_of_memory)

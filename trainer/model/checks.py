@@ -21,7 +21,24 @@ IDS_AT_ONCE = 4096  # embeddings that are converted to float32 at a time
 
 def check_isolation(model: Any) -> None:
     """Refuse to pack rows where attention lets one see another: some kernels and versions do so silently.
-    When the first of two packed rows is changed, the second's logits must stay. Raises: ValueError."""
+    Raises: ValueError."""
+    change, scale = _leak(model)
+    if not _is_small(change, scale):
+        raise ValueError(
+            "packed rows would see each other: with"
+            f" model.attn_implementation={model.config._attn_implementation} and this model, changing one row"
+            f" moves the next one's logits by {change:.2g} (their spread: {scale:.2g}); set data.packing:"
+            f" off, or model.attn_implementation: {'eager' if takes_rows_end_to_end(model) else 'sdpa'}"
+        )
+
+
+def isolates_rows(model: Any) -> bool:
+    """Whether rows that lie end to end do not see each other."""
+    return _is_small(*_leak(model))
+
+
+def _leak(model: Any) -> tuple[float, float]:
+    """Return how far the second of two rows' logits move when the first is changed, and their spread."""
     width, vocabulary = 16, model.config.get_text_config().vocab_size  # ZeRO-3's weights here have no size
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(min(vocabulary, 1000), (3, width), generator=generator)
@@ -35,14 +52,11 @@ def check_isolation(model: Any) -> None:
             output = model(input_ids=pack, position_ids=positions, use_cache=False)
             logits.append(output.logits[0, width:].float())
     model.train(was_training)
-    change, scale = (logits[0] - logits[1]).abs().max().item(), logits[0].std().item()
-    if not change <= LEAK * scale:  # not `>`: NaN must be refused, too
-        raise ValueError(
-            "packed rows would see each other: with"
-            f" model.attn_implementation={model.config._attn_implementation} and this model, changing one row"
-            f" moves the next one's logits by {change:.2g} (their spread: {scale:.2g}); set data.packing:"
-            f" off, or model.attn_implementation: {'eager' if takes_rows_end_to_end(model) else 'sdpa'}"
-        )
+    return (logits[0] - logits[1]).abs().max().item(), logits[0].std().item()
+
+
+def _is_small(change: float, scale: float) -> bool:
+    return change <= LEAK * scale  # not for NaN
 
 
 def untrained_tokens(model: Any, tokenizer: Any, used: Iterable[int]) -> list[str]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qwenlora.trainer.model.base import device
+
 # its name in transformers, which treats names with "flash" or "sdpa" in them specially, and makes no mask for
 # others
 NAME = "qwenlora_rows"
@@ -15,17 +17,24 @@ NAME = "qwenlora_rows"
 def attend_row_by_row(model: Any) -> bool:
     """Make a model attend row by row, where that is possible; return whether it is. Its batches must then say
     by position_ids where rows begin; padding is on the right, and no attention_mask is looked at."""
-    layers = getattr(model.config.get_text_config(), "layer_types", None)
+    text = model.config.get_text_config()
+    layers = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None)
     possible = (
-        model.device.type == "cpu"
+        device().type == "cpu"
         and model.config._attn_implementation == "sdpa"
-        and set(layers or ["full_attention"]) == {"full_attention"}
+        and (set(layers) == {"full_attention"} if layers else not window)
         and bool(getattr(model, "_supports_attention_backend", False))
     )
     if possible:
         ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
         model.config._attn_implementation = NAME
     return possible
+
+
+def attend_to_padded_rows(model: Any) -> None:
+    """Undo attend_row_by_row."""
+    model.config._attn_implementation = "sdpa"
 
 
 def takes_rows_end_to_end(model: Any) -> bool:

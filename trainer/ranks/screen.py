@@ -6,10 +6,11 @@ import io
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 
 from qwenlora.run.lent_screen import borrow
 from qwenlora.run.lossy_output import lossy
@@ -57,4 +58,19 @@ def take_screen(file: Path, *, speaks: bool, lent: str = "") -> Console:
     logging.getLogger("qwenlora").setLevel(logging.INFO)
     width = None if screen.isatty() else PLAIN_WIDTH
     # no markup: the users' names and texts may look like it
-    return Console(file=screen, quiet=not speaks, width=width, markup=False, highlight=False)
+    return _Screen(file=screen, quiet=not speaks, width=width, markup=False, highlight=False)
+
+
+class _Screen(Console):
+    """A console as wide as the terminal that it writes to. rich looks at standard input, output and error,
+    none of which is the terminal here."""
+
+    @property  # type: ignore[misc]  # rich's can be set, which nobody does here
+    def size(self) -> ConsoleDimensions:
+        """Columns and rows."""
+        with suppress(OSError):  # it is closed
+            if self.file.isatty() and "COLUMNS" not in os.environ:
+                columns, rows = os.get_terminal_size(self.file.fileno())
+                if columns:  # some terminals do not know
+                    return ConsoleDimensions(columns, rows)
+        return super().size
