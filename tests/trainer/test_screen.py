@@ -1,4 +1,4 @@
-"""The console of rank 0 is as wide as the terminal that it writes to, whatever standard input and error are."""
+"""The console of rank 0 is as wide as the terminal that it writes to, whatever its other streams are."""
 
 import fcntl
 import os
@@ -28,6 +28,7 @@ def test_on_a_terminal(tmp_path, columns):
             stdin=subprocess.DEVNULL,
             stdout=theirs,
             stderr=log,
+            env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")},
             check=True,
         )
     assert os.read(ours, 100).split() == [str(columns).encode()]
