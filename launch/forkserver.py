@@ -84,7 +84,7 @@ class Forked:
         if (answer := self._answer("ended")) is not None:
             return answer
         code = self._server.process.poll()
-        if code is None or any(process.is_running() for process in self._descendants):
+        if code is None or any(map(_runs, self._descendants)):
             return None
         log = Path(self._start.log)
         self._server.copy_early_log(log)
@@ -124,3 +124,11 @@ class Forked:
             self._received += self._server.answers.recv(4096, socket.MSG_DONTWAIT)
         answers = [json.loads(line) for line in self._received.split(b"\n")[:-1]]
         return next((int(answer[what]) for answer in answers if what in answer), None)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended; who is to collect it may never do so, as in some containers."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
