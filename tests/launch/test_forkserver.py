@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from qwenlora.launch import forkserver
@@ -183,3 +184,10 @@ def test_a_failure_after_a_rank_has_left_to_be_requeued_counts(server):
 def test_where_an_import_has_used_cuda_ranks_begin_as_new_interpreters(server):
     assert ended(server.train(1, "launch", ranks("print('forked', file=sys.stderr)"))) == 2
     assert lines(server)[0].startswith(f"error: no config file {server._folder.config} ")
+
+
+def test_a_killed_process_that_nobody_collects_has_ended():
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not forkserver._runs(psutil.Process(process.pid))
+    process.wait()
