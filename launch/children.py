@@ -5,6 +5,7 @@ finish their step and save. So children start with the stop signals ignored, and
 to the ranks until they have left.
 """
 
+import os
 import signal
 import threading
 import time
@@ -92,6 +93,15 @@ class Children:
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGTERM)
+
+
+def environment_of(ranks: int) -> dict[str, str]:
+    """Return the environment of a process that starts so many ranks on this machine."""
+    # without PYTHONSAFEPATH, `python -m` takes a random.py of the working folder for Python's own
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    if ranks > 1:  # as torchrun does: otherwise each rank would take all cores
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    return environment
 
 
 def prepare_child() -> None:

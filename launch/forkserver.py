@@ -2,7 +2,6 @@
 ranks."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from qwenlora.launch.children import prepare_child
+from qwenlora.launch.children import environment_of, prepare_child
 from qwenlora.run.folder import PREPARE_ONLY, RunFolder
 from qwenlora.run.handover import Start
 from qwenlora.run.rank_deaths import killed_line
@@ -28,14 +27,10 @@ class Forkserver:
         self._folder = folder
         self._early_log = tempfile.TemporaryFile()  # noqa: SIM115  there may be no attempt with a log yet
         self.answers, its_end = socket.socketpair()
-        # without PYTHONSAFEPATH, `python -m` takes a random.py of the working folder for Python's own
-        environment = os.environ | {"PYTHONSAFEPATH": "1"}
-        if processes > 1:  # as torchrun does: otherwise each rank would take all cores
-            environment.setdefault("OMP_NUM_THREADS", "1")
         with its_end:
             self.process: subprocess.Popen[bytes] = subprocess.Popen(
                 [sys.executable, "-u", "-m", MODULE, str(folder.config)],  # the config shows whose it is
-                env=environment,
+                env=environment_of(processes),
                 stdin=its_end.fileno(),
                 stderr=self._early_log,
                 start_new_session=True,

@@ -10,7 +10,7 @@ from typing import IO
 
 import psutil
 
-from qwenlora.launch.children import prepare_child
+from qwenlora.launch.children import environment_of, prepare_child
 from qwenlora.launch.commands import RANK_MODULE, deepspeed_argv
 from qwenlora.launch.deaths import Deaths
 from qwenlora.launch.node import Node
@@ -61,11 +61,8 @@ def _run_deepspeed(node: Node, watch: Watch, handover: Handover, port: int, log:
         screen = stack.enter_context(lend(watch.beats) if node.allocation.first else nullcontext(""))
         deaths = stack.enter_context(Deaths(watch.beats, file, node.processes))
         watch.failures = deaths
-        # without PYTHONSAFEPATH, `python -m` takes a random.py of the working folder for Python's own
-        environment = os.environ | _variables(handover, node.folder) | {"PYTHONSAFEPATH": "1"}
+        environment = environment_of(node.processes) | _variables(handover, node.folder)
         environment |= replace(handover, screen=screen).environment()
-        if node.processes > 1:  # as torchrun does: otherwise each rank would take all cores
-            environment.setdefault("OMP_NUM_THREADS", "1")
         code = node.children.run(_Launched(argv, environment, file), watch.while_training, deaths.pause)
         deaths.report_exit_code(code)
     return code

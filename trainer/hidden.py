@@ -8,8 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-BITSANDBYTES = "bitsandbytes"
-HIDDEN = ("datasets", BITSANDBYTES)
+HIDDEN = ("datasets", "bitsandbytes")
 _hides = False  # in this process, or in the one that it was forked from
 
 

@@ -8,7 +8,7 @@ import torch
 from made import side_of
 from ranks import run_ranks
 from sharing import Sharing, make_base, run_all
-from transformers import Qwen2Config, Qwen3Config, Qwen3NextConfig
+from transformers import MistralConfig, Qwen2Config, Qwen3Config, Qwen3NextConfig
 
 from qwenlora.configs.schema import Config, Data, Launch, Model, Strategy
 from qwenlora.data.order import accumulation_steps
@@ -120,6 +120,8 @@ def test_layers_without_full_attention_are_refused():
     ):
         check(config_of(2), sliding)
     check(config_of(2, "flash_attention_2"), sliding)
+    with pytest.raises(ValueError, match="it has layers of sliding_attention"):
+        check(config_of(2), MistralConfig(sliding_window=64))  # which has no layer_types
     dynamic = Qwen3Config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6})
     with pytest.raises(ValueError, match="its rope_type is dynamic, which depends on a sequence's length"):
         check(config_of(2), dynamic)

@@ -148,6 +148,14 @@ def notes_on(config: Config, base: str) -> list[str]:
     return notes + [quantised.note(kind) for kind in [quantised_files(model_config)] if kind]
 
 
+def layer_kinds(model_config: Any) -> set[str]:
+    """Return the kinds of attention of a model's layers, as `full_attention`. Some configs, as Mistral's, say
+    only by sliding_window that their layers have a window."""
+    text = model_config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    return set(getattr(text, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+
+
 def quantised_files(model_config: Any) -> str:
     """Return how a base's files are quantised, by its transformers config; empty when they are not."""
     return quantised.kind_of(getattr(model_config, "quantization_config", None))

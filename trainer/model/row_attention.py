@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qwenlora.trainer.model.base import device
+from qwenlora.trainer.model.base import device, layer_kinds
 
 # its name in transformers, which treats names with "flash" or "sdpa" in them specially, and makes no mask for
 # others
@@ -17,13 +17,10 @@ NAME = "qwenlora_rows"
 def attend_row_by_row(model: Any) -> bool:
     """Make a model attend row by row, where that is possible; return whether it is. Its batches must then say
     by position_ids where rows begin; padding is on the right, and no attention_mask is looked at."""
-    text = model.config.get_text_config()
-    layers = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None)
     possible = (
         device().type == "cpu"
         and model.config._attn_implementation == "sdpa"
-        and (set(layers) == {"full_attention"} if layers else not window)
+        and layer_kinds(model.config) == {"full_attention"}
         and bool(getattr(model, "_supports_attention_backend", False))
     )
     if possible:

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwenlora.configs import Config
 from qwenlora.data.order import teams_of
-from qwenlora.trainer.model.base import IGNORED
+from qwenlora.trainer.model.base import IGNORED, layer_kinds
 
 # our attention's name in transformers, which treats names with "flash" or "sdpa" in them specially
 NAME = "qwenlora_sequence_parallel"
@@ -99,7 +99,7 @@ def check(config: Config, model: Any) -> None:
 def _check_layers(setting: str, text: Any, *, flash: bool) -> None:
     """Refuse layers whose attention cannot be computed head by head from positions alone."""
     shareable = {"full_attention", "sliding_attention"} if flash else {"full_attention"}
-    if others := sorted(set(getattr(text, "layer_types", None) or ()) - shareable):
+    if others := sorted(layer_kinds(text) - shareable):
         flash_helps = others == ["sliding_attention"]
         cure = (
             "model.attn_implementation: flash_attention_2" if flash_helps else "strategy.sequence_parallel: 1"
