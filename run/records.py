@@ -119,20 +119,34 @@ class Progress(Record):
     saving_s: float
 
 
+class Work(BaseModel, frozen=True):
+    """What a token is multiplied with in training, in numbers. frozen, trained: of matrices, of a mixture of
+    experts those that the token meets; head_frozen, head_trained: of the output matrix; attention: {window in
+    tokens, 0 for none: heads * head_dim of all layers that have it}; recurrence: FLOPs of linear attention,
+    forward."""
+
+    frozen: int
+    trained: int
+    head_frozen: int
+    head_trained: int
+    attention: dict[int, int]
+    recurrence: int = 0
+
+
 class Parameters(BaseModel, frozen=True):
-    """Counts of numbers. body: matrices that every token passes; head: the output matrix; hidden_size,
+    """Counts of numbers. body: all but embeddings and head, the output matrix; hidden_size,
     intermediate_size, kv_width: widths of a token's activations in a layer; for a mixture of experts, in
-    those that the token meets; 0 in runs of a version before 0.1."""
+    those that the token meets; 0 in runs of a version before 0.1; work: None in runs of 0.1."""
 
     total: int
     trainable: int
     body: int
     head: int
     layers: int
-    attention_width: int
     hidden_size: int = 0
     intermediate_size: int = 0
     kv_width: int = 0
+    work: Work | None = None
 
 
 class SideCounts(BaseModel, frozen=True):

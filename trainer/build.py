@@ -89,8 +89,7 @@ def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | Non
     metrics = Metrics(
         recording.metrics if recording else None,
         trainer,
-        context.facts.parameters,
-        process.config.train.gradient_checkpointing,
+        context.facts.parameters.work,
         process.run.history.progress if recording else None,
         process.attempt,
     )

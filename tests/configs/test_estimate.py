@@ -51,7 +51,7 @@ def test_the_sizes_are_the_published_ones():
 def test_sizes_are_taken_from_what_the_trainer_counts():
     from types import SimpleNamespace
 
-    counted = SimpleNamespace(**QWEN["7B"]._asdict(), attention_width=3584)
+    counted = SimpleNamespace(**QWEN["7B"]._asdict(), work=None)
     assert Sizes.of(counted, 700) == QWEN["7B"]._replace(longest=700)
 
 

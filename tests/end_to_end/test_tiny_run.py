@@ -95,7 +95,9 @@ def test_metrics_hold_every_number_of_every_logging_step(metrics):
             "tokens_per_s",
             "trained_tokens_per_s",
             "peak_memory_gb",
+            "compute_s",
             "data_wait_s",
+            "evaluating_s",
             "saving_s",
             "time",
         }

@@ -27,7 +27,7 @@ FACTS = {
     "packing": False,
     "bad_rows": 0,
     "notes": [],
-    "parameters": dict.fromkeys(("total", "trainable", "body", "head", "layers", "attention_width"), 1),
+    "parameters": dict.fromkeys(("total", "trainable", "body", "head", "layers"), 1),
     "checkpoint_bytes": 1,
 }
 

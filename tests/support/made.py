@@ -68,7 +68,8 @@ def plain_loss_and_gradients(
 
 def parameters_of(*counts: int) -> Parameters:
     """Return parameter counts, in the record's order."""
-    return Parameters(**dict(zip(Parameters.model_fields, counts, strict=True)))
+    sizes = [name for name in Parameters.model_fields if name != "work"]
+    return Parameters(**dict(zip(sizes, counts, strict=True)))
 
 
 def config_of(**train) -> Config:

@@ -15,7 +15,7 @@ def make_facts(**changes) -> Facts:
         packing=False,
         bad_rows=0,
         notes=[],
-        parameters=Parameters(total=1, trainable=1, body=1, head=1, layers=1, attention_width=1),
+        parameters=Parameters(total=1, trainable=1, body=1, head=1, layers=1),
         checkpoint_bytes=1,
     )
     return facts.revised(**changes)

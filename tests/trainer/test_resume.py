@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
-from made import config_of, parameters_of, side_of, trainer_of, weighted
+from made import config_of, side_of, trainer_of, weighted
 from transformers import Trainer, TrainerCallback
 
 from qwenlora.configs.schema import Lora
@@ -48,7 +48,7 @@ def attempt(tiny, folder, config, ask=None, eval_=None, before=None, side=None):
     side, eval_ = side or side_of(ROWS), eval_ or side_of(5, seed=1)
     made = trainer_of(tiny, folder, side, config, eval_, stop=Stop(request))
     file = MetricsFile(run.metrics)
-    made.add_callback(Metrics(file, made, parameters_of(100, 10, 80, 20, 4, 16, 16, 32, 8), recomputed=False))
+    made.add_callback(Metrics(file, made, None))
     if ask and "evaluation" in ask:
         _ask_in_evaluation(made, request, **ask)
     elif ask:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from made import config_of, parameters_of, plain_loss_and_gradients, side_of, trainer_of
+from made import config_of, plain_loss_and_gradients, side_of, trainer_of
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.trainer_utils import SchedulerType
@@ -21,13 +21,15 @@ from qwenlora.data.chat import Tokens
 from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Work
 from qwenlora.trainer import prepare
 from qwenlora.trainer.loop.arguments import check_optimizer, check_settings, order_of, training_arguments
 from qwenlora.trainer.loop.batches import collate
 from qwenlora.trainer.loop.evaluation import eval_batches
 from qwenlora.trainer.loop.trainer import LoraTrainer
+from qwenlora.trainer.model.flops import flops
 from qwenlora.trainer.record import metrics
-from qwenlora.trainer.record.metrics import Metrics, MetricsFile, flops_per_token
+from qwenlora.trainer.record.metrics import Metrics, MetricsFile
 
 
 @pytest.fixture
@@ -326,12 +328,8 @@ def test_speeds_count_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path, 
     side = side_of(21)
     made = trainer(side, config_of(max_steps=6))
     made.args.logging_steps = 2
-    seen = Metrics(
-        MetricsFile(tmp_path / "metrics.jsonl"),
-        made,
-        parameters_of(100, 10, 80, 20, 4, 16, 16, 32, 8),
-        recomputed=False,
-    )
+    work = Work(frozen=80, trained=10, head_frozen=20, head_trained=0, attention={0: 64})
+    seen = Metrics(MetricsFile(tmp_path / "metrics.jsonl"), made, work)
     seen.peak = 1e12
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock), time=time.time))
@@ -343,9 +341,26 @@ def test_speeds_count_the_tokens_of_the_steps_they_stand_for(trainer, tmp_path, 
     for line, steps in zip(lines, ([0], [1], [2, 3], [4, 5]), strict=True):
         units = [unit for step in steps for unit in order.step(*divmod(step, order.steps_per_epoch))]
         rows = [row for unit in units for row in unit]
-        tokens, squares = side.lengths[rows].sum(), (side.lengths[rows] ** 2).sum()
+        lengths, trained = side.lengths[rows].astype("int64"), side.trained_lengths[rows].sum()
+        tokens = lengths.sum()
         assert line["tokens_per_s"] == pytest.approx(tokens / 10)
-        trained = side.trained_lengths[rows].sum() / tokens
-        assert line["trained_tokens_per_s"] / line["tokens_per_s"] == pytest.approx(trained)
-        flops = flops_per_token(seen.parameters, squares / tokens, recomputed=False, trained=trained)
-        assert line["mfu"] == pytest.approx(line["tokens_per_s"] * flops / 1e12)
+        assert line["trained_tokens_per_s"] == pytest.approx(trained / 10)
+        assert line["mfu"] == pytest.approx(flops(work, lengths, trained) / 10 / 1e12)
+
+
+def test_a_line_has_the_seconds_since_the_last_one_by_phase(trainer, tmp_path, monkeypatch):
+    made = trainer(side_of(21), config_of(max_steps=2))
+    made.args.logging_steps = 1
+    seen = Metrics(MetricsFile(tmp_path / "metrics.jsonl"), made, None)
+    clock = iter([0, 100])
+    made.data_wait_s, made.evaluating_s, made.saving_s, made.idle_s = 1.0, 2.0, 3.0, 5.0
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock, 0), time=time.time))
+    seen._start()
+    made.data_wait_s, made.evaluating_s, made.saving_s, made.idle_s = 11.0, 22.0, 33.0, 65.0  # 10 more idle
+    logs = {"loss": 1.0}
+    seen._tokens = 800
+    seen.on_log(made.args, made.state, made.control, logs)
+    phases = {"compute_s": 30.0, "data_wait_s": 10.0, "evaluating_s": 20.0, "saving_s": 30.0}
+    assert {name: logs[name] for name in phases} == phases
+    assert logs["tokens_per_s"] == 800 / 40
+    assert "mfu" not in logs  # an unknown number of FLOPs gives none rather than a wrong one

@@ -55,8 +55,9 @@ class LoraTrainer(Trainer):
     """Trainer over prepared rows in our order.
 
     deepspeed: DeepSpeed's config, for zero1 to zero3. team: the ranks that share this one's sequences.
-    resumed: the state of the checkpoint that this attempt continues, if any. data_wait_s, saving_s: seconds
-    so far of waiting for batches, and of saves that held up training; idle_s: of evaluating and saving.
+    resumed: the state of the checkpoint that this attempt continues, if any. data_wait_s, evaluating_s,
+    saving_s: seconds so far of waiting for batches, of evaluations, and of saves that held up training;
+    idle_s: of all that is no training.
     wandb_id: the W&B run's, for checkpoints. end_to_end: rows are not padded, but lie one after the other.
     """
 
@@ -80,7 +81,7 @@ class LoraTrainer(Trainer):
         self.losses: dict[int, float] = {}  # {step: eval_loss}, by which the best checkpoint is kept
         self.zero: Zero | None = None
         self.wandb_id = ""
-        self.data_wait_s = self.saving_s = self.idle_s = 0.0
+        self.data_wait_s = self.evaluating_s = self.saving_s = self.idle_s = 0.0
         self._deepspeed = deepspeed
         self.end_to_end = takes_rows_end_to_end(model)
         self._names_in_file: dict[str, str] = {}  # by parameter; read while these are whole
@@ -288,7 +289,9 @@ class LoraTrainer(Trainer):
         self.model.eval()
         sums = self._sum_losses()
         self.model.train(was_training)
-        self.idle_s += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.idle_s += seconds
+        self.evaluating_s += seconds
         if sums is None:
             self.stop.end(self.control)
             return {}

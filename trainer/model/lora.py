@@ -12,6 +12,7 @@ from qwenlora.configs.schema import Config, Lora
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model.base import load_config_of
 from qwenlora.trainer.model.damage import AGAIN, check_file, read_json
+from qwenlora.trainer.model.flops import work_of
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 NAMES_SHOWN = 40
@@ -134,7 +135,8 @@ def count_parameters(config: Config, base: str) -> Parameters:
         embeddings = model.get_input_embeddings().weight
         body = total - embeddings.numel() - (0 if head is embeddings else head.numel())
         lora = config.lora.model_copy(update={"init_from": None})
-        trainable = sum(p.numel() for p in add_lora(model, lora).parameters() if p.requires_grad)
+        adapted = add_lora(model, lora)
+        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     text = model_config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Parameters(
@@ -143,10 +145,10 @@ def count_parameters(config: Config, base: str) -> Parameters:
         body=body,
         head=head.numel(),
         layers=text.num_hidden_layers,
-        attention_width=text.num_attention_heads * head_dim,
         hidden_size=text.hidden_size,
         intermediate_size=_intermediate_size(text),
         kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim,
+        work=work_of(adapted, text),
     )
 
 

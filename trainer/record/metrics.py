@@ -17,11 +17,13 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qwenlora.run.history import ProgressFile
-from qwenlora.run.records import Parameters
+from qwenlora.run.records import Work
+from qwenlora.trainer.model.flops import flops
 
 log = logging.getLogger("qwenlora")
 
 Logs = dict[str, float]  # Trainer's, as callbacks get them
+PHASES = ("data_wait_s", "evaluating_s", "saving_s")  # LoraTrainer's clocks, beside that of the steps
 Line = dict[str, float]  # of metrics.jsonl: "step", "time" (seconds since 1970), and numbers by their names
 
 # dense bf16 matrix peaks in FLOP/s, from NVIDIA's data sheets; the longest name that fits is taken
@@ -59,22 +61,6 @@ def peak_flops(gpu_name: str) -> float | None:
     name = max(known, key=len)
     others = [word for word in words if word not in name.split() and not _NO_MATTER.fullmatch(word)]
     return None if others else PEAK_FLOPS[name]  # a Laptop, Ti or NVL is another chip
-
-
-def flops_per_token(
-    parameters: Parameters, mean_square_length: float, recomputed: bool, trained: float = 1.0
-) -> float:
-    """Return the FLOPs of training one token with a frozen base.
-
-    mean_square_length: sum(length^2) / sum(length) of the rows, in tokens: the mean length of the sequence
-    that a token is in. recomputed: gradient checkpointing, one more forward pass of the body. trained: the
-    share of tokens that are trained, for which alone the head is needed. A forward pass costs 2 FLOPs a
-    parameter, the backward pass to the inputs 2, and 2 more for trained weights.
-    """
-    # causal attention costs half of 4 * length * width
-    attention = 2 * mean_square_length * parameters.attention_width * parameters.layers
-    flops = 4 * (parameters.body + trained * parameters.head) + 6 * parameters.trainable + 3 * attention
-    return flops + (2 * parameters.body + attention if recomputed else 0)
 
 
 class MetricsFile:
@@ -164,18 +150,17 @@ def _lines_backwards(file: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
 
 class Metrics(TrainerCallback):
     """Completes Trainer's logs, writes them to metrics.jsonl, and writes each step to progress.json. file,
-    progress: None except on rank 0; trainer: a LoraTrainer; recomputed: gradient checkpointing."""
+    progress: None except on rank 0; trainer: a LoraTrainer; work: None if unknown, and MFU with it."""
 
     def __init__(
         self,
         file: MetricsFile | None,
         trainer: Any,
-        parameters: Parameters,
-        recomputed: bool,
+        work: Work | None,
         progress: ProgressFile | None = None,
         attempt: int = 0,
     ) -> None:
-        self.file, self.trainer, self.parameters, self.recomputed = file, trainer, parameters, recomputed
+        self.file, self.trainer, self.work = file, trainer, work
         self.progress, self.attempt = progress, attempt
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         self.peak = peak_flops(name)
@@ -184,9 +169,12 @@ class Metrics(TrainerCallback):
 
     def _start(self) -> None:
         self._since = time.perf_counter()
-        self._idle_s = self.trainer.idle_s
-        self._data_wait_s, self._saving_s = self.trainer.data_wait_s, self.trainer.saving_s
-        self._tokens = self._trained = self._squares = 0
+        self._phases, self._idle_s = self._seconds_of_phases(), self.trainer.idle_s
+        self._tokens = self._trained = 0
+        self._flops = 0.0
+
+    def _seconds_of_phases(self) -> dict[str, float]:
+        return {name: getattr(self.trainer, name) for name in PHASES}
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Start the clock."""
@@ -202,8 +190,9 @@ class Metrics(TrainerCallback):
         rows = [row for unit in units for row in unit]
         lengths = order.lengths[rows].astype("int64")
         self._tokens += int(lengths.sum())
-        self._squares += int((lengths**2).sum())
-        self._trained += int(self.trainer.train_side.trained_lengths[rows].sum())
+        trained = int(self.trainer.train_side.trained_lengths[rows].sum())
+        self._trained += trained
+        self._flops += flops(self.work, lengths, trained) if self.work else 0
         if self.progress:
             saving = self.trainer.saving_s
             self.progress.write(
@@ -211,7 +200,7 @@ class Metrics(TrainerCallback):
             )
 
     def on_log(self, args: object, state: TrainerState, control: object, logs: Logs, **_: object) -> None:
-        """Add throughput, MFU, memory and waiting to a training log; write every log."""
+        """Add throughput, MFU, memory and seconds by phase to a training log; write every log."""
         if "train_runtime" in logs:  # Trainer's summary at the end, which says nothing new
             logs.clear()
             return
@@ -219,17 +208,12 @@ class Metrics(TrainerCallback):
             seconds = time.perf_counter() - self._since - (self.trainer.idle_s - self._idle_s)
             logs["tokens_per_s"] = self._tokens / seconds
             logs["trained_tokens_per_s"] = self._trained / seconds
-            if self.peak:
-                per_token = flops_per_token(
-                    self.parameters,
-                    self._squares / self._tokens,
-                    self.recomputed,
-                    self._trained / self._tokens,
-                )
-                logs["mfu"] = logs["tokens_per_s"] * per_token / (self.peak * self.trainer.args.world_size)
+            if self.peak and self.work:
+                logs["mfu"] = self._flops / seconds / (self.peak * self.trainer.args.world_size)
             logs["peak_memory_gb"] = _peak_memory_bytes() / 1e9
-            logs["data_wait_s"] = self.trainer.data_wait_s - self._data_wait_s
-            logs["saving_s"] = self.trainer.saving_s - self._saving_s
+            now = self._seconds_of_phases()
+            phases = {name: now[name] - before for name, before in self._phases.items()}
+            logs |= {"compute_s": seconds - phases["data_wait_s"], **phases}
             self._start()
         if self.file:
             self.file.append({"step": state.global_step, **logs, "time": time.time()})
