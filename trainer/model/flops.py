@@ -1,0 +1,102 @@
+"""The floating-point operations (FLOPs) of training, by the model's shape and the rows' lengths: what MFU counts.
+
+Only useful ones count. Padding, masked positions, experts that a token does not meet, and activations that
+gradient checkpointing computes again do not. So more MFU always means more tokens a second.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwenlora.run.records import Work
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def work_of(model: Any, text_config: Any) -> Work:
+    """Return what a token is multiplied with. model: a base with its adapter, not quantised, on any device;
+    text_config: transformers' config of its text part."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    # embeddings are looked up; tied ones are the head, too
+    outside = {id(p) for module in (head, embeddings) for p in module.parameters()}
+    share = _share_of_experts(text_config)
+    body = {
+        trained: sum(
+            p.numel() * (share if "experts" in name.split(".") else 1)
+            for name, p in _matrices(model)
+            if p.requires_grad == trained and id(p) not in outside
+        )
+        for trained in (False, True)
+    }
+    of_head = [p for _, p in _matrices(head)]
+    return Work(
+        frozen=round(body[False]),
+        trained=round(body[True]),
+        head_frozen=sum(p.numel() for p in of_head if not p.requires_grad),
+        head_trained=sum(p.numel() for p in of_head if p.requires_grad),
+        attention=_attention_widths(text_config),
+        recurrence=_recurrence(text_config),
+    )
+
+
+def flops(work: Work, lengths: NDArray[np.int64], trained: int) -> float:
+    """Return the FLOPs of training rows once, forward and backward.
+
+    lengths: of the rows, in tokens; trained: how many of the tokens are trained, for which alone the head is
+    needed. A matrix product costs a token 2 FLOPs a number forward, 2 backward to the inputs, and 2 to a
+    trained matrix. That the lowest layer's inputs need no gradient is neglected.
+    """
+    tokens = int(lengths.sum())
+    products = tokens * (4 * work.frozen + 6 * work.trained)
+    products += trained * (4 * work.head_frozen + 6 * work.head_trained)
+    # a query and a key: 2 FLOPs a number for their product, 2 for the value's share; twice that backward
+    pairs = sum(width * _pairs(lengths, window) for window, width in work.attention.items())
+    return float(products + 3 * (4 * pairs + tokens * work.recurrence))
+
+
+def _matrices(module: Any) -> list[tuple[str, Any]]:
+    """Return the parameters that multiply, by name. peft keeps modules_to_save beside an unused original."""
+    named = module.named_parameters()
+    return [(name, p) for name, p in named if p.ndim > 1 and "original_module" not in name.split(".")]
+
+
+def _share_of_experts(text_config: Any) -> float:
+    """Return the share of a layer's routed experts that a token meets."""
+    counts = (getattr(text_config, name, None) for name in COUNTS_OF_EXPERTS)
+    experts = next((count for count in counts if count), None)
+    return text_config.num_experts_per_tok / experts if experts else 1.0
+
+
+def _attention_widths(text_config: Any) -> dict[int, int]:
+    """Return {window in tokens, 0 for none: heads * head_dim, summed over the layers that have it}."""
+    heads = text_config.num_attention_heads
+    width = heads * (getattr(text_config, "head_dim", None) or text_config.hidden_size // heads)
+    window = getattr(text_config, "sliding_window", None) or 0
+    alike = [SLIDING if window else FULL] * text_config.num_hidden_layers
+    kinds = getattr(text_config, "layer_types", None) or alike
+    widths: dict[int, int] = {}
+    for kind in kinds:
+        if kind in (FULL, SLIDING):
+            seen = window if kind == SLIDING else 0
+            widths[seen] = widths.get(seen, 0) + width
+    return widths
+
+
+def _recurrence(text_config: Any) -> int:
+    """Return the FLOPs, forward and for a token, of all gated delta nets: each head's state, key width x
+    value width, is read by the key, updated, and read by the query. Source: Yang et al. 2024, arXiv 2412.06464.
+    """
+    layers = list(getattr(text_config, "layer_types", None) or ()).count("linear_attention")
+    if not layers:
+        return 0
+    state = text_config.linear_key_head_dim * text_config.linear_value_head_dim
+    return int(6 * layers * text_config.linear_num_value_heads * state)
+
+
+def _pairs(lengths: NDArray[np.int64], window: int) -> int:
+    """Return how many (query, key) pairs causal attention has in rows. window: keys that a query sees; 0: all
+    before it, and itself."""
+    seen = np.minimum(lengths, window) if window else lengths
+    return int((lengths * seen - seen * (seen - 1) // 2).sum())
