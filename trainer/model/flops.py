@@ -1,4 +1,4 @@
-"""The floating-point operations (FLOPs) of training, by the model's shape and the rows' lengths: what MFU counts.
+"""The floating-point operations (FLOPs) of training, by the shape of the model and the lengths of rows.
 
 Only useful ones count. Padding, masked positions, experts that a token does not meet, and activations that
 gradient checkpointing computes again do not. So more MFU always means more tokens a second.
@@ -86,8 +86,7 @@ def _attention_widths(text_config: Any) -> dict[int, int]:
 
 def _recurrence(text_config: Any) -> int:
     """Return the FLOPs, forward and for a token, of all gated delta nets: each head's state, key width x
-    value width, is read by the key, updated, and read by the query. Source: Yang et al. 2024, arXiv 2412.06464.
-    """
+    value width, is read by the key, updated, and read by the query. Source: arXiv 2412.06464, eq. 10."""
     layers = list(getattr(text_config, "layer_types", None) or ()).count("linear_attention")
     if not layers:
         return 0
