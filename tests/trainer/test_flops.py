@@ -94,7 +94,7 @@ def more_than_useful(config, work):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_are_those_that_torch_counts(kind):
-    model, config = model_of(kind, Lora(target_modules=ADAPTED, lora_dropout=0.0, r=4))
+    model, config = model_of(kind, Lora(target_modules=ADAPTED, lora_dropout=0.0, r=16))
     work = work_of(model, config)
     useful = flops(work, LENGTHS, 2 * 40)
     assert useful + more_than_useful(config, work) == pytest.approx(counted(model, 40), rel=0.02)
@@ -105,7 +105,7 @@ def test_they_are_those_that_torch_counts(kind):
     "lora", [Lora(modules_to_save=["lm_head"]), Lora(target_modules=["lm_head", "q_proj"])], ids=str
 )
 def test_a_trained_head_counts_at_trained_tokens(lora):
-    model, config = model_of("qwen3", lora.model_copy(update={"lora_dropout": 0.0, "r": 4}))
+    model, config = model_of("qwen3", lora.model_copy(update={"lora_dropout": 0.0, "r": 16}))
     work = work_of(model, config)
     useful = flops(work, LENGTHS, 2 * 40)
     assert work.head_trained > 0
