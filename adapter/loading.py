@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 from qwenlora.adapter import verify
 from qwenlora.adapter.subject import Subject
 from qwenlora.configs.schema import Config
-from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model import loading, pretrained
 from qwenlora.trainer.ranks import gpus
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -39,8 +39,8 @@ def load(
     if subject.adapter:
         verify.check_adapter(subject)
     tokenizer = tokenizer or load_tokenizer(subject)
-    model = models.load_base(config, subject.base)
-    for note in models.notes_on(config, subject.base):
+    model = loading.load_base(config, subject.base)
+    for note in pretrained.notes_on(config, subject.base):
         print(f"note: {note}", file=sys.stderr)
     # not the model's own, which may suppress tokens or search with beams
     model.generation_config = GenerationConfig()
@@ -55,7 +55,7 @@ def load_tokenizer(subject: Subject) -> Any:
     has_own = subject.adapter and (subject.adapter / "tokenizer.json").is_file()
     tokenizer = str(subject.adapter) if has_own else subject.config.model.tokenizer
     model = subject.config.model.model_copy(update={"name_or_path": subject.base, "tokenizer": tokenizer})
-    return models.load_tokenizer(subject.config.model_copy(update={"model": model}), subject.base)
+    return pretrained.load_tokenizer(subject.config.model_copy(update={"model": model}), subject.base)
 
 
 def override_model(config: Config, dtype: str | None, quantization: str | None) -> Config:

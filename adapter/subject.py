@@ -1,17 +1,23 @@
 """The run, checkpoint, adapter or model that a user names after training: `find("runs/tiny")`."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers.utils.peft_utils import find_adapter_config_file
-
+from qwenlora.adapter.deferred import Deferred
 from qwenlora.configs.schema import Config, Data, Model
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.hidden import hidden
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model.damage import read_json
+
+if TYPE_CHECKING:
+    from qwenlora.trainer.model import pretrained
+else:
+    pretrained = Deferred("qwenlora.trainer.model.pretrained", quietly=False)
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL = "model.name_or_path"
@@ -64,6 +70,8 @@ def find(name: str, *, base: str | None = None, trust_remote_code: bool = False)
             f"{name}: no such folder; name a run, a checkpoint, an adapter, a model, or a hub name"
         )
     with models.hub_errors("the hub's model", name):
+        with hidden():
+            from transformers.utils.peft_utils import find_adapter_config_file
         adapter_file = find_adapter_config_file(name)
     if adapter_file:
         return _without_run(name, Path(adapter_file).parent, base, trust_remote_code)
@@ -89,6 +97,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     return config
 
 
+def lora_kind(config: Mapping[str, object]) -> str:
+    """Return DoRA, rsLoRA or LoRA. config: adapter_config.json."""
+    return "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
+
+
 def _of_run(name: str, run: RunFolder, adapter: Path, base: str | None, trust_remote_code: bool) -> Subject:
     read_adapter_config(adapter)
     config = run.read_config()
@@ -99,7 +112,8 @@ def _of_run(name: str, run: RunFolder, adapter: Path, base: str | None, trust_re
     if base:
         found = _find_base(base, f"--base {base}")
     elif (named := config.model.name_or_path) == models.TINY:
-        found = models.base_of(config, run)
+        is_built = (run.base_model / "config.json").is_file()
+        found = str(run.base_model) if is_built else pretrained.base_of(config, run)
     else:
         found = _find_base(_recorded_base(run, config), f"{name} needs the base model {named}")
     return Subject(name, config, found, adapter, run)

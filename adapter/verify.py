@@ -1,35 +1,36 @@
 """Whether an adapter is whole, fits its base and changes something: `qwenlora verify runs/tiny`.
 
-No weight of the base is loaded: names and shapes are compared with those that peft makes on torch's meta
-device from the base's config.json. compare/ judges the answers.
+No weight of the base is loaded: names and shapes are compared with those that peft makes for its config.json.
+compare/ judges the answers.
 """
 
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from peft import PeftConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig, Subject, read_adapter_config
+from qwenlora.adapter.adapter_file import check_numbers, read_adapter
+from qwenlora.adapter.deferred import Deferred
+from qwenlora.adapter.ordinary import ordinary_base, ordinary_shapes
+from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig, Subject, lora_kind, read_adapter_config
 from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, sha256
-from qwenlora.run.format import and_more, shape
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model import quantised
-from qwenlora.trainer.model.damage import check_file
+from qwenlora.trainer.model.headers import TensorValues
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+if TYPE_CHECKING:
+    from qwenlora.adapter import peft_shapes
+    from qwenlora.trainer.model import pretrained
+else:
+    peft_shapes = Deferred("qwenlora.adapter.peft_shapes", quietly=False)
+    pretrained = Deferred("qwenlora.trainer.model.pretrained", quietly=False)
+
 # keys that a run's config cannot set, and that change what an adapter does but no shape
 PLAIN = {
     "alpha_pattern": {},
@@ -40,7 +41,6 @@ PLAIN = {
     "fan_in_fan_out": False,
 }
 STACKED = "gate_up_proj"  # two matrices in one; peft's own pattern entries double its rank
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # .bin: peft before 0.7
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def check_adapter(subject: Subject) -> VerifiedAdapter:
     config = read_adapter_config(folder)
     _check_settings(subject, config)
     architecture = _check_shapes(subject, file, weights)
-    _check_numbers(file, weights)
+    check_numbers(file, weights)
     _check_change(file, weights, config)
     return VerifiedAdapter(
         file,
         sha256(file),
         len(weights),
-        sum(values.numel() for values in weights.values()),
-        tuple(sorted({str(values.dtype).removeprefix("torch.") for values in weights.values()})),
+        sum(values.raw.size for values in weights.values()),
+        tuple(sorted({values.dtype for values in weights.values()})),
         tuple(sorted({_module_of(name) for name in weights})),
         tuple(sorted(name for name, changed in _changed_modules(weights).items() if not changed)),
         architecture,
@@ -98,63 +98,19 @@ def _check_files(folder: Path, *, is_checkpoint: bool) -> None:
         raise ValueError(f"{folder} {flaw}; copy it anew, or train it again")
 
 
-def read_adapter(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """Return an adapter's file and its tensors, on the CPU. Raises: ValueError when it cannot be read."""
-    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise ValueError(
-            f"{folder} has {ADAPTER_CONFIG}, but no {WEIGHTS[0]}; copy it there, or train it again"
-        )
-    check_file(file)
-    try:
-        tensors: Any = _read_tensors(file)
-    except Exception as error:  # weights_only refuses with whatever pickle raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} cannot be read: {reason}") from None
-    if not isinstance(tensors, Mapping) or not all(isinstance(each, Tensor) for each in tensors.values()):
-        raise ValueError(f"{file} holds no tensors by name; expected what peft's save_pretrained writes")
-    if not tensors:
-        raise ValueError(f"{file} is empty: it holds no tensor; train it again")
-    return file, dict(tensors)
-
-
-def _read_tensors(file: Path) -> object:
-    if file.suffix == ".bin":
-        return torch.load(file, map_location="cpu", weights_only=True)
-    with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
-
-
-def check_finite(file: Path, weights: Mapping[str, Tensor]) -> None:
-    """Raise ValueError when a number of an adapter is not finite."""
-    if broken := [name for name, values in sorted(weights.items()) if not values.isfinite().all()]:
-        raise ValueError(
-            f"{file}: {broken[0]} holds numbers that are not finite{and_more(broken)}; train it again"
-        )
-
-
-def _check_numbers(file: Path, weights: Mapping[str, Tensor]) -> None:
-    if odd := [name for name, values in sorted(weights.items()) if values.dtype not in DTYPES]:
-        raise ValueError(
-            f"{file}: {odd[0]} is {weights[odd[0]].dtype}{and_more(odd)}, expected float32, float64, float16"
-            " or bfloat16"
-        )
-    check_finite(file, weights)
-
-
-def _changed_modules(weights: Mapping[str, Tensor]) -> dict[str, bool]:
+def _changed_modules(weights: Mapping[str, TensorValues]) -> dict[str, bool]:
     """Return {lora_B: whether any of its numbers is not zero}."""
     names = (name for name in weights if ".lora_B" in name or "embedding_B" in name)
-    return {name: bool(weights[name].any()) for name in names}
+    return {name: bool(weights[name].numbers.any()) for name in names}
 
 
-def _check_change(file: Path, weights: Mapping[str, Tensor], config: AdapterConfig) -> None:
+def _check_change(file: Path, weights: Mapping[str, TensorValues], config: AdapterConfig) -> None:
     """Raise ValueError when an adapter changes nothing."""
     changed = _changed_modules(weights)
     if not changed or any("lora_" not in name for name in weights):
         return
     lora_a = [values for name, values in weights.items() if "lora_A" in name or "g_A" in name]
-    if config.get("lora_alpha") == 0 or not any(bool(values.any()) for values in lora_a):
+    if config.get("lora_alpha") == 0 or not any(bool(values.numbers.any()) for values in lora_a):
         raise ValueError(
             f"{file}: every lora_A is zero, or lora_alpha is, so the adapter changes nothing; train it again"
         )
@@ -165,46 +121,13 @@ def _check_change(file: Path, weights: Mapping[str, Tensor], config: AdapterConf
         )
 
 
-def _check_shapes(subject: Subject, file: Path, weights: Mapping[str, Tensor]) -> str:
+def _check_shapes(subject: Subject, file: Path, weights: Mapping[str, TensorValues]) -> str:
     """Return the base's architecture. Raises: ValueError unless peft makes the same names and shapes."""
-    base = models.load_config_of(subject.config, subject.base)
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(
-            base, trust_remote_code=subject.config.model.trust_remote_code
-        )
-        try:
-            model = get_peft_model(model, PeftConfig.from_pretrained(str(subject.adapter)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{file.parent / ADAPTER_CONFIG} does not fit {subject.base}: {str(error).splitlines()[0]}"
-            ) from None
-        needed = get_peft_model_state_dict(model, save_embedding_layers=False)
-        known = get_peft_model_state_dict(model, save_embedding_layers=True)
-    _check_names(subject, file, set(weights), set(needed), set(known))
-    for name in sorted(weights):
-        if weights[name].shape != known[name].shape:
-            raise ValueError(
-                f"{file}: {name} is {shape(weights[name].shape)}, {subject.base} needs"
-                f" {shape(known[name].shape)}; it was trained on another base: name that with --base"
-            )
-    return str((base.architectures or [type(model).__name__])[0])
-
-
-def _check_names(subject: Subject, file: Path, names: set[str], needed: set[str], known: set[str]) -> None:
-    if missing := sorted(needed - names):
-        raise ValueError(
-            f"{file} lacks {missing[0]}{and_more(missing)}, which its {ADAPTER_CONFIG} and {subject.base}"
-            " need"
-        )
-    if extra := sorted(name for name in (names - needed) & known if ".base_layer." not in name):
-        raise ValueError(
-            f"{file} has {extra[0]}{and_more(extra)} besides, a matrix of the base that peft would put in the"
-            " place of the base's own; save the adapter without it (save_embedding_layers=False), or name it"
-            " in modules_to_save"
-        )
-    if unknown := sorted(names - known):
-        raise ValueError(f"{file} has {unknown[0]}{and_more(unknown)}, which {subject.base} has no place for")
+    base = ordinary_base(subject)
+    found = {name: values.raw.shape for name, values in weights.items()}
+    if base and ordinary_shapes(read_adapter_config(file.parent), base.config) == found:
+        return base.config.architectures[0]
+    return peft_shapes.check_shapes(subject, file, weights)
 
 
 def _check_settings(subject: Subject, config: AdapterConfig) -> None:
@@ -253,12 +176,15 @@ def quantised_base_of(subject: Subject) -> str:
 
 
 def _is_quantised(subject: Subject) -> bool:
-    return bool(models.quantised_files(models.load_config_of(subject.config, subject.base)))
+    if ordinary_base(subject):
+        return False
+    return bool(pretrained.quantised_files(pretrained.load_config_of(subject.config, subject.base)))
 
 
 def notes_on(subject: Subject) -> list[str]:
     """Return what the user is told about an adapter's base."""
-    notes = models.notes_on(subject.config, subject.base)
+    base = ordinary_base(subject)
+    notes = base.notes if base else pretrained.notes_on(subject.config, subject.base)
     if (kind := quantised_base_of(subject)) and not _is_quantised(subject):
         notes.append(
             f"trained over quantised files ({kind}); that they were made from {subject.base} is not checked"
@@ -288,11 +214,6 @@ def print_check(subject: Subject) -> int:
             file=sys.stderr,
         )
     return 0
-
-
-def lora_kind(config: Mapping[str, object]) -> str:
-    """Return DoRA, rsLoRA or LoRA. config: adapter_config.json."""
-    return "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
 
 
 def _kind(verified: VerifiedAdapter) -> str:

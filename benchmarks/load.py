@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from qwenlora.configs.schema import Config, Data, Model
 from qwenlora.trainer.model import base_files
-from qwenlora.trainer.model.base import load_base
+from qwenlora.trainer.model.loading import load_base
 from qwenlora.trainer.spread import sharded_loading
 from qwenlora.trainer.spread.zero import start_communication
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwenlora.cli.deferred import Deferred
+from qwenlora.adapter.deferred import Deferred
 
 if TYPE_CHECKING:
     from qwenlora.adapter import answers

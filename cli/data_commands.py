@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwenlora.adapter.deferred import Deferred
 from qwenlora.cli.arguments import ConfigFile, Overrides, screen
-from qwenlora.cli.deferred import Deferred
 from qwenlora.configs import load_config
 
 if TYPE_CHECKING:

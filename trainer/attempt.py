@@ -16,7 +16,7 @@ from qwenlora.trainer.context import Context
 from qwenlora.trainer.final_adapter import constant_files, save_adapter
 from qwenlora.trainer.loop.state import adapter_of, check_alike
 from qwenlora.trainer.loop.trainer import LoraTrainer
-from qwenlora.trainer.model.base import device
+from qwenlora.trainer.model.loading import device
 from qwenlora.trainer.process import Process
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.ranks.from_rank_0 import from_rank_0

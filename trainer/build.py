@@ -20,7 +20,7 @@ from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
-from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model import pretrained
 from qwenlora.trainer.model.checks import check_isolation, isolates_rows, untrained_tokens
 from qwenlora.trainer.model.endings import Settings, generation_settings, set_end
 from qwenlora.trainer.model.lora import add_lora
@@ -51,7 +51,7 @@ def build(context: Context) -> Parts:
     """Build model and trainer; all ranks call it. Raises: ValueError when the config cannot run here."""
     config, facts = context.process.config, context.facts
     _refuse_fewer_steps(config, facts, context.step)
-    tokenizer = models.load_tokenizer(config, facts.base)
+    tokenizer = pretrained.load_tokenizer(config, facts.base)
     set_end(tokenizer, text_only=facts.text_only)
     generation = generation_settings(facts.base, config.model.revision, tokenizer, text_only=facts.text_only)
     longest = max(counts.longest for counts in facts.data.values())

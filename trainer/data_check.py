@@ -22,7 +22,7 @@ from qwenlora.data.survey import rows_of_side, survey
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import SideName
-from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model import pretrained
 from qwenlora.trainer.prepare import notes_of, packs_rows
 
 TRAINED = "black on green"
@@ -100,8 +100,8 @@ def _tokenizer_and_embeddings(config: Config) -> tuple[Any, int]:
     transformers_logging.disable_progress_bar()
     # the tiny model is built in a run folder, and the real one is only for runs
     with tempfile.TemporaryDirectory() as folder:
-        base = models.base_of(config, RunFolder(folder))
-        return models.load_tokenizer(config, base), models.embeddings_of(config, base)
+        base = pretrained.base_of(config, RunFolder(folder))
+        return pretrained.load_tokenizer(config, base), pretrained.embeddings_of(config, base)
 
 
 def _outcome(config: Config, pieces: int) -> str:

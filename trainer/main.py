@@ -89,7 +89,7 @@ def _train(process: Process) -> int:
 
 def _join(process: Process) -> Heart:
     """Meet the other ranks, and check with them that they compute right; return this rank's heart."""
-    from qwenlora.trainer.model.base import device
+    from qwenlora.trainer.model.loading import device
     from qwenlora.trainer.ranks import gpus, preflight
     from qwenlora.trainer.ranks.rendezvous import meet
 

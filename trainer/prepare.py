@@ -17,7 +17,7 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
 from qwenlora.trainer.loop.arguments import check_optimizer, check_settings
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model import quantised
+from qwenlora.trainer.model import pretrained, quantised
 from qwenlora.trainer.model.damage import AGAIN, weight_files
 from qwenlora.trainer.model.lora import check_init_from, count_parameters
 from qwenlora.trainer.ranks import gpus
@@ -35,20 +35,20 @@ def prepare(
     _check_device(config)
     check_optimizer(config.train)
     check_init_from(config.lora)
-    base = models.base_of(config, run)
+    base = pretrained.base_of(config, run)
     if Path(base).is_dir() and not weight_files(Path(base)):
         raise ValueError(f"model.name_or_path={base} holds no weights (model*.safetensors); {AGAIN}")
-    model_config = models.load_config_of(config, base)
-    quantised.check(config, kind := models.quantised_files(model_config))
+    model_config = pretrained.load_config_of(config, base)
+    quantised.check(config, kind := pretrained.quantised_files(model_config))
     sequence.check(config, model_config)
     stamp = freshness.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
-    tokenizer = models.load_tokenizer(config, base)
+    tokenizer = pretrained.load_tokenizer(config, base)
     fingerprint = models.fingerprint(config, base)
     parameters = count_parameters(config, base)
     checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
     checkpoint_bytes += len(tokenizer.backend_tokenizer.to_str(True).encode())
     _check_space(run.path, checkpoint_bytes)
-    rows = prepare_rows(config, tokenizer, models.embeddings_of(config, base), run, console)
+    rows = prepare_rows(config, tokenizer, pretrained.embeddings_of(config, base), run, console)
     facts = Facts(
         base=base,
         base_fingerprint=fingerprint,
@@ -57,7 +57,7 @@ def prepare(
         data=rows.counts,
         packing=packs_rows(config),
         bad_rows=rows.index.bad.count,
-        notes=[*models.notes_on(config, base), *notes_of(config, rows)],
+        notes=[*pretrained.notes_on(config, base), *notes_of(config, rows)],
         parameters=parameters,
         checkpoint_bytes=checkpoint_bytes,
         stamp=stamp,

@@ -17,7 +17,7 @@ from qwenlora.adapter.compare.side_by_side import clean
 from qwenlora.adapter.loading import LoadedModel, load, load_tokenizer, override_model
 from qwenlora.adapter.subject import Subject
 from qwenlora.configs.estimate import RESERVE
-from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model import loading, pretrained
 
 COLDEST = 0.01  # lowest temperature above 0; logits divided by much less overflow
 INTERRUPTED = 130  # a shell's exit code for Ctrl-C
@@ -49,7 +49,7 @@ def chat(subject: Subject, sampling: Sampling, options: ChatOptions | None = Non
     tokenizer = load_tokenizer(subject)
     thinking = uses_thinking(tokenizer, options.thinking)
     if questions:
-        limit = context_length(models.load_config_of(subject.config, subject.base))
+        limit = context_length(pretrained.load_config_of(subject.config, subject.base))
         check_lengths(questions, tokenizer, limit, thinking=thinking)
     screen = Console(markup=False, highlight=False, emoji=False)
     notes = Console(markup=False, highlight=False, emoji=False, stderr=True)
@@ -159,13 +159,13 @@ def _fitting_quantization(subject: Subject, dtype: str) -> str:
     if not torch.cuda.is_available():
         return "none"
     config = override_model(subject.config, dtype, "none")
-    model_config = models.load_config_of(config, subject.base)
+    model_config = pretrained.load_config_of(config, subject.base)
     if getattr(model_config, "quantization_config", None):
         return "none"  # its files are quantised already
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             model_config,
-            dtype=models.pick_dtype(config.model.dtype),
+            dtype=loading.pick_dtype(config.model.dtype),
             trust_remote_code=config.model.trust_remote_code,
         )
     weights = sum(weight.numel() * weight.itemsize for weight in model.parameters())

@@ -18,7 +18,7 @@ from qwenlora.data.rows import Row
 from qwenlora.run.long_work import each
 from qwenlora.trainer.loop.batches import WEIGHTS, collate
 from qwenlora.trainer.loop.chunked_loss import summed_loss
-from qwenlora.trainer.model.base import IGNORED
+from qwenlora.trainer.model.loading import IGNORED
 
 TOKENS_AT_ONCE = 16384  # of a batch, padding included
 

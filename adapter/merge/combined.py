@@ -9,9 +9,10 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 
+from qwenlora.adapter.adapter_file import read_adapter
 from qwenlora.adapter.merge.streamed import StreamedModel
 from qwenlora.adapter.subject import Subject
-from qwenlora.adapter.verify import read_adapter
+from qwenlora.adapter.tensors import tensor_of
 
 COMBINATIONS = get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
 DENSITY = 0.5  # the share of an adapter's numbers that ties, dare and magnitude_prune keep
@@ -94,8 +95,8 @@ def _room_for_copies(base: StreamedModel, subject: Subject) -> Iterator[None]:
     Raises: ValueError when such a copy differs from the base's matrix.
     """
     assert subject.adapter
-    _, weights = read_adapter(subject.adapter)
-    copies = {name: values for name, values in weights.items() if name.endswith(BASE_COPY)}
+    _, held = read_adapter(subject.adapter)
+    copies = {name: tensor_of(values) for name, values in held.items() if name.endswith(BASE_COPY)}
     placeholders: dict[torch.nn.Parameter, torch.Tensor] = {}
     for name, values in copies.items():
         own_name = name.removeprefix("base_model.model.").replace(BASE_COPY, ".weight")

@@ -33,8 +33,7 @@ from qwenlora.adapter.weight_files import (
 )
 from qwenlora.run.format import count, size
 from qwenlora.run.long_work import LongWork
-from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model import quantised
+from qwenlora.trainer.model import pretrained, quantised
 from qwenlora.trainer.model.base_files import SLICE
 from qwenlora.trainer.model.damage import read_json
 from qwenlora.trainer.model.endings import (
@@ -142,8 +141,8 @@ def _parse_dtype(name: str) -> torch.dtype | None:
 
 
 def _base_config(subject: Subject) -> Any:
-    config = models.load_config_of(subject.config, subject.base)
-    if kind := models.quantised_files(config):
+    config = pretrained.load_config_of(subject.config, subject.base)
+    if kind := pretrained.quantised_files(config):
         raise ValueError(
             f"{subject.base} is quantised in its files ({kind}), in which the adapter's change would be"
             f" rounded away; {quantised.HOW}"

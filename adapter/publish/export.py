@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from qwenlora.adapter import verify
+from qwenlora.adapter.adapter_file import check_finite, read_adapter
 from qwenlora.adapter.outputs import free_folder, staging
 from qwenlora.adapter.publish.card import (
     Card,
@@ -103,11 +103,11 @@ def _check_whole(adapter: Path) -> dict[str, int]:
     is_checkpoint = (adapter / checkpoints.MANIFEST).exists() or adapter.name.startswith("checkpoint-")
     if flaw := checkpoints.flaw(adapter) if is_checkpoint else broken_seal(adapter):
         raise ValueError(f"{adapter} {flaw}; it cannot be exported")
-    file, weights = verify.read_adapter(adapter)
+    file, weights = read_adapter(adapter)
     if file.name != checkpoints.ADAPTER:
         raise ValueError(f"{file} is of an older kind; expected {checkpoints.ADAPTER}")
-    verify.check_finite(file, weights)
-    return {name: values.numel() for name, values in weights.items()}
+    check_finite(file, weights)
+    return {name: values.raw.size for name, values in weights.items()}
 
 
 def _paths(summary: RunSummary) -> Iterator[str]:
@@ -160,7 +160,7 @@ def _refuse_private(made: Path, private: Private, ordinary: str) -> None:
     """Raise ValueError naming a file with a private text, and the text's kind. ordinary: as in kinds_in."""
     for file in sorted(made.iterdir()):
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
+            with safe_open(file, framework="numpy") as opened:
                 text = json.dumps([opened.metadata(), list(opened.keys())], ensure_ascii=False)
         else:
             text = file.read_text(encoding="utf-8", errors="replace")

@@ -12,9 +12,10 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwenlora.adapter.adapter_file import read_adapter
 from qwenlora.adapter.qwen1.weights import modules_of
 from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
-from qwenlora.adapter.verify import read_adapter
+from qwenlora.adapter.tensors import tensor_of
 
 PREFIX = "base_model.model."
 # keys that change the meaning of the adapter's tensors, or which modules they belong to
@@ -49,8 +50,8 @@ def convert_adapter(source: Path, folder: Path) -> str:
             raise ValueError(
                 f"{source / ADAPTER_CONFIG} has {key}={old[key]}, which convert-qwen1 cannot carry over"
             )
-    file, weights = read_adapter(source)
-    converted = _converted(file, weights)
+    file, held = read_adapter(source)
+    converted = _converted(file, {name: tensor_of(values) for name, values in held.items()})
     config: Any = PeftConfig.from_pretrained(str(source))  # adds the keys of newer versions of peft
     config.target_modules = _target_modules(old, converted)
     config.modules_to_save = _modules_to_save(source, old)

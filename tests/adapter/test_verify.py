@@ -7,18 +7,24 @@ import shutil
 
 import pytest
 import torch
+from parts import make_base, untie
 from peft import LoraConfig, get_peft_model
 from run_facts import make_facts
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from qwenlora.adapter.adapter_file import read_adapter
 from qwenlora.adapter.loading import load
-from qwenlora.adapter.subject import find
-from qwenlora.adapter.verify import check_adapter, print_check
+from qwenlora.adapter.ordinary import ordinary_base, ordinary_shapes
+from qwenlora.adapter.subject import find, read_adapter_config
+from qwenlora.adapter.tensors import tensor_of
+from qwenlora.adapter.verify import check_adapter, notes_on, print_check
 from qwenlora.configs.load import to_yaml
 from qwenlora.configs.schema import Config, Data, Lora, Model
 from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.model.head import NOTE, has_own_head
 
+FP8 = torch.float8_e5m2
 LAYER = "base_model.model.model.layers"
 KINDS = {
     "lora": {},
@@ -66,6 +72,79 @@ def test_every_kind_of_adapter_is_known_and_loads_as_it_was_saved(tiny, tmp_path
     ids = torch.arange(10).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(load(find(str(tmp_path / "a"))).model(ids).logits, saved(ids).logits)
+
+
+def shapes_known_without_peft(folder):
+    base = ordinary_base(find(str(folder)))
+    return base and ordinary_shapes(read_adapter_config(folder), base.config)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["v_proj", "o_proj", "up_proj"]])
+def test_an_ordinary_adapter_has_the_shapes_that_peft_made(tmp_path, kind, targets):
+    make(tmp_path / "a", make_base(tmp_path / "base", kind), target_modules=targets)
+    saved = {
+        name: values.shape for name, values in load_file(tmp_path / "a" / "adapter_model.safetensors").items()
+    }
+    assert shapes_known_without_peft(tmp_path / "a") == saved
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_peft_decides_about_adapters_that_are_not_ordinary(tiny, tmp_path, kind):
+    make(tmp_path / "a", tiny, **KINDS[kind])
+    assert (shapes_known_without_peft(tmp_path / "a") is None) is (kind not in ("lora", "rslora"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "llama"},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"num_key_value_heads": None},
+        {"head_dim": "32"},
+        {"architectures": []},
+    ],
+)
+def test_transformers_reads_bases_that_are_not_ordinary(tiny, tmp_path, change):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    assert ordinary_base(find(str(base)))
+    (base / "config.json").write_text(json.dumps(settings | change))
+    assert ordinary_base(find(str(base))) is None
+
+
+def test_a_head_that_the_config_calls_tied_is_noted_without_transformers(tmp_path):
+    base = make_base(tmp_path / "base", "qwen2")
+    assert notes_on(find(str(base))) == []
+    untie(base)
+    has_own_head.cache_clear()
+    assert ordinary_base(find(str(base))).notes == notes_on(find(str(base))) == [NOTE]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.float8_e5m2]
+)
+def test_numbers_are_read_as_torch_reads_them(adapter, dtype):
+    changed(adapter, lambda t: t.update({name: (9 * values).to(dtype) for name, values in t.items()}))
+    file, held = read_adapter(adapter)
+    for name, values in load_file(file).items():
+        assert held[name].dtype == str(dtype).removeprefix("torch.")
+        read = tensor_of(held[name])
+        assert read.dtype == dtype
+        assert torch.equal(read.float(), values.float())
+        if dtype != FP8:
+            assert torch.equal(torch.tensor(held[name].numbers).float(), values.float().flatten())
+
+
+def test_a_bfloat16_that_is_not_finite_is_found_and_a_negative_zero_is_zero(adapter):
+    changed(adapter, lambda t: t.update({name: values.bfloat16() for name, values in t.items()}))
+    assert check_adapter(find(str(adapter))).dtypes == ("bfloat16",)
+    changed(adapter, lambda t: [values.mul_(-0.0) for name, values in t.items() if "lora_B" in name])
+    with pytest.raises(ValueError, match="every lora_B is zero"):
+        check_adapter(find(str(adapter)))
+    changed(adapter, lambda t: t[f"{LAYER}.3.mlp.down_proj.lora_B.weight"][0].fill_(float("-inf")))
+    with pytest.raises(ValueError, match=r"layers.3.mlp.down_proj.lora_B.weight holds numbers that are not"):
+        check_adapter(find(str(adapter)))
 
 
 def test_a_missing_tensor_is_named(adapter):

@@ -12,7 +12,9 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from qwenlora.cli import main as cli
 from qwenlora.cli import version
@@ -184,6 +186,39 @@ def test_no_command_imports_torch_before_it_needs_it():
     )
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert answer.stdout == "False\n"
+
+
+@pytest.fixture
+def adapter(tmp_path, tiny):
+    """A plain LoRA adapter for the tiny model, with nothing but ones in it."""
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1, "lora_dropout": 0.0}
+    settings |= {"target_modules": ["q_proj"], "bias": "none", "base_model_name_or_path": str(tiny)}
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    ones = {}
+    for layer in range(4):
+        ones |= {name.format(layer, "A"): np.ones((1, 256)), name.format(layer, "B"): np.ones((256, 1))}
+    save_file(ones, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_commands_that_compute_nothing_do_without_torch(adapter):
+    commands = [["verify", str(adapter)]]
+    script = f"""
+import sys
+from qwenlora.cli.main import app
+for command in {commands}:
+    try:
+        app(command)
+    except SystemExit as left:
+        heavy = [name for name in ("torch", "peft", "datasets") if name in sys.modules]
+        print("end of", *command[:2], left.code, *heavy)
+"""
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ends = [line for line in answer.stdout.splitlines() if line.startswith("end of")]
+    assert ends == [" ".join(["end of", *command[:2], "0"]) for command in commands], answer.stderr
 
 
 def test_a_config_that_is_wrong_is_refused_before_torch_is_imported(tmp_path):

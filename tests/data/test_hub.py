@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from qwenlora.configs.schema import Config, Data, Model
 from qwenlora.data import hub, sources
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model import loading, pretrained
 
 COMMIT = "1" * 40
 
@@ -84,7 +85,7 @@ def test_a_hub_that_does_not_answer_is_named_with_what_to_do(request, caplog, en
 def test_a_model_that_is_neither_there_nor_in_the_cache_is_refused(refusing):
     config = Config(run_dir="r", model=Model(name_or_path="Qwen/Qwen3-8B"), data=Data(train="example"))
     with pytest.raises(ValueError, match="cannot be loaded") as refusal:
-        models.load_config_of(config, "Qwen/Qwen3-8B")
+        pretrained.load_config_of(config, "Qwen/Qwen3-8B")
     message = str(refusal.value)
     assert message.startswith(
         f"model.name_or_path=Qwen/Qwen3-8B cannot be loaded (offline: {refusing} cannot be reached ("
@@ -110,9 +111,9 @@ def test_what_is_in_the_cache_is_used_without_the_hub(tiny, refusing, monkeypatc
     monkeypatch.setattr(hub, "_why_silent", lambda *asked: limits.append(asked[1]) or why_silent(*asked))
     config = Config(run_dir="r", model=Model(name_or_path="me/TinyQ"), data=Data(train="example"))
     base = models.resolve("me/TinyQ", "model.name_or_path")
-    assert models.load_tokenizer(config, base).is_fast
+    assert pretrained.load_tokenizer(config, base).is_fast
     assert models.fingerprint(config, base) == COMMIT
-    assert models.load_base(config, base).config.model_type == "qwen3"
+    assert loading.load_base(config, base).config.model_type == "qwen3"
     assert limits == [hub.CACHED_LIMIT_S], "asked once, and not for long"
 
 
@@ -145,4 +146,4 @@ def test_a_hub_that_must_not_be_used_is_not_asked(monkeypatch):
 def test_a_folder_asks_nobody(tiny, monkeypatch):
     monkeypatch.setattr(hub, "ask", lambda *_: pytest.fail("it was asked"))
     config = Config(run_dir="r", model=Model(name_or_path=str(tiny)), data=Data(train="example"))
-    models.load_config_of(config, str(tiny))
+    pretrained.load_config_of(config, str(tiny))

@@ -26,7 +26,7 @@ from transformers import (
 from qwenlora.configs.schema import Lora
 from qwenlora.trainer.loop import chunked_loss
 from qwenlora.trainer.loop.chunked_loss import own_the_loss, summed_loss
-from qwenlora.trainer.model.base import IGNORED
+from qwenlora.trainer.model.loading import IGNORED
 from qwenlora.trainer.spread.sequence import Team
 
 VOCABULARY, CLOSE = 211, 1e-6

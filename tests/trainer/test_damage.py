@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from qwenlora.configs.schema import Config, Data, Lora, Model
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model import damage
+from qwenlora.trainer.model import damage, loading, pretrained
 from qwenlora.trainer.model.lora import check_init_from
 from qwenlora.trainer.prepare import prepare
 
@@ -142,9 +142,9 @@ def test_a_tokenizer_that_is_a_pointer_is_refused_where_it_is_used(tiny, tmp_pat
     (base / name).write_text(POINTER)
     config = Config(run_dir="unused", model=Model(name_or_path=str(base)), data=Data(train="unused"))
     with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer, .* `git lfs pull` in its folder"):
-        models.load_tokenizer(config, str(base))
+        pretrained.load_tokenizer(config, str(base))
     other = config.model_copy(update={"model": Model(name_or_path=str(base), tokenizer=str(tiny))})
-    assert models.load_tokenizer(other, str(base)).is_fast
+    assert pretrained.load_tokenizer(other, str(base)).is_fast
 
 
 def test_weights_that_are_of_another_shape_than_the_config_are_refused(tiny, tmp_path):
@@ -155,7 +155,7 @@ def test_weights_that_are_of_another_shape_than_the_config_are_refused(tiny, tmp
     with pytest.raises(
         ValueError, match=r"layers.0.mlp.down_proj.weight is .* in its files, and .* x 24 by its config.json"
     ):
-        models.load_base(config, str(base))
+        loading.load_base(config, str(base))
 
 
 def test_preparation_refuses_a_base_without_weights_and_a_damaged_adapter(tiny, tmp_path):

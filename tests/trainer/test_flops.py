@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwenlora.configs.schema import Lora
 from qwenlora.run.records import Work
 from qwenlora.trainer.loop.chunked_loss import own_the_loss
-from qwenlora.trainer.model.base import IGNORED
 from qwenlora.trainer.model.flops import flops, work_of
+from qwenlora.trainer.model.loading import IGNORED
 from qwenlora.trainer.model.lora import add_lora
 
 LENGTHS = np.array([64, 192])  # whole chunks of linear attention

@@ -5,8 +5,7 @@ import torch
 from parts import config_of, make_base, tensors_in, untie
 from safetensors.torch import save_file
 
-from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model import head
+from qwenlora.trainer.model import head, loading, pretrained
 from qwenlora.trainer.model.lora import add_lora, count_parameters
 from qwenlora.trainer.spread.sharded_loading import skeleton
 
@@ -21,12 +20,12 @@ def tied(tmp_path):
 def test_every_strategy_and_command_takes_the_files_word(tied):
     untie(tied)
     config, base = config_of(tied), str(tied)
-    assert not models.load_config_of(config, base).tie_word_embeddings
-    (note,) = models.notes_on(config, base)
+    assert not pretrained.load_config_of(config, base).tie_word_embeddings
+    (note,) = pretrained.notes_on(config, base)
     assert "a head of their own, which is used" in note
     empty = skeleton(config, base)  # fsdp, zero3
     assert empty.lm_head.weight is not empty.model.embed_tokens.weight
-    model = add_lora(models.load_base(config, base), config.lora)
+    model = add_lora(loading.load_base(config, base), config.lora)
     assert not model.config.tie_word_embeddings
     assert torch.equal(model.get_output_embeddings().weight, tensors_in(tied)[HEAD])
     model.get_base_model().tie_weights()  # as other code may do
@@ -47,9 +46,9 @@ def test_a_single_number_makes_a_head_of_its_own(tied, place):
         save_file(held | {HEAD: other}, tied / "model.safetensors", {"format": "pt"})
         head.has_own_head.cache_clear()
         assert head.has_own_head(str(tied)) is changed
-        assert models.load_config_of(config_of(tied), str(tied)).tie_word_embeddings is not changed
+        assert pretrained.load_config_of(config_of(tied), str(tied)).tie_word_embeddings is not changed
 
 
 def test_files_without_a_head_are_tied(tied):
     assert not head.has_own_head(str(tied))
-    assert models.notes_on(config_of(tied), str(tied)) == []
+    assert pretrained.notes_on(config_of(tied), str(tied)) == []

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model import loading, pretrained
 from qwenlora.trainer.model.checks import untrained_tokens
 from qwenlora.trainer.model.lora import add_lora, check_init_from, count_parameters
 
@@ -72,8 +73,8 @@ def config_for(folder, *, lora=None, strategy=None) -> Config:
 
 
 def adapted(config):
-    base = models.load_base(config, config.model.name_or_path)
-    models.set_up(base, config)
+    base = loading.load_base(config, config.model.name_or_path)
+    loading.set_up(base, config)
     return add_lora(base, config.lora)
 
 
@@ -233,8 +234,8 @@ def test_a_folder_with_adapters_in_it_is_refused_with_their_names(tmp_path):
 
 
 def test_the_dtype_follows_the_hardware_unless_given():
-    assert models.pick_dtype("auto") == (torch.float32 if not torch.cuda.is_available() else torch.bfloat16)
-    assert models.pick_dtype("float16") == torch.float16
+    assert loading.pick_dtype("auto") == (torch.float32 if not torch.cuda.is_available() else torch.bfloat16)
+    assert loading.pick_dtype("float16") == torch.float16
 
 
 @pytest.mark.parametrize("saved", [None, ["embed_tokens"]])
@@ -280,7 +281,7 @@ def test_a_tokenizer_that_cannot_train_chat_is_refused(tiny, tmp_path, change, m
         (tmp_path / "model" / "chat_template.jinja").unlink()
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=r"model\.name_or_path=") as caught:
-        models.load_tokenizer(config_for(tmp_path / "model"), str(tmp_path / "model"))
+        pretrained.load_tokenizer(config_for(tmp_path / "model"), str(tmp_path / "model"))
     assert message in str(caught.value)
 
 
@@ -303,7 +304,7 @@ def test_a_tokenizer_is_loaded_and_saved_without_what_earlier_calls_left(tiny, t
     file.write_text(json.dumps(json.loads(file.read_text()) | {kept: LEFT_BY_CALLS.get(kept, True)}))
     config = config_for(tiny)
     config = config.model_copy(update={"model": config.model.model_copy(update={key: str(folder)})})
-    tokenizer = models.load_tokenizer(config, config.model.name_or_path)
+    tokenizer = pretrained.load_tokenizer(config, config.model.name_or_path)
     tokenizer.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
     assert saved == json.loads((tiny / "tokenizer.json").read_text())
@@ -379,7 +380,7 @@ def test_a_base_whose_files_lack_a_weight_is_refused(tiny, tmp_path):
     with pytest.raises(
         ValueError, match=r"its files lack model\.layers\.1\.self_attn\.q_proj\.weight, which would be"
     ):
-        models.load_base(config_for(folder), str(folder))
+        loading.load_base(config_for(folder), str(folder))
 
 
 def test_an_adapter_keeps_the_revision_of_its_base_for_peft(tiny, tmp_path):

@@ -29,8 +29,8 @@ from qwenlora.data.prepared import Side
 from qwenlora.trainer.loop.batches import StepLoader, collate, collate_packs
 from qwenlora.trainer.loop.evaluation import eval_batches
 from qwenlora.trainer.model import row_attention
-from qwenlora.trainer.model.base import IGNORED
 from qwenlora.trainer.model.checks import check_isolation, isolates_rows
+from qwenlora.trainer.model.loading import IGNORED
 from qwenlora.trainer.model.row_attention import (
     attend_row_by_row,
     attend_to_padded_rows,

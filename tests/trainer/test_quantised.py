@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 
 from qwenlora.configs.schema import Config, Data, Model, Strategy
-from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model import pretrained
 from qwenlora.trainer.model.quantised import check, kind_of
 
 
@@ -49,11 +49,11 @@ def test_nothing_is_quantised_twice(kind, asked, fits):
 def test_the_user_is_told_at_once_what_an_adapter_can_be_merged_into(tiny, tmp_path):
     base = shutil.copytree(tiny, tmp_path / "base")
     config = Config(run_dir="unused", model=Model(name_or_path=str(base)), data=Data(train="unused"))
-    assert models.notes_on(config, str(base)) == []
+    assert pretrained.notes_on(config, str(base)) == []
     settings = json.loads((base / "config.json").read_text())
     how = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (base / "config.json").write_text(json.dumps(settings | how))
-    assert models.notes_on(config, str(base)) == [
+    assert pretrained.notes_on(config, str(base)) == [
         "the base is quantised in its files (bitsandbytes, 4 bits), into which no adapter can be merged;"
         " merge into the model in full precision that they were made from: --base FOLDER_OR_HUB_NAME"
     ]

@@ -13,7 +13,7 @@ from transformers import MistralConfig, Qwen2Config, Qwen3Config, Qwen3NextConfi
 from qwenlora.configs.schema import Config, Data, Launch, Model, Strategy
 from qwenlora.data.order import accumulation_steps
 from qwenlora.trainer.loop.batches import collate, collate_packs, seed_micro_batch
-from qwenlora.trainer.model.base import IGNORED
+from qwenlora.trainer.model.loading import IGNORED
 from qwenlora.trainer.prepare import packs_rows
 from qwenlora.trainer.spread.sequence import Team, check, share_attention
 

@@ -16,7 +16,7 @@ from qwenlora.data.prepared import Side
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.hidden import show_bitsandbytes
 from qwenlora.trainer.loop.schedule import check_schedule
-from qwenlora.trainer.model.base import pick_dtype
+from qwenlora.trainer.model.loading import pick_dtype
 
 # keys of the config that are transformers' arguments as they are
 SAME_NAME = {

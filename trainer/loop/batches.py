@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from qwenlora.data.chat import Tokens
 from qwenlora.data.order import MicroBatch, Order
 from qwenlora.data.prepared import Side
-from qwenlora.trainer.model.base import IGNORED
+from qwenlora.trainer.model.loading import IGNORED
 
 WEIGHTS = "loss_weights"
 

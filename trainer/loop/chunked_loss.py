@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, pad
 
 from qwenlora.configs.estimate import LOGITS_AT_ONCE
-from qwenlora.trainer.model.base import IGNORED
+from qwenlora.trainer.model.loading import IGNORED
 
 
 def own_the_loss(model: Any, *, accepts: bool, weighted: bool) -> str:

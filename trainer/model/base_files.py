@@ -1,18 +1,18 @@
 """A base's safetensors files, read by ranges: a rank reads only the elements that it keeps of each tensor, as
 spread/sharded_loading.py decides."""
 
-import json
 import math
 import os
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-# other dtypes (fp8) mean nothing without the scales beside them
+from qwenlora.trainer.model.headers import safetensors_of, stored_in
+
+# of headers.FLOATS
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SLICE = 2**22  # numbers that are converted at a time
 
@@ -24,16 +24,6 @@ class Place(NamedTuple):
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-
-class Stored(NamedTuple):
-    """A tensor, as its file's header says. dtype: safetensors' name; [start, stop): bytes of the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 class BaseFiles:
@@ -50,7 +40,7 @@ class BaseFiles:
         self.bytes_read = 0
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._open: dict[Path, FileIO] = {}
-        for file in _files(base, revision, local):
+        for file in safetensors_of(base, revision, local=local):
             self.places |= _places(file)
 
     def __enter__(self) -> "BaseFiles":
@@ -110,48 +100,12 @@ class BaseFiles:
         self.bytes_read += values.nbytes
 
 
-def _files(base: str, revision: str | None, local: bool) -> list[Path]:
-    def path_of(name: str, *, optional: bool = True) -> Path | None:
-        file = cached_file(
-            base,
-            name,
-            revision=revision,
-            local_files_only=local,
-            _raise_exceptions_for_missing_entries=not optional,
-            _raise_exceptions_for_connection_errors=not local,
-        )
-        return Path(file) if file else None
-
-    if single := path_of(SAFE_WEIGHTS_NAME):
-        return [single]
-    if not (index := path_of(SAFE_WEIGHTS_INDEX_NAME)):
-        return []
-    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    files = [path_of(name, optional=local) for name in names]
-    return [file for file in files if file] if all(files) else []
-
-
 def _places(path: Path) -> dict[str, Place]:
     return {
         each.name: Place(path, each.start, DTYPES[each.dtype], each.shape)
         for each in stored_in(path)
         if each.dtype in DTYPES
     }
-
-
-def stored_in(path: Path) -> list[Stored]:
-    """Return what a safetensors file's header says. Raises: ValueError when it has none."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: Any = json.loads(file.read(length)) if length <= path.stat().st_size else None
-        header.pop("__metadata__", None)
-        return [
-            Stored(name, each["dtype"], tuple(each["shape"]), *(8 + length + i for i in each["data_offsets"]))
-            for name, each in header.items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is no safetensors file, or cut short; download it again") from None
 
 
 def peak_memory() -> int:

@@ -7,18 +7,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import (
-    CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
+from qwenlora.run.format import and_more
+from qwenlora.trainer.model.headers import (
+    CONFIG,
+    FLOATS,
+    GENERATION_CONFIG,
+    INDEX,
+    WEIGHTS,
+    Stored,
+    stored_in,
 )
 
-from qwenlora.run.format import and_more
-from qwenlora.trainer.model.base_files import DTYPES, Stored, stored_in
-
+OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 POINTER = b"version https://git-lfs"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -43,17 +43,17 @@ def check_model(folder: Path) -> None:
     files = weight_files(folder)
     for file in files:
         check_file(file)
-    for file in (folder / CONFIG_NAME, folder / GENERATION_CONFIG_NAME):
+    for file in (folder / CONFIG, folder / GENERATION_CONFIG):
         if file.is_file():
             read_json(file)
-    for file in files if (folder / CONFIG_NAME).is_file() else []:
+    for file in files if (folder / CONFIG).is_file() else []:
         for stored in stored_in(file) if file.suffix == ".safetensors" else []:
-            _check_embeddings(folder / CONFIG_NAME, file, stored)
+            _check_embeddings(folder / CONFIG, file, stored)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the files of weights that transformers would load. Raises: ValueError for a broken index."""
-    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+    for single, index in ((WEIGHTS, INDEX), OLD_WEIGHTS):
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
@@ -117,7 +117,7 @@ def _check_start(file: Path) -> None:
 def _check_embeddings(config_file: Path, file: Path, stored: Stored) -> None:
     """Refuse a config.json of another model than the weights are of, as their embeddings tell."""
     parts = stored.name.split(".")
-    if parts[-2:] != ["embed_tokens", "weight"] or "visual" in parts or stored.dtype not in DTYPES:
+    if parts[-2:] != ["embed_tokens", "weight"] or "visual" in parts or stored.dtype not in FLOATS:
         return
     config = read_json(config_file)
     text = config.get("text_config") or config

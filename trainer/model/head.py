@@ -1,18 +1,18 @@
 """A head of its own in the files of a base whose config.json has it tied to the embeddings. transformers may
 load such a head, and goes on calling it tied: here the files decide, for every strategy and command."""
 
-import math
 from functools import cache
 from typing import Any
 
-import torch
+import numpy as np
 
-from qwenlora.trainer.model.base_files import SLICE, BaseFiles
+from qwenlora.trainer.model.headers import TensorValues, mapped, safetensors_of
 
 NOTE = (
     "the base's config.json has embeddings and head tied, and its files hold a head of their own, which is"
     ' used; set "tie_word_embeddings": false there'
 )
+SLICE = 2**22  # numbers that are compared at a time
 HEAD, EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -25,20 +25,20 @@ def is_tied(model_config: Any) -> bool:
 def has_own_head(base: str, revision: str | None = None, *, download: bool = False) -> bool:
     """Whether a base's safetensors hold a head that differs from the embeddings. download: of a base from the
     hub; else only files in its cache are read. All of both is read where the files have both: few have."""
-    with BaseFiles(base, revision, local=not download) as files:
-        head = next((name for name in files.places if name.endswith(HEAD)), None)
-        embeddings = next((name for name in files.places if name.endswith(EMBEDDINGS)), None)
-        if head is None or embeddings is None:
-            return False
-        shape = files.places[head].shape
-        if shape != files.places[embeddings].shape:
-            return True
-        count = math.prod(shape)
-        for start in range(0, count, SLICE):
-            stop = min(start + SLICE, count)
-            if not torch.equal(files.read(head, start, stop), files.read(embeddings, start, stop)):
-                return True
-    return False
+    places: dict[str, TensorValues] = {}
+    for file in safetensors_of(base, revision, local=not download):
+        places |= mapped(file)
+    head = next((places[name] for name in places if name.endswith(HEAD)), None)
+    embeddings = next((places[name] for name in places if name.endswith(EMBEDDINGS)), None)
+    if head is None or embeddings is None:
+        return False
+    if head.raw.shape != embeddings.raw.shape:
+        return True
+    starts = range(0, head.raw.size, SLICE)
+    return not all(
+        np.array_equal(head.part(start, start + SLICE), embeddings.part(start, start + SLICE))
+        for start in starts
+    )
 
 
 def untie(model_config: Any) -> None:

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from qwenlora.configs.schema import Config, Lora
 from qwenlora.run.records import Parameters
-from qwenlora.trainer.model.base import load_config_of
 from qwenlora.trainer.model.damage import AGAIN, check_file, read_json
 from qwenlora.trainer.model.flops import work_of
+from qwenlora.trainer.model.pretrained import load_config_of
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 NAMES_SHOWN = 40

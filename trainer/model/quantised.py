@@ -3,13 +3,11 @@ can be merged into them, since an adapter's change is smaller than their steps."
 
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
-
-from transformers.utils import CONFIG_NAME, cached_file
 
 from qwenlora.configs.schema import Config
 from qwenlora.run.records import Facts
 from qwenlora.trainer.model.damage import read_json
+from qwenlora.trainer.model.headers import CONFIG, find_file
 
 HOW = "merge into the model in full precision that they were made from: --base FOLDER_OR_HUB_NAME"
 
@@ -47,6 +45,6 @@ def trained_over(facts: Facts) -> str:
     if facts.base_quantised:
         return facts.base_quantised
     with suppress(OSError, ValueError):  # of an older version: its base may be gone
-        if file := cached_file(facts.base, CONFIG_NAME, local_files_only=True):
-            return kind_of(read_json(Path(file)).get("quantization_config"))
+        if file := find_file(facts.base, CONFIG, local=True):
+            return kind_of(read_json(file).get("quantization_config"))
     return ""

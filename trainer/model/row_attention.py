@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qwenlora.trainer.model.base import device, layer_kinds
+from qwenlora.trainer.model.loading import device
+from qwenlora.trainer.model.pretrained import layer_kinds
 
 # its name in transformers, which treats names with "flash" or "sdpa" in them specially, and makes no mask for
 # others

@@ -11,7 +11,8 @@ from qwenlora.configs import Config
 from qwenlora.data.turns import TURN_END
 from qwenlora.run.format import and_more
 from qwenlora.run.records import Facts, SideCounts
-from qwenlora.trainer.model.base import TINY, pick_dtype
+from qwenlora.trainer.model.base import TINY
+from qwenlora.trainer.model.loading import pick_dtype
 from qwenlora.trainer.model.lora import EMBEDDINGS
 from qwenlora.trainer.spread.strategy import Spread
 

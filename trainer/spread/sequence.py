@@ -18,7 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwenlora.configs import Config
 from qwenlora.data.order import teams_of
-from qwenlora.trainer.model.base import IGNORED, layer_kinds
+from qwenlora.trainer.model.loading import IGNORED
+from qwenlora.trainer.model.pretrained import layer_kinds
 
 # our attention's name in transformers, which treats names with "flash" or "sdpa" in them specially
 NAME = "qwenlora_sequence_parallel"

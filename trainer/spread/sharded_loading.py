@@ -22,8 +22,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from qwenlora.configs.schema import Config
-from qwenlora.trainer.model.base import device, hub_errors, load_config_of, pick_dtype, refuse_misfits
+from qwenlora.trainer.model.base import hub_errors
 from qwenlora.trainer.model.base_files import BaseFiles, peak_memory
+from qwenlora.trainer.model.loading import device, pick_dtype, refuse_misfits
+from qwenlora.trainer.model.pretrained import load_config_of
 from qwenlora.trainer.spread.zero import DeepSpeedConfig
 
 log = logging.getLogger("qwenlora")

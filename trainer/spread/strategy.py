@@ -15,7 +15,7 @@ from qwenlora.configs.combinations import ZERO, Machine, refuse
 from qwenlora.configs.deepspeed import deepspeed_config
 from qwenlora.configs.estimate import Sizes, decide
 from qwenlora.run.records import Parameters
-from qwenlora.trainer.model import base as models
+from qwenlora.trainer.model import loading
 from qwenlora.trainer.model.base_files import peak_memory
 from qwenlora.trainer.spread import sharded_loading, zero
 from qwenlora.trainer.spread.links import nvlink
@@ -45,8 +45,8 @@ def machine() -> Machine:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if not torch.cuda.is_available():
         return Machine(world_size // processes, processes, 0)
-    memory = torch.cuda.get_device_properties(models.device()).total_memory
-    smallest = torch.tensor([memory, int(processes > 1 and nvlink())], device=models.device())
+    memory = torch.cuda.get_device_properties(loading.device()).total_memory
+    smallest = torch.tensor([memory, int(processes > 1 and nvlink())], device=loading.device())
     if dist.is_initialized():
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)  # else ranks would decide differently
     memory, linked = smallest.tolist()
@@ -57,7 +57,7 @@ def choose(config: Config, parameters: Parameters, accumulation: int, longest: i
     """Return this attempt's strategy; all ranks call it. longest: row, in tokens; 0: data.max_length. Raises:
     ValueError when no strategy fits the GPUs, or the config's cannot run here."""
     here = machine()
-    dtype = str(models.pick_dtype(config.model.dtype)).removeprefix("torch.")  # auto is float16 on old GPUs
+    dtype = str(loading.pick_dtype(config.model.dtype)).removeprefix("torch.")  # auto is float16 on old GPUs
     resolved = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     refuse(resolved, here)
     decision = decide(resolved, Sizes.of(parameters, longest), here)
@@ -75,21 +75,21 @@ def load_base(config: Config, base: str, spread: Spread) -> Any:
         join_alone()
     if spread.name == "fsdp":
         names = ("replicas", "shards")[-len(spread.shape) :]
-        mesh = init_device_mesh(models.device().type, spread.shape, mesh_dim_names=names)
+        mesh = init_device_mesh(loading.device().type, spread.shape, mesh_dim_names=names)
         model = sharded_loading.load_fsdp(config, base, mesh)
     elif spread.name == "zero3" and spread.deepspeed and config.strategy.quantization == "none":
         zero.start_communication()
         model = sharded_loading.load_zero3(config, base, spread.deepspeed)
     else:  # ZeRO-3 shards a quantised base when its engine is made
         started = time.monotonic()
-        model = models.load_base(config, base)
+        model = loading.load_base(config, base)
         seconds, peak = time.monotonic() - started, peak_memory() / 1e9
         log.info(
             "base loaded in %.1f s, whole; the most host memory that this process has used is %.2f GB",
             seconds,
             peak,
         )
-    models.set_up(model, config)
+    loading.set_up(model, config)
     return model
 
 
