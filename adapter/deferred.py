@@ -15,15 +15,19 @@ from qwenlora.trainer.hidden import hidden
 
 class Deferred:
     """Stands for a module until one of its attributes is used. quietly: a command loads it, and silences
-    libraries from then on; a function leaves them as they are."""
+    libraries from then on; a function leaves them as they are. without: what to hide from transformers."""
 
-    def __init__(self, module: str, *, quietly: bool = True) -> None:
-        self._module, self._quietly = module, quietly
+    def __init__(self, module: str, *, quietly: bool = True, without: tuple[str, ...] = ()) -> None:
+        self._module, self._quietly, self._without = module, quietly, without
 
     def __getattr__(self, name: str) -> Any:
         if self._module not in sys.modules:
             silence = _quiet() if self._quietly else contextlib.redirect_stdout(io.StringIO())
-            with silence, hidden(), Console(stderr=True).status("starting", spinner_style="dim"):
+            with (
+                silence,
+                hidden(*self._without),
+                Console(stderr=True).status("starting", spinner_style="dim"),
+            ):
                 importlib.import_module(self._module)
         return getattr(sys.modules[self._module], name)
 

@@ -1,18 +1,22 @@
 """`qwenlora data check` and `qwenlora data preview`."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwenlora.adapter.deferred import Deferred
 from qwenlora.cli.arguments import ConfigFile, Overrides, screen
-from qwenlora.configs import load_config
+from qwenlora.configs import Config, load_config
 
 if TYPE_CHECKING:
     from qwenlora.trainer import data_check
+
+    data_check_with_torch = data_check
 else:
-    data_check = Deferred("qwenlora.trainer.data_check")
+    data_check = Deferred("qwenlora.trainer.data_check", without=("torch",))
+    data_check_with_torch = Deferred("qwenlora.trainer.data_check")
 
 
 def check(
@@ -24,7 +28,8 @@ def check(
 ) -> int:
     """Prepare the rows as training would, and show what they are like: on the screen, and as an HTML page."""
     loaded = load_config(config, overrides or [])
-    return data_check.check(loaded, html, screen())
+    code: int = _module(loaded).check(loaded, html, screen())
+    return code
 
 
 def preview(
@@ -37,5 +42,10 @@ def preview(
 ) -> int:
     """Show rows as the model sees them, the trained tokens coloured."""
     loaded = load_config(config, overrides or [])
-    data_check.preview(loaded, "eval" if evaluation else "train", first, rows, ids=ids, console=screen())
+    _module(loaded).preview(loaded, "eval" if evaluation else "train", first, rows, ids=ids, console=screen())
     return 0
+
+
+def _module(config: Config) -> ModuleType:
+    # code that comes with a base may use torch
+    return data_check_with_torch if config.model.trust_remote_code else data_check

@@ -125,6 +125,26 @@ def _tokenizer_of(model: Model) -> str:
     return "tiny's own: it makes 1.4 to 2 times as many tokens as a Qwen's (model.tokenizer names another)"
 
 
+def notes_of(config: Config, rows: Prepared) -> list[str]:
+    """Return notes on the rows for the user, as cut rows, lost replies and eval rows that are trained on."""
+    notes = list(rows.index.notes)
+    for side, counts in rows.counts.items():
+        limit = f"data.max_length={config.data.max_length} tokens"
+        for what, count in counts.cut.items():
+            notes.append(f"{count:,} of {counts.read_rows:,} {side} rows {what} at {limit}")
+        if counts.lost_replies:
+            notes.append(
+                f"{counts.lost_replies:,} replies of {side} rows are not trained: with their question they"
+                f" are longer than {limit}; data.split_replies: true trains them without"
+            )
+    if overlap := rows.index.overlap.rows:
+        first = rows.place("eval", rows.index.overlap.first[0])
+        notes.append(
+            f"{overlap:,} of {rows.counts['eval'].read_rows:,} eval rows are trained on, too (first: {first})"
+        )
+    return notes
+
+
 def data_report(
     prepared: Prepared, config: Config, tokenizer: Any, embeddings: int, *, packing: bool, notes: list[str]
 ) -> DataReport:

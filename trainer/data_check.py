@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from qwenlora.configs import Config
+from qwenlora.configs import Config, combinations
 from qwenlora.configs.schema import Data
 from qwenlora.data import prepared, report
 from qwenlora.data.bad_row import BadRow
@@ -21,9 +21,9 @@ from qwenlora.data.overlength import cut_to_length
 from qwenlora.data.survey import rows_of_side, survey
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.hardware import gpu_count
 from qwenlora.run.records import SideName
 from qwenlora.trainer.model import pretrained
-from qwenlora.trainer.prepare import notes_of, packs_rows
 
 TRAINED = "black on green"
 
@@ -37,7 +37,7 @@ def check(config: Config, page: Path | None, console: Console) -> int:
     # a check reads all rows, whatever training would do about bad ones
     data = config.data.model_copy(update={"on_bad_row": "skip"})
     rows = prepared.prepare(data, tokenizer, run.cache(config), console, console.print)
-    notes = notes_of(config, rows)
+    notes = report.notes_of(config, rows)
     listed = page.with_suffix(".bad_rows.txt")
     listed.unlink(missing_ok=True)  # of an earlier check
     if rows.index.bad.count:
@@ -46,9 +46,8 @@ def check(config: Config, page: Path | None, console: Console) -> int:
         notes.append(f"all bad rows are listed in {listed}")
         if config.data.on_bad_row == "skip":
             notes.append(f"left out: {rows.bad_report}")
-    findings = report.data_report(
-        rows, config, tokenizer, embeddings, packing=packs_rows(config), notes=notes
-    )
+    packing = combinations.packs_rows(config, on_gpu=gpu_count() > 0)
+    findings = report.data_report(rows, config, tokenizer, embeddings, packing=packing, notes=notes)
     findings.show(console)
     findings.write(page)
     console.print(f"the same as a page: {page}", soft_wrap=True)
@@ -98,9 +97,9 @@ def _no_row(data: Data, side: SideName, first: int) -> str:
 
 def _tokenizer_and_embeddings(config: Config) -> tuple[Any, int]:
     transformers_logging.disable_progress_bar()
-    # the tiny model is built in a run folder, and the real one is only for runs
+    # the tiny model is built in a run folder, and the real one, with weights, is only for runs
     with tempfile.TemporaryDirectory() as folder:
-        base = pretrained.base_of(config, RunFolder(folder))
+        base = pretrained.base_of(config, RunFolder(folder), weights=False)
         return pretrained.load_tokenizer(config, base), pretrained.embeddings_of(config, base)
 
 

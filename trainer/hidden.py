@@ -13,11 +13,12 @@ _hides = False  # in this process, or in the one that it was forked from
 
 
 @contextmanager
-def hidden() -> Iterator[None]:
-    """Have libraries that are imported meanwhile find none of HIDDEN installed. They remember it."""
+def hidden(*more: str) -> Iterator[None]:
+    """Have libraries that are imported meanwhile find none of HIDDEN, and of more, installed. They remember
+    it: transformers without torch reads configs and tokenizers, and nothing else in this process."""
     global _hides
     _hides = True
-    missing = [name for name in HIDDEN if name not in sys.modules]
+    missing = [name for name in (*HIDDEN, *more) if name not in sys.modules]
     for name in missing:
         sys.modules[name] = None  # type: ignore[assignment]  # as documented for sys.modules: not to be imported
     try:
@@ -29,7 +30,7 @@ def hidden() -> Iterator[None]:
 
 def show_bitsandbytes() -> None:
     """Have transformers and peft look again whether bitsandbytes is installed, if it was hidden."""
-    if not _hides:
+    if not _hides or "torch" not in sys.modules:  # without torch neither is needed
         return
     from peft import import_utils as of_peft
     from transformers.utils import import_utils as of_transformers

@@ -11,6 +11,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from qwenlora.configs import Config, combinations
 from qwenlora.data import freshness, prepared
+from qwenlora.data.report import notes_of
 from qwenlora.run.changes import allows
 from qwenlora.run.disk import free_bytes, write_atomically
 from qwenlora.run.folder import RunFolder
@@ -95,26 +96,6 @@ def prepare_rows(
 def packs_rows(config: Config) -> bool:
     """Whether rows are packed on this machine."""
     return combinations.packs_rows(config, on_gpu=torch.cuda.is_available())
-
-
-def notes_of(config: Config, rows: prepared.Prepared) -> list[str]:
-    """Return notes on the rows for the user, as cut rows, lost replies and eval rows that are trained on."""
-    notes = list(rows.index.notes)
-    for side, counts in rows.counts.items():
-        limit = f"data.max_length={config.data.max_length} tokens"
-        for what, count in counts.cut.items():
-            notes.append(f"{count:,} of {counts.read_rows:,} {side} rows {what} at {limit}")
-        if counts.lost_replies:
-            notes.append(
-                f"{counts.lost_replies:,} replies of {side} rows are not trained: with their question they"
-                f" are longer than {limit}; data.split_replies: true trains them without"
-            )
-    if overlap := rows.index.overlap.rows:
-        first = rows.place("eval", rows.index.overlap.first[0])
-        notes.append(
-            f"{overlap:,} of {rows.counts['eval'].read_rows:,} eval rows are trained on, too (first: {first})"
-        )
-    return notes
 
 
 def _refuse_other_data(run: RunFolder, then: Facts, now: Facts, allowed: tuple[str, ...] = ()) -> None:

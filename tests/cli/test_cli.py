@@ -2,6 +2,7 @@
 loaded."""
 
 import importlib
+import io
 import json
 import os
 import platform
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import save_file
 
 from qwenlora.cli import main as cli
 from qwenlora.cli import version
+from qwenlora.configs import load_config
 from qwenlora.run import code
 from qwenlora.run.package import package
+from qwenlora.trainer import data_check
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -204,21 +208,37 @@ def adapter(tmp_path, tiny):
     return folder
 
 
-def test_commands_that_compute_nothing_do_without_torch(adapter):
-    commands = [["verify", str(adapter)]]
+def test_commands_that_compute_nothing_do_without_torch(adapter, tiny, tmp_path):
+    """And show the tokens that training, which has torch, would see."""
+    four_bits = shutil.copytree(tiny, tmp_path / "four")
+    settings = json.loads((four_bits / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (four_bits / "config.json").write_text(json.dumps(settings))
+    config = [str(TINY), f"run_dir={tmp_path}/run"]
+    commands = [
+        (["verify", str(adapter)], 0),
+        (["data", "preview", *config, "--ids"], 0),
+        (["data", "preview", *config, f"model.name_or_path={four_bits}"], 0),
+        (["data", "check", *config], 0),
+        (["data", "check", *config, "data.train=no.jsonl"], 2),
+        (["train", *config, "lora.rnk=3"], 2),
+    ]
     script = f"""
 import sys
 from qwenlora.cli.main import app
-for command in {commands}:
+for command, _ in {commands}:
     try:
         app(command)
     except SystemExit as left:
-        heavy = [name for name in ("torch", "peft", "datasets") if name in sys.modules]
-        print("end of", *command[:2], left.code, *heavy)
+        heavy = [name for name in ("torch", "peft", "datasets") if sys.modules.get(name)]
+        print("end of", *command, left.code, *heavy)
 """
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     ends = [line for line in answer.stdout.splitlines() if line.startswith("end of")]
-    assert ends == [" ".join(["end of", *command[:2], "0"]) for command in commands], answer.stderr
+    assert ends == [" ".join(["end of", *command, str(code)]) for command, code in commands], answer.stderr
+    shown = io.StringIO()
+    data_check.preview(load_config(TINY), "train", 1, 3, ids=True, console=Console(file=shown, width=80))
+    assert shown.getvalue() in answer.stdout
 
 
 def test_a_config_that_is_wrong_is_refused_before_torch_is_imported(tmp_path):

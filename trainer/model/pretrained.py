@@ -16,14 +16,13 @@ from qwenlora.trainer.model.base import TINY, hub_errors, resolve
 from qwenlora.trainer.model.tiny import build_tiny
 
 
-def base_of(config: Config, run: RunFolder) -> str:
-    """Return the folder or hub name of the base model; the tiny one is built in the run folder first. Raises:
-    ValueError when the named folder does not exist or holds no model."""
+def base_of(config: Config, run: RunFolder, *, weights: bool = True) -> str:
+    """Return the folder or hub name of the base model; the tiny one is built in the run folder first, with
+    weights or without. Raises: ValueError when the named folder does not exist or holds no model."""
     if config.model.name_or_path == TINY:
         tokenizer = config.model.tokenizer
-        build_tiny(
-            run.base_model, _tokenizer(tokenizer, config.model, "model.tokenizer") if tokenizer else None
-        )
+        chosen = _tokenizer(tokenizer, config.model, "model.tokenizer") if tokenizer else None
+        build_tiny(run.base_model, chosen, weights=weights)
         return str(run.base_model)
     return resolve(config.model.name_or_path, "model.name_or_path")
 

@@ -8,9 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen2Tokenizer, Qwen3Config
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qwenlora.configs.schema import Data
@@ -22,8 +21,9 @@ SEED = 0
 PAD = "<|endoftext|>"
 
 
-def build_tiny(folder: Path, tokenizer: Any = None) -> None:
-    """Write the tiny model into folder, unless it is there. tokenizer: by default trained on example data."""
+def build_tiny(folder: Path, tokenizer: Any = None, *, weights: bool = True) -> None:
+    """Write the tiny model into folder, unless it is there. tokenizer: by default trained on example data.
+    weights: without them, torch is not needed."""
     if (folder / "config.json").is_file():
         return
     staging = folder.with_name(f"{folder.name}.staging-{os.getpid()}")
@@ -46,12 +46,10 @@ def build_tiny(folder: Path, tokenizer: Any = None) -> None:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        model = Qwen3ForCausalLM(config)
-    model.generation_config.eos_token_id = end
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(staging)
+    if weights:
+        _save_random_model(config, staging)
+    else:
+        config.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     try:
         staging.rename(folder)
@@ -59,6 +57,18 @@ def build_tiny(folder: Path, tokenizer: Any = None) -> None:
         if not (folder / "config.json").is_file():
             raise
         shutil.rmtree(staging)
+
+
+def _save_random_model(config: Qwen3Config, folder: Path) -> None:
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = Qwen3ForCausalLM(config)
+    model.generation_config.eos_token_id = config.eos_token_id
+    model.generation_config.pad_token_id = config.pad_token_id
+    model.save_pretrained(folder)
 
 
 def train_tokenizer() -> Any:
