@@ -319,6 +319,11 @@ class Log(Section):
     """What is written down while training."""
 
     logging_steps: PositiveInt = Field(10, description="Steps between two lines of metrics.jsonl.")
+    profile_steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = Field(
+        None,
+        description="The first and the last step that torch's profiler watches on rank 0, as [10, 13]; the"
+        " trace and a page about it are written to profile/ in the run folder.",
+    )
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto",
         description="auto: as W&B's own settings say (WANDB_MODE, `wandb offline`), else online after `wandb"
@@ -331,6 +336,15 @@ class Log(Section):
     wandb_name: Text | None = Field(
         None, description="Name of the W&B run. Default: WANDB_NAME, else the run folder's name."
     )
+
+    @model_validator(mode="after")
+    def _the_first_comes_first(self) -> "Log":
+        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(
+                f"profile_steps={self.profile_steps} has the last step before the first; write"
+                f" {self.profile_steps[::-1]}"
+            )
+        return self
 
 
 class Launch(Section):

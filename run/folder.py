@@ -35,6 +35,7 @@ class RunFolder:
         self.deepspeed = self.path / "deepspeed.json"
         self.history = History(self.path)
         self.metrics = self.path / "metrics.jsonl"
+        self.profile = self.path / "profile"  # of log.profile_steps
         self.adapter = self.path / "adapter"
         self.base_model = self.path / "base_model"  # of model.name_or_path: tiny
         self.facts = self.path / "facts.json"  # counts made before the ranks start

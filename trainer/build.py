@@ -26,6 +26,7 @@ from qwenlora.trainer.model.endings import Settings, generation_settings, set_en
 from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.model.row_attention import attend_row_by_row, attend_to_padded_rows
 from qwenlora.trainer.record.metrics import Metrics
+from qwenlora.trainer.record.profile import Profiler
 from qwenlora.trainer.record.recording import Recording
 from qwenlora.trainer.spread import sequence, strategy
 from qwenlora.trainer.spread.sequence import Team
@@ -97,7 +98,9 @@ def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | Non
         return [metrics]
     # chronicle before Metrics: a reader who sees an attempt's first step in progress.json must find that
     # attempt in attempts.jsonl; Metrics before the others: it completes the logs that they send and show
-    ordered = [recording.chronicle, metrics, recording.wandb, recording.progress]
+    steps = process.config.log.profile_steps
+    profiler = Profiler(*steps, process, trainer) if steps else None
+    ordered = [recording.chronicle, metrics, profiler, recording.wandb, recording.progress]
     return [callback for callback in ordered if callback]
 
 
