@@ -1,11 +1,12 @@
 """log.profile_steps: what some steps spend their time and memory on, by torch's profiler, on rank 0.
 
-It watches and changes nothing: with it, losses and adapter have the same bits. Steps before and after those that
-are profiled cost no more than without it."""
+It watches and changes nothing: losses and adapter have the same bits with it. Steps before and after those
+that it watches cost no more than without it."""
 
 import functools
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -77,7 +78,7 @@ class Profiler(TrainerCallback):
             self._phases.close()
             self._profile.stop()
             self._profile = None
-            self.process.warn(f"stopped after step {state.global_step}: {self._title} were not profiled")
+            self.process.warn(f"stopped after step {state.global_step} of {self._title}: no profile")
 
     @property
     def _title(self) -> str:
@@ -115,10 +116,8 @@ class Profiler(TrainerCallback):
         """Return what the profile holds, for the page."""
         events = self._profile.events()
         names = {phase for *_, phase in _phases_of(self.trainer)}
-        spans = {True: [], False: []}  # type: dict[bool, list[Any]]
-        for event in events:
-            spans[event.device_type == DeviceType.CPU].append(event)
-        on_cpu, on_gpu = spans[True], spans[False]
+        on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
+        on_gpu = [event for event in events if event.device_type != DeviceType.CPU]
         phases = [_span(event) for event in on_cpu if event.is_user_annotation and event.name in names]
         steps = [_span(event) for event in on_cpu if event.is_user_annotation and event.name.startswith(STEP)]
         cuda = torch.cuda.is_available()
@@ -207,7 +206,7 @@ def _named(owner: Any, method: str, phase: str) -> Iterator[None]:
 
 
 def _steps(first: int, last: int) -> str:
-    return f"steps {first} to {last}"
+    return f"steps {first} to {last}" if first < last else f"step {first}"
 
 
 def _span(event: Any) -> Span:
@@ -216,7 +215,8 @@ def _span(event: Any) -> Span:
 
 def _at(totals: list[tuple[float, int]], moment: float) -> int:
     """Return the last total before a moment."""
-    return next((total for at, total in reversed(totals) if at <= moment), 0)
+    place = bisect_right(totals, moment, key=lambda total: total[0])
+    return totals[place - 1][1] if place else 0
 
 
 def _bytes(tensor: Any) -> int:

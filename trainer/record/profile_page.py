@@ -88,14 +88,14 @@ def page(seen: Profiled, title: str, trace: str) -> str:
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:
-    """Return spans without overlaps, in their order; each has the name of the one that ends it."""
+    """Return spans without overlaps, in their order. Their names do not matter."""
     result: list[Span] = []
     for span in sorted(spans, key=lambda span: span.start):
         last = result[-1] if result else None
         if last is None or span.start > last.end:
             result.append(span)
         elif span.end > last.end:
-            result[-1] = Span(span.name, last.start, span.end)
+            result[-1] = last._replace(end=span.end)
     return result
 
 
@@ -160,7 +160,12 @@ def _operations(seen: Profiled) -> str:
 
 def _row(one: Operation, number: int, whole: float, *, on_gpu: bool) -> tuple[str, ...]:
     us = one.gpu_us if on_gpu else one.cpu_us
-    row = (one.name[:NAME_LENGTH], f"{one.calls / number:,.0f}", _ms(us / number), f"{us / whole:.1%}")
+    row = (
+        one.name[:NAME_LENGTH],
+        f"{one.calls / number:,.0f}" if one.calls else "",
+        _ms(us / number),
+        f"{us / whole:.1%}",
+    )
     return (*row, _ms(one.cpu_us / number)) if on_gpu else row
 
 
@@ -168,8 +173,8 @@ def _idle(seen: Profiled) -> list[str]:
     found, whole, number = gaps(seen), seen.whole.us, len(seen.steps)
     idle = sum(gap.us for gap in found)
     said = (
-        f"{idle / whole:.1%} of the time, {_ms(idle / number)} ms a step, in {count(len(found), 'gap')} of more"
-        f" than {IDLE_US:.0f} us. The longest:"
+        f"{idle / whole:.1%} of the time, {_ms(idle / number)} ms a step, in {count(len(found), 'gap')} over"
+        f" {IDLE_US:.0f} us. The longest:"
     )
     rows = [
         (_ms(gap.us), gap.phase, gap.after[:NAME_LENGTH], gap.before[:NAME_LENGTH]) for gap in found[:GAPS]
@@ -188,7 +193,7 @@ def _ms(us: float) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     table = Table(box=box.MARKDOWN)
     for number, head in enumerate(heads):
-        figures = all(row[number][:1].isdecimal() for row in rows)
+        figures = all(row[number][:1].isdecimal() for row in rows if row[number])
         table.add_column(head, justify="right" if figures else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
