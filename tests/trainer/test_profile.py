@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.state import adapter_of
 from qwenlora.trainer.record.profile import Profiler
+from qwenlora.trainer.record.profile_page import Operation, Profiled, Span, gaps, merged, page
 
 
 class Watch(TrainerCallback):
