@@ -99,7 +99,7 @@ def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | Non
     # chronicle before Metrics: a reader who sees an attempt's first step in progress.json must find that
     # attempt in attempts.jsonl; Metrics before the others: it completes the logs that they send and show
     steps = process.config.log.profile_steps
-    profiler = Profiler(*steps, process, trainer) if steps else None
+    profiler = Profiler(steps, process, trainer) if steps else None
     ordered = [recording.chronicle, metrics, profiler, recording.wandb, recording.progress]
     return [callback for callback in ordered if callback]
 

@@ -38,7 +38,7 @@ def trained(tiny, folder, steps, *callbacks, **train):
     said, watch = [], Watch()
     process = SimpleNamespace(run=RunFolder(folder), say=said.append, warn=said.append)
     if steps:
-        made.add_callback(Profiler(*steps, process, made))
+        made.add_callback(Profiler(list(steps), process, made))
     for callback in (watch, *callbacks):
         made.add_callback(callback)
     made.train()
@@ -105,7 +105,7 @@ def test_the_page_is_said_and_read_in_one_sitting(profiled):
 )
 def test_steps_that_an_attempt_does_not_have_are_said_before_its_first(step, profiled, said):
     lines = []
-    profiler = Profiler(10, 13, SimpleNamespace(warn=lines.append), None)
+    profiler = Profiler([10, 13], SimpleNamespace(warn=lines.append), None)
     last = int(said.split()[-1]) if said else 100
     profiler.on_train_begin(None, SimpleNamespace(global_step=step, max_steps=last), None)
     assert lines == ([f"log.profile_steps=[10, 13]: {said}"] if said else [])

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -20,15 +19,17 @@ from qwenlora.run.disk import write_atomically
 from qwenlora.trainer.process import Process
 from qwenlora.trainer.record.profile_page import Operation, Profiled, Span, page
 
+CPU = "CPU"  # torch's name of this kind of device
 STEP = "step "  # begins the name of a step in the trace
+FORWARD = "forward"
 
 
 class Profiler(TrainerCallback):
-    """Profiles the steps from first to last, both included, counted from 1. trainer: a LoraTrainer."""
+    """Profiles some steps. wanted: the first and the last, counted from 1; trainer: a LoraTrainer."""
 
-    def __init__(self, first: int, last: int, process: Process, trainer: Any) -> None:
-        self.wanted, self.process, self.trainer = (first, last), process, trainer
-        self.first, self.last = first, 0  # none, until the run's length is known
+    def __init__(self, wanted: list[int], process: Process, trainer: Any) -> None:
+        self.wanted, self.process, self.trainer = wanted, process, trainer
+        self.first, self.last = 1, 0  # none, until the run's length is known
         self._profile: Any = None
         self._step, self._phases = ExitStack(), ExitStack()
         self._held = self._gradients = 0  # bytes
@@ -116,8 +117,8 @@ class Profiler(TrainerCallback):
         """Return what the profile holds, for the page."""
         events = self._profile.events()
         names = {phase for *_, phase in _phases_of(self.trainer)}
-        on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
-        on_gpu = [event for event in events if event.device_type != DeviceType.CPU]
+        on_cpu = [event for event in events if event.device_type.name == CPU]
+        on_gpu = [event for event in events if event.device_type.name != CPU]
         phases = [_span(event) for event in on_cpu if event.is_user_annotation and event.name in names]
         steps = [_span(event) for event in on_cpu if event.is_user_annotation and event.name.startswith(STEP)]
         cuda = torch.cuda.is_available()
@@ -128,7 +129,7 @@ class Profiler(TrainerCallback):
             operations=[
                 Operation(one.key, one.count, one.self_device_time_total, one.self_cpu_time_total)
                 for one in self._profile.key_averages()
-                if one.device_type == DeviceType.CPU and not one.is_user_annotation
+                if one.device_type.name == CPU and not one.is_user_annotation
             ],
             memory=self._memory([span for span in phases if span.name == FORWARD]),
             on_gpu=[_span(event) for event in on_gpu if event.is_user_annotation and event.name in names],
@@ -155,21 +156,18 @@ class Profiler(TrainerCallback):
 
     def _allocated(self) -> list[tuple[float, int]]:
         """Return [(microseconds, bytes more than at the start)] after each allocation on the device."""
-        device = DeviceType.CUDA if torch.cuda.is_available() else DeviceType.CPU
+        device = "CUDA" if torch.cuda.is_available() else CPU
         result = self._profile.profiler.kineto_results
         changes = sorted(
             (event.start_ns(), event.nbytes())
             for event in result.events()
-            if event.name() == "[memory]" and event.device_type() == device
+            if event.name() == "[memory]" and event.device_type().name == device
         )
         total, totals = 0, []
         for at_ns, more in changes:
             total += more
             totals.append(((at_ns - result.trace_start_ns()) / 1000, total))
         return totals
-
-
-FORWARD = "forward"
 
 
 def _phases_of(trainer: Any) -> list[tuple[Any, str, str]]:
