@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.state import adapter_of
 from qwenlora.trainer.record.profile import Profiler
+from qwenlora.trainer.record.profile_events import Event, operations
 from qwenlora.trainer.record.profile_page import Operation, Profiled, Span, gaps, merged, page
 
 
@@ -154,6 +155,31 @@ def test_the_times_in_which_the_gpu_was_idle_are_found():
     found = [(gap.us, gap.after, gap.before, gap.phase) for gap in gaps(GPU)]
     assert found == [(400, "nccl", "gemm", "forward"), (10, "the start", "gemm", "forward")]
     assert merged(GPU.kernels) == [Span("gemm", 1010, 2010), Span("gemm", 2410, 3100)]
+
+
+def test_a_kernel_s_time_is_that_of_the_operation_that_started_it():
+    def event(name, start, end, *, on_gpu=False, named=False, thread=1, id=0, of=0):  # noqa: A002
+        return Event(name, start, end, on_gpu, named, thread, id, of)
+
+    found = operations(
+        [
+            event("forward", 0, 100, named=True),
+            event("aten::linear", 10, 60, id=1),
+            event("aten::mm", 20, 50, id=2),
+            event("cudaLaunchKernel", 30, 45, of=2),
+            event("aten::mm", 50, 55, id=3),
+            event("aten::mm", 52, 90, thread=2, id=4),  # at the same time, in the backward pass's thread
+            event("gemm", 70, 170, on_gpu=True, of=2),
+            event("gemm", 170, 180, on_gpu=True, of=3),
+            event("Memcpy", 180, 181, on_gpu=True),
+            event("forward", 70, 180, on_gpu=True, named=True),
+        ]
+    )
+    assert sorted(found) == [
+        Operation("Memcpy", 0, 1, 0),
+        Operation("aten::linear", 1, 0, 50 - 30 - 5),
+        Operation("aten::mm", 3, 110, 30 + 5 + 38),
+    ]
 
 
 def test_the_page_of_a_gpu_has_its_times_and_its_gaps():

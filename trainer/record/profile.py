@@ -17,9 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qwenlora.run.disk import write_atomically
 from qwenlora.trainer.process import Process
-from qwenlora.trainer.record.profile_page import Operation, Profiled, Span, page
+from qwenlora.trainer.record.profile_events import Recorded, kernels, operations
+from qwenlora.trainer.record.profile_page import Profiled, Span, page
 
-CPU = "CPU"  # torch's name of this kind of device
 STEP = "step "  # begins the name of a step in the trace
 FORWARD = "forward"
 
@@ -89,7 +89,7 @@ class Profiler(TrainerCallback):
         begun = time.perf_counter()
         on_gpu = torch.cuda.is_available()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        self._profile = profile(activities=activities, profile_memory=True, acc_events=True)
+        self._profile = profile(activities=activities, profile_memory=True)
         self._held = torch.cuda.memory_allocated() if on_gpu else 0
         for owner, method, phase in _phases_of(self.trainer):
             self._phases.enter_context(_named(owner, method, phase))
@@ -105,38 +105,32 @@ class Profiler(TrainerCallback):
         trace, summary = run.profile / f"{name}.json.gz", run.profile / f"{name}.md"
         try:
             run.profile.mkdir(exist_ok=True)
-            self._profile.export_chrome_trace(str(trace))
-            write_atomically(summary, page(self._profiled(), f"{run.path.name}, {self._title}", trace.name))
+            recorded = Recorded(self._profile)
+            recorded.write(trace)
+            write_atomically(
+                summary, page(self._profiled(recorded), f"{run.path.name}, {self._title}", trace.name)
+            )
             self.process.say(f"profile of {self._title}: {os.path.relpath(summary)}")
         except OSError as error:  # a full disk ends no run
             self.process.warn(f"the profile of {self._title} cannot be written: {error.strerror}")
         self._profile = None  # it holds all events
         self.trainer.idle_s += time.perf_counter() - begun
 
-    def _profiled(self) -> Profiled:
-        """Return what the profile holds, for the page."""
-        events = self._profile.events()
+    def _profiled(self, recorded: Recorded) -> Profiled:
+        """Return what was recorded, for the page."""
         names = {phase for *_, phase in _phases_of(self.trainer)}
-        on_cpu = [event for event in events if event.device_type.name == CPU]
-        on_gpu = [event for event in events if event.device_type.name != CPU]
-        phases = [_span(event) for event in on_cpu if event.is_user_annotation and event.name in names]
-        steps = [_span(event) for event in on_cpu if event.is_user_annotation and event.name.startswith(STEP)]
-        cuda = torch.cuda.is_available()
+        phases = recorded.named(names)
         return Profiled(
-            device=torch.cuda.get_device_name() if cuda else "CPU",
-            steps=sorted(steps, key=lambda span: span.start),
-            phases=sorted(phases, key=lambda span: span.start),
-            operations=[
-                Operation(one.key, one.count, one.self_device_time_total, one.self_cpu_time_total)
-                for one in self._profile.key_averages()
-                if one.device_type.name == CPU and not one.is_user_annotation
-            ],
-            memory=self._memory([span for span in phases if span.name == FORWARD]),
-            on_gpu=[_span(event) for event in on_gpu if event.is_user_annotation and event.name in names],
-            kernels=[_span(event) for event in on_gpu if not event.is_user_annotation],
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            steps=recorded.named([STEP]),
+            phases=phases,
+            operations=operations(recorded.events),
+            memory=self._memory(recorded, [span for span in phases if span.name == FORWARD]),
+            on_gpu=recorded.named(names, on_gpu=True),
+            kernels=kernels(recorded.events),
         )
 
-    def _memory(self, forwards: list[Span]) -> dict[str, int]:
+    def _memory(self, recorded: Recorded, forwards: list[Span]) -> dict[str, int]:
         """Return bytes by category. Those of activations are what forward passes leave allocated."""
         model = self.trainer.model
         optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
@@ -147,27 +141,12 @@ class Profiler(TrainerCallback):
             "gradients": self._gradients,
             "optimizer": sum(_bytes(value) for value in state if isinstance(value, torch.Tensor)),
         }
-        held = self._allocated()
+        held = recorded.allocated(on_gpu=torch.cuda.is_available())
         kept = [_at(held, span.end) - _at(held, span.start) for span in forwards]
         sizes["activations that a forward pass keeps, at most"] = max(kept, default=0)
         highest = max((total for _, total in held), default=0)
         more = "all at the highest moment" if self._held else "at the highest moment, more than at the start"
         return sizes | {more: self._held + highest}
-
-    def _allocated(self) -> list[tuple[float, int]]:
-        """Return [(microseconds, bytes more than at the start)] after each allocation on the device."""
-        device = "CUDA" if torch.cuda.is_available() else CPU
-        result = self._profile.profiler.kineto_results
-        changes = sorted(
-            (event.start_ns(), event.nbytes())
-            for event in result.events()
-            if event.name() == "[memory]" and event.device_type().name == device
-        )
-        total, totals = 0, []
-        for at_ns, more in changes:
-            total += more
-            totals.append(((at_ns - result.trace_start_ns()) / 1000, total))
-        return totals
 
 
 def _phases_of(trainer: Any) -> list[tuple[Any, str, str]]:
