@@ -158,7 +158,7 @@ def test_the_times_in_which_the_gpu_was_idle_are_found():
 
 
 def test_a_kernel_s_time_is_that_of_the_operation_that_started_it():
-    def event(name, start, end, *, on_gpu=False, named=False, thread=1, id=0, of=0):  # noqa: A002
+    def event(name, start, end, *, on_gpu=False, named=False, thread=1, id=0, of=0):
         return Event(name, start, end, on_gpu, named, thread, id, of)
 
     found = operations(
