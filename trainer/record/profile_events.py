@@ -1,5 +1,5 @@
-"""What torch's profiler recorded. torch makes its own tables of a long step in minutes and gigabytes, while the
-other ranks wait. Here its events are read as they are: a million in about ten seconds."""
+"""What torch's profiler recorded. torch needs minutes and gigabytes for its tables of a long step, while the
+other ranks wait; here its events are read as they are."""
 
 import gzip
 import shutil
@@ -41,7 +41,7 @@ class Recorded:
     def __init__(self, profile: Any) -> None:
         self._profile = profile
         result = profile.profiler.kineto_results
-        self._begun = result.trace_start_ns()
+        self._begun: int = result.trace_start_ns()
         self._raw = result.events()
         self.events = [
             Event(
