@@ -41,6 +41,7 @@ def trained(tiny, folder, steps, *callbacks, **train):
     if steps:
         made.add_callback(Profiler(list(steps), process, made))
     for callback in (watch, *callbacks):
+        callback.trainer = made
         made.add_callback(callback)
     made.train()
     return made, said, watch
@@ -114,16 +115,20 @@ def test_steps_that_an_attempt_does_not_have_are_said_before_its_first(step, pro
 
 
 class StopAt(TrainerCallback):
+    """Has the ranks agree to stop in a step."""
+
     def __init__(self, step):
-        self.step = step
+        self.step, self.trainer = step, None
 
-    def on_step_end(self, args, state, control, **_):
-        control.should_training_stop = state.global_step == self.step
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        self.trainer.stop.agreed = state.global_step + 1 == self.step
 
 
-def test_an_attempt_that_stops_meanwhile_drops_the_profile(tiny, tmp_path):
-    _, said, _ = trained(tiny, tmp_path, (1, 3), StopAt(2), max_steps=4)
-    assert said == ["stopped after step 2 of steps 1 to 3: no profile"]
+def test_an_attempt_that_is_to_stop_saves_and_writes_no_profile(tiny, tmp_path):
+    made, said, _ = trained(tiny, tmp_path, (1, 2), StopAt(2), max_steps=4)
+    made.saver.wait()
+    assert [folder.name for folder in RunFolder(tmp_path).checkpoints()] == ["checkpoint-2"]
+    assert said == ["stopped after step 2 of steps 1 to 2: no profile"]
     assert not torch.autograd._profiler_enabled()
     assert not (tmp_path / "profile").exists()
 

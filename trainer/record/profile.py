@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qwenlora.run.disk import write_atomically
 from qwenlora.trainer.process import Process
-from qwenlora.trainer.record.profile_events import Recorded, kernels, operations
+from qwenlora.trainer.record.profile_events import Recorded, operations
 from qwenlora.trainer.record.profile_page import Profiled, Span, page
 
 STEP = "step "  # begins the name of a step in the trace
@@ -66,15 +66,15 @@ class Profiler(TrainerCallback):
             )
 
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Write the profile after the last step."""
+        """Write the profile after the last step, unless the attempt is to stop: it saves, and has to be gone."""
         if self._profile is None:
             return
         self._step.close()
-        if state.global_step == self.last:
+        if state.global_step == self.last and not self.trainer.stop.agreed:
             self._finish()
 
     def on_train_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Drop the profile of an attempt that is stopped meanwhile: it has to be gone soon."""
+        """Drop the profile of an attempt that was stopped meanwhile."""
         if self._profile is not None:
             self._phases.close()
             self._profile.stop()
@@ -127,7 +127,7 @@ class Profiler(TrainerCallback):
             operations=operations(recorded.events),
             memory=self._memory(recorded, [span for span in phases if span.name == FORWARD]),
             on_gpu=recorded.named(names, on_gpu=True),
-            kernels=kernels(recorded.events),
+            kernels=[one.span for one in recorded.events if one.is_kernel],
         )
 
     def _memory(self, recorded: Recorded, forwards: list[Span]) -> dict[str, int]:
@@ -184,10 +184,6 @@ def _named(owner: Any, method: str, phase: str) -> Iterator[None]:
 
 def _steps(first: int, last: int) -> str:
     return f"steps {first} to {last}" if first < last else f"step {first}"
-
-
-def _span(event: Any) -> Span:
-    return Span(event.name, event.time_range.start, event.time_range.end)
 
 
 def _at(totals: list[tuple[float, int]], moment: float) -> int:

@@ -30,6 +30,16 @@ class Event(NamedTuple):
     of: int
 
     @property
+    def is_kernel(self) -> bool:
+        """Whether the GPU did it."""
+        return self.on_gpu and not self.named
+
+    @property
+    def is_operation(self) -> bool:
+        """Whether the CPU did it; CUDA's own calls are part of the operation that makes them."""
+        return not (self.on_gpu or self.named or self.of)
+
+    @property
     def span(self) -> Span:
         """When it was."""
         return Span(self.name, self.start, self.end)
@@ -89,21 +99,16 @@ class Recorded:
                 shutil.copyfileobj(read, written, 2**20)
 
 
-def kernels(events: list[Event]) -> list[Span]:
-    """Return all that a GPU did."""
-    return [one.span for one in events if one.on_gpu and not one.named]
-
-
 def operations(events: list[Event]) -> list[Operation]:
     """Return the operations by name, with their own time: without that of operations that they call. A
     kernel's time is that of the operation that started it; of an unknown one, it stands for itself."""
     cpu_us, gpu_us, calls = (defaultdict[str, float](float) for _ in range(3))
-    names = {one.id: one.name for one in events if _is_operation(one)}
+    names = {one.id: one.name for one in events if one.is_operation}
     for name, us in _own_times(events):
         calls[name] += 1
         cpu_us[name] += us
     for one in events:
-        if one.on_gpu and not one.named:
+        if one.is_kernel:
             gpu_us[names.get(one.of, one.name)] += one.span.us
     return [
         Operation(name, int(calls[name]), gpu_us[name], cpu_us[name])
@@ -111,14 +116,10 @@ def operations(events: list[Event]) -> list[Operation]:
     ]
 
 
-def _is_operation(one: Event) -> bool:
-    return not one.on_gpu and not one.named and not one.of  # CUDA's own calls are part of the operation's
-
-
 def _own_times(events: list[Event]) -> Iterable[tuple[str, float]]:
     """Yield the name and own time of each operation on the CPU, in microseconds."""
     inside: dict[int, list[int]] = defaultdict(list)  # of each thread: those that are not over yet
-    ordered = sorted(filter(_is_operation, events), key=lambda one: (one.start, -one.end))
+    ordered = sorted((one for one in events if one.is_operation), key=lambda one: (one.start, -one.end))
     own = [one.span.us for one in ordered]
     for number, one in enumerate(ordered):
         stack = inside[one.thread]
