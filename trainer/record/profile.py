@@ -66,7 +66,7 @@ class Profiler(TrainerCallback):
             )
 
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Write the profile after the last step, unless the attempt is to stop: it saves, and has to be gone."""
+        """Write the profile after the last step, unless the attempt is to stop: its save comes first."""
         if self._profile is None:
             return
         self._step.close()
