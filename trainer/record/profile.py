@@ -146,7 +146,8 @@ class Profiler(TrainerCallback):
         sizes["activations that a forward pass keeps, at most"] = max(kept, default=0)
         highest = max((total for _, total in held), default=0)
         more = "all at the highest moment" if self._held else "at the highest moment, more than at the start"
-        return sizes | {more: self._held + highest}
+        sizes |= {more: self._held + highest}
+        return {what: size for what, size in sizes.items() if size}  # DeepSpeed keeps gradients by itself
 
 
 def _phases_of(trainer: Any) -> list[tuple[Any, str, str]]:
