@@ -94,6 +94,10 @@ def test_run_dir_defaults_to_the_files_name(write):
             "{path}:3: train: eval_strategy=steps needs eval_steps; add eval_steps: 100",
         ),
         ("train: {save_steps: 9}", "{path}:3: train: save_steps=9 has no effect with save_strategy=epoch; "),
+        (
+            "log: {profile_steps: [13, 10]}",
+            "{path}:3: log: profile_steps=[13, 10] has the last step before the first; ",
+        ),
         ("seed: 1\nseed: 2", "{path}:4: seed stands twice (first at {path}:3); keep one"),
         ("lora: &a [*a]", "{path}:3: lora contains itself; write the value out"),
         ("lora: [", "{path}:3: not valid YAML: "),
