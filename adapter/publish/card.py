@@ -15,9 +15,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from qwenlora.adapter.publish import serving
-from qwenlora.adapter.publish.curves import Series
 from qwenlora.adapter.publish.leaks import Private
 from qwenlora.adapter.publish.run_summary import LORA_SETTINGS, OPTIMIZER_SETTINGS, RunSummary, Settings
+from qwenlora.adapter.publish.series import Series
 from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig, lora_kind
 from qwenlora.run.comparison import ComparedModel
 from qwenlora.run.format import as_yaml, count, number, printable

@@ -1,9 +1,7 @@
 """The curves of a run, drawn once by matplotlib: as SVG for a page in light and dark, and as PNG."""
 
 import io
-import json
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from qwenlora.adapter.publish.series import Series
 from qwenlora.run.records import Attempt
 
 # {name: (light, dark)}. Figures are drawn in light colours; an SVG then gets the page's CSS variables --name.
@@ -65,30 +64,6 @@ _UNITS = {"days": 86400, "hours": 3600, "minutes": 60}  # seconds
 _NUMBERED = 12  # restarts; more are not numbered
 
 
-class Series(NamedTuple):
-    """A number over rising steps, both of shape (points,): int64 steps, float64 values (maybe non-finite)."""
-
-    steps: npt.NDArray[np.int64]
-    values: npt.NDArray[np.float64]
-
-    @property
-    def finite(self) -> "Series":
-        """The points with finite values."""
-        known = np.isfinite(self.values)
-        return Series(self.steps[known], self.values[known])
-
-    @property
-    def not_finite(self) -> npt.NDArray[np.int64]:
-        """The steps with non-finite values."""
-        return self.steps[~np.isfinite(self.values)]
-
-    @property
-    def lowest(self) -> tuple[int, float] | None:
-        """The step and value of the lowest point; None without finite values."""
-        steps, values = self.finite
-        return (int(steps[values.argmin()]), float(values.min())) if len(values) else None
-
-
 class Chart(NamedTuple):
     """A figure. name: part of its file's name; title: also read to people who cannot see it."""
 
@@ -113,28 +88,6 @@ class Chart(NamedTuple):
         with mpl.rc_context(_STYLE):
             self.figure.savefig(staging, format="png", dpi=_DPI, facecolor="white")
         staging.replace(path)
-
-
-def read_curves(metrics: Path) -> dict[str, Series]:
-    """Return {name: curve} of metrics.jsonl but for broken lines; of a step logged twice the later counts."""
-    values: defaultdict[str, dict[int, float]] = defaultdict(dict)
-    if metrics.exists():
-        with metrics.open("rb") as lines:
-            for line in lines:
-                try:
-                    entry = json.loads(line)
-                    step = int(entry.pop("step"))
-                except (ValueError, TypeError, KeyError, AttributeError):
-                    continue
-                for name, value in entry.items():
-                    if isinstance(value, int | float) and abs(step) < 2**53:
-                        values[name][step] = float(value)
-    return {name: _series(by_step) for name, by_step in values.items()}
-
-
-def _series(values: dict[int, float]) -> Series:
-    steps = sorted(values)
-    return Series(np.array(steps, np.int64), np.array([values[step] for step in steps], np.float64))
 
 
 def restarts(attempts: Sequence[Attempt]) -> list[Attempt]:

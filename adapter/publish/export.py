@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from qwenlora.adapter.adapter_file import check_finite, read_adapter
 from qwenlora.adapter.outputs import free_folder, staging
@@ -33,11 +32,12 @@ from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, seal
 from qwenlora.run.folder import RunFolder, step_of
 from qwenlora.trainer.model.damage import read_json
+from qwenlora.trainer.model.headers import GENERATION_CONFIG
 
 CARD = "README.md"
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER_CONFIG = "tokenizer_config.json"
-SETTINGS = (TOKENIZER_CONFIG, "special_tokens_map.json", GENERATION_CONFIG_NAME)
+SETTINGS = (TOKENIZER_CONFIG, "special_tokens_map.json", GENERATION_CONFIG)
 TEMPLATE = "chat_template.jinja"
 
 
@@ -70,7 +70,7 @@ def export(
         read_adapter_config(adapter),
         tensors,
         step,
-        (adapter / GENERATION_CONFIG_NAME).is_file(),
+        (adapter / GENERATION_CONFIG).is_file(),
     )
     card = make_card(summary, exported, private, options)
     ordinary = " ".join([card_template(), options.folder, name or "", card.base, license or ""])
@@ -143,7 +143,7 @@ def _write_files(made: Path, adapter: Path, card: Card) -> None:
     for name in SETTINGS:
         if (adapter / name).is_file():
             settings = read_json(adapter / name)
-            if name == TOKENIZER_CONFIG and not (adapter / GENERATION_CONFIG_NAME).is_file():
+            if name == TOKENIZER_CONFIG and not (adapter / GENERATION_CONFIG).is_file():
                 # of an earlier version, which kept the base's end
                 settings["eos_token"] = TURN_END
             _write_json(made / name, settings)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from qwenlora.adapter.publish import curves
+from qwenlora.adapter.publish.series import Series, read_curves
 from qwenlora.data.order import total_steps
 from qwenlora.jobs.find import state_now
 from qwenlora.run.comparison import Comparison
@@ -60,7 +60,7 @@ class RunSummary:
     state: RunState
     facts: Facts | None
     code: Code
-    curves: dict[str, curves.Series]
+    curves: dict[str, Series]
     comparison: Comparison | None
     bad_rows: list[str]
     unread: list[str]
@@ -139,7 +139,7 @@ def summarise_run(run: RunFolder) -> RunSummary:
         *tried(run.history.file, lambda: _attempts(run), (list[Attempt](), "unknown")),
         tried(run.facts, run.read_facts, None),
         tried(run.code, lambda: Code.read(run.code), Code()),
-        tried(run.metrics, lambda: curves.read_curves(run.metrics), dict[str, curves.Series]()),
+        tried(run.metrics, lambda: read_curves(run.metrics), dict[str, Series]()),
         tried(run.comparison, lambda: Comparison.read(run.comparison), None),
         tried(run.bad_rows, lambda: _first_lines(run.bad_rows), list[str]()),
         unread,

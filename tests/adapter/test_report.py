@@ -19,6 +19,7 @@ from run_facts import make_facts
 
 from qwenlora.adapter.publish import curves
 from qwenlora.adapter.publish.report import ANSWERS, write_report
+from qwenlora.adapter.publish.series import read_curves
 from qwenlora.run.folder import RunFolder
 from qwenlora.slurm import query
 from qwenlora.slurm.query import JobInfo
@@ -301,7 +302,7 @@ def test_restarts_are_marked_and_listed_with_what_was_repeated(run):
     assert "10 steps were trained again after a restart" in page.text
     assert "2 09-21 14:33 8 min 20 s killed 40 41 to 80 10 4 2 PREEMPTED" in page.text
     assert "Dashed: where another attempt went on; shaded: steps that it trained again." in page.text
-    loss = curves.draw_charts(curves.read_curves(run.metrics), run.history.attempts())[0]
+    loss = curves.draw_charts(read_curves(run.metrics), run.history.attempts())[0]
     marks = [line for line in loss.figure.axes[0].lines if line.get_linestyle() == "--"]
     assert [line.get_xdata()[0] for line in marks] == [41, 81]
 
@@ -347,7 +348,7 @@ def test_a_hundred_thousand_lines_make_a_small_page_that_shows_every_spike(run):
     assert time.process_time() - before < 10
     assert (run.path / "report.html").stat().st_size < 1_000_000
     norm = next(
-        c for c in curves.draw_charts(curves.read_curves(run.metrics), []) if c.name == "grad_norm"
+        c for c in curves.draw_charts(read_curves(run.metrics), []) if c.name == "grad_norm"
     ).figure.axes[0]
     assert norm.get_yscale() == "log"
     assert norm.collections[0].get_paths()[0].vertices[:, 1].max() == 900
