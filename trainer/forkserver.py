@@ -22,12 +22,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from qwenlora.configs import load_config
 from qwenlora.run.folder import PREPARE_ONLY
 from qwenlora.run.handover import Start
 from qwenlora.run.history import EXIT_CODES
 from qwenlora.run.orphans import die_with_parent
 from qwenlora.run.rank_deaths import killed_line
 from qwenlora.trainer.hidden import hidden
+from qwenlora.trainer.model.files import check_files
 
 MAIN = "qwenlora.trainer.main"
 MODULES = (
@@ -45,7 +47,8 @@ def serve() -> list[str]:
     that was forked, return the arguments for trainer/main.py."""
     screen, me = os.dup(1), os.getpid()
     os.dup2(2, 1)  # what libraries print at import is for the log
-    _import_libraries()
+    if not _is_refused(sys.argv[1]):
+        _import_libraries()
     log = None
     with os.fdopen(os.dup(0), "r+b", buffering=0) as agent:
         for line in iter(agent.readline, b""):
@@ -62,6 +65,15 @@ def serve() -> list[str]:
                 processes[pid] = _name(start.arguments, variables)
             _answer(agent, "ended", _exit_code_of(processes, agent))
     sys.exit(0)
+
+
+def _is_refused(config: str) -> bool:
+    """Whether the preparation will refuse the model's files: it then needs no libraries."""
+    try:
+        check_files(load_config(config))
+    except ValueError:
+        return True
+    return False
 
 
 def _import_libraries() -> None:

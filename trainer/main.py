@@ -17,6 +17,7 @@ from qwenlora.run.heartbeat import Heart
 from qwenlora.run.history import EXIT_CODES
 from qwenlora.run.orphans import die_with_parent
 from qwenlora.run.signals import under_nohup
+from qwenlora.trainer.model.files import check_files
 from qwenlora.trainer.process import Process
 from qwenlora.trainer.ranks.screen import Rank
 from qwenlora.trainer.ranks.stop_request import StopRequest
@@ -51,6 +52,7 @@ def main(arguments: list[str], *, captured: bool = True) -> int:
 
 
 def _prepare(process: Process) -> int:
+    check_files(process.config)
     from qwenlora.trainer.prepare import prepare
 
     with process.request.at_once():  # nothing is trained yet that could be saved

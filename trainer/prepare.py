@@ -19,8 +19,8 @@ from qwenlora.run.records import Facts
 from qwenlora.trainer.loop.arguments import check_optimizer, check_settings
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model import pretrained, quantised
-from qwenlora.trainer.model.damage import AGAIN, weight_files
-from qwenlora.trainer.model.lora import check_init_from, count_parameters
+from qwenlora.trainer.model.files import check_files
+from qwenlora.trainer.model.lora import count_parameters
 from qwenlora.trainer.ranks import gpus
 from qwenlora.trainer.spread import sequence
 
@@ -35,10 +35,8 @@ def prepare(
     for progress bars; allowed: config keys that may differ from the run's earlier attempts."""
     _check_device(config)
     check_optimizer(config.train)
-    check_init_from(config.lora)
+    check_files(config)
     base = pretrained.base_of(config, run)
-    if Path(base).is_dir() and not weight_files(Path(base)):
-        raise ValueError(f"model.name_or_path={base} holds no weights (model*.safetensors); {AGAIN}")
     model_config = pretrained.load_config_of(config, base)
     quantised.check(config, kind := pretrained.quantised_files(model_config))
     sequence.check(config, model_config)

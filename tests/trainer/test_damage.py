@@ -13,7 +13,7 @@ from qwenlora.configs.schema import Config, Data, Lora, Model
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model import damage, loading, pretrained
-from qwenlora.trainer.model.lora import check_init_from
+from qwenlora.trainer.model.files import check_init_from
 from qwenlora.trainer.prepare import prepare
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456789\n"

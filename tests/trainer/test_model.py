@@ -13,7 +13,8 @@ from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model import loading, pretrained
 from qwenlora.trainer.model.checks import untrained_tokens
-from qwenlora.trainer.model.lora import add_lora, check_init_from, count_parameters
+from qwenlora.trainer.model.files import check_init_from
+from qwenlora.trainer.model.lora import add_lora, count_parameters
 
 SIZES = {
     "vocab_size": 2048,

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qwenlora.configs.schema import Config, Lora
 from qwenlora.run.records import Parameters
-from qwenlora.trainer.model.damage import AGAIN, check_file, read_json
+from qwenlora.trainer.model.files import check_init_from
 from qwenlora.trainer.model.flops import work_of
 from qwenlora.trainer.model.pretrained import load_config_of
 
@@ -92,35 +92,6 @@ def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
             f"lora.init_from={lora.init_from} does not fit lora.target_modules={lora.target_modules}:"
             f" {'the adapter lacks' if missing else 'the model lacks'} {name}"
         )
-
-
-def check_init_from(lora: Lora) -> None:
-    """Refuse an adapter that is damaged, or whose settings are not the config's. Raises: ValueError."""
-    if not lora.init_from:
-        return
-    folder = Path(lora.init_from).expanduser()
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        inside = sorted(found.parent.name for found in folder.glob("*/adapter_config.json"))
-        hint = f"; in it are {', '.join(inside)}" if inside else ""
-        raise ValueError(
-            f"lora.init_from={lora.init_from} is no adapter folder: it has no adapter_config.json{hint}"
-        )
-    saved = read_json(file)
-    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
-        if saved.get(key, getattr(lora, key)) != getattr(lora, key):
-            raise ValueError(
-                f"lora.init_from={lora.init_from} has {key}={saved[key]}, the config says"
-                f" {getattr(lora, key)}; set lora.{key}: {saved[key]}"
-            )
-    for key in ("rank_pattern", "alpha_pattern"):
-        if saved.get(key):
-            raise ValueError(f"lora.init_from={lora.init_from} has a {key}, which qwenlora has no key for")
-    files = list(folder.glob("adapter_model.*"))
-    if not files:
-        raise ValueError(f"lora.init_from={lora.init_from} has no adapter_model.safetensors; {AGAIN}")
-    for weights in files:
-        check_file(weights)
 
 
 def count_parameters(config: Config, base: str) -> Parameters:
