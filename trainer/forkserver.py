@@ -69,6 +69,8 @@ def serve() -> list[str]:
 
 def _is_refused(config: str) -> bool:
     """Whether the preparation will refuse the model's files: it then needs no libraries."""
+    if not Path(config).is_file():  # a node may see what another has written later
+        return False
     try:
         check_files(load_config(config))
     except ValueError:

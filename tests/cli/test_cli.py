@@ -21,7 +21,10 @@ from safetensors.numpy import save_file
 from qwenlora.cli import main as cli
 from qwenlora.cli import version
 from qwenlora.configs import load_config
+from qwenlora.configs.load import to_yaml
+from qwenlora.configs.schema import Config, Data, Lora, Model
 from qwenlora.run import code
+from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import package
 from qwenlora.trainer import data_check
 
@@ -193,22 +196,28 @@ def test_no_command_imports_torch_before_it_needs_it():
 
 
 @pytest.fixture
-def adapter(tmp_path, tiny):
-    """A plain LoRA adapter for the tiny model, with nothing but ones in it."""
+def run(tmp_path, tiny):
+    """A run's folder with nothing but a config and an adapter, which has nothing but ones in it."""
+    model, lora = Model(name_or_path=str(tiny)), Lora(r=1, lora_alpha=1)
+    folder = RunFolder(str(tmp_path / "done"))
+    folder.adapter.mkdir(parents=True)
+    folder.config.write_text(
+        to_yaml(Config(run_dir="done", model=model, data=Data(train="example"), lora=lora))
+    )
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1, "lora_dropout": 0.0}
     settings |= {"target_modules": ["q_proj"], "bias": "none", "base_model_name_or_path": str(tiny)}
-    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    (folder.adapter / "adapter_config.json").write_text(json.dumps(settings))
     ones = {}
     for layer in range(4):
-        ones |= {name.format(layer, "A"): np.ones((1, 256)), name.format(layer, "B"): np.ones((256, 1))}
-    save_file(ones, folder / "adapter_model.safetensors")
-    return folder
+        for half, shape in (("A", (1, 256)), ("B", (256, 1))):
+            ones[f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{half}.weight"] = np.ones(
+                shape
+            )
+    save_file(ones, folder.adapter / "adapter_model.safetensors")
+    return folder.path
 
 
-def test_commands_that_compute_nothing_do_without_torch(adapter, tiny, tmp_path):
+def test_commands_that_compute_nothing_do_without_torch(run, tiny, tmp_path):
     """And show the tokens that training, which has torch, would see."""
     four_bits = shutil.copytree(tiny, tmp_path / "four")
     settings = json.loads((four_bits / "config.json").read_text())
@@ -216,7 +225,8 @@ def test_commands_that_compute_nothing_do_without_torch(adapter, tiny, tmp_path)
     (four_bits / "config.json").write_text(json.dumps(settings))
     config = [str(TINY), f"run_dir={tmp_path}/run"]
     commands = [
-        (["verify", str(adapter)], 0),
+        (["verify", str(run)], 0),
+        (["export", str(run), "--to", f"{tmp_path}/exported"], 0),
         (["data", "preview", *config, "--ids"], 0),
         (["data", "preview", *config, f"model.name_or_path={four_bits}"], 0),
         (["data", "check", *config], 0),

@@ -157,6 +157,18 @@ def test_ranks_share_the_cores_as_under_torchrun(server):
     assert lines(server) == [os.environ.get("OMP_NUM_THREADS", "1")]
 
 
+WRITTEN = (
+    "open(sys.argv[1], 'w').write('{{run_dir: ., model: {{name_or_path: {}}}, data: {{train: example}}}}')"
+)
+
+
+@pytest.mark.parametrize("server", [WRITTEN.format(base) for base in ("tiny", "./no")], indirect=True)
+def test_nothing_is_imported_for_a_base_that_is_not_there(server):
+    assert ended(server.prepare(1, {"WORK": "os._exit(2)"})) == 2
+    config, log = server._folder.config.read_text(), server._folder.log(1, "launch").read_text()
+    assert (MISSING in log) is ("tiny" in config)
+
+
 @pytest.mark.parametrize("server", ["import warnings; warnings.warn('an old driver')"], indirect=True)
 def test_what_is_written_at_import_is_in_the_log_before_what_ranks_write(server):
     assert ended(server.train(1, "launch", ranks("print('rank', file=sys.stderr)"))) == 0
