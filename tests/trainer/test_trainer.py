@@ -302,7 +302,7 @@ def test_an_optimizer_whose_package_is_broken_is_refused(monkeypatch):
     ],
 )
 def test_they_are_refused_before_the_base_is_looked_for(monkeypatch, tmp_path, lora, train, message):
-    monkeypatch.setattr(prepare.models, "base_of", lambda *_: pytest.fail("it was looked for"))
+    monkeypatch.setattr(prepare.pretrained, "base_of", lambda *_: pytest.fail("it was looked for"))
     config = config_of(**train)
     config = config.model_copy(update={"lora": config.lora.model_copy(update=lora)})
     with pytest.raises(ValueError, match=message):
