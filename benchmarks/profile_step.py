@@ -9,7 +9,6 @@ import argparse
 import json
 import tempfile
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,9 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Trainer
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Train
@@ -32,6 +33,7 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows, collate, collate_packs
 from qwenlora.trainer.loop.trainer import LoraTrainer
+from qwenlora.trainer.model.lean_mlp import keep_less
 from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.model.row_attention import attend_row_by_row
 from qwenlora.trainer.model.tiny import build_tiny
@@ -123,8 +125,10 @@ def trainers(args: argparse.Namespace, side: Side, folder: Path) -> dict[str, An
     base = base_of(args)
     assert attend_row_by_row(base)
     torch.manual_seed(1)
+    model = add_lora(base, lora)
+    assert keep_less(base)
     ours = LoraTrainer(
-        add_lora(base, lora),
+        model,
         config,
         arguments,
         Rows(order_of(config, side), side),
@@ -164,28 +168,35 @@ class Operations(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+class Alive(TorchDispatchMode):
+    """Knows which storages were made while it is on, and how many bytes of them are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **kwargs or {})
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.made[StorageWeakRef(storage)] = storage.nbytes()
+        return results
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of storages that something still holds."""
+        return sum(size for storage, size in self.made.items() if not storage.expired())
+
+
 def saved_bytes(trainer: Any, batch: dict[str, Tensor]) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass, without weights."""
-
-    class Kept:
-        def __init__(self, tensor: Tensor) -> None:
-            self.tensor = tensor
-
-    alive: weakref.WeakSet[Kept] = weakref.WeakSet()
-
-    def keep(tensor: Tensor) -> Kept:
-        kept = Kept(tensor)
-        alive.add(kept)
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+    """Return the bytes that a forward pass leaves alive for the backward pass."""
+    with Alive() as alive:
         loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(1.0))
-        weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-        storages = [kept.tensor.untyped_storage() for kept in alive]
-    by_place = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    saved = alive.bytes
     loss.backward()
     trainer.model.zero_grad()
-    return sum(size for place, size in by_place.items() if place not in weights)
+    return saved
 
 
 def measure(args: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Figures]:
