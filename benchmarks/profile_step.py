@@ -33,7 +33,7 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows, collate, collate_packs
 from qwenlora.trainer.loop.trainer import LoraTrainer
-from qwenlora.trainer.model.lean_mlp import keep_less
+from qwenlora.trainer.model.fused import fuse
 from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.model.row_attention import attend_row_by_row
 from qwenlora.trainer.model.tiny import build_tiny
@@ -126,7 +126,7 @@ def trainers(args: argparse.Namespace, side: Side, folder: Path) -> dict[str, An
     assert attend_row_by_row(base)
     torch.manual_seed(1)
     model = add_lora(base, lora)
-    assert keep_less(base)
+    assert fuse(model).mlps == args.layers
     ours = LoraTrainer(
         model,
         config,
@@ -169,10 +169,12 @@ class Operations(TorchDispatchMode):
 
 
 class Alive(TorchDispatchMode):
-    """Knows which storages were made while it is on, and how many bytes of them are still alive."""
+    """Knows which storages were made while it is on, and how many bytes of them are still alive. before:
+    tensors from which views are made."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Iterator[Tensor]) -> None:
         super().__init__()
+        self._before = {tensor.untyped_storage().data_ptr() for tensor in before}
         self.made: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,7 +182,8 @@ class Alive(TorchDispatchMode):
         for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                self.made[StorageWeakRef(storage)] = storage.nbytes()
+                if storage.data_ptr() not in self._before:  # no view of a weight
+                    self.made[StorageWeakRef(storage)] = storage.nbytes()
         return results
 
     @property
@@ -191,7 +194,7 @@ class Alive(TorchDispatchMode):
 
 def saved_bytes(trainer: Any, batch: dict[str, Tensor]) -> int:
     """Return the bytes that a forward pass leaves alive for the backward pass."""
-    with Alive() as alive:
+    with Alive(trainer.model.parameters()) as alive:
         loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(1.0))
     saved = alive.bytes
     loss.backward()

@@ -23,7 +23,7 @@ from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model import pretrained
 from qwenlora.trainer.model.checks import check_isolation, isolates_rows, untrained_tokens
 from qwenlora.trainer.model.endings import Settings, generation_settings, set_end
-from qwenlora.trainer.model.lean_mlp import keep_less
+from qwenlora.trainer.model.fused import Fused, fuse
 from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.model.row_attention import attend_row_by_row, attend_to_padded_rows
 from qwenlora.trainer.record.metrics import Metrics
@@ -44,6 +44,7 @@ class Parts:
     model: Any
     tokenizer: Any
     spread: Spread
+    fused: Fused
     untrained: list[str]
     tied: bool
     generation: Settings
@@ -69,8 +70,7 @@ def build(context: Context) -> Parts:
     untrained = untrained_tokens(base, tokenizer, prepared.used_tokens(Path(facts.data_folder), "train"))
     torch.manual_seed(config.train.seed)  # a new adapter is the same on all ranks, under any strategy
     model = add_lora(base, config.lora, config.model.revision)
-    if not config.train.gradient_checkpointing and spread.name != "zero3":
-        keep_less(base)
+    fused = fuse(model, sharded_by_deepspeed=spread.name == "zero3")
     context.heart.beat(context.step)
     team = sequence.team_of(config.strategy.sequence_parallel, config.launch.ddp_timeout_s)
     trainer = _trainer(context, model, tokenizer, spread, team)
@@ -84,7 +84,7 @@ def build(context: Context) -> Parts:
     sequence.share_attention(base, team)
     _beat_in_each_forward(model, context.heart, trainer)
     tied = bool(base.config.tie_word_embeddings)
-    return Parts(trainer, model, tokenizer, spread, untrained, tied, generation)
+    return Parts(trainer, model, tokenizer, spread, fused, untrained, tied, generation)
 
 
 def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | None) -> list[TrainerCallback]:

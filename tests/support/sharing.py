@@ -29,6 +29,7 @@ from qwenlora.trainer.loop.batches import Rows, collate_packs
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.state import adapter_of
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
+from qwenlora.trainer.model.fused import fuse
 from qwenlora.trainer.model.lora import add_lora, count_parameters
 from qwenlora.trainer.ranks import faults
 from qwenlora.trainer.record.metrics import Metrics
@@ -135,6 +136,7 @@ def run(sharing: Sharing, tokenizer: str) -> dict[str, Any]:
     spread = strategy.choose(config, parameters, accumulation_steps(8, 2, world, sharing.size))
     base = strategy.load_base(config, sharing.base, spread)
     model = model_of(base, config.lora)
+    fuse(model, sharded_by_deepspeed=spread.name == "zero3")
     team = sequence.team_of(sharing.size)
     sequence.share_attention(base, team)
     side, eval_ = side_of(ROWS), side_of(EVAL_ROWS, 1)

@@ -25,6 +25,7 @@ from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
+from qwenlora.trainer.model.fused import fuse
 from qwenlora.trainer.model.lora import add_lora, count_parameters
 from qwenlora.trainer.spread import strategy
 
@@ -141,6 +142,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
     base = strategy.load_base(config, cell.base, spread)
     torch.manual_seed(config.train.seed)
     model = add_lora(base, config.lora)
+    fuse(model, sharded_by_deepspeed=spread.name == "zero3")
     words = AutoTokenizer.from_pretrained(tokenizer)
     saver = (
         Saver(run, NO_IDENTITY, world, limit=None, in_background=True, timeout_s=600) if rank == 0 else None

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import side_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     MistralConfig,
     MistralForCausalLM,
@@ -19,7 +20,6 @@ from transformers import (
     Qwen3MoeForCausalLM,
     masking_utils,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from qwenlora.data.chat import Tokens
@@ -118,22 +118,22 @@ def test_row_by_row_gradients_are_those_of_a_padded_batch(lengths, seed):
         assert (gradient - end_to_end[name]).abs().max() <= 1e-5 * scale, name
 
 
-def test_row_by_row_makes_no_mask_and_computes_no_padding(monkeypatch):
-    rows = rows_of(30, 2, 1)
-    shapes, model = [], model_of("qwen2", ROW_BY_ROW)
-    real = ALL_ATTENTION_FUNCTIONS["sdpa"]
+def test_row_by_row_makes_no_mask_and_computes_no_padding():
+    shapes = []
 
-    def seen(module, query, key, value, mask, **options):
-        shapes.append((query.shape[2], mask))
-        return real(module, query, key, value, mask, **options)
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_scaled_dot_product" in str(function):
+                shapes.append((args[0].shape[2], (kwargs or {}).get("attn_mask")))
+            return function(*args, **kwargs or {})
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", seen)
-    model(**collate_packs([rows], PAD))
+    with torch.no_grad(), Seen():
+        model_of("qwen2", ROW_BY_ROW)(**collate_packs([rows_of(30, 2, 1)], PAD))
     assert shapes == [(length, None) for length in (30, 2, 1)] * 3, "of three layers"
 
 
 def test_without_a_split_row_by_row_attention_leaks(monkeypatch):
-    monkeypatch.setattr(row_attention, "_lengths", lambda positions: [len(positions)])
+    monkeypatch.setattr(row_attention, "_of_line", lambda positions: [len(positions)])
     with pytest.raises(ValueError, match="rows would see each other"):
         check_isolation(model_of("qwen3", ROW_BY_ROW))
 
@@ -156,7 +156,7 @@ def test_layers_that_look_at_more_than_their_row_keep_their_own_attention(config
 
 
 def test_a_model_in_which_rows_see_each_other_gets_padded_rows_again(monkeypatch):
-    monkeypatch.setattr(row_attention, "_lengths", lambda positions: [len(positions)])
+    monkeypatch.setattr(row_attention, "_of_line", lambda positions: [len(positions)])
     model = model_of("qwen3", ROW_BY_ROW)
     assert not isolates_rows(model)
     attend_to_padded_rows(model)

@@ -22,6 +22,7 @@ def attend_row_by_row(model: Any) -> bool:
         device().type == "cpu"
         and model.config._attn_implementation == "sdpa"
         and layer_kinds(model.config) == {"full_attention"}
+        and not getattr(model.config, "attention_dropout", 0.0)
         and bool(getattr(model, "_supports_attention_backend", False))
     )
     if possible:
@@ -49,15 +50,51 @@ def _attend(
     positions = options.pop("position_ids", None)
     if positions is None:
         return attend(module, query, key, value, None, **options)[0], None
-    lines = []
-    for number, line in enumerate(positions.expand(len(query), -1)):
-        lengths = _lengths(line)
-        own = (torch.split(tensor[number : number + 1], lengths, 2) for tensor in (query, key, value))
-        rows = [attend(module, *row, None, **options)[0] for row in zip(*own, strict=True)]
-        lines.append(torch.cat(rows, 1))
-    return torch.cat(lines), None
+    scale, lines = options.get("scaling"), [(query, key, value)]
+    if len(query) > 1:
+        lines = list(zip(*(torch.split(tensor, 1) for tensor in lines[0]), strict=True))
+    lengths = _lengths(positions) * (len(lines) // len(positions))
+    outputs = [
+        _Rows.apply(*line, own, scale)  # type: ignore[no-untyped-call]
+        for line, own in zip(lines, lengths, strict=True)
+    ]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0], None
 
 
-def _lengths(positions: Tensor) -> list[int]:
+class _Rows(torch.autograd.Function):
+    """Causal attention of the rows of a line, by torch's flash kernel for CPUs; heads may share keys."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None
+    ) -> Tensor:
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        rows = zip(*(torch.split(tensor, lengths, 2) for tensor in (query, key, value)), strict=True)
+        outputs, sums = zip(*(attend(*row, 0.0, True, scale=scale) for row in rows), strict=True)
+        output = torch.cat(outputs, 2).transpose(1, 2).contiguous()
+        ctx.lengths, ctx.scale = lengths, scale
+        ctx.save_for_backward(query, key, value, output, *sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        query, key, value, output, *sums = ctx.saved_tensors
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        whole = (gradient.transpose(1, 2), query, key, value, output.transpose(1, 2))
+        rows = zip(*(torch.split(tensor, ctx.lengths, 2) for tensor in whole), sums, strict=True)
+        parts = [attend(*row, 0.0, True, scale=ctx.scale) for row in rows]
+        return (*(torch.cat(of_one, 2) for of_one in zip(*parts, strict=True)), None, None)
+
+
+def _lengths(positions: Tensor) -> list[list[int]]:
+    """Return the lengths of the rows of each line, which all layers of a step ask for."""
+    known: list[list[int]] | None = getattr(positions, "_qwenlora_lengths", None)
+    if known is None:
+        known = [_of_line(line) for line in positions]
+        positions._qwenlora_lengths = known  # type: ignore[attr-defined]
+    return known
+
+
+def _of_line(positions: Tensor) -> list[int]:
     starts: list[int] = (positions == 0).nonzero().squeeze(1).tolist()
     return [end - start for start, end in zip(starts, [*starts[1:], len(positions)], strict=True)]

@@ -1,0 +1,43 @@
+"""Which of a model's parts compute by functions of our own, instead of transformers' and peft's."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qwenlora.trainer.model.fused_lora import fuse_lora
+from qwenlora.trainer.model.fused_norm import fuse_norms
+from qwenlora.trainer.model.fused_rope import fuse_rope
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What was fused. layers: linear layers with LoRA; plain: those that keep peft's way; mlps, norms: whole
+    ones; rope: whether rotary embeddings were."""
+
+    layers: int = 0
+    plain: int = 0
+    mlps: int = 0
+    norms: int = 0
+    rope: bool = False
+
+    def __str__(self) -> str:
+        """What the start-up table says, as `LoRA, MLPs, norms and RoPE fused`."""
+        names = {"LoRA": self.layers, "MLPs": self.mlps, "norms": self.norms, "RoPE": self.rope}
+        fused = [name for name, number in names.items() if number]
+        if not fused:
+            return "none fused"
+        text = f"{', '.join(fused[:-1])} and {fused[-1]}" if len(fused) > 1 else fused[0]
+        left = (
+            f"; {self.plain} of {self.plain + self.layers} layers with LoRA as in peft" if self.plain else ""
+        )
+        return f"{text} fused{left}"
+
+
+def fuse(model: Any, *, sharded_by_deepspeed: bool = False) -> Fused:
+    """Fuse what can be fused in a peft model; it computes the same, to rounding. sharded_by_deepspeed: the
+    base is under ZeRO-3, whose weights are there only while their module runs."""
+    rope = fuse_rope(model)
+    if sharded_by_deepspeed:
+        return Fused(rope=rope)
+    norms = fuse_norms(model)
+    layers, mlps, plain = fuse_lora(model)
+    return Fused(layers, plain, mlps, norms, rope)
