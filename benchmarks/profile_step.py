@@ -104,13 +104,13 @@ def base_of(args: argparse.Namespace) -> Any:
     )
 
 
-def trainers(args: argparse.Namespace, side: Side, folder: Path) -> dict[str, Any]:
-    """Return transformers' trainer and ours, whose adapters begin with the same weights."""
+def ours_of(base: Any, words: Any, side: Side, folder: Path, steps: int, rate: float = 1e-3) -> Any:
+    """Return our trainer over a base, its model built as trainer/build.py does."""
     train = Train(
         global_batch_size=BATCH,
         per_device_train_batch_size=BATCH,
-        max_steps=args.steps,
-        learning_rate=1e-3,
+        max_steps=steps,
+        learning_rate=rate,
         warmup_steps=0.0,
         eval_strategy="no",
         save_strategy="no",
@@ -120,25 +120,20 @@ def trainers(args: argparse.Namespace, side: Side, folder: Path) -> dict[str, An
         run_dir="unused", model=Model(name_or_path="x"), data=Data(train="x"), lora=lora, train=train
     )
     arguments = training_arguments(config, RunFolder(folder), len(side), 1, evaluates=False)
-    build_tiny(folder / "tiny")
-    words = AutoTokenizer.from_pretrained(folder / "tiny")
-    base = base_of(args)
     assert attend_row_by_row(base)
     torch.manual_seed(1)
     model = add_lora(base, lora)
-    assert fuse(model).mlps == args.layers
-    ours = LoraTrainer(
-        model,
-        config,
-        arguments,
-        Rows(order_of(config, side), side),
-        processing_class=words,
-    )
-    torch.manual_seed(1)
-    settings = LoraConfig(
-        r=lora.r, lora_alpha=lora.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    plain = Trainer(get_peft_model(base_of(args), settings), arguments, processing_class=words)
+    assert fuse(model).mlps == base.config.num_hidden_layers
+    return LoraTrainer(model, config, arguments, Rows(order_of(config, side), side), processing_class=words)
+
+
+def trainers(args: argparse.Namespace, side: Side, folder: Path) -> dict[str, Any]:
+    """Return transformers' trainer and ours, whose adapters begin with the same weights."""
+    build_tiny(folder / "tiny")
+    words = AutoTokenizer.from_pretrained(folder / "tiny")
+    ours = ours_of(base_of(args), words, side, folder, args.steps)
+    settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    plain = Trainer(get_peft_model(base_of(args), settings), ours.args, processing_class=words)
     plain.model.load_state_dict(ours.model.state_dict())
     for trainer in (plain, ours):
         trainer.create_optimizer()
