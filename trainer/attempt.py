@@ -112,7 +112,7 @@ def _announce(context: Context, parts: Parts) -> Recording:
     trainer.wandb_id = wandb_run.known_id(run)
     rows = startup_table.rows(process.config, facts, trainer.args, process.rank.world_size, parts.spread)
     process.console.print(
-        startup_table.table(run.path.name, rows | {"kernels": str(parts.fused), "W&B": recording.wandb_place})
+        startup_table.table(run.path.name, rows | {"fused": str(parts.fused), "W&B": recording.wandb_place})
     )
     notes = startup_table.warnings(process.config, facts, trainer.args, parts.untrained, tied=parts.tied)
     for line in (*_notes_on_the_start(context), *notes):

@@ -132,6 +132,14 @@ def test_row_by_row_makes_no_mask_and_computes_no_padding():
     assert shapes == [(length, None) for length in (30, 2, 1)] * 3, "of three layers"
 
 
+def test_row_by_row_attention_under_autocast_takes_queries_of_another_dtype():
+    """With trained embeddings, queries and keys are float32, and values bfloat16."""
+    model = model_of("qwen3", ROW_BY_ROW, torch.bfloat16)
+    model.get_input_embeddings().float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(**collate_packs([rows_of(30, 2, 1)], PAD)).logits.isfinite().all()
+
+
 def test_without_a_split_row_by_row_attention_leaks(monkeypatch):
     monkeypatch.setattr(row_attention, "_of_line", lambda positions: [len(positions)])
     with pytest.raises(ValueError, match="rows would see each other"):

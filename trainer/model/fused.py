@@ -20,16 +20,13 @@ class Fused:
     rope: bool = False
 
     def __str__(self) -> str:
-        """What the start-up table says, as `LoRA, MLPs, norms and RoPE fused`."""
+        """What the start-up table says, as `LoRA, MLPs, norms and RoPE`."""
         names = {"LoRA": self.layers, "MLPs": self.mlps, "norms": self.norms, "RoPE": self.rope}
-        fused = [name for name, number in names.items() if number]
-        if not fused:
-            return "none fused"
-        text = f"{', '.join(fused[:-1])} and {fused[-1]}" if len(fused) > 1 else fused[0]
+        *fused, last = [name for name, number in names.items() if number] or ["nothing"]
         left = (
             f"; {self.plain} of {self.plain + self.layers} layers with LoRA as in peft" if self.plain else ""
         )
-        return f"{text} fused{left}"
+        return f"{', '.join(fused)} and {last}{left}" if fused else last + left
 
 
 def fuse(model: Any, *, sharded_by_deepspeed: bool = False) -> Fused:

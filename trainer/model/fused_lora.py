@@ -6,32 +6,30 @@ element-wise is made again. LoRA runs in the base's dtype where that is bfloat16
 copy of its input; its gradients are float32.
 
 `fuse_lora` decides for each module; what it does not know keeps its own way: DoRA, biases that are trained,
-several adapters, bases of unknown kinds.
+several adapters, experts' own parameters, bases of unknown kinds.
 """
 
-from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
-from qwenlora.trainer.model.fused_norm import input_of, kept_for
+from qwenlora.trainer.model.fused_norm import Kept, input_of, kept_for
 
 # transformers' classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x))
 MLPS = ("Qwen2MLP", "Qwen3MLP", "Qwen2MoeMLP", "Qwen3MoeMLP", "LlamaMLP", "MistralMLP")
 ADAPTER = "default"  # peft's name for the only adapter
-# a linear layer's own tensors for autograd: x, A, B
-_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+IN_4_BITS, IN_8_BITS = "Linear4bit", "Linear8bitLt"  # bitsandbytes' classes, and peft's over them
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, A and B
 
 
 def fuse_lora(model: Any) -> tuple[int, int, int]:
-    """Fuse layers and MLPs of a peft model. Return how many layers, how many MLPs, and how many layers with
-    LoRA keep peft's way. Not for a base under ZeRO-3."""
-    layers = [
-        module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "scaling")
-    ]
-    layers = [layer for layer in layers if isinstance(getattr(layer, "base_layer", None), nn.Linear)]
+    """Fuse layers and MLPs of a peft model; what is frozen now must stay so. Return how many layers, how many
+    MLPs, and how many layers with LoRA keep peft's way. Not for a base under ZeRO-3."""
+    layers = [module for module in model.modules() if getattr(module, "lora_A", None)]
     fusible = [layer for layer in layers if _is_fusible(layer)]
     for layer in fusible:
         layer.forward = MethodType(_linear_forward, layer)
@@ -42,106 +40,89 @@ def fuse_lora(model: Any) -> tuple[int, int, int]:
 
 
 def _is_fusible(layer: Any) -> bool:
+    kind = type(layer)
     return (
-        list(layer.lora_A) == [ADAPTER]
+        kind.__module__.startswith("peft.")
+        and kind.__name__ in ("Linear", IN_4_BITS, IN_8_BITS)
+        and list(layer.lora_A) == [ADAPTER]
         and not layer.lora_variant  # DoRA and others
         and layer.lora_B[ADAPTER].bias is None
         and not getattr(layer, "fan_in_fan_out", False)
-        and _weight_of(layer) is not None
-        and not any(parameter.requires_grad for parameter in layer.base_layer.parameters())
+        and _is_known(layer.base_layer)
     )
 
 
 def _is_fusible_mlp(module: Any, fusible: list[Any]) -> bool:
     if type(module).__name__ not in MLPS or type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return False
-    known = {id(layer) for layer in fusible}
+    fused = {id(layer) for layer in fusible}
     linears = (module.gate_proj, module.up_proj, module.down_proj)
-    return all(id(linear) in known or _is_frozen(linear) for linear in linears)
+    return all(id(linear) in fused or _is_known(linear) for linear in linears)
 
 
-def _is_frozen(linear: Any) -> bool:
-    """Whether a layer without LoRA is of a known kind, and nothing of it is trained."""
-    return (
-        not hasattr(linear, "lora_A")
-        and _weight_of(linear) is not None
-        and not any(parameter.requires_grad for parameter in linear.parameters())
-    )
+def _is_known(base: Any) -> bool:
+    """Whether a layer is frozen, of a known kind, and computes by its class's own forward."""
+    if "forward" in vars(base) or any(parameter.requires_grad for parameter in base.parameters()):
+        return False
+    if type(base) is not nn.Linear:
+        return type(base).__name__ in (IN_4_BITS, IN_8_BITS)
+    plain = type(base.weight) in (nn.Parameter, DTensor)  # no packed numbers of a library
+    return plain and base.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _weight_of(layer: Any) -> Callable[[torch.dtype], Tensor] | None:
-    """Return a function that makes a layer's base weight, [out, in], in a dtype; None for unknown kinds."""
-    base = getattr(layer, "base_layer", layer)
-    if type(base) is nn.Linear:
-        return lambda dtype: base.weight.to(dtype)
-    return {"Linear4bit": _weight_of_4_bits(base), "Linear8bitLt": _weight_of_8_bits(base)}.get(
-        type(base).__name__
-    )
-
-
-def _weight_of_4_bits(base: Any) -> Callable[[torch.dtype], Tensor]:
-    def weight(dtype: torch.dtype) -> Tensor:
+def weight_of(base: Any, dtype: torch.dtype) -> Tensor:
+    """Return a base layer's weight, [out, in], as bitsandbytes' own backward passes make it."""
+    if type(base).__name__ == IN_4_BITS:
         from bitsandbytes.functional import dequantize_4bit
 
         dense: Tensor = dequantize_4bit(base.weight, base.weight.quant_state).to(dtype)
-        return dense
-
-    return weight
-
-
-def _weight_of_8_bits(base: Any) -> Callable[[torch.dtype], Tensor]:
-    def weight(dtype: torch.dtype) -> Tensor:
-        scale = base.state.SCB.unsqueeze(1).mul(1.0 / 127.0)  # as bitsandbytes' own backward pass
-        dense: Tensor = base.state.CB.to(dtype, copy=True).mul_(scale)
-        return dense
-
-    return weight
+    elif type(base).__name__ == IN_8_BITS:
+        scale = base.state.SCB.unsqueeze(1).mul(1.0 / 127.0)
+        dense = base.state.CB.to(dtype, copy=True).mul_(scale)
+    else:
+        dense = base.weight.to(dtype)
+    return dense
 
 
 # ---- one linear layer, as plain computations
 
 
 class Projection(NamedTuple):
-    """A linear layer. run: its base's own forward, [tokens, in] -> [tokens, out]; weight: makes the base's
-    weight; scaling, dropout: of its LoRA."""
+    """A linear layer: its base, and the scaling and the dropout of its LoRA."""
 
-    run: Callable[[Tensor], Tensor]
-    weight: Callable[[torch.dtype], Tensor]
-    scaling: float
-    dropout: float
+    base: Any
+    scaling: float = 0.0
+    dropout: float = 0.0
 
 
 class Pair(NamedTuple):
     """A LoRA's weights, A [r, in] and B [out, r]; both None for a layer without."""
 
-    a: Tensor | None
-    b: Tensor | None
+    a: Tensor | None = None
+    b: Tensor | None = None
 
 
 class Low(NamedTuple):
     """What the backward pass needs of a LoRA: its product x A^T, [tokens, r], and the mask of its
     dropout."""
 
-    product: Tensor | None
-    mask: Tensor | None
+    product: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def projection_of(layer: Any) -> tuple[Projection, Pair]:
     """Return how a linear layer, with or without LoRA, computes now."""
-    weight = _weight_of(layer)
-    assert weight is not None, type(layer)
     if not hasattr(layer, "lora_A"):
-        return Projection(layer, weight, 0.0, 0.0), Pair(None, None)
-    dropout = layer.lora_dropout[ADAPTER]
-    rate = float(getattr(dropout, "p", 0.0)) if layer.training else 0.0
+        return Projection(layer), Pair()
+    rate = float(getattr(layer.lora_dropout[ADAPTER], "p", 0.0)) if layer.training else 0.0
     pair = Pair(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-    return Projection(layer.base_layer, weight, float(layer.scaling[ADAPTER]), rate), pair
+    return Projection(layer.base_layer, float(layer.scaling[ADAPTER]), rate), pair
 
 
 def _project(layer: Projection, x: Tensor, pair: Pair) -> tuple[Tensor, Low]:
-    output = layer.run(x)
+    output: Tensor = layer.base(x)
     if pair.a is None or pair.b is None:
-        return output, Low(None, None)
+        return output, Low()
     dropped, mask = torch.native_dropout(x, layer.dropout, True) if layer.dropout else (x, None)
     low = dropped.to(output.dtype).mm(pair.a.to(output.dtype).t())
     return output.addmm_(low, pair.b.to(output.dtype).t(), alpha=layer.scaling), Low(low, mask)
@@ -152,8 +133,8 @@ def _gradients(
 ) -> _Gradients:
     """Return the gradients of x, A and B. onto: a gradient of x from elsewhere, which this one is added to;
     needed: whether that of x is."""
-    weight = layer.weight(gradient.dtype) if needed else None
-    if weight is not None:
+    if needed:
+        weight = weight_of(layer.base, gradient.dtype)
         onto = gradient.mm(weight) if onto is None else onto.addmm_(gradient, weight)
     if pair.a is None or pair.b is None or low.product is None:
         return onto, None, None
@@ -172,6 +153,13 @@ def _gradients(
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _shaped(output: Tensor, x: Tensor) -> Tensor:
+    """Return an output, [tokens, out], in the shape of its input. It is no view for autograd, so that others
+    may change it in place."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]])
+    return shaped
 
 
 def _in_base_dtype(x: Tensor) -> Tensor:
@@ -199,18 +187,23 @@ def _is_changed(layer: Any, args: Any = (), options: Any = None) -> bool:
     )
 
 
+def _has_hooks(linear: Any) -> bool:
+    return bool(linear._forward_pre_hooks or linear._forward_hooks)
+
+
 class _Linear(torch.autograd.Function):
     """A linear layer with LoRA."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: Projection, kept: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: Projection, kept: Kept | None) -> Tensor:
         flat = _flat(_in_base_dtype(x))
         output, low = _project(layer, flat, Pair(a, b))
         ctx.layer, ctx.norm, ctx.dtype = layer, kept and kept.norm, flat.dtype
         ctx.save_for_backward(a, b, *low, *(kept.tensors if kept else (x,)))
-        return output.view(*x.shape[:-1], -1)
+        return _shaped(output, x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         a, b, product, mask, *rest = ctx.saved_tensors
         x = input_of(ctx.norm, rest)
@@ -224,7 +217,7 @@ class _Linear(torch.autograd.Function):
 
 def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
     linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if any(hasattr(linear, "lora_A") and _is_changed(linear) for linear in linears):
+    if any(_has_hooks(linear) or (hasattr(linear, "lora_A") and _is_changed(linear)) for linear in linears):
         plain: Tensor = type(mlp).forward(mlp, x)
         return plain
     layers, pairs = zip(*(projection_of(linear) for linear in linears), strict=True)
@@ -247,9 +240,10 @@ class _Mlp(torch.autograd.Function):
         ctx.layers, ctx.norm, ctx.dtype = layers, kept and kept.norm, flat.dtype
         lows = (*low_of_gate, *low_of_up, *low_of_down)
         ctx.save_for_backward(gate, up, *weights, *lows, *(kept.tensors if kept else (x,)))
-        return output.view(*x.shape[:-1], -1)
+        return _shaped(output, x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         gate, up, *rest = ctx.saved_tensors
         pairs, lows = _pairs(rest[:6]), [Low(*rest[i : i + 2]) for i in (6, 8, 10)]

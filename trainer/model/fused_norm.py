@@ -9,18 +9,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # transformers' classes whose forward is weight * (x * rsqrt(mean(x^2) + variance_epsilon)), x in float32
-CLASSES = ("Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen2MoeRMSNorm", "Qwen3MoeRMSNorm", "LlamaRMSNorm")
+CLASSES = (
+    "Qwen2RMSNorm",
+    "Qwen3RMSNorm",
+    "Qwen2MoeRMSNorm",
+    "Qwen3MoeRMSNorm",
+    "LlamaRMSNorm",
+    "MistralRMSNorm",
+)
 
 
 class Kept(NamedTuple):
     """What an output is made from: the norm's input [..., hidden], 1 / root mean square [..., 1] in float32,
-    and the norm's module, which has the weight."""
+    and the norm's module, which has the weight. version: torch's, of the output as the norm made it."""
 
     x: Tensor
     inverse: Tensor
     norm: Any
+    version: int
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -41,8 +50,9 @@ def fuse_norms(model: Any) -> int:
 
 
 def kept_for(x: Tensor) -> Kept | None:
-    """Return what to keep instead of a tensor, if it is a norm's output."""
-    return getattr(x, "_qwenlora_kept", None)
+    """Return what to keep instead of a tensor, if it is a norm's output, unchanged."""
+    kept: Kept | None = getattr(x, "_qwenlora_kept", None)
+    return kept if kept and kept.version == x._version else None
 
 
 def input_of(norm: Any, tensors: Any) -> Tensor:
@@ -60,7 +70,7 @@ def _forward(norm: Any, x: Tensor) -> Tensor:
     inverse: Tensor
     output, inverse = _Norm.apply(x, norm)  # type: ignore[no-untyped-call]
     if torch.is_grad_enabled():
-        output._qwenlora_kept = Kept(x.detach(), inverse, norm)  # type: ignore[attr-defined]
+        output._qwenlora_kept = Kept(x.detach(), inverse, norm, output._version)  # type: ignore[attr-defined]
     return output
 
 
@@ -74,6 +84,7 @@ class _Norm(torch.autograd.Function):
         return _normed(x, inverse, norm.weight), inverse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Any) -> Any:
         x, inverse = ctx.saved_tensors
         normed = x.float() * inverse

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers.models.llama import modeling_llama
 
 NAME, HALF = "apply_rotary_pos_emb", "rotate_half"
@@ -14,7 +15,8 @@ _LLAMAS = (modeling_llama.apply_rotary_pos_emb, modeling_llama.rotate_half)  # b
 
 def fuse_rope(model: Any) -> bool:
     """Have a model's attention rotate by our function; return whether it does. It takes the place of
-    transformers' in the module that defines the attention, if that is known code, word for word."""
+    transformers' in the module that defines the attention, if that is known code, word for word; so all
+    models of that module in this process use it."""
     homes = {
         sys.modules[type(module).__module__]
         for module in model.modules()
@@ -48,9 +50,10 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return (x * cos).add_(_half_turned(x).mul_(sin))
+        return (x * cos).add_(_half_turned(x) * sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
         return (gradient * cos).sub_(_half_turned(gradient * sin)), None, None

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwenlora.trainer.model.loading import device
@@ -50,6 +51,9 @@ def _attend(
     positions = options.pop("position_ids", None)
     if positions is None:
         return attend(module, query, key, value, None, **options)[0], None
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # it does not know the kernel that is called here
+        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
     scale, lines = options.get("scaling"), [(query, key, value)]
     if len(query) > 1:
         lines = list(zip(*(torch.split(tensor, 1) for tensor in lines[0]), strict=True))
@@ -77,6 +81,7 @@ class _Rows(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         query, key, value, output, *sums = ctx.saved_tensors
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
