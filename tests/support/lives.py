@@ -70,7 +70,7 @@ class Life:
     def attempt(self, plan: dict | None = None) -> tuple[int, str]:
         """Give the command and wait; return its exit code and what it said. Each attempt must keep what was
         saved."""
-        before = self.newest()
+        before = max(self.newest(), *self.unnamed())
         with self.start(plan) as process:
             said = process.communicate(timeout=300)[0]
         self.wait_for_silence()
@@ -87,6 +87,12 @@ class Life:
         flaws = {path.name: checkpoints.flaw(path) for path in self.run.checkpoints()}
         assert not any(flaws.values()), flaws
         return max((step_of(path) for path in self.run.checkpoints()), default=0)
+
+    def unnamed(self) -> list[int]:
+        """Return the steps of checkpoints that were killed when they were whole and had no name yet, and 0;
+        the next attempt gives them theirs."""
+        staged = self.run.path.glob(".staging-checkpoint-*")
+        return [0, *(checkpoints.read(path).step for path in staged if not checkpoints.flaw(path))]
 
     def wait_for_silence(self) -> None:
         """Wait until no process of this run is left: the kernel ends them one after the other."""
