@@ -44,6 +44,7 @@ def ranks(process) -> list[psutil.Process]:
     return [found["rank-0"], found["rank-1"]]
 
 
+@pytest.mark.long
 def test_one_signalled_rank_of_two_is_enough_at_any_moment(tmp_path, whole):
     chance = random.Random(SEED)
     print(f"seed {SEED}, {SIGNALS} signals")

@@ -119,6 +119,7 @@ def test_on_a_disk_of_one_and_a_half_checkpoints_the_run_goes_on_and_resumes(
     assert_same(run, undisturbed)
 
 
+@pytest.mark.long
 def test_to_the_end_on_such_a_disk_the_adapter_is_written_if_it_fits(tmp_path, tiny, undisturbed, disk):
     write_config(tmp_path, tiny)
     disk(f"size={size_of_a_checkpoint(undisturbed) * 3 // 2}")

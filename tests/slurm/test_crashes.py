@@ -23,7 +23,7 @@ def test_a_job_that_always_crashes_is_tried_twice_and_no_more(cluster, tmp_path,
         "train.save_steps=null",
         "run_dir=runs/run",
     ]
-    job = sbatch(cluster, tmp_path, config, *overrides, options=("--array=0",) * array)
+    job = sbatch(cluster, tmp_path, config, *overrides, options=("--nodes=1", "--array=0")[: 1 + array])
     cluster.wait(f"{job}_0" if array else job, "FAILED", timeout=900)
     found = attempts(tmp_path / "runs/run")
     assert [one["reason"] for one in found] == ["failed", "failed"]
@@ -33,44 +33,31 @@ def test_a_job_that_always_crashes_is_tried_twice_and_no_more(cluster, tmp_path,
     assert said.count("requeueing job") == 1
 
 
-def test_a_job_whose_rank_dies_after_progress_is_restarted(cluster, tmp_path):
-    config = write_config(tmp_path, 40)
-    job = sbatch(cluster, tmp_path, config, "run_dir=runs/run")
-    wait_for_step(tmp_path / "runs/run", 1, 6)
-    cluster.script("sh", "node2", "kill", "-KILL", node_process(cluster, "node2", "-x", "rank-1"))
-    cluster.wait(job, "COMPLETED", timeout=900)
-    first, second = attempts(tmp_path / "runs/run")
-    assert (first["reason"], second["reason"]) == ("failed", "done")
-    assert "rank 1 was killed by SIGKILL" in first["message"]
-    assert second["first_step"] > 4
-    assert "the last lines of " in said_by(tmp_path, job)
-
-
-def test_an_agent_that_is_killed_does_not_cost_the_job(cluster, tmp_path):
-    config = write_config(tmp_path, 40)
-    job = sbatch(cluster, tmp_path, config, "run_dir=runs/run")
-    wait_for_step(tmp_path / "runs/run", 1, 6)
-    cluster.script(
-        "sh", "node2", "kill", "-KILL", node_process(cluster, "node2", "-f", f"{QWENLORA} train my.yaml")
-    )
-    cluster.wait(job, "COMPLETED", timeout=900)
-    first, second = attempts(tmp_path / "runs/run")
-    assert (first["reason"], second["reason"]) == ("failed", "done")
-    assert first["message"] == "the agent of node2 is gone: killed, or its node failed"
-    assert second["first_step"] > 4
-
-
-def test_a_rank_that_hangs_on_another_node_is_named_and_the_job_comes_back(cluster, tmp_path):
-    config = write_config(tmp_path, 60)
+def test_a_job_is_restarted_after_what_ends_a_rank_or_an_agent(cluster, tmp_path):
+    """One job: a rank is killed, then an agent, then a rank hangs, all on the second node."""
+    config, run = write_config(tmp_path, 80), tmp_path / "runs/run"
     job = sbatch(cluster, tmp_path, config, "run_dir=runs/run", "launch.stall_timeout_s=15")
-    wait_for_step(tmp_path / "runs/run", 1, 6)
-    cluster.script("sh", "node2", "kill", "-STOP", node_process(cluster, "node2", "-x", "rank-1"))
+    harms = [
+        ("-KILL", "-x", "rank-1"),
+        ("-KILL", "-f", f"{QWENLORA} train my.yaml"),
+        ("-STOP", "-x", "rank-1"),
+    ]
+    for number, (kind, *process) in enumerate(harms, 1):
+        wait_for_step(run, number, 20 * number - 14)
+        cluster.script("sh", "node2", "kill", kind, node_process(cluster, "node2", *process))
     cluster.wait(job, "COMPLETED", timeout=900)
-    first, second = attempts(tmp_path / "runs/run")
-    assert (first["reason"], second["reason"]) == ("failed", "done")
-    assert first["message"].startswith("rank 1 on node2: no progress for ")
-    assert "its process is stopped" in first["message"]
-    assert "most recent call first" in (tmp_path / "runs/run/logs/attempt-1/rank-0.log").read_text()
+    found = attempts(run)
+    assert [one["reason"] for one in found] == ["failed", "failed", "failed", "done"]
+    killed, headless, hung, last = found
+    assert "rank 1 was killed by SIGKILL" in killed["message"]
+    assert headless["message"] == "the agent of node2 is gone: killed, or its node failed"
+    assert hung["message"].startswith("rank 1 on node2: no progress for ")
+    assert "its process is stopped" in hung["message"]
+    assert "most recent call first" in (run / "logs/attempt-3/rank-0.log").read_text()
+    assert all(
+        after["first_step"] > 20 * number - 16 for number, after in enumerate([headless, hung, last], 1)
+    )
+    assert "the last lines of " in said_by(tmp_path, job)
 
 
 def test_a_cancelled_job_saves_and_is_left_alone(cluster, tmp_path):

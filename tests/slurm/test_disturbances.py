@@ -90,26 +90,26 @@ def assert_came_through(cluster, folder, job, said, undisturbed):
 
 
 @pytest.mark.parametrize(
-    "ways",
-    [("tell_to_save", "requeue", "preempt"), ("take_a_node_down", "power_a_node_off", "requeue_and_hold")],
-    ids="-".join,
+    ("partition", "ways"),
+    [
+        ("grace", ("tell_to_save", "preempt", "power_a_node_off")),
+        pytest.param(
+            "low", ("requeue", "take_a_node_down", "preempt", "requeue_and_hold"), marks=pytest.mark.long
+        ),
+    ],
 )
-def test_what_ends_a_job_in_one_run_after_the_other(cluster, tmp_path, undisturbed, ways):
-    job = submit(cluster, tmp_path)
+def test_what_ends_a_job_in_one_run_after_the_other(cluster, tmp_path, undisturbed, partition, ways):
+    job = submit(cluster, tmp_path, partition)
     disturber, said = Disturber(cluster, job), []
     for number, way in enumerate(ways, 1):
         wait_for_step(tmp_path / "runs/run", number, 1 + 14 * number)
         said.append(getattr(disturber, way)())
     assert_came_through(cluster, tmp_path, job, said, undisturbed)
-
-
-def test_preemption_with_a_time_of_grace_saves_the_step_that_is_under_way(cluster, tmp_path, undisturbed):
-    job = submit(cluster, tmp_path, partition="grace")
-    wait_for_step(tmp_path / "runs/run", 1, 10)
-    Disturber(cluster, job).preempt()
-    assert_came_through(cluster, tmp_path, job, [({"stopped"}, {"PREEMPTED"})], undisturbed)
-    first, second = attempts(tmp_path / "runs/run")
-    assert second["first_step"] == first["last_step"] + 1
+    if partition == "grace":  # time enough to save the step that is under way
+        told, preempted, powered_off, _ = attempts(tmp_path / "runs/run")
+        assert (told["reason"], preempted["reason"]) == ("stopped", "stopped")
+        assert preempted["first_step"] == told["last_step"] + 1
+        assert powered_off["first_step"] == preempted["last_step"] + 1
 
 
 def test_the_signal_before_the_time_limit_saves_and_the_job_goes_on(cluster, tmp_path, undisturbed):

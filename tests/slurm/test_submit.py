@@ -118,6 +118,7 @@ def test_an_array_of_four_runs_two_at_once(folder, qwenlora):
     assert [line.partition(": done")[0] for line in lines[:4]] == names
 
 
+@pytest.mark.long
 def test_a_signal_before_the_time_limit_brings_the_job_back_to_the_same_end(folder):
     """USR2 is what submitit has Slurm send, to the tasks of both nodes."""
     long = {"train.max_steps": 30, "train.save_strategy": "no"}

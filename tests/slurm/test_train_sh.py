@@ -116,6 +116,7 @@ def test_two_nodes_with_two_ranks_each_train_what_one_machine_with_four_does(clu
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_zero2_is_the_same_by_slurm_by_torchrun_and_by_deepspeeds_launcher(cluster, tmp_path):
     config = write_config(tmp_path, 6)
     zero2 = ("strategy.name=zero2", "train.eval_strategy=no")

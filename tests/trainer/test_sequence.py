@@ -181,7 +181,7 @@ def ranks(tmp_path_factory, tiny):
     two |= {name: run(name, 2, 2, "qwen3", strategy=name, steps=4) for name in STRATEGIES}
     two["dropout"] = run("dropout", 2, 2, "qwen3", dropout=0.1)
     two["dropout-again"] = run("dropout-again", 2, 2, "qwen3", dropout=0.1, resume=saved["dropout"])
-    four = {"qwen2": run("qwen2", 4, 2), "qwen3": run("qwen3", 4, 2), "few-kv": run("few-kv", 4, 4)}
+    four = {"qwen3": run("qwen3", 4, 2), "few-kv": run("few-kv", 4, 4)}
     four["2-kv-4-ranks"] = run("2-kv-4-ranks", 4, 4, "qwen3")
     results = {2: run_ranks(run_all, 2, two, str(tiny), bases["qwen3"])}
     alone = {name: run(name, 1) for name in bases} | {"short": run("short", 1, 1, "qwen3", steps=4)}
@@ -196,7 +196,7 @@ def ranks(tmp_path_factory, tiny):
 def test_2_ranks_and_2_teams_of_2_train_as_one_process(ranks, kind, steps):
     one = ranks[1][0][kind]
     assert (len(one["losses"]), len(one["eval"])) == (steps, steps // 4)
-    for rank in ranks[2] + ranks[4]:
+    for rank in ranks[2] + ranks[4] * (kind == "qwen3"):
         assert_same_run(one, rank[kind])
 
 

@@ -161,6 +161,7 @@ def test_zero3_ranks_read_hold_and_compute_their_shards(bases, zero3, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_zero3_keeps_a_second_copy_within_a_node_that_is_right(bases):
     ranks = run_ranks(part_of_zero3, 4, bases["qwen2"], {"zero_hpz_partition_size": 2})
     assert_zero3(ranks, bases["qwen2"])
