@@ -23,7 +23,7 @@ from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.hardware import gpu_count
 from qwenlora.run.records import SideName
-from qwenlora.trainer.model import pretrained
+from qwenlora.trainer.model import pretrained, suitability
 
 TRAINED = "black on green"
 
@@ -33,11 +33,14 @@ def check(config: Config, page: Path | None, console: Console) -> int:
     page: the HTML file; by default it lies beside the run folder."""
     run = RunFolder(config.run_dir)
     page = page or run.path.with_name(f"{run.path.name}.data.html")
-    tokenizer, embeddings = _tokenizer_and_embeddings(config)
+    tokenizer, model_config = _tokenizer_and_config(config)
+    embeddings = int(model_config.get_text_config().vocab_size)
     # a check reads all rows, whatever training would do about bad ones
     data = config.data.model_copy(update={"on_bad_row": "skip"})
     rows = prepared.prepare(data, tokenizer, run.cache(config), console, console.print)
-    notes = report.notes_of(config, rows)
+    longest = max(counts.longest for counts in rows.counts.values())
+    suitability.check_lengths(config, model_config, longest)
+    notes = [*suitability.notes_on_lengths(model_config, longest), *report.notes_of(config, rows)]
     listed = page.with_suffix(".bad_rows.txt")
     listed.unlink(missing_ok=True)  # of an earlier check
     if rows.index.bad.count:
@@ -57,7 +60,7 @@ def check(config: Config, page: Path | None, console: Console) -> int:
 def preview(config: Config, side: SideName, first: int, count: int, *, ids: bool, console: Console) -> None:
     """Show rows as the model sees them, trained tokens coloured. first: the first row's number, from 1; ids:
     show a table of tokens and ids. Raises: ValueError when there is no such row, or a row is bad."""
-    tokenizer, _ = _tokenizer_and_embeddings(config)
+    tokenizer, _ = _tokenizer_and_config(config)
     encoder = Encoder(tokenizer, config.data.train_on)
     shown = 0
     for place, row in islice(rows_of_side(config.data, side), first - 1, first - 1 + count):
@@ -95,12 +98,15 @@ def _no_row(data: Data, side: SideName, first: int) -> str:
     return f"there is no {side} row number {first}: {rows:,} can be trained"
 
 
-def _tokenizer_and_embeddings(config: Config) -> tuple[Any, int]:
+def _tokenizer_and_config(config: Config) -> tuple[Any, Any]:
+    """Return tokenizer and transformers' config of the base. Raises: ValueError when it writes no text."""
     transformers_logging.disable_progress_bar()
     # the tiny model is built in a run folder, and the real one, with weights, is only for runs
     with tempfile.TemporaryDirectory() as folder:
         base = pretrained.base_of(config, RunFolder(folder), weights=False)
-        return pretrained.load_tokenizer(config, base), pretrained.embeddings_of(config, base)
+        model_config = pretrained.load_config_of(config, base)
+        suitability.check_task(config, model_config)
+        return pretrained.load_tokenizer(config, base), model_config
 
 
 def _outcome(config: Config, pieces: int) -> str:

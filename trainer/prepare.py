@@ -18,7 +18,7 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
 from qwenlora.trainer.loop.arguments import check_optimizer, check_settings
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model import pretrained, quantised
+from qwenlora.trainer.model import pretrained, quantised, suitability
 from qwenlora.trainer.model.files import check_files
 from qwenlora.trainer.model.lora import count_parameters
 from qwenlora.trainer.ranks import gpus
@@ -39,6 +39,7 @@ def prepare(
     base = pretrained.base_of(config, run)
     model_config = pretrained.load_config_of(config, base)
     quantised.check(config, kind := pretrained.quantised_files(model_config))
+    suitability.check_task(config, model_config)
     sequence.check(config, model_config)
     stamp = freshness.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
     tokenizer = pretrained.load_tokenizer(config, base)
@@ -48,6 +49,8 @@ def prepare(
     checkpoint_bytes += len(tokenizer.backend_tokenizer.to_str(True).encode())
     _check_space(run.path, checkpoint_bytes)
     rows = prepare_rows(config, tokenizer, pretrained.embeddings_of(config, base), run, console)
+    longest = max(counts.longest for counts in rows.counts.values())
+    suitability.check_lengths(config, model_config, longest)
     facts = Facts(
         base=base,
         base_fingerprint=fingerprint,
@@ -56,7 +59,11 @@ def prepare(
         data=rows.counts,
         packing=packs_rows(config),
         bad_rows=rows.index.bad.count,
-        notes=[*pretrained.notes_on(config, base), *notes_of(config, rows)],
+        notes=[
+            *pretrained.notes_on(config, base),
+            *suitability.notes_on_lengths(model_config, longest),
+            *notes_of(config, rows),
+        ],
         parameters=parameters,
         checkpoint_bytes=checkpoint_bytes,
         stamp=stamp,

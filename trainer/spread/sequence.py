@@ -20,10 +20,10 @@ from qwenlora.configs import Config
 from qwenlora.data.order import teams_of
 from qwenlora.trainer.model.loading import IGNORED
 from qwenlora.trainer.model.pretrained import layer_kinds
+from qwenlora.trainer.model.suitability import DEPENDS_ON_BATCH, rope_type
 
 # our attention's name in transformers, which treats names with "flash" or "sdpa" in them specially
 NAME = "qwenlora_sequence_parallel"
-_DEPEND_ON_LENGTH = ("dynamic", "longrope")  # rotary embeddings that look at the longest position they see
 
 
 class Team(NamedTuple):
@@ -88,10 +88,9 @@ def check(config: Config, model: Any) -> None:
         raise ValueError(
             f"{setting}: its {heads} attention heads are no multiple of {size}; set it to one of {divisors}"
         )
-    rope_type = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
-    if rope_type in _DEPEND_ON_LENGTH:
+    if (kind := rope_type(model)) in DEPENDS_ON_BATCH:
         raise ValueError(
-            f"{setting}: its rope_type is {rope_type}, which depends on a sequence's length, and a GPU has a"
+            f"{setting}: its rope_type is {kind}, which depends on a sequence's length, and a GPU has a"
             " part of it; set strategy.sequence_parallel: 1"
         )
     _check_layers(setting, text, flash=config.model.attn_implementation.startswith("flash"))
