@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.trainer.model import base as models
@@ -167,6 +167,21 @@ def test_experts_are_adapted_by_parameter(tiny, tmp_path):
     first, _, _ = train_a_little(model, 1)
     model.train()
     assert train_a_little(model, 5)[0] < first
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"lora_dropout": 0.1}, "lora.lora_dropout=0.1 does not go with LoRA on the experts"),
+        ({"lora_dropout": 0.0, "use_dora": True}, "lora.use_dora=true does not go with LoRA on the experts"),
+    ],
+)
+def test_what_peft_does_not_do_on_experts_is_refused_with_what_to_set(lora, said):
+    sizes = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "moe_intermediate_size": 16}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_attention_heads=2, num_experts=4))
+    with pytest.raises(ValueError, match=said) as refusal:
+        add_lora(model, Lora(**lora))
+    assert "set it to" in str(refusal.value)
 
 
 def test_gradient_checkpointing_changes_memory_not_gradients(tiny):

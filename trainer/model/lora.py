@@ -47,10 +47,8 @@ def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
     _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])
     try:
         peft_model = get_peft_model(model, lora_config(lora, tied), revision=revision)
-    except ValueError as error:  # peft names the modules that the model lacks
-        raise ValueError(
-            f"lora.target_modules={lora.target_modules}: {str(error).splitlines()[0]}"
-        ) from error
+    except ValueError as error:
+        raise ValueError(_refusal(lora, str(error))) from error
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             # peft leaves modules_to_save in the base's dtype, too coarse for Adam's small steps
@@ -59,6 +57,21 @@ def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
         check_init_from(lora)
         _load_adapter(peft_model, lora, Path(lora.init_from).expanduser())
     return peft_model
+
+
+def _refusal(lora: Lora, of_peft: str) -> str:
+    """Return what peft refuses, in terms of the config."""
+    unlike = {"lora_dropout != 0": f"lora.lora_dropout={lora.lora_dropout}", "use_dora": "lora.use_dora=true"}
+    for theirs, setting in unlike.items():
+        if "ParamWrapper" in of_peft and theirs in of_peft:
+            return (
+                f"{setting} does not go with LoRA on the experts of a mixture, which"
+                f" lora.target_modules={lora.target_modules} means here: set it to"
+                f" {'0' if 'dropout' in setting else 'false'}, or lora.target_modules: [q_proj, k_proj, v_proj,"
+                " o_proj]"
+            )
+    # peft names the modules that the model lacks
+    return f"lora.target_modules={lora.target_modules}: {of_peft.splitlines()[0]}"
 
 
 def _check_names(key: str, wanted: list[str] | None, existing: list[str]) -> None:
