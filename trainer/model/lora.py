@@ -61,14 +61,16 @@ def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
 
 def _refusal(lora: Lora, of_peft: str) -> str:
     """Return what peft refuses, in terms of the config."""
-    unlike = {"lora_dropout != 0": f"lora.lora_dropout={lora.lora_dropout}", "use_dora": "lora.use_dora=true"}
-    for theirs, setting in unlike.items():
+    refused = {
+        "lora_dropout != 0": (f"lora.lora_dropout={lora.lora_dropout}", "0"),
+        "use_dora": ("lora.use_dora=true", "false"),
+    }
+    for theirs, (setting, instead) in refused.items():
         if "ParamWrapper" in of_peft and theirs in of_peft:
             return (
                 f"{setting} does not go with LoRA on the experts of a mixture, which"
-                f" lora.target_modules={lora.target_modules} means here: set it to"
-                f" {'0' if 'dropout' in setting else 'false'}, or lora.target_modules: [q_proj, k_proj, v_proj,"
-                " o_proj]"
+                f" lora.target_modules={lora.target_modules} means here: set it to {instead}, or"
+                " lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
             )
     # peft names the modules that the model lacks
     return f"lora.target_modules={lora.target_modules}: {of_peft.splitlines()[0]}"
