@@ -175,7 +175,7 @@ def run(sharing: Sharing, tokenizer: str) -> dict[str, Any]:
 
     if not spread.deepspeed:
         trainer.optimizer.register_step_pre_hook(keep)
-    counting = _Counting(None, trainer, parameters, recomputed=False)
+    counting = _Counting(None, trainer, parameters.work)
     trainer.add_callback(counting)
     if sharing.resume:
         trainer.load(Path(sharing.resume))
