@@ -661,6 +661,7 @@ def make_deep(folder, tiny, layers):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_merge_needs_no_more_memory_for_more_layers(tiny, tmp_path):
     code = """
 import sys

@@ -150,7 +150,8 @@ def test_a_stop_request_ends_with_the_step_saved(folder, number, to, hosts):
     assert_nobody_is_left(others)
 
 
-@pytest.mark.parametrize("hosts", [pytest.param("one", marks=pytest.mark.long), "two"])
+@pytest.mark.long
+@pytest.mark.parametrize("hosts", ["one", "two"])
 def test_a_killed_rank_is_named_and_nobody_is_left(folder, hosts):
     name = f"killed-{hosts}"
     with start(folder, name, *DEEPSPEED, "--hostfile", hosts, *LONG) as process:

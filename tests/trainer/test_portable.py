@@ -125,6 +125,7 @@ def test_every_pair(made, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_with_dropout_the_same_strategy_goes_on_to_the_bit(start, tmp_path):
     cell, tokenizer = start
     names, cells = ("zero2", "zero3", "fsdp"), []
