@@ -289,8 +289,10 @@ def trl(folder: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[Any, 
     words = AutoTokenizer.from_pretrained(folder / "base")
     data = Dataset.from_list(masked)
     trainer = SFTTrainer(peft_model(folder), arguments, train_dataset=data, processing_class=words)
+    prepared = trainer.train_dataset  # with labels, where masks count
+    assert len(prepared) == len(rows)
     numbers = {id(row): number for number, row in enumerate(rows)}
-    return trainer, lambda some: trainer.data_collator([masked[numbers[id(row)]] for row in some])
+    return trainer, lambda some: trainer.data_collator([prepared[numbers[id(row)]] for row in some])
 
 
 def trl_at_its_best(folder: Path, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
