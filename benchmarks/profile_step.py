@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from train_speed import step
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Trainer
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Train
@@ -139,16 +140,6 @@ def trainers(args: argparse.Namespace, side: Side, folder: Path) -> dict[str, An
         trainer.create_optimizer()
         trainer.model.train()
     return {PLAIN: plain, OURS: ours}
-
-
-def step(trainer: Any, batch: dict[str, Tensor]) -> tuple[float, float]:
-    """Train a step by the trainer's own method; return its loss and its gradients' norm."""
-    number = (batch["labels"][:, 1:] != -100).sum()
-    loss = trainer.training_step(trainer.model, batch, number)
-    norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
-    trainer.optimizer.step()
-    trainer.model.zero_grad()
-    return loss.item(), float(norm)
 
 
 class Operations(TorchDispatchMode):

@@ -12,6 +12,7 @@ from qwenlora.run.format import and_more, shape
 from qwenlora.trainer.model import head
 from qwenlora.trainer.model.base import hub_errors
 from qwenlora.trainer.model.pretrained import quantised_files, read_config_of, unties
+from qwenlora.trainer.model.suitability import leave_out_router_loss
 
 IGNORED = -100  # labels without a loss: torch.nn.CrossEntropyLoss, ignore_index
 
@@ -93,6 +94,7 @@ def refuse_misfits(config: Config, loading: dict[str, Any]) -> None:
 def set_up(model: Any, config: Config) -> None:
     """Prepare a base model for training, however it was loaded."""
     model.config.use_cache = False
+    leave_out_router_loss(model.config)
     if config.train.gradient_checkpointing:
         # the non-reentrant kind needs no input that requires gradients, and works with DDP
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -72,7 +72,6 @@ def load_config_of(config: Config, base: str, *, download: bool = False) -> Any:
     model_config = read_config_of(config, base)
     if unties(config, base, model_config, download=download):
         head.untie(model_config)
-    leave_out_router_loss(model_config)
     return model_config
 
 

@@ -47,8 +47,7 @@ def notes_on_lengths(model_config: Any, longest: int) -> list[str]:
         return []
     return [
         f"the longest row has {longest:,} tokens, and the base is made for {limit:,} (by its config.json):"
-        f" set"
-        f" data.max_length: {limit}, or stretch its positions (YaRN, rope_scaling with factor"
+        f" set data.max_length: {limit}, or stretch its positions (YaRN, rope_scaling with factor"
         f" {-(-longest // limit)} in its config.json)"
     ]
 
