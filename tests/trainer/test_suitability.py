@@ -70,7 +70,12 @@ def test_rows_longer_than_the_base_is_made_for_are_said(rope, longest):
 
 def test_the_routers_auxiliary_loss_is_left_out_and_said(tmp_path):
     """It would be added once a micro-batch, so that the loss depended on their number."""
-    experts = {"num_experts": 4, "moe_intermediate_size": 16, "num_key_value_heads": 2}
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "num_key_value_heads": 2,
+    }
     base = Qwen3MoeConfig(**SIZES, **experts, output_router_logits=True)
     model, ids = Qwen3MoeForCausalLM(base), torch.arange(8).view(1, -1)
     with_it = model(input_ids=ids, labels=ids)
