@@ -3,14 +3,14 @@
 import sys
 from typing import Any, NamedTuple
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from qwenlora.adapter import verify
 from qwenlora.adapter.subject import Subject
 from qwenlora.configs.schema import Config
-from qwenlora.trainer.model import loading, pretrained
+from qwenlora.trainer.model import loading, pretrained, targets
 from qwenlora.trainer.ranks import gpus
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -45,7 +45,9 @@ def load(
     # not the model's own, which may suppress tokens or search with beams
     model.generation_config = GenerationConfig()
     if subject.adapter:
-        model = PeftModel.from_pretrained(model, str(subject.adapter))
+        settings = LoraConfig.from_pretrained(str(subject.adapter))
+        with targets.as_named(model, settings) as names:
+            model = PeftModel.from_pretrained(model, str(subject.adapter), config=names)
     model.config.use_cache = True
     return LoadedModel(model.eval(), tokenizer)
 

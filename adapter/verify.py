@@ -22,6 +22,7 @@ from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, sha256
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model import quantised
+from qwenlora.trainer.model.files import STACKED
 from qwenlora.trainer.model.headers import TensorValues
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ PLAIN = {
     "layer_replication": None,
     "fan_in_fan_out": False,
 }
-STACKED = "gate_up_proj"  # two matrices in one; peft's own pattern entries double its rank
 
 
 @dataclass(frozen=True)

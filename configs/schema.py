@@ -165,7 +165,13 @@ class Lora(Section):
     )
     lora_dropout: Share = Field(0.0, description="Dropout before each LoRA layer.")
     target_modules: Text | list[Text] = Field(
-        "all-linear", description="Module names, a regular expression, or all-linear (all but the head)."
+        "all-linear",
+        description="Module names, a regular expression, or all-linear: all but the head, and the router of a"
+        " mixture of experts.",
+    )
+    experts: Literal["all", "shared", "none"] = Field(
+        "all",
+        description="What all-linear has of a mixture's experts: all of them, the shared ones, or none.",
     )
     target_parameters: list[Text] | None = Field(
         None,

@@ -133,10 +133,21 @@ class Work(BaseModel, frozen=True):
     recurrence: int = 0
 
 
+class OfKind(BaseModel, frozen=True):
+    """Numbers in a base's layers of one kind (attention, experts ...). total: in the base; trained: in the
+    adapter; matrices: linear layers, and stacks of experts' matrices; adapted: those that are trained."""
+
+    total: int
+    matrices: int
+    trained: int = 0
+    adapted: int = 0
+
+
 class Parameters(BaseModel, frozen=True):
     """Counts of numbers. body: all but embeddings and head, the output matrix; hidden_size,
     intermediate_size, kv_width: widths of a token's activations in a layer; for a mixture of experts, in
-    those that the token meets; 0 in runs of a version before 0.1; work: None in runs of 0.1."""
+    those that the token meets; 0 in runs of a version before 0.1; work: None in runs of 0.1; kinds: {kind of
+    layers: its numbers}, empty in runs of 0.1."""
 
     total: int
     trainable: int
@@ -147,6 +158,7 @@ class Parameters(BaseModel, frozen=True):
     intermediate_size: int = 0
     kv_width: int = 0
     work: Work | None = None
+    kinds: dict[str, OfKind] = {}
 
 
 class SideCounts(BaseModel, frozen=True):

@@ -69,7 +69,7 @@ def build(context: Context) -> Parts:
     row_by_row = attend_row_by_row(base)
     untrained = untrained_tokens(base, tokenizer, prepared.used_tokens(Path(facts.data_folder), "train"))
     torch.manual_seed(config.train.seed)  # a new adapter is the same on all ranks, under any strategy
-    model = add_lora(base, config.lora, config.model.revision)
+    model = add_lora(base, config.lora, config.model.revision, context.chosen.folder)
     fused = fuse(model, sharded_by_deepspeed=spread.name == "zero3")
     context.heart.beat(context.step)
     team = sequence.team_of(config.strategy.sequence_parallel, config.launch.ddp_timeout_s)

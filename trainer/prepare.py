@@ -44,7 +44,7 @@ def prepare(
     stamp = freshness.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
     tokenizer = pretrained.load_tokenizer(config, base)
     fingerprint = models.fingerprint(config, base)
-    parameters = count_parameters(config, base)
+    parameters = count_parameters(config, base, next(iter(run.checkpoints()), None))
     checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
     checkpoint_bytes += len(tokenizer.backend_tokenizer.to_str(True).encode())
     _check_space(run.path, checkpoint_bytes)

@@ -105,7 +105,8 @@ def test_every_kind_of_qwen_is_adapted_trained_saved_and_reloaded_by_plain_peft(
     assert last < first
     model.save_pretrained(tmp_path)
     reloaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(reloaded(input_ids=ids).logits, logits)
+    # not equal where plain peft adds the change of a shared expert to its weights (model/targets.py)
+    assert torch.allclose(reloaded(input_ids=ids).logits, logits, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from qwenlora.configs.schema import Config, Lora
 from qwenlora.trainer.model.base import TINY, resolve
 from qwenlora.trainer.model.damage import AGAIN, check_file, check_tokenizer, read_json, weight_files
 
+STACKED = "gate_up_proj"  # two matrices in one: peft doubles its rank where it renames modules to it
+
 
 def check_files(config: Config) -> None:
     """Refuse a base, tokenizer or adapter that is missing or damaged, as far as it shows without loading it.
@@ -43,7 +45,8 @@ def check_init_from(lora: Lora) -> None:
                 f" {getattr(lora, key)}; set lora.{key}: {saved[key]}"
             )
     for key in ("rank_pattern", "alpha_pattern"):
-        if saved.get(key):
+        # peft writes entries of its own for experts, whose gate and up are one matrix
+        if any(not name.endswith(STACKED) for name in saved.get(key) or ()):
             raise ValueError(f"lora.init_from={lora.init_from} has a {key}, which qwenlora has no key for")
     files = list(folder.glob("adapter_model.*"))
     if not files:

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from qwenlora.configs.schema import Config, Lora
 from qwenlora.run.records import Parameters
+from qwenlora.trainer.model import targets
 from qwenlora.trainer.model.files import check_init_from
 from qwenlora.trainer.model.flops import work_of
+from qwenlora.trainer.model.kinds import count_kinds, count_trained
 from qwenlora.trainer.model.pretrained import load_config_of
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -38,24 +40,40 @@ def lora_config(lora: Lora, tied: bool) -> LoraConfig:
     )
 
 
-def add_lora(model: Any, lora: Lora, revision: str | None = None) -> Any:
+def add_lora(model: Any, lora: Lora, revision: str | None = None, saved: Path | None = None) -> Any:
     """Return the model with its adapter, the only trainable part, in float32. revision: of a base from the
-    hub; adapter_config.json keeps it, so that peft loads the same base later. Raises: ValueError when the
-    model lacks the named modules, or lora.init_from does not fit."""
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    _check_names("modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
-    _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])
-    try:
-        peft_model = get_peft_model(model, lora_config(lora, tied), revision=revision)
-    except ValueError as error:
-        raise ValueError(_refusal(lora, str(error))) from error
+    hub; adapter_config.json keeps it, so that peft loads the same base later; saved: the checkpoint that the
+    run goes on from. Raises: ValueError when the model lacks the named modules, or lora.init_from does not
+    fit."""
+    check_init_from(lora)
+    peft_model = _inject(model, lora, revision, saved)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             # peft leaves modules_to_save in the base's dtype, too coarse for Adam's small steps
             parameter.data = parameter.data.float()
     if lora.init_from:
-        check_init_from(lora)
         _load_adapter(peft_model, lora, Path(lora.init_from).expanduser())
+    return peft_model
+
+
+def _inject(model: Any, lora: Lora, revision: str | None, saved: Path | None) -> Any:
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    _check_names("modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
+    _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])
+    settings = lora_config(lora, tied)
+    if isinstance(lora.target_modules, str) and lora.target_modules.lower() == targets.ALL_LINEAR:
+        targets.resolve(model, lora, settings, saved)
+    try:
+        with targets.as_named(model, settings) as names:
+            peft_model = get_peft_model(model, names, revision=revision)
+    except ValueError as error:
+        raise ValueError(_refusal(lora, str(error))) from error
+    if names is not settings:
+        written = peft_model.peft_config["default"]
+        written.target_modules, written.target_parameters = (
+            settings.target_modules,
+            settings.target_parameters,
+        )
     return peft_model
 
 
@@ -70,7 +88,7 @@ def _refusal(lora: Lora, of_peft: str) -> str:
             return (
                 f"{setting} does not go with LoRA on the experts of a mixture, which"
                 f" lora.target_modules={lora.target_modules} means here: set it to {instead}, or"
-                " lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
+                " lora.experts: none with lora.target_modules: all-linear"
             )
     # peft names the modules that the model lacks
     return f"lora.target_modules={lora.target_modules}: {of_peft.splitlines()[0]}"
@@ -109,8 +127,9 @@ def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
         )
 
 
-def count_parameters(config: Config, base: str) -> Parameters:
-    """Return the run's parameter counts without loading a weight (on torch's meta device)."""
+def count_parameters(config: Config, base: str, saved: Path | None = None) -> Parameters:
+    """Return the run's parameter counts without loading a weight (on torch's meta device). saved: the
+    checkpoint that the run goes on from."""
     model_config = load_config_of(config, base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -120,8 +139,8 @@ def count_parameters(config: Config, base: str) -> Parameters:
         head = model.get_output_embeddings().weight
         embeddings = model.get_input_embeddings().weight
         body = total - embeddings.numel() - (0 if head is embeddings else head.numel())
-        lora = config.lora.model_copy(update={"init_from": None})
-        adapted = add_lora(model, lora)
+        kinds = count_kinds(model)
+        adapted = _inject(model, config.lora, None, saved)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     text = model_config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -135,6 +154,7 @@ def count_parameters(config: Config, base: str) -> Parameters:
         intermediate_size=_intermediate_size(text),
         kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim,
         work=work_of(adapted, text),
+        kinds=count_trained(adapted, kinds),
     )
 
 

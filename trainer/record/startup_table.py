@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 from qwenlora.configs import Config
 from qwenlora.data.turns import TURN_END
 from qwenlora.run.format import and_more
-from qwenlora.run.records import Facts, SideCounts
+from qwenlora.run.records import Facts, Parameters, SideCounts
 from qwenlora.trainer.model.base import TINY
+from qwenlora.trainer.model.kinds import OTHER
 from qwenlora.trainer.model.loading import pick_dtype
 from qwenlora.trainer.model.lora import EMBEDDINGS
 from qwenlora.trainer.spread.strategy import Spread
@@ -38,6 +39,7 @@ def rows(
     shown = {
         "model": _model(config, facts),
         "trainable": _trainable(config, facts),
+        "of which": _of_which(facts.parameters),
         "data": f"{_sources(config.data.train)}: {_counts(train)}",
         "processes": f"{world_size} x {device}, {_strategy(spread)}",
         "global batch": _global_batch(config, facts, args, world_size),
@@ -53,7 +55,8 @@ def rows(
         shown["packing"] = (
             f"{train.packs:,} packs of at most {config.data.max_length:,} tokens, {fill:.2%} full"
         )
-    return shown | {"checkpoints": _checkpoints(config, facts, args)}
+    shown |= {"checkpoints": _checkpoints(config, facts, args)}
+    return {name: value for name, value in shown.items() if value}
 
 
 def _model(config: Config, facts: Facts) -> str:
@@ -72,6 +75,19 @@ def _trainable(config: Config, facts: Facts) -> str:
         f"{trainable:,} parameters = {share:.2%} (r {lora.r}, alpha {lora.lora_alpha}, {names}), an adapter"
         f" of {trainable * 4 / 1e6:.1f} MB"
     )
+
+
+def _of_which(parameters: Parameters) -> str:
+    """Return what is trained of each kind of layers, and which kinds stay frozen; empty if not known."""
+    kinds = parameters.kinds
+    trained = []
+    for kind, of in kinds.items():
+        if of.trained:
+            some = f"{of.adapted:,} of " if 0 < of.adapted < of.matrices else ""
+            matrices = f" ({some}{of.matrices:,} matrices)" if of.matrices > 1 else ""
+            trained.append(f"{kind} {of.trained:,}{matrices}")
+    frozen = [kind for kind, of in kinds.items() if of.total and not of.trained and kind != OTHER]
+    return ", ".join(trained) + f"; frozen: {', '.join(frozen)}" * bool(frozen)
 
 
 def _global_batch(config: Config, facts: Facts, args: TrainingArguments, world_size: int) -> str:

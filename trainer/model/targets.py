@@ -1,0 +1,116 @@
+"""What `lora.target_modules: all-linear` means on a mixture of experts: the same for each family.
+
+peft rewrites all-linear by model type: for some mixtures it becomes the experts and the router without the
+shared experts, for others the other way round. So it gets names from here. For the same mixtures it takes
+gate_proj, up_proj and down_proj for names of the experts, as they were in transformers 4, whatever else is
+called so. A shared expert or a dense MLP is named to it by its parameter then, as
+shared_expert.gate_proj.weight, which makes tensors of the same names and shapes; as_named() trains it as the
+linear layer that it is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import transformers_weight_conversion as conversion
+from torch import nn
+
+from qwenlora.configs.schema import Lora
+from qwenlora.trainer.model.kinds import kind_of, linear_layers, stacks
+
+ALL_LINEAR = "all-linear"
+NOT_LINEAR = ("head", "embeddings", "router")  # kinds that all-linear leaves out
+LEFT_OUT = {"all": (), "shared": ("experts",), "none": ("experts", "shared experts")}  # by lora.experts
+
+
+def resolve(model: nn.Module, lora: Lora, settings: LoraConfig, saved: Path | None) -> None:
+    """Put the names that all-linear means into peft's settings; on models without experts leave it to peft.
+    saved: the checkpoint that the run goes on from; what it, or else lora.init_from, trains is trained.
+    Raises: ValueError when that is not what lora.experts says."""
+    stacked = stacks(model)
+    if not stacked:
+        return
+    if like := saved or (Path(lora.init_from).expanduser() if lora.init_from else None):
+        theirs: Any = PeftConfig.from_pretrained(str(like))
+        if not saved:
+            _check_experts(model, lora, theirs, stacked)
+        for key in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+            setattr(settings, key, getattr(theirs, key))
+        return
+    modules = _modules(model, LEFT_OUT[lora.experts])
+    parameters = {_end(name, 3) for name in stacked} if lora.experts == "all" else set()
+    misread = taken_for_experts(model, modules)
+    settings.target_modules = modules - misread
+    settings.target_parameters = sorted(parameters | {f"{name}.weight" for name in misread}) or None
+
+
+def _modules(model: nn.Module, left_out: tuple[str, ...]) -> set[str]:
+    """Return the linear layers to train, by ends of names that no other linear layer has."""
+    wanted, others = [], set()
+    for name in linear_layers(model):
+        if kind_of(name) in (*NOT_LINEAR, *left_out):
+            others.update((_end(name, 1), _end(name, 2)))
+        else:
+            wanted.append(name)
+    return {next(e for e in (_end(name, 1), _end(name, 2), name) if e not in others) for name in wanted}
+
+
+def _check_experts(model: nn.Module, lora: Lora, theirs: LoraConfig, stacked: list[str]) -> None:
+    """Refuse to go on from an adapter with other experts than the config's. Raises: ValueError."""
+    theirs = copy(theirs)
+    conversion.convert_peft_config_for_transformers(theirs, model=model, conversions=None)
+    named = tuple(f".{name}" for name in theirs.target_parameters or ())
+    has = any(name.endswith(named) for name in stacked)
+    if has != (lora.experts == "all"):
+        raise ValueError(
+            f"lora.init_from={lora.init_from} has {'' if has else 'no '}LoRA on the experts, the config says"
+            f" lora.experts={lora.experts}; set lora.experts: {'all' if has else 'shared'}"
+        )
+
+
+def taken_for_experts(model: nn.Module, modules: set[str]) -> set[str]:
+    """Return those of the names that peft would take for the experts' matrices."""
+    probe = LoraConfig(target_modules=modules)
+    conversion.convert_peft_config_for_transformers(probe, model=model, conversions=None)
+    return modules - set(probe.target_modules or ())
+
+
+@contextmanager
+def as_named(model: nn.Module, settings: LoraConfig) -> Iterator[LoraConfig]:
+    """Yield settings with which peft puts LoRA on the linear layers that resolve() named by parameter, which
+    are trained, quantised and fused like others. Within, peft takes no name for an expert's."""
+    linear = linear_layers(model)
+    ends = {
+        end: name
+        for name in settings.target_parameters or ()
+        if (end := name.removesuffix(".weight")) != name
+    }
+    named = {end for end in ends if any(name == end or name.endswith(f".{end}") for name in linear)}
+    if not named or taken_for_experts(model, named) != named:
+        yield settings
+        return
+    if settings.lora_dropout or settings.use_dora:
+        what = "lora_dropout != 0" if settings.lora_dropout else "use_dora"
+        raise ValueError(
+            f"lora.ParamWrapper, as which peft would load the adapter, does not work with {what}"
+        )
+    names = copy(settings)
+    names.target_modules = set(settings.target_modules or ()) | named
+    names.target_parameters = sorted(set(settings.target_parameters or ()) - {ends[end] for end in named})
+    theirs = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = _leave_as_it_is
+    try:
+        yield names
+    finally:
+        conversion.convert_peft_config_for_transformers = theirs
+
+
+def _leave_as_it_is(*_: object, **__: object) -> None:
+    return None
+
+
+def _end(name: str, parts: int) -> str:
+    return ".".join(name.split(".")[-parts:])
