@@ -49,7 +49,8 @@ def resolve(model: nn.Module, lora: Lora, settings: LoraConfig, saved: Path | No
 
 def _modules(model: nn.Module, left_out: tuple[str, ...]) -> set[str]:
     """Return the linear layers to train, by ends of names that no other linear layer has."""
-    wanted, others = [], set()
+    wanted: list[str] = []
+    others: set[str] = set()
     for name in linear_layers(model):
         if kind_of(name) in (*NOT_LINEAR, *left_out):
             others.update((_end(name, 1), _end(name, 2)))
@@ -73,7 +74,8 @@ def _check_experts(model: nn.Module, lora: Lora, theirs: LoraConfig, stacked: li
 
 def taken_for_experts(model: nn.Module, modules: set[str]) -> set[str]:
     """Return those of the names that peft would take for the experts' matrices."""
-    probe = LoraConfig(target_modules=modules)
+    both = {"gate_proj", "up_proj"}  # which it refuses one by one
+    probe = LoraConfig(target_modules=modules | both)
     conversion.convert_peft_config_for_transformers(probe, model=model, conversions=None)
     return modules - set(probe.target_modules or ())
 
@@ -82,14 +84,8 @@ def taken_for_experts(model: nn.Module, modules: set[str]) -> set[str]:
 def as_named(model: nn.Module, settings: LoraConfig) -> Iterator[LoraConfig]:
     """Yield settings with which peft puts LoRA on the linear layers that resolve() named by parameter, which
     are trained, quantised and fused like others. Within, peft takes no name for an expert's."""
-    linear = linear_layers(model)
-    ends = {
-        end: name
-        for name in settings.target_parameters or ()
-        if (end := name.removesuffix(".weight")) != name
-    }
-    named = {end for end in ends if any(name == end or name.endswith(f".{end}") for name in linear)}
-    if not named or taken_for_experts(model, named) != named:
+    named = _layers_named_by_weight(model, settings)
+    if not named:
         yield settings
         return
     if settings.lora_dropout or settings.use_dora:
@@ -99,13 +95,23 @@ def as_named(model: nn.Module, settings: LoraConfig) -> Iterator[LoraConfig]:
         )
     names = copy(settings)
     names.target_modules = set(settings.target_modules or ()) | named
-    names.target_parameters = sorted(set(settings.target_parameters or ()) - {ends[end] for end in named})
+    weights = {f"{name}.weight" for name in named}
+    names.target_parameters = sorted(set(settings.target_parameters or ()) - weights)
     theirs = conversion.convert_peft_config_for_transformers
     conversion.convert_peft_config_for_transformers = _leave_as_it_is
     try:
         yield names
     finally:
         conversion.convert_peft_config_for_transformers = theirs
+
+
+def _layers_named_by_weight(model: nn.Module, settings: LoraConfig) -> set[str]:
+    """Return the ends of names of linear layers that are named as resolve() does."""
+    suffix = ".weight"
+    layers = tuple(f".{name}" for name in linear_layers(model))
+    ends = {name.removesuffix(suffix) for name in settings.target_parameters or () if name.endswith(suffix)}
+    named = {end for end in ends if any(layer.endswith(f".{end}") for layer in layers)}
+    return named if taken_for_experts(model, named) == named else set()
 
 
 def _leave_as_it_is(*_: object, **__: object) -> None:
