@@ -26,6 +26,7 @@ from qwenlora.trainer.model.endings import Settings, generation_settings, set_en
 from qwenlora.trainer.model.fused import Fused, fuse
 from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.model.row_attention import attend_row_by_row, attend_to_padded_rows
+from qwenlora.trainer.model.row_states import keep_states_apart
 from qwenlora.trainer.record.metrics import Metrics
 from qwenlora.trainer.record.profile import Profiler
 from qwenlora.trainer.record.recording import Recording
@@ -66,7 +67,7 @@ def build(context: Context) -> Parts:
     )
     spread = strategy.choose(config, facts.parameters, accumulation, longest)
     base = strategy.load_base(config, facts.base, spread)
-    row_by_row = attend_row_by_row(base)
+    row_by_row = attend_row_by_row(base, states_apart=keep_states_apart(base))
     untrained = untrained_tokens(base, tokenizer, prepared.used_tokens(Path(facts.data_folder), "train"))
     torch.manual_seed(config.train.seed)  # a new adapter is the same on all ranks, under any strategy
     model = add_lora(base, config.lora, config.model.revision, context.chosen.folder)

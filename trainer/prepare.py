@@ -18,7 +18,7 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
 from qwenlora.trainer.loop.arguments import check_optimizer, check_settings
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model import pretrained, quantised, suitability
+from qwenlora.trainer.model import pretrained, quantised, row_states, suitability
 from qwenlora.trainer.model.files import check_files
 from qwenlora.trainer.model.lora import count_parameters
 from qwenlora.trainer.ranks import gpus
@@ -41,6 +41,8 @@ def prepare(
     quantised.check(config, kind := pretrained.quantised_files(model_config))
     suitability.check_task(config, model_config)
     sequence.check(config, model_config)
+    if packs_rows(config):
+        row_states.check(config, model_config)
     stamp = freshness.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
     tokenizer = pretrained.load_tokenizer(config, base)
     fingerprint = models.fingerprint(config, base)
@@ -61,6 +63,7 @@ def prepare(
         bad_rows=rows.index.bad.count,
         notes=[
             *pretrained.notes_on(config, base),
+            *row_states.notes_on(model_config),
             *suitability.notes_on_lengths(model_config, longest),
             *notes_of(config, rows),
         ],

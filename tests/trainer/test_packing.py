@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from made import side_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -36,8 +36,18 @@ from qwenlora.trainer.model.row_attention import (
     attend_to_padded_rows,
     takes_rows_end_to_end,
 )
+from qwenlora.trainer.model.row_states import keep_states_apart
 
 PAD, ROW_BY_ROW = 0, "row by row"
+
+
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+HYBRIDS = {"qwen3_next": MOE, "qwen3_5_text": {}, "qwen3_5_moe_text": MOE}
 
 
 def model_of(kind: str, attention: str, dtype: torch.dtype = torch.float32):
@@ -51,14 +61,18 @@ def model_of(kind: str, attention: str, dtype: torch.dtype = torch.float32):
         "num_key_value_heads": 2,
         "initializer_range": 0.1,
     }
-    if kind == "qwen2":
-        config, made = Qwen2Config(**sizes), Qwen2ForCausalLM
-    else:
-        config, made = Qwen3Config(**sizes, head_dim=16), Qwen3ForCausalLM
-    config._attn_implementation = "sdpa" if attention == ROW_BY_ROW else attention
-    model = made(config).to(dtype).eval()
+    if kind in HYBRIDS:
+        kinds = ["linear_attention", "full_attention", "linear_attention"]
+        nets = {f"linear_num_{part}_heads": number for part, number in (("key", 2), ("value", 4))}
+        nets |= {f"linear_{part}_head_dim": 16 for part in ("key", "value")}
+        sizes |= nets | HYBRIDS[kind] | {"layer_types": kinds}
+    config = AutoConfig.for_model(kind, head_dim=16, **sizes)
+    attention, row_by_row = ("sdpa", True) if attention == ROW_BY_ROW else (attention, False)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).eval()
     model.config.use_cache = False
-    assert attention != ROW_BY_ROW or attend_row_by_row(model)
+    apart = keep_states_apart(model)
+    assert apart == (kind in HYBRIDS)
+    assert not row_by_row or attend_row_by_row(model, states_apart=apart)
     return model
 
 
@@ -85,7 +99,7 @@ def losses(model, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", ROW_BY_ROW])
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", *HYBRIDS])
 @pytest.mark.parametrize("flat", [False, True])
 def test_every_token_has_the_loss_it_has_alone(kind, attention, flat):
     model = model_of(kind, attention)
@@ -174,7 +188,7 @@ def test_a_model_in_which_rows_see_each_other_gets_padded_rows_again(monkeypatch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager", ROW_BY_ROW])
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", *HYBRIDS])
 def test_the_check_accepts_attention_that_isolates_rows(kind, attention, dtype):
     model = model_of(kind, attention, dtype).train()
     state = torch.get_rng_state()

@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from qwenlora.data.bad_row import printable
 from qwenlora.data.turns import TURN_END, TURN_START
-from qwenlora.trainer.model.row_attention import takes_rows_end_to_end
+from qwenlora.trainer.model.pretrained import layer_kinds
+from qwenlora.trainer.model.row_attention import LINEAR, takes_rows_end_to_end
 
 # of the logits' spread: isolated rows differ by rounding, or by int8's outlier columns; leaking ones by 0.4
 LEAK = 0.02
@@ -24,11 +25,12 @@ def check_isolation(model: Any) -> None:
     Raises: ValueError."""
     change, scale = _leak(model)
     if not _is_small(change, scale):
+        another = f", or model.attn_implementation: {'eager' if takes_rows_end_to_end(model) else 'sdpa'}"
         raise ValueError(
             "packed rows would see each other: with"
             f" model.attn_implementation={model.config._attn_implementation} and this model, changing one row"
-            f" moves the next one's logits by {change:.2g} (their spread: {scale:.2g}); set data.packing:"
-            f" off, or model.attn_implementation: {'eager' if takes_rows_end_to_end(model) else 'sdpa'}"
+            f" moves the next one's logits by {change:.2g} (their spread: {scale:.2g}); set data.packing: off"
+            + ("" if LINEAR in layer_kinds(model.config) else another)  # it may be no matter of attention
         )
 
 

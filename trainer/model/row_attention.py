@@ -14,17 +14,20 @@ from qwenlora.trainer.model.pretrained import layer_kinds
 # its name in transformers, which treats names with "flash" or "sdpa" in them specially, and makes no mask for
 # others
 NAME = "qwenlora_rows"
+LINEAR = "linear_attention"  # layers of which row_states.py keeps rows apart
 
 
-def attend_row_by_row(model: Any) -> bool:
+def attend_row_by_row(model: Any, *, states_apart: bool = False) -> bool:
     """Make a model attend row by row, where that is possible; return whether it is. Its batches must then say
-    by position_ids where rows begin; padding is on the right, and no attention_mask is looked at."""
+    by position_ids where rows begin; padding is on the right, and no attention_mask is looked at.
+    states_apart: whether the states of its linear attention are kept apart."""
     possible = (
         device().type == "cpu"
         and model.config._attn_implementation == "sdpa"
-        and layer_kinds(model.config) == {"full_attention"}
+        and layer_kinds(model.config) <= {"full_attention"} | ({LINEAR} if states_apart else set())
         and not getattr(model.config, "attention_dropout", 0.0)
-        and bool(getattr(model, "_supports_attention_backend", False))
+        # models with linear attention pass position_ids on to their attention, too, but do not say so
+        and (states_apart or bool(getattr(model, "_supports_attention_backend", False)))
     )
     if possible:
         ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
@@ -57,7 +60,7 @@ def _attend(
     scale, lines = options.get("scaling"), [(query, key, value)]
     if len(query) > 1:
         lines = list(zip(*(torch.split(tensor, 1) for tensor in lines[0]), strict=True))
-    lengths = _lengths(positions) * (len(lines) // len(positions))
+    lengths = lengths_of(positions) * (len(lines) // len(positions))
     outputs = [
         _Rows.apply(*line, own, scale)  # type: ignore[no-untyped-call]
         for line, own in zip(lines, lengths, strict=True)
@@ -91,7 +94,7 @@ class _Rows(torch.autograd.Function):
         return (*(torch.cat(of_one, 2) for of_one in zip(*parts, strict=True)), None, None)
 
 
-def _lengths(positions: Tensor) -> list[list[int]]:
+def lengths_of(positions: Tensor) -> list[list[int]]:
     """Return the lengths of the rows of each line, which all layers of a step ask for."""
     known: list[list[int]] | None = getattr(positions, "_qwenlora_lengths", None)
     if known is None:

@@ -20,6 +20,7 @@ from qwenlora.configs import Config
 from qwenlora.data.order import teams_of
 from qwenlora.trainer.model.loading import IGNORED
 from qwenlora.trainer.model.pretrained import layer_kinds
+from qwenlora.trainer.model.row_attention import LINEAR
 from qwenlora.trainer.model.suitability import DEPENDS_ON_BATCH, rope_type
 
 # our attention's name in transformers, which treats names with "flash" or "sdpa" in them specially
@@ -104,10 +105,12 @@ def _check_layers(setting: str, text: Any, *, flash: bool) -> None:
         cure = (
             "model.attn_implementation: flash_attention_2" if flash_helps else "strategy.sequence_parallel: 1"
         )
-        raise ValueError(
-            f"{setting}: it has layers of {' and '.join(others)}, which need more than whole heads; set"
-            f" {cure}"
+        why = (
+            "whose state runs through a whole sequence, token by token, and a GPU has a part of it"
+            if LINEAR in others
+            else "which need more than whole heads"
         )
+        raise ValueError(f"{setting}: it has layers of {' and '.join(others)}, {why}; set {cure}")
 
 
 def share_attention(model: Any, team: Team) -> None:
