@@ -18,6 +18,20 @@ from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+# the kinds of Qwen with gated delta nets beside attention, and what a small one has
+HYBRIDS: dict[str, dict[str, Any]] = {
+    kind: experts
+    | {f"linear_num_{part}_heads": number for part, number in (("key", 2), ("value", 4))}
+    | {f"linear_{part}_head_dim": 16 for part in ("key", "value")}
+    | {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+    for kind, experts in (("qwen3_next", _EXPERTS), ("qwen3_5_text", {}), ("qwen3_5_moe_text", _EXPERTS))
+}
 NO_IDENTITY = Identity(config={}, data="", base="")
 
 

@@ -14,8 +14,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from made import NO_IDENTITY, side_of
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from made import HYBRIDS, NO_IDENTITY, side_of
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.data.order import accumulation_steps
@@ -27,6 +35,8 @@ from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model.fused import fuse
 from qwenlora.trainer.model.lora import add_lora, count_parameters
+from qwenlora.trainer.model.row_attention import attend_row_by_row
+from qwenlora.trainer.model.row_states import keep_states_apart
 from qwenlora.trainer.spread import strategy
 
 STEPS, SAVED = 8, 4
@@ -36,7 +46,7 @@ ROWS, EVAL_ROWS = 51, 11  # of 8 a step: an epoch's last step has 3
 @dataclass(frozen=True)
 class Cell:
     """One run, in the order of trainer/attempt.py. folder: its run folder; resume: a checkpoint to resume
-    from.
+    from; end_to_end: rows are not padded, as in real runs.
 
     broken: a step whose loss is NaN on rank 0; processes: of a node, 0: all ranks are on one node.
     """
@@ -45,6 +55,7 @@ class Cell:
     folder: str
     name: str = "ddp"
     quantization: str = "none"
+    end_to_end: bool = False
     resume: str = ""
     shard_group: str = "global"
     offload: str = "none"
@@ -108,7 +119,12 @@ def make_base(folder: Path, kind: str, *, tied: bool) -> Path:
         "initializer_range": 0.08,
         "tie_word_embeddings": tied,
     }
-    if kind == "qwen3":
+    model: Any
+    if kind in HYBRIDS:
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, head_dim=16, **sizes | HYBRIDS[kind])
+        )
+    elif kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **sizes))
     else:
         model = Qwen2ForCausalLM(Qwen2Config(**sizes))
@@ -140,6 +156,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
     parameters = count_parameters(config, cell.base)
     spread = strategy.choose(config, parameters, accumulation_steps(8, 2, world))
     base = strategy.load_base(config, cell.base, spread)
+    assert not cell.end_to_end or attend_row_by_row(base, states_apart=keep_states_apart(base))
     torch.manual_seed(config.train.seed)
     model = add_lora(base, config.lora)
     fuse(model, sharded_by_deepspeed=spread.name == "zero3")

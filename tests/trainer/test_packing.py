@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import side_of
+from made import HYBRIDS, side_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
@@ -41,15 +41,6 @@ from qwenlora.trainer.model.row_states import keep_states_apart
 PAD, ROW_BY_ROW = 0, "row by row"
 
 
-MOE = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-}
-HYBRIDS = {"qwen3_next": MOE, "qwen3_5_text": {}, "qwen3_5_moe_text": MOE}
-
-
 def model_of(kind: str, attention: str, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
     sizes = {
@@ -61,11 +52,7 @@ def model_of(kind: str, attention: str, dtype: torch.dtype = torch.float32):
         "num_key_value_heads": 2,
         "initializer_range": 0.1,
     }
-    if kind in HYBRIDS:
-        kinds = ["linear_attention", "full_attention", "linear_attention"]
-        nets = {f"linear_num_{part}_heads": number for part, number in (("key", 2), ("value", 4))}
-        nets |= {f"linear_{part}_head_dim": 16 for part in ("key", "value")}
-        sizes |= nets | HYBRIDS[kind] | {"layer_types": kinds}
+    sizes |= HYBRIDS.get(kind, {})
     config = AutoConfig.for_model(kind, head_dim=16, **sizes)
     attention, row_by_row = ("sdpa", True) if attention == ROW_BY_ROW else (attention, False)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).eval()

@@ -109,7 +109,8 @@ def test_heads_that_the_ranks_cannot_share_equally_are_refused():
 
 def test_layers_without_full_attention_are_refused():
     with pytest.raises(
-        ValueError, match=r"it has layers of linear_attention, whose state runs .*; set strategy\.sequence_parallel: 1"
+        ValueError,
+        match=r"it has layers of linear_attention, whose state runs .*; set strategy\.sequence_parallel: 1",
     ):
         check(config_of(2), Qwen3NextConfig())
     sliding = Qwen2Config(

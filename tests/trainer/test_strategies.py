@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import HYBRIDS
 from peft import PeftModel
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -92,6 +93,25 @@ def test_each_strategy_holds_what_its_name_says(matrix, name):
         state = held["optimizer_numbers"] / one["optimizer_numbers"]
         assert 0.4 < state < 0.6 if name.startswith("zero") else state == 1
     assert sum(held["optimizer_numbers"] for held in ranks) >= one["optimizer_numbers"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_a_hybrid_has_the_numbers_of_padded_rows_and_resumes_to_the_bit(kind, tmp_path, tokenizer):
+    """Its rows lie end to end, except in the single process that the others are compared with."""
+    base = str(make_base(tmp_path / "base", kind, tied=kind != "qwen3_next"))
+    start = Cell(base, "", steps=4, save_steps=2, end_to_end=True)
+    one = run_ranks(
+        run_cells, 1, [replace(start, end_to_end=False).under("ddp", tmp_path / "one")], tokenizer
+    )[0][0]
+    cells = [start.under(name, tmp_path / name) for name in NAMES]
+    again = start.under("ddp", tmp_path / "again", resume=str(tmp_path / "ddp" / "checkpoint-2"))
+    *results, resumed = run_ranks(run_cells, 2, [*cells, again], tokenizer)[0]
+    expected = logits_of(base, tmp_path / "one" / "adapter")
+    for name, result in zip(NAMES, results, strict=True):
+        assert_close(result, one)
+        assert (logits_of(base, tmp_path / name / "adapter") - expected).abs().max() <= CLOSE, name
+    assert resumed["adapter"] == results[0]["adapter"]
 
 
 @pytest.fixture(scope="module")

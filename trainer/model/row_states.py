@@ -56,7 +56,7 @@ def check(config: Config, model_config: Any) -> None:
     """Refuse to pack rows of a model whose states cannot be kept apart. model_config: transformers'. Raises:
     ValueError."""
     kinds = layer_kinds(model_config)
-    if not kinds & STATEFUL or kinds <= APART and _has_functions(_home_of(model_config)):
+    if not kinds & STATEFUL or (kinds <= APART and _has_functions(_home_of(model_config))):
         return
     raise ValueError(
         f"model.name_or_path={config.model.name_or_path} has layers of {' and '.join(sorted(kinds))}, which"
@@ -118,7 +118,9 @@ def _has_functions(home: Any) -> bool:
 
 def _tell_rows(layer: Any, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     positions = options.get("position_ids")
-    if positions is None or any(options.get(name) is not None for name in ("attention_mask", "past_key_values")):
+    if positions is None or any(
+        options.get(name) is not None for name in ("attention_mask", "past_key_values")
+    ):
         return None
     rows = _rows_of(positions)
     return (inputs, options | {ROWS: rows}) if rows else None
@@ -137,8 +139,8 @@ def _rows_of(positions: Tensor) -> Rows | None:
 
 
 def make_rows(row_lengths: list[int], device: torch.device) -> Rows:
-    """Return rows that lie end to end, by their lengths in tokens. A batch's longest row is less than twice as
-    long as its shortest."""
+    """Return rows that lie end to end, by their lengths in tokens. A batch's longest row is less than twice
+    as long as its shortest."""
     lengths = torch.tensor(row_lengths)
     ends = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     numbers = torch.repeat_interleave(lengths)
