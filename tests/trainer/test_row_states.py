@@ -22,7 +22,7 @@ from qwenlora.trainer.model.fused import fuse
 from qwenlora.trainer.model.row_attention import attend_row_by_row
 from qwenlora.trainer.model.row_states import check, keep_states_apart, make_rows, notes_on
 
-LENGTHS = (70, 1, 130, 3, 64, 17, 2)  # the rule takes 64 tokens at once, the convolution 4
+LENGTHS = (70, 130, 1, 3, 64, 17, 2)  # the rule takes 64 tokens at once, the convolution 4
 CPU = torch.device("cpu")
 CONFIG = Config(run_dir="unused", model=Model(name_or_path="my-qwen"), data=Data(train="unused"))
 
