@@ -31,24 +31,24 @@ ROWS = "qwenlora_rows"  # the option that tells both functions of rows
 CHUNK = 64  # tokens that the rule takes at once
 
 
-class Batch(NamedTuple):
-    """Rows of similar lengths as a padded batch, [count, width] tokens. slots: their tokens, among all rows';
-    places: the same ones in the batch when it is flat."""
+class Padded(NamedTuple):
+    """Rows of similar lengths as a padded batch, [rows, width] tokens. slots: where their tokens are among
+    those of all rows; places: where in the batch, when it is flat."""
 
-    count: int
+    rows: int
     width: int
     slots: Tensor
     places: Tensor
 
 
-class Rows(NamedTuple):
-    """The rows of a micro-batch, its lines one after the other. numbers: of each token's row, int32; ends:
-    where rows end, from 0 on, int32; batches: all rows; order: of the batches' tokens, those of each row in
-    turn."""
+class EndToEnd(NamedTuple):
+    """Where rows are in a micro-batch, its lines one after the other. numbers: of each token's row, int32;
+    ends: where rows end, from 0 on, int32; batches: of all rows; order: puts the batches' tokens, one batch
+    after the other, back into place."""
 
     numbers: Tensor
     ends: Tensor
-    batches: tuple[Batch, ...]
+    batches: tuple[Padded, ...]
     order: Tensor
 
 
@@ -74,14 +74,9 @@ def notes_on(model_config: Any) -> list[str]:
         "causal-conv1d": is_causal_conv1d_available(),
     }
     missing = [name for name, there in available.items() if not there]
-    return (
-        [
-            f"linear attention is computed without {' and '.join(missing)}: the same numbers, but slowly; pip"
-            f" install {' '.join(missing)}"
-        ]
-        if missing
-        else []
-    )
+    lacks, line = " and ".join(missing), " ".join(missing)
+    note = f"linear attention is slow without {lacks}, with the same numbers: pip install {line}"
+    return [note] if missing else []
 
 
 def keep_states_apart(model: Any) -> bool:
@@ -126,19 +121,19 @@ def _tell_rows(layer: Any, inputs: Any, options: dict[str, Any]) -> tuple[Any, d
     return (inputs, options | {ROWS: rows}) if rows else None
 
 
-def _rows_of(positions: Tensor) -> Rows | None:
+def _rows_of(positions: Tensor) -> EndToEnd | None:
     """Return the rows of a micro-batch, which all layers of a step ask for; None where each line is one."""
     lengths = [length for line in lengths_of(positions) for length in line]
     if len(lengths) == len(positions):
         return None
-    known: Rows | None = getattr(positions, "_qwenlora_rows", None)
+    known: EndToEnd | None = getattr(positions, "_qwenlora_rows", None)
     if known is None:
         known = make_rows(lengths, positions.device)
         positions._qwenlora_rows = known  # type: ignore[attr-defined]
     return known
 
 
-def make_rows(row_lengths: list[int], device: torch.device) -> Rows:
+def make_rows(row_lengths: list[int], device: torch.device) -> EndToEnd:
     """Return rows that lie end to end, by their lengths in tokens. A batch's longest row is less than twice
     as long as its shortest."""
     lengths = torch.tensor(row_lengths)
@@ -147,14 +142,14 @@ def make_rows(row_lengths: list[int], device: torch.device) -> Rows:
     inside = torch.arange(len(numbers)) - ends[numbers]
     sizes = torch.tensor([(length - 1).bit_length() for length in row_lengths])
     batches = []
-    for size in sizes.unique().tolist():
+    for size in sorted(set(sizes.tolist())):
         chosen = sizes == size
         width = int(lengths[chosen].max())
         slots = chosen[numbers].nonzero().squeeze(1)
         places = (chosen.cumsum(0) - 1)[numbers[slots]] * width + inside[slots]
-        batches.append(Batch(int(chosen.sum()), width, slots.to(device), places.to(device)))
+        batches.append(Padded(int(chosen.sum()), width, slots.to(device), places.to(device)))
     order = torch.cat([batch.slots for batch in batches]).argsort()
-    return Rows(numbers.int().to(device), ends.int().to(device), tuple(batches), order)
+    return EndToEnd(numbers.int().to(device), ends.int().to(device), tuple(batches), order)
 
 
 def _convolution(own: Callable[..., Tensor], *, kernel: bool) -> Callable[..., Tensor]:
@@ -163,7 +158,7 @@ def _convolution(own: Callable[..., Tensor], *, kernel: bool) -> Callable[..., T
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
         """x: [lines, channels, tokens]; weight: [channels, width]."""
-        rows: Rows | None = options.pop(ROWS, None)
+        rows: EndToEnd | None = options.pop(ROWS, None)
         if rows is None:
             return own(x, weight, bias, **options)
         tokens = x.transpose(1, 2).flatten(0, 1)
@@ -176,7 +171,7 @@ def _convolution(own: Callable[..., Tensor], *, kernel: bool) -> Callable[..., T
             spaced = tokens.new_zeros(len(tokens) + gap * (len(rows.ends) - 2), tokens.shape[1])
             spaced = spaced.index_copy(0, places, tokens)
             made = own(spaced.t().unsqueeze(0), weight, bias, **options)[0].t().index_select(0, places)
-        return made.unflatten(0, (len(x), -1)).transpose(1, 2)
+        return made.reshape(len(x), -1, x.shape[1]).transpose(1, 2)
 
     return convolve
 
@@ -187,7 +182,7 @@ def _rule(own: Callable[..., Any], *, kernel: bool) -> Callable[..., Any]:
 
     def apply(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **options: Any) -> Any:
         """query, key, value: [lines, tokens, heads, dim]; g, beta: [lines, tokens, heads]."""
-        rows: Rows | None = options.pop(ROWS, None)
+        rows: EndToEnd | None = options.pop(ROWS, None)
         if rows is None:
             return own(query, key, value, g=g, beta=beta, **options)
         lines = len(query)
@@ -198,18 +193,18 @@ def _rule(own: Callable[..., Any], *, kernel: bool) -> Callable[..., Any]:
         else:
             parts = [_of_batch(own, batch, tokens, options) for batch in rows.batches]
             made = torch.cat(parts).index_select(0, rows.order)
-        return made.unflatten(0, (lines, -1)), None
+        return made.reshape(lines, -1, *made.shape[1:]), None
 
     return apply
 
 
-def _of_batch(own: Any, batch: Batch, tokens: list[Tensor], options: dict[str, Any]) -> Tensor:
+def _of_batch(own: Any, batch: Padded, tokens: list[Tensor], options: dict[str, Any]) -> Tensor:
     """Return what the rule makes of a batch's tokens. Padding is on the right, where no token of a row looks;
     with zeros in it, it changes no state either."""
     padded = [
-        tensor.new_zeros(batch.count * batch.width, *tensor.shape[1:])
+        tensor.new_zeros(batch.rows * batch.width, *tensor.shape[1:])
         .index_copy(0, batch.places, tensor.index_select(0, batch.slots))
-        .unflatten(0, (batch.count, batch.width))
+        .view(batch.rows, batch.width, *tensor.shape[1:])
         for tensor in tokens
     ]
     chunk = min(CHUNK, 1 << (batch.width - 1).bit_length())
