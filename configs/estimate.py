@@ -20,7 +20,9 @@ PCIE, NETWORK = 25e9, 50e9  # bytes a second that a GPU gets
 
 
 class Sizes(NamedTuple):
-    """Counts as in run.records.Parameters. longest: tokens of the longest row; 0: unknown."""
+    """Counts as in run.records.Parameters. experts: of the base, which quantisation does not reach;
+    experts_trained: of the adapter; active: of the base, for a token; 0: all; longest: tokens of the longest
+    row; 0: unknown."""
 
     total: int
     trainable: int
@@ -30,6 +32,9 @@ class Sizes(NamedTuple):
     hidden_size: int
     intermediate_size: int
     kv_width: int
+    experts: int = 0
+    experts_trained: int = 0
+    active: int = 0
     longest: int = 0
 
     @classmethod
@@ -116,7 +121,7 @@ def need(
     return MemoryNeed(
         weights=int(weights),
         gathered=int(gathered),
-        trained=int(_trained_bytes(config, sizes.trainable, name, world)),
+        trained=int(_trained_bytes(config, _trained(config, sizes), name, world)),
         activations=int(at_once * (kept + EAGER * passing)),
         logits=3 * min(4 * at_once * (sizes.head // sizes.hidden_size), LOGITS_AT_ONCE),
         reserve=RESERVE if machine.gpus else 0,
@@ -124,10 +129,13 @@ def need(
     )
 
 
-def break_even(config: Config, bandwidth: float) -> int:
+def break_even(config: Config, sizes: Sizes, bandwidth: float) -> int:
     """Return how many tokens in a GPU's micro-batch hide the gathering of the base, on an H100.
-    4 FLOP a number and token against 4 bytes a number (nf4: a quarter). bandwidth: bytes a second."""
-    return int(FLOPS / bandwidth / (4 if config.strategy.quantization == "nf4" else 1))
+    4 FLOP a token and number that it meets against 4 bytes a number (nf4: a quarter, but for experts).
+    bandwidth: bytes a second."""
+    quarter = 4 if config.strategy.quantization == "nf4" else 1
+    gathered = sizes.experts + (sizes.total - sizes.experts) / quarter
+    return int(FLOPS / bandwidth * (gathered / (sizes.active or sizes.total)))
 
 
 def decide(config: Config, sizes: Sizes | None, machine: Machine) -> Decision:
@@ -182,18 +190,19 @@ def _ways(config: Config, sizes: Sizes, machine: Machine) -> dict[tuple[str, str
 
 
 def _why(config: Config, sizes: Sizes, machine: Machine, group: str, chosen: MemoryNeed, *, name: str) -> str:
+    left, gpu = _left_as_it_is(config, sizes, machine), _gb(machine.gpu_bytes)
     if name == "ddp":
-        return f"the base takes {_gb(chosen.weights)} of each GPU's {_gb(machine.gpu_bytes)}"
+        return f"the base takes {_gb(chosen.weights)}{left} of each GPU's {gpu}"
     base, at_once = base_bytes(config, sizes, machine), tokens_at_once(config, sizes)
-    why = f"{_gb(chosen.weights)} of the base's {_gb(base)} on each GPU of {_gb(machine.gpu_bytes)}"
+    why = f"{_gb(chosen.weights)} of the base's {_gb(base)}{left} on each GPU of {gpu}"
     if group == "global" and machine.nodes > 1:
-        hidden = break_even(config, NETWORK)
+        hidden = break_even(config, sizes, NETWORK)
         why += (
             f"; it crosses between nodes twice a micro-batch, which {hidden:,} tokens on a GPU would hide at"
             f" {NETWORK / 1e9:.0f} GB/s (here {at_once:,})"
         )
     elif not machine.nvlink:
-        hidden = break_even(config, PCIE)
+        hidden = break_even(config, sizes, PCIE)
         why += (
             f"; without NVLink between them all it is gathered over PCIe, which {hidden:,} tokens on a GPU"
             f" would hide at {PCIE / 1e9:.0f} GB/s (here {at_once:,})"
@@ -216,24 +225,34 @@ def _would_allow_ddp(config: Config, sizes: Sizes, machine: Machine) -> list[str
         refused = problems(_changed(changed, name="ddp", shard_group="global"), machine)
         return not refused and need(changed, sizes, "ddp", machine).total <= machine.gpu_bytes
 
-    return [setting for setting, changed in _leaner(config, fits) if fits(changed)]
+    return [setting for setting, changed in _leaner(config, sizes, fits) if fits(changed)]
 
 
-def _leaner(config: Config, fits: Callable[[Config], Any]) -> list[tuple[str, Config]]:
-    """Return (setting, changed config) for settings that need less memory; both at once if neither fits."""
-    checkpointed = config.model_copy(
-        update={"train": config.train.model_copy(update={"gradient_checkpointing": True})}
-    )
-    ways = []
+def _leaner(config: Config, sizes: Sizes, fits: Callable[[Config], Any]) -> list[tuple[str, Config]]:
+    """Return (setting, changed config) for settings that need less memory; all at once if none fits."""
+    changes: list[tuple[str, Callable[[Config], Config]]] = []
     if not config.train.gradient_checkpointing:
-        ways.append(("train.gradient_checkpointing: true", checkpointed))
-    if config.strategy.quantization == "none":
-        ways.append(("strategy.quantization: nf4", _changed(config, quantization="nf4")))
-    if len(ways) == 2 and not any(fits(changed) for _, changed in ways):
-        ways.append(
-            (" with ".join(setting for setting, _ in ways), _changed(checkpointed, quantization="nf4"))
-        )
+        changes.append(("train.gradient_checkpointing: true", _checkpointed))
+    if config.strategy.quantization == "none" and 2 * sizes.experts < sizes.body:
+        changes.append(("strategy.quantization: nf4", lambda c: _changed(c, quantization="nf4")))
+    if sizes.experts_trained and config.lora.experts == "all":
+        changes.append(("lora.experts: shared", _without_experts))
+    ways = [(setting, change(config)) for setting, change in changes]
+    if len(ways) > 1 and not any(fits(changed) for _, changed in ways):
+        together = config
+        for _, change in changes:
+            together = change(together)
+        ways.append((" with ".join(setting for setting, _ in ways), together))
     return ways
+
+
+def _checkpointed(config: Config) -> Config:
+    train = config.train.model_copy(update={"gradient_checkpointing": True})
+    return config.model_copy(update={"train": train})
+
+
+def _without_experts(config: Config) -> Config:
+    return config.model_copy(update={"lora": config.lora.model_copy(update={"experts": "shared"})})
 
 
 def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, least: MemoryNeed) -> str:
@@ -243,7 +262,9 @@ def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, lea
         ways = _ways(changed, sizes, on)
         return next((way for (way, _), found in ways.items() if found.total <= machine.gpu_bytes), None)
 
-    ways_out = [f"{setting} ({way})" for setting, changed in _leaner(config, fits) if (way := fits(changed))]
+    ways_out = [
+        f"{setting} ({way})" for setting, changed in _leaner(config, sizes, fits) if (way := fits(changed))
+    ]
     for nodes in (2, 4, 8, 16):
         on = machine._replace(nodes=nodes * machine.nodes)
         if way := fits(config, on):
@@ -259,9 +280,10 @@ def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, lea
     return (
         f"strategy.name=auto: model.name_or_path={config.model.name_or_path} needs about {_gb(least.total)}"
         f" on {gpus} even with {name}, expected at most the {_gb(machine.gpu_bytes)} there are"
-        f" ({_gb(least.weights + least.gathered)} base, {_gb(least.trained)} adapter,"
-        f" {_gb(least.activations + least.logits)} for {tokens_at_once(config, sizes):,} tokens); what would"
-        f" fit: {cure}; or set strategy.name: {name} to try all the same"
+        f" ({_gb(least.weights + least.gathered)} base{_left_as_it_is(config, sizes, machine)},"
+        f" {_gb(least.trained)} adapter, {_gb(least.activations + least.logits)} for"
+        f" {tokens_at_once(config, sizes):,} tokens); what would fit: {cure}; or set strategy.name: {name} to"
+        " try all the same"
     )
 
 
@@ -275,10 +297,24 @@ def _bytes_a_number(config: Config, machine: Machine) -> int:
 
 
 def base_bytes(config: Config, sizes: Sizes, machine: Machine) -> float:
-    """Return the bytes of the whole base model."""
+    """Return the bytes of the whole base model. bitsandbytes quantises linear layers; a mixture's experts,
+    embeddings and head are none."""
     width = _bytes_a_number(config, machine)
     body = {"none": width, "nf4": NF4, "int8": 1}[config.strategy.quantization]
-    return body * sizes.body + width * (sizes.total - sizes.body)
+    linear = sizes.body - sizes.experts
+    return body * linear + width * (sizes.total - linear)
+
+
+def _left_as_it_is(config: Config, sizes: Sizes, machine: Machine) -> str:
+    """Return what is said of experts in a quantised base."""
+    if config.strategy.quantization == "none" or not sizes.experts:
+        return ""
+    experts = _gb(_bytes_a_number(config, machine) * sizes.experts)
+    return f" ({experts} of it experts, which {config.strategy.quantization} leaves as they are)"
+
+
+def _trained(config: Config, sizes: Sizes) -> int:
+    return sizes.trainable - (0 if config.lora.experts == "all" else sizes.experts_trained)
 
 
 def _trained_bytes(config: Config, count: int, name: str, world: int) -> float:

@@ -188,6 +188,15 @@ class Lora(Section):
         " match.",
     )
 
+    @model_validator(mode="after")
+    def _experts_are_part_of_all_linear(self) -> "Lora":
+        if self.experts != "all" and self.target_modules != "all-linear":
+            raise ValueError(
+                f"experts={self.experts} has no effect without target_modules: all-linear, here"
+                f" {self.target_modules}; name the experts' matrices in target_parameters, or remove experts"
+            )
+        return self
+
 
 SchedulerName = Literal[
     "linear",

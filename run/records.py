@@ -147,7 +147,7 @@ class Parameters(BaseModel, frozen=True):
     """Counts of numbers. body: all but embeddings and head, the output matrix; hidden_size,
     intermediate_size, kv_width: widths of a token's activations in a layer; for a mixture of experts, in
     those that the token meets; 0 in runs of a version before 0.1; work: None in runs of 0.1; kinds: {kind of
-    layers: its numbers}, empty in runs of 0.1."""
+    layers: its numbers}, empty in runs of 0.1; active: of the base, those that a token meets, 0 in them."""
 
     total: int
     trainable: int
@@ -159,6 +159,17 @@ class Parameters(BaseModel, frozen=True):
     kv_width: int = 0
     work: Work | None = None
     kinds: dict[str, OfKind] = {}
+    active: int = 0
+
+    @property
+    def experts(self) -> int:
+        """The base's numbers in matrices of experts."""
+        return self.kinds["experts"].total if "experts" in self.kinds else 0
+
+    @property
+    def experts_trained(self) -> int:
+        """The adapter's numbers on matrices of experts."""
+        return self.kinds["experts"].trained if "experts" in self.kinds else 0
 
 
 class SideCounts(BaseModel, frozen=True):

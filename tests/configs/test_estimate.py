@@ -1,7 +1,7 @@
 """What a run needs on each GPU, held against published runs; and what auto makes of it on real machines."""
 
 import pytest
-from traffic import traffic
+from traffic import MIXTURE, traffic
 
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import Machine
@@ -134,9 +134,11 @@ def test_traffic_is_the_adapter_s_once_a_step_and_the_base_s_twice_a_micro_batch
     assert traffic(config(), sizes, "fsdp", machine).micro_batch == int(2 * 15 / 16 * base)
     assert traffic(config(), sizes, "fsdp", machine, "node").micro_batch == int(2 * 7 / 8 * base)
     assert traffic(config(), sizes, "zero3", machine, "node").micro_batch == int((7 / 8 + 15 / 16) * base)
-    assert break_even(config(), 370e9) == 2_156
-    assert break_even(config(), 50e9) == 15_960
-    assert break_even(config({"quantization": "nf4"}), 50e9) == 3_990
+    assert break_even(config(), sizes, 370e9) == 2_156
+    assert break_even(config(), sizes, 50e9) == 15_960
+    assert break_even(config({"quantization": "nf4"}), sizes, 50e9) == 3_990
+    # experts are gathered, all of them, for the few that a token meets
+    assert break_even(config(), MIXTURE, 50e9) == int(15_960 * MIXTURE.total / MIXTURE.active)
 
 
 DECISIONS = [
@@ -218,9 +220,28 @@ DECISIONS = [
 ]
 
 
+DECISIONS += [
+    (
+        "30B-A3B",
+        {"quantization": "nf4"},
+        Machine(1, 1, 1, GPU80, True),
+        ("ddp", "global"),
+        "ddp, the base takes 59.7 GB (58.0 GB of it experts, which nf4 leaves as they are) of each GPU's"
+        " 85.5 GB",
+    ),
+    (
+        "30B-A3B",
+        {},
+        Machine(1, 8, 8, GPU40, True),
+        ("fsdp", "node"),
+        "fsdp over 8 GPUs, 7.6 GB of the base's 61.1 GB on each GPU of 42.9 GB",
+    ),
+]
+
+
 @pytest.mark.parametrize(("size", "strategy", "machine", "choice", "sentence"), DECISIONS)
 def test_auto_decides(size, strategy, machine, choice, sentence):
-    decision = decide(config(strategy), QWEN[size], machine)
+    decision = decide(config(strategy), (QWEN | {"30B-A3B": MIXTURE})[size], machine)
     assert (decision.name, decision.shard_group) == choice
     assert decision.sentence == f"strategy.name=auto: {sentence}"
 
@@ -289,6 +310,14 @@ REFUSED = "strategy.name=auto: model.name_or_path=Qwen/Qwen2.5 needs about "
             " or data.max_length: 256 (ddp); or set strategy.name: ddp to try all the same",
         ),
         (
+            "30B-A3B",
+            {},
+            Machine(1, 2, 2, GPU40),
+            "47.6 GB on each of 2 GPUs even with fsdp, expected at most the 42.9 GB there are (34.3 GB base,"
+            " 10.3 GB adapter, 1.0 GB for 2,048 tokens); what would fit: lora.experts: shared (fsdp) or 4"
+            " such GPUs (fsdp); or set strategy.name: fsdp to try all the same",
+        ),
+        (
             "72B",
             {},
             Machine(1, 1, 1, GPU24),
@@ -300,7 +329,7 @@ REFUSED = "strategy.name=auto: model.name_or_path=Qwen/Qwen2.5 needs about "
 )
 def test_what_fits_nowhere_is_refused_with_what_would_fit(size, train, machine, says):
     with pytest.raises(ValueError, match=".") as caught:
-        decide(config(train=train), QWEN[size], machine)
+        decide(config(train=train), (QWEN | {"30B-A3B": MIXTURE})[size], machine)
     assert str(caught.value) == REFUSED + says
 
 

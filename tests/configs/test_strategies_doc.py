@@ -3,19 +3,22 @@
 from pathlib import Path
 
 import pytest
-from traffic import NVLINK, traffic
+from traffic import MIXTURE, NVLINK, traffic
 
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import RULES, Machine
 from qwenlora.configs.estimate import NETWORK, PCIE, Sizes, break_even, need
+from qwenlora.configs.schema import Lora
 
-DOC = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+DOC = (DOCS / "strategies.md").read_text(encoding="utf-8")
 TWO_NODES = Machine(2, 8, 8, 81_559 * 2**20)
 QWEN = {  # total, trained at r 16, body, head, layers, hidden, intermediate, key and value widths
     "Qwen2.5-7B": Sizes(7_615_616_512, 40_370_176, 6_525_621_760, 544_997_376, 28, 3584, 18_944, 512),
     "Qwen2.5-32B": Sizes(32_763_876_352, 134_217_728, 31_206_740_992, 778_567_680, 64, 5120, 27_648, 1024),
     "Qwen2.5-72B": Sizes(72_706_203_648, 210_534_400, 70_214_787_072, 1_245_708_288, 80, 8192, 29_568, 1024),
 }
+SPEEDS = {"NVLink": NVLINK, "PCIe": PCIE, "network": NETWORK}
 WAYS = [
     ("ddp", "global", "none"),
     ("zero1", "global", "none"),
@@ -60,6 +63,17 @@ def figures() -> list[str]:
     return [*rows, f"| each of them, once a step | | | | {' | '.join(steps)} |"]
 
 
+def test_a_mixture_s_memory_is_as_it_would_be_computed_now():
+    machine, rows = TWO_NODES._replace(nodes=1), []
+    for experts in ("all", "shared"):
+        for name in ("ddp", "zero2", "zero3", "fsdp"):
+            here = config("none").model_copy(update={"lora": Lora(experts=experts)})
+            nf4 = here.model_copy(update={"strategy": config("nf4").strategy})
+            cells = [f"{need(each, MIXTURE, name, machine).total / 1e9:.1f}" for each in (here, nf4)]
+            rows.append(f"| {name}, `experts: {experts}` | {cells[0]} | {cells[1] * (name != 'fsdp')} |")
+    assert "\n".join(rows) in (DOCS / "models.md").read_text(encoding="utf-8"), "\n".join(rows)
+
+
 def refusals() -> list[str]:
     rows = [f"| {rule.what} | {rule.why} | {rule.instead} |" for rule in RULES]
     return ["| refused | because | instead |", "|---|---|---|", *rows]
@@ -71,8 +85,12 @@ def test_a_table_is_as_it_would_be_made_now(made):
 
 
 def test_the_break_evens_are_computed():
-    named = {"NVLink": break_even(config("none"), NVLINK), "PCIe": break_even(config("none"), PCIE)}
-    named |= {"network": break_even(config("none"), NETWORK), "nf4": break_even(config("nf4"), NETWORK)}
+    sizes = QWEN["Qwen2.5-7B"]
+    named = {name: break_even(config("none"), sizes, speed) for name, speed in SPEEDS.items()}
+    named |= {
+        "nf4": break_even(config("nf4"), sizes, NETWORK),
+        "30B": break_even(config("none"), MIXTURE, NETWORK),
+    }
     assert all(f"{tokens:,}" in DOC for tokens in named.values()), named
 
 

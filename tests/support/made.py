@@ -82,7 +82,7 @@ def plain_loss_and_gradients(
 
 def parameters_of(*counts: int) -> Parameters:
     """Return parameter counts, in the record's order."""
-    sizes = [name for name in Parameters.model_fields if name not in ("work", "kinds")]
+    sizes = [name for name in Parameters.model_fields if name not in ("work", "kinds", "active")]
     return Parameters(**dict(zip(sizes, counts, strict=True)))
 
 

@@ -9,6 +9,8 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from qwenlora.configs.combinations import Machine
+from qwenlora.configs.estimate import Sizes, base_bytes
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model import loading, pretrained
@@ -282,6 +284,22 @@ def test_a_quantised_base_is_really_stored_so_and_learns_after_an_evaluation(tin
     if how == "nf4":
         assert weight.quant_state.nested
         assert not any(getattr(layer, "support_avx512bf16_for_cpu", False) for layer in layers)
+
+
+@pytest.mark.parametrize("how", ["none", "nf4", "int8"])
+def test_the_estimate_has_the_bytes_of_a_mixture_that_quantisation_leaves(tmp_path, how):
+    settings = (
+        SIZES | MOE | {"hidden_size": 128, "num_hidden_layers": 1, "shared_expert_intermediate_size": 512}
+    )
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", **settings)).save_pretrained(tmp_path)
+    config = config_for(tmp_path, strategy=Strategy(quantization=how))
+    base = loading.load_base(config, str(tmp_path))
+    counted = sum(p.numel() * p.element_size() for p in base.parameters())
+    counted += sum(p.quant_state.absmax.numel() for p in base.parameters() if hasattr(p, "quant_state"))
+    estimated = base_bytes(config, Sizes.of(count_parameters(config, str(tmp_path))), Machine(1, 1, 0))
+    assert estimated == pytest.approx(counted, rel=0.05)
+    found = count_parameters(config, str(tmp_path))
+    assert found.active == found.total - found.experts / 2  # a token meets 2 of 4
 
 
 @pytest.mark.parametrize(

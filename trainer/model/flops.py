@@ -21,7 +21,7 @@ def work_of(model: Any, text_config: Any) -> Work:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     # embeddings are looked up; tied ones are the head, too
     outside = {id(p) for module in (head, embeddings) for p in module.parameters()}
-    share = _share_of_experts(text_config)
+    share = share_of_experts(text_config)
     body = {
         trained: sum(
             p.numel() * (share if "experts" in name.split(".") else 1)
@@ -62,7 +62,7 @@ def _matrices(module: Any) -> list[tuple[str, Any]]:
     return [(name, p) for name, p in named if p.ndim > 1 and "original_module" not in name.split(".")]
 
 
-def _share_of_experts(text_config: Any) -> float:
+def share_of_experts(text_config: Any) -> float:
     """Return the share of a layer's routed experts that a token meets."""
     counts = (getattr(text_config, name, None) for name in COUNTS_OF_EXPERTS)
     experts = next((count for count in counts if count), None)

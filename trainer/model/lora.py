@@ -12,7 +12,7 @@ from qwenlora.configs.schema import Config, Lora
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import targets
 from qwenlora.trainer.model.files import check_init_from
-from qwenlora.trainer.model.flops import work_of
+from qwenlora.trainer.model.flops import share_of_experts, work_of
 from qwenlora.trainer.model.kinds import count_kinds, count_trained
 from qwenlora.trainer.model.pretrained import load_config_of
 
@@ -143,6 +143,7 @@ def count_parameters(config: Config, base: str, saved: Path | None = None) -> Pa
         adapted = _inject(model, config.lora, None, saved)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     text = model_config.get_text_config()
+    experts = kinds["experts"].total if "experts" in kinds else 0
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Parameters(
         total=total,
@@ -155,6 +156,7 @@ def count_parameters(config: Config, base: str, saved: Path | None = None) -> Pa
         kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim,
         work=work_of(adapted, text),
         kinds=count_trained(adapted, kinds),
+        active=total - experts + round(experts * share_of_experts(text)),
     )
 
 

@@ -62,8 +62,11 @@ def rows(
 def _model(config: Config, facts: Facts) -> str:
     dtype = str(pick_dtype(config.model.dtype)).removeprefix("torch.")
     quantization = config.strategy.quantization
-    stored = "" if quantization == "none" else f", stored as {quantization}"
-    return f"{config.model.name_or_path} ({_rounded(facts.parameters.total)} parameters, {dtype}{stored})"
+    what = "all but its experts" if facts.parameters.experts else ""
+    stored = "" if quantization == "none" else f", {what} stored as {quantization}"
+    total, active = facts.parameters.total, facts.parameters.active
+    of_a_token = f", of which a token meets {_rounded(active)}" if 0 < active < total else ""
+    return f"{config.model.name_or_path} ({_rounded(total)} parameters{of_a_token}, {dtype}{stored})"
 
 
 def _trainable(config: Config, facts: Facts) -> str:
