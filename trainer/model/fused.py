@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from qwenlora.trainer.model.fused_experts import fuse_experts
 from qwenlora.trainer.model.fused_lora import fuse_lora
 from qwenlora.trainer.model.fused_norm import fuse_norms
 from qwenlora.trainer.model.fused_rope import fuse_rope
@@ -10,22 +11,33 @@ from qwenlora.trainer.model.fused_rope import fuse_rope
 
 @dataclass(frozen=True)
 class Fused:
-    """What was fused. layers: linear layers with LoRA; plain: those that keep peft's way; mlps, norms: whole
-    ones; rope: whether rotary embeddings were."""
+    """What was fused. layers: linear layers with LoRA; experts: mixtures with LoRA on their experts; plain,
+    plain_experts: those that keep peft's way; mlps, norms: whole ones; rope: whether rotary embeddings
+    were."""
 
     layers: int = 0
     plain: int = 0
     mlps: int = 0
     norms: int = 0
     rope: bool = False
+    experts: int = 0
+    plain_experts: int = 0
 
     def __str__(self) -> str:
-        """What the start-up table says, as `LoRA, MLPs, norms and RoPE`."""
-        names = {"LoRA": self.layers, "MLPs": self.mlps, "norms": self.norms, "RoPE": self.rope}
+        """What the start-up table says, as `LoRA, experts, MLPs, norms and RoPE`."""
+        names = {
+            "LoRA": self.layers,
+            "experts": self.experts,
+            "MLPs": self.mlps,
+            "norms": self.norms,
+            "RoPE": self.rope,
+        }
         *fused, last = [name for name, number in names.items() if number] or ["nothing"]
         left = (
             f"; {self.plain} of {self.plain + self.layers} layers with LoRA as in peft" if self.plain else ""
         )
+        if self.plain_experts:
+            left += f"; experts of {self.plain_experts} layers as in peft, which copies them in each step"
         return f"{', '.join(fused)} and {last}{left}" if fused else last + left
 
 
@@ -37,4 +49,5 @@ def fuse(model: Any, *, sharded_by_deepspeed: bool = False) -> Fused:
         return Fused(rope=rope)
     norms = fuse_norms(model)
     layers, mlps, plain = fuse_lora(model)
-    return Fused(layers, plain, mlps, norms, rope)
+    experts, plain_experts = fuse_experts(model)
+    return Fused(layers, plain, mlps, norms, rope, experts, plain_experts)

@@ -6,13 +6,14 @@ element-wise is made again. LoRA runs in the base's dtype where that is bfloat16
 copy of its input; its gradients are float32.
 
 `fuse_lora` decides for each module; what it does not know keeps its own way: DoRA, biases that are trained,
-several adapters, experts' own parameters, bases of unknown kinds.
+several adapters, bases of unknown kinds. LoRA on the experts of a mixture: fused_experts.py.
 """
 
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
@@ -20,7 +21,17 @@ from torch.distributed.tensor import DTensor
 from qwenlora.trainer.model.fused_norm import Kept, input_of, kept_for
 
 # transformers' classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x))
-MLPS = ("Qwen2MLP", "Qwen3MLP", "Qwen2MoeMLP", "Qwen3MoeMLP", "LlamaMLP", "MistralMLP")
+MLPS = (
+    "Qwen2MLP",
+    "Qwen3MLP",
+    "Qwen2MoeMLP",
+    "Qwen3MoeMLP",
+    "Qwen3NextMLP",
+    "Qwen3_5MLP",
+    "Qwen3_5MoeMLP",
+    "LlamaMLP",
+    "MistralMLP",
+)
 ADAPTER = "default"  # peft's name for the only adapter
 IN_4_BITS, IN_8_BITS = "Linear4bit", "Linear8bitLt"  # bitsandbytes' classes, and peft's over them
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, A and B
@@ -29,7 +40,8 @@ _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, A and B
 def fuse_lora(model: Any) -> tuple[int, int, int]:
     """Fuse layers and MLPs of a peft model; what is frozen now must stay so. Return how many layers, how many
     MLPs, and how many layers with LoRA keep peft's way. Not for a base under ZeRO-3."""
-    layers = [module for module in model.modules() if getattr(module, "lora_A", None)]
+    with_lora = [module for module in model.modules() if getattr(module, "lora_A", None)]
+    layers = [module for module in with_lora if not isinstance(module, ParamWrapper)]
     fusible = [layer for layer in layers if _is_fusible(layer)]
     for layer in fusible:
         layer.forward = MethodType(_linear_forward, layer)
@@ -172,7 +184,7 @@ def _in_base_dtype(x: Tensor) -> Tensor:
 
 
 def _linear_forward(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-    if _is_changed(layer, args, options):
+    if is_changed(layer, args, options):
         plain: Tensor = type(layer).forward(layer, x, *args, **options)
         return plain
     projection, pair = projection_of(layer)
@@ -180,7 +192,7 @@ def _linear_forward(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor
     return output
 
 
-def _is_changed(layer: Any, args: Any = (), options: Any = None) -> bool:
+def is_changed(layer: Any, args: Any = (), options: Any = None) -> bool:
     """Whether the adapter is off or merged, or the call is unusual: peft then knows what to do."""
     return bool(
         args or options or layer.disable_adapters or layer.merged or layer.active_adapters != [ADAPTER]
@@ -217,7 +229,7 @@ class _Linear(torch.autograd.Function):
 
 def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
     linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if any(_has_hooks(linear) or (hasattr(linear, "lora_A") and _is_changed(linear)) for linear in linears):
+    if any(_has_hooks(linear) or (hasattr(linear, "lora_A") and is_changed(linear)) for linear in linears):
         plain: Tensor = type(mlp).forward(mlp, x)
         return plain
     layers, pairs = zip(*(projection_of(linear) for linear in linears), strict=True)

@@ -1,0 +1,231 @@
+"""LoRA on the experts of a mixture, one function for autograd: for each token x W, then x A, then B.
+
+peft makes W + dW, a second copy of all experts, for each forward pass; autograd keeps that of each layer, and
+makes a gradient as large. Here each expert's rows are multiplied with its own W, A and B by torch's
+grouped_mm: on CUDA one kernel for all experts, on the CPU a loop over those that have rows. Kept for the
+backward pass are the input, gate and up, and the low-rank products.
+
+`fuse_experts` decides for each mixture; what it does not know keeps peft's way. peft's weights stay where
+they are: A [experts * r, in], one expert after the other; B [out, r * experts], in which experts take turns.
+"""
+
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from qwenlora.trainer.model.fused_lora import ADAPTER, is_changed
+
+UP, DOWN = "gate_up_proj", "down_proj"
+EVEN = 8  # grouped_mm takes rows of whole 16 bytes: eight numbers of bfloat16
+# what transformers says of experts that compute down(silu(gate) * up), with weights [experts, out, in]
+KNOWN = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of rows, A and B
+
+
+def fuse_experts(model: Any) -> tuple[int, int]:
+    """Fuse a peft model's mixtures that have LoRA on their experts; what is frozen now must stay so. Return
+    how many, and how many keep peft's way. Not for a base under ZeRO-3."""
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    wrapped = {id(wrapper.base_layer) for wrapper in wrappers}
+    outermost = [wrapper for wrapper in wrappers if id(wrapper) not in wrapped]
+    fusible = [wrapper for wrapper in outermost if _is_fusible(wrapper)]
+    for wrapper in fusible:
+        wrapper.forward = MethodType(_forward, wrapper)
+    return len(fusible), len(outermost) - len(fusible)
+
+
+def _chain(wrapper: Any) -> dict[str, Any]:
+    """Return peft's wrappers around the same experts, by the parameter that each adapts."""
+    wrappers = {}
+    while isinstance(wrapper, ParamWrapper):
+        wrappers[wrapper.parameter_name] = wrapper
+        wrapper = wrapper.base_layer
+    return wrappers
+
+
+def _is_fusible(wrapper: Any) -> bool:
+    wrappers, experts = _chain(wrapper), wrapper.get_base_layer()
+    return (
+        wrappers.keys() <= {UP, DOWN}
+        and all(list(one.lora_A) == [ADAPTER] for one in wrappers.values())
+        and _is_known(experts)
+        and all(_is_known_weight(getattr(experts, name)) for name in (UP, DOWN))
+    )
+
+
+def _is_known(experts: Any) -> bool:
+    return (
+        all(getattr(experts, name, None) is value for name, value in KNOWN.items())
+        and not getattr(experts, "has_post_expert_norm", False)
+        and not getattr(experts, "_is_expert_parallel", False)
+        and type(experts)._apply_gate.__module__ == "transformers.integrations.moe"  # not the model's own
+        and type(experts.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and "forward" not in vars(experts)
+    )
+
+
+def _is_known_weight(weight: Any) -> bool:
+    """Whether a weight is frozen, of plain numbers, and of a shape and on a device that grouped_mm takes."""
+    old = weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0)
+    return (
+        type(weight) in (nn.Parameter, DTensor)
+        and not weight.requires_grad
+        and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and not any(size % EVEN for size in weight.shape[1:])
+        and not old
+    )
+
+
+# ---- as plain computations. rows: [tokens * top_k, ...], one expert's after the other's; ends: [experts],
+# where each expert's end
+
+
+class Projection(NamedTuple):
+    """A matrix for each expert, weight [experts, out, in], and its LoRA, as peft has it, or None."""
+
+    weight: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    scaling: float
+
+
+def _matrices(a: Tensor, b: Tensor, layer: Projection) -> tuple[Tensor, Tensor]:
+    """Return A as [experts, r, in] and B, scaled, as [experts, out, r], in the weight's dtype. r is rounded
+    up, with zeros."""
+    a = a.view(len(layer.weight), -1, a.shape[1])
+    b = b.view(len(b), -1, len(layer.weight)).permute(2, 0, 1) * layer.scaling
+    more = -a.shape[1] % EVEN
+    a, b = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
+    return a.to(layer.weight.dtype), b.to(layer.weight.dtype).contiguous()
+
+
+def _products(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Return rows times their expert's matrix. matrices: [experts, in, out]."""
+    output: Tensor = nn.functional.grouped_mm(rows, matrices, offs=ends)
+    return output
+
+
+def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Return left^T right over each expert's rows, [experts, left's width, right's width]."""
+    return _products(left.t(), right, ends)
+
+
+def _project(layer: Projection, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return rows projected, and their products with A, [rows, r]."""
+    output = _products(rows, layer.weight.mT, ends)
+    if layer.a is None or layer.b is None:
+        return output, None
+    a, b = _matrices(layer.a, layer.b, layer)
+    low = _products(rows, a.mT, ends)
+    return output.add_(_products(low, b.mT, ends)), low
+
+
+def _gradients(
+    layer: Projection,
+    gradient: Tensor,
+    rows: Tensor,
+    low: Tensor | None,
+    ends: Tensor,
+    share: Tensor | None = None,
+    needed: bool = True,
+) -> _Gradients:
+    """Return the gradients of rows, A and B. share: [rows, 1], what the gradient is still to be multiplied
+    with, which that of rows is not; needed: whether that of rows is."""
+    of_rows = _products(gradient, layer.weight, ends) if needed else None
+    if layer.a is None or layer.b is None or low is None:
+        return of_rows, None, None
+    a, b = _matrices(layer.a, layer.b, layer)
+    below = _products(gradient, b, ends)
+    if of_rows is not None:
+        of_rows.add_(_products(below, a, ends))
+    if share is not None:
+        low, below = low * share, below * share
+    r = len(layer.a) // len(layer.weight)
+    of_a = _outer(below, rows, ends)[:, :r].reshape(layer.a.shape)
+    of_b = _outer(gradient, low, ends)[:, :, :r].permute(1, 2, 0).reshape(layer.b.shape)
+    return of_rows, of_a.to(layer.a.dtype), of_b.to(layer.b.dtype).mul_(layer.scaling)
+
+
+def _sums(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """Return the sum of each token's rows, [tokens, hidden]. order: of the rows."""
+    return rows[order.argsort()].view(-1, top_k, rows.shape[1]).sum(1)
+
+
+# ---- as a function for autograd
+
+
+class Mixture(NamedTuple):
+    """transformers' module of the experts, and the scaling of each LoRA. The weights of a sharded base are
+    there only while their layer runs."""
+
+    experts: Any
+    scalings: tuple[float, float]
+
+    def projections(self, weights: Any) -> tuple[Projection, Projection]:
+        """Return gate and up, and down. weights: A and B of each."""
+        a, b, a_of_down, b_of_down = weights
+        up, down = (getattr(self.experts, name) for name in (UP, DOWN))
+        return Projection(up, a, b, self.scalings[0]), Projection(
+            down, a_of_down, b_of_down, self.scalings[1]
+        )
+
+
+def _forward(wrapper: Any, x: Tensor, *routes: Any, **options: Any) -> Tensor:
+    """x: [tokens, hidden]; routes: each token's experts and their shares, both [tokens, top_k]."""
+    wrappers, experts = _chain(wrapper), wrapper.get_base_layer()
+    usual = len(routes) == 2 and not options and not (experts._forward_hooks or experts._forward_pre_hooks)
+    if not usual or any(is_changed(one) for one in wrappers.values()):
+        plain: Tensor = type(wrapper).forward(wrapper, x, *routes, **options)
+        return plain
+    weights: list[Tensor | None] = []
+    for one in (wrappers.get(UP), wrappers.get(DOWN)):
+        weights += [one.lora_A[ADAPTER].weight, one.lora_B[ADAPTER].weight] if one else [None, None]
+    scalings = tuple(wrappers[name].scaling[ADAPTER] if name in wrappers else 0.0 for name in (UP, DOWN))
+    output: Tensor = _Experts.apply(x, *routes, *weights, Mixture(experts, scalings))  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Experts(torch.autograd.Function):
+    """Experts with LoRA."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, chosen: Tensor, shares: Tensor, *rest: Any) -> Tensor:
+        *weights, mixture = rest
+        up, down = mixture.projections(weights)
+        experts, order = chosen.flatten().sort(stable=True)
+        numbers = torch.arange(len(up.weight), device=x.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        top_k = chosen.shape[1]
+        gate_up, low_of_up = _project(up, x.to(up.weight.dtype)[order // top_k], ends)
+        gate, second = gate_up.chunk(2, -1)
+        output, low_of_down = _project(down, nn.functional.silu(gate).mul_(second), ends)
+        ctx.mixture = mixture
+        ctx.save_for_backward(x, shares, order, ends, gate_up, low_of_up, low_of_down, *weights)
+        return _sums(output * shares.flatten()[order, None], order, top_k).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, shares, order, ends, gate_up, low_of_up, low_of_down, *weights = ctx.saved_tensors
+        up, down = ctx.mixture.projections(weights)
+        top_k, dtype = shares.shape[1], gate_up.dtype
+        share = shares.flatten()[order, None].to(dtype)
+        gate, second = gate_up.chunk(2, -1)
+        silu = nn.functional.silu(gate)
+        rows, active = gradient.to(dtype)[order // top_k], silu * second
+        of_active, *of_down = _gradients(down, rows, active, low_of_down, ends, share)
+        assert of_active is not None
+        of_shares = torch.empty_like(shares).view(-1)
+        of_shares[order] = (of_active * active).sum(-1).to(shares.dtype)
+        of_active.mul_(share)
+        of_gate = torch.ops.aten.silu_backward(of_active * second, gate)
+        of_gate_up = torch.cat([of_gate, of_active * silu], -1)
+        rows, needed = x.to(dtype)[order // top_k], ctx.needs_input_grad[0]
+        of_rows, *of_up = _gradients(up, of_gate_up, rows, low_of_up, ends, needed=needed)
+        of_x = _sums(of_rows, order, top_k).to(x.dtype) if of_rows is not None else None
+        return of_x, None, of_shares.view(shares.shape), *of_up, *of_down, None
