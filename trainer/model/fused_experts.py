@@ -97,11 +97,12 @@ class Projection(NamedTuple):
 def _matrices(a: Tensor, b: Tensor, layer: Projection) -> tuple[Tensor, Tensor]:
     """Return A as [experts, r, in] and B, scaled, as [experts, out, r], in the weight's dtype. r is rounded
     up, with zeros."""
-    a = a.view(len(layer.weight), -1, a.shape[1])
-    b = b.view(len(b), -1, len(layer.weight)).permute(2, 0, 1) * layer.scaling
-    more = -a.shape[1] % EVEN
-    a, b = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
-    return a.to(layer.weight.dtype), b.to(layer.weight.dtype).contiguous()
+    experts, dtype = len(layer.weight), layer.weight.dtype
+    a = a.view(experts, -1, a.shape[1]).to(dtype)
+    b = b.view(-1, experts).t().mul(layer.scaling).to(dtype).contiguous().view(experts, len(b), -1)
+    if more := -a.shape[1] % EVEN:
+        a, b = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
+    return a, b
 
 
 def _products(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ def _gradients(
 
 def _sums(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
     """Return the sum of each token's rows, [tokens, hidden]. order: of the rows."""
-    return rows[order.argsort()].view(-1, top_k, rows.shape[1]).sum(1)
+    return rows.index_select(0, order.argsort()).view(-1, top_k, rows.shape[1]).sum(1)
 
 
 # ---- as a function for autograd
@@ -200,13 +201,13 @@ class _Experts(torch.autograd.Function):
         experts, order = chosen.flatten().sort(stable=True)
         numbers = torch.arange(len(up.weight), device=x.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        top_k = chosen.shape[1]
-        gate_up, low_of_up = _project(up, x.to(up.weight.dtype)[order // top_k], ends)
+        top_k, share = chosen.shape[1], shares.flatten()[order, None].to(up.weight.dtype)
+        gate_up, low_of_up = _project(up, x.to(up.weight.dtype).index_select(0, order // top_k), ends)
         gate, second = gate_up.chunk(2, -1)
         output, low_of_down = _project(down, nn.functional.silu(gate).mul_(second), ends)
         ctx.mixture = mixture
         ctx.save_for_backward(x, shares, order, ends, gate_up, low_of_up, low_of_down, *weights)
-        return _sums(output * shares.flatten()[order, None], order, top_k).to(x.dtype)
+        return _sums(output.mul_(share), order, top_k).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -217,15 +218,17 @@ class _Experts(torch.autograd.Function):
         share = shares.flatten()[order, None].to(dtype)
         gate, second = gate_up.chunk(2, -1)
         silu = nn.functional.silu(gate)
-        rows, active = gradient.to(dtype)[order // top_k], silu * second
+        rows, active = gradient.to(dtype).index_select(0, order // top_k), silu * second
         of_active, *of_down = _gradients(down, rows, active, low_of_down, ends, share)
         assert of_active is not None
         of_shares = torch.empty_like(shares).view(-1)
         of_shares[order] = (of_active * active).sum(-1).to(shares.dtype)
         of_active.mul_(share)
-        of_gate = torch.ops.aten.silu_backward(of_active * second, gate)
-        of_gate_up = torch.cat([of_gate, of_active * silu], -1)
-        rows, needed = x.to(dtype)[order // top_k], ctx.needs_input_grad[0]
+        of_gate_up = torch.empty_like(gate_up)
+        of_gate, of_second = of_gate_up.chunk(2, -1)
+        torch.mul(of_active, silu, out=of_second)
+        torch.ops.aten.silu_backward.grad_input(of_active.mul_(second), gate, grad_input=of_gate)
+        rows, needed = x.to(dtype).index_select(0, order // top_k), ctx.needs_input_grad[0]
         of_rows, *of_up = _gradients(up, of_gate_up, rows, low_of_up, ends, needed=needed)
         of_x = _sums(of_rows, order, top_k).to(x.dtype) if of_rows is not None else None
         return of_x, None, of_shares.view(shares.shape), *of_up, *of_down, None
