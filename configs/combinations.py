@@ -89,14 +89,6 @@ RULES = (
         _WHOLE_BASE,
     ),
     Rule(
-        "sharded-target-parameters",
-        "`zero3`, `fsdp` with `lora.target_parameters`",
-        lambda c, m: c.strategy.name in SHARDED and bool(c.lora.target_parameters),
-        f"{_NAME} with lora.target_parameters={{config.lora.target_parameters}}",
-        "peft swaps these parameters for computed ones, which parameters in parts do not allow",
-        _WHOLE_BASE,
-    ),
-    Rule(
         "zero3-modules-to-save",
         "`zero3` with `lora.modules_to_save`",
         lambda c, m: c.strategy.name == "zero3" and bool(c.lora.modules_to_save),

@@ -49,13 +49,6 @@ REFUSED = {
         "strategy.name=fsdp with lora.use_dora=true: DoRA takes the norm of whole base weights in each"
         " forward pass, and here a GPU has parts; set strategy.name: zero2 or ddp",
     ),
-    "sharded-target-parameters": (
-        NODE,
-        {"strategy": {"name": "zero3"}, "lora": {"target_parameters": ["mlp.experts.down_proj"]}},
-        "strategy.name=zero3 with lora.target_parameters=['mlp.experts.down_proj']: peft swaps these"
-        " parameters for computed ones, which parameters in parts do not allow; set strategy.name: zero2 or"
-        " ddp",
-    ),
     "zero3-modules-to-save": (
         NODE,
         {"strategy": {"name": "zero3"}, "lora": {"modules_to_save": ["embed_tokens"]}},
@@ -256,7 +249,6 @@ MEANT_FOR = {
     "fsdp-quantization": {"fsdp"},
     "float16": {"zero1", "zero2", "zero3", "fsdp"},
     "sharded-dora": {"zero3", "fsdp"},
-    "sharded-target-parameters": {"zero3", "fsdp"},
     "zero3-modules-to-save": {"zero3"},
     "deepspeed-config": {"auto", "ddp", "fsdp"},
 }

@@ -120,7 +120,10 @@ def make_base(folder: Path, kind: str, *, tied: bool) -> Path:
         "tie_word_embeddings": tied,
     }
     model: Any
-    if kind in HYBRIDS:
+    if kind == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, head_dim=16, **sizes | experts))
+    elif kind in HYBRIDS:
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(kind, head_dim=16, **sizes | HYBRIDS[kind])
         )
@@ -159,7 +162,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
     assert not cell.end_to_end or attend_row_by_row(base, states_apart=keep_states_apart(base))
     torch.manual_seed(config.train.seed)
     model = add_lora(base, config.lora)
-    fuse(model, sharded_by_deepspeed=spread.name == "zero3")
+    fused = fuse(model, sharded_by_deepspeed=spread.name == "zero3")
     words = AutoTokenizer.from_pretrained(tokenizer)
     saver = (
         Saver(run, NO_IDENTITY, world, limit=None, in_background=True, timeout_s=600) if rank == 0 else None
@@ -203,6 +206,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
         "norms": {h["step"]: float(h["grad_norm"]) for h in history if "loss" in h},
         "eval": {h["step"]: h["eval_loss"] for h in history if "eval_loss" in h},
         "moved": moved,
+        "fused": str(fused),
         "held": held(trainer, model),
         "adapter": digest(run.adapter) if rank == 0 else "",
     }

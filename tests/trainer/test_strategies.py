@@ -44,6 +44,14 @@ def assert_close(one: dict, other: dict, *, at: float = CLOSE) -> None:
     assert max(abs(one["norms"][step] / other["norms"][step] - 1) for step in one["norms"]) < 1e-4
 
 
+def all_in_parts(folder: Path) -> str:
+    """Return DeepSpeed's config without which it keeps small weights whole, and so many that are in use."""
+    parts = folder / "parts.json"
+    keys = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+    parts.write_text(json.dumps({"zero_optimization": {f"stage3_{key}": 0 for key in keys}}))
+    return str(parts)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tiny) -> str:
     return str(tiny)
@@ -55,11 +63,8 @@ def matrix(request, tmp_path_factory, tokenizer):
     strategy."""
     folder = tmp_path_factory.mktemp("matrix")
     base = str(make_base(folder / "base", request.param[0], tied=request.param[1]))
-    parts = folder / "parts.json"  # DeepSpeed would keep small weights whole, and so many that are in use
-    keys = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-    parts.write_text(json.dumps({"zero_optimization": {f"stage3_{key}": 0 for key in keys}}))
     start = Cell(base, "")
-    own = {"zero3": {"deepspeed_config": str(parts)}}
+    own = {"zero3": {"deepspeed_config": all_in_parts(folder)}}
     cells = [start.under(name, folder / name, **own.get(name, {})) for name in NAMES]
     one = run_ranks(run_cells, 1, [start.under("ddp", folder / "one")], tokenizer)
     two = run_ranks(run_cells, 2, cells, tokenizer)
@@ -153,6 +158,24 @@ def test_a_quantised_base_gives_the_numbers_of_one_process(small, tmp_path, toke
         assert held["optimizer_numbers"] < 0.6 * one["held"]["optimizer_numbers"] or name == "ddp"
         adapter = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         assert max((first[key] - adapter[key]).abs().max() for key in first) <= CLOSE, name
+
+
+def test_experts_are_trained_alike(tmp_path, tokenizer):
+    """With nothing of the base whole on a rank, and with layers computed again in the backward pass."""
+    base = str(make_base(tmp_path / "base", "qwen3_moe", tied=True))
+    experts = {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    }
+    start = Cell(base, "", steps=3, save_steps=3, lora=experts, train={"gradient_checkpointing": True})
+    own = {"zero3": {"deepspeed_config": all_in_parts(tmp_path)}}
+    names = ("ddp", "fsdp", "zero3")
+    cells = [start.under(name, tmp_path / name, **own.get(name, {})) for name in names]
+    whole, *in_parts = run_ranks(run_cells, 2, cells, tokenizer)[0]
+    for spread in in_parts:
+        assert "experts" in spread["fused"]
+        assert_close(spread, whole)
+        assert spread["held"]["base_bytes"] < 0.6 * whole["held"]["base_bytes"]
 
 
 def test_a_base_in_bfloat16_is_trained_alike(small, tmp_path, tokenizer):

@@ -43,11 +43,11 @@ class Fused:
 
 def fuse(model: Any, *, sharded_by_deepspeed: bool = False) -> Fused:
     """Fuse what can be fused in a peft model; it computes the same, to rounding. sharded_by_deepspeed: the
-    base is under ZeRO-3, whose weights are there only while their module runs."""
+    base is under ZeRO-3, whose weights are there only while their module runs: norms and layers are left."""
     rope = fuse_rope(model)
+    experts, plain_experts = fuse_experts(model)
     if sharded_by_deepspeed:
-        return Fused(rope=rope)
+        return Fused(rope=rope, experts=experts, plain_experts=plain_experts)
     norms = fuse_norms(model)
     layers, mlps, plain = fuse_lora(model)
-    experts, plain_experts = fuse_experts(model)
     return Fused(layers, plain, mlps, norms, rope, experts, plain_experts)

@@ -29,7 +29,7 @@ _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of rows, A an
 
 def fuse_experts(model: Any) -> tuple[int, int]:
     """Fuse a peft model's mixtures that have LoRA on their experts; what is frozen now must stay so. Return
-    how many, and how many keep peft's way. Not for a base under ZeRO-3."""
+    how many, and how many keep peft's way."""
     wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
     wrapped = {id(wrapper.base_layer) for wrapper in wrappers}
     outermost = [wrapper for wrapper in wrappers if id(wrapper) not in wrapped]
@@ -72,11 +72,12 @@ def _is_known(experts: Any) -> bool:
 def _is_known_weight(weight: Any) -> bool:
     """Whether a weight is frozen, of plain numbers, and of a shape and on a device that grouped_mm takes."""
     old = weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0)
+    shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 has it there
     return (
         type(weight) in (nn.Parameter, DTensor)
         and not weight.requires_grad
         and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and not any(size % EVEN for size in weight.shape[1:])
+        and not any(size % EVEN for size in shape[1:])
         and not old
     )
 
@@ -161,23 +162,27 @@ def _sums(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
 
 
 class Mixture(NamedTuple):
-    """transformers' module of the experts, and the scaling of each LoRA. The weights of a sharded base are
-    there only while their layer runs."""
+    """transformers' module of the experts, and the scalings of LoRA. Its weights are read when they are
+    needed: those of a sharded base are there only while their layer runs."""
 
     experts: Any
-    scalings: tuple[float, float]
+    scaling: float
+    scaling_of_down: float
 
     def projections(self, weights: Any) -> tuple[Projection, Projection]:
         """Return gate and up, and down. weights: A and B of each."""
         a, b, a_of_down, b_of_down = weights
         up, down = (getattr(self.experts, name) for name in (UP, DOWN))
-        return Projection(up, a, b, self.scalings[0]), Projection(
-            down, a_of_down, b_of_down, self.scalings[1]
+        return Projection(up, a, b, self.scaling), Projection(
+            down, a_of_down, b_of_down, self.scaling_of_down
         )
 
 
 def _forward(wrapper: Any, x: Tensor, *routes: Any, **options: Any) -> Tensor:
-    """x: [tokens, hidden]; routes: each token's experts and their shares, both [tokens, top_k]."""
+    """x: [tokens, hidden]; routes: each token's experts and their shares, both [tokens, top_k].
+
+    Under ZeRO-3, weights read here belong to this module, whose hooks gather them for the backward pass, too.
+    """
     wrappers, experts = _chain(wrapper), wrapper.get_base_layer()
     usual = len(routes) == 2 and not options and not (experts._forward_hooks or experts._forward_pre_hooks)
     if not usual or any(is_changed(one) for one in wrappers.values()):
@@ -186,8 +191,9 @@ def _forward(wrapper: Any, x: Tensor, *routes: Any, **options: Any) -> Tensor:
     weights: list[Tensor | None] = []
     for one in (wrappers.get(UP), wrappers.get(DOWN)):
         weights += [one.lora_A[ADAPTER].weight, one.lora_B[ADAPTER].weight] if one else [None, None]
-    scalings = tuple(wrappers[name].scaling[ADAPTER] if name in wrappers else 0.0 for name in (UP, DOWN))
-    output: Tensor = _Experts.apply(x, *routes, *weights, Mixture(experts, scalings))  # type: ignore[no-untyped-call]
+    scaling = {name: float(one.scaling[ADAPTER]) for name, one in wrappers.items()}
+    mixture = Mixture(experts, scaling.get(UP, 0.0), scaling.get(DOWN, 0.0))
+    output: Tensor = _Experts.apply(x, *routes, *weights, mixture)  # type: ignore[no-untyped-call]
     return output
 
 
