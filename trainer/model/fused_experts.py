@@ -86,7 +86,7 @@ def _is_known_weight(weight: Any) -> bool:
 # where each expert's end
 
 
-class Projection(NamedTuple):
+class Matrices(NamedTuple):
     """A matrix for each expert, weight [experts, out, in], and its LoRA, as peft has it, or None."""
 
     weight: Tensor
@@ -95,7 +95,7 @@ class Projection(NamedTuple):
     scaling: float
 
 
-def _matrices(a: Tensor, b: Tensor, layer: Projection) -> tuple[Tensor, Tensor]:
+def _pair_of(a: Tensor, b: Tensor, layer: Matrices) -> tuple[Tensor, Tensor]:
     """Return A as [experts, r, in] and B, scaled, as [experts, out, r], in the weight's dtype. r is rounded
     up, with zeros."""
     experts, dtype = len(layer.weight), layer.weight.dtype
@@ -117,18 +117,18 @@ def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return _products(left.t(), right, ends)
 
 
-def _project(layer: Projection, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor | None]:
+def _project(layer: Matrices, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return rows projected, and their products with A, [rows, r]."""
     output = _products(rows, layer.weight.mT, ends)
     if layer.a is None or layer.b is None:
         return output, None
-    a, b = _matrices(layer.a, layer.b, layer)
+    a, b = _pair_of(layer.a, layer.b, layer)
     low = _products(rows, a.mT, ends)
     return output.add_(_products(low, b.mT, ends)), low
 
 
 def _gradients(
-    layer: Projection,
+    layer: Matrices,
     gradient: Tensor,
     rows: Tensor,
     low: Tensor | None,
@@ -141,7 +141,7 @@ def _gradients(
     of_rows = _products(gradient, layer.weight, ends) if needed else None
     if layer.a is None or layer.b is None or low is None:
         return of_rows, None, None
-    a, b = _matrices(layer.a, layer.b, layer)
+    a, b = _pair_of(layer.a, layer.b, layer)
     below = _products(gradient, b, ends)
     if of_rows is not None:
         of_rows.add_(_products(below, a, ends))
@@ -169,13 +169,11 @@ class Mixture(NamedTuple):
     scaling: float
     scaling_of_down: float
 
-    def projections(self, weights: Any) -> tuple[Projection, Projection]:
+    def matrices(self, weights: Any) -> tuple[Matrices, Matrices]:
         """Return gate and up, and down. weights: A and B of each."""
         a, b, a_of_down, b_of_down = weights
         up, down = (getattr(self.experts, name) for name in (UP, DOWN))
-        return Projection(up, a, b, self.scaling), Projection(
-            down, a_of_down, b_of_down, self.scaling_of_down
-        )
+        return Matrices(up, a, b, self.scaling), Matrices(down, a_of_down, b_of_down, self.scaling_of_down)
 
 
 def _forward(wrapper: Any, x: Tensor, *routes: Any, **options: Any) -> Tensor:
@@ -203,7 +201,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, chosen: Tensor, shares: Tensor, *rest: Any) -> Tensor:
         *weights, mixture = rest
-        up, down = mixture.projections(weights)
+        up, down = mixture.matrices(weights)
         experts, order = chosen.flatten().sort(stable=True)
         numbers = torch.arange(len(up.weight), device=x.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
@@ -219,7 +217,7 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, shares, order, ends, gate_up, low_of_up, low_of_down, *weights = ctx.saved_tensors
-        up, down = ctx.mixture.projections(weights)
+        up, down = ctx.mixture.matrices(weights)
         top_k, dtype = shares.shape[1], gate_up.dtype
         share = shares.flatten()[order, None].to(dtype)
         gate, second = gate_up.chunk(2, -1)
