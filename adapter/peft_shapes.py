@@ -4,6 +4,7 @@ config.json. ordinary.py knows them without peft where nothing is unusual."""
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
@@ -25,7 +26,9 @@ def check_shapes(subject: Subject, file: Path, weights: Mapping[str, TensorValue
             base, trust_remote_code=subject.config.model.trust_remote_code
         )
         try:
-            model = get_peft_model(model, PeftConfig.from_pretrained(str(subject.adapter)))
+            settings: Any = PeftConfig.from_pretrained(str(subject.adapter))
+            settings.init_lora_weights = True  # of numbers that are not there
+            model = get_peft_model(model, settings)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{file.parent / ADAPTER_CONFIG} does not fit {subject.base}: {str(error).splitlines()[0]}"

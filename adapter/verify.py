@@ -22,7 +22,7 @@ from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, sha256
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model import quantised
-from qwenlora.trainer.model.files import STACKED
+from qwenlora.trainer.model.files import PATTERNS, without_peft_s_own
 from qwenlora.trainer.model.headers import TensorValues
 
 if TYPE_CHECKING:
@@ -33,14 +33,8 @@ else:
     pretrained = Deferred("qwenlora.trainer.model.pretrained", quietly=False)
 
 # keys that a run's config cannot set, and that change what an adapter does but no shape
-PLAIN = {
-    "alpha_pattern": {},
-    "rank_pattern": {},
-    "init_lora_weights": True,
-    "alora_invocation_tokens": None,
-    "layer_replication": None,
-    "fan_in_fan_out": False,
-}
+PLAIN = {"alora_invocation_tokens": None, "layer_replication": None, "fan_in_fan_out": False}
+SET = ("r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", *PATTERNS)
 
 
 @dataclass(frozen=True)
@@ -135,11 +129,11 @@ def _check_settings(subject: Subject, config: AdapterConfig) -> None:
     if subject.run is None:
         return
     lora = subject.config.lora
-    expected = {key: getattr(lora, key) for key in ("r", "lora_alpha", "use_rslora", "use_dora")} | PLAIN
+    expected = {key: getattr(lora, key) for key in SET} | PLAIN
     for key, trained in expected.items():
         value = config.get(key, trained)
-        if isinstance(value, dict):  # peft adds entries of its own for experts, whose matrices are stacked
-            value = {module: number for module, number in value.items() if not module.endswith(STACKED)}
+        if key in PATTERNS:
+            value = without_peft_s_own(value or {}, trained)
         if value != trained:
             raise ValueError(
                 f"{subject.adapter}/{ADAPTER_CONFIG} says {key}={value}, the run was trained with {trained};"

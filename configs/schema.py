@@ -14,6 +14,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     Tag,
+    field_validator,
     model_validator,
 )
 
@@ -177,6 +178,25 @@ class Lora(Section):
         None,
         description="nn.Parameter names, for MoE experts that are not nn.Linear: [mlp.experts.gate_up_proj].",
     )
+    rank_pattern: dict[Text, PositiveInt] = Field(
+        default_factory=dict,
+        description="Other ranks, as {down_proj: 32, 'layers\\.0\\..*': 4}: regular expressions for ends of"
+        " names.",
+    )
+    alpha_pattern: dict[Text, PositiveInt] = Field(
+        default_factory=dict, description="Other lora_alpha, as rank_pattern has ranks."
+    )
+    exclude_modules: Text | list[Text] | None = Field(
+        None, description="What target_modules leave out: ends of names, or a regular expression."
+    )
+    layers_to_transform: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(
+        None, description="The layers that get LoRA, from 0. Default: all."
+    )
+    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = Field(
+        True,
+        description="How A and B begin. true: A uniform (Kaiming), B zero; gaussian: A normal, B zero;"
+        " orthogonal: both, with a product of zero.",
+    )
     modules_to_save: list[Text] | None = Field(
         None, description="Modules trained in full and saved whole, as [embed_tokens]."
     )
@@ -187,6 +207,37 @@ class Lora(Section):
         description="An adapter folder to continue from. Its own r, alpha and modules are used and must"
         " match.",
     )
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _starts_that_leave_the_base(cls, value: object) -> object:
+        name = value.lower() if isinstance(value, str) else ""
+        if name.startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica")):
+            raise ValueError(
+                f"init_lora_weights={value} changes the base: a resume, a merge and a server would need that"
+                " other base, too; expected true, gaussian or orthogonal"
+            )
+        if name == "eva":
+            raise ValueError(
+                "init_lora_weights=eva needs the rows' activations before the start, which are not computed"
+                " here; expected true, gaussian or orthogonal"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _starts_and_layers_have_their_conditions(self) -> "Lora":
+        if self.init_lora_weights == "orthogonal":
+            if odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]:
+                raise ValueError(f"init_lora_weights=orthogonal needs even ranks, and {odd[0]} is odd")
+            if self.target_parameters:
+                raise ValueError("init_lora_weights=orthogonal does not go with target_parameters; remove it")
+        pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if self.layers_to_transform is not None and pattern:
+            raise ValueError(
+                f"layers_to_transform does not go with a pattern, target_modules={self.target_modules}; write"
+                " the layers into the pattern"
+            )
+        return self
 
     @model_validator(mode="after")
     def _experts_are_part_of_all_linear(self) -> "Lora":

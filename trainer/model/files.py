@@ -6,7 +6,13 @@ from qwenlora.configs.schema import Config, Lora
 from qwenlora.trainer.model.base import TINY, resolve
 from qwenlora.trainer.model.damage import AGAIN, check_file, check_tokenizer, read_json, weight_files
 
+PATTERNS = ("rank_pattern", "alpha_pattern")
 STACKED = "gate_up_proj"  # two matrices in one: peft doubles its rank where it renames modules to it
+
+
+def without_peft_s_own(saved: dict[str, int], ours: dict[str, int]) -> dict[str, int]:
+    """Return an adapter's rank_pattern or alpha_pattern without what peft itself adds to it. ours: lora's."""
+    return {name: number for name, number in saved.items() if name in ours or not name.endswith(STACKED)}
 
 
 def check_files(config: Config) -> None:
@@ -44,10 +50,12 @@ def check_init_from(lora: Lora) -> None:
                 f"lora.init_from={lora.init_from} has {key}={saved[key]}, the config says"
                 f" {getattr(lora, key)}; set lora.{key}: {saved[key]}"
             )
-    for key in ("rank_pattern", "alpha_pattern"):
-        # peft writes entries of its own for experts, whose gate and up are one matrix
-        if any(not name.endswith(STACKED) for name in saved.get(key) or ()):
-            raise ValueError(f"lora.init_from={lora.init_from} has a {key}, which qwenlora has no key for")
+    for key in PATTERNS:
+        if (has := without_peft_s_own(saved.get(key) or {}, ours := getattr(lora, key))) != ours:
+            raise ValueError(
+                f"lora.init_from={lora.init_from} has {key}={has}, the config says {ours}; set lora.{key}:"
+                f" {has}"
+            )
     files = list(folder.glob("adapter_model.*"))
     if not files:
         raise ValueError(f"lora.init_from={lora.init_from} has no adapter_model.safetensors; {AGAIN}")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qwenlora.configs.schema import Config, Lora
 from qwenlora.run.records import Parameters
-from qwenlora.trainer.model import targets
+from qwenlora.trainer.model import patterns, targets
 from qwenlora.trainer.model.files import check_init_from
 from qwenlora.trainer.model.flops import share_of_experts, work_of
 from qwenlora.trainer.model.kinds import count_kinds, count_trained
@@ -33,7 +33,11 @@ def lora_config(lora: Lora, tied: bool) -> LoraConfig:
         lora_dropout=lora.lora_dropout,
         target_modules=lora.target_modules,
         target_parameters=lora.target_parameters,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        exclude_modules=lora.exclude_modules,
         modules_to_save=saved or None,
+        init_lora_weights=lora.init_lora_weights,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         ensure_weight_tying=tied and "embed_tokens" in saved,
@@ -60,14 +64,23 @@ def _inject(model: Any, lora: Lora, revision: str | None, saved: Path | None) ->
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     _check_names("modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
     _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])
+    patterns.check_selection(model, lora)
     settings = lora_config(lora, tied)
     if isinstance(lora.target_modules, str) and lora.target_modules.lower() == targets.ALL_LINEAR:
         targets.resolve(model, lora, settings, saved)
+    settings.layers_to_transform = lora.layers_to_transform  # not for all-linear, says peft's constructor
+    if model.device.type == "meta":
+        settings.init_lora_weights = True  # numbers that count nothing
     try:
         with targets.as_named(model, settings) as names:
             peft_model = get_peft_model(model, names, revision=revision)
     except ValueError as error:
         raise ValueError(_refusal(lora, str(error))) from error
+    tuner = peft_model.base_model
+    patterns.check_excluded(lora, tuner.targeted_parameter_names)
+    if not saved:  # of an older version, it may have peft's own
+        adapted = (*tuner.targeted_module_names, *tuner.targeted_parameter_names)
+        patterns.check_patterns(lora, settings, adapted)
     if names is not settings:
         written = peft_model.peft_config["default"]
         written.target_modules, written.target_parameters = (

@@ -20,6 +20,7 @@ from torch import nn
 
 from qwenlora.configs.schema import Lora
 from qwenlora.trainer.model.kinds import kind_of, linear_layers, stacks
+from qwenlora.trainer.model.patterns import is_chosen
 
 ALL_LINEAR = "all-linear"
 NOT_LINEAR = ("head", "embeddings", "router")  # kinds that all-linear leaves out
@@ -27,11 +28,13 @@ LEFT_OUT = {"all": (), "shared": ("experts",), "none": ("experts", "shared exper
 
 
 def resolve(model: nn.Module, lora: Lora, settings: LoraConfig, saved: Path | None) -> None:
-    """Put the names that all-linear means into peft's settings; on models without experts leave it to peft.
+    """Put the names that all-linear means into peft's settings; on models without experts peft knows them.
     saved: the checkpoint that the run goes on from; what it, or else lora.init_from, trains is trained.
     Raises: ValueError when that is not what lora.experts says."""
     stacked = stacks(model)
     if not stacked:
+        if lora.layers_to_transform is not None:  # peft wants names then
+            settings.target_modules = _modules(model, ())
         return
     if like := saved or (Path(lora.init_from).expanduser() if lora.init_from else None):
         theirs: Any = PeftConfig.from_pretrained(str(like))
@@ -41,10 +44,20 @@ def resolve(model: nn.Module, lora: Lora, settings: LoraConfig, saved: Path | No
             setattr(settings, key, getattr(theirs, key))
         return
     modules = _modules(model, LEFT_OUT[lora.experts])
-    parameters = {_end(name, 3) for name in stacked} if lora.experts == "all" else set()
     misread = taken_for_experts(model, modules)
+    named_by_weight = {f"{name}.weight" for name in misread}
     settings.target_modules = modules - misread
-    settings.target_parameters = sorted(parameters | {f"{name}.weight" for name in misread}) or None
+    parameters = {_end(name, 3) for name in stacked} if lora.experts == "all" else set()
+    parameters = _chosen(model, lora, parameters | named_by_weight)
+    settings.target_parameters = sorted(parameters) or None
+
+
+def _chosen(model: nn.Module, lora: Lora, parameters: set[str]) -> set[str]:
+    """Return names of parameters without what the config leaves out, which peft does only for modules."""
+    ends = tuple(f".{name}" for name in parameters)
+    full = {name for name, _ in model.named_parameters() if f".{name}".endswith(ends)}
+    chosen = {name for name in full if is_chosen(lora, name)}
+    return parameters if chosen == full else chosen
 
 
 def _modules(model: nn.Module, left_out: tuple[str, ...]) -> set[str]:
