@@ -24,6 +24,7 @@ def _fields(section: type[Section] = Config, prefix: str = "") -> dict[str, Fiel
 FIELDS = _fields()
 # names that people know from elsewhere; foreign.py has those of other tools
 _ELSEWHERE = {
+    "alpha": "lora.lora_alpha",
     "batch_size": "train.per_device_train_batch_size",
     "dropout": "lora.lora_dropout",
     "epochs": "train.num_train_epochs",
@@ -73,11 +74,11 @@ def unknown_key(key: str, value: object) -> str:
 def _longer_or_same(section: str, name: str) -> Iterator[str]:
     """Yield the keys that have the name, also in another section, or begin with it."""
     prefix = f"{section}." if section else ""
+    if name in _ELSEWHERE:
+        yield _ELSEWHERE[name]
     if len(name) > 2:
         yield from (prefix + longer for longer in _names_in(section) if longer.startswith(name))
     yield from (key for key in FIELDS if _name(key) == name)
-    if name in _ELSEWHERE:
-        yield _ELSEWHERE[name]
 
 
 def _similar(section: str, name: str) -> Iterator[str]:

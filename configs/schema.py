@@ -229,8 +229,6 @@ class Lora(Section):
         if self.init_lora_weights == "orthogonal":
             if odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]:
                 raise ValueError(f"init_lora_weights=orthogonal needs even ranks, and {odd[0]} is odd")
-            if self.target_parameters:
-                raise ValueError("init_lora_weights=orthogonal does not go with target_parameters; remove it")
         pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if self.layers_to_transform is not None and pattern:
             raise ValueError(
@@ -470,6 +468,15 @@ class Config(Section):
     strategy: Strategy = Strategy()
     log: Log = Log()
     launch: Launch = Launch()
+
+    @model_validator(mode="after")
+    def _orthogonal_weights_have_the_base_s_dtype(self) -> "Config":
+        if self.lora.init_lora_weights == "orthogonal" and self.strategy.quantization != "none":
+            raise ValueError(
+                "lora.init_lora_weights=orthogonal makes weights in the base's dtype, which"
+                f" strategy.quantization={self.strategy.quantization} makes integers; set it to gaussian or true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_best_has_rows_to_be_found_by(self) -> "Config":

@@ -1,5 +1,6 @@
 """The adapter on a base model: made from the config, or from an adapter that is trained further."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,15 @@ def _inject(model: Any, lora: Lora, revision: str | None, saved: Path | None) ->
     settings = lora_config(lora, tied)
     if isinstance(lora.target_modules, str) and lora.target_modules.lower() == targets.ALL_LINEAR:
         targets.resolve(model, lora, settings, saved)
+    if lora.init_lora_weights == "orthogonal":
+        _check_orthogonal(model, settings)
     settings.layers_to_transform = lora.layers_to_transform  # not for all-linear, says peft's constructor
     if model.device.type == "meta":
         settings.init_lora_weights = True  # numbers that count nothing
     try:
-        with targets.as_named(model, settings) as names:
+        with targets.as_named(model, settings) as names, warnings.catch_warnings():
+            # peft looks for them among modules alone, not among parameters
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys")
             peft_model = get_peft_model(model, names, revision=revision)
     except ValueError as error:
         raise ValueError(_refusal(lora, str(error))) from error
@@ -105,6 +110,17 @@ def _refusal(lora: Lora, of_peft: str) -> str:
             )
     # peft names the modules that the model lacks
     return f"lora.target_modules={lora.target_modules}: {of_peft.splitlines()[0]}"
+
+
+def _check_orthogonal(model: Any, settings: LoraConfig) -> None:
+    """Refuse this start where peft's code for it fails. Raises: ValueError."""
+    what = ""
+    if settings.target_parameters:
+        what = f"parameters ({sorted(settings.target_parameters)[0]} ...)"
+    elif not all(p.is_floating_point() for p in model.parameters()):
+        what = "a base whose files are quantised"
+    if what:
+        raise ValueError(f"lora.init_lora_weights=orthogonal does not go with {what}; set it to gaussian")
 
 
 def _check_names(key: str, wanted: list[str] | None, existing: list[str]) -> None:

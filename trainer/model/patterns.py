@@ -1,5 +1,5 @@
-"""Checks of what lora.rank_pattern, alpha_pattern, exclude_modules and layers_to_transform name in a model: peft
-ignores what names nothing."""
+"""Checks of what lora.rank_pattern, alpha_pattern, exclude_modules and layers_to_transform name in a model:
+peft ignores what names nothing."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -10,25 +10,24 @@ from peft.utils.other import get_pattern_key
 
 from qwenlora.configs.schema import Lora
 from qwenlora.run.format import and_more
+from qwenlora.trainer.model.kinds import linear_layers, stacks
 
 WEIGHT = ".weight"
 
 
-def is_chosen(lora: Lora, name: str) -> bool:
-    """Whether neither exclude_modules nor layers_to_transform leave a module or parameter out."""
-    found = re.search(r"\.(\d+)\.", name)
-    layer = int(found.group(1)) if found else None
+def is_chosen(lora: Lora, parameter: str) -> bool:
+    """Whether neither exclude_modules nor layers_to_transform leave a parameter out."""
+    found = re.search(r"\.(\d+)\.", parameter)
     layers = lora.layers_to_transform
-    return (layers is None or layer in layers) and not is_excluded(lora, name)
+    within = layers is None or (found is not None and int(found.group(1)) in layers)
+    return within and not any(_is_excluded(lora, name) for name in (parameter, parameter.rpartition(".")[0]))
 
 
-def is_excluded(lora: Lora, name: str) -> bool:
-    """Whether exclude_modules has a module, or the module that a parameter is of."""
+def _is_excluded(lora: Lora, name: str) -> bool:
     excluded = lora.exclude_modules or ()
-    names = (name, name.rpartition(".")[0])
     if isinstance(excluded, str):
-        return any(re.fullmatch(excluded, each) for each in names)
-    return any(f".{each}".endswith(f".{one}") for one in excluded for each in names)
+        return bool(re.fullmatch(excluded, name))
+    return any(f".{name}".endswith(f".{one}") for one in excluded)
 
 
 def check_selection(model: Any, lora: Lora) -> None:
@@ -38,14 +37,20 @@ def check_selection(model: Any, lora: Lora) -> None:
         raise ValueError(
             f"lora.layers_to_transform: the model has no layer {beyond[0]}; its last is {layers - 1}"
         )
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, key):
+            _compile(key, pattern)
     excluded = lora.exclude_modules
     for one in [excluded] if isinstance(excluded, str) else excluded or ():
+        if isinstance(excluded, str):
+            _compile("exclude_modules", one)
         alone = lora.model_copy(update={"exclude_modules": one if isinstance(excluded, str) else [one]})
-        _compiled("exclude_modules", one)
-        if not any(is_excluded(alone, name) for name, _ in model.named_modules()):
+        stacked = stacks(model)
+        names = [*linear_layers(model), *stacked, *(name.rpartition(".")[0] for name in stacked)]
+        if not any(_is_excluded(alone, name) for name in names):
             raise ValueError(
-                f"lora.exclude_modules: the model has no {one}; a list has ends of names, as [o_proj], and a text"
-                " is a regular expression for whole names, as .*layers\\.0\\..*"
+                f"lora.exclude_modules: the model has no linear layer {one}; a list has ends of names, as"
+                " [o_proj], and a text is a regular expression for whole names, as .*layers.0[.].*"
             )
 
 
@@ -58,7 +63,6 @@ def check_patterns(lora: Lora, settings: LoraConfig, adapted: Collection[str]) -
     for key in ("rank_pattern", "alpha_pattern"):
         patterns: dict[str, int] = getattr(lora, key)
         for pattern in patterns:
-            _compiled(key, pattern)
             if not any(get_pattern_key([pattern], name) == pattern for name in adapted):
                 ends = sorted({name.rpartition(".")[2] for name in adapted})
                 raise ValueError(
@@ -76,24 +80,26 @@ def _check_same(key: str, patterns: dict[str, int], name: str, later: Iterable[s
         return
     if saved_as != name:
         raise ValueError(
-            f"lora.{key}: peft will know {name} as {saved_as} when it loads the adapter; write {now}(\\.weight)?"
+            f"lora.{key}: peft will know {name} as {saved_as} when it loads the adapter; write"
+            f" {now}(\\.weight)?"
         )
     raise ValueError(
-        f"lora.{key}: both {now} and {then} match {name}, and adapter_config.json has patterns in alphabetical"
-        " order, of which peft takes the first: write patterns of which one matches"
+        f"lora.{key}: both {now} and {then} match {name}, and adapter_config.json has patterns in"
+        " alphabetical order, of which peft takes the first: write patterns of which one matches"
     )
 
 
 def check_excluded(lora: Lora, adapted: Iterable[str]) -> None:
-    """Refuse parameters of modules that are to be left out: peft leaves no parameter out. Raises: ValueError."""
+    """Refuse parameters that are to be left out: peft leaves modules out alone. Raises: ValueError."""
     if wrong := [name for name in adapted if not is_chosen(lora, name)]:
         raise ValueError(
             f"lora.exclude_modules and lora.layers_to_transform do not reach lora.target_parameters, here"
-            f" {wrong[0]}{and_more(wrong)}; write there in full what is trained, as layers.0.mlp.experts.down_proj"
+            f" {wrong[0]}{and_more(wrong)}; write there in full what is trained, as"
+            " layers.0.mlp.experts.down_proj"
         )
 
 
-def _compiled(key: str, pattern: str) -> None:
+def _compile(key: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:

@@ -77,7 +77,7 @@ def _check_experts(model: nn.Module, lora: Lora, theirs: LoraConfig, stacked: li
     theirs = copy(theirs)
     conversion.convert_peft_config_for_transformers(theirs, model=model, conversions=None)
     named = tuple(f".{name}" for name in theirs.target_parameters or ())
-    has = any(name.endswith(named) for name in stacked)
+    has = any(f".{name}".endswith(named) for name in stacked)
     if has != (lora.experts == "all"):
         raise ValueError(
             f"lora.init_from={lora.init_from} has {'' if has else 'no '}LoRA on the experts, the config says"
