@@ -226,9 +226,9 @@ class Lora(Section):
 
     @model_validator(mode="after")
     def _starts_and_layers_have_their_conditions(self) -> "Lora":
-        if self.init_lora_weights == "orthogonal":
-            if odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]:
-                raise ValueError(f"init_lora_weights=orthogonal needs even ranks, and {odd[0]} is odd")
+        odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise ValueError(f"init_lora_weights=orthogonal needs even ranks, and {odd[0]} is odd")
         pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if self.layers_to_transform is not None and pattern:
             raise ValueError(
@@ -474,7 +474,7 @@ class Config(Section):
         if self.lora.init_lora_weights == "orthogonal" and self.strategy.quantization != "none":
             raise ValueError(
                 "lora.init_lora_weights=orthogonal makes weights in the base's dtype, which"
-                f" strategy.quantization={self.strategy.quantization} makes integers; set it to gaussian or true"
+                f" strategy.quantization={self.strategy.quantization} makes integers; set it to gaussian"
             )
         return self
 

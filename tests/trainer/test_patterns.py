@@ -118,6 +118,11 @@ def test_ranks_layers_and_modules_are_those_asked_for(bases):
             r"do not reach lora\.target_parameters, here model\.layers\.0\.mlp\.experts\.down_proj;",
         ),
         (
+            "qwen3_moe",
+            {"init_lora_weights": "orthogonal"},
+            r"orthogonal does not go with parameters \(mlp\.exp",
+        ),
+        (
             "qwen3_next",
             {"rank_pattern": {"up_proj": 8}},
             r"peft will know .*up_proj\.weight when .*write up_proj\(",
