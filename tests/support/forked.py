@@ -15,7 +15,6 @@ all where Linux does not let a process name its command line.
 import atexit
 import contextlib
 import ctypes
-import gc
 import importlib
 import inspect
 import logging
@@ -273,8 +272,6 @@ def _imported() -> "_Baseline":
     inspect.stack = _stack  # type: ignore[assignment]
     assert not any(name.partition(".")[0] == "qwenlora" for name in sys.modules)
     _can_be_named()  # those that are forked know, too
-    gc.collect()
-    gc.freeze()
     return _Baseline()
 
 

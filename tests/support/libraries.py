@@ -1,6 +1,7 @@
 """Imports what training imports of others, and no line of qwenlora: for processes that others are forked
 from."""
 
+import gc
 import importlib
 
 NAMES = """
@@ -17,3 +18,6 @@ for name in NAMES.split():
     importlib.import_module(name)
 # kept by transformers; a second of regular expressions in each process otherwise
 importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("qwen3")
+# as trainer/forkserver.py does: collections of garbage would look through all of this each time
+gc.collect()
+gc.freeze()
