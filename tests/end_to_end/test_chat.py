@@ -147,6 +147,7 @@ def test_a_piped_question_is_answered_and_nothing_else_is_printed(tiny_run, qwen
     assert refused.stderr.startswith("error: --output x goes with --input FILE")
 
 
+@pytest.mark.long
 def test_an_answer_streams(tiny_run):
     child = subprocess.Popen(
         [sys.executable, *COMMAND, str(tiny_run[0] / "base_model"), "--prompt", "a", *ENDLESS],

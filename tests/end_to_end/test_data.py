@@ -70,6 +70,7 @@ PACKED = (
 )
 
 
+@pytest.mark.long
 def test_packed_runs_are_the_same_on_any_number_of_ranks_and_go_on_bit_for_bit(qwenlora, tmp_path):
     """24 packs in steps of 4; steps 7 and 13 begin an epoch."""
     (tmp_path / "my.yaml").write_text(PACKED)

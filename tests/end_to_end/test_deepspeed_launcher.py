@@ -102,6 +102,7 @@ def assert_nobody_is_left(processes) -> None:
     assert not [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.long
 def test_the_adapter_is_that_of_torchrun(folder, by_torchrun):
     screen = run(folder, "one-run", *DEEPSPEED, "--hostfile", "one")
     assert adapter(folder, "one-run") == by_torchrun

@@ -384,7 +384,7 @@ def test_a_time_budget_ends_an_attempt_like_a_signal(qwenlora, tmp_path, config)
 def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read_wandb, qwenlora):
     """Killed after step 6, with checkpoint-4 saved; stopped; ended: offline, each start has a file of its
     own."""
-    arguments = ["train", str(config), "run_dir=run", "train.max_steps=40", "log.logging_steps=1"]
+    arguments = ["train", str(config), "run_dir=run", "train.max_steps=26", "log.logging_steps=1"]
     for number, end in ((1, "kill"), (2, "terminate")):
         environment = os.environ | {"WANDB_MODE": "offline"}
         with forked.Popen(
@@ -418,9 +418,9 @@ def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read
     assert set(attempts[2]["seconds"]) == {"start_up", "data", "model", "first_step"}
     assert 0 < attempts[0]["goodput"] < attempts[2]["goodput"] < 1
     last = json.loads(summary["attempt/3"])
-    assert (last["reason"], last["last_step"], json.loads(summary["attempts"])) == ("done", 40, 3)
+    assert (last["reason"], last["last_step"], json.loads(summary["attempts"])) == ("done", 26, 3)
     assert json.loads(summary["attempt/1"])["reason"] == "killed"
-    checkpoint = json.loads((tmp_path / "run" / "checkpoint-40" / "state.json").read_text())
+    checkpoint = json.loads((tmp_path / "run" / "checkpoint-26" / "state.json").read_text())
     assert checkpoint["wandb_id"] == (tmp_path / "run" / "wandb" / "run_id").read_text()
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 CONFIG = """
 model: {name_or_path: tiny}
 data: {train: example, eval: example}
-train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: 12, learning_rate: 3e-4,
+train: {global_batch_size: 8, per_device_train_batch_size: 2, max_steps: 12, learning_rate: 3e-4,
         adam_epsilon: 1e-6, lr_scheduler_type: constant, warmup_steps: 0, eval_strategy: steps, eval_steps: 6,
         save_strategy: steps, save_steps: 3}
 log: {logging_steps: 1, wandb: off}

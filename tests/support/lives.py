@@ -20,7 +20,7 @@ CONFIG = """
 model: {name_or_path: tiny}
 data: {train: example, eval: example}
 lora: {lora_dropout: 0.1}
-train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: STEPS, learning_rate: 3e-3,
+train: {global_batch_size: 8, per_device_train_batch_size: 2, max_steps: STEPS, learning_rate: 3e-3,
         eval_strategy: steps, eval_steps: 3, save_strategy: steps, save_steps: 2, save_total_limit: 2}
 log: {logging_steps: 3, wandb: off}
 """

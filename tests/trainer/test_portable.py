@@ -13,7 +13,7 @@ CLOSE = 1e-5
 SAVERS = (("ddp", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp", 2), ("zero3", 4))
 RESUMERS = tuple(itertools.product(("ddp", "zero1", "zero2", "zero3", "fsdp"), (1, 2, 4)))
 # one run, a step under each
-SHORT_CYCLE = (("ddp", 1), ("zero2", 2), ("zero3", 2), ("fsdp", 2), ("ddp", 1))
+SHORT_CYCLE = (("ddp", 1), ("zero3", 2), ("fsdp", 2), ("ddp", 1))
 CYCLE = (
     ("ddp", 1),
     ("zero1", 2),

@@ -22,7 +22,7 @@ BASES = [
     pytest.param(("qwen2", True), marks=pytest.mark.long),
     pytest.param(("qwen3", False), marks=pytest.mark.long),
 ]
-FIELDS = ("losses", "norms", "eval")
+FEWER = ("ddp", "zero2", "zero3", "fsdp")  # without zero1, which is zero2's code in DeepSpeed
 
 
 def logits_of(base: str, adapter: Path) -> torch.Tensor:
@@ -127,12 +127,12 @@ def small(tmp_path_factory) -> Cell:
 
 @pytest.mark.parametrize("policy", ["rollback", pytest.param("skip", marks=pytest.mark.long)])
 def test_a_step_that_is_not_finite_is_left_out_alike_under_every_strategy(small, tmp_path, tokenizer, policy):
-    cells = [small.under(name, tmp_path / name, broken=5, train={"on_nan": policy}) for name in NAMES]
+    cells = [small.under(name, tmp_path / name, broken=5, train={"on_nan": policy}) for name in FEWER]
     ranks = run_ranks(run_cells, 2, cells, tokenizer)
     ddp = ranks[0][0]
     assert "step 5: the loss is not finite" in ddp["warnings"][0]
-    adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in NAMES]
-    for number, name in enumerate(NAMES):
+    adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in FEWER]
+    for number, name in enumerate(FEWER):
         one = ranks[0][number]
         assert one["warnings"] == ddp["warnings"], name
         apart = max(abs(one["losses"][step] - ddp["losses"][step]) for step in one["losses"] if step != 5)
@@ -144,7 +144,7 @@ def test_a_step_that_is_not_finite_is_left_out_alike_under_every_strategy(small,
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantised_base_gives_the_numbers_of_one_process(small, tmp_path, tokenizer, quantization):
-    names = [name for name in NAMES if name != "fsdp" and (quantization, name) != ("int8", "zero3")]
+    names = ["ddp", "zero2", "zero3"] if quantization == "nf4" else ["ddp", "zero2"]
     start = replace(small, quantization=quantization)
     one = run_ranks(run_cells, 1, [start.under("ddp", tmp_path / "one")], tokenizer)[0][0]
     results = run_ranks(run_cells, 2, [start.under(name, tmp_path / name) for name in names], tokenizer)
@@ -179,24 +179,25 @@ def test_experts_are_trained_alike(tmp_path, tokenizer):
 
 
 def test_a_base_in_bfloat16_is_trained_alike(small, tmp_path, tokenizer):
-    cells = [replace(small, dtype="bfloat16").under(name, tmp_path / name) for name in NAMES]
+    cells = [replace(small, dtype="bfloat16").under(name, tmp_path / name) for name in FEWER]
     results = run_ranks(run_cells, 2, cells, tokenizer)[0]
-    for name, one in zip(NAMES, results, strict=True):
+    for name, one in zip(FEWER, results, strict=True):
         assert one["held"]["dtypes"] == ["torch.bfloat16"]
         apart = max(abs(one["losses"][step] - results[0]["losses"][step]) for step in one["losses"])
         # ZeRO-3 has a matrix product of its own, which keeps no weights for the way back, and rounds in other
         # places
         assert apart <= (1e-2 if name == "zero3" else CLOSE), f"{name}: {apart:.2e}"
-    files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in NAMES]
+    files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in FEWER]
     assert all(tensor.dtype == torch.float32 for file in files for tensor in file.values())
 
 
 def test_groups_of_a_node_hold_a_whole_base_each(small, tmp_path, tokenizer):
     two = {"shard_group": "node", "processes": 2}
+    short = replace(small, steps=3, train={"eval_steps": 3})
     cells = [
-        small.under("ddp", tmp_path / "ddp"),
-        small.under("fsdp", tmp_path / "fsdp", **two),
-        small.under("zero3", tmp_path / "zero3", **two),
+        short.under("ddp", tmp_path / "ddp"),
+        short.under("fsdp", tmp_path / "fsdp", **two),
+        short.under("zero3", tmp_path / "zero3", **two),
     ]
     ddp, fsdp, zero3 = run_ranks(run_cells, 4, cells, tokenizer)[0]
     assert_close(fsdp, ddp)
@@ -205,10 +206,11 @@ def test_groups_of_a_node_hold_a_whole_base_each(small, tmp_path, tokenizer):
 
 
 def test_offload_goes_through_deepspeed_without_a_gpu_too(small, tmp_path, tokenizer):
+    short = replace(small, steps=3, train={"eval_steps": 3})
     cells = [
-        small.under("ddp", tmp_path / "ddp"),
-        small.under("zero2", tmp_path / "zero2", offload="optimizer"),
-        small.under("zero3", tmp_path / "zero3", offload="params"),
+        short.under("ddp", tmp_path / "ddp"),
+        short.under("zero2", tmp_path / "zero2", offload="optimizer"),
+        short.under("zero3", tmp_path / "zero3", offload="params"),
     ]
     ddp, *others = run_ranks(run_cells, 2, cells, tokenizer)[0]
     for one in others:
@@ -218,7 +220,7 @@ def test_offload_goes_through_deepspeed_without_a_gpu_too(small, tmp_path, token
 def test_what_decays_and_what_does_not_go_on_to_the_bit(small, tmp_path, tokenizer):
     """Norms make a second group of parameters, which DeepSpeed steps by itself."""
     own = {"lora": {"modules_to_save": ["norm"]}, "train": {"weight_decay": 0.1}}
-    names = ("ddp", "zero1", "zero2")
+    names = ("ddp", "zero2")
     cells = [small.under(name, tmp_path / name, **own) for name in names]
     again = [
         cell.under(cell.name, f"{cell.folder}-again", resume=f"{cell.folder}/checkpoint-{cell.save_steps}")
@@ -228,10 +230,8 @@ def test_what_decays_and_what_does_not_go_on_to_the_bit(small, tmp_path, tokeniz
     for one in results:
         shared = {step: ddp["losses"][step] for step in one["losses"]}
         assert max(abs(one["losses"][step] - loss) for step, loss in shared.items()) <= CLOSE
-    assert [one["adapter"] for one in results[2:]] == [
-        ddp["adapter"],
-        *(one["adapter"] for one in results[:2]),
-    ]
+    whole, *resumed = (one["adapter"] for one in results)
+    assert resumed == [ddp["adapter"], whole]
     norms = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in names]
     key = next(key for key in norms[0] if key.endswith("model.norm.weight"))
     assert (norms[0][key] - 1).abs().max() > 1e-4
