@@ -15,7 +15,7 @@ CONFIG = """
 model: {name_or_path: tiny}
 data: {train: example, eval: example}
 lora: {lora_dropout: DROPOUT}
-train: {global_batch_size: 8, per_device_train_batch_size: 2, max_steps: 13, learning_rate: 1e-3,
+train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: 13, learning_rate: 1e-3,
         warmup_steps: 2, eval_strategy: steps, eval_steps: 6, save_strategy: steps, save_steps: 50}
 log: {logging_steps: 1, wandb: off}
 """
