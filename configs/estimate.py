@@ -11,7 +11,9 @@ from qwenlora.configs.schema import Config
 
 # bytes a number: 4 bits, an 8-bit scale for 64 numbers, a float32 scale for 256 of those
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-EAGER = 2.3  # activations with peft's LoRA layers, relative to fused kernels
+# what autograd keeps of a layer, relative to its activations in 16 bits; tests/trainer/test_fused.py measures
+FUSED, WITH_DROPOUT, EAGER = 1.0, 1.3, 2.3  # our LoRA layers, and with masks of dropout; peft's
+LEAST = 0.85
 RESERVE = 2_000_000_000  # CUDA's context, NCCL's buffers, what the allocator cannot use
 LIVE = 1_000_000_000  # numbers that ZeRO-3 holds gathered (stage3_max_live_parameters)
 LOGITS_AT_ONCE = 2**27  # bytes of float32 logits that the head makes at a time
@@ -44,7 +46,7 @@ class Sizes(NamedTuple):
 
 
 class MemoryNeed(NamedTuple):
-    """Bytes on a GPU, by use. least_activations: activations with fused kernels."""
+    """Bytes on a GPU, by use. least_activations: activations if all goes well."""
 
     weights: int
     gathered: int
@@ -83,7 +85,8 @@ def tokens_at_once(config: Config, sizes: Sizes) -> int:
 def need(
     config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str = "global"
 ) -> MemoryNeed:
-    """Return the bytes on each GPU under a strategy.
+    """Return the bytes on each GPU under a strategy, with as many layers computed again as recomputed_layers
+    says.
 
     With n GPUs in a sharding group, b bytes a number (bfloat16: 2), P trained numbers, t tokens at once:
 
@@ -92,41 +95,78 @@ def need(
     - gathered, zero3 and fsdp: embeddings, head, and two layers (fsdp) or 1e9 numbers (zero3).
     - trained, in float32 with Adam: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P /
       n (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less.
-    - activations: t * layers * b (6 h + 2 k + 2 i), times 2.3 with peft's layers; h, k, i: hidden, key and
-      value, intermediate width. gradient_checkpointing: t * layers * b h, and one layer as above.
+    - activations: t * layers * b (6 h + 2 k + 2 i), times 1.3 with dropout, 2.3 with peft's layers (zero3,
+      DoRA); h, k, i: hidden, key and value, intermediate width. A layer that is computed again keeps t * b h,
+      and for a moment all of one layer; it is computed again when those after it hold nothing any more.
     - logits: 12 t * vocabulary, but of at most LOGITS_AT_ONCE. reserve: 2e9.
     """
-    width = _bytes_a_number(config, machine)
-    base = base_bytes(config, sizes, machine)
-    outside = sizes.total - sizes.body
-    world, group = machine.world_size, machine.processes if shard_group == "node" else machine.world_size
-    weights, gathered = base, 0.0
-    if name in ("zero3", "fsdp"):
-        weights = base / group
-        if name == "zero3" and group < world:
-            weights += base / world
-        if config.strategy.offload == "params":
-            weights = 0
-        body = (base - width * outside) / sizes.body  # bytes a number
-        together = 2 * sizes.body / sizes.layers if name == "fsdp" else min(LIVE, sizes.body)
-        gathered = (
-            body * together + width * outside if group > 1 or config.strategy.offload == "params" else 0
-        )
-    at_once = tokens_at_once(config, sizes)
+    recomputed = recomputed_layers(config, sizes, name, machine, shard_group)
+    return _need(config, sizes, name, machine, shard_group, recomputed)
+
+
+def recomputed_layers(
+    config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str = "global"
+) -> int:
+    """Return how many layers, from the first, compute their activations again in the backward pass: by
+    train.gradient_checkpointing; for auto the fewest with which a GPU's memory is enough, and none where that
+    is unknown."""
+    wanted = config.train.gradient_checkpointing
+    if isinstance(wanted, bool):
+        return sizes.layers if wanted else 0
+    if isinstance(wanted, int):
+        return min(wanted, sizes.layers)
+    if not machine.gpus or not machine.gpu_bytes:
+        return 0
+
+    def fits(layers: int) -> bool:
+        return _need(config, sizes, name, machine, shard_group, layers).total <= machine.gpu_bytes
+
+    return next(filter(fits, range(sizes.layers)), sizes.layers)
+
+
+def _need(
+    config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str, recomputed: int
+) -> MemoryNeed:
+    weights, gathered = _base_on_a_gpu(config, sizes, name, machine, shard_group)
+    at_once, width = tokens_at_once(config, sizes), _bytes_a_number(config, machine)
     layer = width * (6 * sizes.hidden_size + 2 * sizes.kv_width + 2 * sizes.intermediate_size)
-    if config.train.gradient_checkpointing:
-        kept, passing = sizes.layers * width * sizes.hidden_size, layer
-    else:
-        kept, passing = 0, sizes.layers * layer
+    kept = recomputed * width * sizes.hidden_size
+    passing = layer * max(sizes.layers - recomputed, min(recomputed, 1))
     return MemoryNeed(
         weights=int(weights),
         gathered=int(gathered),
-        trained=int(_trained_bytes(config, _trained(config, sizes), name, world)),
-        activations=int(at_once * (kept + EAGER * passing)),
+        trained=int(_trained_bytes(config, _trained(config, sizes), name, machine.world_size)),
+        activations=int(at_once * (kept + _share_kept(config, name) * passing)),
         logits=3 * min(4 * at_once * (sizes.head // sizes.hidden_size), LOGITS_AT_ONCE),
         reserve=RESERVE if machine.gpus else 0,
-        least_activations=at_once * (kept + passing),
+        least_activations=int(at_once * (kept + LEAST * passing)),
     )
+
+
+def _base_on_a_gpu(
+    config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str
+) -> tuple[float, float]:
+    """Return the bytes of the base that stay on a GPU, and of what is gathered at a time."""
+    width, base = _bytes_a_number(config, machine), base_bytes(config, sizes, machine)
+    if name not in ("zero3", "fsdp"):
+        return base, 0.0
+    outside = sizes.total - sizes.body
+    world, group = machine.world_size, machine.processes if shard_group == "node" else machine.world_size
+    weights = base / group
+    if name == "zero3" and group < world:
+        weights += base / world
+    if config.strategy.offload == "params":
+        weights = 0
+    body = (base - width * outside) / sizes.body  # bytes a number
+    together = 2 * sizes.body / sizes.layers if name == "fsdp" else min(LIVE, sizes.body)
+    is_gathered = group > 1 or config.strategy.offload == "params"
+    return weights, body * together + width * outside if is_gathered else 0.0
+
+
+def _share_kept(config: Config, name: str) -> float:
+    if name == "zero3" or config.lora.use_dora:
+        return EAGER
+    return WITH_DROPOUT if config.lora.lora_dropout else FUSED
 
 
 def break_even(config: Config, sizes: Sizes, bandwidth: float) -> int:
@@ -231,8 +271,8 @@ def _would_allow_ddp(config: Config, sizes: Sizes, machine: Machine) -> list[str
 def _leaner(config: Config, sizes: Sizes, fits: Callable[[Config], Any]) -> list[tuple[str, Config]]:
     """Return (setting, changed config) for settings that need less memory; all at once if none fits."""
     changes: list[tuple[str, Callable[[Config], Config]]] = []
-    if not config.train.gradient_checkpointing:
-        changes.append(("train.gradient_checkpointing: true", _checkpointed))
+    if config.train.gradient_checkpointing not in (True, "auto"):
+        changes.append(("train.gradient_checkpointing: auto", _checkpointed))
     if config.strategy.quantization == "none" and 2 * sizes.experts < sizes.body:
         changes.append(("strategy.quantization: nf4", lambda c: _changed(c, quantization="nf4")))
     if sizes.experts_trained and config.lora.experts == "all":
@@ -247,7 +287,7 @@ def _leaner(config: Config, sizes: Sizes, fits: Callable[[Config], Any]) -> list
 
 
 def _checkpointed(config: Config) -> Config:
-    train = config.train.model_copy(update={"gradient_checkpointing": True})
+    train = config.train.model_copy(update={"gradient_checkpointing": "auto"})
     return config.model_copy(update={"train": train})
 
 

@@ -286,8 +286,10 @@ class Train(Section):
     adam_beta2: Share = Field(0.999, description="AdamW's decay of the second moment.")
     adam_epsilon: NonNegative = Field(1e-8, description="AdamW's epsilon.")
     max_grad_norm: NonNegative = Field(1.0, description="Gradients are clipped to this norm; 0: not at all.")
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations: less memory, up to 50% slower."
+    gradient_checkpointing: Annotated[int, Field(ge=0, strict=True)] | bool | Literal["auto"] = Field(
+        "auto",
+        description="Layers whose activations are computed again in the backward pass, for less memory: true:"
+        " all, up to a third slower; false: none; a number: so many; auto: the fewest that fit the GPU.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         42, description="Adapter's start, row order, dropout."

@@ -20,6 +20,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
+from qwenlora.configs.estimate import FUSED, WITH_DROPOUT
 from qwenlora.trainer.loop.chunked_loss import own_the_loss
 from qwenlora.trainer.model import fused_lora, fused_rope
 from qwenlora.trainer.model.fused import Fused, fuse
@@ -353,6 +354,26 @@ def numbers_kept(body, ids):
     weights = {p.untyped_storage().data_ptr() for p in body.parameters()}
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in kept}
     return sum(size for place, size in sizes.items() if place not in weights)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(("dropout", "share"), [(0.0, FUSED), (0.1, WITH_DROPOUT)])
+def test_a_layer_keeps_what_the_estimate_says(kind, dropout, share):
+    """In the proportions of a Qwen2.5-7B, in 16 bits."""
+    sizes = SIZES | {"hidden_size": 256, "intermediate_size": 1352, "num_attention_heads": 8}
+    kept = []
+    for layers in (1, 3):
+        own = sizes | {"num_hidden_layers": layers}
+        if kind == "qwen2":
+            base = Qwen2ForCausalLM(Qwen2Config(**own))
+        else:
+            base = Qwen3ForCausalLM(Qwen3Config(**own, head_dim=32))
+        config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_dropout=dropout, target_modules="all-linear")
+        model = get_peft_model(base.bfloat16(), config)
+        fuse(model)
+        kept.append(4 * numbers_kept(model.base_model.model.model, rows(1, 64)) / 64)
+    estimated = 2 * (6 * 256 + 2 * 32 + 2 * 1352)
+    assert 0.85 * share < (kept[1] - kept[0]) / 2 / estimated < 1.03 * share
 
 
 def test_what_the_table_says():

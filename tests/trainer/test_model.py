@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3M
 
 from qwenlora.configs.combinations import Machine
 from qwenlora.configs.estimate import Sizes, base_bytes
-from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
+from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model import loading, pretrained
 from qwenlora.trainer.model.checks import untrained_tokens
@@ -75,9 +75,9 @@ def config_for(folder, *, lora=None, strategy=None) -> Config:
     )
 
 
-def adapted(config):
+def adapted(config, recomputed=0):
     base = loading.load_base(config, config.model.name_or_path)
-    loading.set_up(base, config)
+    loading.set_up(base, recomputed)
     return add_lora(base, config.lora)
 
 
@@ -188,21 +188,29 @@ def test_what_peft_does_not_do_on_experts_is_refused_with_what_to_set(lora, said
 
 
 def test_gradient_checkpointing_changes_memory_not_gradients(tiny):
-    gradients = []
-    for checkpointing in (False, True):
-        config = config_for(tiny)
-        config = config.model_copy(update={"train": Train(gradient_checkpointing=checkpointing)})
+    gradients, kept = [], []
+    for recomputed in (0, 1, 4):
         torch.manual_seed(0)
-        model = adapted(config).train()
-        assert model.is_gradient_checkpointing == checkpointing
+        model = adapted(config_for(tiny), recomputed).train()
+        layers = model.get_base_model().model.layers
+        assert [layer.gradient_checkpointing for layer in layers] == [
+            number < recomputed for number in range(4)
+        ]
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.data.fill_(0.01)
         ids = torch.arange(24).reshape(2, 12) + 300
-        model(input_ids=ids, labels=ids).loss.backward()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=saved: s.append(t.nbytes) or t, lambda t: t
+        ):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        kept.append(sum(saved))
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
-        assert torch.allclose(gradient, gradients[1][name], atol=1e-7), name
+        assert all(torch.allclose(gradient, other[name], atol=1e-7) for other in gradients[1:]), name
+    assert kept[2] < kept[1] < kept[0]
 
 
 @pytest.fixture

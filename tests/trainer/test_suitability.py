@@ -79,7 +79,7 @@ def test_the_routers_auxiliary_loss_is_left_out_and_said(tmp_path):
     base = Qwen3MoeConfig(**SIZES, **experts, output_router_logits=True)
     model, ids = Qwen3MoeForCausalLM(base), torch.arange(8).view(1, -1)
     with_it = model(input_ids=ids, labels=ids)
-    set_up(model, config_of())
+    set_up(model)
     without = model(input_ids=ids, labels=ids)
     assert with_it.aux_loss > 0
     assert without.aux_loss is None

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenlora.configs.schema import Config
 from qwenlora.run.format import and_more, shape
@@ -91,13 +92,18 @@ def refuse_misfits(config: Config, loading: dict[str, Any]) -> None:
         )
 
 
-def set_up(model: Any, config: Config) -> None:
-    """Prepare a base model for training, however it was loaded."""
+def set_up(model: Any, recomputed: int = 0) -> None:
+    """Prepare a base model for training, however it was loaded. recomputed: layers, from the first, that
+    compute their activations again in the backward pass."""
     model.config.use_cache = False
     leave_out_router_loss(model.config)
-    if config.train.gradient_checkpointing:
-        # the non-reentrant kind needs no input that requires gradients, and works with DDP
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not recomputed:
+        return
+    # the non-reentrant kind needs no input that requires gradients, and works with DDP
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers[recomputed:]:  # the backward pass begins with these, and so frees them first
+        layer.gradient_checkpointing = False
 
 
 def _keep_4bit_weights_as_they_are(model: torch.nn.Module) -> None:

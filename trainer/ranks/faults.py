@@ -49,7 +49,7 @@ def out_of_memory(
         to_lower.append(f"train.{batch} ({size})" + (", the global batch stays as it is" if trained else ""))
     to_lower.append(f"data.max_length ({config.data.max_length:,})")
     to_set = []
-    if trained and not config.train.gradient_checkpointing:
+    if trained and config.train.gradient_checkpointing is not True:
         to_set.append("train.gradient_checkpointing: true (a third to half slower)")
     if config.strategy.quantization == "none":
         to_set.append("strategy.quantization: nf4")

@@ -42,6 +42,7 @@ def rows(
         "of which": _of_which(facts.parameters),
         "data": f"{_sources(config.data.train)}: {_counts(train)}",
         "processes": f"{world_size} x {device}, {_strategy(spread)}",
+        "recomputed": _recomputed(config, facts, spread),
         "global batch": _global_batch(config, facts, args, world_size),
         "steps": _steps(config, facts, args),
     }
@@ -158,6 +159,13 @@ def warnings(
 
 def _unit(facts: Facts) -> str:
     return "packs" if facts.packing else "rows"
+
+
+def _recomputed(config: Config, facts: Facts, spread: Spread) -> str:
+    if not spread.recomputed:
+        return ""
+    why = ", the fewest that fit the GPU" if config.train.gradient_checkpointing == "auto" else ""
+    return f"the activations of {spread.recomputed} of {facts.parameters.layers} layers{why}"
 
 
 def _strategy(spread: Spread) -> str:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import ZERO, Machine, refuse
 from qwenlora.configs.deepspeed import deepspeed_config
-from qwenlora.configs.estimate import Sizes, decide
+from qwenlora.configs.estimate import Sizes, decide, recomputed_layers
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import loading
 from qwenlora.trainer.model.base_files import peak_memory
@@ -26,12 +26,14 @@ log = logging.getLogger("qwenlora")
 
 class Spread(NamedTuple):
     """A chosen strategy. shape: of the mesh over which fsdp and zero3 shard the base, [replicas, shards] or
-    [shards]; deepspeed: its config, for zero1 to zero3; why: auto's reason, one sentence, or empty."""
+    [shards]; deepspeed: its config, for zero1 to zero3; why: auto's reason, one sentence, or empty;
+    recomputed: layers that compute their activations again in the backward pass."""
 
     name: str = "ddp"
     shape: tuple[int, ...] = (1,)
     deepspeed: DeepSpeedConfig | None = None
     why: str = ""
+    recomputed: int = 0
 
     @property
     def description(self) -> str:
@@ -60,13 +62,15 @@ def choose(config: Config, parameters: Parameters, accumulation: int, longest: i
     dtype = str(loading.pick_dtype(config.model.dtype)).removeprefix("torch.")  # auto is float16 on old GPUs
     resolved = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     refuse(resolved, here)
-    decision = decide(resolved, Sizes.of(parameters, longest), here)
+    sizes = Sizes.of(parameters, longest)
+    decision = decide(resolved, sizes, here)
+    recomputed = recomputed_layers(resolved, sizes, decision.name, here, decision.shard_group)
     settings = None
     if decision.name in ZERO:
         settings = deepspeed_config(config, decision.name, here.processes, accumulation)
     by_node = decision.shard_group == "node" and here.nodes > 1
     shape = (here.nodes, here.processes) if by_node else (here.world_size,)
-    return Spread(decision.name, shape, settings, decision.sentence)
+    return Spread(decision.name, shape, settings, decision.sentence, recomputed)
 
 
 def load_base(config: Config, base: str, spread: Spread) -> Any:
@@ -89,7 +93,7 @@ def load_base(config: Config, base: str, spread: Spread) -> Any:
             seconds,
             peak,
         )
-    loading.set_up(model, config)
+    loading.set_up(model, spread.recomputed)
     return model
 
 
