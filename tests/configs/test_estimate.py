@@ -341,7 +341,8 @@ REFUSED = "strategy.name=auto: model.name_or_path=Qwen/Qwen2.5 needs about "
             Machine(1, 1, 1, 20 * 1024 * MIB),
             "25.2 GB on the GPU even with ddp, expected at most the 21.5 GB there are (15.2 GB base, 0.6 GB"
             " adapter, 7.3 GB for 2,048 tokens); what would fit: train.gradient_checkpointing: auto (ddp)"
-            " or strategy.quantization: nf4 (ddp) or 2 such GPUs (fsdp) or data.max_length: 512 (ddp); or set strategy.name: ddp to try all the same",
+            " or strategy.quantization: nf4 (ddp) or 2 such GPUs (fsdp) or data.max_length: 512 (ddp); or"
+            " set strategy.name: ddp to try all the same",
         ),
         (
             "30B-A3B",
