@@ -14,16 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qwenlora.data.bad_row import BadRow, or_bad, show
+from qwenlora.data.bad_row import BadRow, or_bad
+from qwenlora.data.replies import NO_THOUGHT, NOTHING, OPEN_THOUGHT, prompted
 from qwenlora.data.rows import Row
 from qwenlora.data.turns import (
     END_OF_TEXT,
     THINK,
-    THOUGHT,
     TURN_END,
     TURN_START,
     Message,
-    ToolCall,
     reply,
     without_empty_thought,
 )
@@ -34,9 +33,6 @@ Weights = npt.NDArray[np.float32]
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 _HEADER = "assistant\n"
-# Qwen3's template writes this before a reply without a thought: a part of the generation prompt
-NO_THOUGHT = "<think>\n\n</think>\n\n"
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _ENDS_OF_TEXT = (END_OF_TEXT, "</s>")
 
 
@@ -72,8 +68,10 @@ class Encoder:
     def __init__(self, tokenizer: Any, train_on: str = "assistant") -> None:
         self.tokenizer, self.train_on = tokenizer, train_on
         self._start, self._end = (tokenizer.convert_tokens_to_ids(mark) for mark in (TURN_START, TURN_END))
-        self._header, self._no_thought = (self._ids([text])[0] for text in (_HEADER, NO_THOUGHT))
-        for ids, text in ((self._header, _HEADER), (self._no_thought, NO_THOUGHT)):
+        self._header = self._ids([_HEADER])[0]
+        prompts = (NOTHING, OPEN_THOUGHT, NO_THOUGHT)
+        self._of_prompt = dict(zip(prompts, self._ids(list(prompts)), strict=True))
+        for text, ids in ((_HEADER, self._header), *self._of_prompt.items()):
             if tokenizer.decode(ids) != text:
                 raise ValueError(
                     f"this tokenizer changes {text!r} to {tokenizer.decode(ids)!r}; a Qwen's keeps it"
@@ -85,6 +83,7 @@ class Encoder:
         self._takes_calls = "tool_calls" in str(tokenizer.chat_template)
         self._takes_tools = "tools" in str(tokenizer.chat_template)
         self._writes_no_thought = self._writes_no_thought_itself()
+        self._opens_thoughts = any(map(self._opens_thought, ({}, {"enable_thinking": True})))
         named = (token for token in tokenizer.special_tokens_map.values() if isinstance(token, str))
         of_text = (token for token, number in zip(_ENDS_OF_TEXT, known, strict=True) if number not in unknown)
         self._marks = sorted({*named, *of_text} - {TURN_START, TURN_END})
@@ -94,9 +93,9 @@ class Encoder:
         if self._writes_no_thought:  # a row's own empty thought is rendered alike, and masked alike
             rows = list(map(_without_empty_thoughts, rows))
         texts = self._render_all(rows)
-        no_thoughts = [or_bad(self._no_thoughts, *pair) for pair in zip(rows, texts, strict=True)]
+        prompts = [or_bad(self._prompts, *pair) for pair in zip(rows, texts, strict=True)]
         ids = self._ids([text if isinstance(text, str) else "" for text in texts])
-        return [or_bad(self._tokens, *parts) for parts in zip(rows, ids, no_thoughts, strict=True)]
+        return [or_bad(self._tokens, *parts) for parts in zip(rows, ids, prompts, strict=True)]
 
     def _writes_no_thought_itself(self) -> bool:
         turns = [Message(role="user", content="?"), reply("!")]
@@ -105,6 +104,17 @@ class Encoder:
         except Exception:  # a template may raise any error, then for rows, too
             return False
         return f"{TURN_START}{_HEADER}{NO_THOUGHT}" in text
+
+    def _opens_thought(self, options: dict[str, bool]) -> bool:
+        """Return whether the generation prompt opens a thought, which a reply then goes on with."""
+        turns = [Message(role="user", content="?")]
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **options
+            )
+        except Exception:  # a template may raise any error, then for rows, too
+            return False
+        return text.endswith(f"{TURN_START}{_HEADER}{OPEN_THOUGHT}")
 
     def _refuse_marks(self, text: str, row: Row) -> None:
         """Refuse turns with control tokens, as the end of text. text: the row as it is rendered."""
@@ -151,13 +161,13 @@ class Encoder:
         encode = self.tokenizer.backend_tokenizer.encode_batch_fast
         return [encoding.ids for encoding in encode(texts, add_special_tokens=False)]
 
-    def _tokens(self, row: Row, text_ids: list[int], no_thoughts: list[bool]) -> Tokens:
+    def _tokens(self, row: Row, text_ids: list[int], prompts: list[str]) -> Tokens:
         if row.text is not None:
             ids = np.array([*text_ids, self._end_of_text], np.int32)
             parts = [(0, len(ids), row.weight)]
         else:
             ids = np.array(text_ids, np.int32)
-            parts = self._weighted(row, self._spans(ids, no_thoughts), len(ids))
+            parts = self._weighted(row, self._spans(ids, prompts), len(ids))
         weights = np.zeros(len(ids), np.float32)
         for start, end, weight in parts:
             weights[start:end] = weight
@@ -183,8 +193,9 @@ class Encoder:
                 raise BadRow("its last reply has weight 0: there is nothing to learn from")
         return parts
 
-    def _spans(self, ids: Ids, no_thoughts: list[bool]) -> list[tuple[int, int]]:
-        """Return [start, end) in tokens of every reply, its end-of-turn token included."""
+    def _spans(self, ids: Ids, prompts: list[str]) -> list[tuple[int, int]]:
+        """Return [start, end) in tokens of every reply, its end-of-turn token included. prompts: what the
+        prompt has of each."""
         starts, ends = np.flatnonzero(ids == self._start), np.flatnonzero(ids == self._end)
         if len(starts) != len(ends) or not (starts < ends).all() or not (ends[:-1] < starts[1:]).all():
             raise BadRow(
@@ -195,24 +206,24 @@ class Encoder:
             after = start + len(self._header)
             if ids[start:after].tolist() == self._header:
                 spans.append((after, end + 1))
-        if len(spans) != len(no_thoughts):
+        if len(spans) != len(prompts):
             raise BadRow(
                 "a reply's first characters melt with the line break before it; remove white space there"
             )
-        for number, has_no_thought in enumerate(no_thoughts):
-            if has_no_thought:
-                start, end = spans[number]
-                after = start + len(self._no_thought)
-                if ids[start:after].tolist() != self._no_thought:
-                    raise BadRow(
-                        "a reply's first characters melt with </think> before it; remove white space there"
-                    )
-                spans[number] = (after, end)
+        for number, prompt in enumerate(prompts):
+            start, end = spans[number]
+            after = start + len(self._of_prompt[prompt])
+            if ids[start:after].tolist() != self._of_prompt[prompt]:
+                raise BadRow(
+                    f"a reply's first characters melt with {prompt.split()[-1]} before it; remove white space"
+                    " there"
+                )
+            spans[number] = (after, end)
         return spans
 
-    def _no_thoughts(self, row: Row, text: str) -> list[bool]:
-        """Return for each reply whether NO_THOUGHT is before it. text: the row as it is rendered. Raises:
-        BadRow when replies differ, tools or calls are left out, or turns hold control tokens."""
+    def _prompts(self, row: Row, text: str) -> list[str]:
+        """Return what the prompt has of each reply. text: the row as it is rendered. Raises: BadRow when
+        replies differ, tools or calls are left out, or turns hold control tokens."""
         if row.text is not None:
             return []
         self._refuse_marks(text, row)
@@ -232,7 +243,7 @@ class Encoder:
                 f"the chat template wrote {len(turns)} assistant turns for {len(replies)}; expected ChatML"
                 " (<|im_start|>assistant ... <|im_end|>), as all Qwens have"
             )
-        return [_begins_with_no_thought(*pair) for pair in zip(turns, replies, strict=True)]
+        return [prompted(*pair, opens=self._opens_thoughts) for pair in zip(turns, replies, strict=True)]
 
 
 def _without_empty_thoughts(row: Row) -> Row:
@@ -243,61 +254,3 @@ def _without_empty_thoughts(row: Row) -> Row:
         for m in row.messages
     ]
     return row._replace(messages=messages)
-
-
-def _begins_with_no_thought(body: str, message: Message) -> bool:
-    """Return whether a rendered turn (body) begins with NO_THOUGHT. Raises: BadRow for a changed reply."""
-    content, thought = message["content"], message.get("reasoning_content")
-    no_thought = body.startswith(NO_THOUGHT) and THINK not in content and not thought
-    body = body.removeprefix(NO_THOUGHT) if no_thought else body
-    calls = message.get("tool_calls")
-    if body == content and not thought and not calls and "think>" not in content:
-        return no_thought
-    allowed = _renderings(content, thought)
-    if calls:
-        if not _has_calls(_plain(body), calls, allowed):
-            raise BadRow(f"the chat template changed a call: it wrote {show(body)}")
-    elif _plain(body) not in allowed or (THINK not in body and not _is_as_written(body, content)):
-        raise BadRow(f"the chat template changed a reply: it wrote {show(body)}")
-    return no_thought
-
-
-def _has_calls(body: str, calls: list[ToolCall], allowed: list[str]) -> bool:
-    """Return whether a turn begins with one of the texts, and has these calls."""
-    names = re.findall(r'<tool_call>\s*\{"name": "(.*?)", "arguments": ', body)
-    same = [call["function"]["name"] for call in calls] == names
-    return same and any(body.startswith(text) for text in allowed)
-
-
-def _is_as_written(body: str, content: str) -> bool:
-    """Return whether a reply is as its row has it, or trimmed: white space that is added would be learnt."""
-    answer = content.rpartition(THOUGHT)[2]
-    trims = (
-        str,
-        str.strip,
-        str.lstrip,
-        str.rstrip,
-        lambda text: text.lstrip("\n"),
-        lambda text: text.strip("\n"),
-    )
-    return any(body == trim(text) for text in (content, answer) for trim in trims)
-
-
-def _renderings(reply: str, thought: str | None) -> list[str]:
-    """Return what a template may write for a reply: with its thought, or (in earlier turns) without."""
-    outside = [_plain(f"{THINK}{thought}{THOUGHT}{reply}")] if thought else []
-    if THINK not in reply and THOUGHT not in reply:
-        return [_plain(reply), *outside]
-    inside = _THOUGHT.fullmatch(reply)
-    if not inside or "think>" in inside[1] + inside[2]:
-        raise BadRow(
-            "a reply has a stray <think> or </think>, from which Qwen's templates cut text away; a thought"
-            " stands once, at the start: <think>...</think>answer"
-        )
-    return [_plain(f"{THINK}{inside[1]}{THOUGHT}{inside[2]}"), _plain(inside[2]), *outside]
-
-
-def _plain(text: str) -> str:
-    """Return a reply without the white space that templates move: around it, and around its thought."""
-    text = text.strip()
-    return re.sub(r"\s*(</?think>)\s*", r"\1", text) if "think>" in text else text

@@ -22,6 +22,7 @@ ROLES = {
     "function_call": "function_call",
     "observation": "tool",
     "tool": "tool",
+    "developer": "system",  # OpenAI's newer name; Qwen's templates know system alone, or treat both alike
 }
 END_OF_TEXT = "<|endoftext|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's marks: text that has one would forge a turn
@@ -49,7 +50,7 @@ _ASSISTANTS = (
 _OTHER_ROLES = {
     "assistant": _ASSISTANTS,
     "user": ("patient", "customer", "client", "student", "prompter", "患者", "病人", "用户"),
-    "system": ("developer", "sys", "instruction", "系统"),
+    "system": ("sys", "instruction", "系统"),
     "tool": ("function", "function_response", "tool_response", "tool_result", "ipython", "environment"),
     "function_call": ("tool_call", "action"),
 }

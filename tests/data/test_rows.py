@@ -653,7 +653,7 @@ def test_a_role_that_is_guessed_is_likely():
     roles = {
         "Bot": "assistant",
         "USER": "user",
-        "developer": "system",
+        "sys": "system",
         "tool_call": "function_call",
         "function": "tool",
     }

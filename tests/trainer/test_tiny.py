@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwenlora.data.chat import NO_THOUGHT, Encoder
+from qwenlora.data.chat import Encoder
+from qwenlora.data.replies import NO_THOUGHT
 from qwenlora.data.rows import Row
 from qwenlora.trainer.model import tiny as tiny_module
 from qwenlora.trainer.model.tiny import build_tiny
