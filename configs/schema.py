@@ -275,6 +275,9 @@ class Train(Section):
     num_train_epochs: Annotated[float, Field(gt=0.0)] = Field(3.0, description="Passes over the rows.")
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; overrides num_train_epochs.")
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(2e-4, description="Peak learning rate.")
+    loraplus_lr_ratio: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="LoRA+: B learns so many times as fast as A, whose rate is learning_rate."
+    )
     lr_scheduler_type: SchedulerName = Field("cosine", description="Schedule, by its transformers name.")
     lr_scheduler_kwargs: dict[str, float | int | str | bool] = Field(
         default_factory=dict, description="Further arguments of the schedule, as {min_lr_rate: 0.1}."

@@ -178,6 +178,24 @@ def test_experts_are_trained_alike(tmp_path, tokenizer):
         assert spread["held"]["base_bytes"] < 0.6 * whole["held"]["base_bytes"]
 
 
+@pytest.mark.long
+def test_lora_plus_is_the_same_under_every_strategy_and_over_a_resume(small, tmp_path, tokenizer):
+    start = replace(small, steps=4, save_steps=2, train={"loraplus_lr_ratio": 8.0, "weight_decay": 0.1})
+    one = run_ranks(run_cells, 1, [start.under("ddp", tmp_path / "one")], tokenizer)[0][0]
+    again = [
+        start.under(name, tmp_path / f"to {name}", resume=str(tmp_path / "ddp" / "checkpoint-2"))
+        for name in NAMES
+    ]
+    cells = [*(start.under(name, tmp_path / name) for name in NAMES), *again]
+    results = run_ranks(run_cells, 2, cells, tokenizer)[0]
+    first = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
+    for cell, result in zip(cells, results, strict=True):
+        adapter = load_file(Path(cell.folder) / "adapter" / "adapter_model.safetensors")
+        assert max((first[key] - adapter[key]).abs().max() for key in first) <= CLOSE, cell.folder
+        assert abs(result["losses"][4] - one["losses"][4]) <= CLOSE
+    assert results[len(NAMES)]["adapter"] == results[0]["adapter"]
+
+
 def test_a_base_in_bfloat16_is_trained_alike(small, tmp_path, tokenizer):
     cells = [replace(small, dtype="bfloat16").under(name, tmp_path / name) for name in FEWER]
     results = run_ranks(run_cells, 2, cells, tokenizer)[0]

@@ -158,6 +158,18 @@ def test_a_blank_batch_gives_a_zero_loss_and_zero_gradients(tiny):
     assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
 
 
+def test_with_lora_plus_b_learns_as_many_times_as_fast_as_a(trainer):
+    made = trainer(side_of(8), config_of(loraplus_lr_ratio=8.0, weight_decay=0.1, max_steps=1))
+    made.create_optimizer_and_scheduler(1)
+    names = {parameter: name for name, parameter in made.peft_model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in made.optimizer.param_groups for p in group["params"]}
+    assert len(rates) == sum(p.requires_grad for p in made.peft_model.parameters())
+    assert {rate for name, rate in rates.items() if "lora_A" in name} == {1e-3}
+    assert {rate for name, rate in rates.items() if "lora_B" in name} == {8e-3}
+    assert made.lr_scheduler.get_last_lr()[0] == 1e-3  # which is shown
+    assert all(group["params"] and group["weight_decay"] == 0.1 for group in made.optimizer.param_groups)
+
+
 def test_schedules_are_transformers_own():
     theirs = {scheduler.value for scheduler in SchedulerType}
     assert set(typing.get_args(SchedulerName)) <= theirs
@@ -183,6 +195,7 @@ OVERRIDDEN = {
     "get_train_dataloader": ["self"],
     "_get_num_items_in_batch": ["self", "batch_samples", "device"],
     "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+    "create_optimizer": ["self", "model"],
     "create_scheduler": ["self", "num_training_steps", "optimizer"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_clip_grad_norm": ["self", "model"],
@@ -242,7 +255,7 @@ def test_transformers_gets_every_setting(tmp_path):
         assert getattr(arguments, key) == (value or getattr(arguments, key)), key
     assert arguments.gradient_accumulation_steps == 8 // (2 * 2)
     elsewhere = {"global_batch_size", "num_train_epochs", "gradient_checkpointing", "save_total_limit"}
-    elsewhere |= {"metric_for_best_model", "on_nan", "max_time_min"}
+    elsewhere |= {"metric_for_best_model", "on_nan", "max_time_min", "loraplus_lr_ratio"}
     assert set(Train.model_fields) == set(chosen) | elsewhere
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -158,6 +159,23 @@ class LoraTrainer(Trainer):
             flat=self.end_to_end or (packs and self.config.model.attn_implementation.startswith("flash")),
             cut=self.team.cut,
         )
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Return Trainer's optimizer, with LoRA+ peft's, without groups that have no parameters."""
+        ratio = self.config.train.loraplus_lr_ratio
+        if ratio is not None and self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.peft_model)
+            self.optimizer = create_loraplus_optimizer(
+                self.peft_model,
+                kind,
+                loraplus_lr_ratio=ratio,
+                loraplus_lr_embedding=self.args.learning_rate,
+                loraplus_weight_decay=self.args.weight_decay,
+                **settings,
+            )
+            groups = self.optimizer.param_groups
+            groups[:] = [group for group in groups if group["params"]]
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return transformers' schedule, whose first step trains, too."""
