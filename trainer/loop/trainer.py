@@ -163,9 +163,9 @@ class LoraTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """Return Trainer's optimizer, with LoRA+ peft's, without groups that have no parameters."""
         ratio = self.config.train.loraplus_lr_ratio
-        if ratio is not None and self.optimizer is None:
+        if ratio is not None and getattr(self, "optimizer", None) is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.peft_model)
-            self.optimizer = create_loraplus_optimizer(
+            made: Any = create_loraplus_optimizer(
                 self.peft_model,
                 kind,
                 loraplus_lr_ratio=ratio,
@@ -173,8 +173,8 @@ class LoraTrainer(Trainer):
                 loraplus_weight_decay=self.args.weight_decay,
                 **settings,
             )
-            groups = self.optimizer.param_groups
-            groups[:] = [group for group in groups if group["params"]]
+            made.param_groups[:] = [group for group in made.param_groups if group["params"]]
+            self.optimizer = made
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
