@@ -35,6 +35,7 @@ from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows, collate, collate_packs
 from qwenlora.trainer.loop.trainer import LoraTrainer
 from qwenlora.trainer.model.fused import fuse
+from qwenlora.trainer.model.loading import set_up
 from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.model.row_attention import attend_row_by_row
 from qwenlora.trainer.model.tiny import build_tiny
@@ -91,7 +92,7 @@ def side_of(rows: list[Tokens]) -> Side:
 def base_of(args: argparse.Namespace) -> Any:
     """Return a Qwen2 of random weights; by default of 42.8 million."""
     torch.manual_seed(0)
-    return Qwen2ForCausalLM(
+    base = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=151_936,
             hidden_size=args.hidden,
@@ -103,6 +104,8 @@ def base_of(args: argparse.Namespace) -> Any:
             use_cache=False,
         )
     )
+    set_up(base, args.recomputed)
+    return base
 
 
 def ours_of(base: Any, words: Any, side: Side, folder: Path, steps: int, rate: float = 1e-3) -> Any:
@@ -229,6 +232,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="of each way, the first two untimed")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--recomputed", type=int, default=0, help="layers, as train.gradient_checkpointing")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
