@@ -1,20 +1,25 @@
 """Whether an adapter has the names and shapes that peft makes on torch's meta device, from the base's
 config.json. ordinary.py knows them without peft where nothing is unusual."""
 
+import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from peft.utils import transformers_weight_conversion as conversion
 from transformers import AutoModelForCausalLM
 
 from qwenlora.adapter.subject import ADAPTER_CONFIG, Subject
 from qwenlora.run.format import and_more, shape
 from qwenlora.trainer.model.headers import TensorValues
 from qwenlora.trainer.model.pretrained import load_config_of
+
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def check_shapes(subject: Subject, file: Path, weights: Mapping[str, TensorValues]) -> str:
@@ -35,14 +40,41 @@ def check_shapes(subject: Subject, file: Path, weights: Mapping[str, TensorValue
             ) from None
         needed = get_peft_model_state_dict(model, save_embedding_layers=False)
         known = get_peft_model_state_dict(model, save_embedding_layers=True)
-    _check_names(subject, file, set(weights), set(needed), set(known))
-    for name in sorted(weights):
-        if weights[name].raw.shape != tuple(known[name].shape):
+        shapes = _as_peft_loads(subject, model, weights)
+    _check_names(subject, file, set(shapes), set(needed), set(known))
+    for name in sorted(shapes):
+        if shapes[name] != tuple(known[name].shape):
             raise ValueError(
-                f"{file}: {name} is {shape(weights[name].raw.shape)}, {subject.base} needs"
+                f"{file}: {name} is {shape(shapes[name])}, {subject.base} needs"
                 f" {shape(known[name].shape)}; it was trained on another base: name that with --base"
             )
     return str((base.architectures or [type(model).__name__])[0])
+
+
+def _as_peft_loads(
+    subject: Subject, model: PeftModel, weights: Mapping[str, TensorValues]
+) -> dict[str, tuple[int, ...]]:
+    """Return {name: shape} of an adapter's tensors as peft would load them: those that have a module for each
+    expert, as transformers 4 had them, become one for all. Raises: ValueError where it would lose them."""
+    shapes = {name: tuple(values.raw.shape) for name, values in weights.items()}
+    of_one = sorted(name for name in shapes if ONE_EXPERT.search(name))
+    if not of_one or of_one[0] in get_peft_model_state_dict(model):  # a model whose experts are modules
+        return shapes
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+    with suppress(ValueError, RuntimeError, KeyError):  # of shapes or names that do not go together
+        made = conversion.convert_peft_adapter_state_dict_for_transformers(
+            model, model.peft_config["default"], tensors
+        )
+        if (
+            not any(ONE_EXPERT.search(name) for name in made)
+            and model.peft_config["default"].target_parameters
+        ):
+            return {name: tuple(tensor.shape) for name, tensor in made.items()}
+    raise ValueError(
+        f"{subject.name} has a module for each expert ({of_one[0]}), and {subject.base} has all experts of a"
+        " layer in one, to which peft cannot convert them; merge it where it was trained, with transformers"
+        " 4, or train it again"
+    )
 
 
 def _check_names(subject: Subject, file: Path, names: set[str], needed: set[str], known: set[str]) -> None:

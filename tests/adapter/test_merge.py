@@ -23,6 +23,7 @@ from qwenlora.adapter.merge import merge as merging
 from qwenlora.adapter.merge.merge import MergeOptions, merge
 from qwenlora.adapter.merge.streamed import StreamedModel, compare_logits
 from qwenlora.adapter.subject import find
+from qwenlora.adapter.verify import check_adapter
 from qwenlora.adapter.weight_files import SafetensorsWriter
 from qwenlora.configs.schema import Lora
 from qwenlora.trainer.model.lora import lora_config
@@ -386,6 +387,51 @@ def test_experts_are_written_as_the_base_has_them(experts, tmp_path, settings):
         "q_proj",
         *(("gate_proj", "up_proj", "down_proj") if len(settings) > 1 else ("o_proj",)),
     }
+
+
+def with_a_module_for_each_expert(folder, base):
+    """Save an adapter as transformers 4 and peft made them, and return it with the base that it makes."""
+    torch.manual_seed(1)
+    names = ["gate_proj", "up_proj", "down_proj"]
+    LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=names).save_pretrained(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    model, weights = AutoModelForCausalLM.from_pretrained(base), {}
+    for number, layer in enumerate(model.model.layers):
+        experts = layer.mlp.experts
+        for expert in range(4):
+            changes = []
+            for name, (out, into) in zip(names, [(24, 32), (24, 32), (32, 24)], strict=True):
+                full = f"base_model.model.model.layers.{number}.mlp.experts.{expert}.{name}"
+                a, b = 0.2 * torch.randn(4, into), 0.2 * torch.randn(out, 4)
+                weights |= {f"{full}.lora_A.weight": a, f"{full}.lora_B.weight": b}
+                changes.append(8 / 4 * b @ a)
+            experts.gate_up_proj.data[expert] += torch.cat(changes[:2])
+            experts.down_proj.data[expert] += changes[2]
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder, model
+
+
+def test_an_adapter_with_a_module_for_each_expert_is_merged(experts, tmp_path):
+    adapter, expected = with_a_module_for_each_expert(tmp_path / "adapter", experts)
+    merge([find(str(adapter))], tmp_path / "out")
+    same(plain(tmp_path / "out"), expected)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    del weights["base_model.model.model.layers.1.mlp.experts.2.up_proj.lora_B.weight"]
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="has a module for each expert .* to which peft cannot convert them"):
+        merge([find(str(adapter))], tmp_path / "again")
+
+
+def test_modules_of_experts_that_peft_would_lose_are_refused(experts, tmp_path):
+    """peft converts them for a Qwen3, and for a Qwen2 it leaves them out without a word."""
+    adapter, _ = with_a_module_for_each_expert(tmp_path / "adapter", experts)
+    shutil.copytree(experts, tmp_path / "base")
+    settings = json.loads((experts / "config.json").read_text())
+    other = {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings | other))
+    with pytest.raises(ValueError, match="has a module for each expert .* to which peft cannot convert them"):
+        check_adapter(find(str(adapter), base=str(tmp_path / "base")))
 
 
 # several adapters
