@@ -96,11 +96,11 @@ class Matrices(NamedTuple):
 
 
 def _pair_of(a: Tensor, b: Tensor, layer: Matrices) -> tuple[Tensor, Tensor]:
-    """Return A as [experts, r, in] and B, scaled, as [experts, out, r], in the weight's dtype. r is rounded
-    up, with zeros."""
+    """Return A as [experts, r, in] and B as [experts, out, r], in the weight's dtype. r is rounded up, with
+    zeros."""
     experts, dtype = len(layer.weight), layer.weight.dtype
     a = a.view(experts, -1, a.shape[1]).to(dtype)
-    b = b.view(-1, experts).t().mul(layer.scaling).to(dtype).contiguous().view(experts, len(b), -1)
+    b = b.to(dtype).view(-1, experts).t().contiguous().view(experts, len(b), -1)
     if more := -a.shape[1] % EVEN:
         a, b = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
     return a, b
@@ -118,12 +118,12 @@ def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 
 
 def _project(layer: Matrices, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return rows projected, and their products with A, [rows, r]."""
+    """Return rows projected, and their products with A, scaled, [rows, r]."""
     output = _products(rows, layer.weight.mT, ends)
     if layer.a is None or layer.b is None:
         return output, None
     a, b = _pair_of(layer.a, layer.b, layer)
-    low = _products(rows, a.mT, ends)
+    low = _products(rows, a.mT, ends).mul_(layer.scaling)
     return output.add_(_products(low, b.mT, ends)), low
 
 
@@ -142,15 +142,15 @@ def _gradients(
     if layer.a is None or layer.b is None or low is None:
         return of_rows, None, None
     a, b = _pair_of(layer.a, layer.b, layer)
-    below = _products(gradient, b, ends)
+    below = _products(gradient, b, ends).mul_(layer.scaling)
     if of_rows is not None:
         of_rows.add_(_products(below, a, ends))
     if share is not None:
         low, below = low * share, below * share
     r = len(layer.a) // len(layer.weight)
     of_a = _outer(below, rows, ends)[:, :r].reshape(layer.a.shape)
-    of_b = _outer(gradient, low, ends)[:, :, :r].permute(1, 2, 0).reshape(layer.b.shape)
-    return of_rows, of_a.to(layer.a.dtype), of_b.to(layer.b.dtype).mul_(layer.scaling)
+    of_b = _outer(gradient, low, ends)[:, :, :r].reshape(len(layer.weight), -1).t().reshape(layer.b.shape)
+    return of_rows, of_a.to(layer.a.dtype), of_b.to(layer.b.dtype)
 
 
 def _sums(rows: Tensor, order: Tensor, top_k: int) -> Tensor:

@@ -1,0 +1,260 @@
+"""python benchmarks/expert_lora.py: LoRA on a mixture's experts, beside peft's way with their parameters.
+
+Each way runs in a process of its own, and they take turns step by step: the same base, adapter and rows,
+plain transformers and peft but for the experts. Losses must be equal, gradients not zero, and ours may count only
+useful operations, else no number is shown. README.md beside this file explains the numbers.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from train_speed import answer_of
+
+OURS, PEFT, LOOP = "qwenlora", "peft", "peft, experts in a loop"
+WAYS = (PEFT, LOOP, OURS)
+ROW, VOCABULARY = 64, 1024  # tokens of a row
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 128,
+}
+# memory that is freed goes back at once, so that a peak is that of its own step
+TIDY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+class Step(NamedTuple):
+    """What a way said of a step. cpu_s: process time; loss: mean over tokens; norm: of all gradients."""
+
+    cpu_s: float
+    loss: float
+    norm: float
+
+
+class Figures(NamedTuple):
+    """What steps of some tokens cost a way. peak_bytes: host memory above that before the step; flops: that
+    torch counts in it; useful: by trainer/model/flops.py."""
+
+    steps: list[Step]
+    peak_bytes: int
+    flops: float
+    useful: float
+
+
+# ---- the side that measures
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    options = read_options()
+    if options.worker:
+        work(options.worker, options.rank)
+        return
+    found = {tokens: measure(tokens, options) for tokens in options.tokens}
+    if options.json:
+        every = {
+            tokens: {way: figures._asdict() for way, figures in ways.items()}
+            for tokens, ways in found.items()
+        }
+        options.json.write_text(json.dumps(every, indent=1), encoding="utf-8")
+    for ways in found.values():
+        check(ways)
+    show(found)
+
+
+def read_options() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="of a step")
+    parser.add_argument("--steps", type=int, default=10, help="of each way, the first two untimed")
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(tokens: int, options: argparse.Namespace) -> dict[str, Figures]:
+    """Return what steps of so many tokens cost each way."""
+    timed = {way: start(way, options) for way in WAYS}
+    steps: dict[str, list[Step]] = {way: [] for way in WAYS}
+    for number in range(options.steps):
+        # as many begin with one as with the other
+        for way in WAYS[:: 1 if number % 2 else -1]:
+            steps[way].append(Step(**ask(timed[way], "step", tokens, number)))
+        print(f"{tokens} tokens, step {number + 1}", end="\r", flush=True, file=sys.stderr)
+    counted = {way: ask(timed[way], "flops", tokens, 0) for way in WAYS}
+    end(timed)
+    peaks = {}
+    for way in WAYS:
+        worker = start(way, options, **TIDY)
+        ask(worker, "step", tokens, 0)
+        peaks[way] = ask(worker, "peak", tokens, 1)["bytes"]
+        end({way: worker})
+    return {way: Figures(steps[way], peaks[way], **counted[way]) for way in WAYS}
+
+
+def start(way: str, options: argparse.Namespace, **variables: str) -> subprocess.Popen[str]:
+    """Start a way's process, and wait until it has its model."""
+    command = [sys.executable, __file__, "--worker", way, "--rank", str(options.rank)]
+    worker = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | variables
+    )
+    assert answer_of(worker) == "ready", way
+    return worker
+
+
+def ask(worker: subprocess.Popen[str], what: str, tokens: int, number: int) -> dict[str, Any]:
+    """Return a worker's answer to a line of work()."""
+    assert worker.stdin
+    worker.stdin.write(f"{what} {tokens} {number}\n")
+    worker.stdin.flush()
+    answer: dict[str, Any] = json.loads(answer_of(worker))
+    return answer
+
+
+def end(workers: dict[str, subprocess.Popen[str]]) -> None:
+    """Let workers end."""
+    for worker in workers.values():
+        worker.communicate()
+
+
+def check(ways: dict[str, Figures]) -> None:
+    """Raises: AssertionError when the ways did not do the same work, or ours did more than is useful."""
+    for way, figures in ways.items():
+        assert min(step.norm for step in figures.steps) > 0, f"{way} learnt nothing"
+        pairs = zip(figures.steps, ways[PEFT].steps, strict=True)
+        apart = max(abs(one.loss - other.loss) for one, other in pairs)
+        assert apart <= 1e-5, f"losses of {way} differ by {apart:.2g}"
+    ours = ways[OURS]
+    assert abs(ours.flops / ours.useful - 1) <= 0.05, f"{ours.flops / ours.useful:.3f} of the useful FLOPs"
+    assert ours.peak_bytes * 3 <= ways[PEFT].peak_bytes, "peak memory is not a third"
+
+
+def show(found: dict[int, dict[str, Figures]]) -> None:
+    """Print the table."""
+    print(
+        "| tokens a step | way | CPU seconds a step | times as fast | peak MB | of peft's | FLOPs / useful |"
+    )
+    print("|---:|---|---:|---:|---:|---:|---:|")
+    for tokens, ways in found.items():
+        peft = ways[PEFT]
+        for way, figures in ways.items():
+            pairs = list(zip(peft.steps, figures.steps, strict=True))[2:]
+            times = median(other.cpu_s / own.cpu_s for other, own in pairs)
+            seconds = median(own.cpu_s for _, own in pairs)
+            print(
+                f"| {tokens} | {way} | {seconds:.3f} | {times:.2f} | {figures.peak_bytes / 1e6:,.0f} |"
+                f" {figures.peak_bytes / peft.peak_bytes:.2f} | {figures.flops / figures.useful:.2f} |"
+            )
+
+
+# ---- a way, in a process of its own
+
+
+def work(way: str, rank: int) -> None:
+    """Answer each line of stdin, `what tokens number`: a step on rows made from the number."""
+    import torch
+
+    torch.set_num_threads(1)
+    model = model_of(way, rank)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    print("> ready", flush=True)
+    for line in sys.stdin:
+        what, tokens, number = line.split()
+        ids = torch.randint(
+            VOCABULARY, (int(tokens) // ROW, ROW), generator=torch.Generator().manual_seed(int(number))
+        )
+        answer = {"step": step, "flops": count, "peak": peak}[what](model, ids, optimizer)
+        print(f"> {json.dumps(answer)}", flush=True)
+
+
+def model_of(way: str, rank: int) -> Any:
+    """Return a Qwen3 of random weights with LoRA on attention and experts; B is not zero."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from qwenlora.trainer.model.fused_experts import fuse_experts
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**SIZES, use_cache=False, attn_implementation="eager")
+    config._experts_implementation = "eager" if way == LOOP else "grouped_mm"
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    model = get_peft_model(Qwen3MoeForCausalLM(config), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    assert way != OURS or fuse_experts(model) == (SIZES["num_hidden_layers"], 0)
+    model.enable_input_require_grads()  # the lowest layer costs as much as the others
+    return model.train()
+
+
+def step(model: Any, ids: Any, optimizer: Any) -> dict[str, float]:
+    """Train a step."""
+    import torch
+
+    started = time.process_time()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return Step(time.process_time() - started, loss.item(), norm.item())._asdict()
+
+
+def peak(model: Any, ids: Any, optimizer: Any) -> dict[str, float]:
+    """Return the bytes of host memory that a step needs above what is there before it."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = memory("VmRSS")
+    step(model, ids, optimizer)
+    return {"bytes": memory("VmHWM") - before}
+
+
+def memory(key: str) -> int:
+    """Return a line of /proc/self/status, in bytes."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status[key].split()[0])
+
+
+def count(model: Any, ids: Any, optimizer: Any) -> dict[str, float]:
+    """Return the FLOPs that torch counts in a step, and the useful ones."""
+    import numpy as np
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from qwenlora.trainer.model.flops import flops, work_of
+
+    def of_grouped(left: Any, right: Any, *_: Any, **options: Any) -> int:
+        # [rows, in] x [experts, in, out]; or [out, rows] x [rows, in], which makes [experts, out, in]
+        return int(2 * left[0] * left[1] * right[-1])
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: of_grouped})
+    with counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.zero_grad()
+    useful = flops(work_of(model, model.config), np.full(len(ids), ROW), ids.numel())
+    return {"flops": counter.get_total_flops(), "useful": useful}
+
+
+if __name__ == "__main__":
+    main()
