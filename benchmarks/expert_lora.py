@@ -1,8 +1,8 @@
 """python benchmarks/expert_lora.py: LoRA on a mixture's experts, beside peft's way with their parameters.
 
 Each way runs in a process of its own, and they take turns step by step: the same base, adapter and rows,
-plain transformers and peft but for the experts. Losses must be equal, gradients not zero, and ours may count only
-useful operations, else no number is shown. README.md beside this file explains the numbers.
+plain transformers and peft but for the experts. Losses must be equal, gradients not zero, operations those
+that are useful, and peak memory a third, else no number is shown. README.md beside this file explains them.
 """
 
 import argparse
