@@ -300,7 +300,8 @@ class State(Record):
 
     scaler: float16's; optimizer_groups: their settings; loss_so_far: of each rank, since logged_step, the
     last logging step; evaluation_due: an evaluation comes first after a resume; eval_losses: {step:
-    eval_loss}; moved: whether lora_B is no longer zero; wandb_id: of the run's W&B run, or empty.
+    eval_loss}; moved: whether lora_B is no longer zero; wandb_id: of the run's W&B run, or empty; dtype: of
+    the base's weights, empty in versions that did not keep it.
     """
 
     step: int
@@ -314,6 +315,7 @@ class State(Record):
     eval_losses: dict[int, float]
     moved: bool
     wandb_id: str = ""
+    dtype: str = ""
 
 
 class RankError(Record):

@@ -19,6 +19,7 @@ ASSETS = ROOT.parent / "shared" / "assets"
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub; the processes that tests start inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")  # model.dtype: auto is float32 on any CPU then
 for name in ("COLUMNS", "LINES", *(name for name in os.environ if name.startswith("WANDB_"))):
     os.environ.pop(name, None)  # pytest-xdist sets the first two
 os.environ["NETRC"] = os.devnull

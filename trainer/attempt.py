@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
 from qwenlora.run import checkpoints
@@ -17,6 +18,7 @@ from qwenlora.trainer.final_adapter import constant_files, save_adapter
 from qwenlora.trainer.loop.state import adapter_of, check_alike
 from qwenlora.trainer.loop.trainer import LoraTrainer
 from qwenlora.trainer.model.loading import device
+from qwenlora.trainer.model.precision import resolve_dtype
 from qwenlora.trainer.process import Process
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.ranks.from_rank_0 import from_rank_0
@@ -80,8 +82,13 @@ def _choose(process: Process, heart: Heart) -> Context:
     chronicle = Chronicle(run, process.handover.prepare_s) if first else None
     identity = checkpoints.identity_of(config, facts.data_identity, facts.base_fingerprint)
     chosen = from_rank_0(lambda: _choose_on_rank_0(run, process.handover, identity))
-    step = checkpoints.read(chosen.folder).step if chosen.folder else 0
-    return Context(process, heart, facts, identity, stop, chronicle, chosen, step)
+    before = checkpoints.read_state(chosen.folder) if chosen.folder else None
+    dtype, told = from_rank_0(lambda: resolve_dtype(config, before.dtype if before else ""))
+    if told:
+        process.warn(told)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    process = replace(process, config=config)
+    return Context(process, heart, facts, identity, stop, chronicle, chosen, before.step if before else 0)
 
 
 def _choose_on_rank_0(run: RunFolder, handover: Handover, identity: Identity) -> Chosen:

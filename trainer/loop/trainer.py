@@ -34,6 +34,7 @@ from qwenlora.trainer.loop.nonfinite import NonFiniteSteps
 from qwenlora.trainer.loop.resume import ResumeCallback
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.schedule import begin_above_zero, restore_schedule
+from qwenlora.trainer.model.loading import pick_dtype
 from qwenlora.trainer.model.row_attention import takes_rows_end_to_end
 from qwenlora.trainer.ranks import faults
 from qwenlora.trainer.ranks.stop import Stop
@@ -400,6 +401,7 @@ class LoraTrainer(Trainer):
             eval_losses=self.losses,
             moved=any(bool(tensor.any()) for name, tensor in snapshot.adapter.items() if "lora_B" in name),
             wandb_id=self.wandb_id,
+            dtype=str(pick_dtype(self.config.model.dtype)).removeprefix("torch."),
         )
         without_log = dataclasses.replace(self.state, log_history=[], stateful_callbacks={})
         return {
