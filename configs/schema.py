@@ -43,8 +43,8 @@ class Model(Section):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
-        description="auto: bfloat16 where the GPU has it, else float16; on a CPU float32, or bfloat16 if the CPU"
-        " multiplies it in hardware. A run keeps its dtype when it is resumed elsewhere.",
+        description="auto: bfloat16 where the GPU has it, else float16; on a CPU float32, or bfloat16 if it"
+        " multiplies that in hardware. A run keeps its dtype when it is resumed elsewhere.",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
         "sdpa", description="The attention kernel, by its transformers name."
