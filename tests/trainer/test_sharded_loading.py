@@ -7,10 +7,12 @@ import pytest
 import torch
 from parts import config_of, in_turn, make_base, part_of_fsdp, part_of_zero3, rename, tensors_in, turns, untie
 from ranks import run_ranks
+from safetensors.torch import save_file
 
 from qwenlora.trainer.model import base_files
 from qwenlora.trainer.model.base_files import BaseFiles
-from qwenlora.trainer.spread.sharded_loading import skeleton
+from qwenlora.trainer.spread import sharded_loading
+from qwenlora.trainer.spread.sharded_loading import skeleton, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -186,18 +188,45 @@ def assert_zero3(ranks, base):
 def test_a_base_that_cannot_be_read_by_ranges_is_loaded_whole_by_one_rank_at_a_time(tmp_path, bases):
     from transformers import AutoModelForCausalLM
 
-    held = {"moe": bases["moe"], "pickled": make_base(tmp_path / "pickled", "qwen3")}
-    expected = {
-        name: dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
-        for name, base in held.items()
+    base = make_base(tmp_path / "pickled", "qwen3")
+    expected = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    rename(base)
+    ranks = run_ranks(turns, 2, base)
+    assert ranks[0]["times"][1] < ranks[1]["times"][0]
+    size = sum(p.nbytes for p in expected.values())
+    for rank in ranks:
+        assert rank["held"] < 0.51 * size
+        assert all(torch.equal(rank["whole"][key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("layout", ["", "language_model."])
+def test_experts_and_text_models_of_models_that_see_are_read_by_ranges(tmp_path, bases, layout):
+    """The files have a matrix for each expert, and a text model within another has longer names."""
+    from transformers import AutoModelForCausalLM
+
+    expected = dict(AutoModelForCausalLM.from_pretrained(bases["moe"]).named_parameters())
+    tensors = {
+        name.replace("model.", f"model.{layout}", 1): t for name, t in tensors_in(bases["moe"]).items()
     }
-    rename(held["pickled"])
-    for name, ranks in run_in_turn(turns, 2, {name: (base,) for name, base in held.items()}).items():
-        assert ranks[0]["times"][1] < ranks[1]["times"][0]
-        size = sum(p.nbytes for p in expected[name].values())
-        for rank in ranks:
-            assert rank["held"] < 0.51 * size
-            assert all(torch.equal(rank["whole"][key], value) for key, value in expected[name].items()), name
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with BaseFiles(str(tmp_path)) as files:
+        for weight in weights_of(skeleton(config_of(bases["moe"]), str(bases["moe"]))):
+            names = sharded_loading._names_in(files, weight)
+            whole = torch.empty(weight.parameter.shape).flatten()
+            third = len(whole) // 3  # within an expert's matrix
+            sharded_loading._copy(files, names, 0, whole[:third])
+            sharded_loading._copy(files, names, third, whole[third:])
+            assert torch.equal(whole, expected[weight.names[0]].flatten()), weight.names
+        assert files.bytes_read == sum(tensor.nbytes for tensor in tensors.values())
+    del tensors[f"model.{layout}layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with BaseFiles(str(tmp_path)) as files:
+        missing = [
+            w
+            for w in weights_of(skeleton(config_of(bases["moe"]), str(bases["moe"])))
+            if not sharded_loading._names_in(files, w)
+        ]
+    assert [w.names for w in missing] == [["model.layers.1.mlp.experts.gate_up_proj"]]
 
 
 @pytest.mark.slow

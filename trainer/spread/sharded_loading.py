@@ -6,6 +6,7 @@ rank has more in memory than its shard and some megabytes.
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -67,7 +68,9 @@ class WholeBase:
         to.view(-1).copy_(self.tensors[name].detach().flatten()[start : start + to.numel()])
 
 
-WeightSource = BaseFiles | WholeBase
+Copy = Callable[[int, Tensor], None]  # fills a tensor with a flattened weight's elements, from a number on
+# what transformers holds as one tensor for all experts, and files as some for each, which follow one another
+OF_AN_EXPERT = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def weights_of(model: nn.Module) -> list[Weight]:
@@ -116,18 +119,18 @@ def load_fsdp(config: Config, base: str, mesh: DeviceMesh) -> Any:
         _shard_by_fsdp(config, model, mesh)
         size, rank = mesh.size(), mesh.get_local_rank()
 
-        def fill(source: WeightSource, weight: Weight, name: str) -> None:
+        def fill(weight: Weight, copy: Copy) -> None:
             parameter = weight.parameter
             if not isinstance(parameter, DTensor):
                 values = torch.empty_like(parameter, device=device())
-                source.copy(name, 0, values)
+                copy(0, values)
                 weight.substitute(nn.Parameter(values, requires_grad=False))
                 return
             rows, row = parameter.shape[0], parameter.shape[1:]
             chunk = -(-rows // size)  # FSDP2 splits rows as torch.chunk does
             start, stop = (min(chunk * number, rows) for number in (rank, rank + 1))
             values = torch.empty(stop - start, *row, dtype=parameter.dtype, device=to)
-            source.copy(name, start * row.numel(), values)
+            copy(start * row.numel(), values)
             shard = DTensor.from_local(
                 values,
                 parameter.device_mesh,
@@ -180,11 +183,11 @@ def load_zero3(config: Config, base: str, ds_config: DeepSpeedConfig) -> Any:
             self._partition_param(param)
             param.ds_status = type(param.ds_status).NOT_AVAILABLE
 
-    def fill(source: WeightSource, weight: Weight, name: str) -> None:
+    def fill(weight: Weight, copy: Copy) -> None:
         shard = weight.parameter.ds_tensor
         start = min(shard.ds_numel * dist.get_rank(), weight.parameter.ds_numel)
         stop = min(start + shard.ds_numel, weight.parameter.ds_numel)
-        source.copy(name, start, shard.data[: stop - start])
+        copy(start, shard.data[: stop - start])
         shard.data[stop - start :].zero_()
 
     with hub_errors("model.name_or_path", config.model.name_or_path):
@@ -236,15 +239,13 @@ def _move_buffers(model: nn.Module, to: torch.device) -> None:
             module._buffers[name] = buffer.to(to)
 
 
-def _fill(
-    config: Config, base: str, weights: list[Weight], fill: Callable[[WeightSource, Weight, str], None]
-) -> int:
-    """Call fill with each parameter and its name in the source; return the bytes read."""
+def _fill(config: Config, base: str, weights: list[Weight], fill: Callable[[Weight, Copy], None]) -> int:
+    """Call fill with each parameter and what copies its values; return the bytes read."""
     with BaseFiles(base, config.model.revision) as files:
-        names = [_name_in(files, weight) for weight in weights]
+        names = [_names_in(files, weight) for weight in weights]
         if all(names):
-            for weight, name in zip(weights, names, strict=True):
-                fill(files, weight, str(name))
+            for weight, parts in zip(weights, names, strict=True):
+                fill(weight, partial(_copy, files, parts))
             return files.bytes_read
     bytes_read = 0
     # one rank after the other, so that a node holds one whole base at a time
@@ -252,19 +253,48 @@ def _fill(
         if turn == int(os.environ.get("LOCAL_RANK", "0")):
             source = WholeBase(config, base)
             for weight in weights:
-                fill(source, weight, weight.names[0])
+                fill(weight, partial(source.copy, weight.names[0]))
             bytes_read = source.bytes_read
             del source
         dist.barrier()
     return bytes_read
 
 
-def _name_in(files: BaseFiles, weight: Weight) -> str | None:
-    """Return a parameter's name in the files, or None."""
+def _names_in(files: BaseFiles, weight: Weight) -> list[str]:
+    """Return the tensors in the files that are a parameter, one after the other; empty if there are none."""
     shape = tuple(getattr(weight.parameter, "ds_shape", weight.parameter.shape))
-    return next(
-        (name for name in weight.names if name in files.places and files.places[name].shape == shape), None
-    )
+    for name in weight.names:
+        # a model that sees pictures has its text model one level deeper
+        for in_files in (name, name.replace("model.", "model.language_model.", 1)):
+            if in_files in files.places and files.places[in_files].shape == shape:
+                return [in_files]
+            if experts := _experts_in(files, in_files, shape):
+                return experts
+    return []
+
+
+def _experts_in(files: BaseFiles, name: str, shape: tuple[int, ...]) -> list[str]:
+    """Return the matrices of experts in the files that transformers joins to one, in its order."""
+    owner, _, last = name.rpartition(".")
+    if not owner.endswith(".experts") or last not in OF_AN_EXPERT:
+        return []
+    names = [
+        f"{owner}.{expert}.{matrix}.weight" for expert in range(shape[0]) for matrix in OF_AN_EXPERT[last]
+    ]
+    each = (shape[1] // len(OF_AN_EXPERT[last]), shape[2])
+    fit = all(part in files.places and files.places[part].shape == each for part in names)
+    return names if fit else []
+
+
+def _copy(files: BaseFiles, names: list[str], start: int, to: Tensor) -> None:
+    """Fill `to` with elements from start on of flattened tensors that follow one another."""
+    flat = to.view(-1)
+    for name in names:
+        size = math.prod(files.places[name].shape)
+        count = min(max(size - start, 0), flat.numel())
+        if count:
+            files.copy(name, start, flat[:count])
+        flat, start = flat[count:], max(start - size, 0)
 
 
 def _report(started: float, bytes_read: int) -> None:
