@@ -307,6 +307,13 @@ class Train(Section):
     metric_for_best_model: Literal["eval_loss", "eval_perplexity"] | None = Field(
         None, description="The checkpoint that is best by it is kept, too. Each save needs an evaluation."
     )
+    early_stopping_patience: PositiveInt | None = Field(
+        None,
+        description="Training ends when so many evaluations in a row are no better than the best before.",
+    )
+    final: Literal["last", "best"] = Field(
+        "last", description="The adapter at the end: of the last step, or of the best checkpoint."
+    )
     on_nan: Literal["stop", "skip", "rollback"] = Field(
         "stop",
         description="When a loss or gradient is not finite. skip: that step changes nothing; rollback: the"
@@ -332,6 +339,11 @@ class Train(Section):
     @model_validator(mode="after")
     def _the_best_is_evaluated_and_saved(self) -> "Train":
         if self.metric_for_best_model is None:
+            for key, default in (("early_stopping_patience", None), ("final", "last")):
+                if (value := getattr(self, key)) != default:
+                    raise ValueError(
+                        f"{key}={value} needs metric_for_best_model; add metric_for_best_model: eval_loss"
+                    )
             return self
         same = self.eval_strategy == self.save_strategy != "no"
         if not same or (self.eval_steps and self.save_steps and self.save_steps % self.eval_steps):

@@ -14,6 +14,7 @@ docs/checkpoints.md has the promises.
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -267,13 +268,24 @@ def rotate(run: RunFolder, limit: int | None, losses: dict[int, float]) -> None:
     losses: {step: eval_loss}, empty if the best does not matter. A limit of 1 keeps both best and newest."""
     whole = [folder for folder in run.checkpoints() if not flaw(folder, thorough=False)]
     kept = whole[: limit or None]
-    known = [folder for folder in whole if step_of(folder) in losses]
-    best = min(known, key=lambda folder: losses[step_of(folder)], default=None)
+    best = next(iter(_best_first(whole, losses)), None)
     if best and best not in kept:
         kept = [*kept[: max(len(kept) - 1, 1)], best]
     for folder in whole:
         if folder not in kept:
             remove(folder)
+
+
+def best(run: RunFolder, losses: dict[int, float]) -> Path | None:
+    """Return the whole checkpoint with the lowest loss, of equal ones the first; None if there is none.
+    losses: {step: eval_loss}."""
+    return next((folder for folder in _best_first(run.checkpoints(), losses) if not flaw(folder)), None)
+
+
+def _best_first(folders: list[Path], losses: dict[int, float]) -> list[Path]:
+    known = sorted((folder for folder in folders if step_of(folder) in losses), key=step_of)
+    # a loss that is no number is better than none
+    return sorted(known, key=lambda folder: (math.isnan(losses[step_of(folder)]), losses[step_of(folder)]))
 
 
 def remove(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from qwenlora.run import checkpoints
 from qwenlora.run.checkpoints import Chosen
 from qwenlora.run.disk import write_atomically
-from qwenlora.run.folder import RunFolder
+from qwenlora.run.folder import RunFolder, step_of
 from qwenlora.run.handover import Handover
 from qwenlora.run.heartbeat import Heart
 from qwenlora.run.records import Identity, Reason
@@ -168,7 +168,7 @@ def _train(context: Context, trainer: LoraTrainer) -> None:
     stop, checkpoint = context.stop, context.chosen.folder
     if not stop.agreed and _evaluation_is_due(trainer):
         trainer.evaluate()
-    if not stop.agreed and context.step < trainer.args.max_steps:
+    if not stop.agreed and context.step < trainer.args.max_steps and not trainer.gave_up:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
@@ -187,11 +187,33 @@ def _finish(context: Context, parts: Parts, recording: Recording | None) -> Reas
                 f"stopped, but {failure}; the same command goes on from an earlier checkpoint"
             )
         return "stopped"
+    _take_the_best(context, trainer)
     with trainer.whole():
         check_alike(adapter_of(trainer.peft_model), trainer.args.device)
         if recording:
             save_adapter(trainer.peft_model, parts.tokenizer, parts.generation, context.process.run)
     return "done"
+
+
+def _take_the_best(context: Context, trainer: LoraTrainer) -> None:
+    """Say that training ended early, and put the best checkpoint's adapter into the model, if wanted."""
+    process, losses = context.process, trainer.losses
+    train = process.config.train
+    if trainer.gave_up:
+        best_step = min(losses, key=losses.__getitem__)
+        process.say(
+            f"ended after step {trainer.state.global_step}: {train.early_stopping_patience} evaluations"
+            f" without a better {train.metric_for_best_model} than after step {best_step}"
+        )
+    if train.final == "last":
+        return
+    best = from_rank_0(lambda: checkpoints.best(process.run, losses))
+    if best is None:
+        process.warn("train.final=best: no evaluated checkpoint is whole; the adapter is the last step's")
+        return
+    if step_of(best) != trainer.state.global_step:
+        trainer.restore_adapter(best)
+    process.say(f"the best is {best.name}: eval_loss {losses[step_of(best)]:.4f}")
 
 
 def _failure_of_the_last_save(trainer: LoraTrainer) -> str:

@@ -27,6 +27,13 @@ def eval_batches(
         yield collate_packs([batch], pad_id) if flat else collate(batch, pad_id)
 
 
+def evaluations_since_best(losses: dict[int, float]) -> int:
+    """Return how many evaluations came after the best, of equal ones the first. losses: {step: eval_loss}."""
+    steps = sorted(losses)
+    best = min(steps, key=lambda step: (math.isnan(losses[step]), losses[step]), default=0)
+    return len([step for step in steps if step > best])
+
+
 def sum_losses(
     model: Any,
     batches: Iterable[dict[str, Tensor]],

@@ -29,7 +29,7 @@ from qwenlora.run.records import Cursor, Schedule, State
 from qwenlora.trainer.loop import state as states
 from qwenlora.trainer.loop.batches import Rows, StepLoader, seed_micro_batch, weight_of
 from qwenlora.trainer.loop.chunked_loss import own_the_loss
-from qwenlora.trainer.loop.evaluation import eval_batches, metrics_of, sum_losses
+from qwenlora.trainer.loop.evaluation import eval_batches, evaluations_since_best, metrics_of, sum_losses
 from qwenlora.trainer.loop.nonfinite import NonFiniteSteps
 from qwenlora.trainer.loop.resume import ResumeCallback
 from qwenlora.trainer.loop.saver import Saver
@@ -105,6 +105,12 @@ class LoraTrainer(Trainer):
     def peft_model(self) -> Any:
         """The model with its adapter, without wrappers."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether train.early_stopping_patience evaluations in a row were not better than the best before."""
+        patience = self.config.train.early_stopping_patience
+        return patience is not None and evaluations_since_best(self.losses) >= patience
 
     @property
     def _pad_id(self) -> int:
@@ -271,7 +277,7 @@ class LoraTrainer(Trainer):
                 raise faults.TrainingFault(
                     f"{what}; train.on_nan=rollback has no checkpoint to go back to yet"
                 )
-            self._restore_adapter(checkpoint)
+            self.restore_adapter(checkpoint)
             self._restore_optimizer(checkpoint)
             done = f"left out, and the weights are those of {checkpoint.name} again"
         assert self._loss_before is not None, "a step has begun"
@@ -318,6 +324,8 @@ class LoraTrainer(Trainer):
         self.losses[self.state.global_step] = metrics["eval_loss"]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.gave_up:  # on all ranks: they have the same losses, after a resume, too
+            self.control.should_save = self.control.should_training_stop = True
         return metrics
 
     def _sum_losses(self) -> Tensor | None:
@@ -418,9 +426,10 @@ class LoraTrainer(Trainer):
         self.state.global_step = self.resumed.step
         self.state.max_steps = self.args.max_steps
         self.state.epoch = self.state.global_step / self.order.steps_per_epoch
-        self._restore_adapter(checkpoint)
+        self.restore_adapter(checkpoint)
 
-    def _restore_adapter(self, checkpoint: Path) -> None:
+    def restore_adapter(self, checkpoint: Path) -> None:
+        """Put a checkpoint's adapter into the model; all ranks call it."""
         content = checkpoints.content(checkpoint, ADAPTER)
         if self.zero:
             with self.whole():
