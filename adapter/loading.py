@@ -28,7 +28,8 @@ def load(
 ) -> LoadedModel:
     """Return a subject's model and tokenizer, on the GPU if there is one. tokenizer: if it is loaded already.
 
-    dtype: one of DTYPES; quantization: none, nf4 or int8. None: as in training (plain models: auto, none).
+    dtype: one of DTYPES; quantization: none, nf4 or int8. None: as the config says (auto: as it
+    would be chosen here; plain models: auto, none).
     Raises: ValueError when the base or the adapter cannot be loaded, or do not fit each other, or torch
     cannot use the GPUs.
     """

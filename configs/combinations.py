@@ -78,7 +78,8 @@ RULES = (
         lambda c, m: c.strategy.name in (*ZERO, "fsdp") and c.model.dtype == "float16",
         f"{_NAME} with model.dtype=float16",
         "float16 needs its loss scaled, which only ddp does",
-        "set model.dtype: bfloat16, or strategy.name: ddp",
+        "set model.dtype: bfloat16 (of a run that began otherwise: with --allow-config-change model.dtype),"
+        " or strategy.name: ddp",
     ),
     Rule(
         "sharded-dora",

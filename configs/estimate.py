@@ -271,7 +271,8 @@ def _would_allow_ddp(config: Config, sizes: Sizes, machine: Machine) -> list[str
 def _leaner(config: Config, sizes: Sizes, fits: Callable[[Config], Any]) -> list[tuple[str, Config]]:
     """Return (setting, changed config) for settings that need less memory; all at once if none fits."""
     changes: list[tuple[str, Callable[[Config], Config]]] = []
-    if config.train.gradient_checkpointing not in (True, "auto"):
+    wanted = config.train.gradient_checkpointing  # 1 is equal to True, and not it
+    if wanted is not True and wanted != "auto":
         changes.append(("train.gradient_checkpointing: auto", _checkpointed))
     if config.strategy.quantization == "none" and 2 * sizes.experts < sizes.body:
         changes.append(("strategy.quantization: nf4", lambda c: _changed(c, quantization="nf4")))

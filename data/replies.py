@@ -14,6 +14,8 @@ from qwenlora.data.turns import THINK, THOUGHT, Message, ToolCall
 # (Qwen3.5, and models that always think), or an empty one (with enable_thinking: false). Qwen3's template
 # writes the empty one before a reply without a thought, too.
 NOTHING, OPEN_THOUGHT, NO_THOUGHT = "", "<think>\n", "<think>\n\n</think>\n\n"
+# in an argument, a reader of XML takes it for the end of the argument, and what follows for the next
+_ENDS_AN_ARGUMENT = re.compile(r"</parameter>\s*<(?:parameter=|/function>)")
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
@@ -37,24 +39,49 @@ def prompted(body: str, message: Message, *, opens: bool) -> str:
 
 
 def _has_calls(body: str, calls: list[ToolCall], allowed: list[str]) -> bool:
-    """Return whether a turn begins with one of the texts, and has these calls."""
+    """Return whether a turn begins with one of the texts, and has these calls. Raises: BadRow."""
     after = [body[len(text) :] for text in allowed if body.startswith(text)]
     names = re.findall(r'<tool_call>\s*\{"name": "(.*?)", "arguments": ', body)
-    as_xml = re.compile(r"\s*".join(map(_xml, calls)))
-    same = [call["function"]["name"] for call in calls] == names
-    return any(same or as_xml.fullmatch(rest.strip()) for rest in after)
+    if [call["function"]["name"] for call in calls] == names:
+        return bool(after)
+    return any(_is_xml_of(rest, calls) for rest in after)
 
 
-def _xml(call: ToolCall) -> str:
-    """Return the pattern of a call as XML. Text is written as it is, other values as JSON or as Python has
-    them."""
-    name, arguments = call["function"]["name"], call["function"]["arguments"]
-    pattern = rf"<tool_call>\s*{re.escape(f'<function={name}>')}"
-    for key, value in arguments.items():
-        text = {value} if isinstance(value, str) else {json.dumps(value, ensure_ascii=False), str(value)}
-        either = "|".join(re.escape(_together(one)) for one in sorted(text))
-        pattern += rf"\s*{re.escape(f'<parameter={key}>')}\s*(?:{either})\s*</parameter>"
-    return pattern + r"\s*</function>\s*</tool_call>"
+def _is_xml_of(text: str, calls: list[ToolCall]) -> bool:
+    """Return whether a text is these calls as XML, whatever white space is around their parts. Text is
+    written as it is, other values as JSON or as Python has them. Raises: BadRow."""
+    rest: str | None = text
+    for call in calls:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        rest = _after(rest, "<tool_call>", f"<function={name}>")
+        for key, value in arguments.items():
+            rest = _after_one_of(_after(rest, f"<parameter={key}>"), _spellings(key, value))
+        rest = _after(rest, "</function>", "</tool_call>")
+    return rest is not None and not rest.strip()
+
+
+def _spellings(key: str, value: object) -> list[str]:
+    if not isinstance(value, str):
+        return [json.dumps(value, ensure_ascii=False), str(value)]
+    if _ENDS_AN_ARGUMENT.search(value):
+        raise BadRow(f"a call's argument {key} has text that reads as its own end: {show(value)}")
+    return [value]
+
+
+def _after_one_of(text: str | None, values: list[str]) -> str | None:
+    """Return what follows one of the values and the end of the argument; None if none is there."""
+    ends = (_after(text, _together(value), "</parameter>") for value in values)
+    return next((end for end in ends if end is not None), None)
+
+
+def _after(text: str | None, *parts: str) -> str | None:
+    """Return what follows the parts, with any white space before each; None if they are not there."""
+    for part in parts:
+        stripped = part.strip()
+        if text is None or not text.lstrip().startswith(stripped):
+            return None
+        text = text.lstrip()[len(stripped) :]
+    return text
 
 
 def _is_as_written(body: str, content: str) -> bool:

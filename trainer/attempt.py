@@ -83,7 +83,7 @@ def _choose(process: Process, heart: Heart) -> Context:
     identity = checkpoints.identity_of(config, facts.data_identity, facts.base_fingerprint)
     chosen = from_rank_0(lambda: _choose_on_rank_0(run, process.handover, identity))
     before = checkpoints.read_state(chosen.folder) if chosen.folder else None
-    dtype, told = from_rank_0(lambda: resolve_dtype(config, before.dtype if before else ""))
+    dtype, told = from_rank_0(lambda: resolve_dtype(config, before.dtype if before else None))
     if told:
         process.warn(told)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})

@@ -13,6 +13,7 @@ from qwenlora.configs import Config, combinations
 from qwenlora.data import freshness, prepared
 from qwenlora.data.report import notes_of
 from qwenlora.run.changes import allows
+from qwenlora.run.checkpoints import flaw
 from qwenlora.run.disk import free_bytes, write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
@@ -46,7 +47,8 @@ def prepare(
     stamp = freshness.stamp(config, base, on_gpu=torch.cuda.is_available())  # before anything is read
     tokenizer = pretrained.load_tokenizer(config, base)
     fingerprint = models.fingerprint(config, base)
-    parameters = count_parameters(config, base, next(iter(run.checkpoints()), None))
+    whole = (checkpoint for checkpoint in run.checkpoints() if not flaw(checkpoint, thorough=False))
+    parameters = count_parameters(config, base, next(whole, None))
     checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
     checkpoint_bytes += len(tokenizer.backend_tokenizer.to_str(True).encode())
     _check_space(run.path, checkpoint_bytes)

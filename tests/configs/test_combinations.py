@@ -41,7 +41,8 @@ REFUSED = {
         NODE,
         {"strategy": {"name": "zero1"}, "model": {"dtype": "float16"}},
         "strategy.name=zero1 with model.dtype=float16: float16 needs its loss scaled, which only ddp does;"
-        " set model.dtype: bfloat16, or strategy.name: ddp",
+        " set model.dtype: bfloat16 (of a run that began otherwise: with --allow-config-change model.dtype),"
+        " or strategy.name: ddp",
     ),
     "sharded-dora": (
         NODE,

@@ -196,6 +196,15 @@ def test_a_call_that_a_template_changes_is_refused(tokenizers, change, to):
         encode(tokenizer, row_of(CALLING))
 
 
+@pytest.mark.parametrize("rest", ["<parameter=b>\n2", "</function>"])
+def test_an_argument_that_reads_as_its_own_end_is_a_bad_row(tokenizers, rest):
+    tokenizer = with_template(tokenizers["tiny"], TEMPLATES["coder"])
+    calling = copy.deepcopy(CALLING)
+    calling["messages"][1]["tool_calls"] = [{"name": "f", "arguments": {"a": f"1\n</parameter>\n{rest}"}}]
+    with pytest.raises(BadRow, match="argument a has text that reads as its own end"):
+        encode(tokenizer, row_of(calling))
+
+
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_thought_inside_a_reply_is_trained_from_where_the_prompt_ends(tokenizers, kind):
     tokenizer = with_template(tokenizers["tiny"], TEMPLATES[kind])

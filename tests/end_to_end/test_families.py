@@ -122,6 +122,14 @@ def test_a_resume_ends_with_the_same_bits(folder):
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
+def test_a_damaged_checkpoint_is_passed_over(folder):
+    command(folder, "train", "my.yaml", "run_dir=damaged", "train.save_total_limit=null")
+    (folder / "damaged" / "checkpoint-6" / "adapter_config.json").write_text("{")
+    said = command(folder, "train", "my.yaml", "run_dir=damaged", "train.max_steps=7")
+    assert "passed over: checkpoint-6" in said
+    assert "resuming from checkpoint-3" in said
+
+
 def test_plain_peft_and_the_merged_model_have_the_same_logits(folder):
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     before = logits(base)

@@ -21,15 +21,15 @@ def amx(monkeypatch):
 
 
 def test_a_cpu_that_multiplies_bfloat16_begins_with_it(amx):
-    assert resolve_dtype(config_of(), "") == ("bfloat16", "")
-    assert resolve_dtype(config_of(name="tiny"), "") == ("float32", "")
+    assert resolve_dtype(config_of(), None) == ("bfloat16", "")
+    assert resolve_dtype(config_of(name="tiny"), None) == ("float32", "")
 
 
 @pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
 def test_it_does_not_where_onednn_may_not_use_it(amx, monkeypatch, limit):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert not cpu_multiplies_bfloat16()
-    assert resolve_dtype(config_of(), "") == ("float32", "")
+    assert resolve_dtype(config_of(), None) == ("float32", "")
 
 
 @pytest.mark.parametrize("limit", ["AVX512_CORE_AMX", "avx512_core_bf16", "AVX10_1_512_AMX"])
@@ -40,13 +40,18 @@ def test_it_does_where_onednn_may(amx, monkeypatch, limit):
 
 def test_other_cpus_begin_with_float32(monkeypatch):
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: False)
-    assert resolve_dtype(config_of(), "") == ("float32", "")
+    assert resolve_dtype(config_of(), None) == ("float32", "")
 
 
 def test_a_run_stays_what_it_was():
     told = "model.dtype=auto stays bfloat16, as the run began; a run that begins here takes float32"
     assert resolve_dtype(config_of(), "bfloat16") == ("bfloat16", told)
     assert resolve_dtype(config_of(), "float32") == ("float32", "")
+
+
+def test_a_run_of_a_version_that_kept_no_dtype_stays_in_float32(amx):
+    told = "model.dtype=auto stays float32, as the run began; a run that begins here takes bfloat16"
+    assert resolve_dtype(config_of(), "") == ("float32", told)
 
 
 def test_a_dtype_that_is_named_is_taken():

@@ -12,16 +12,17 @@ from qwenlora.trainer.model.loading import pick_dtype
 WITH_BFLOAT16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512")
 
 
-def resolve_dtype(config: Config, before: str) -> tuple[str, str]:
+def resolve_dtype(config: Config, before: str | None) -> tuple[str, str]:
     """Return the dtype of the base's weights in this attempt, and what the user is told about it, or nothing.
 
-    before: the dtype of the checkpoint that the run goes on from; empty if it begins, or if the checkpoint is
-    of a version that did not keep it. Raises: ValueError when that dtype needs a GPU, and there is none.
+    before: the dtype of the checkpoint that the run goes on from; None if it begins; empty if the checkpoint
+    is of a version that did not keep it, which took float32 on every CPU. Raises: ValueError when that dtype
+    needs a GPU, and there is none.
     """
     if config.model.dtype != "auto":
         return config.model.dtype, ""
     here = _of_a_new_run(config)
-    dtype = before or here
+    dtype = here if before is None else before or str(pick_dtype("auto")).removeprefix("torch.")
     if dtype == "float16" and not torch.cuda.is_available():
         raise ValueError(
             "model.dtype=auto: the run began in float16, on a GPU, and there is none here; resume it on a"

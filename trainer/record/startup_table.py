@@ -63,8 +63,8 @@ def rows(
 def _model(config: Config, facts: Facts) -> str:
     dtype = str(pick_dtype(config.model.dtype)).removeprefix("torch.")
     quantization = config.strategy.quantization
-    what = "all but its experts" if facts.parameters.experts else ""
-    stored = "" if quantization == "none" else f", {what} stored as {quantization}"
+    what = "all but its experts " if facts.parameters.experts else ""
+    stored = "" if quantization == "none" else f", {what}stored as {quantization}"
     total, active = facts.parameters.total, facts.parameters.active
     of_a_token = f", of which a token meets {_rounded(active)}" if 0 < active < total else ""
     return f"{config.model.name_or_path} ({_rounded(total)} parameters{of_a_token}, {dtype}{stored})"
@@ -164,8 +164,14 @@ def _unit(facts: Facts) -> str:
 def _recomputed(config: Config, facts: Facts, spread: Spread) -> str:
     if not spread.recomputed:
         return ""
-    why = ", the fewest that fit the GPU" if config.train.gradient_checkpointing == "auto" else ""
-    return f"the activations of {spread.recomputed} of {facts.parameters.layers} layers{why}"
+    layers = facts.parameters.layers
+    if config.train.gradient_checkpointing != "auto":
+        why = ""
+    elif spread.recomputed == layers:
+        why = ", for as little memory as possible"
+    else:
+        why = ", the fewest that fit the GPU"
+    return f"the activations of {spread.recomputed} of {layers} layers{why}"
 
 
 def _strategy(spread: Spread) -> str:
