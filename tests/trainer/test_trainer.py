@@ -170,6 +170,22 @@ def test_with_lora_plus_b_learns_as_many_times_as_fast_as_a(trainer):
     assert all(group["params"] and group["weight_decay"] == 0.1 for group in made.optimizer.param_groups)
 
 
+def test_with_lora_plus_nothing_but_b_learns_faster_and_norms_do_not_decay(tiny, trainer):
+    made = trainer(side_of(8), config_of(loraplus_lr_ratio=8.0, weight_decay=0.1, max_steps=1))
+    lora = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["norm"], use_dora=True)
+    made.model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lora)
+    made.create_optimizer()
+    names = {parameter: name for name, parameter in made.model.named_parameters() if parameter.requires_grad}
+    groups = {names[p]: group for group in made.optimizer.param_groups for p in group["params"]}
+    assert set(groups) == set(names.values())
+    assert {name for name, group in groups.items() if group["lr"] == 8e-3} == {
+        name for name in groups if "lora_B" in name or "lora_embedding_B" in name
+    }
+    assert {name for name, group in groups.items() if not group["weight_decay"]} == {
+        name for name in groups if "norm" in name
+    }
+
+
 def test_schedules_are_transformers_own():
     theirs = {scheduler.value for scheduler in SchedulerType}
     assert set(typing.get_args(SchedulerName)) <= theirs

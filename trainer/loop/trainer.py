@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -43,6 +43,7 @@ from qwenlora.trainer.spread.strategy import replicate_trained
 from qwenlora.trainer.spread.zero import DeepSpeedConfig, OptimizerOfZero, Zero
 
 log = logging.getLogger("qwenlora")
+B = re.compile(r"\.lora_(embedding_)?B\.")  # in names of parameters
 
 
 class Services(NamedTuple):
@@ -168,21 +169,23 @@ class LoraTrainer(Trainer):
         )
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Return Trainer's optimizer, with LoRA+ peft's, without groups that have no parameters."""
-        ratio = self.config.train.loraplus_lr_ratio
-        if ratio is not None and getattr(self, "optimizer", None) is None:
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.peft_model)
-            made: Any = create_loraplus_optimizer(
-                self.peft_model,
-                kind,
-                loraplus_lr_ratio=ratio,
-                loraplus_lr_embedding=self.args.learning_rate,
-                loraplus_weight_decay=self.args.weight_decay,
-                **settings,
-            )
-            made.param_groups[:] = [group for group in made.param_groups if group["params"]]
-            self.optimizer = made
-        return super().create_optimizer(model)
+        """Return Trainer's optimizer; with LoRA+, B has groups and a rate of its own. peft's optimizer gives
+        that to norms and DoRA's magnitudes, too."""
+        ratio, is_new = self.config.train.loraplus_lr_ratio, self.optimizer is None
+        made: Any = super().create_optimizer(model)
+        if ratio is not None and is_new:
+            whole = self.model if model is None else model
+            of_b = {p for name, p in whole.named_parameters() if B.search(name)}
+            split = [
+                group | {"params": params, "lr": rate}
+                for group in made.param_groups
+                for params, rate in (
+                    ([p for p in group["params"] if p not in of_b], group["lr"]),
+                    ([p for p in group["params"] if p in of_b], group["lr"] * ratio),
+                )
+            ]
+            made.param_groups[:] = [group for group in split if group["params"]]
+        return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return transformers' schedule, whose first step trains, too."""
