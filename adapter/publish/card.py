@@ -16,7 +16,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from qwenlora.adapter.publish import serving
 from qwenlora.adapter.publish.leaks import Private
-from qwenlora.adapter.publish.run_summary import LORA_SETTINGS, OPTIMIZER_SETTINGS, RunSummary, Settings
+from qwenlora.adapter.publish.run_summary import (
+    LORA_SETTINGS,
+    NOT_SHOWN,
+    OPTIMIZER_SETTINGS,
+    RunSummary,
+    Settings,
+)
 from qwenlora.adapter.publish.series import Series
 from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig, lora_kind
 from qwenlora.run.comparison import ComparedModel
@@ -236,9 +242,7 @@ def _fill(**values: object) -> str:
 def _training(summary: RunSummary, settings: Settings, step: int | None) -> list[tuple[str, str]]:
     """Return (setting, value) lines on how the adapter was trained."""
     lines = [] if step is None else [("checkpoint", f"of step {step:,}")]
-    lines += [
-        (f"`{key}`", as_yaml(settings[key])) for key in SETTINGS if settings.get(key) not in (None, False)
-    ]
+    lines += [(f"`{key}`", as_yaml(settings[key])) for key in SETTINGS if settings.get(key) not in NOT_SHOWN]
     if summary.facts:
         trained, total = summary.facts.parameters.trainable, summary.facts.parameters.total
         lines.append(("trained parameters", f"{trained:,} beside the base's {total:,}"))

@@ -11,7 +11,13 @@ from markupsafe import Markup
 
 from qwenlora.adapter.publish import curves, report_lines
 from qwenlora.adapter.publish.curves import Chart
-from qwenlora.adapter.publish.run_summary import LORA_SETTINGS, OPTIMIZER_SETTINGS, RunSummary, summarise_run
+from qwenlora.adapter.publish.run_summary import (
+    LORA_SETTINGS,
+    NOT_SHOWN,
+    OPTIMIZER_SETTINGS,
+    RunSummary,
+    summarise_run,
+)
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import as_yaml, number, short
@@ -71,7 +77,7 @@ def render(summary: RunSummary, charts: list[Chart]) -> str:
     environment.filters |= {"number": number, "short": short, "python": repr, "shell": shlex.quote}
     template = resources.files("qwenlora.adapter.publish").joinpath("report.html").read_text(encoding="utf-8")
     state, message, end = report_lines.state(summary)
-    settings = {key: as_yaml(value) for key, value in summary.settings.items() if value not in (None, False)}
+    settings = {key: as_yaml(value) for key, value in summary.settings.items() if value not in NOT_SHOWN}
     sources = {key: settings[key] for key in ("data.train", "data.eval") if key in settings}
     page = environment.from_string(template).render(
         summary=summary,

@@ -34,13 +34,16 @@ COUNTS = {  # {field of SideCounts: its name on the page}
     "longest": "longest row, in tokens",
 }
 LORA_SETTINGS = (
-    *("lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "lora.target_parameters"),
-    *("lora.modules_to_save", "lora.use_rslora", "lora.use_dora", "lora.init_from"),
+    *("lora.r", "lora.lora_alpha", "lora.rank_pattern", "lora.alpha_pattern", "lora.lora_dropout"),
+    *("lora.target_modules", "lora.experts", "lora.target_parameters", "lora.exclude_modules"),
+    *("lora.layers_to_transform", "lora.modules_to_save", "lora.init_lora_weights", "lora.use_rslora"),
+    *("lora.use_dora", "lora.init_from"),
 )
 OPTIMIZER_SETTINGS = (
-    *("train.learning_rate", "train.lr_scheduler_type", "train.warmup_steps"),
+    *("train.learning_rate", "train.loraplus_lr_ratio", "train.lr_scheduler_type", "train.warmup_steps"),
     *("train.optim", "train.weight_decay"),
 )
+NOT_SHOWN: tuple[Any, ...] = (None, False, {})  # values of settings
 Settings = dict[str, Any]  # a config as {"lora.r": 32 ...}
 _Value = TypeVar("_Value")
 

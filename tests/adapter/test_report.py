@@ -19,7 +19,9 @@ from run_facts import make_facts
 
 from qwenlora.adapter.publish import curves
 from qwenlora.adapter.publish.report import ANSWERS, write_report
+from qwenlora.adapter.publish.run_summary import LORA_SETTINGS
 from qwenlora.adapter.publish.series import read_curves
+from qwenlora.configs.schema import Lora
 from qwenlora.run.folder import RunFolder
 from qwenlora.slurm import query
 from qwenlora.slurm.query import JobInfo
@@ -155,6 +157,10 @@ def test_a_real_run_is_written_up_with_its_curves_in_the_page_and_beside_it(tiny
     assert "qwenlora compare tiny" in page.text
     assert run.config.read_text() in "".join(page.pieces)
     assert str(tmp_path) not in page.source
+
+
+def test_every_setting_of_lora_is_shown():
+    assert set(LORA_SETTINGS) == {f"lora.{key}" for key in Lora.model_fields}
 
 
 def test_the_page_loads_nothing_and_runs_nothing(run):
