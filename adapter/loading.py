@@ -47,6 +47,10 @@ def load(
     model.generation_config = GenerationConfig()
     if subject.adapter:
         settings = LoraConfig.from_pretrained(str(subject.adapter))
+        if (
+            settings.init_lora_weights == "orthogonal"
+        ):  # not over a quantised base; the numbers are read after
+            settings.init_lora_weights = True
         with targets.as_named(model, settings) as names:
             model = PeftModel.from_pretrained(model, str(subject.adapter), config=names)
     model.config.use_cache = True

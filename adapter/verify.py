@@ -133,7 +133,7 @@ def _check_settings(subject: Subject, config: AdapterConfig) -> None:
     for key, trained in expected.items():
         value = config.get(key, trained)
         if key in PATTERNS:
-            value = without_peft_s_own(value or {}, trained)
+            value = without_peft_s_own(value, lora, key)
         if value != trained:
             raise ValueError(
                 f"{subject.adapter}/{ADAPTER_CONFIG} says {key}={value}, the run was trained with {trained};"

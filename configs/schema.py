@@ -21,6 +21,7 @@ from pydantic import (
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Text = Annotated[str, Field(min_length=1)]
+ALL_LINEAR = "all-linear"  # of lora.target_modules
 
 
 class Section(BaseModel):
@@ -168,7 +169,7 @@ class Lora(Section):
     )
     lora_dropout: Share = Field(0.0, description="Dropout before each LoRA layer.")
     target_modules: Text | list[Text] = Field(
-        "all-linear",
+        ALL_LINEAR,
         description="Module names, a regular expression, or all-linear: all but the head, and the router of a"
         " mixture of experts.",
     )
@@ -210,6 +211,11 @@ class Lora(Section):
         " match.",
     )
 
+    @field_validator("target_modules")
+    @classmethod
+    def _all_linear_in_peft_s_spellings(cls, value: str | list[str]) -> str | list[str]:
+        return ALL_LINEAR if isinstance(value, str) and value.lower() == ALL_LINEAR else value
+
     @field_validator("init_lora_weights", mode="before")
     @classmethod
     def _starts_that_leave_the_base(cls, value: object) -> object:
@@ -231,7 +237,7 @@ class Lora(Section):
         odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
         if self.init_lora_weights == "orthogonal" and odd:
             raise ValueError(f"init_lora_weights=orthogonal needs even ranks, and {odd[0]} is odd")
-        pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        pattern = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
         if self.layers_to_transform is not None and pattern:
             raise ValueError(
                 f"layers_to_transform does not go with a pattern, target_modules={self.target_modules}; write"
@@ -241,7 +247,7 @@ class Lora(Section):
 
     @model_validator(mode="after")
     def _experts_are_part_of_all_linear(self) -> "Lora":
-        if self.experts != "all" and self.target_modules != "all-linear":
+        if self.experts != "all" and self.target_modules != ALL_LINEAR:
             raise ValueError(
                 f"experts={self.experts} has no effect without target_modules: all-linear, here"
                 f" {self.target_modules}; name the experts' matrices in target_parameters, or remove experts"

@@ -10,12 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qwenlora.adapter.subject import find
 from qwenlora.adapter.verify import check_adapter
 from qwenlora.configs.schema import Lora
+from qwenlora.trainer.model.files import without_peft_s_own
 from qwenlora.trainer.model.lora import add_lora
 
 SIZES = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 SHARED = EXPERTS | {"shared_expert_intermediate_size": 16, "layer_types": ["full_attention"] * 2}
+EXPERTS_OLD = ["q_proj", "gate_proj", "up_proj", "down_proj"]  # as transformers 4 had them
 IDS = torch.arange(24).reshape(2, 12) + 30
 
 
@@ -52,6 +54,8 @@ WAYS = [
     ("qwen3", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0]}),
     ("qwen3_moe", {"rank_pattern": {"experts.gate_up_proj": 8}, "layers_to_transform": [1]}),
     ("qwen3_moe", {"exclude_modules": [r"layers.0.mlp.experts"]}),
+    ("qwen3_next", {"rank_pattern": {"experts.down_proj": 8}}),
+    ("qwen3_next", {"experts": "shared", "init_lora_weights": "orthogonal"}),
     ("qwen3_next", {"rank_pattern": {r"gate_proj(\.weight)?": 8}, "layers_to_transform": [1]}),
 ]
 
@@ -106,6 +110,17 @@ def test_ranks_layers_and_modules_are_those_asked_for(bases):
             {"rank_pattern": {"up_proj": 8, "layers.0.mlp.up_proj": 2}},
             r"both up_proj and layers\.0\.mlp\.up_proj match .* alphabetical",
         ),
+        (
+            "qwen3_moe",
+            {"target_modules": EXPERTS_OLD, "alpha_pattern": {"experts.gate_up_proj": 16}},
+            r"alpha_pattern: experts\.gate_up_proj matches .* peft itself sets .*name them in target_param",
+        ),
+        (
+            "qwen3_moe",
+            {"target_modules": EXPERTS_OLD, "rank_pattern": {r".*\.gate_up_proj": 16}},
+            r"rank_pattern: \.\*\\\.gate_up_proj matches .* peft itself sets",
+        ),
+        ("qwen3", {"target_modules": "("}, r"target_modules: \( is no regular expression"),
         ("qwen3", {"exclude_modules": ["mlp"]}, r"exclude_modules: the model has no linear layer mlp;"),
         ("qwen3", {"layers_to_transform": [2]}, r"the model has no layer 2; its last is 1$"),
         (
@@ -153,3 +168,30 @@ def test_an_adapter_with_other_patterns_is_not_gone_on_from(bases, tmp_path):
     adapted(bases["qwen3"], rank_pattern={"q_proj": 8}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has rank_pattern=\{'q_proj': 8\}, the config says \{\}; set lora"):
         adapted(bases["qwen3"], init_from=str(tmp_path))
+
+
+def test_peft_s_own_patterns_are_told_from_the_user_s():
+    own, users = {r".*\.gate_up_proj": 64}, {"experts.gate_up_proj": 128, r".*\.gate_up_proj": 128}
+    assert without_peft_s_own(own, Lora(), "alpha_pattern") == {}
+    assert without_peft_s_own(users, Lora(), "alpha_pattern") == users
+    assert without_peft_s_own(own, Lora(alpha_pattern=own), "alpha_pattern") == own
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_orthogonal_begins_at_the_base_in_bfloat16_too(bases, use_dora):
+    base = AutoModelForCausalLM.from_pretrained(bases["qwen3"], dtype=torch.bfloat16)
+    model = add_lora(base, Lora(r=4, init_lora_weights="orthogonal", use_dora=use_dora))
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
+    assert (a.dtype, b.dtype, a.requires_grad, b.requires_grad) == (torch.float32, torch.float32, True, True)
+    assert a.abs().max() > 0.01 < b.abs().max()
+    assert (b @ a).abs().max() < 1e-7
+    if use_dora:
+        magnitude = layer.lora_magnitude_vector.default.weight
+        norms = torch.linalg.norm(layer.base_layer.weight.float(), dim=1)
+        assert torch.allclose(magnitude, norms, rtol=1e-6)
+        assert magnitude.requires_grad
+
+
+def test_all_linear_is_written_in_any_case_as_peft_has_it():
+    assert Lora(target_modules="All-Linear", experts="none").target_modules == "all-linear"

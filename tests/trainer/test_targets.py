@@ -2,6 +2,7 @@
 what is saved; adapters that peft's own all-linear made are gone on from."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwenlora.adapter import loading as after_training
 from qwenlora.configs.schema import Config, Lora
-from qwenlora.trainer.model import loading
+from qwenlora.trainer.model import loading, targets
 from qwenlora.trainer.model.kinds import count_kinds, count_trained
 from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.record.startup_table import _of_which
@@ -110,6 +111,7 @@ def test_shared_experts_are_linear_layers_of_a_quantised_base_after_training_too
     model = learnt(add_lora(loading.load_base(config, str(hybrid)), Lora(r=4, experts="shared")))
     layer = "base_model.model.model.layers.1.mlp.shared_expert.up_proj"
     assert type(model.get_submodule(layer)).__name__ == "Linear4bit"
+    model.peft_config["default"].init_lora_weights = "orthogonal"  # which peft cannot make of integers
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     subject = SimpleNamespace(base=str(hybrid), adapter=tmp_path, config=config, run=None)
     loaded = after_training.load(subject, tokenizer=object()).model
@@ -117,12 +119,60 @@ def test_shared_experts_are_linear_layers_of_a_quantised_base_after_training_too
     assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
 
 
-@pytest.mark.parametrize("experts", ["all", "shared"])
-def test_dropout_that_plain_peft_could_not_load_is_refused(hybrid, experts):
+GATES = ["gate.weight", "shared_expert_gate.weight"]
+
+
+def test_parameters_that_are_named_besides_all_linear_are_trained(hybrid, tmp_path):
+    lora = {"r": 4, "experts": "shared", "target_parameters": GATES, "layers_to_transform": [0]}
+    model = learnt(add_lora(base_of(hybrid), Lora(**lora)))
+    mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
+    kinds = {name: type(part).__module__.rpartition(".")[2] for name, part in mlp.named_children()}
+    assert {name for name, kind in kinds.items() if kind == "layer"} == {"gate", "shared_expert_gate"}
+    assert type(mlp.gate).__name__ == type(mlp.shared_expert_gate).__name__ == "ParamWrapper"
+    assert type(mlp.shared_expert.up_proj).__name__ == "Linear"
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    logits = model(IDS).logits
+    in_peft = PeftModel.from_pretrained(base_of(hybrid), tmp_path)(IDS).logits
+    assert torch.allclose(in_peft, logits, atol=1e-5)
+    again = add_lora(base_of(hybrid), Lora(**lora, init_from=str(tmp_path)))
+    assert torch.equal(again(IDS).logits, logits)
+    with pytest.raises(ValueError, match=r"has no LoRA on model\.layers\.1\.mlp\.gate\.weight; leave it out"):
+        add_lora(base_of(hybrid), Lora(**lora | {"layers_to_transform": [0, 1]}, init_from=str(tmp_path)))
+
+
+def test_a_checkpoint_is_gone_on_from_with_the_config_s_alphas(hybrid, tmp_path):
+    add_lora(base_of(hybrid), Lora(r=4)).save_pretrained(tmp_path, save_embedding_layers=False)
+    model = add_lora(base_of(hybrid), Lora(r=4, alpha_pattern={"q_proj": 64}), saved=tmp_path)
+    attention = model.get_submodule("base_model.model.model.layers.1.self_attn")
+    assert (attention.q_proj.scaling, attention.k_proj.scaling) == ({"default": 16.0}, {"default": 8.0})
+
+
+def test_all_linear_is_refused_where_no_layer_is_linear_to_torch(hybrid, monkeypatch):
+    monkeypatch.setattr(targets, "linear_layers", lambda model: ["lm_head"])  # as with GPTQ and AWQ
+    with pytest.raises(ValueError, match="no linear layers of torch's.*name the layers"):
+        add_lora(base_of(hybrid), Lora(r=4))
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({}, r"mlp\.experts\.down_proj and 4 more.*: \[in_proj_ba, .*q_proj, v_proj\]$"),
+        (
+            {"experts": "shared", "target_parameters": GATES},
+            r"without lora\.target_parameters and lora\.experts$",
+        ),
+        (
+            {"target_modules": ["gate_proj", "up_proj"]},
+            r"gate_up_proj, which.*leave them out of lora\.target_m",
+        ),
+    ],
+)
+def test_dropout_that_plain_peft_could_not_load_is_refused(hybrid, lora, said):
     with pytest.raises(
-        ValueError, match=r"lora_dropout=0\.1 does not go with LoRA on the experts.*experts: none"
-    ):
-        add_lora(base_of(hybrid), Lora(lora_dropout=0.1, experts=experts))
+        ValueError, match=r"lora_dropout=0\.1 does not go with LoRA on .*set it to 0, or"
+    ) as no:
+        add_lora(base_of(hybrid), Lora(lora_dropout=0.1, **lora))
+    assert re.search(said, str(no.value))
     assert add_lora(base_of(hybrid), Lora(lora_dropout=0.1, experts="none"))
 
 

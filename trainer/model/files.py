@@ -6,13 +6,21 @@ from qwenlora.configs.schema import Config, Lora
 from qwenlora.trainer.model.base import TINY, resolve
 from qwenlora.trainer.model.damage import AGAIN, check_file, check_tokenizer, read_json, weight_files
 
-PATTERNS = ("rank_pattern", "alpha_pattern")
-STACKED = "gate_up_proj"  # two matrices in one: peft doubles its rank where it renames modules to it
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # {pattern: what it replaces}
+# two matrices in one: where peft renames modules to it, it sets twice the rank and the alpha by this pattern
+STACKED = r".*\.gate_up_proj"
 
 
-def without_peft_s_own(saved: dict[str, int], ours: dict[str, int]) -> dict[str, int]:
-    """Return an adapter's rank_pattern or alpha_pattern without what peft itself adds to it. ours: lora's."""
-    return {name: number for name, number in saved.items() if name in ours or not name.endswith(STACKED)}
+def peft_s_own(saved: dict[str, int] | None, lora: Lora, key: str) -> dict[str, int]:
+    """Return what peft itself added to an adapter's rank_pattern or alpha_pattern."""
+    own = STACKED not in getattr(lora, key) and (saved or {}).get(STACKED) == 2 * getattr(lora, PATTERNS[key])
+    return {STACKED: 2 * getattr(lora, PATTERNS[key])} if own else {}
+
+
+def without_peft_s_own(saved: dict[str, int] | None, lora: Lora, key: str) -> dict[str, int]:
+    """Return an adapter's rank_pattern or alpha_pattern without what peft itself added."""
+    own = peft_s_own(saved, lora, key)
+    return {name: number for name, number in (saved or {}).items() if name not in own}
 
 
 def check_files(config: Config) -> None:
@@ -51,7 +59,7 @@ def check_init_from(lora: Lora) -> None:
                 f" {getattr(lora, key)}; set lora.{key}: {saved[key]}"
             )
     for key in PATTERNS:
-        if (has := without_peft_s_own(saved.get(key) or {}, ours := getattr(lora, key))) != ours:
+        if (has := without_peft_s_own(saved.get(key), lora, key)) != (ours := getattr(lora, key)):
             raise ValueError(
                 f"lora.init_from={lora.init_from} has {key}={has}, the config says {ours}; set lora.{key}:"
                 f" {has}"

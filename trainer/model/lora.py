@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from qwenlora.configs.schema import Config, Lora
+from qwenlora.configs.schema import ALL_LINEAR, Config, Lora
+from qwenlora.run.format import and_more
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import patterns, targets
 from qwenlora.trainer.model.files import check_init_from
@@ -19,6 +21,7 @@ from qwenlora.trainer.model.pretrained import load_config_of
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 NAMES_SHOWN = 40
+ADAPTER = "default"  # peft's name for it
 
 
 def lora_config(lora: Lora, tied: bool) -> LoraConfig:
@@ -52,6 +55,8 @@ def add_lora(model: Any, lora: Lora, revision: str | None = None, saved: Path | 
     fit."""
     check_init_from(lora)
     peft_model = _inject(model, lora, revision, saved)
+    if lora.init_lora_weights == "orthogonal" and model.device.type != "meta":
+        _begin_orthogonal(peft_model)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             # peft leaves modules_to_save in the base's dtype, too coarse for Adam's small steps
@@ -67,7 +72,7 @@ def _inject(model: Any, lora: Lora, revision: str | None, saved: Path | None) ->
     _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])
     patterns.check_selection(model, lora)
     settings = lora_config(lora, tied)
-    if isinstance(lora.target_modules, str) and lora.target_modules.lower() == targets.ALL_LINEAR:
+    if lora.target_modules == ALL_LINEAR:
         targets.resolve(model, lora, settings, saved)
     if lora.init_lora_weights == "orthogonal":
         _check_orthogonal(model, settings)
@@ -80,22 +85,20 @@ def _inject(model: Any, lora: Lora, revision: str | None, saved: Path | None) ->
             warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys")
             peft_model = get_peft_model(model, names, revision=revision)
     except ValueError as error:
-        raise ValueError(_refusal(lora, str(error))) from error
+        raise ValueError(_refusal(lora, settings, str(error))) from error
     tuner = peft_model.base_model
     patterns.check_excluded(lora, tuner.targeted_parameter_names)
-    if not saved:  # of an older version, it may have peft's own
-        adapted = (*tuner.targeted_module_names, *tuner.targeted_parameter_names)
-        patterns.check_patterns(lora, settings, adapted)
+    written = peft_model.peft_config[ADAPTER]
     if names is not settings:
-        written = peft_model.peft_config["default"]
         written.target_modules, written.target_parameters = (
             settings.target_modules,
             settings.target_parameters,
         )
+    patterns.check_patterns(lora, written, (*tuner.targeted_module_names, *tuner.targeted_parameter_names))
     return peft_model
 
 
-def _refusal(lora: Lora, of_peft: str) -> str:
+def _refusal(lora: Lora, settings: LoraConfig, of_peft: str) -> str:
     """Return what peft refuses, in terms of the config."""
     refused = {
         "lora_dropout != 0": (f"lora.lora_dropout={lora.lora_dropout}", "0"),
@@ -103,24 +106,53 @@ def _refusal(lora: Lora, of_peft: str) -> str:
     }
     for theirs, (setting, instead) in refused.items():
         if "ParamWrapper" in of_peft and theirs in of_peft:
+            named = sorted(
+                settings.target_parameters or (), key=lambda name: (name.endswith(patterns.WEIGHT), name)
+            )
             return (
-                f"{setting} does not go with LoRA on the experts of a mixture, which"
-                f" lora.target_modules={lora.target_modules} means here: set it to {instead}, or"
-                " lora.experts: none with lora.target_modules: all-linear"
+                f"{setting} does not go with LoRA on {named[0]}{and_more(named)}, which peft knows as"
+                f" parameters: set it to {instead}, or {_without_parameters(lora, settings, named)}"
             )
     # peft names the modules that the model lacks
     return f"lora.target_modules={lora.target_modules}: {of_peft.splitlines()[0]}"
 
 
+def _without_parameters(lora: Lora, settings: LoraConfig, named: list[str]) -> str:
+    """Return how to have no LoRA on what peft knows as parameters. named: these."""
+    if lora.target_modules != ALL_LINEAR:
+        return "leave them out of lora.target_modules and lora.target_parameters"
+    change, removed = "lora.experts: none", ["lora.target_parameters"] if lora.target_parameters else []
+    if lora.experts == "none" or any(name.endswith(patterns.WEIGHT) for name in named):
+        change = f"lora.target_modules: [{', '.join(sorted(settings.target_modules or ()))}]"
+        removed += ["lora.experts"] if lora.experts != "all" else []
+    return change + (f" without {' and '.join(removed)}" if removed else "")
+
+
 def _check_orthogonal(model: Any, settings: LoraConfig) -> None:
     """Refuse this start where peft's code for it fails. Raises: ValueError."""
     what = ""
-    if settings.target_parameters:
-        what = f"parameters ({sorted(settings.target_parameters)[0]} ...)"
+    layers = {f"{name}{patterns.WEIGHT}" for name in targets.layers_named_by_weight(model, settings)}
+    if parameters := sorted(set(settings.target_parameters or ()) - layers):
+        what = f"parameters ({parameters[0]} ...)"
     elif not all(p.is_floating_point() for p in model.parameters()):
         what = "a base whose files are quantised"
     if what:
         raise ValueError(f"lora.init_lora_weights=orthogonal does not go with {what}; set it to gaussian")
+
+
+def _begin_orthogonal(model: PeftModel) -> None:
+    """Make A and B anew as peft does, in float32: it rounds them to the base's dtype, and then their product
+    is not zero."""
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or ADAPTER not in layer.lora_A:
+            continue
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        r = layer.r[ADAPTER]
+        rows = torch.linalg.qr(torch.randn(r, r)).Q  # half of them for A, half for B
+        a.data = (rows[0::2].T @ torch.randn(r // 2, a.shape[1]) / 10).to(a.device)
+        b.data = (torch.randn(b.shape[0], r // 2) @ rows[1::2] / 10).to(b.device)
+        if variant := layer.lora_variant.get(ADAPTER):  # DoRA's magnitudes are of both
+            variant.init(layer, adapter_name=ADAPTER)
 
 
 def _check_names(key: str, wanted: list[str] | None, existing: list[str]) -> None:

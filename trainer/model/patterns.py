@@ -10,7 +10,8 @@ from peft.utils.other import get_pattern_key
 
 from qwenlora.configs.schema import Lora
 from qwenlora.run.format import and_more
-from qwenlora.trainer.model.kinds import linear_layers, stacks
+from qwenlora.trainer.model.files import PATTERNS
+from qwenlora.trainer.model.kinds import kind_of, linear_layers, stacks
 
 WEIGHT = ".weight"
 
@@ -31,22 +32,19 @@ def _is_excluded(lora: Lora, name: str) -> bool:
 
 
 def check_selection(model: Any, lora: Lora) -> None:
-    """Refuse modules or layers to leave out that the model does not have. Raises: ValueError."""
+    """Refuse modules or layers to leave out that the model does not have, and what is no regular expression.
+    Raises: ValueError."""
     layers = model.config.get_text_config().num_hidden_layers
     if beyond := [layer for layer in lora.layers_to_transform or () if layer >= layers]:
         raise ValueError(
             f"lora.layers_to_transform: the model has no layer {beyond[0]}; its last is {layers - 1}"
         )
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(lora, key):
-            _compile(key, pattern)
+    _check_expressions(lora)
     excluded = lora.exclude_modules
+    stacked = stacks(model)
+    names = [*linear_layers(model), *stacked, *(name.rpartition(".")[0] for name in stacked)]
     for one in [excluded] if isinstance(excluded, str) else excluded or ():
-        if isinstance(excluded, str):
-            _compile("exclude_modules", one)
         alone = lora.model_copy(update={"exclude_modules": one if isinstance(excluded, str) else [one]})
-        stacked = stacks(model)
-        names = [*linear_layers(model), *stacked, *(name.rpartition(".")[0] for name in stacked)]
         if not any(_is_excluded(alone, name) for name in names):
             raise ValueError(
                 f"lora.exclude_modules: the model has no linear layer {one}; a list has ends of names, as"
@@ -54,14 +52,28 @@ def check_selection(model: Any, lora: Lora) -> None:
             )
 
 
+def _check_expressions(lora: Lora) -> None:
+    expressions = [("target_modules", lora.target_modules), ("exclude_modules", lora.exclude_modules)]
+    expressions += [(key, pattern) for key in PATTERNS for pattern in getattr(lora, key)]
+    for key, expression in expressions:
+        if not isinstance(expression, str):
+            continue
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"lora.{key}: {expression} is no regular expression: {error}") from None
+
+
 def check_patterns(lora: Lora, settings: LoraConfig, adapted: Collection[str]) -> None:
     """Refuse patterns that match no adapted module, or that peft would read otherwise in adapter_config.json.
-    settings: as adapter_config.json will have them; adapted: names. Raises: ValueError."""
+    settings: as adapter_config.json will have them, with what peft itself added; adapted: names. Raises:
+    ValueError."""
     by_weight = {
         name.removesuffix(WEIGHT) for name in settings.target_parameters or () if name.endswith(WEIGHT)
     }
-    for key in ("rank_pattern", "alpha_pattern"):
+    for key in PATTERNS:
         patterns: dict[str, int] = getattr(lora, key)
+        every: dict[str, int] = getattr(settings, key)
         for pattern in patterns:
             if not any(get_pattern_key([pattern], name) == pattern for name in adapted):
                 ends = sorted({name.rpartition(".")[2] for name in adapted})
@@ -69,15 +81,24 @@ def check_patterns(lora: Lora, settings: LoraConfig, adapted: Collection[str]) -
                     f"lora.{key}: {pattern} matches no module with LoRA; they end in {', '.join(ends)}"
                 )
         for name in adapted:
-            _check_same(key, patterns, name, sorted(patterns), name)
-            if any(f".{name}".endswith(f".{end}") for end in by_weight):
-                _check_same(key, patterns, name, sorted(patterns), name + WEIGHT)
+            _check_same(lora, key, every, name, name)
+            if kind_of(name) != "experts" and any(f".{name}".endswith(f".{end}") for end in by_weight):
+                _check_same(lora, key, every, name, name + WEIGHT)
 
 
-def _check_same(key: str, patterns: dict[str, int], name: str, later: Iterable[str], saved_as: str) -> None:
-    now, then = get_pattern_key(list(patterns), name), get_pattern_key(list(later), saved_as)
-    if patterns.get(now) == patterns.get(then):
+def _check_same(lora: Lora, key: str, patterns: dict[str, int], name: str, saved_as: str) -> None:
+    """Refuse patterns that give a module another number now than when the adapter is loaded."""
+    ours: dict[str, int] = getattr(lora, key)
+    now, then = get_pattern_key(list(ours), name), get_pattern_key(sorted(patterns), saved_as)
+    if now not in ours and then not in ours:
+        return  # peft's own
+    if ours.get(now) == patterns.get(then):
         return
+    if then in patterns and patterns[then] != ours.get(then):
+        raise ValueError(
+            f"lora.{key}: {now} matches {name}, for which peft itself sets {then} where target_modules name"
+            " the experts; name them in target_parameters, as [experts.gate_up_proj, experts.down_proj]"
+        )
     if saved_as != name:
         raise ValueError(
             f"lora.{key}: peft will know {name} as {saved_as} when it loads the adapter; write"
@@ -97,10 +118,3 @@ def check_excluded(lora: Lora, adapted: Iterable[str]) -> None:
             f" {wrong[0]}{and_more(wrong)}; write there in full what is trained, as"
             " layers.0.mlp.experts.down_proj"
         )
-
-
-def _compile(key: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"lora.{key}: {pattern} is no regular expression: {error}") from None

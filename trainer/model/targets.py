@@ -8,9 +8,9 @@ shared_expert.gate_proj.weight, which makes tensors of the same names and shapes
 linear layer that it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 
-from qwenlora.configs.schema import Lora
+from qwenlora.configs.schema import ALL_LINEAR, Lora
+from qwenlora.trainer.model.files import PATTERNS, peft_s_own
 from qwenlora.trainer.model.kinds import kind_of, linear_layers, stacks
 from qwenlora.trainer.model.patterns import is_chosen
 
-ALL_LINEAR = "all-linear"
 NOT_LINEAR = ("head", "embeddings", "router")  # kinds that all-linear leaves out
 LEFT_OUT = {"all": (), "shared": ("experts",), "none": ("experts", "shared experts")}  # by lora.experts
 
@@ -30,38 +30,46 @@ LEFT_OUT = {"all": (), "shared": ("experts",), "none": ("experts", "shared exper
 def resolve(model: nn.Module, lora: Lora, settings: LoraConfig, saved: Path | None) -> None:
     """Put the names that all-linear means into peft's settings; on models without experts peft knows them.
     saved: the checkpoint that the run goes on from; what it, or else lora.init_from, trains is trained.
-    Raises: ValueError when that is not what lora.experts says."""
+    Raises: ValueError when that is not what the config says, or when there is nothing to name."""
     stacked = stacks(model)
     if not stacked:
+        modules = _modules(model, ())
         if lora.layers_to_transform is not None:  # peft wants names then
-            settings.target_modules = _modules(model, ())
+            settings.target_modules = modules
         return
     if like := saved or (Path(lora.init_from).expanduser() if lora.init_from else None):
         theirs: Any = PeftConfig.from_pretrained(str(like))
-        if not saved:
-            _check_experts(model, lora, theirs, stacked)
-        for key in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
-            setattr(settings, key, getattr(theirs, key))
+        _check_like(model, lora, theirs, like, experts=not saved)
+        settings.target_modules, settings.target_parameters = theirs.target_modules, theirs.target_parameters
+        for key in PATTERNS:
+            both = peft_s_own(getattr(theirs, key), lora, key) | getattr(lora, key)
+            setattr(settings, key, dict(sorted(both.items())))  # as adapter_config.json has them
         return
     modules = _modules(model, LEFT_OUT[lora.experts])
     misread = taken_for_experts(model, modules)
     named_by_weight = {f"{name}.weight" for name in misread}
     settings.target_modules = modules - misread
     parameters = {_end(name, 3) for name in stacked} if lora.experts == "all" else set()
-    parameters = _chosen(model, lora, parameters | named_by_weight)
+    parameters = _chosen(model, lora, parameters | named_by_weight | set(lora.target_parameters or ()))
     settings.target_parameters = sorted(parameters) or None
 
 
 def _chosen(model: nn.Module, lora: Lora, parameters: set[str]) -> set[str]:
     """Return names of parameters without what the config leaves out, which peft does only for modules."""
-    ends = tuple(f".{name}" for name in parameters)
-    full = {name for name, _ in model.named_parameters() if f".{name}".endswith(ends)}
+    full = _reached(model, parameters)
     chosen = {name for name in full if is_chosen(lora, name)}
     return parameters if chosen == full else chosen
 
 
+def _reached(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return the parameters of which a name, or its end, is given."""
+    ends = tuple(f".{name}" for name in names)
+    return {name for name, _ in model.named_parameters() if f".{name}".endswith(ends)}
+
+
 def _modules(model: nn.Module, left_out: tuple[str, ...]) -> set[str]:
-    """Return the linear layers to train, by ends of names that no other linear layer has."""
+    """Return the linear layers to train, by ends of names that no other linear layer has. Raises: ValueError
+    without any."""
     wanted: list[str] = []
     others: set[str] = set()
     for name in linear_layers(model):
@@ -69,16 +77,29 @@ def _modules(model: nn.Module, left_out: tuple[str, ...]) -> set[str]:
             others.update((_end(name, 1), _end(name, 2)))
         else:
             wanted.append(name)
+    if not wanted:
+        raise ValueError(
+            f"lora.target_modules={ALL_LINEAR}: the base has no linear layers of torch's, as where GPTQ or"
+            " AWQ quantised them; name the layers, as [q_proj, v_proj]"
+        )
     return {next(e for e in (_end(name, 1), _end(name, 2), name) if e not in others) for name in wanted}
 
 
-def _check_experts(model: nn.Module, lora: Lora, theirs: LoraConfig, stacked: list[str]) -> None:
-    """Refuse to go on from an adapter with other experts than the config's. Raises: ValueError."""
-    theirs = copy(theirs)
+def _check_like(model: nn.Module, lora: Lora, theirs: LoraConfig, like: Path, *, experts: bool) -> None:
+    """Refuse to go on from an adapter without what lora.target_parameters names, or, if experts, with other
+    experts than the config's. like: its folder. Raises: ValueError."""
+    theirs = deepcopy(theirs)
     conversion.convert_peft_config_for_transformers(theirs, model=model, conversions=None)
-    named = tuple(f".{name}" for name in theirs.target_parameters or ())
-    has = any(f".{name}".endswith(named) for name in stacked)
-    if has != (lora.experts == "all"):
+    modules = theirs.target_modules if isinstance(theirs.target_modules, set) else set()
+    reached = _reached(model, {*(theirs.target_parameters or ()), *(f"{name}.weight" for name in modules)})
+    named = {name for name in _reached(model, lora.target_parameters or ()) if is_chosen(lora, name)}
+    if lacking := sorted(named - reached):
+        raise ValueError(
+            f"lora.target_parameters={lora.target_parameters}: {like} has no LoRA on {lacking[0]}; leave it"
+            " out, or begin a new adapter"
+        )
+    has = not reached.isdisjoint(stacks(model))
+    if experts and has != (lora.experts == "all"):
         raise ValueError(
             f"lora.init_from={lora.init_from} has {'' if has else 'no '}LoRA on the experts, the config says"
             f" lora.experts={lora.experts}; set lora.experts: {'all' if has else 'shared'}"
@@ -97,7 +118,7 @@ def taken_for_experts(model: nn.Module, modules: set[str]) -> set[str]:
 def as_named(model: nn.Module, settings: LoraConfig) -> Iterator[LoraConfig]:
     """Yield settings with which peft puts LoRA on the linear layers that resolve() named by parameter, which
     are trained, quantised and fused like others. Within, peft takes no name for an expert's."""
-    named = _layers_named_by_weight(model, settings)
+    named = layers_named_by_weight(model, settings)
     if not named:
         yield settings
         return
@@ -118,13 +139,15 @@ def as_named(model: nn.Module, settings: LoraConfig) -> Iterator[LoraConfig]:
         conversion.convert_peft_config_for_transformers = theirs
 
 
-def _layers_named_by_weight(model: nn.Module, settings: LoraConfig) -> set[str]:
+def layers_named_by_weight(model: nn.Module, settings: LoraConfig) -> set[str]:
     """Return the ends of names of linear layers that are named as resolve() does."""
+    modules = settings.target_modules or set()
+    if isinstance(modules, str) or taken_for_experts(model, set(modules)):
+        return set()  # such names mean experts to peft
     suffix = ".weight"
     layers = tuple(f".{name}" for name in linear_layers(model))
     ends = {name.removesuffix(suffix) for name in settings.target_parameters or () if name.endswith(suffix)}
-    named = {end for end in ends if any(layer.endswith(f".{end}") for layer in layers)}
-    return named if taken_for_experts(model, named) == named else set()
+    return taken_for_experts(model, {end for end in ends if any(one.endswith(f".{end}") for one in layers)})
 
 
 def _leave_as_it_is(*_: object, **__: object) -> None:
