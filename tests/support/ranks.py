@@ -3,11 +3,12 @@
 import os
 import pickle
 import random
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import connection, get_context
+from multiprocessing import connection, forkserver, get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ def run_ranks(
     Raises: what the first rank to fail raised, with a note of its number; TimeoutError naming the ranks that
     hang.
     """
-    fresh, deadline = get_context("forkserver"), time.monotonic() + timeout
-    fresh.set_forkserver_preload(PRELOAD)
+    fresh, deadline = _forkserver(), time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(count):
@@ -69,6 +69,21 @@ def run_ranks(
     return [results[rank] for rank in range(count)]
 
 
+def _forkserver() -> Any:
+    """Return what forks processes from one that has imported the libraries."""
+    context, before = get_context("forkserver"), os.environ.get("PYTHONPATH", "")
+    context.set_forkserver_preload(PRELOAD)
+    # Python 3.11 does not tell it where this process finds modules, and it passes over what it does not find
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ["PYTHONPATH"] = before
+        if not before:
+            del os.environ["PYTHONPATH"]
+    return context
+
+
 def _received(pipe: Any, process: Any) -> tuple[float, Any, Any]:
     """Return when a rank ended, its result, and its exception with the traceback as text, or None."""
     try:
@@ -94,6 +109,7 @@ def _rank(
     os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
     result, failure = None, None
     try:
+        assert "libraries" in sys.modules, "else each rank imports them, which takes longer than most tests"
         import torch
         import torch.distributed as dist
 
