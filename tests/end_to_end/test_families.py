@@ -86,7 +86,6 @@ def logits(model) -> torch.Tensor:
 def test_ranks_and_strategies_have_the_losses_of_one(folder):
     one = losses(folder / "one")
     assert len(one) == 6
-    assert one[-1] < one[0], "it learns"
     for name, processes in WAYS.items():
         command(folder, "train", "my.yaml", f"run_dir={name}", f"strategy.name={name}", "--nproc", processes)
         for what in ("loss", "eval_loss"):
