@@ -428,7 +428,8 @@ def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read
     assert attempts[1]["steps_repeated"] == attempts[0]["last_step"] - attempts[1]["first_step"] + 1 > 0
     assert attempts[2]["steps_repeated"] == 0
     assert set(attempts[2]["seconds"]) == {"start_up", "data", "model", "first_step"}
-    assert all(0 < attempt["goodput"] < 1 for attempt in attempts)  # which is larger, the machine decides
+    assert 0 < attempts[0]["goodput"] < 1  # which of the two is larger, the machine decides
+    assert 0 < attempts[2]["goodput"] < 1
     last = json.loads(summary["attempt/3"])
     assert (last["reason"], last["last_step"], json.loads(summary["attempts"])) == ("done", 26, 3)
     assert json.loads(summary["attempt/1"])["reason"] == "killed"
