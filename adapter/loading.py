@@ -28,10 +28,9 @@ def load(
 ) -> LoadedModel:
     """Return a subject's model and tokenizer, on the GPU if there is one. tokenizer: if it is loaded already.
 
-    dtype: one of DTYPES; quantization: none, nf4 or int8. None: as the config says (auto: as it
-    would be chosen here; plain models: auto, none).
-    Raises: ValueError when the base or the adapter cannot be loaded, or do not fit each other, or torch
-    cannot use the GPUs.
+    dtype: one of DTYPES; quantization: none, nf4 or int8. None: as the config says (auto: as it would be
+    chosen here; plain models: auto, none). Raises: ValueError when the base or the adapter cannot be loaded,
+    or do not fit each other, or torch cannot use the GPUs.
     """
     gpus.check()
     transformers_logging.set_verbosity_error()
@@ -49,7 +48,7 @@ def load(
         settings = LoraConfig.from_pretrained(str(subject.adapter))
         if (
             settings.init_lora_weights == "orthogonal"
-        ):  # not over a quantised base; the numbers are read after
+        ):  # a quantised base has none, and A and B are read after
             settings.init_lora_weights = True
         with targets.as_named(model, settings) as names:
             model = PeftModel.from_pretrained(model, str(subject.adapter), config=names)

@@ -282,10 +282,15 @@ def best(run: RunFolder, losses: dict[int, float]) -> Path | None:
     return next((folder for folder in _best_first(run.checkpoints(), losses) if not flaw(folder)), None)
 
 
+def best_first(losses: dict[int, float]) -> list[int]:
+    """Return steps, those with the lowest loss first, of equal ones the earliest. losses: {step: eval_loss};
+    one that is no number comes last."""
+    return sorted(sorted(losses), key=lambda step: (math.isnan(losses[step]), losses[step]))
+
+
 def _best_first(folders: list[Path], losses: dict[int, float]) -> list[Path]:
-    known = sorted((folder for folder in folders if step_of(folder) in losses), key=step_of)
-    # a loss that is no number is better than none
-    return sorted(known, key=lambda folder: (math.isnan(losses[step_of(folder)]), losses[step_of(folder)]))
+    of_step = {step_of(folder): folder for folder in folders}
+    return [of_step[step] for step in best_first(losses) if step in of_step]
 
 
 def remove(folder: Path) -> None:

@@ -200,7 +200,7 @@ def _take_the_best(context: Context, trainer: LoraTrainer) -> None:
     process, losses = context.process, trainer.losses
     train = process.config.train
     if trainer.gave_up:
-        best_step = min(losses, key=losses.__getitem__)
+        best_step = checkpoints.best_first(losses)[0]
         process.say(
             f"ended after step {trainer.state.global_step}: {train.early_stopping_patience} evaluations"
             f" without a better {train.metric_for_best_model} than after step {best_step}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qwenlora.data.prepared import Side
+from qwenlora.run.checkpoints import best_first
 from qwenlora.trainer.loop.batches import collate, collate_packs, weight_of
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.ranks.stop import Stop
@@ -29,9 +30,7 @@ def eval_batches(
 
 def evaluations_since_best(losses: dict[int, float]) -> int:
     """Return how many evaluations came after the best, of equal ones the first. losses: {step: eval_loss}."""
-    steps = sorted(losses)
-    best = min(steps, key=lambda step: (math.isnan(losses[step]), losses[step]), default=0)
-    return len([step for step in steps if step > best])
+    return sum(step > best_first(losses)[0] for step in losses)
 
 
 def sum_losses(
