@@ -101,7 +101,7 @@ def test_two_nodes_with_two_ranks_each_train_what_one_machine_with_four_does(clu
     submitted = submit(config, overrides, nodes=2, timeout_min=20)
     cluster.wait(submitted.job_id, "COMPLETED", timeout=900)
     result = submitted.result()
-    assert (result["reason"], result["step"], submitted.state) == ("done", 12, "COMPLETED")
+    assert (result["reason"], result["step"]) == ("done", 12)  # submitit's state may lag behind Slurm's
     locally(tmp_path, config, "alone", 4)
     assert (
         adapter(tmp_path / "runs/nodes")
