@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := README.md pyproject.toml setup.cfg __init__.py py.typed $(shell find adapter cli configs data jobs launch run slurm trainer \
+SOURCES := README.md pyproject.toml setup.cfg __init__.py py.typed $(shell find adapter cli configs data jobs launch plan run slurm trainer \
 	-name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' -o -name '*.html' -o -name '*.md' -o -name '*.jinja' -o -name schema.json)
 
 .PHONY: train test test-quick test-slow gpu chaos slurm-up slurm-down check format schema clean system

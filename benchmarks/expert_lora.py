@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
 class Figures(NamedTuple):
     """What steps of some tokens cost a way. peak_bytes: host memory above that before the step; flops: that
-    torch counts in it; useful: by trainer/model/flops.py."""
+    torch counts in it; useful: by plan/flops.py."""
 
     steps: list[Step]
     peak_bytes: int
@@ -241,7 +241,8 @@ def count(model: Any, ids: Any, optimizer: Any) -> dict[str, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from qwenlora.trainer.model.flops import flops, work_of
+    from qwenlora.plan.flops import flops
+    from qwenlora.trainer.model.work import work_of
 
     def of_grouped(left: Any, right: Any, *_: Any, **options: Any) -> int:
         # [rows, in] x [experts, in, out]; or [out, rows] x [rows, in], which makes [experts, out, in]

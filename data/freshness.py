@@ -25,7 +25,7 @@ _NO_MATTER: dict[str, bool | set[str]] = {
 }
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "jinja2", "numpy", "pyarrow", "datasets")
 _SETTLED_NS = 10**9  # a second change within the clock's tick would be missed
-_ROOMS = ("configs", "data", "run", "trainer")
+_ROOMS = ("configs", "data", "plan", "run", "trainer")
 
 
 def stamp(config: Config, base: str, *, on_gpu: bool) -> str:

@@ -37,6 +37,15 @@ def gpus_shown() -> int:
     return len(list(_DRIVER.glob("*")))  # in a container without GPUs only the driver shows them
 
 
+def gpu_names() -> list[str]:
+    """Return the driver's names of the NVIDIA GPUs that this machine shows; [] without nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.splitlines() if answer.returncode == 0 else []
+
+
 def _named() -> list[str] | None:
     """Return the names in CUDA_VISIBLE_DEVICES; None where it is not set. Slurm's NoDevFiles means none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -14,11 +14,12 @@ ARROWS = {
     "configs": set(),
     "run": {"configs", "slurm"},
     "data": {"configs", "run"},
-    "launch": {"configs", "data", "run", "slurm"},
-    "trainer": {"configs", "data", "run"},
-    "jobs": {"configs", "data", "launch", "run", "slurm", "trainer"},
-    "adapter": {"configs", "data", "jobs", "run", "trainer"},
-    "cli": {"adapter", "configs", "data", "jobs", "launch", "run", "slurm", "trainer"},
+    "plan": {"configs", "data", "run"},
+    "launch": {"configs", "data", "plan", "run", "slurm"},
+    "trainer": {"configs", "data", "plan", "run"},
+    "jobs": {"configs", "data", "launch", "plan", "run", "slurm", "trainer"},
+    "adapter": {"configs", "data", "jobs", "plan", "run", "trainer"},
+    "cli": {"adapter", "configs", "data", "jobs", "launch", "plan", "run", "slurm", "trainer"},
 }
 TWO_DEEP = ("adapter", "jobs", "trainer")
 
@@ -54,7 +55,7 @@ def test_circles_are_seen():
 
 def test_the_light_rooms_import_no_torch():
     modules = ["qwenlora.trainer.main"]
-    for room in ("cli", "configs", "data", "jobs", "launch", "run", "slurm"):
+    for room in ("cli", "configs", "data", "jobs", "launch", "plan", "run", "slurm"):
         paths = pkgutil.walk_packages([str(ROOT / room)], f"qwenlora.{room}.")
         modules += [module.name for module in paths]
     code = (

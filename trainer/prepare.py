@@ -12,6 +12,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from qwenlora.configs import Config, combinations
 from qwenlora.data import freshness, prepared
 from qwenlora.data.report import notes_of
+from qwenlora.plan.plan import CHECKPOINT_BYTES_PER_PARAMETER
 from qwenlora.run.changes import allows
 from qwenlora.run.checkpoints import flaw
 from qwenlora.run.disk import free_bytes, write_atomically
@@ -25,7 +26,6 @@ from qwenlora.trainer.model.lora import count_parameters
 from qwenlora.trainer.ranks import gpus
 from qwenlora.trainer.spread import sequence
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # a trained number and Adam's two moments, in float32
 SMALL_FILES_BYTES = 2**16
 
 

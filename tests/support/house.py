@@ -8,7 +8,7 @@ from typing import NamedTuple
 from radon.complexity import cc_visit
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("adapter", "cli", "configs", "data", "jobs", "launch", "run", "slurm", "trainer")
+ROOMS = ("adapter", "cli", "configs", "data", "jobs", "launch", "plan", "run", "slurm", "trainer")
 
 
 class Import(NamedTuple):

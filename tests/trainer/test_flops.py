@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwenlora.configs.schema import Lora
+from qwenlora.plan.flops import flops
 from qwenlora.run.records import Work
 from qwenlora.trainer.loop.chunked_loss import own_the_loss
-from qwenlora.trainer.model.flops import flops, work_of
 from qwenlora.trainer.model.loading import IGNORED
 from qwenlora.trainer.model.lora import add_lora
+from qwenlora.trainer.model.work import work_of
 
 LENGTHS = np.array([64, 192])  # whole chunks of linear attention
 CHUNK = 64

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwenlora.trainer.record.metrics import peak_flops
+from qwenlora.plan.hardware import of_driver
 
 
 @pytest.mark.parametrize(
@@ -17,10 +17,11 @@ from qwenlora.trainer.record.metrics import peak_flops
         ("NVIDIA L4", 121e12),
         ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA Z9000", None),
         ("", None),
     ],
 )
 def test_an_unknown_gpu_has_no_peak_rather_than_a_wrong_one(name, peak):
-    assert peak_flops(name) == peak
+    gpu = of_driver(name)
+    assert (gpu.flops if gpu else None) == peak

@@ -20,6 +20,7 @@ from qwenlora.configs.schema import Data, SchedulerName, Train
 from qwenlora.data.chat import Tokens
 from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
+from qwenlora.plan.flops import flops
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Work
 from qwenlora.trainer import prepare
@@ -27,7 +28,6 @@ from qwenlora.trainer.loop.arguments import check_optimizer, check_settings, ord
 from qwenlora.trainer.loop.batches import collate
 from qwenlora.trainer.loop.evaluation import eval_batches
 from qwenlora.trainer.loop.trainer import LoraTrainer
-from qwenlora.trainer.model.flops import flops
 from qwenlora.trainer.record import metrics
 from qwenlora.trainer.record.metrics import Metrics, MetricsFile
 

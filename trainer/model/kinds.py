@@ -4,29 +4,8 @@ from collections import Counter
 
 from torch import nn
 
+from qwenlora.plan.kinds import kind_of
 from qwenlora.run.records import OfKind
-
-# by the part of a module's name that says it, in the order in which they are looked for
-KINDS = {
-    "lm_head": "head",
-    "embed_tokens": "embeddings",
-    "experts": "experts",
-    "shared_expert_gate": "router",
-    "shared_expert": "shared experts",
-    "shared_experts": "shared experts",
-    "linear_attn": "linear attention",
-    "self_attn": "attention",
-    "attn": "attention",
-    "gate": "router",
-    "mlp": "MLP",
-}
-OTHER = "other"
-
-
-def kind_of(name: str) -> str:
-    """Return the kind of a module or parameter, by its dotted name in the base or under peft."""
-    parts = set(name.split("."))
-    return next((kind for part, kind in KINDS.items() if part in parts), OTHER)
 
 
 def linear_layers(model: nn.Module) -> list[str]:

@@ -11,13 +11,14 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from qwenlora.configs.schema import ALL_LINEAR, Config, Lora
+from qwenlora.plan.flops import share_of_experts
 from qwenlora.run.format import and_more
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import patterns, targets
 from qwenlora.trainer.model.files import check_init_from
-from qwenlora.trainer.model.flops import share_of_experts, work_of
 from qwenlora.trainer.model.kinds import count_kinds, count_trained
 from qwenlora.trainer.model.pretrained import load_config_of
+from qwenlora.trainer.model.work import work_of
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 NAMES_SHOWN = 40

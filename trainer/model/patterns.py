@@ -9,9 +9,10 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from qwenlora.configs.schema import Lora
+from qwenlora.plan.kinds import kind_of
 from qwenlora.run.format import and_more
 from qwenlora.trainer.model.files import PATTERNS
-from qwenlora.trainer.model.kinds import kind_of, linear_layers, stacks
+from qwenlora.trainer.model.kinds import linear_layers, stacks
 
 WEIGHT = ".weight"
 

@@ -19,12 +19,10 @@ from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 
 from qwenlora.configs.schema import ALL_LINEAR, Lora
+from qwenlora.plan.kinds import LEFT_OUT, NOT_LINEAR, kind_of
 from qwenlora.trainer.model.files import PATTERNS, peft_s_own
-from qwenlora.trainer.model.kinds import kind_of, linear_layers, stacks
+from qwenlora.trainer.model.kinds import linear_layers, stacks
 from qwenlora.trainer.model.patterns import is_chosen
-
-NOT_LINEAR = ("head", "embeddings", "router")  # kinds that all-linear leaves out
-LEFT_OUT = {"all": (), "shared": ("experts",), "none": ("experts", "shared experts")}  # by lora.experts
 
 
 def resolve(model: nn.Module, lora: Lora, settings: LoraConfig, saved: Path | None) -> None:

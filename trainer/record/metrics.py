@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import re
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +15,10 @@ from typing import Any, BinaryIO
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from qwenlora.plan.flops import flops
+from qwenlora.plan.hardware import of_driver
 from qwenlora.run.history import ProgressFile
 from qwenlora.run.records import Work
-from qwenlora.trainer.model.flops import flops
 
 log = logging.getLogger("qwenlora")
 
@@ -26,41 +26,7 @@ Logs = dict[str, float]  # Trainer's, as callbacks get them
 PHASES = ("data_wait_s", "evaluating_s", "saving_s")  # LoraTrainer's clocks, beside that of the steps
 Line = dict[str, float]  # of metrics.jsonl: "step", "time" (seconds since 1970), and numbers by their names
 
-# dense bf16 matrix peaks in FLOP/s, from NVIDIA's data sheets; the longest name that fits is taken
-PEAK_FLOPS = {
-    "A10": 125e12,
-    "A30": 165e12,
-    "A40": 149.7e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "B200": 2250e12,
-    "H20": 148e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "L4": 121e12,
-    "L40": 181e12,
-    "L40S": 362e12,
-    "GeForce RTX 3090": 71e12,
-    "GeForce RTX 4090": 165.2e12,
-    "GeForce RTX 5090": 209.5e12,
-}
-
 _BLOCK = 2**16  # bytes read at once from the end of the file
-# words in torch's names of GPUs that say nothing about speed
-_NO_MATTER = re.compile(r"NVIDIA|Tesla|SXM\d?|PCI[eE]|HBM\w*|\d+GB")
-
-
-def peak_flops(gpu_name: str) -> float | None:
-    """Return a GPU's dense bf16 peak in FLOP/s by torch's name for it; None for an unknown GPU."""
-    words = gpu_name.replace("-", " ").split()
-    known = [name for name in PEAK_FLOPS if all(part in words for part in name.split())]
-    if not known:
-        return None
-    name = max(known, key=len)
-    others = [word for word in words if word not in name.split() and not _NO_MATTER.fullmatch(word)]
-    return None if others else PEAK_FLOPS[name]  # a Laptop, Ti or NVL is another chip
 
 
 class MetricsFile:
@@ -163,7 +129,8 @@ class Metrics(TrainerCallback):
         self.file, self.trainer, self.work = file, trainer, work
         self.progress, self.attempt = progress, attempt
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        self.peak = peak_flops(name)
+        gpu = of_driver(name)
+        self.peak = gpu.flops if gpu else None
         self._begun = time.perf_counter()
         self._start()
 

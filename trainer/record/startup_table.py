@@ -9,10 +9,10 @@ from transformers import TrainingArguments
 
 from qwenlora.configs import Config
 from qwenlora.data.turns import TURN_END
+from qwenlora.plan.kinds import OTHER
 from qwenlora.run.format import and_more
 from qwenlora.run.records import Facts, Parameters, SideCounts
 from qwenlora.trainer.model.base import TINY
-from qwenlora.trainer.model.kinds import OTHER
 from qwenlora.trainer.model.loading import pick_dtype
 from qwenlora.trainer.model.lora import EMBEDDINGS
 from qwenlora.trainer.spread.strategy import Spread

@@ -2,6 +2,8 @@
 
 Only useful ones count. Padding, masked positions, experts that a token does not meet, and activations that
 gradient checkpointing computes again do not. So more MFU always means more tokens a second.
+
+text_config: transformers' config of a model's text part, or anything that has its fields.
 """
 
 from typing import Any
@@ -13,32 +15,6 @@ from qwenlora.run.records import Work
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-def work_of(model: Any, text_config: Any) -> Work:
-    """Return what a token is multiplied with. model: a base with its adapter, not quantised, on any device;
-    text_config: transformers' config of its text part."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    # embeddings are looked up; tied ones are the head, too
-    outside = {id(p) for module in (head, embeddings) for p in module.parameters()}
-    share = share_of_experts(text_config)
-    body = {
-        trained: sum(
-            p.numel() * (share if "experts" in name.split(".") else 1)
-            for name, p in _matrices(model)
-            if p.requires_grad == trained and id(p) not in outside
-        )
-        for trained in (False, True)
-    }
-    of_head = [p for _, p in _matrices(head)]
-    return Work(
-        frozen=round(body[False]),
-        trained=round(body[True]),
-        head_frozen=sum(p.numel() for p in of_head if not p.requires_grad),
-        head_trained=sum(p.numel() for p in of_head if p.requires_grad),
-        attention=_attention_widths(text_config),
-        recurrence=_recurrence(text_config),
-    )
 
 
 def flops(work: Work, lengths: NDArray[np.int64], trained: int) -> float:
@@ -56,12 +32,6 @@ def flops(work: Work, lengths: NDArray[np.int64], trained: int) -> float:
     return float(products + 3 * (4 * pairs + tokens * work.recurrence))
 
 
-def _matrices(module: Any) -> list[tuple[str, Any]]:
-    """Return the parameters that multiply, by name. peft keeps modules_to_save beside an unused original."""
-    named = module.named_parameters()
-    return [(name, p) for name, p in named if p.ndim > 1 and "original_module" not in name.split(".")]
-
-
 def share_of_experts(text_config: Any) -> float:
     """Return the share of a layer's routed experts that a token meets."""
     counts = (getattr(text_config, name, None) for name in COUNTS_OF_EXPERTS)
@@ -69,7 +39,7 @@ def share_of_experts(text_config: Any) -> float:
     return text_config.num_experts_per_tok / experts if experts else 1.0
 
 
-def _attention_widths(text_config: Any) -> dict[int, int]:
+def attention_widths(text_config: Any) -> dict[int, int]:
     """Return {window in tokens, 0 for none: heads * head_dim, summed over the layers that have it}."""
     heads = text_config.num_attention_heads
     width = heads * (getattr(text_config, "head_dim", None) or text_config.hidden_size // heads)
@@ -84,7 +54,7 @@ def _attention_widths(text_config: Any) -> dict[int, int]:
     return widths
 
 
-def _recurrence(text_config: Any) -> int:
+def recurrence(text_config: Any) -> int:
     """Return the FLOPs, forward and for a token, of all gated delta nets: each head's state, key width x
     value width, is read by the key, updated, and read by the query. Source: arXiv 2412.06464, eq. 10."""
     layers = list(getattr(text_config, "layer_types", None) or ()).count("linear_attention")

@@ -1,0 +1,70 @@
+"""The base of a plan: its config.json in a folder or in the hub's cache, else what bases.yaml knows of it."""
+
+import functools
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwenlora.configs.schema import Model
+from qwenlora.plan.shape import Shape, read_shape, shape_of
+
+TINY = "tiny"  # model.name_or_path of the embedded model
+# what a hub name adds to the size without another shape
+_VARIANTS = {"instruct", "base", "chat", "thinking", "coder", "math", "2507", "hf"}
+_TINY_SHAPE: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+}
+
+
+def shape_of_base(model: Model) -> tuple[Shape, str]:
+    """Return the shape of the config's base, and where it is from. Raises: ValueError when it is unknown."""
+    name = model.name_or_path
+    if name == TINY:
+        return shape_of(_TINY_SHAPE, TINY), "the embedded model"
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return read_shape(folder), "its config.json"
+    if cached := _in_cache(name, model.revision):
+        return read_shape(cached), "its config.json in the hub's cache"
+    if entry := _entry(name):
+        return shape_of(known()[entry], entry), f"the table of known Qwens ({entry})"
+    raise ValueError(
+        f"model.name_or_path={name}: no such folder, not in the hub's cache, and not among the Qwens that a"
+        f" plan knows ({', '.join(known())}); name a folder with its config.json, which is all a plan needs"
+    )
+
+
+@functools.cache
+def known() -> dict[str, dict[str, Any]]:
+    """Return {name: values of config.json} of the Qwens in bases.yaml."""
+    text = resources.files(__package__).joinpath("bases.yaml").read_text(encoding="utf-8")
+    values: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return values
+
+
+def _entry(name: str) -> str | None:
+    """Return the longest entry whose words a hub name has, if the others are variants of the same shape."""
+    words = name.rpartition("/")[2].lower().split("-")
+    fitting = [entry for entry in known() if set(entry.lower().split("-")) <= set(words)]
+    entry = max(fitting, key=len, default=None)
+    rest = set(words) - set(entry.lower().split("-")) if entry else set(words)
+    return entry if rest <= _VARIANTS else None
+
+
+def _in_cache(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache  # late: most plans need a folder or the table
+
+    if name.count("/") != 1:
+        return None
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent if isinstance(file, str) else None

@@ -1,0 +1,97 @@
+"""GPUs and their links, from hardware.yaml."""
+
+import functools
+import re
+from importlib import resources
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from qwenlora.configs.wording import did_you_mean
+
+Positive = Annotated[float, Field(gt=0)]
+# what a driver's name has beside the GPU's: form factors and sizes. Others (Laptop, Ti) are other chips
+_NO_MATTER = re.compile(r"NVIDIA|Tesla|AMD|Instinct|OAM|SXM\d?|PCI[eE]|HBM\w*|\d+GB")
+
+
+class Gpu(BaseModel):
+    """A kind of GPU. flops: dense matrix products a second in 16 bits; bandwidth: of its memory, bytes a
+    second; bytes: of its memory; nvlink, pcie: bytes a second to the node's other GPUs, one way, 0: none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    teraflops: Positive
+    terabytes_s: Positive
+    memory_mib: Positive
+    nvlink: float
+    pcie: Positive
+
+    @property
+    def chip(self) -> str:
+        """The name without the memory's size."""
+        return self.name.partition("-")[0]
+
+    @property
+    def size(self) -> str:
+        """The memory's size in the name, as 80 of A100-80; empty for others."""
+        return self.name.partition("-")[2]
+
+    @property
+    def flops(self) -> float:
+        """FLOP a second."""
+        return self.teraflops * 1e12
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.terabytes_s * 1e12
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory."""
+        return int(self.memory_mib * 2**20)
+
+    @property
+    def link(self) -> float:
+        """Bytes a second to another GPU of its node, one way."""
+        return (self.nvlink or self.pcie) * 1e9
+
+
+@functools.cache
+def gpus() -> dict[str, Gpu]:
+    """Return {name: GPU} of the file."""
+    text = resources.files(__package__).joinpath("hardware.yaml").read_text(encoding="utf-8")
+    kinds = yaml.safe_load(text)["gpus"]
+    return {name: Gpu(name=name, **numbers) for name, numbers in kinds.items()}
+
+
+def named(name: str) -> Gpu:
+    """Return the GPU that a user names, as h100 or rtx4090; of a chip with several sizes of memory the first.
+    Raises: ValueError for an unknown name."""
+    wanted = _letters(name).removeprefix("rtx")
+    for gpu in gpus().values():
+        if wanted in (
+            _letters(gpu.name),
+            _letters(gpu.chip),
+            _letters(gpu.name.removeprefix("GeForce RTX ")),
+        ):
+            return gpu
+    otherwise = f"known are {', '.join(gpus())}"
+    raise ValueError(f"gpu {name} is unknown; {did_you_mean(name.upper(), gpus(), otherwise)}")
+
+
+def of_driver(name: str) -> Gpu | None:
+    """Return the GPU by the driver's (and torch's) name, as NVIDIA A100-SXM4-80GB; None if unknown."""
+    words = name.replace("-", " ").split()
+    known = [gpu for gpu in gpus().values() if all(word in words for word in gpu.chip.split())]
+    longest = max((gpu.chip for gpu in known), key=len, default="")
+    alike = [gpu for gpu in known if gpu.chip == longest]
+    gpu = next((gpu for gpu in alike if f"{gpu.size}GB" in words), alike[0] if alike else None)
+    others = [word for word in words if word not in longest.split() and not _NO_MATTER.fullmatch(word)]
+    return None if others else gpu
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())

@@ -1,0 +1,232 @@
+"""A plan: what a config needs on given GPUs under each strategy, and which one is recommended."""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel
+
+from qwenlora.configs.combinations import SHARDED, problems
+from qwenlora.configs.estimate import MemoryNeed, decide, need, recomputed_layers
+from qwenlora.configs.schema import Config
+from qwenlora.data.order import total_steps
+from qwenlora.plan.speed import Case, sent, step_time
+
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # a trained number and Adam's two moments, in float32
+START_S = 60  # of an attempt: imports, weights, joining, the first step
+ALIKE = 1.03  # a strategy must be so much faster than a simpler one to be recommended before it
+Fit = Literal["fits", "tight", "does not fit", "refused"]
+
+
+class Memory(BaseModel, frozen=True):
+    """Bytes on a GPU by use, as configs/estimate.py has them."""
+
+    weights: int
+    gathered: int
+    trained: int
+    activations: int
+    logits: int
+    reserve: int
+    total: int
+    least: int
+
+
+class Way(BaseModel, frozen=True):
+    """A strategy with a micro-batch. per_device: train.per_device_train_batch_size; recomputed: layers whose
+    activations are computed again; sent: bytes that a GPU sends in a step; efficiency: the share of the speed
+    that links leave; why: of a refusal."""
+
+    strategy: str
+    shard_group: str
+    per_device: int
+    fit: Fit
+    why: str = ""
+    memory: Memory | None = None
+    recomputed: int = 0
+    step_s: float = 0.0
+    tokens_s: float = 0.0
+    sent: float = 0.0
+    efficiency: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The strategy and its groups, in words."""
+        return f"{self.strategy} in nodes" if self.shard_group == "node" else self.strategy
+
+
+class Length(BaseModel, frozen=True):
+    """How long a run is under one way. attempts: within the jobs' time limit; 0 without one."""
+
+    steps: int
+    hours: float
+    gpu_hours: float
+    attempts: int = 0
+
+
+class Plan(BaseModel, frozen=True):
+    """What a run needs. ways: all strategies with the config's micro-batch, or another if GPUs cannot share
+    it, which refusal says; recommended: over all micro-batches the fastest that fits, None if none does;
+    instead: then what would; length: of the run under it; scaling: its speed on each GPU, relative to that on
+    one node, None for one node or where one has no room; checkpoint: bytes; kept: checkpoints on the disk at
+    the same time, 0: all."""
+
+    ways: list[Way]
+    refusal: str
+    recommended: Way | None
+    instead: str
+    length: Length | None
+    scaling: float | None
+    checkpoint: int
+    kept: int
+
+
+def make_plan(case: Case, limit_min: int | None = None) -> Plan:
+    """Return the plan of a run. limit_min: minutes that a job may take."""
+    recommended = _best(case)
+    refusal = ""
+    try:
+        ways = list(_ways(case))
+    except ValueError as error:
+        shared = next(_sizes(case), None)
+        if shared is None:
+            raise
+        refusal = str(error)
+        ways = list(_ways(_at(case, recommended.per_device) if recommended else shared))
+    return Plan(
+        ways=ways,
+        refusal=refusal,
+        recommended=recommended,
+        instead="" if recommended else _instead(next(_sizes(case), case)),
+        length=_length(case, recommended, limit_min) if recommended else None,
+        scaling=_scaling(case, recommended) if recommended else None,
+        checkpoint=case.parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER,
+        kept=_kept(case.config),
+    )
+
+
+def _ways(case: Case) -> Iterator[Way]:
+    """Yield each strategy with the config's own micro-batch."""
+    groups = ("global", "node") if case.machine.nodes > 1 and case.machine.processes > 1 else ("global",)
+    names = ("ddp", "zero1", "zero2", "zero3", "fsdp") if case.machine.world_size > 1 else ("ddp",)
+    for name in names:
+        for group in groups if name in SHARDED else ("global",):
+            yield way(case, name, group)
+
+
+def way(case: Case, name: str, group: str) -> Way:
+    """Return what the config needs under a strategy. Raises: ValueError when the GPUs cannot share the batch
+    evenly."""
+    config = _with(case.config, name, group)
+    case = case._replace(config=config)
+    per_device = config.train.per_device_train_batch_size
+    micro_batches = case.micro_batches
+    if refused := problems(config, case.machine):
+        return Way(strategy=name, shard_group=group, per_device=per_device, fit="refused", why=refused[0])
+    needed = need(config, case.sizes, name, case.machine, group)
+    recomputed = recomputed_layers(config, case.sizes, name, case.machine, group)
+    time = step_time(case, name, group, recomputed)
+    moved = sent(case, name, group)
+    return Way(
+        strategy=name,
+        shard_group=group,
+        per_device=per_device,
+        fit=_fit(needed, case.gpu.bytes),
+        memory=Memory(**needed._asdict() | {"total": needed.total, "least": needed.least}),
+        recomputed=recomputed,
+        step_s=time.seconds,
+        tokens_s=tokens_of_step(case) / time.seconds,
+        sent=micro_batches * moved.gathered + moved.reduced,
+        efficiency=time.efficiency,
+    )
+
+
+def tokens_of_step(case: Case) -> float:
+    """Return the tokens of rows in a step of the whole run, over all GPUs."""
+    each = case.config.data.max_length if case.is_packed else case.rows.mean
+    return case.config.train.global_batch_size * each
+
+
+def _fit(needed: MemoryNeed, there: int) -> Fit:
+    if needed.total <= there:
+        return "fits"
+    return "tight" if needed.least <= there else "does not fit"
+
+
+def _best(case: Case) -> Way | None:
+    """Return the fastest way that fits, over micro-batches of 1, 2, 4 ... rows; of about equal ones that with
+    the smallest micro-batch which sends least, since these come first."""
+    best: Way | None = None
+    for each in _sizes(case):
+        for found in _ways(each):
+            better = best is None or found.tokens_s > ALIKE * best.tokens_s
+            if found.fit == "fits" and better:
+                best = found
+    return best
+
+
+def _sizes(case: Case) -> Iterator[Case]:
+    """Yield the case with each size of micro-batch that its GPUs can share."""
+    size, ranks = 1, case.machine.world_size // case.config.strategy.sequence_parallel
+    while size * ranks <= case.config.train.global_batch_size:
+        if case.config.train.global_batch_size % (size * ranks) == 0:
+            yield _at(case, size)
+        size *= 2
+
+
+def _at(case: Case, per_device: int) -> Case:
+    train = case.config.train.model_copy(update={"per_device_train_batch_size": per_device})
+    return case._replace(config=case.config.model_copy(update={"train": train}))
+
+
+def _instead(case: Case) -> str:
+    """Return why nothing fits, and what would."""
+    try:
+        decide(_with(case.config, "auto", "global"), case.sizes, case.machine)
+    except ValueError as error:
+        return str(error)
+    return "no strategy fits with room to spare; the best is tight"
+
+
+def _scaling(case: Case, way: Way) -> float | None:
+    nodes = case.machine.nodes
+    alone = _best(case._replace(machine=case.machine._replace(nodes=1))) if nodes > 1 else None
+    return way.tokens_s / alone.tokens_s / nodes if alone else None
+
+
+def steps_of(case: Case) -> int:
+    """Return the optimizer steps of the run."""
+    train, rows = case.config.train, case.rows
+    packs = rows.packs or math.ceil(rows.tokens / case.config.data.max_length)
+    return total_steps(
+        packs if case.is_packed else rows.rows,
+        train.global_batch_size,
+        train.num_train_epochs,
+        train.max_steps,
+    )
+
+
+def _length(case: Case, way: Way, limit_min: int | None) -> Length:
+    steps = steps_of(case)
+    hours = steps * way.step_s / 3600
+    usable = limit_min * 60 - START_S if limit_min else 0
+    return Length(
+        steps=steps,
+        hours=hours,
+        gpu_hours=hours * case.machine.world_size,
+        attempts=math.ceil(3600 * hours / usable) if usable > 0 else 0,
+    )
+
+
+def _kept(config: Config) -> int:
+    """Return how many checkpoints are on the disk at the same time: one more while the next is written."""
+    train = config.train
+    if train.save_strategy == "no":
+        return 1
+    if train.save_total_limit is None:
+        return 0
+    return train.save_total_limit + (train.metric_for_best_model is not None) + 1
+
+
+def _with(config: Config, name: str, group: str) -> Config:
+    strategy = config.strategy.model_copy(update={"name": name, "shard_group": group})
+    return config.model_copy(update={"strategy": strategy})

@@ -1,0 +1,204 @@
+"""The tensors of a base, from its config.json alone: for each family of Qwens what transformers would make.
+
+tests/plan/test_counts.py compares with transformers' models.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qwenlora.plan.flops import COUNTS_OF_EXPERTS, FULL, SLIDING
+
+LINEAR = "linear_attention"
+MIXTURES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+FAMILIES = ("qwen2", "qwen3", *MIXTURES[:2], *HYBRIDS)
+GATED_ATTENTION = 4  # a hybrid's every fourth layer has attention, unless its config says which
+
+
+class Shape(BaseModel):
+    """A base's config.json as far as it gives tensors their shapes, by transformers' names. What a file may
+    leave out is filled in as transformers does."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    intermediate_size: int = 0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    qkv_bias: bool = True
+    layer_types: list[str] = []
+    full_attention_interval: int = GATED_ATTENTION
+    use_sliding_window: bool = False
+    sliding_window: int | None = None
+    max_window_layers: int = 0
+    num_experts: int = Field(0, validation_alias=AliasChoices(*COUNTS_OF_EXPERTS))
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] = []
+    linear_conv_kernel_dim: int = 4
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_num_key_heads: int = 16
+    linear_num_value_heads: int = 32
+    max_position_embeddings: int = 32768
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, values: Any) -> Any:
+        return {key: value for key, value in values.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> Self:
+        heads, windowed = self.num_attention_heads, self.use_sliding_window and self.sliding_window
+        wide = {"qwen3": 128} | dict.fromkeys(HYBRIDS, 256)
+        kinds = self.layer_types
+        if not kinds and self.model_type in HYBRIDS:
+            every = self.full_attention_interval
+            kinds = [LINEAR if (i + 1) % every else FULL for i in range(self.num_hidden_layers)]
+        elif not kinds:
+            last = self.max_window_layers if windowed else self.num_hidden_layers
+            kinds = [FULL if i < last else SLIDING for i in range(self.num_hidden_layers)]
+        known = {
+            "num_key_value_heads": self.num_key_value_heads or heads,
+            "head_dim": self.head_dim or wide.get(self.model_type, self.hidden_size // heads),
+            "layer_types": kinds,
+            "sliding_window": self.sliding_window if windowed else None,
+        }
+        for name, value in known.items():
+            object.__setattr__(self, name, value)  # a validator of a frozen model
+        return self
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer's MLP is a mixture of experts."""
+        sparse = (layer + 1) % self.decoder_sparse_step == 0 and layer not in self.mlp_only_layers
+        return self.model_type in MIXTURES and self.num_experts > 0 and sparse
+
+
+class Tensor(NamedTuple):
+    """A layer's numbers. name: of the module, or of the parameter that holds a matrix of each expert;
+    experts: how many; linear: an nn.Linear; others: numbers beside the matrix (biases, norms); tied: the
+    matrix is the embeddings'."""
+
+    name: str
+    outputs: int
+    inputs: int
+    experts: int = 1
+    linear: bool = True
+    others: int = 0
+    tied: bool = False
+
+    @property
+    def matrix(self) -> int:
+        """Numbers of the matrix, or of all experts' matrices."""
+        return self.experts * self.outputs * self.inputs
+
+    @property
+    def total(self) -> int:
+        """All numbers of its own."""
+        return self.others + (0 if self.tied else self.matrix)
+
+
+def read_shape(folder: Path) -> Shape:
+    """Return the shape of a base in a folder. Raises: ValueError when config.json is none of a Qwen's."""
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return shape_of(values, str(file))
+
+
+def shape_of(values: dict[str, Any], where: str) -> Shape:
+    """Return the shape of a config.json's values. where: for messages. Raises: ValueError."""
+    text = values.get("text_config") or values
+    tied = {"tie_word_embeddings": values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))}
+    try:
+        shape = Shape.model_validate(text | tied)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if shape.model_type not in FAMILIES:
+        raise ValueError(
+            f"{where}: model_type={shape.model_type} is no family that a plan knows; expected one of"
+            f" {', '.join(FAMILIES)}"
+        )
+    return shape
+
+
+def tensors(shape: Shape) -> Iterator[Tensor]:
+    """Yield all tensors of a base, embeddings first, the head last."""
+    hidden = shape.hidden_size
+    yield Tensor("model.embed_tokens", shape.vocab_size, hidden, linear=False)
+    for number, kind in enumerate(shape.layer_types):
+        at = f"model.layers.{number}"
+        yield from _linear_attention(shape, at) if kind == LINEAR else _attention(shape, at)
+        if shape.has_experts(number):
+            yield from _mixture(shape, f"{at}.mlp")
+        else:
+            yield from _mlp(f"{at}.mlp", hidden, shape.intermediate_size)
+        yield Tensor(f"{at}.input_layernorm", 0, 0, linear=False, others=hidden)
+        yield Tensor(f"{at}.post_attention_layernorm", 0, 0, linear=False, others=hidden)
+    yield Tensor("model.norm", 0, 0, linear=False, others=hidden)
+    yield Tensor("lm_head", shape.vocab_size, hidden, tied=shape.tie_word_embeddings)
+
+
+def _attention(shape: Shape, at: str) -> Iterator[Tensor]:
+    at, hidden = f"{at}.self_attn", shape.hidden_size
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    qkv_bias = {"qwen2": True, "qwen2_moe": shape.qkv_bias}.get(shape.model_type, shape.attention_bias)
+    o_bias = qkv_bias and shape.model_type not in ("qwen2", "qwen2_moe")
+    gated = 2 if shape.model_type in HYBRIDS else 1  # the output's gate comes with the queries
+    yield Tensor(f"{at}.q_proj", gated * queries, hidden, others=gated * queries * qkv_bias)
+    yield Tensor(f"{at}.k_proj", keys, hidden, others=keys * qkv_bias)
+    yield Tensor(f"{at}.v_proj", keys, hidden, others=keys * qkv_bias)
+    yield Tensor(f"{at}.o_proj", hidden, queries, others=hidden * o_bias)
+    if shape.model_type not in ("qwen2", "qwen2_moe"):
+        for norm in ("q_norm", "k_norm"):
+            yield Tensor(f"{at}.{norm}", 0, 0, linear=False, others=shape.head_dim)
+
+
+def _linear_attention(shape: Shape, at: str) -> Iterator[Tensor]:
+    at, hidden = f"{at}.linear_attn", shape.hidden_size
+    heads = shape.linear_num_value_heads
+    keys = shape.linear_num_key_heads * shape.linear_key_head_dim
+    values = heads * shape.linear_value_head_dim
+    mixed = 2 * keys + values
+    if shape.model_type == "qwen3_next":
+        yield Tensor(f"{at}.in_proj_qkvz", mixed + values, hidden)
+        yield Tensor(f"{at}.in_proj_ba", 2 * heads, hidden)
+    else:
+        yield Tensor(f"{at}.in_proj_qkv", mixed, hidden)
+        yield Tensor(f"{at}.in_proj_z", values, hidden)
+        yield Tensor(f"{at}.in_proj_b", heads, hidden)
+        yield Tensor(f"{at}.in_proj_a", heads, hidden)
+    yield Tensor(f"{at}.conv1d", mixed, shape.linear_conv_kernel_dim, linear=False)
+    yield Tensor(f"{at}.norm", 0, 0, linear=False, others=2 * heads + shape.linear_value_head_dim)
+    yield Tensor(f"{at}.out_proj", hidden, values)
+
+
+def _mlp(at: str, hidden: int, width: int) -> Iterator[Tensor]:
+    yield Tensor(f"{at}.gate_proj", width, hidden)
+    yield Tensor(f"{at}.up_proj", width, hidden)
+    yield Tensor(f"{at}.down_proj", hidden, width)
+
+
+def _mixture(shape: Shape, at: str) -> Iterator[Tensor]:
+    hidden, width, experts = shape.hidden_size, shape.moe_intermediate_size, shape.num_experts
+    yield Tensor(f"{at}.gate", experts, hidden, linear=False)
+    yield Tensor(f"{at}.experts.gate_up_proj", 2 * width, hidden, experts, linear=False)
+    yield Tensor(f"{at}.experts.down_proj", hidden, width, experts, linear=False)
+    if shape.model_type != "qwen3_moe":
+        yield from _mlp(f"{at}.shared_expert", hidden, shape.shared_expert_intermediate_size)
+        yield Tensor(f"{at}.shared_expert_gate", 1, hidden)

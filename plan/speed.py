@@ -1,0 +1,172 @@
+"""How long a step takes, and what it sends: formulas over a GPU's data sheet, without torch.
+
+A micro-batch takes the longest of three: what the GPU computes and moves through its memory, what it gathers
+from other GPUs meanwhile, and the time to start its kernels. docs/planning.md has the sources, and how far
+published figures are from it (benchmarks/plan_accuracy.py).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from qwenlora.configs.combinations import SHARDED, Machine, packs_rows
+from qwenlora.configs.estimate import Sizes, base_bytes
+from qwenlora.configs.schema import Config
+from qwenlora.data.order import accumulation_steps
+from qwenlora.plan.flops import flops
+from qwenlora.plan.hardware import Gpu
+from qwenlora.plan.rows import RowCounts
+from qwenlora.run.records import Parameters, Work
+
+REACHED = 0.8  # share of the data sheet's FLOP/s in large matrix products: 798 of an H100's 989 were measured
+LINK_REACHED = 0.8  # share of a link's data sheet in long collectives
+# share of what the formula says that the fastest published runs reach: 14,110 tokens/s, Qwen2.5-7B on an H100
+PUBLISHED = 0.7
+EXPERTS_REACHED = 0.12  # share of REACHED in grouped products of many small experts
+DEQUANTISED = 4.5  # bytes moved to make a 4-bit number 16 bits, and to read it again
+
+
+class Layers(NamedTuple):
+    """How layers are computed. passes: how often a step reads or writes each activation; launch_s: seconds to
+    start a layer's kernels for a micro-batch, forward and backward."""
+
+    passes: float
+    launch_s: float
+
+
+FUSED, EAGER = Layers(13, 1.7e-3), Layers(40, 5e-3)  # ours, and peft's
+
+
+class Links(NamedTuple):
+    """Bytes a second that a GPU sends, one way. node: to its node's others; network: to other nodes."""
+
+    node: float
+    network: float
+
+
+class Case(NamedTuple):
+    """What a plan is of: a config on GPUs. parameters: with their work, as this version counts it."""
+
+    config: Config
+    parameters: Parameters
+    rows: RowCounts
+    machine: Machine
+    gpu: Gpu
+    links: Links
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes for estimates of memory."""
+        return Sizes.of(self.parameters, longest=self.rows.longest)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether rows are packed."""
+        return packs_rows(self.config, on_gpu=True)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of rows in a micro-batch on a GPU, on average."""
+        each = self.config.data.max_length if self.is_packed else self.rows.mean
+        return self.config.train.per_device_train_batch_size * each / self.config.strategy.sequence_parallel
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step on a GPU. Raises: ValueError when GPUs cannot share the batch evenly."""
+        train, strategy = self.config.train, self.config.strategy
+        return accumulation_steps(
+            train.global_batch_size,
+            train.per_device_train_batch_size,
+            self.machine.world_size,
+            strategy.sequence_parallel,
+        )
+
+
+class Sent(NamedTuple):
+    """Bytes that a GPU sends. gathered: of the base, a micro-batch; reduced: of gradients, a step."""
+
+    gathered: float
+    reduced: float
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step on a GPU, by part. products, traffic: matrix products and memory, of a micro-batch;
+    gathering: the base's parts; launches: starting kernels; reducing: gradients, once a step."""
+
+    products: float
+    traffic: float
+    gathering: float
+    launches: float
+    reducing: float
+    micro_batches: int
+
+    @property
+    def micro_batch(self) -> float:
+        """Seconds of a micro-batch."""
+        return max(self.products + self.traffic, self.gathering, self.launches)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the step."""
+        return self.micro_batches * self.micro_batch + self.reducing
+
+    @property
+    def efficiency(self) -> float:
+        """The share of the step that a GPU which held all of the base alone would take."""
+        alone = self.micro_batches * max(self.products + self.traffic, self.launches)
+        return alone / self.seconds
+
+
+def sent(case: Case, name: str, group: str) -> Sent:
+    """Return what a GPU sends under a strategy: of a base in parts what it lacks, forward and backward; of
+    the adapter's gradients, in float32, twice what it lacks."""
+    world = case.machine.world_size
+    sharing = case.machine.processes if group == "node" else world
+    gathered = 0.0
+    if name in SHARDED:
+        gathered = 2 * base_bytes(case.config, case.sizes, case.machine) * (sharing - 1) / sharing
+    return Sent(gathered, 2 * 4 * case.parameters.trainable * (world - 1) / world)
+
+
+def step_time(case: Case, name: str, group: str, recomputed: int, layers: Layers | None = None) -> StepTime:
+    """Return the seconds of a step under a strategy. recomputed: layers whose activations are computed again;
+    layers: how they are computed, by default as this project does under the strategy. Raises: ValueError when
+    the GPUs cannot share the batch evenly."""
+    if layers is None:
+        layers = EAGER if name == "zero3" or case.config.lora.use_dora else FUSED
+    gpu, links, several = case.gpu, case.links, case.machine.nodes > 1
+    moved, again = sent(case, name, group), recomputed / case.parameters.layers
+    gathering = links.network if several and group != "node" else links.node
+    return StepTime(
+        products=_products(case, again) / (PUBLISHED * REACHED * gpu.flops),
+        traffic=_traffic(case, again, layers.passes) / (PUBLISHED * gpu.bandwidth),
+        gathering=moved.gathered / (LINK_REACHED * gathering),
+        launches=case.parameters.layers * layers.launch_s * (1 + again / 3),
+        reducing=moved.reduced / (LINK_REACHED * (links.network if several else links.node)),
+        micro_batches=case.micro_batches,
+    )
+
+
+def _products(case: Case, again: float) -> float:
+    """Return the FLOPs of a micro-batch, those of experts as many more as they are slower. again: the share
+    of the layers that are computed again."""
+    of, length = case.parameters, round(case.rows.mean)
+    work, one = of.work, np.array([length])
+    assert work is not None, "this version counts it"
+    useful = flops(work, one, round(length * case.rows.trained / case.rows.tokens))
+    nothing = dict.fromkeys(("frozen", "trained", "head_frozen", "head_trained"), 0)
+    attention = flops(Work(**nothing, attention=work.attention, recurrence=work.recurrence), one, 0)
+    forward = 2 * length * (work.frozen + work.trained) + attention / 3
+    met = 1 - (of.total - of.active) / of.experts if of.experts else 0.0  # share of the experts
+    experts = met * length * (4 * of.experts + 6 * of.experts_trained)
+    slower = (1 / EXPERTS_REACHED - 1) * experts * (1 + again / 2)
+    return case.tokens / length * (useful + again * forward + slower)
+
+
+def _traffic(case: Case, again: float, passes: float) -> float:
+    """Return the bytes that a micro-batch moves through a GPU's memory: activations, and the base."""
+    of, nf4 = case.parameters, case.config.strategy.quantization == "nf4"
+    numbers = 6 * of.hidden_size + 2 * of.kv_width + 2 * of.intermediate_size
+    activations = 2 * passes * (1 + again / 3) * case.tokens * of.layers * numbers
+    quantised = DEQUANTISED * (of.body - of.experts) if nf4 else 0.0
+    return activations + (2 + again) * (base_bytes(case.config, case.sizes, case.machine) + quantised)

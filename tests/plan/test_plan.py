@@ -1,0 +1,171 @@
+"""A plan says what fits, how long it takes and what to take, without torch and within a second."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from qwenlora.configs.combinations import Machine
+from qwenlora.configs.schema import Config, Model
+from qwenlora.plan.bases import known, shape_of_base
+from qwenlora.plan.counts import count
+from qwenlora.plan.hardware import gpus, named, of_driver
+from qwenlora.plan.plan import make_plan
+from qwenlora.plan.rows import RowCounts
+from qwenlora.plan.speed import Case, Links
+
+ROWS = RowCounts(rows=100_000, tokens=50_000_000, trained=20_000_000, longest=2000, counted=True)
+
+
+def case_of(base, gpu, *, nodes=1, gpus_per_node=1, rows=ROWS, network=50e9, **sections):
+    values = {"run_dir": "r", "model": {"name_or_path": base}, "data": {"train": "example"}}
+    config = Config.model_validate(values | {"train": {"global_batch_size": 64}} | sections)
+    shape, _ = shape_of_base(config.model)
+    kind = named(gpu)
+    machine = Machine(nodes, gpus_per_node, gpus_per_node, kind.bytes, kind.nvlink > 0)
+    return Case(config, count(shape, config.lora), rows, machine, kind, Links(kind.link, network))
+
+
+def ways(plan):
+    return {way.name: way for way in plan.ways}
+
+
+def test_the_recommended_strategy_fits_and_none_that_fits_is_much_faster():
+    for base in ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-32B", "Qwen/Qwen2.5-72B", "Qwen/Qwen3-30B-A3B"):
+        plan = make_plan(case_of(base, "h100", nodes=2, gpus_per_node=8))
+        assert plan.recommended.fit == "fits"
+        assert plan.recommended.memory.total <= named("h100").bytes
+        fitting = [way.tokens_s for way in plan.ways if way.fit == "fits"]
+        assert plan.recommended.tokens_s * 1.04 > max(fitting)
+
+
+def test_a_72b_on_24_gb_does_not_fit_and_the_plan_says_what_would():
+    plan = make_plan(case_of("Qwen/Qwen2.5-72B", "4090", gpus_per_node=8))
+    assert plan.recommended is None
+    assert {way.fit for way in plan.ways} == {"does not fit"}
+    assert "what would fit: strategy.quantization: nf4 (zero3) or 32 such GPUs (fsdp)" in plan.instead
+
+
+def test_what_would_fit_fits():
+    plan = make_plan(case_of("Qwen/Qwen2.5-72B", "4090", nodes=4, gpus_per_node=8))
+    assert plan.recommended is not None
+
+
+def test_a_base_in_parts_over_a_slow_network_is_slow_and_in_nodes_is_not():
+    plan = make_plan(case_of("Qwen/Qwen2.5-72B", "h100", nodes=2, gpus_per_node=8, network=12.5e9))
+    both = ways(plan)
+    assert both["fsdp"].efficiency < 0.5 < 0.95 < both["fsdp in nodes"].efficiency
+    assert plan.recommended.name == "fsdp in nodes"
+
+
+def test_nodes_that_cost_more_than_they_give_are_told():
+    """One GPU a node, so that a base in parts has to cross a slow network."""
+    fast, slow = (
+        make_plan(case_of("Qwen/Qwen2.5-32B", "h100", nodes=8, network=network)) for network in (50e9, 1e9)
+    )
+    assert slow.scaling is None or slow.scaling < fast.scaling
+
+
+def test_layers_are_computed_again_only_where_memory_is_short():
+    again = {
+        length: make_plan(
+            case_of("Qwen/Qwen2.5-7B", "a100-40", data={"train": "example", "max_length": length})
+        ).ways[0]
+        for length in (2048, 8192, 16384)
+    }
+    assert [way.recomputed > 0 for way in again.values()] == [False, True, True]
+    assert all(way.memory.total <= named("a100-40").bytes for way in again.values())
+
+
+def test_a_batch_that_the_gpus_cannot_share_is_refused_with_a_plan_for_one_that_they_can():
+    train = {"global_batch_size": 64, "per_device_train_batch_size": 10}
+    plan = make_plan(case_of("Qwen/Qwen2.5-7B", "h100", gpus_per_node=8, train=train))
+    assert "not divisible" in plan.refusal
+    assert plan.recommended.per_device in (1, 2, 4, 8)
+    assert {way.per_device for way in plan.ways} == {plan.recommended.per_device}
+
+
+def test_a_run_is_as_many_steps_and_jobs_as_its_rows_and_its_time_limit_make():
+    case = case_of("Qwen/Qwen2.5-7B", "h100", train={"global_batch_size": 64, "num_train_epochs": 2})
+    plan = make_plan(case, limit_min=60)
+    packs = -(-ROWS.tokens // 2048)
+    assert plan.length.steps == 2 * -(-packs // 64)
+    assert plan.length.hours == pytest.approx(plan.length.steps * plan.recommended.step_s / 3600)
+    assert plan.length.attempts == -(-plan.length.hours * 3600 // (3600 - 60))
+
+
+def test_a_better_gpu_never_takes_longer():
+    cases = (case_of("Qwen/Qwen2.5-7B", gpu) for gpu in ("a100", "h100", "h200", "b200"))
+    steps = [make_plan(case).ways[0].step_s for case in cases]
+    assert steps == sorted(steps, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in known() if "MoE" not in name and not name.endswith("Next")]
+)
+def test_a_known_base_has_the_size_of_its_name(name):
+    billions = next(float(word[:-1]) for word in name.split("-") if word[0].isdigit() and word[-1] == "B")
+    case = case_of(f"Qwen/{name}", "h100")
+    assert case.parameters.total == pytest.approx(billions * 1e9, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "Qwen2.5-7B"),
+        ("Qwen/Qwen2.5-Coder-32B-Instruct", "Qwen2.5-32B"),
+        ("unsloth/Qwen3-4B-Instruct-2507", "Qwen3-4B"),
+        ("Qwen/Qwen3-Coder-30B-A3B-Instruct", "Qwen3-Coder-30B-A3B"),
+        ("Qwen/Qwen3-30B-A3B-Thinking-2507", "Qwen3-30B-A3B"),
+    ],
+)
+def test_variants_of_a_known_qwen_have_its_shape(name, entry):
+    assert shape_of_base(Model(name_or_path=name))[1] == f"the table of known Qwens ({entry})"
+
+
+def test_an_unknown_base_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"no such folder, not in the hub's cache.*Qwen2.5-7B"):
+        shape_of_base(Model(name_or_path="Qwen/Qwen3-VL-8B"))
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("h100", "H100"),
+        ("A100", "A100-80"),
+        ("a100-40", "A100-40"),
+        ("4090", "GeForce RTX 4090"),
+        ("rtx3090", "GeForce RTX 3090"),
+    ],
+)
+def test_gpus_are_named_as_people_do(name, gpu):
+    assert named(name).name == gpu
+
+
+def test_an_unknown_gpu_is_refused():
+    with pytest.raises(ValueError, match="gpu h101 is unknown; did you mean H100"):
+        named("h101")
+
+
+def test_memory_tells_the_sizes_of_a_chip_apart():
+    assert of_driver("NVIDIA A100-SXM4-40GB").name == "A100-40"
+    assert of_driver("Tesla V100-SXM2-16GB").name == "V100-16"
+    assert all(gpu.bytes > 10e9 and gpu.link > 1e9 for gpu in gpus().values())
+
+
+def test_the_command_imports_no_torch_and_prints_numbers_that_are_valid_json(tmp_path):
+    (tmp_path / "my.yaml").write_text("model: {name_or_path: Qwen/Qwen2.5-7B}\ndata: {train: example}\n")
+    code = (
+        "import sys; from qwenlora.cli.main import main\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
+    )
+    options = ["--gpu", "h100", "--gpus-per-node", "8", "--json"]
+    command = [sys.executable, "-c", code, "plan", "my.yaml", *options]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (answer.returncode, answer.stderr) == (0, "False False\n")
+    plan = json.loads(answer.stdout)
+    assert plan["recommended"]["fit"] == "fits"
+    assert plan["parameters"]["total"] == 7_615_616_512
+    assert plan["how"]["step_s"] == "calibrated formula"
