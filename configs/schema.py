@@ -467,6 +467,11 @@ class Launch(Section):
         " folder;"
         " full: all ranks also reduce and multiply, with speeds.",
     )
+    plan: Literal["refuse", "warn", "off"] = Field(
+        "refuse",
+        description="What to do with a run that cannot fit its GPUs by the plan's formulas, before anything"
+        " is loaded.",
+    )
     join_timeout_s: PositiveInt = Field(
         25, description="Seconds that nodes, then ranks, wait for each other to come."
     )

@@ -1,6 +1,7 @@
 """The checks that refuse a start with ValueError: of `qwenlora train`, its dry run, and `qwenlora submit`."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -12,13 +13,16 @@ from qwenlora.data import sources
 from qwenlora.data.order import accumulation_steps
 from qwenlora.data.prepared import other_files
 from qwenlora.launch.hostfile import processes_per_node
+from qwenlora.plan import fit
+from qwenlora.plan.hardware import Gpu, of_driver
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
-from qwenlora.run.hardware import gpu_count
+from qwenlora.run.hardware import gpu_count, gpu_names
 
 
-def check_start(config: Config, nodes: int = 1, processes: int | None = None) -> int:
-    """Return a config's accumulation steps. Raises: ValueError if it cannot start. processes: of a node."""
+def check_start(config: Config, nodes: int = 1, processes: int | None = None, gpu: Gpu | None = None) -> int:
+    """Return a config's accumulation steps. Raises: ValueError if it cannot start. processes: of a node; gpu:
+    the kind that each has, by which a run that cannot fit is refused. Default: this machine's."""
     sources.find(config.data)
     if config.launch.launcher == "deepspeed" and not find_spec("deepspeed"):
         raise ValueError(
@@ -28,6 +32,7 @@ def check_start(config: Config, nodes: int = 1, processes: int | None = None) ->
     strategy, train = config.strategy, config.train
     # None: on this machine. A job's nodes are expected to have a GPU a process; its agent checks that there
     gpus = gpu_count() if processes is None else processes
+    gpu = _this_machines() if processes is None else gpu
     processes = processes or processes_per_node(config)
     machine = Machine(nodes, processes, gpus)
     refuse(config, machine)
@@ -44,7 +49,14 @@ def check_start(config: Config, nodes: int = 1, processes: int | None = None) ->
                 " deepspeed, or set strategy.name: ddp or fsdp"
             )
         deepspeed_config(config, strategy.name, processes, accumulation)
+    if gpu and (warning := fit.check(config, machine, gpu)):
+        print(f"warning: {warning}", file=sys.stderr)
     return accumulation
+
+
+def _this_machines() -> Gpu | None:
+    """Return this machine's kind of GPU; None where there is none that is known."""
+    return next(map(of_driver, gpu_names()), None)
 
 
 def check_launcher_in_slurm(config: Config) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, TypedDict
 
 from qwenlora.jobs.ledger import CLUSTERS, Cluster
 from qwenlora.jobs.submission.site import Site
+from qwenlora.plan.hardware import Gpu, named
 
 NO_LIMIT_MIN = 60 * 24 * 365
 LONGEST_NAME = 64
@@ -20,6 +21,7 @@ class JobOptions(TypedDict, total=False):
     nodes: Annotated[int | None, "Nodes. Default: the site's, or 1."]
     gpus_per_node: Annotated[int | None, "GPUs a node. Default: the site's, or none."]
     cpus_per_task: Annotated[int | None, "CPUs a node. Default: the site's, or one a process."]
+    gpu: Annotated[str | None, "Kind of GPU, as h100: a run that cannot fit is refused. Default: the site's."]
     timeout_min: Annotated[int | None, "Time limit in minutes. Default: the site's."]
     site: Annotated[
         str | Path | None, "A site file, or its name in configs/clusters/. Default: QWENLORA_SITE."
@@ -86,6 +88,13 @@ def job_spec(options: JobOptions, site: Site, processes: int, default_name: str)
         site=site,
         snapshot=options.get("snapshot", False),
     )
+
+
+def gpu_of(options: JobOptions, site: Site) -> Gpu | None:
+    """Return the kind of GPU that a job will have; None where neither options nor site say it. Raises:
+    ValueError for an unknown one."""
+    name = options.get("gpu") or (site.gpu if cluster_of(options) == "slurm" else None)
+    return named(name) if name else None
 
 
 def safe_name(name: str) -> str:

@@ -95,6 +95,9 @@ class Site(Section):
     gpus_per_node: Annotated[int, Field(ge=0)] | None = Field(
         None, description="GPUs a node, where it does not say."
     )
+    gpu: Word | None = Field(
+        None, description="Kind of GPU, as h100, by which a run that cannot fit is refused."
+    )
     cpus_per_task: PositiveInt | None = Field(None, description="CPUs a node. Default: one a process.")
     mem_gb: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Memory a node, in GiB.")
     timeout_min: PositiveInt | None = Field(None, description="Time limit in minutes, where it does not say.")

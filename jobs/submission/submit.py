@@ -23,7 +23,14 @@ from qwenlora.jobs import ledger
 from qwenlora.jobs.find import RunOrJob, newest_job
 from qwenlora.jobs.ledger import Cluster, SubmittedJob
 from qwenlora.jobs.submission import executors, sweeps
-from qwenlora.jobs.submission.options import JobOptions, JobSpec, check_options, cluster_of, job_spec
+from qwenlora.jobs.submission.options import (
+    JobOptions,
+    JobSpec,
+    check_options,
+    cluster_of,
+    gpu_of,
+    job_spec,
+)
 from qwenlora.jobs.submission.site import Site, load_site
 from qwenlora.jobs.task import InProcess, RunTask, Summary
 from qwenlora.launch import hostfile, refusals
@@ -260,7 +267,8 @@ def _check(config: Config, options: JobOptions, site: Site) -> int:
     processes = config.launch.nproc_per_node or spec.gpus_per_node or default
     if cluster == "debug":
         processes = 1
-    refusals.check_start(config, spec.nodes, processes)
+    gpu = gpu_of(options, site) if spec.gpus_per_node or options.get("gpu") else None
+    refusals.check_start(config, spec.nodes, processes, gpu)
     return processes
 
 

@@ -181,6 +181,12 @@ def test_letters_that_slurm_s_file_names_cannot_hold_are_refused(letter):
         ({}, {"nodes": True}, "nodes=True: expected a whole number"),
         ({}, {"cluster": "debug", "snapshot": True}, "snapshot has no effect with cluster=debug"),
         ({"run_dir": "a:b/c"}, {"snapshot": True}, "PYTHONPATH, which leads to a snapshot, ends at a colon"),
+        ({}, {"gpu": "h101"}, "gpu h101 is unknown; did you mean H100"),
+        (
+            {"model.name_or_path": "Qwen/Qwen2.5-14B"},
+            {"gpu": "4090", "gpus_per_node": 1},
+            "needs at least .* what would fit: strategy.quantization: nf4",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(folder, overrides, more, message):
@@ -189,6 +195,15 @@ def test_what_cannot_run_is_refused_before_anything_is_written(folder, overrides
         prepare("my.yaml", overrides, options(**more)).submit()
     assert "\n" not in str(caught.value)
     assert left(folder) == before
+
+
+def test_a_site_s_kind_of_gpu_refuses_what_cannot_fit_unless_the_config_lets_it(folder, capsys):
+    (folder / "site.yaml").write_text("gpu: rtx4090\ngpus_per_node: 1\n")
+    base = {"model.name_or_path": "Qwen/Qwen2.5-14B"}
+    with pytest.raises(ValueError, match="needs at least"):
+        prepare("my.yaml", base, options(site="site.yaml"))
+    prepare("my.yaml", base | {"launch.plan": "warn"}, options(site="site.yaml"))
+    assert capsys.readouterr().err.startswith("warning: strategy.name=auto")
 
 
 def test_a_run_folder_with_another_config_is_refused(folder):
