@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from qwenlora.configs.combinations import Machine, packs_rows, problems
 from qwenlora.configs.schema import Config
 
-# bytes a number: 4 bits, an 8-bit scale for 64 numbers, a float32 scale for 256 of those
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+# bytes a number of nf4: 4 bits; an 8-bit scale for 64 numbers, a float32 scale for 256 of those
+BITS, SCALES = 0.5, 1 / 64 + 4 / (64 * 256)
+NF4 = BITS + SCALES
 # what autograd keeps of a layer, relative to its activations in 16 bits; tests/trainer/test_fused.py measures
 FUSED, WITH_DROPOUT, EAGER = 1.0, 1.3, 2.3  # our LoRA layers, and with masks of dropout; peft's
 LEAST = 0.85
@@ -22,9 +23,9 @@ PCIE, NETWORK = 25e9, 50e9  # bytes a second that a GPU gets
 
 
 class Sizes(NamedTuple):
-    """Counts as in run.records.Parameters. experts: of the base, which quantisation does not reach;
-    experts_trained: of the adapter; active: of the base, for a token; 0: all; longest: tokens of the longest
-    row; 0: unknown."""
+    """Counts as in run.records.Parameters. experts: of the base, which int8 does not reach; experts_trained:
+    of the adapter; active: of the base, for a token; 0: all; longest: tokens of the longest row; 0:
+    unknown."""
 
     total: int
     trainable: int
@@ -90,8 +91,9 @@ def need(
 
     With n GPUs in a sharding group, b bytes a number (bfloat16: 2), P trained numbers, t tokens at once:
 
-    - weights: b * body + b * (embeddings and head), b of the body 0.516 (nf4) or 1 (int8); zero3, fsdp: / n;
-      zero3 in node groups holds a part of all GPUs' and a part of the node's; none with offload: params.
+    - weights: b * body + b * (embeddings and head), b of the body 0.516 (nf4) or 1 (int8); zero3, fsdp: / n,
+      but for nf4's scales, 0.016 * body; zero3 in node groups holds a part of all GPUs' and a part of the
+      node's; none with offload: params.
     - gathered, zero3 and fsdp: embeddings, head, and two layers (fsdp) or 1e9 numbers (zero3).
     - trained, in float32 with Adam: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P /
       n (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less.
@@ -151,16 +153,18 @@ def _base_on_a_gpu(
     if name not in ("zero3", "fsdp"):
         return base, 0.0
     outside = sizes.total - sizes.body
+    scales = SCALES * sizes.body if config.strategy.quantization == "nf4" else 0.0  # they are no parameters
+    sharded = base - scales
     world, group = machine.world_size, machine.processes if shard_group == "node" else machine.world_size
-    weights = base / group
+    weights = sharded / group
     if name == "zero3" and group < world:
-        weights += base / world
+        weights += sharded / world
     if config.strategy.offload == "params":
         weights = 0
-    body = (base - width * outside) / sizes.body  # bytes a number
+    body = (sharded - width * outside) / sizes.body  # bytes a number
     together = 2 * sizes.body / sizes.layers if name == "fsdp" else min(LIVE, sizes.body)
     is_gathered = group > 1 or config.strategy.offload == "params"
-    return weights, body * together + width * outside if is_gathered else 0.0
+    return weights + scales, body * together + width * outside if is_gathered else 0.0
 
 
 def _share_kept(config: Config, name: str) -> float:
@@ -171,11 +175,10 @@ def _share_kept(config: Config, name: str) -> float:
 
 def break_even(config: Config, sizes: Sizes, bandwidth: float) -> int:
     """Return how many tokens in a GPU's micro-batch hide the gathering of the base, on an H100.
-    4 FLOP a token and number that it meets against 4 bytes a number (nf4: a quarter, but for experts).
-    bandwidth: bytes a second."""
+    4 FLOP a token and number that it meets against 4 bytes a number (nf4: a quarter). bandwidth: bytes a
+    second."""
     quarter = 4 if config.strategy.quantization == "nf4" else 1
-    gathered = sizes.experts + (sizes.total - sizes.experts) / quarter
-    return int(FLOPS / bandwidth * (gathered / (sizes.active or sizes.total)))
+    return int(FLOPS / bandwidth * (sizes.total / quarter / (sizes.active or sizes.total)))
 
 
 def decide(config: Config, sizes: Sizes | None, machine: Machine) -> Decision:
@@ -274,7 +277,7 @@ def _leaner(config: Config, sizes: Sizes, fits: Callable[[Config], Any]) -> list
     wanted = config.train.gradient_checkpointing  # 1 is equal to True, and not it
     if wanted is not True and wanted != "auto":
         changes.append(("train.gradient_checkpointing: auto", _checkpointed))
-    if config.strategy.quantization == "none" and 2 * sizes.experts < sizes.body:
+    if config.strategy.quantization == "none":
         changes.append(("strategy.quantization: nf4", lambda c: _changed(c, quantization="nf4")))
     if sizes.experts_trained and config.lora.experts == "all":
         changes.append(("lora.experts: shared", _without_experts))
@@ -338,19 +341,25 @@ def _bytes_a_number(config: Config, machine: Machine) -> int:
 
 
 def base_bytes(config: Config, sizes: Sizes, machine: Machine) -> float:
-    """Return the bytes of the whole base model. bitsandbytes quantises linear layers; a mixture's experts,
-    embeddings and head are none."""
+    """Return the bytes of the whole base model. Embeddings and head are not quantised, nor, in int8, a
+    mixture's experts."""
     width = _bytes_a_number(config, machine)
     body = {"none": width, "nf4": NF4, "int8": 1}[config.strategy.quantization]
-    linear = sizes.body - sizes.experts
-    return body * linear + width * (sizes.total - linear)
+    quantised = sizes.body - _left_experts(config, sizes)
+    return body * quantised + width * (sizes.total - quantised)
+
+
+def _left_experts(config: Config, sizes: Sizes) -> int:
+    """Return the numbers of experts that quantisation leaves as they are: bitsandbytes has int8 for linear
+    layers alone."""
+    return sizes.experts if config.strategy.quantization == "int8" else 0
 
 
 def _left_as_it_is(config: Config, sizes: Sizes, machine: Machine) -> str:
     """Return what is said of experts in a quantised base."""
-    if config.strategy.quantization == "none" or not sizes.experts:
+    if not (left := _left_experts(config, sizes)):
         return ""
-    experts = _gb(_bytes_a_number(config, machine) * sizes.experts)
+    experts = _gb(_bytes_a_number(config, machine) * left)
     return f" ({experts} of it experts, which {config.strategy.quantization} leaves as they are)"
 
 

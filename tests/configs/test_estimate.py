@@ -248,7 +248,7 @@ DECISIONS = [
         {"quantization": "nf4"},
         Machine(2, 4, 4, GPU24, True),
         ("zero3", "global"),
-        "zero3 over 8 GPUs, 5.2 GB of the base's 41.2 GB on each GPU of 25.8 GB; it crosses between nodes"
+        "zero3 over 8 GPUs, 6.1 GB of the base's 41.2 GB on each GPU of 25.8 GB; it crosses between nodes"
         " twice a micro-batch, which 3,990 tokens on a GPU would hide at 50 GB/s (here 2,048)",
     ),
 ]
@@ -260,7 +260,14 @@ DECISIONS += [
         {"quantization": "nf4"},
         Machine(1, 1, 1, GPU80, True),
         ("ddp", "global"),
-        "ddp, the base takes 59.7 GB (58.0 GB of it experts, which nf4 leaves as they are) of each GPU's"
+        "ddp, the base takes 16.7 GB of each GPU's 85.5 GB",
+    ),
+    (
+        "30B-A3B",
+        {"quantization": "int8"},
+        Machine(1, 1, 1, GPU80, True),
+        ("ddp", "global"),
+        "ddp, the base takes 60.1 GB (58.0 GB of it experts, which int8 leaves as they are) of each GPU's"
         " 85.5 GB",
     ),
     (
@@ -268,7 +275,8 @@ DECISIONS += [
         {},
         Machine(1, 8, 8, GPU40, True),
         ("fsdp", "node"),
-        "fsdp over 8 GPUs, 7.6 GB of the base's 61.1 GB on each GPU of 42.9 GB",
+        "fsdp over 8 GPUs, 7.6 GB of the base's 61.1 GB on each GPU of 42.9 GB; strategy.quantization: nf4"
+        " would allow ddp",
     ),
 ]
 
@@ -349,8 +357,9 @@ REFUSED = "strategy.name=auto: model.name_or_path=Qwen/Qwen2.5 needs about "
             {},
             Machine(1, 2, 2, GPU40),
             "47.5 GB on each of 2 GPUs even with fsdp, expected at most the 42.9 GB there are (34.3 GB base,"
-            " 10.3 GB adapter, 0.9 GB for 2,048 tokens); what would fit: lora.experts: shared (fsdp) or 4"
-            " such GPUs (fsdp); or set strategy.name: fsdp to try all the same",
+            " 10.3 GB adapter, 0.9 GB for 2,048 tokens); what would fit: strategy.quantization: nf4 (ddp) or"
+            " lora.experts: shared (fsdp) or 4 such GPUs (fsdp); or set strategy.name: fsdp to try all the"
+            " same",
         ),
         (
             "72B",

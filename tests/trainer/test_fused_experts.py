@@ -4,9 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from gradients import apart, losses_and_gradients
+from largest import Largest
 from peft import LoraConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen2_moe import modeling_qwen2_moe
 from transformers.models.qwen3_moe import modeling_qwen3_moe
@@ -60,25 +60,6 @@ def plain_model(kind="qwen3_moe", dtype=torch.float32, **lora):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
-
-
-def losses_and_gradients(model, ids, *, autocast=False, **more):
-    """Return the loss, and gradients by name: of the adapter, and of the input."""
-    model.zero_grad()
-    x = model.get_input_embeddings()(ids).detach().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model(inputs_embeds=x, labels=ids, **more).loss
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
-    return loss.detach(), gradients | {"x": x.grad}
-
-
-def apart(one, other):
-    return {
-        name: ((g - other[name]).norm() / other[name].norm().clamp(min=1e-3)).item()
-        for name, g in one.items()
-    }
 
 
 def assert_fused_as_plain(model, ids, **more):
@@ -183,19 +164,6 @@ def test_a_copy_of_the_experts_is_never_made():
     assert largest_made(model, ids) > weight
     fuse(model)
     assert largest_made(model, ids) < weight
-
-
-class Largest(TorchDispatchMode):
-    """Knows how many numbers the largest tensor has that an operation made, views left out."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **kwargs or {})
-        for result in tree_leaves(results) if not function.is_view else ():
-            if isinstance(result, torch.Tensor):
-                self.numbers = max(self.numbers, result.numel())
-        return results
 
 
 def largest_made(model, ids):

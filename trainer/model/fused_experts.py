@@ -3,7 +3,8 @@
 peft makes W + dW, a second copy of all experts, for each forward pass; autograd keeps that of each layer, and
 makes a gradient as large. Here each expert's rows are multiplied with its own W, A and B by torch's
 grouped_mm: on CUDA one kernel for all experts, on the CPU a loop over those that have rows. Kept for the
-backward pass are the input, gate and up, and the low-rank products.
+backward pass are the input, gate and up, and the low-rank products. Of experts in nf4 (nf4_experts.py) a few
+are dequantised at a time, in either pass, and nothing dequantised is kept.
 
 `fuse_experts` decides for each mixture; what it does not know keeps peft's way. peft's weights stay where
 they are: A [experts * r, in], one expert after the other; B [out, r * experts], in which experts take turns.
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from qwenlora.trainer.model.fused_lora import ADAPTER, is_changed
+from qwenlora.trainer.model.nf4_experts import dtype_of, is_quantised, parts, shape_of
 
 UP, DOWN = "gate_up_proj", "down_proj"
 EVEN = 8  # grouped_mm takes rows of whole 16 bytes: eight numbers of bfloat16
@@ -53,12 +55,14 @@ def _is_fusible(wrapper: Any) -> bool:
     return (
         wrappers.keys() <= {UP, DOWN}
         and all(list(one.lora_A) == [ADAPTER] for one in wrappers.values())
-        and _is_known(experts)
+        and is_known(experts)
+        and not (experts._forward_hooks or experts._forward_pre_hooks)
         and all(_is_known_weight(getattr(experts, name)) for name in (UP, DOWN))
     )
 
 
-def _is_known(experts: Any) -> bool:
+def is_known(experts: Any) -> bool:
+    """Whether a module of transformers holds experts that are computed here."""
     return (
         all(getattr(experts, name, None) is value for name, value in KNOWN.items())
         and not getattr(experts, "has_post_expert_norm", False)
@@ -70,35 +74,62 @@ def _is_known(experts: Any) -> bool:
 
 
 def _is_known_weight(weight: Any) -> bool:
-    """Whether a weight is frozen, of plain numbers, and of a shape and on a device that grouped_mm takes."""
-    old = weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0)
-    shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 has it there
+    """Whether a weight is frozen, of plain numbers or in nf4, and one that grouped_mm takes."""
+    shape = getattr(weight, "ds_shape", shape_of(weight))  # ZeRO-3 has it there
     return (
-        type(weight) in (nn.Parameter, DTensor)
+        (type(weight) in (nn.Parameter, DTensor) or is_quantised(weight))
         and not weight.requires_grad
-        and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and not any(size % EVEN for size in shape[1:])
-        and not old
+        and dtype_of(weight) in (torch.float32, torch.bfloat16, torch.float16)
+        and is_even(shape)
+        and has_grouped_mm(weight.device)
     )
 
 
-# ---- as plain computations. rows: [tokens * top_k, ...], one expert's after the other's; ends: [experts],
-# where each expert's end
+def is_even(shape: tuple[int, ...]) -> bool:
+    """Whether grouped_mm takes matrices of experts. shape: [experts, out, in]."""
+    return not any(size % EVEN for size in shape[1:])
+
+
+def has_grouped_mm(device: torch.device) -> bool:
+    """Whether grouped_mm runs on a device."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+# ---- as plain computations. rows: [tokens * top_k, ...], one expert's after the other's
+
+
+class Groups(NamedTuple):
+    """Where each expert's rows end. ends: [experts], int32; numbers: the same on the host, for experts in
+    nf4."""
+
+    ends: Tensor
+    numbers: list[int]
 
 
 class Matrices(NamedTuple):
-    """A matrix for each expert, weight [experts, out, in], and its LoRA, as peft has it, or None."""
+    """A matrix for each expert, weight [experts, out, in] or its nf4, and its LoRA, as peft has it, or
+    None."""
 
     weight: Tensor
     a: Tensor | None
     b: Tensor | None
     scaling: float
 
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return shape_of(self.weight)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that they are computed in."""
+        return dtype_of(self.weight)
+
 
 def _pair_of(a: Tensor, b: Tensor, layer: Matrices) -> tuple[Tensor, Tensor]:
     """Return A as [experts, r, in] and B as [experts, out, r], in the weight's dtype. r is rounded up, with
     zeros."""
-    experts, dtype = len(layer.weight), layer.weight.dtype
+    experts, dtype = layer.experts, layer.dtype
     a = a.view(experts, -1, a.shape[1]).to(dtype)
     b = b.to(dtype).view(-1, experts).t().contiguous().view(experts, len(b), -1)
     if more := -a.shape[1] % EVEN:
@@ -117,9 +148,21 @@ def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return _products(left.t(), right, ends)
 
 
-def _project(layer: Matrices, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor | None]:
+def _times_weight(rows: Tensor, weight: Tensor, groups: Groups, *, transposed: bool) -> Tensor:
+    """Return rows times their expert's weight, or times its transpose."""
+    if not is_quantised(weight):
+        return _products(rows, weight.mT if transposed else weight, groups.ends)
+    _, outer, inner = shape_of(weight)
+    output = rows.new_empty(len(rows), outer if transposed else inner)
+    for part in parts(weight, groups.numbers):
+        matrices = part.matrices.mT if transposed else part.matrices
+        output[part.first : part.last] = _products(rows[part.first : part.last], matrices, part.ends)
+    return output
+
+
+def _project(layer: Matrices, rows: Tensor, groups: Groups) -> tuple[Tensor, Tensor | None]:
     """Return rows projected, and their products with A, scaled, [rows, r]."""
-    output = _products(rows, layer.weight.mT, ends)
+    output, ends = _times_weight(rows, layer.weight, groups, transposed=True), groups.ends
     if layer.a is None or layer.b is None:
         return output, None
     a, b = _pair_of(layer.a, layer.b, layer)
@@ -132,24 +175,24 @@ def _gradients(
     gradient: Tensor,
     rows: Tensor,
     low: Tensor | None,
-    ends: Tensor,
+    groups: Groups,
     share: Tensor | None = None,
     needed: bool = True,
 ) -> _Gradients:
     """Return the gradients of rows, A and B. share: [rows, 1], what the gradient is still to be multiplied
     with, which that of rows is not; needed: whether that of rows is."""
-    of_rows = _products(gradient, layer.weight, ends) if needed else None
+    of_rows = _times_weight(gradient, layer.weight, groups, transposed=False) if needed else None
     if layer.a is None or layer.b is None or low is None:
         return of_rows, None, None
-    a, b = _pair_of(layer.a, layer.b, layer)
+    (a, b), ends = _pair_of(layer.a, layer.b, layer), groups.ends
     below = _products(gradient, b, ends).mul_(layer.scaling)
     if of_rows is not None:
         of_rows.add_(_products(below, a, ends))
     if share is not None:
         low, below = low * share, below * share
-    r = len(layer.a) // len(layer.weight)
+    r = len(layer.a) // layer.experts
     of_a = _outer(below, rows, ends)[:, :r].reshape(layer.a.shape)
-    of_b = _outer(gradient, low, ends)[:, :, :r].reshape(len(layer.weight), -1).t().reshape(layer.b.shape)
+    of_b = _outer(gradient, low, ends)[:, :, :r].reshape(layer.experts, -1).t().reshape(layer.b.shape)
     return of_rows, of_a.to(layer.a.dtype), of_b.to(layer.b.dtype)
 
 
@@ -182,7 +225,7 @@ def _forward(wrapper: Any, x: Tensor, *routes: Any, **options: Any) -> Tensor:
     Under ZeRO-3, weights read here belong to this module, whose hooks gather them for the backward pass, too.
     """
     wrappers, experts = _chain(wrapper), wrapper.get_base_layer()
-    usual = len(routes) == 2 and not options and not (experts._forward_hooks or experts._forward_pre_hooks)
+    usual = len(routes) == 2 and not options
     if not usual or any(is_changed(one) for one in wrappers.values()):
         plain: Tensor = type(wrapper).forward(wrapper, x, *routes, **options)
         return plain
@@ -191,6 +234,18 @@ def _forward(wrapper: Any, x: Tensor, *routes: Any, **options: Any) -> Tensor:
         weights += [one.lora_A[ADAPTER].weight, one.lora_B[ADAPTER].weight] if one else [None, None]
     scaling = {name: float(one.scaling[ADAPTER]) for name, one in wrappers.items()}
     mixture = Mixture(experts, scaling.get(UP, 0.0), scaling.get(DOWN, 0.0))
+    return _compute(x, routes, weights, mixture)
+
+
+def without_lora(experts: Any, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    """Compute transformers' module of experts. x: [tokens, hidden]; chosen, shares: [tokens, top_k].
+
+    Source: transformers.integrations.moe.ExpertsInterface.
+    """
+    return _compute(x, (chosen, shares), [None] * 4, Mixture(experts, 0.0, 0.0))
+
+
+def _compute(x: Tensor, routes: tuple[Any, ...], weights: list[Tensor | None], mixture: Mixture) -> Tensor:
     output: Tensor = _Experts.apply(x, *routes, *weights, mixture)  # type: ignore[no-untyped-call]
     return output
 
@@ -203,13 +258,14 @@ class _Experts(torch.autograd.Function):
         *weights, mixture = rest
         up, down = mixture.matrices(weights)
         experts, order = chosen.flatten().sort(stable=True)
-        numbers = torch.arange(len(up.weight), device=x.device)
+        numbers = torch.arange(up.experts, device=x.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        top_k, share = chosen.shape[1], shares.flatten()[order, None].to(up.weight.dtype)
-        gate_up, low_of_up = _project(up, x.to(up.weight.dtype).index_select(0, order // top_k), ends)
+        groups = Groups(ends, ends.tolist() if is_quantised(up.weight) else [])
+        top_k, share = chosen.shape[1], shares.flatten()[order, None].to(up.dtype)
+        gate_up, low_of_up = _project(up, x.to(up.dtype).index_select(0, order // top_k), groups)
         gate, second = gate_up.chunk(2, -1)
-        output, low_of_down = _project(down, nn.functional.silu(gate).mul_(second), ends)
-        ctx.mixture = mixture
+        output, low_of_down = _project(down, nn.functional.silu(gate).mul_(second), groups)
+        ctx.mixture, ctx.ends = mixture, groups.numbers
         ctx.save_for_backward(x, shares, order, ends, gate_up, low_of_up, low_of_down, *weights)
         return _sums(output.mul_(share), order, top_k).to(x.dtype)
 
@@ -218,12 +274,13 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, shares, order, ends, gate_up, low_of_up, low_of_down, *weights = ctx.saved_tensors
         up, down = ctx.mixture.matrices(weights)
+        groups = Groups(ends, ctx.ends)
         top_k, dtype = shares.shape[1], gate_up.dtype
         share = shares.flatten()[order, None].to(dtype)
         gate, second = gate_up.chunk(2, -1)
         silu = nn.functional.silu(gate)
         rows, active = gradient.to(dtype).index_select(0, order // top_k), silu * second
-        of_active, *of_down = _gradients(down, rows, active, low_of_down, ends, share)
+        of_active, *of_down = _gradients(down, rows, active, low_of_down, groups, share)
         assert of_active is not None
         of_shares = torch.empty_like(shares).view(-1)
         of_shares[order] = (of_active * active).sum(-1).to(shares.dtype)
@@ -233,6 +290,6 @@ class _Experts(torch.autograd.Function):
         torch.mul(of_active, silu, out=of_second)
         torch.ops.aten.silu_backward.grad_input(of_active.mul_(second), gate, grad_input=of_gate)
         rows, needed = x.to(dtype).index_select(0, order // top_k), ctx.needs_input_grad[0]
-        of_rows, *of_up = _gradients(up, of_gate_up, rows, low_of_up, ends, needed=needed)
+        of_rows, *of_up = _gradients(up, of_gate_up, rows, low_of_up, groups, needed=needed)
         of_x = _sums(of_rows, order, top_k).to(x.dtype) if of_rows is not None else None
         return of_x, None, of_shares.view(shares.shape), *of_up, *of_down, None

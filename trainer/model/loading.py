@@ -12,6 +12,7 @@ from qwenlora.configs.schema import Config
 from qwenlora.run.format import and_more, shape
 from qwenlora.trainer.model import head
 from qwenlora.trainer.model.base import hub_errors
+from qwenlora.trainer.model.nf4_loading import experts_too
 from qwenlora.trainer.model.pretrained import quantised_files, read_config_of, unties
 from qwenlora.trainer.model.suitability import leave_out_router_loss
 
@@ -43,7 +44,7 @@ def load_base(config: Config, base: str) -> Any:
     model_config = read_config_of(config, base)
     if own_head := unties(config, base, model_config, download=True):
         head.untie(model_config)
-    with hub_errors("model.name_or_path", config.model.name_or_path):
+    with hub_errors("model.name_or_path", config.model.name_or_path), experts_too():
         model, loading = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype,

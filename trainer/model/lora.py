@@ -14,7 +14,7 @@ from qwenlora.configs.schema import ALL_LINEAR, Config, Lora
 from qwenlora.plan.flops import share_of_experts
 from qwenlora.run.format import and_more
 from qwenlora.run.records import Parameters
-from qwenlora.trainer.model import patterns, targets
+from qwenlora.trainer.model import nf4_loading, patterns, targets
 from qwenlora.trainer.model.files import check_init_from
 from qwenlora.trainer.model.kinds import count_kinds, count_trained
 from qwenlora.trainer.model.pretrained import load_config_of
@@ -191,7 +191,8 @@ def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
 
 def count_parameters(config: Config, base: str, saved: Path | None = None) -> Parameters:
     """Return the run's parameter counts without loading a weight (on torch's meta device). saved: the
-    checkpoint that the run goes on from."""
+    checkpoint that the run goes on from. Raises: ValueError when the base cannot be quantised, or the adapter
+    does not fit it."""
     model_config = load_config_of(config, base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -202,6 +203,7 @@ def count_parameters(config: Config, base: str, saved: Path | None = None) -> Pa
         embeddings = model.get_input_embeddings().weight
         body = total - embeddings.numel() - (0 if head is embeddings else head.numel())
         kinds = count_kinds(model)
+        nf4_loading.check(config, model)
         adapted = _inject(model, config.lora, None, saved)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     text = model_config.get_text_config()

@@ -63,7 +63,7 @@ def rows(
 def _model(config: Config, facts: Facts) -> str:
     dtype = str(pick_dtype(config.model.dtype)).removeprefix("torch.")
     quantization = config.strategy.quantization
-    what = "all but its experts " if facts.parameters.experts else ""
+    what = "all but its experts " if facts.parameters.experts and quantization == "int8" else ""
     stored = "" if quantization == "none" else f", {what}stored as {quantization}"
     total, active = facts.parameters.total, facts.parameters.active
     of_a_token = f", of which a token meets {_rounded(active)}" if 0 < active < total else ""
