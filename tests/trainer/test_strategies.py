@@ -178,6 +178,27 @@ def test_experts_are_trained_alike(tmp_path, tokenizer):
         assert spread["held"]["base_bytes"] < 0.6 * whole["held"]["base_bytes"]
 
 
+def test_experts_in_nf4_are_trained_alike_and_resume_to_the_bit(tmp_path, tokenizer):
+    base = str(make_base(tmp_path / "base", "qwen3_moe", tied=True))
+    start = Cell(base, "", steps=4, save_steps=2, quantization="nf4")
+    one = run_ranks(run_cells, 1, [start.under("ddp", tmp_path / "one")], tokenizer)[0][0]
+    own = {"zero3": {"deepspeed_config": all_in_parts(tmp_path)}}
+    names = ("ddp", "zero2", "zero3")
+    cells = [start.under(name, tmp_path / name, **own.get(name, {})) for name in names]
+    again = [
+        replace(cell, folder=f"{cell.folder} again", resume=str(Path(cell.folder) / "checkpoint-2"))
+        for cell in cells
+    ]
+    results = run_ranks(run_cells, 2, [*cells, *again], tokenizer)[0]
+    assert one["moved"] > 0.1
+    for result, resumed in zip(results[:3], results[3:], strict=True):
+        assert "experts" in result["fused"]
+        assert "Params4bit" in result["held"]["kinds"]
+        assert_close(result, one)
+        assert resumed["adapter"] == result["adapter"]
+    assert results[2]["held"]["base_bytes"] < 0.6 * one["held"]["base_bytes"]
+
+
 @pytest.mark.long
 def test_lora_plus_is_the_same_under_every_strategy_and_over_a_resume(small, tmp_path, tokenizer):
     start = replace(small, steps=4, save_steps=2, train={"loraplus_lr_ratio": 8.0, "weight_decay": 0.1})
