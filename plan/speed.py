@@ -168,5 +168,5 @@ def _traffic(case: Case, again: float, passes: float) -> float:
     of, nf4 = case.parameters, case.config.strategy.quantization == "nf4"
     numbers = 6 * of.hidden_size + 2 * of.kv_width + 2 * of.intermediate_size
     activations = 2 * passes * (1 + again / 3) * case.tokens * of.layers * numbers
-    quantised = DEQUANTISED * (of.body - of.experts) if nf4 else 0.0
+    quantised = DEQUANTISED * of.body if nf4 else 0.0
     return activations + (2 + again) * (base_bytes(case.config, case.sizes, case.machine) + quantised)
