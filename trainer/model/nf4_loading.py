@@ -47,7 +47,7 @@ def experts_too() -> Iterator[None]:
         AUTO_QUANTIZER_MAPPING[IN_4_BITS] = theirs
 
 
-class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[no-untyped-call]
+class Quantizer(Bnb4BitHfQuantizer):
     """transformers' for bitsandbytes' 4 bits, which loads experts as the weights of linear layers."""
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
