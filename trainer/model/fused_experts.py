@@ -56,7 +56,6 @@ def _is_fusible(wrapper: Any) -> bool:
         wrappers.keys() <= {UP, DOWN}
         and all(list(one.lora_A) == [ADAPTER] for one in wrappers.values())
         and is_known(experts)
-        and not (experts._forward_hooks or experts._forward_pre_hooks)
         and all(_is_known_weight(getattr(experts, name)) for name in (UP, DOWN))
     )
 
@@ -225,7 +224,7 @@ def _forward(wrapper: Any, x: Tensor, *routes: Any, **options: Any) -> Tensor:
     Under ZeRO-3, weights read here belong to this module, whose hooks gather them for the backward pass, too.
     """
     wrappers, experts = _chain(wrapper), wrapper.get_base_layer()
-    usual = len(routes) == 2 and not options
+    usual = len(routes) == 2 and not options and not (experts._forward_hooks or experts._forward_pre_hooks)
     if not usual or any(is_changed(one) for one in wrappers.values()):
         plain: Tensor = type(wrapper).forward(wrapper, x, *routes, **options)
         return plain
