@@ -1,6 +1,7 @@
 """Experts in nf4 compute what peft does over experts that were quantised and dequantised, and are never there
 dequantised all at once."""
 
+import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy
-from qwenlora.trainer.model import fused_experts, loading, nf4_experts
+from qwenlora.trainer.model import fused_experts, loading, nf4_experts, nf4_loading
 from qwenlora.trainer.model.fused_experts import fuse_experts
 from qwenlora.trainer.model.lora import add_lora, count_parameters
 
@@ -160,31 +161,38 @@ def test_neither_pass_has_all_experts_dequantised_and_nothing_so_is_kept(base, m
     assert max(t.numel() for t in kept if t.dtype == torch.float32) < one
 
 
-def test_experts_are_quantised_one_parameter_after_the_other(base, monkeypatch):
-    """While the base is read, none waits in full precision for its turn."""
-    real, waiting = Params4bit._quantize, []
+def test_experts_are_quantised_one_after_the_other(base, monkeypatch):
+    """While a base is read, no parameter waits for that in full precision, and no more than an expert is made
+    into codes at a time."""
+    real, waiting, quantised = nf4_loading._Quantise.convert, [], []
 
-    def quantise(self, device):
-        quantised = real(self, device)
-        waiting.append(sum(p.numel() for p in alive if isinstance(p, Params4bit) and not p.bnb_quantized))
-        return quantised
+    def convert(self, input_dict, full_layer_name=None, model=None, **options):
+        weights = [
+            getattr(m, name)
+            for _, m in nf4_loading._mixtures(model)
+            for name in ("gate_up_proj", "down_proj")
+        ]
+        waiting.append(sum(w.device.type != "meta" and not nf4_experts.is_quantised(w) for w in weights))
+        return real(self, input_dict, full_layer_name, model, **options)
 
-    alive: list = []
-    made_new = Params4bit.__new__
+    def quantise(weight, *args, **options):
+        quantised.append(weight.numel())
+        return quantize_4bit(weight, *args, **options)
 
-    def note(cls, *args, **kwargs):
-        parameter = made_new(cls, *args, **kwargs)
-        if parameter.device.type != "meta":
-            alive.append(parameter)
-        return parameter
-
-    monkeypatch.setattr(Params4bit, "_quantize", quantise)
-    monkeypatch.setattr(Params4bit, "__new__", note)
+    monkeypatch.setattr(nf4_loading._Quantise, "convert", convert)
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", quantise)
     model = in_nf4(config_of(base))
-    experts = model.model.layers[0].mlp.experts
-    assert [type(getattr(experts, name)) for name in ("gate_up_proj", "down_proj")] == [Params4bit] * 2
-    assert len(waiting) == 2 * (4 + 2)
-    assert set(waiting) == {0}
+    assert waiting == [0] * 2 * (4 + 2)
+    assert max(quantised) == 2 * 64 * 64  # an expert's gate and up
+    assert isinstance(model.model.layers[0].mlp.experts.down_proj, Params4bit)
+
+
+def test_the_bytes_are_those_that_bitsandbytes_makes_of_the_whole():
+    weight = torch.randn(3, 24, 64, generator=torch.Generator().manual_seed(0))
+    ours = nf4_experts.quantise(weight)
+    theirs = Params4bit(weight.clone(), quant_type="nf4").to("cpu")
+    assert torch.equal(ours.data, theirs.data)
+    assert ours.quant_state == theirs.quant_state
 
 
 def test_the_adapter_is_peft_s_and_answers_over_nf4(base, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import ConversionOps
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -14,7 +15,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from qwenlora.configs.schema import Config
 from qwenlora.trainer.model.fused_experts import DOWN, UP, has_grouped_mm, is_even, is_known, without_lora
 from qwenlora.trainer.model.kinds import stacks
-from qwenlora.trainer.model.nf4_experts import shape_of
+from qwenlora.trainer.model.nf4_experts import is_quantised, quantise, shape_of
 
 IN_4_BITS = "bitsandbytes_4bit"  # in transformers' table of quantisers
 NF4 = "nf4"  # our name in its table of ways to compute experts
@@ -48,42 +49,49 @@ def experts_too() -> Iterator[None]:
 
 
 class Quantizer(Bnb4BitHfQuantizer):
-    """transformers' for bitsandbytes' 4 bits, which loads experts as the weights of linear layers."""
-
-    def _process_model_before_weight_loading(self, model: Any, device_map: Any, **options: Any) -> None:
-        from bitsandbytes.nn import Params4bit
-
-        super()._process_model_before_weight_loading(model, device_map, **options)
-        for _, experts in [] if self.pre_quantized else _mixtures(model):
-            for name in (UP, DOWN):
-                empty = getattr(experts, name)
-                setattr(experts, name, Params4bit(empty.data, requires_grad=False, quant_type=NF4))
-            experts.source_cls = type(experts)  # which transformers asks whether to transpose
+    """transformers' for bitsandbytes' 4 bits, which quantises experts, too."""
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
-        from bitsandbytes.nn import Params4bit
+        of_linear: bool = super().param_needs_quantization(model, param_name, **options)
+        owner, _, name = param_name.rpartition(".")
+        return of_linear or (name in (UP, DOWN) and _is_mixture(model.get_submodule(owner)))
 
-        is_linear: bool = super().param_needs_quantization(model, param_name, **options)
-        return is_linear or isinstance(model.get_parameter_or_buffer(param_name), Params4bit)
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantise(super().get_quantize_ops())
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         ALL_EXPERTS_FUNCTIONS.register(NF4, without_lora)
-        for _, experts in [] if self.pre_quantized else _mixtures(model):
-            experts.config._experts_implementation = NF4
-            for name in (UP, DOWN):
-                weight = getattr(experts, name)
-                weight.ds_shape = (
-                    weight.quant_state.shape
-                )  # where peft looks for a weight's, as ZeRO-3 has it
+        for _, experts in _mixtures(model):
+            if is_quantised(getattr(experts, UP)):
+                experts.config._experts_implementation = NF4
         return super()._process_model_after_weight_loading(model, **options)
 
 
-def _mixtures(model: nn.Module) -> list[tuple[str, Any]]:
+class _Quantise(ConversionOps):
+    """Quantises a parameter that was read. theirs: what quantises a linear layer's."""
+
+    def __init__(self, theirs: Any) -> None:
+        self.theirs = theirs
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: Any = None, model: Any = None, **options: Any
+    ) -> dict[str, Any]:
+        quantised: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            if name.endswith((UP, DOWN)):
+                quantised[name] = quantise(value[0] if isinstance(value, list) else value)
+            else:
+                quantised |= self.theirs.convert({name: value}, full_layer_name, model, **options)
+        return quantised
+
+
+def _mixtures(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return (name, module) of the experts that can be computed in nf4."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if all(isinstance(getattr(module, weight, None), nn.Parameter) for weight in (UP, DOWN))
-        and is_known(module)
-        and all(is_even(shape_of(getattr(module, weight))) for weight in (UP, DOWN))
-    ]
+    return [(name, module) for name, module in model.named_modules() if _is_mixture(module)]
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    weights = [getattr(module, name, None) for name in (UP, DOWN)]
+    return all(isinstance(one, nn.Parameter) and is_even(shape_of(one)) for one in weights) and is_known(
+        module
+    )
