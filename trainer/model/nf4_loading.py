@@ -85,7 +85,7 @@ class _Quantise(ConversionOps):
         return quantised
 
 
-def _mixtures(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _mixtures(model: nn.Module) -> list[tuple[str, Any]]:
     """Return (name, module) of the experts that can be computed in nf4."""
     return [(name, module) for name, module in model.named_modules() if _is_mixture(module)]
 
