@@ -1,20 +1,32 @@
 """`qwenlora plan`."""
 
 import json
-from typing import Annotated
+import os
+from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import typer
 
+from qwenlora.adapter.deferred import Deferred
 from qwenlora.cli.arguments import ConfigFile, Overrides, screen
 from qwenlora.configs import load_config
 from qwenlora.configs.combinations import Machine
+from qwenlora.configs.estimate import tokens_at_once
 from qwenlora.plan import hardware, table
-from qwenlora.plan.bases import shape_of_base
+from qwenlora.plan.bases import shape_of_base, values_of_base
 from qwenlora.plan.counts import count
-from qwenlora.plan.plan import make_plan
+from qwenlora.plan.flops import flops
+from qwenlora.plan.plan import Plan, Way, make_plan, with_micro_batch
 from qwenlora.plan.rows import rows_of
 from qwenlora.plan.speed import Case, Links
+from qwenlora.run.format import size
 from qwenlora.run.hardware import gpu_names
+
+if TYPE_CHECKING:
+    from qwenlora.trainer import trace as tracing
+    from qwenlora.trainer.trace import Traced
+else:
+    tracing = Deferred("qwenlora.trainer.trace")
 
 GIGABIT = 1e9 / 8  # bytes
 
@@ -32,6 +44,12 @@ def plan(
     ] = None,
     network: Annotated[float, typer.Option(min=1, help="Gb/s of a GPU to other nodes.")] = 400,
     timeout_min: Annotated[int | None, typer.Option(min=2, help="Minutes that a job may take.")] = None,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace", help="Compare with the real model, run on tensors without numbers (needs torch)."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Numbers, in bytes and seconds.")] = False,
 ) -> int:
     """Say what a config needs on given GPUs, before a job waits for them: memory, time, traffic and disk
@@ -49,10 +67,14 @@ def plan(
         Links(kind.link, network * GIGABIT),
     )
     made = make_plan(case, timeout_min)
+    traced = _trace(case, made) if trace else None
     if as_json:
-        print(json.dumps(_numbers(case) | made.model_dump(mode="json"), indent=1))
+        more = {"traced": traced._asdict()} if traced else {}
+        print(json.dumps(_numbers(case) | made.model_dump(mode="json") | more, indent=1))
     else:
         table.show(made, case, source, screen())
+        for line in _beside(case, made, traced) if traced else ():
+            screen().print(line, soft_wrap=True)
     return 0 if made.recommended else 2
 
 
@@ -86,3 +108,46 @@ def _numbers(case: Case) -> dict[str, object]:
             "step_s": "calibrated formula",
         },
     }
+
+
+def _way(made: Plan) -> Way:
+    """Return the way that is traced: the recommended one, else the one that needs least."""
+    return made.recommended or min(
+        (way for way in made.ways if way.memory), key=lambda way: way.memory.total if way.memory else 0
+    )
+
+
+def _trace(case: Case, made: Plan) -> "Traced":
+    way = _way(made)
+    at = with_micro_batch(case, way.per_device)
+    values, _ = values_of_base(case.config.model)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed
+    return tracing.trace(
+        values,
+        case.config.lora,
+        tokens=tokens_at_once(at.config, at.sizes),
+        trained=round(tokens_at_once(at.config, at.sizes) * case.rows.trained / case.rows.tokens),
+        recomputed=way.recomputed,
+        sharded_by_deepspeed=way.strategy == "zero3",
+    )
+
+
+def _beside(case: Case, made: Plan, traced: "Traced") -> list[str]:
+    """Return what was traced, beside the formulas."""
+    way = _way(made)
+    at = with_micro_batch(case, way.per_device)
+    memory, work = way.memory, case.parameters.work
+    assert memory is not None
+    assert work is not None
+    tokens = tokens_at_once(at.config, at.sizes)
+    useful = flops(work, np.array([tokens]), round(tokens * case.rows.trained / case.rows.tokens))
+    weights = 2 * case.parameters.total + 4 * case.parameters.trainable
+    return [
+        "",
+        f"traced in {traced.seconds:.0f} s: a micro-batch of {tokens:,} tokens under {way.name},"
+        f" {way.recomputed} layers computed again; in brackets by formula",
+        f"{'weights':{table.WIDTH}}{size(traced.weights)} in 16 bits ({size(weights)})",
+        f"{'tokens':{table.WIDTH}}{size(traced.kept)} kept for the backward ({size(memory.activations)}),"
+        f" {size(traced.peak)} at the peak ({size(memory.activations + memory.logits)})",
+        f"{'operations':{table.WIDTH}}{traced.flops / 1e12:,.1f} TFLOP ({useful / 1e12:,.1f} useful)",
+    ]

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from qwenlora.configs.combinations import Machine, packs_rows, problems
@@ -15,6 +16,9 @@ NF4 = BITS + SCALES
 # what autograd keeps of a layer, relative to its activations in 16 bits; tests/trainer/test_fused.py measures
 FUSED, WITH_DROPOUT, EAGER = 1.0, 1.3, 2.3  # our LoRA layers, and with masks of dropout; peft's
 LEAST = 0.85
+# what a gated delta net keeps of a token, in widths of its values: with flash-linear-attention's kernels (by
+# their code, not measured), and as transformers computes it without them (traced)
+LINEAR, EAGER_LINEAR = 12, 46
 RESERVE = 2_000_000_000  # CUDA's context, NCCL's buffers, what the allocator cannot use
 LIVE = 1_000_000_000  # numbers that ZeRO-3 holds gathered (stage3_max_live_parameters)
 LOGITS_AT_ONCE = 2**27  # bytes of float32 logits that the head makes at a time
@@ -35,6 +39,9 @@ class Sizes(NamedTuple):
     hidden_size: int
     intermediate_size: int
     kv_width: int
+    attention_width: int = 0
+    linear_width: int = 0
+    experts_width: int = 0
     experts: int = 0
     experts_trained: int = 0
     active: int = 0
@@ -97,8 +104,9 @@ def need(
     - gathered, zero3 and fsdp: embeddings, head, and two layers (fsdp) or 1e9 numbers (zero3).
     - trained, in float32 with Adam: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P /
       n (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less.
-    - activations: t * layers * b (6 h + 2 k + 2 i), times 1.3 with dropout, 2.3 with peft's layers (zero3,
-      DoRA); h, k, i: hidden, key and value, intermediate width. A layer that is computed again keeps t * b h,
+    - activations: t * layers * b (3 h + 3 q + 2 k + 2 i), times 1.3 with dropout, 2.3 with peft's layers
+      (zero3, DoRA); h, q, k, i: hidden, query, key and value, intermediate width; experts without LoRA and
+      linear attention keep more (kept_a_layer). A layer that is computed again keeps t * b h,
       and for a moment all of one layer; it is computed again when those after it hold nothing any more.
     - logits: 12 t * vocabulary, but of at most LOGITS_AT_ONCE. reserve: 2e9.
     """
@@ -131,7 +139,7 @@ def _need(
 ) -> MemoryNeed:
     weights, gathered = _base_on_a_gpu(config, sizes, name, machine, shard_group)
     at_once, width = tokens_at_once(config, sizes), _bytes_a_number(config, machine)
-    layer = width * (6 * sizes.hidden_size + 2 * sizes.kv_width + 2 * sizes.intermediate_size)
+    layer = width * kept_a_layer(config, sizes)
     kept = recomputed * width * sizes.hidden_size
     passing = layer * max(sizes.layers - recomputed, min(recomputed, 1))
     return MemoryNeed(
@@ -165,6 +173,20 @@ def _base_on_a_gpu(
     together = 2 * sizes.body / sizes.layers if name == "fsdp" else min(LIVE, sizes.body)
     is_gathered = group > 1 or config.strategy.offload == "params"
     return weights + scales, body * together + width * outside if is_gathered else 0.0
+
+
+def kept_a_layer(config: Config, sizes: Sizes) -> float:
+    """Return the numbers of a token that autograd keeps in a layer, as a mean over the layers."""
+    attention = 3 * (sizes.attention_width / sizes.layers if sizes.attention_width else sizes.hidden_size)
+    # gathered inputs and products, which our function for experts with LoRA makes again
+    experts = sizes.experts_width if sizes.experts and not _trains_experts(config, sizes) else 0
+    linear = sizes.linear_width / sizes.layers * (LINEAR if find_spec("fla") else EAGER_LINEAR)
+    widths = 3 * sizes.hidden_size + 2 * sizes.kv_width + 2 * sizes.intermediate_size
+    return widths + attention + experts + linear
+
+
+def _trains_experts(config: Config, sizes: Sizes) -> bool:
+    return bool(sizes.experts_trained) and config.lora.experts == "all"
 
 
 def _share_kept(config: Config, name: str) -> float:

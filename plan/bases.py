@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from qwenlora.configs.schema import Model
-from qwenlora.plan.shape import Shape, read_shape, shape_of
+from qwenlora.plan.shape import Shape, read_values, shape_of
 
 TINY = "tiny"  # model.name_or_path of the embedded model
 # what a hub name adds to the size without another shape
@@ -28,16 +28,23 @@ _TINY_SHAPE: dict[str, Any] = {
 
 def shape_of_base(model: Model) -> tuple[Shape, str]:
     """Return the shape of the config's base, and where it is from. Raises: ValueError when it is unknown."""
+    values, source = values_of_base(model)
+    return shape_of(values, f"{model.name_or_path}: {source}"), source
+
+
+def values_of_base(model: Model) -> tuple[dict[str, Any], str]:
+    """Return the values of config.json of the base, of its text part, and where they are from. Raises:
+    ValueError when the base is unknown."""
     name = model.name_or_path
     if name == TINY:
-        return shape_of(_TINY_SHAPE, TINY), "the embedded model"
+        return _TINY_SHAPE, "the embedded model"
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return read_shape(folder), "its config.json"
+        return read_values(folder), "its config.json"
     if cached := _in_cache(name, model.revision):
-        return read_shape(cached), "its config.json in the hub's cache"
+        return read_values(cached), "its config.json in the hub's cache"
     if entry := _entry(name):
-        return shape_of(known()[entry], entry), f"the table of known Qwens ({entry})"
+        return known()[entry], f"the table of known Qwens ({entry})"
     raise ValueError(
         f"model.name_or_path={name}: no such folder, not in the hub's cache, and not among the Qwens that a"
         f" plan knows ({', '.join(known())}); name a folder with its config.json, which is all a plan needs"

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from qwenlora.configs.schema import ALL_LINEAR, Lora
 from qwenlora.plan.flops import attention_widths, recurrence, share_of_experts
 from qwenlora.plan.kinds import LEFT_OUT, NOT_LINEAR, kind_of
-from qwenlora.plan.shape import MIXTURES, Shape, Tensor, tensors
+from qwenlora.plan.shape import Shape, Tensor, tensors
+from qwenlora.plan.widths import widths
 from qwenlora.run.records import OfKind, Parameters, Work
 
 OUTSIDE = ("head", "embeddings")  # kinds that are no part of the body
@@ -31,9 +32,7 @@ def count(shape: Shape, lora: Lora) -> Parameters:
         body=body,
         head=shape.vocab_size * shape.hidden_size,
         layers=shape.num_hidden_layers,
-        hidden_size=shape.hidden_size,
-        intermediate_size=_width(shape),
-        kv_width=shape.num_key_value_heads * shape.head_dim,
+        **widths(shape),
         work=_work(shape, lora, all_tensors, chosen, saved),
         kinds=_kinds(all_tensors, trained, chosen | saved),
         active=total - experts + round(experts * share),
@@ -42,12 +41,6 @@ def count(shape: Shape, lora: Lora) -> Parameters:
 
 def _sum(those: Iterable[Tensor]) -> int:
     return sum(tensor.total for tensor in those)
-
-
-def _width(shape: Shape) -> int:
-    if shape.model_type not in MIXTURES or not shape.num_experts_per_tok:
-        return shape.intermediate_size
-    return shape.num_experts_per_tok * shape.moe_intermediate_size + shape.shared_expert_intermediate_size
 
 
 def _saved(lora: Lora, shape: Shape) -> list[str]:

@@ -85,12 +85,11 @@ def named(name: str) -> Gpu:
 def of_driver(name: str) -> Gpu | None:
     """Return the GPU by the driver's (and torch's) name, as NVIDIA A100-SXM4-80GB; None if unknown."""
     words = name.replace("-", " ").split()
-    known = [gpu for gpu in gpus().values() if all(word in words for word in gpu.chip.split())]
-    longest = max((gpu.chip for gpu in known), key=len, default="")
-    alike = [gpu for gpu in known if gpu.chip == longest]
-    gpu = next((gpu for gpu in alike if f"{gpu.size}GB" in words), alike[0] if alike else None)
-    others = [word for word in words if word not in longest.split() and not _NO_MATTER.fullmatch(word)]
-    return None if others else gpu
+    known = [gpu for gpu in gpus().values() if set(gpu.chip.split()) <= set(words)]
+    chip = max((gpu.chip for gpu in known), key=len, default="")
+    others = {word for word in words if not _NO_MATTER.fullmatch(word)} - set(chip.split())
+    sizes = [gpu for gpu in known if gpu.chip == chip]
+    return None if others or not sizes else next((gpu for gpu in sizes if f"{gpu.size}GB" in words), sizes[0])
 
 
 def _letters(name: str) -> str:

@@ -91,7 +91,7 @@ def make_plan(case: Case, limit_min: int | None = None) -> Plan:
         if shared is None:
             raise
         refusal = str(error)
-        ways = list(_ways(_at(case, recommended.per_device) if recommended else shared))
+        ways = list(_ways(with_micro_batch(case, recommended.per_device) if recommended else shared))
     return Plan(
         ways=ways,
         refusal=refusal,
@@ -169,11 +169,12 @@ def _sizes(case: Case) -> Iterator[Case]:
     size, ranks = 1, case.machine.world_size // case.config.strategy.sequence_parallel
     while size * ranks <= case.config.train.global_batch_size:
         if case.config.train.global_batch_size % (size * ranks) == 0:
-            yield _at(case, size)
+            yield with_micro_batch(case, size)
         size *= 2
 
 
-def _at(case: Case, per_device: int) -> Case:
+def with_micro_batch(case: Case, per_device: int) -> Case:
+    """Return the case with so many rows, or packs, in a micro-batch."""
     train = case.config.train.model_copy(update={"per_device_train_batch_size": per_device})
     return case._replace(config=case.config.model_copy(update={"train": train}))
 

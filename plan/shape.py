@@ -63,22 +63,22 @@ class Shape(BaseModel):
     def _fill_in(self) -> Self:
         heads, windowed = self.num_attention_heads, self.use_sliding_window and self.sliding_window
         wide = {"qwen3": 128} | dict.fromkeys(HYBRIDS, 256)
-        kinds = self.layer_types
-        if not kinds and self.model_type in HYBRIDS:
-            every = self.full_attention_interval
-            kinds = [LINEAR if (i + 1) % every else FULL for i in range(self.num_hidden_layers)]
-        elif not kinds:
-            last = self.max_window_layers if windowed else self.num_hidden_layers
-            kinds = [FULL if i < last else SLIDING for i in range(self.num_hidden_layers)]
         known = {
             "num_key_value_heads": self.num_key_value_heads or heads,
             "head_dim": self.head_dim or wide.get(self.model_type, self.hidden_size // heads),
-            "layer_types": kinds,
+            "layer_types": self.layer_types or [self._kind(layer) for layer in range(self.num_hidden_layers)],
             "sliding_window": self.sliding_window if windowed else None,
         }
         for name, value in known.items():
             object.__setattr__(self, name, value)  # a validator of a frozen model
         return self
+
+    def _kind(self, layer: int) -> str:
+        """Return what transformers takes a layer for whose kind the file does not say."""
+        if self.model_type in HYBRIDS:
+            return LINEAR if (layer + 1) % self.full_attention_interval else FULL
+        windowed = self.use_sliding_window and self.sliding_window
+        return SLIDING if windowed and layer >= self.max_window_layers else FULL
 
     def has_experts(self, layer: int) -> bool:
         """Whether the layer's MLP is a mixture of experts."""
@@ -110,22 +110,22 @@ class Tensor(NamedTuple):
         return self.others + (0 if self.tied else self.matrix)
 
 
-def read_shape(folder: Path) -> Shape:
-    """Return the shape of a base in a folder. Raises: ValueError when config.json is none of a Qwen's."""
+def read_values(folder: Path) -> dict[str, Any]:
+    """Return the values of a folder's config.json, of its text part. Raises: ValueError when it cannot be
+    read."""
     file = folder / "config.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    return shape_of(values, str(file))
+    tied = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
+    return (values.get("text_config") or values) | tied
 
 
 def shape_of(values: dict[str, Any], where: str) -> Shape:
-    """Return the shape of a config.json's values. where: for messages. Raises: ValueError."""
-    text = values.get("text_config") or values
-    tied = {"tie_word_embeddings": values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))}
+    """Return the shape of a text model's config.json. where: for messages. Raises: ValueError."""
     try:
-        shape = Shape.model_validate(text | tied)
+        shape = Shape.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

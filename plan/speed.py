@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenlora.configs.combinations import SHARDED, Machine, packs_rows
-from qwenlora.configs.estimate import Sizes, base_bytes
+from qwenlora.configs.estimate import Sizes, base_bytes, kept_a_layer
 from qwenlora.configs.schema import Config
 from qwenlora.data.order import accumulation_steps
 from qwenlora.plan.flops import flops
@@ -166,7 +166,7 @@ def _products(case: Case, again: float) -> float:
 def _traffic(case: Case, again: float, passes: float) -> float:
     """Return the bytes that a micro-batch moves through a GPU's memory: activations, and the base."""
     of, nf4 = case.parameters, case.config.strategy.quantization == "nf4"
-    numbers = 6 * of.hidden_size + 2 * of.kv_width + 2 * of.intermediate_size
-    activations = 2 * passes * (1 + again / 3) * case.tokens * of.layers * numbers
+    numbers = of.layers * kept_a_layer(case.config, case.sizes)
+    activations = 2 * passes * (1 + again / 3) * case.tokens * numbers
     quantised = DEQUANTISED * of.body if nf4 else 0.0
     return activations + (2 + again) * (base_bytes(case.config, case.sizes, case.machine) + quantised)

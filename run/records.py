@@ -146,8 +146,11 @@ class OfKind(BaseModel, frozen=True):
 class Parameters(BaseModel, frozen=True):
     """Counts of numbers. body: all but embeddings and head, the output matrix; hidden_size,
     intermediate_size, kv_width: widths of a token's activations in a layer; for a mixture of experts, in
-    those that the token meets; 0 in runs of a version before 0.1; work: None in runs of 0.1; kinds: {kind of
-    layers: its numbers}, empty in runs of 0.1; active: of the base, those that a token meets, 0 in them."""
+    those that the token meets; 0 in runs of a version before 0.1; attention_width, linear_width: heads *
+    head_dim of all layers with attention, and of values in linear attention; experts_width: of the inputs and
+    products of the experts that a token meets; all three 0 in runs of 0.1; work: None in runs of 0.1; kinds:
+    {kind of layers: its numbers}, empty in runs of 0.1; active: of the base, those that a token meets, 0 in
+    them."""
 
     total: int
     trainable: int
@@ -157,6 +160,9 @@ class Parameters(BaseModel, frozen=True):
     hidden_size: int = 0
     intermediate_size: int = 0
     kv_width: int = 0
+    attention_width: int = 0
+    linear_width: int = 0
+    experts_width: int = 0
     work: Work | None = None
     kinds: dict[str, OfKind] = {}
     active: int = 0

@@ -5,7 +5,7 @@ from transformers import AutoConfig
 
 from qwenlora.configs.schema import Config, Lora
 from qwenlora.plan.counts import count
-from qwenlora.plan.shape import read_shape
+from qwenlora.plan.shape import read_values, shape_of
 from qwenlora.trainer.model.lora import count_parameters
 
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
@@ -29,7 +29,9 @@ def shape_and_counts(tmp_path, kind, lora, **more):
     config = Config.model_validate(
         {"run_dir": "r", "model": {"name_or_path": str(tmp_path)}, "data": {"train": "example"}, "lora": lora}
     )
-    return count(read_shape(tmp_path), config.lora), count_parameters(config, str(tmp_path))
+    return count(shape_of(read_values(tmp_path), "base"), config.lora), count_parameters(
+        config, str(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -73,4 +75,4 @@ def test_settings_of_the_adapter_are_counted_as_peft_reads_them(tmp_path, kind, 
 def test_names_that_the_base_lacks_are_refused(tmp_path, lora, message):
     AutoConfig.for_model("qwen3", **SIZES | HEADS).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
-        count(read_shape(tmp_path), Lora(**lora))
+        count(shape_of(read_values(tmp_path), "base"), Lora(**lora))

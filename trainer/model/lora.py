@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qwenlora.configs.schema import ALL_LINEAR, Config, Lora
 from qwenlora.plan.flops import share_of_experts
+from qwenlora.plan.widths import widths
 from qwenlora.run.format import and_more
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import nf4_loading, patterns, targets
@@ -208,26 +209,14 @@ def count_parameters(config: Config, base: str, saved: Path | None = None) -> Pa
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     text = model_config.get_text_config()
     experts = kinds["experts"].total if "experts" in kinds else 0
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Parameters(
         total=total,
         trainable=trainable,
         body=body,
         head=head.numel(),
         layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        intermediate_size=_intermediate_size(text),
-        kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim,
+        **widths(text),
         work=work_of(adapted, text),
         kinds=count_trained(adapted, kinds),
         active=total - experts + round(experts * share_of_experts(text)),
     )
-
-
-def _intermediate_size(text: Any) -> int:
-    """Return the width of a token's MLP: with experts, the sum over those that a token passes."""
-    experts = getattr(text, "num_experts_per_tok", None)
-    if not experts:
-        return int(text.intermediate_size)
-    shared = getattr(text, "shared_expert_intermediate_size", None) or 0
-    return int(experts * text.moe_intermediate_size + shared)

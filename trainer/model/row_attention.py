@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -104,5 +105,7 @@ def lengths_of(positions: Tensor) -> list[list[int]]:
 
 
 def _of_line(positions: Tensor) -> list[int]:
+    if isinstance(positions, FakeTensor):  # it has no numbers, and is traced as one row
+        return [len(positions)]
     starts: list[int] = (positions == 0).nonzero().squeeze(1).tolist()
     return [end - start for start, end in zip(starts, [*starts[1:], len(positions)], strict=True)]

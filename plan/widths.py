@@ -1,0 +1,41 @@
+"""The widths of a token's activations in a model, in numbers: what memory is estimated by.
+
+text_config: transformers' config of a model's text part, or anything that has its fields.
+"""
+
+from typing import Any, TypedDict
+
+from qwenlora.plan.flops import attention_widths
+
+
+class Widths(TypedDict):
+    """As in run.records.Parameters."""
+
+    hidden_size: int
+    intermediate_size: int
+    kv_width: int
+    attention_width: int
+    linear_width: int
+    experts_width: int
+
+
+def widths(text_config: Any) -> Widths:
+    """Return a model's widths."""
+    heads, hidden = text_config.num_attention_heads, text_config.hidden_size
+    head_dim = getattr(text_config, "head_dim", None) or hidden // heads
+    met = getattr(text_config, "num_experts_per_tok", None) or 0
+    expert = met * (getattr(text_config, "moe_intermediate_size", None) or 0)
+    shared = (getattr(text_config, "shared_expert_intermediate_size", None) or 0) if met else 0
+    return Widths(
+        hidden_size=hidden,
+        intermediate_size=expert + shared if met else int(text_config.intermediate_size),
+        kv_width=(getattr(text_config, "num_key_value_heads", None) or heads) * head_dim,
+        attention_width=sum(attention_widths(text_config).values()),
+        linear_width=_linear(text_config),
+        experts_width=met * hidden + expert,
+    )
+
+
+def _linear(text_config: Any) -> int:
+    layers = list(getattr(text_config, "layer_types", None) or ()).count("linear_attention")
+    return layers and layers * text_config.linear_num_value_heads * text_config.linear_value_head_dim

@@ -1,0 +1,66 @@
+"""A model that is traced without its memory takes the bytes and operations of a real one, and a plan's
+formulas are near them."""
+
+import numpy as np
+import pytest
+import torch
+
+from qwenlora.configs.combinations import Machine
+from qwenlora.configs.estimate import Sizes, need
+from qwenlora.configs.schema import Config, Lora
+from qwenlora.plan.bases import known
+from qwenlora.plan.counts import count
+from qwenlora.plan.flops import flops
+from qwenlora.plan.shape import shape_of
+from qwenlora.trainer.trace import build, follow, trace
+
+LAYERS, TOKENS, TRAINED = 4, 512, 100
+# one of each family, with its published widths
+BASES = (
+    *("Qwen2.5-0.5B", "Qwen3-0.6B", "Qwen3-8B", "Qwen1.5-MoE-A2.7B", "Qwen3-30B-A3B"),
+    *("Qwen3-Next-80B-A3B", "Qwen3.5-0.8B", "Qwen3.5-35B-A3B"),
+)
+SMALL = {"vocab_size": 2000, "hidden_size": 256, "num_hidden_layers": 2} | {"num_experts": 8}
+
+
+def cut(name, **more):
+    return known()[name] | {"num_hidden_layers": LAYERS} | more
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen3-0.6B", "Qwen3-30B-A3B", "Qwen3.5-0.8B"])
+def test_a_trace_has_the_bytes_and_operations_of_a_real_micro_batch(name, recomputed):
+    values = cut(name, **{key: value for key, value in SMALL.items() if key in known()[name]})
+    settings = {"dtype": torch.bfloat16, "recomputed": recomputed}
+    traced = trace(values, Lora(), tokens=TOKENS, trained=TRAINED, **settings)
+    real = follow(*build(values, Lora(), **settings), TOKENS, TRAINED)
+    assert traced.weights == real.weights
+    assert traced.gradients == real.gradients > 0
+    assert traced.flops == real.flops
+    assert traced.kept == pytest.approx(real.kept, rel=0.03)
+    assert traced.peak == pytest.approx(real.peak, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"), [(name, "all") for name in BASES] + [(name, "shared") for name in BASES[3:5]]
+)
+def test_formulas_are_within_a_tenth_of_what_is_traced(name, experts):
+    values, lora = cut(name), Lora(experts=experts)
+    traced = trace(values, lora, tokens=TOKENS, trained=TRAINED)
+    parameters = count(shape_of(values, name), lora)
+    config = Config.model_validate(
+        {
+            "run_dir": "r",
+            "model": {"name_or_path": name},
+            "data": {"train": "example", "max_length": TOKENS, "packing": "on"},
+            "lora": {"experts": experts},
+            "train": {"gradient_checkpointing": False},
+        }
+    )
+    needed = need(config, Sizes.of(parameters), "ddp", Machine(1, 1, 1, 80 * 10**9))
+    assert needed.weights == pytest.approx(traced.weights - 4 * parameters.trainable, rel=0.001)
+    assert needed.activations == pytest.approx(traced.kept, rel=0.1)
+    assert traced.peak < 1.1 * needed.activations + needed.logits + traced.gradients
+    assert traced.gradients == 4 * parameters.trainable
+    useful = flops(parameters.work, np.array([TOKENS]), TRAINED)
+    assert traced.flops == pytest.approx(useful, rel=0.1)
