@@ -3,17 +3,17 @@
 import functools
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from qwenlora.configs.schema import Model
+from qwenlora.data.chunks import JsonObject
 from qwenlora.plan.shape import Shape, read_values, shape_of
 
 TINY = "tiny"  # model.name_or_path of the embedded model
 # what a hub name adds to the size without another shape
 _VARIANTS = {"instruct", "base", "chat", "thinking", "coder", "math", "2507", "hf"}
-_TINY_SHAPE: dict[str, Any] = {
+_TINY_SHAPE: JsonObject = {
     "model_type": "qwen3",
     "vocab_size": 2048,
     "hidden_size": 256,
@@ -32,7 +32,7 @@ def shape_of_base(model: Model) -> tuple[Shape, str]:
     return shape_of(values, f"{model.name_or_path}: {source}"), source
 
 
-def values_of_base(model: Model) -> tuple[dict[str, Any], str]:
+def values_of_base(model: Model) -> tuple[JsonObject, str]:
     """Return the values of config.json of the base, of its text part, and where they are from. Raises:
     ValueError when the base is unknown."""
     name = model.name_or_path
@@ -52,10 +52,10 @@ def values_of_base(model: Model) -> tuple[dict[str, Any], str]:
 
 
 @functools.cache
-def known() -> dict[str, dict[str, Any]]:
+def known() -> dict[str, JsonObject]:
     """Return {name: values of config.json} of the Qwens in bases.yaml."""
     text = resources.files(__package__).joinpath("bases.yaml").read_text(encoding="utf-8")
-    values: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    values: dict[str, JsonObject] = yaml.safe_load(text)
     return values
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qwenlora.data.chunks import JsonObject
 from qwenlora.plan.flops import COUNTS_OF_EXPERTS, FULL, SLIDING
 
 LINEAR = "linear_attention"
@@ -110,19 +111,19 @@ class Tensor(NamedTuple):
         return self.others + (0 if self.tied else self.matrix)
 
 
-def read_values(folder: Path) -> dict[str, Any]:
+def read_values(folder: Path) -> JsonObject:
     """Return the values of a folder's config.json, of its text part. Raises: ValueError when it cannot be
     read."""
     file = folder / "config.json"
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        values: JsonObject = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     tied = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
     return (values.get("text_config") or values) | tied
 
 
-def shape_of(values: dict[str, Any], where: str) -> Shape:
+def shape_of(values: JsonObject, where: str) -> Shape:
     """Return the shape of a text model's config.json. where: for messages. Raises: ValueError."""
     try:
         shape = Shape.model_validate(values)

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwenlora.configs.schema import Lora
+from qwenlora.data.chunks import JsonObject
 from qwenlora.trainer.loop.chunked_loss import summed_loss
 from qwenlora.trainer.model.fused import fuse
 from qwenlora.trainer.model.loading import set_up
@@ -39,7 +40,7 @@ class Traced(NamedTuple):
 
 
 def trace(
-    values: dict[str, Any],
+    values: JsonObject,
     lora: Lora,
     *,
     tokens: int,
@@ -60,7 +61,7 @@ def trace(
 
 
 def build(
-    values: dict[str, Any],
+    values: JsonObject,
     lora: Lora,
     dtype: torch.dtype,
     recomputed: int = 0,
