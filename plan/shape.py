@@ -116,11 +116,12 @@ def read_values(folder: Path) -> JsonObject:
     read."""
     file = folder / "config.json"
     try:
-        values: JsonObject = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     tied = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
-    return (values.get("text_config") or values) | tied
+    text: JsonObject = {**(values.get("text_config") or values), **tied}
+    return text
 
 
 def shape_of(values: JsonObject, where: str) -> Shape:
