@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -18,6 +19,9 @@ from qwenlora.plan.counts import count
 from qwenlora.plan.flops import flops
 from qwenlora.plan.plan import Plan, Way, make_plan, with_micro_batch
 from qwenlora.plan.rows import rows_of
+from qwenlora.plan.scale import FAILURES, Scale, scales
+from qwenlora.plan.scale import plot as plot_scales
+from qwenlora.plan.scale import show as show_scales
 from qwenlora.plan.speed import Case, Links
 from qwenlora.run.format import size
 from qwenlora.run.hardware import gpu_names
@@ -50,6 +54,11 @@ def plan(
             "--trace", help="Compare with the real model, run on tensors without numbers (needs torch)."
         ),
     ] = False,
+    scale: Annotated[
+        str | None, typer.Option(metavar="GPUS,GPUS", help="Speed and goodput on so many GPUs, as 8,64,512.")
+    ] = None,
+    failures: Annotated[float, typer.Option(min=0, help="With --scale: of a node, an hour.")] = FAILURES,
+    plot: Annotated[Path | None, typer.Option(help="With --scale: draw it, as scale.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Numbers, in bytes and seconds.")] = False,
 ) -> int:
     """Say what a config needs on given GPUs, before a job waits for them: memory, time, traffic and disk
@@ -66,6 +75,8 @@ def plan(
         kind,
         Links(kind.link, network * GIGABIT),
     )
+    if scale:
+        return _scale(scales(case, _sizes(scale), failures), case, plot, as_json=as_json)
     made = make_plan(case, timeout_min)
     traced = _trace(case, made) if trace else None
     if as_json:
@@ -76,6 +87,27 @@ def plan(
         for line in _beside(case, made, traced) if traced else ():
             screen().print(line, soft_wrap=True)
     return 0 if made.recommended else 2
+
+
+def _sizes(text: str) -> list[int]:
+    """Return the numbers of GPUs that a user named. Raises: ValueError."""
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"--scale {text}: expected numbers of GPUs, as 8,64,512")
+    return sizes
+
+
+def _scale(runs: list[Scale], case: Case, file: Path | None, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps([run.model_dump() for run in runs], indent=1))
+    else:
+        show_scales(runs, case, screen())
+    if file:
+        plot_scales(runs, file)
+    return 0 if any(run.way for run in runs) else 2
 
 
 def _this_machines() -> hardware.Gpu:

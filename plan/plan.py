@@ -82,7 +82,7 @@ class Plan(BaseModel, frozen=True):
 
 def make_plan(case: Case, limit_min: int | None = None) -> Plan:
     """Return the plan of a run. limit_min: minutes that a job may take."""
-    recommended = _best(case)
+    recommended = best_way(case)
     refusal = ""
     try:
         ways = list(_ways(case))
@@ -152,7 +152,7 @@ def _fit(needed: MemoryNeed, there: int) -> Fit:
     return "tight" if needed.least <= there else "does not fit"
 
 
-def _best(case: Case) -> Way | None:
+def best_way(case: Case) -> Way | None:
     """Return the fastest way that fits, over micro-batches of 1, 2, 4 ... rows; of about equal ones that with
     the smallest micro-batch which sends least, since these come first."""
     best: Way | None = None
@@ -190,7 +190,7 @@ def _instead(case: Case) -> str:
 
 def _scaling(case: Case, way: Way) -> float | None:
     nodes = case.machine.nodes
-    alone = _best(case._replace(machine=case.machine._replace(nodes=1))) if nodes > 1 else None
+    alone = best_way(case._replace(machine=case.machine._replace(nodes=1))) if nodes > 1 else None
     return way.tokens_s / alone.tokens_s / nodes if alone else None
 
 

@@ -119,6 +119,8 @@ def read_values(folder: Path) -> JsonObject:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected an object with model_type, hidden_size and so on")
     tied = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
     text: JsonObject = {**(values.get("text_config") or values), **tied}
     return text

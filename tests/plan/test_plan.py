@@ -13,6 +13,7 @@ from qwenlora.plan.counts import count
 from qwenlora.plan.hardware import gpus, named, of_driver
 from qwenlora.plan.plan import make_plan
 from qwenlora.plan.rows import RowCounts
+from qwenlora.plan.scale import plot, scales
 from qwenlora.plan.speed import Case, Links
 
 ROWS = RowCounts(rows=100_000, tokens=50_000_000, trained=20_000_000, longest=2000, counted=True)
@@ -169,3 +170,40 @@ def test_the_command_imports_no_torch_and_prints_numbers_that_are_valid_json(tmp
     assert plan["recommended"]["fit"] == "fits"
     assert plan["parameters"]["total"] == 7_615_616_512
     assert plan["how"]["step_s"] == "calibrated formula"
+
+
+def test_scaling_keeps_the_global_batch_and_ends_where_gpus_have_no_pack_of_it():
+    case = case_of("Qwen/Qwen2.5-7B", "h100", gpus_per_node=8, train={"global_batch_size": 64})
+    runs = scales(case, [1, 8, 64, 128])
+    assert [run.gpus for run in runs if run.way] == [1, 8, 64]
+    speeds = [run.tokens_s for run in runs]
+    assert speeds[0] < speeds[1] < speeds[2]
+    assert all(0 < run.goodput <= 1 - run.start for run in runs if run.way)
+
+
+def test_goodput_falls_with_failures_and_with_rare_saves():
+    def goodput(failures, **train):
+        case = case_of("Qwen/Qwen2.5-7B", "h100", gpus_per_node=8, train={"global_batch_size": 64} | train)
+        return scales(case, [64], failures)[0].goodput
+
+    often = {"save_strategy": "steps", "save_steps": 10}
+    assert goodput(0.0, **often) > goodput(0.01, **often) > goodput(0.1, **often)
+    assert goodput(0.01, **often) > goodput(0.01, save_strategy="no")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"), [("12", "multiple of a node's 8"), ("8,x", "expected numbers of GPUs")]
+)
+def test_numbers_of_gpus_that_make_no_sense_are_refused(qwenlora, tmp_path, sizes, message):
+    (tmp_path / "my.yaml").write_text("model: {name_or_path: Qwen/Qwen2.5-7B}\ndata: {train: example}\n")
+    answer = qwenlora(
+        "plan", "my.yaml", "--gpu", "h100", "--gpus-per-node", "8", "--scale", sizes, cwd=tmp_path
+    )
+    assert answer.returncode == 2
+    assert message in answer.stderr
+
+
+def test_scaling_is_drawn(tmp_path):
+    case = case_of("Qwen/Qwen2.5-7B", "h100", gpus_per_node=8)
+    plot(scales(case, [8, 16]), tmp_path / "scale.png")
+    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")

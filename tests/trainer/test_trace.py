@@ -60,6 +60,9 @@ def test_formulas_are_within_a_tenth_of_what_is_traced(name, experts):
     needed = need(config, Sizes.of(parameters), "ddp", Machine(1, 1, 1, 80 * 10**9))
     assert needed.weights == pytest.approx(traced.weights - 4 * parameters.trainable, rel=0.001)
     assert needed.activations == pytest.approx(traced.kept, rel=0.1)
+    assert needed.weights + needed.activations == pytest.approx(
+        traced.weights - 4 * parameters.trainable + traced.kept, rel=0.05
+    )
     assert traced.peak < 1.1 * needed.activations + needed.logits + traced.gradients
     assert traced.gradients == 4 * parameters.trainable
     useful = flops(parameters.work, np.array([TOKENS]), TRAINED)
