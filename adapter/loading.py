@@ -3,7 +3,7 @@
 import sys
 from typing import Any, NamedTuple
 
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -46,7 +46,7 @@ def load(
     # not the model's own, which may suppress tokens or search with beams
     model.generation_config = GenerationConfig()
     if subject.adapter:
-        settings = LoraConfig.from_pretrained(str(subject.adapter))
+        settings = targets.saved_settings(model, subject.adapter)
         if (
             settings.init_lora_weights == "orthogonal"
         ):  # a quantised base has none, and A and B are read after

@@ -6,18 +6,19 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from peft.utils import transformers_weight_conversion as conversion
-from transformers import AutoModelForCausalLM
 
 from qwenlora.adapter.subject import ADAPTER_CONFIG, Subject
 from qwenlora.run.format import and_more, shape
+from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.model.headers import TensorValues
+from qwenlora.trainer.model.names import names_in
 from qwenlora.trainer.model.pretrained import load_config_of
+from qwenlora.trainer.model.targets import saved_settings
 
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -27,11 +28,11 @@ def check_shapes(subject: Subject, file: Path, weights: Mapping[str, TensorValue
     base = load_config_of(subject.config, subject.base)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(
+        model = class_of(base, vision=True).from_config(
             base, trust_remote_code=subject.config.model.trust_remote_code
         )
         try:
-            settings: Any = PeftConfig.from_pretrained(str(subject.adapter))
+            settings = saved_settings(model, file.parent)
             settings.init_lora_weights = True  # of numbers that are not there
             model = get_peft_model(model, settings)
         except (ValueError, TypeError) as error:
@@ -56,7 +57,7 @@ def _as_peft_loads(
 ) -> dict[str, tuple[int, ...]]:
     """Return {name: shape} of an adapter's tensors as peft would load them: those that have a module for each
     expert, as transformers 4 had them, become one for all. Raises: ValueError where it would lose them."""
-    shapes = {name: tuple(values.raw.shape) for name, values in weights.items()}
+    shapes = names_in(model, {name: tuple(values.raw.shape) for name, values in weights.items()})
     of_one = sorted(name for name in shapes if ONE_EXPERT.search(name))
     if not of_one or of_one[0] in get_peft_model_state_dict(model):  # a model whose experts are modules
         return shapes

@@ -20,10 +20,12 @@ from qwenlora.adapter.ordinary import ordinary_base, ordinary_shapes
 from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig, Subject, lora_kind, read_adapter_config
 from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, sha256
+from qwenlora.run.format import and_more
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model import quantised
 from qwenlora.trainer.model.files import PATTERNS, without_peft_s_own
 from qwenlora.trainer.model.headers import TensorValues
+from qwenlora.trainer.model.names import has_vision, todays
 
 if TYPE_CHECKING:
     from qwenlora.adapter import peft_shapes
@@ -179,11 +181,26 @@ def notes_on(subject: Subject) -> list[str]:
     """Return what the user is told about an adapter's base."""
     base = ordinary_base(subject)
     notes = base.notes if base else pretrained.notes_on(subject.config, subject.base)
+    notes += [] if base else _notes_on_names(subject)
     if (kind := quantised_base_of(subject)) and not _is_quantised(subject):
         notes.append(
             f"trained over quantised files ({kind}); that they were made from {subject.base} is not checked"
         )
     return notes
+
+
+def _notes_on_names(subject: Subject) -> list[str]:
+    """Return what the user is told about an adapter whose names vLLM would not find in the base."""
+    if subject.adapter is None or not has_vision(pretrained.read_config_of(subject.config, subject.base)):
+        return []
+    _, weights = read_adapter(subject.adapter)
+    today = todays(weights)
+    if not (older := sorted(weights.keys() - today.keys())):
+        return []
+    return [
+        f"names of its tensors ({older[0]}{and_more(older)}) lack language_model, without which vLLM leaves"
+        " them out and says nothing: `qwenlora export` of its run writes today's names"
+    ]
 
 
 def print_check(subject: Subject) -> int:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 from qwenlora.adapter.answers import Question, Sampling, check_text, context_length
 from qwenlora.adapter.chat.conversation import STOPPED, Conversation, uses_thinking
@@ -18,6 +17,7 @@ from qwenlora.adapter.loading import LoadedModel, load, load_tokenizer, override
 from qwenlora.adapter.subject import Subject
 from qwenlora.configs.estimate import RESERVE
 from qwenlora.trainer.model import loading, pretrained
+from qwenlora.trainer.model.architecture import class_of
 
 COLDEST = 0.01  # lowest temperature above 0; logits divided by much less overflow
 INTERRUPTED = 130  # a shell's exit code for Ctrl-C
@@ -163,7 +163,7 @@ def _fitting_quantization(subject: Subject, dtype: str) -> str:
     if getattr(model_config, "quantization_config", None):
         return "none"  # its files are quantised already
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = class_of(model_config).from_config(
             model_config,
             dtype=loading.pick_dtype(config.model.dtype),
             trust_remote_code=config.model.trust_remote_code,

@@ -13,6 +13,8 @@ from qwenlora.adapter.adapter_file import read_adapter
 from qwenlora.adapter.merge.streamed import StreamedModel
 from qwenlora.adapter.subject import Subject
 from qwenlora.adapter.tensors import tensor_of
+from qwenlora.trainer.model.names import names_in, older_names
+from qwenlora.trainer.model.targets import saved_settings
 
 COMBINATIONS = get_args(get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
 DENSITY = 0.5  # the share of an adapter's numbers that ties, dare and magnitude_prune keep
@@ -95,7 +97,7 @@ def _room_for_copies(base: StreamedModel, subject: Subject) -> Iterator[None]:
     Raises: ValueError when such a copy differs from the base's matrix.
     """
     assert subject.adapter
-    _, held = read_adapter(subject.adapter)
+    held = names_in(base.base, read_adapter(subject.adapter)[1])
     copies = {name: tensor_of(values) for name, values in held.items() if name.endswith(BASE_COPY)}
     placeholders: dict[torch.nn.Parameter, torch.Tensor] = {}
     for name, values in copies.items():
@@ -120,13 +122,18 @@ def attach_adapters(
     names = [f"adapter_{number}" for number in range(len(subjects))]
     model: Any = None
     for name, subject in zip(names, subjects, strict=True):
+        assert subject.adapter
+        settings = saved_settings(base.base, subject.adapter)
         with _room_for_copies(base, subject):
             if model is None:
                 model = PeftModel.from_pretrained(
-                    base.base, subject.adapter, adapter_name=name, torch_device="cpu"
+                    base.base, subject.adapter, adapter_name=name, torch_device="cpu", config=settings
                 )
             else:
-                model.load_adapter(subject.adapter, adapter_name=name, torch_device="cpu")
+                model.add_adapter(name, settings)
+                model.load_adapter(
+                    subject.adapter, adapter_name=name, torch_device="cpu", key_mapping=older_names(base.base)
+                )
     _check_biases(model)
     if not _is_single(weights):
         _combine(model, names, weights, combination)

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    cached_file,
+)
 from transformers.utils import logging as transformers_logging
 
 from qwenlora.adapter import verify
@@ -34,6 +41,7 @@ from qwenlora.adapter.weight_files import (
 from qwenlora.run.format import count, size
 from qwenlora.run.long_work import LongWork
 from qwenlora.trainer.model import pretrained, quantised
+from qwenlora.trainer.model.architecture import loader_of
 from qwenlora.trainer.model.base_files import SLICE
 from qwenlora.trainer.model.damage import read_json
 from qwenlora.trainer.model.endings import (
@@ -44,6 +52,7 @@ from qwenlora.trainer.model.endings import (
     set_model_end,
     settings_text,
 )
+from qwenlora.trainer.model.names import VISION
 
 PROMPTS = (
     "你好",
@@ -54,6 +63,7 @@ PROMPTS = (
     "小明有 12 个苹果，吃了 5 个，又买了 8 个，现在有几个？",
     "List three things to keep in mind when you store food in a fridge.",
 )
+PROCESSORS = (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME)
 ENOUGH = 0.95  # share of the adapter's change; if rounding leaves less, the user is warned
 OWN_PROMPTS = 5  # training questions that are added to PROMPTS
 MOST_PROMPTS, LONGEST_PROMPT = 32, 512  # LONGEST_PROMPT: tokens
@@ -87,8 +97,8 @@ def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = Non
     dtype, shard_size = _parse_dtype(options.dtype), parse_size(options.max_shard_size)
     out = free_folder(out, read=tuple(folder for each in subjects for folder in (each.adapter, each.base)))
     config = _base_config(first)
-    for subject in subjects:
-        verify.check_adapter(subject)
+    modules = [module for subject in subjects for module in verify.check_adapter(subject).modules]
+    vision = any(VISION in module.split(".") for module in modules)
     check_combination(subjects, weights, options.combine)
     tokenizer = load_tokenizer(first)
     questions = _read_prompts(options.prompts) if options.prompts else _default_prompts(first)
@@ -104,7 +114,7 @@ def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = Non
         )
 
     with LongWork() as progress, open_weights(first.base, revision) as files:
-        base = StreamedModel(config, files, trust_remote_code=trust)
+        base = StreamedModel(config, files, trust_remote_code=trust, vision=vision)
         base.attach(attach_adapters(base, subjects, weights, options.combine))
         unmerged = base.logits(batch, progress, "base and adapter")
         untied = not base.still_tied()
@@ -124,7 +134,7 @@ def merge(subjects: list[Subject], out: Path, options: MergeOptions | None = Non
                 prompt = questions[logits.worst].messages[-1]["content"]
                 raise ValueError(f"{out} was not made: on {prompt!r} {_describe(logits)}; please report this")
             _write_other_files(first, folder, tokenizer, dtype, tied=config.tie_word_embeddings)
-    _report(out, written, untied, logits)
+    _report(out, loader_of(config), written, untied, logits)
     return 0
 
 
@@ -230,7 +240,8 @@ def _write_other_files(
     """Write everything but weights; last config.json, which makes the folder a model."""
     config_file = _file_of(subject, CONFIG_NAME)
     assert config_file is not None
-    for file in config_file.parent.glob("*.py"):
+    processors = filter(None, (_file_of(subject, name) for name in PROCESSORS))  # of pictures
+    for file in (*config_file.parent.glob("*.py"), *processors):
         shutil.copyfile(file, folder / file.name)
     # the base's own text: transformers would write today's keys, which other engines may not know
     config = read_json(config_file)
@@ -299,7 +310,7 @@ def _batch(tokenizer: Any, questions: list[Question], vocabulary: int) -> Mappin
     return padded
 
 
-def _report(out: Path, written: _Written, untied: bool, logits: LogitDifference) -> None:
+def _report(out: Path, loader: str, written: _Written, untied: bool, logits: LogitDifference) -> None:
     say(f"{out}: {written.text}")
     if untied:
         say(
@@ -307,7 +318,7 @@ def _report(out: Path, written: _Written, untied: bool, logits: LogitDifference)
             " is false"
         )
     say(_describe(logits))
-    say(f'load it: AutoModelForCausalLM.from_pretrained("{out}")')
+    say(f'load it: {loader}.from_pretrained("{out}")')
     if written.kept < ENOUGH:
         say(
             f"warning: rounding to {written.dtypes} leaves {written.kept:.0%} of the adapter's change of the"

@@ -13,7 +13,6 @@ from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -25,6 +24,7 @@ from transformers.core_model_loading import (
 
 from qwenlora.adapter.weight_files import WeightFiles, read_tensor
 from qwenlora.run.long_work import LongWork
+from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.spread.sharded_loading import weights_of
 
 BOUND = 1e-4  # of logits, times their standard deviation if above 1: float32 itself may cause as much
@@ -44,13 +44,16 @@ class Slot(NamedTuple):
 class StreamedModel:
     """A causal language model over open files. Raises: ValueError when they lack a parameter.
 
-    base: transformers' model without weights; model: the same with the adapter, after attach(); given:
-    parameters of the base that the adapter itself brings; tied: the names of the parameter that has several.
+    vision: with its vision part, if any. base: transformers' model without weights; model: the same with the
+    adapter, after attach(); given: parameters of the base that the adapter itself brings; tied: the names of
+    the parameter that has several.
     """
 
-    def __init__(self, config: Any, files: WeightFiles, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, config: Any, files: WeightFiles, *, trust_remote_code: bool = False, vision: bool = False
+    ) -> None:
         with init_empty_weights(include_buffers=False):
-            self.base: Any = AutoModelForCausalLM.from_config(
+            self.base: Any = class_of(config, vision=vision).from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
         self.base.tie_weights()
@@ -65,6 +68,8 @@ class StreamedModel:
         self._slots: dict[nn.Module, list[Slot]] = {}
         self.tied: list[str] = []
         self._put_placeholders()
+        # conversions ask for a parameter's shape by its name, which peft's layers change
+        self.base.get_parameter = dict(self.base.named_parameters(remove_duplicate=False)).__getitem__
         for name, buffer in self.base.named_buffers():
             if name in self._sources:
                 buffer.copy_(self.value(name))
@@ -127,7 +132,13 @@ class StreamedModel:
         if sources and not sources[0][0]:
             return {sources[0][1]: values}
         filed: dict[str, Tensor] = revert_weight_conversion(self.base, {parameter: values})
-        return filed
+        return {name: self._turned(name, tensor) for name, tensor in filed.items()}
+
+    def _turned(self, name: str, tensor: Tensor) -> Tensor:
+        """Return experts the way round that the files have them: transformers does not turn those of
+        Qwen3-VL's mixtures back."""
+        place = self.files.places.get(name)
+        return tensor if place is None or place.shape == tensor.shape else tensor.transpose(1, 2)
 
     def attach(self, model: Any) -> None:
         """Take the model that peft made of self.base, with the adapter's weights in it."""

@@ -175,7 +175,14 @@ def _adapter_values(adapter: ExportedAdapter, *, is_quantised: bool) -> dict[str
     if is_quantised:
         kind = "QLoRA" if kind == "LoRA" else f"{kind} (over a quantised base)"
     numbers = sum(adapter.tensors.values())
-    return {"kind": kind, "numbers": f"{numbers:,}", "megabytes": f"{numbers * 4 / 1e6:,.1f}"}
+    # Qwen3-VL has no class for AutoModelForCausalLM
+    with_vision = any(".language_model." in name for name in adapter.tensors)
+    return {
+        "kind": kind,
+        "numbers": f"{numbers:,}",
+        "megabytes": f"{numbers * 4 / 1e6:,.1f}",
+        "loader": "AutoModelForImageTextToText" if with_vision else "AutoModelForCausalLM",
+    }
 
 
 def _serving_values(

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from qwenlora.adapter.adapter_file import check_finite, read_adapter
 from qwenlora.adapter.outputs import free_folder, staging
@@ -32,7 +34,8 @@ from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, seal
 from qwenlora.run.folder import RunFolder, step_of
 from qwenlora.trainer.model.damage import read_json
-from qwenlora.trainer.model.headers import GENERATION_CONFIG
+from qwenlora.trainer.model.headers import CONFIG, GENERATION_CONFIG
+from qwenlora.trainer.model.names import WITH_VISION, todays
 
 CARD = "README.md"
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
@@ -55,6 +58,8 @@ def export(
     adapter, run = _find(folder)
     tensors = _check_whole(adapter)
     summary = summarise_run(run)
+    renames = _has_vision(summary) and todays(tensors) != tensors
+    tensors = todays(tensors) if renames else tensors
     private = Private.of_this_machine([run.path, adapter, to.parent, *_paths(summary)])
     is_final = adapter == run.adapter
     default_name = run.path.name if is_final else f"{run.path.name}-{adapter.name}"
@@ -77,6 +82,8 @@ def export(
     pack = partial(_zip, name=options.folder) if to.suffix == ".zip" else None
     with staging(to, sum(file.stat().st_size for file in adapter.iterdir()), pack) as made:
         _write_files(made, adapter, card)
+        if renames:
+            _write_todays_names(made, adapter)
         _refuse_private(made, private, ordinary)
         seal(made, but=CARD)
         files = list(made.iterdir())
@@ -148,6 +155,28 @@ def _write_files(made: Path, adapter: Path, card: Card) -> None:
                 settings["eos_token"] = TURN_END
             _write_json(made / name, settings)
     (made / CARD).write_text(card.text, encoding="utf-8")
+
+
+def _has_vision(summary: RunSummary) -> bool:
+    """Whether the base is known to be in the layout of a vision model: its config.json may not be at hand."""
+    if summary.facts is None:
+        return False
+    base, revision = summary.facts.base, summary.settings.get("model.revision")
+    file: object = Path(base) / CONFIG
+    if not Path(base).is_dir() and (name := hub_name(base)):
+        file = try_to_load_from_cache(name, CONFIG, revision=revision)
+    known = isinstance(file, str | Path) and Path(file).is_file()
+    return known and read_json(Path(str(file))).get("model_type") in WITH_VISION
+
+
+def _write_todays_names(made: Path, adapter: Path) -> None:
+    """Write weights and settings of an adapter from before it had the names that vLLM looks for."""
+    save_file(todays(load_file(adapter / checkpoints.ADAPTER)), made / checkpoints.ADAPTER, {"format": "pt"})
+    config = read_json(made / ADAPTER_CONFIG)
+    for key in ("target_modules", "target_parameters"):
+        if isinstance(names := config.get(key), list):
+            config[key] = sorted(todays(dict.fromkeys(names)))
+    _write_json(made / ADAPTER_CONFIG, config)
 
 
 def _write_json(file: Path, settings: Mapping[str, object]) -> None:

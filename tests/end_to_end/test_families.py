@@ -6,9 +6,9 @@ import json
 import forked
 import pytest
 import torch
-from made import HYBRIDS
+from made import HYBRIDS, WITH_VISION, make_with_vision
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from qwenlora.configs.schema import Data
 from qwenlora.data.chat import Encoder
@@ -44,15 +44,22 @@ log: {logging_steps: 1, wandb: off}
 WAYS = {"ddp": 2, "zero2": 2, "zero3": 2, "fsdp": 2}
 
 
-@pytest.fixture(scope="module", params=[(kind, tied) for kind in FAMILIES for tied in (True, False)], ids=str)
+EACH = [(kind, tied) for kind in FAMILIES for tied in (True, False)]
+EACH += [(kind, kind.endswith("_vl")) for kind in WITH_VISION]
+
+
+@pytest.fixture(scope="module", params=EACH, ids=str)
 def folder(request, tmp_path_factory, tiny):
     kind, tied = request.param
     folder = tmp_path_factory.mktemp(kind)
-    words = AutoTokenizer.from_pretrained(tiny)
-    torch.manual_seed(3)
-    sizes = SIZES | FAMILIES[kind] | {"vocab_size": len(words), "tie_word_embeddings": tied}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(folder / "base")
-    words.save_pretrained(folder / "base")
+    if kind in WITH_VISION:
+        make_with_vision(folder / "base", kind, tiny, tied=tied)
+    else:
+        words = AutoTokenizer.from_pretrained(tiny)
+        torch.manual_seed(3)
+        sizes = SIZES | FAMILIES[kind] | {"vocab_size": len(words), "tie_word_embeddings": tied}
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(folder / "base")
+        words.save_pretrained(folder / "base")
     (folder / "my.yaml").write_text(CONFIG.replace("BASE", str(folder / "base")))
     command(folder, "train", "my.yaml", "run_dir=one")
     return folder
@@ -70,6 +77,12 @@ def command(folder, *arguments, **more) -> str:
     )
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return answer.stdout
+
+
+def loaded(base):
+    """Return a base as transformers loads all of it."""
+    has_vision = "vision_config" in json.loads((base / "config.json").read_text())
+    return (AutoModelForImageTextToText if has_vision else AutoModelForCausalLM).from_pretrained(base)
 
 
 def losses(run, name="loss") -> list[float]:
@@ -96,7 +109,7 @@ def test_ranks_and_strategies_have_the_losses_of_one(folder):
 def test_the_loss_is_that_of_rows_alone_in_plain_peft(folder):
     words = AutoTokenizer.from_pretrained(folder / "base")
     rows = [row for _, row in rows_of_side(Data(train="example", eval="example"), "eval")]
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    base = loaded(folder / "base")
     model = PeftModel.from_pretrained(base, folder / "one" / "adapter").eval()
     total, count = 0.0, 0
     for row in Encoder(words).encode(rows):
@@ -130,12 +143,12 @@ def test_a_damaged_checkpoint_is_passed_over(folder):
 
 
 def test_plain_peft_and_the_merged_model_have_the_same_logits(folder):
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    base = loaded(folder / "base")
     before = logits(base)
     tuned = logits(PeftModel.from_pretrained(base, folder / "one" / "adapter"))
     assert (tuned - before).abs().max() > 0.05
     command(folder, "merge", "one", "merged", "--dtype", "fp32")
-    merged = logits(AutoModelForCausalLM.from_pretrained(folder / "merged"))
+    merged = logits(loaded(folder / "merged"))
     assert (merged - tuned).abs().max() < 1e-4
 
 

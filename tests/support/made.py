@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from qwenlora.configs.schema import Config, Data, Launch, Lora, Model, Train
 from qwenlora.data.prepared import Side
@@ -32,7 +33,54 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     | {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
     for kind, experts in (("qwen3_next", _EXPERTS), ("qwen3_5_text", {}), ("qwen3_5_moe_text", _EXPERTS))
 }
+_OF_TEXT = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.2},
+}
+_OF_VISION = {
+    **{"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "patch_size": 4},
+    **{"spatial_merge_size": 2, "out_hidden_size": 32},
+}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+_NETS = {name: value for name, value in HYBRIDS["qwen3_5_text"].items() if name.startswith("linear")} | {
+    "layer_types": ["linear_attention", "full_attention"]
+}
+_PLACES = {"num_position_embeddings": 16}
+# the kinds of Qwen with a vision part, and what their text and vision parts have
+WITH_VISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2_5_vl": (_MROPE, {"fullatt_block_indexes": [1], "window_size": 16}),
+    "qwen3_vl": (_MROPE, _PLACES | {"deepstack_visual_indexes": [0]}),
+    "qwen3_vl_moe": (
+        _MROPE | _EXPERTS | {"moe_intermediate_size": 24},
+        _PLACES | {"deepstack_visual_indexes": [0]},
+    ),
+    "qwen3_5": (_NETS, _PLACES),
+    "qwen3_5_moe": (_NETS | _EXPERTS, _PLACES),
+}
 NO_IDENTITY = Identity(config={}, data="", base="")
+
+
+def make_with_vision(folder: Path, kind: str, words: Path | None = None, *, tied: bool = False) -> Path:
+    """Write a small model with a vision part, its experts as Qwen's own files have them. words: a folder
+    with a tokenizer for it."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(words) if words else None
+    text, vision = WITH_VISION[kind]
+    text = _OF_TEXT | text | {"vocab_size": len(tokenizer) if tokenizer else 2048}
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = AutoConfig.for_model(
+        kind, text_config=text | ends, vision_config=_OF_VISION | vision, tie_word_embeddings=tied
+    )
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    if tokenizer:
+        tokenizer.save_pretrained(folder)
+    if kind == "qwen3_vl_moe":
+        file = folder / "model.safetensors"
+        turned = {
+            name: t.mT.contiguous() if ".experts." in name else t for name, t in load_file(file).items()
+        }
+        save_file(turned, file, {"format": "pt"})
+    return folder
 
 
 def side_of(count: int, seed: int = 0) -> Side:

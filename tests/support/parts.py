@@ -285,3 +285,14 @@ def untie(base: Path) -> None:
     file = next(f for f in base.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(f))
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, {"format": "pt"})
+
+
+def read_in_two(files: base_files.BaseFiles, weight: sharded_loading.Weight) -> Tensor:
+    """Return a parameter's values, flattened, read in two parts that meet within an expert's matrix."""
+    whole = torch.empty(weight.parameter.shape).flatten()
+    third = len(whole) // 3
+    copy = sharded_loading._source_of(files, weight)
+    assert copy is not None, weight.names
+    copy(0, whole[:third])
+    copy(third, whole[third:])
+    return whole

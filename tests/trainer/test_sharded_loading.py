@@ -5,7 +5,18 @@ import json
 
 import pytest
 import torch
-from parts import config_of, in_turn, make_base, part_of_fsdp, part_of_zero3, rename, tensors_in, turns, untie
+from parts import (
+    config_of,
+    in_turn,
+    make_base,
+    part_of_fsdp,
+    part_of_zero3,
+    read_in_two,
+    rename,
+    tensors_in,
+    turns,
+    untie,
+)
 from ranks import run_ranks
 from safetensors.torch import save_file
 
@@ -211,11 +222,7 @@ def test_experts_and_text_models_of_models_that_see_are_read_by_ranges(tmp_path,
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with BaseFiles(str(tmp_path)) as files:
         for weight in weights_of(skeleton(config_of(bases["moe"]), str(bases["moe"]))):
-            names = sharded_loading._names_in(files, weight)
-            whole = torch.empty(weight.parameter.shape).flatten()
-            third = len(whole) // 3  # within an expert's matrix
-            sharded_loading._copy(files, names, 0, whole[:third])
-            sharded_loading._copy(files, names, third, whole[third:])
+            whole = read_in_two(files, weight)
             assert torch.equal(whole, expected[weight.names[0]].flatten()), weight.names
         assert files.bytes_read == sum(tensor.nbytes for tensor in tensors.values())
     del tensors[f"model.{layout}layers.1.mlp.experts.3.up_proj.weight"]
@@ -224,7 +231,7 @@ def test_experts_and_text_models_of_models_that_see_are_read_by_ranges(tmp_path,
         missing = [
             w
             for w in weights_of(skeleton(config_of(bases["moe"]), str(bases["moe"])))
-            if not sharded_loading._names_in(files, w)
+            if not sharded_loading._source_of(files, w)
         ]
     assert [w.names for w in missing] == [["model.layers.1.mlp.experts.gate_up_proj"]]
 

@@ -15,6 +15,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from qwenlora.trainer.model.names import names_in
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.spread.zero import OptimizerState
 
@@ -101,12 +102,6 @@ def names_in_file(model: Any) -> dict[str, str]:
     return {name: by_address[p.data_ptr()] for name, p in model.named_parameters() if p.requires_grad}
 
 
-def adapter_by_parameter(content: bytes, names: dict[str, str]) -> dict[str, Tensor]:
-    """Return a saved adapter's tensors by parameter's name. names: from names_in_file()."""
-    saved = load_safetensors(content)
-    return {name: saved[in_file] for name, in_file in names.items()}
-
-
 def check_alike(adapter: dict[str, Tensor], device: torch.device) -> None:
     """Compare the ranks' adapters. Raises: TrainingFault, on all, naming ranks that differ from rank 0."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -132,7 +127,7 @@ def not_finite(adapter: dict[str, Tensor]) -> str:
 
 def check_fits(model: Any, content: bytes, checkpoint: Path) -> dict[str, Tensor]:
     """Return a checkpoint's adapter. Raises: ValueError when its names or shapes are not the model's."""
-    saved: dict[str, Tensor] = load_safetensors(content)
+    saved: dict[str, Tensor] = names_in(model, load_safetensors(content))
     own = adapter_of(model)
     for name in sorted(saved.keys() | own.keys()):
         if name not in saved or name not in own:
@@ -163,7 +158,7 @@ def restore_optimizer(
 ) -> None:
     """Put a checkpoint's optimizer state back by parameter name; rates and decay are the config's."""
     names = _names(model)
-    saved = state_by_parameter(content)
+    saved = state_by_parameter(model, content)
     packed = optimizer.state_dict()  # which has numbers in place of parameters
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     packed["state"] = {
@@ -176,10 +171,10 @@ def restore_optimizer(
     restore_settings(optimizer, settings)
 
 
-def state_by_parameter(content: bytes) -> OptimizerState:
+def state_by_parameter(model: Any, content: bytes) -> OptimizerState:
     """Return an optimizer's saved state."""
     state: OptimizerState = {}
-    for full_name, value in load_safetensors(content).items():
+    for full_name, value in names_in(model, load_safetensors(content)).items():
         name, _, key = full_name.rpartition("/")
         state.setdefault(name, {})[key] = value
     return state

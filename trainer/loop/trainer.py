@@ -436,8 +436,8 @@ class LoraTrainer(Trainer):
         content = checkpoints.content(checkpoint, ADAPTER)
         if self.zero:
             with self.whole():
-                states.check_fits(self.peft_model, content, checkpoint)
-            self.zero.restore_parameters(states.adapter_by_parameter(content, self._names_in_file))
+                saved = states.check_fits(self.peft_model, content, checkpoint)
+            self.zero.restore_parameters({name: saved[own] for name, own in self._names_in_file.items()})
         else:
             states.restore_adapter(self.peft_model, content, checkpoint)
 
@@ -445,7 +445,7 @@ class LoraTrainer(Trainer):
         settings = checkpoints.read_state(checkpoint).optimizer_groups
         content = checkpoints.content(checkpoint, OPTIMIZER)
         if self.zero:
-            self.zero.restore_state(states.state_by_parameter(content))
+            self.zero.restore_state(states.state_by_parameter(self.peft_model, content))
             states.restore_settings(self._adam, settings)
         else:
             states.restore_optimizer(self.peft_model, self._adam, content, settings)

@@ -29,6 +29,8 @@ MLPS = (
     "Qwen3NextMLP",
     "Qwen3_5MLP",
     "Qwen3_5MoeMLP",
+    "Qwen3VLTextMLP",
+    "Qwen3VLMoeTextMLP",
     "LlamaMLP",
     "MistralMLP",
 )

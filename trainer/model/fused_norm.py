@@ -17,6 +17,9 @@ CLASSES = (
     "Qwen3RMSNorm",
     "Qwen2MoeRMSNorm",
     "Qwen3MoeRMSNorm",
+    "Qwen2_5_VLRMSNorm",
+    "Qwen3VLTextRMSNorm",
+    "Qwen3VLMoeTextRMSNorm",
     "LlamaRMSNorm",
     "MistralRMSNorm",
 )

@@ -5,12 +5,13 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenlora.configs.schema import Config
 from qwenlora.run.format import and_more, shape
 from qwenlora.trainer.model import head
+from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.model.base import hub_errors
 from qwenlora.trainer.model.nf4_loading import experts_too
 from qwenlora.trainer.model.pretrained import quantised_files, read_config_of, unties
@@ -45,7 +46,7 @@ def load_base(config: Config, base: str) -> Any:
     if own_head := unties(config, base, model_config, download=True):
         head.untie(model_config)
     with hub_errors("model.name_or_path", config.model.name_or_path), experts_too():
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = class_of(model_config).from_pretrained(
             base,
             dtype=dtype,
             attn_implementation=config.model.attn_implementation,
@@ -96,7 +97,7 @@ def refuse_misfits(config: Config, loading: dict[str, Any]) -> None:
 def set_up(model: Any, recomputed: int = 0) -> None:
     """Prepare a base model for training, however it was loaded. recomputed: layers, from the first, that
     compute their activations again in the backward pass."""
-    model.config.use_cache = False
+    model.config.get_text_config().use_cache = False
     leave_out_router_loss(model.config)
     if not recomputed:
         return

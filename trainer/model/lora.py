@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from torch import Tensor
 
 from qwenlora.configs.schema import ALL_LINEAR, Config, Lora
 from qwenlora.plan.flops import share_of_experts
@@ -16,8 +16,10 @@ from qwenlora.plan.widths import widths
 from qwenlora.run.format import and_more
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import nf4_loading, patterns, targets
+from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.model.files import check_init_from
 from qwenlora.trainer.model.kinds import count_kinds, count_trained
+from qwenlora.trainer.model.names import VISION, WITHOUT_VISION, has_vision, names_in
 from qwenlora.trainer.model.pretrained import load_config_of
 from qwenlora.trainer.model.work import work_of
 
@@ -96,6 +98,8 @@ def _inject(model: Any, lora: Lora, revision: str | None, saved: Path | None) ->
             settings.target_modules,
             settings.target_parameters,
         )
+    if has_vision(model.config):
+        written.exclude_modules = patterns.also_excluded(written.exclude_modules, WITHOUT_VISION)
     patterns.check_patterns(lora, written, (*tuner.targeted_module_names, *tuner.targeted_parameter_names))
     return peft_model
 
@@ -169,7 +173,7 @@ def _check_names(key: str, wanted: list[str] | None, existing: list[str]) -> Non
 
 def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
     """Put a saved adapter's weights into the model. Raises: ValueError when it does not fit."""
-    weights = load_peft_weights(str(folder), device="cpu")
+    weights = _without_vision(lora, names_in(model, load_peft_weights(str(folder), device="cpu")))
     try:
         result = set_peft_model_state_dict(model, weights)
     except KeyError as error:  # the adapter lacks a whole module
@@ -190,13 +194,25 @@ def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
         )
 
 
+def _without_vision(lora: Lora, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors without those of the vision part, which no row of text has changed. Raises:
+    ValueError when they were trained on others."""
+    of_vision = {name: values for name, values in weights.items() if VISION in name.split(".")}
+    if trained := [name for name, values in of_vision.items() if "lora_A" not in name and bool(values.any())]:
+        raise ValueError(
+            f"lora.init_from={lora.init_from} changes the vision part ({trained[0]}), which is not trained"
+            " here; merge it (qwenlora merge), and begin a new adapter on the merged model"
+        )
+    return {name: values for name, values in weights.items() if name not in of_vision}
+
+
 def count_parameters(config: Config, base: str, saved: Path | None = None) -> Parameters:
     """Return the run's parameter counts without loading a weight (on torch's meta device). saved: the
     checkpoint that the run goes on from. Raises: ValueError when the base cannot be quantised, or the adapter
     does not fit it."""
     model_config = load_config_of(config, base)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = class_of(model_config).from_config(
             model_config, trust_remote_code=config.model.trust_remote_code, dtype=torch.float32
         )
         total = sum(p.numel() for p in model.parameters())

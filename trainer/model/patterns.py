@@ -32,6 +32,15 @@ def _is_excluded(lora: Lora, name: str) -> bool:
     return any(f".{name}".endswith(f".{one}") for one in excluded)
 
 
+def also_excluded(excluded: str | Collection[str] | None, expression: str) -> str:
+    """Return exclude_modules as one regular expression that leaves out more. excluded: as peft has it."""
+    if not excluded:
+        return expression
+    if not isinstance(excluded, str):
+        excluded = rf"(.*\.)?({'|'.join(map(re.escape, sorted(excluded)))})"
+    return f"{excluded}|{expression}"
+
+
 def check_selection(model: Any, lora: Lora) -> None:
     """Refuse modules or layers to leave out that the model does not have, and what is no regular expression.
     Raises: ValueError."""

@@ -13,6 +13,7 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.hidden import show_bitsandbytes
 from qwenlora.trainer.model import damage, head, quantised
 from qwenlora.trainer.model.base import TINY, hub_errors, resolve
+from qwenlora.trainer.model.names import WITH_VISION
 from qwenlora.trainer.model.suitability import leave_out_router_loss
 from qwenlora.trainer.model.tiny import build_tiny
 
@@ -115,7 +116,7 @@ def read_config_of(config: Config, base: str) -> Any:
             raise ValueError(
                 f"model.name_or_path={config.model.name_or_path}: {str(error).splitlines()[0]}"
             ) from error
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *WITH_VISION}
     if model_config.model_type not in known and not config.model.trust_remote_code:
         qwens = ", ".join(sorted(name for name in known if name.startswith("qwen")))
         raise ValueError(

@@ -26,7 +26,7 @@ def attend_row_by_row(model: Any, *, states_apart: bool = False) -> bool:
         device().type == "cpu"
         and model.config._attn_implementation == "sdpa"
         and layer_kinds(model.config) <= {"full_attention"} | ({LINEAR} if states_apart else set())
-        and not getattr(model.config, "attention_dropout", 0.0)
+        and not getattr(model.config.get_text_config(), "attention_dropout", 0.0)
         # models with linear attention pass position_ids on to their attention, too, but do not say so
         and (states_apart or bool(getattr(model, "_supports_attention_backend", False)))
     )

@@ -22,21 +22,23 @@ from qwenlora.configs.schema import ALL_LINEAR, Lora
 from qwenlora.plan.kinds import LEFT_OUT, NOT_LINEAR, kind_of
 from qwenlora.trainer.model.files import PATTERNS, peft_s_own
 from qwenlora.trainer.model.kinds import linear_layers, stacks
+from qwenlora.trainer.model.names import has_vision, names_in
 from qwenlora.trainer.model.patterns import is_chosen
 
 
-def resolve(model: nn.Module, lora: Lora, settings: LoraConfig, saved: Path | None) -> None:
+def resolve(model: Any, lora: Lora, settings: LoraConfig, saved: Path | None) -> None:
     """Put the names that all-linear means into peft's settings; on models without experts peft knows them.
     saved: the checkpoint that the run goes on from; what it, or else lora.init_from, trains is trained.
     Raises: ValueError when that is not what the config says, or when there is nothing to name."""
     stacked = stacks(model)
     if not stacked:
         modules = _modules(model, ())
-        if lora.layers_to_transform is not None:  # peft wants names then
+        # peft wants names then, or would write them in full
+        if lora.layers_to_transform is not None or has_vision(model.config):
             settings.target_modules = modules
         return
     if like := saved or (Path(lora.init_from).expanduser() if lora.init_from else None):
-        theirs: Any = PeftConfig.from_pretrained(str(like))
+        theirs = saved_settings(model, like)
         _check_like(model, lora, theirs, like, experts=not saved)
         settings.target_modules, settings.target_parameters = theirs.target_modules, theirs.target_parameters
         for key in PATTERNS:
@@ -50,6 +52,15 @@ def resolve(model: nn.Module, lora: Lora, settings: LoraConfig, saved: Path | No
     parameters = {_end(name, 3) for name in stacked} if lora.experts == "all" else set()
     parameters = _chosen(model, lora, parameters | named_by_weight | set(lora.target_parameters or ()))
     settings.target_parameters = sorted(parameters) or None
+
+
+def saved_settings(model: Any, folder: Path) -> Any:
+    """Return an adapter's settings; where they name modules or parameters in full, by a model's names."""
+    settings: Any = PeftConfig.from_pretrained(str(folder))
+    for key in ("target_modules", "target_parameters"):
+        if (names := getattr(settings, key)) and not isinstance(names, str):
+            setattr(settings, key, type(names)(names_in(model, dict.fromkeys(names))))
+    return settings
 
 
 def _chosen(model: nn.Module, lora: Lora, parameters: set[str]) -> set[str]:

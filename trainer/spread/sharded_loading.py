@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
 
 from qwenlora.configs.schema import Config
+from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.model.base import hub_errors
 from qwenlora.trainer.model.base_files import BaseFiles, peak_memory
 from qwenlora.trainer.model.loading import device, pick_dtype, refuse_misfits
-from qwenlora.trainer.model.pretrained import load_config_of
+from qwenlora.trainer.model.pretrained import load_config_of, read_config_of
 from qwenlora.trainer.spread.zero import DeepSpeedConfig
 
 log = logging.getLogger("qwenlora")
@@ -51,7 +51,7 @@ class WholeBase:
 
     def __init__(self, config: Config, base: str) -> None:
         model: Any
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = class_of(read_config_of(config, base)).from_pretrained(
             base,
             dtype=pick_dtype(config.model.dtype),
             trust_remote_code=config.model.trust_remote_code,
@@ -71,6 +71,8 @@ class WholeBase:
 Copy = Callable[[int, Tensor], None]  # fills a tensor with a flattened weight's elements, from a number on
 # what transformers holds as one tensor for all experts, and files as some for each, which follow one another
 OF_AN_EXPERT = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# classes of experts whose matrices lie the other way round in Qwen's own files
+TURNED_IN_FILES = ("Qwen3VLMoeTextExperts",)
 
 
 def weights_of(model: nn.Module) -> list[Weight]:
@@ -94,7 +96,7 @@ def skeleton(config: Config, base: str) -> Any:
             " sharded; name the model it was made from, or set strategy.name: ddp"
         )
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(
+        model: Any = class_of(model_config).from_config(
             model_config,
             dtype=pick_dtype(config.model.dtype),
             attn_implementation=config.model.attn_implementation,
@@ -242,35 +244,41 @@ def _move_buffers(model: nn.Module, to: torch.device) -> None:
 def _fill(config: Config, base: str, weights: list[Weight], fill: Callable[[Weight, Copy], None]) -> int:
     """Call fill with each parameter and what copies its values; return the bytes read."""
     with BaseFiles(base, config.model.revision) as files:
-        names = [_names_in(files, weight) for weight in weights]
-        if all(names):
-            for weight, parts in zip(weights, names, strict=True):
-                fill(weight, partial(_copy, files, parts))
+        sources = [source for source in (_source_of(files, weight) for weight in weights) if source]
+        if len(sources) == len(weights):
+            for weight, source in zip(weights, sources, strict=True):
+                fill(weight, source)
             return files.bytes_read
     bytes_read = 0
     # one rank after the other, so that a node holds one whole base at a time
     for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
         if turn == int(os.environ.get("LOCAL_RANK", "0")):
-            source = WholeBase(config, base)
+            whole = WholeBase(config, base)
             for weight in weights:
-                fill(weight, partial(source.copy, weight.names[0]))
-            bytes_read = source.bytes_read
-            del source
+                fill(weight, partial(whole.copy, weight.names[0]))
+            bytes_read = whole.bytes_read
+            del whole
         dist.barrier()
     return bytes_read
 
 
-def _names_in(files: BaseFiles, weight: Weight) -> list[str]:
-    """Return the tensors in the files that are a parameter, one after the other; empty if there are none."""
+def _source_of(files: BaseFiles, weight: Weight) -> Copy | None:
+    """Return what copies a parameter's values from the files; None if they do not have it as it is."""
     shape = tuple(getattr(weight.parameter, "ds_shape", weight.parameter.shape))
+    turned = type(weight.holders[0][0]).__name__ in TURNED_IN_FILES and (shape[0], *shape[:0:-1])
     for name in weight.names:
-        # a model that sees pictures has its text model one level deeper
-        for in_files in (name, name.replace("model.", "model.language_model.", 1)):
-            if in_files in files.places and files.places[in_files].shape == shape:
-                return [in_files]
+        # today's name, that of older files (Qwen2.5-VL's), and that of a text model in files of a full one
+        older = name.replace("model.language_model.", "model.", 1)
+        full = name.replace("model.", "model.language_model.", 1)
+        for in_files in (name, older, full):
+            stored = files.places[in_files].shape if in_files in files.places else None
+            if stored == shape:
+                return partial(_copy, files, [in_files])
+            if turned and stored == turned:
+                return partial(_copy_turned, files, in_files)
             if experts := _experts_in(files, in_files, shape):
-                return experts
-    return []
+                return partial(_copy, files, experts)
+    return None
 
 
 def _experts_in(files: BaseFiles, name: str, shape: tuple[int, ...]) -> list[str]:
@@ -295,6 +303,18 @@ def _copy(files: BaseFiles, names: list[str], start: int, to: Tensor) -> None:
         if count:
             files.copy(name, start, flat[:count])
         flat, start = flat[count:], max(start - size, 0)
+
+
+def _copy_turned(files: BaseFiles, name: str, start: int, to: Tensor) -> None:
+    """As _copy, from a tensor whose matrices lie the other way round in the files."""
+    flat, (_, rows, columns) = to.view(-1), files.places[name].shape
+    size = rows * columns
+    while flat.numel():
+        matrix, skipped = divmod(start, size)
+        count = min(size - skipped, flat.numel())
+        values = files.read(name, matrix * size, (matrix + 1) * size).view(rows, columns).t().flatten()
+        flat[:count].copy_(values[skipped : skipped + count])
+        flat, start = flat[count:], start + count
 
 
 def _report(started: float, bytes_read: int) -> None:
