@@ -56,10 +56,8 @@ def export(
     if base is not None and (hub_name(base) != base or Path(base).is_dir()):
         raise ValueError(f"--base {base} is no name on a hub; write it like Qwen/Qwen2.5-7B-Instruct")
     adapter, run = _find(folder)
-    tensors = _check_whole(adapter)
-    summary = summarise_run(run)
-    renames = _has_vision(summary) and todays(tensors) != tensors
-    tensors = todays(tensors) if renames else tensors
+    held, summary = _check_whole(adapter), summarise_run(run)
+    tensors = todays(held) if _has_vision(summary) else held
     private = Private.of_this_machine([run.path, adapter, to.parent, *_paths(summary)])
     is_final = adapter == run.adapter
     default_name = run.path.name if is_final else f"{run.path.name}-{adapter.name}"
@@ -81,9 +79,7 @@ def export(
     ordinary = " ".join([card_template(), options.folder, name or "", card.base, license or ""])
     pack = partial(_zip, name=options.folder) if to.suffix == ".zip" else None
     with staging(to, sum(file.stat().st_size for file in adapter.iterdir()), pack) as made:
-        _write_files(made, adapter, card)
-        if renames:
-            _write_todays_names(made, adapter)
+        _write_files(made, adapter, card, renamed=tensors != held)
         _refuse_private(made, private, ordinary)
         seal(made, but=CARD)
         files = list(made.iterdir())
@@ -136,8 +132,9 @@ def _is_path(value: str) -> bool:
     return value.startswith(("/", "~/"))
 
 
-def _write_files(made: Path, adapter: Path, card: Card) -> None:
-    """Write the weights and vocabulary as they are, settings without paths, and the card."""
+def _write_files(made: Path, adapter: Path, card: Card, *, renamed: bool) -> None:
+    """Write weights and vocabulary as they are, settings without paths, and the card. renamed: the weights
+    get today's names."""
     for name in (checkpoints.ADAPTER, *VOCABULARY, TEMPLATE):
         if (adapter / name).is_file():
             shutil.copyfile(adapter / name, made / name)
@@ -147,6 +144,8 @@ def _write_files(made: Path, adapter: Path, card: Card) -> None:
     if isinstance(config.get("target_modules"), list):
         config["target_modules"] = sorted(config["target_modules"])  # peft saves a set, in any order
     _write_json(made / ADAPTER_CONFIG, config)
+    if renamed:
+        _write_todays_names(made, adapter)
     for name in SETTINGS:
         if (adapter / name).is_file():
             settings = read_json(adapter / name)
