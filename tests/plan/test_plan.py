@@ -196,9 +196,8 @@ def test_goodput_falls_with_failures_and_with_rare_saves():
 )
 def test_numbers_of_gpus_that_make_no_sense_are_refused(qwenlora, tmp_path, sizes, message):
     (tmp_path / "my.yaml").write_text("model: {name_or_path: Qwen/Qwen2.5-7B}\ndata: {train: example}\n")
-    answer = qwenlora(
-        "plan", "my.yaml", "--gpu", "h100", "--gpus-per-node", "8", "--scale", sizes, cwd=tmp_path
-    )
+    options = ("--gpu", "h100", "--gpus-per-node", "8", "--scale", sizes)
+    answer = qwenlora("plan", str(tmp_path / "my.yaml"), *options)
     assert answer.returncode == 2
     assert message in answer.stderr
 
