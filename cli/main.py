@@ -17,6 +17,8 @@ from qwenlora.run.lossy_output import escape_what_the_terminal_lacks
 
 GROUPS = {"config": "Look at configs.", "data": "Look at the rows of a config, before training."}
 COMMANDS = {  # {command: the module of cli/ with the function of that name}
+    "init": "init_command",
+    "recipes": "init_command",
     "plan": "plan_command",
     "train": "train_commands",
     "preflight": "train_commands",

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from qwenlora.configs.combinations import SHARDED, problems
+from qwenlora.configs.combinations import SHARDED, ZERO, problems
 from qwenlora.configs.estimate import MemoryNeed, decide, need, recomputed_layers
 from qwenlora.configs.schema import Config
 from qwenlora.data.order import total_steps
@@ -157,7 +157,8 @@ def best_way(case: Case) -> Way | None:
     the smallest micro-batch which sends least, since these come first."""
     best: Way | None = None
     for each in _sizes(case):
-        for found in _ways(each):
+        # what needs no DeepSpeed comes first, as for strategy.name: auto
+        for found in sorted(_ways(each), key=lambda way: way.strategy in ZERO):
             better = best is None or found.tokens_s > ALIKE * best.tokens_s
             if found.fit == "fits" and better:
                 best = found

@@ -1,0 +1,77 @@
+"""`qwenlora init` and `qwenlora recipes`."""
+
+import re
+import shutil
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwenlora.cli.arguments import screen
+from qwenlora.configs.wording import did_you_mean
+from qwenlora.plan import hardware
+from qwenlora.plan.bases import TINY
+from qwenlora.plan.first_config import Task, Wish, first_config
+from qwenlora.run.hardware import gpu_names
+
+RECIPES = resources.files("qwenlora.configs")
+
+
+def init(
+    name: Annotated[str, typer.Argument(help="Of the config, NAME.yaml, and of its run.")] = "my",
+    model: Annotated[str | None, typer.Option(help="A folder or hub name, as Qwen/Qwen3-8B.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your rows, as my.jsonl.")] = None,
+    task: Annotated[Task | None, typer.Option(help="What it is for. Default: what the rows are.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Kind of GPU, as h100. Default: this machine's.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many. Default: this machine's.")] = None,
+) -> int:
+    """Write a config for your base, rows and GPUs, with its reasons as comments; without --model and --data
+    the embedded example, which any machine trains in a minute."""
+    file = Path(f"{name}.yaml")
+    if file.name != str(file) or file.exists():
+        why = "exists already" if file.exists() else "is no plain name"
+        raise ValueError(f"{file} {why}; choose another name: qwenlora init NAME")
+    if model is None and data is None:
+        text = RECIPES.joinpath("tiny.yaml").read_text(encoding="utf-8")
+    else:
+        names = gpu_names()
+        kind = hardware.named(gpu) if gpu else next(map(hardware.of_driver, names), None)
+        text = first_config(
+            Wish(name, model or TINY, data or "example", task, kind, gpus or (1 if gpu else len(names) or 1))
+        )
+    file.write_text(text, encoding="utf-8")
+    console = screen()
+    console.print(f"{file} is written; next:")
+    for command in (f"qwenlora data check {file}", f"qwenlora train {file}"):
+        console.print(f"  {command}", soft_wrap=True)
+    return 0
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe, to be copied.")] = None,
+    to: Annotated[Path | None, typer.Argument(help="Where it goes. Default: this folder.")] = None,
+) -> int:
+    """List the configs that come with qwenlora, or copy one."""
+    there = {file.name.removesuffix(".yaml"): file for file in _recipes()}
+    if name is None:
+        for each, file in there.items():
+            comment = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+            screen().print(f"{each:28}{re.split('[:.] ', comment)[0]}", soft_wrap=True)
+        screen().print("\ncopy one: qwenlora recipes NAME")
+        return 0
+    found = there.get(name.removesuffix(".yaml"))
+    if found is None:
+        otherwise = "list them: qwenlora recipes"
+        raise ValueError(f"there is no recipe {name}; {did_you_mean(name, there, otherwise)}")
+    target = to or Path(found.name)
+    target = target / found.name if target.is_dir() else target
+    if target.exists():
+        raise ValueError(f"{target} exists already; name another file: qwenlora recipes {name} FILE")
+    shutil.copyfile(found, target)
+    screen().print(f"{target} is written; next: qwenlora train {target} data.train=my.jsonl", soft_wrap=True)
+    return 0
+
+
+def _recipes() -> list[Path]:
+    return sorted(Path(str(file)) for file in RECIPES.iterdir() if file.name.endswith(".yaml"))
