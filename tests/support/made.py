@@ -18,6 +18,7 @@ from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
+from qwenlora.trainer.model.architecture import class_of
 
 _EXPERTS = {
     "num_experts": 4,
@@ -161,13 +162,13 @@ def trainer_of(
     place=str,
     **services,
 ):
-    """Return a trainer with the tiny model and a new adapter; its checkpoints go to folder.
+    """Return a trainer with a new adapter; its checkpoints go to folder.
 
-    services: Services' fields besides the saver.
+    tiny: the tiny model, or another one; services: Services' fields besides the saver.
     """
     torch.manual_seed(0)
     lora = LoraConfig(target_modules="all-linear", lora_dropout=config.lora.lora_dropout)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lora)
+    model = get_peft_model(class_of(AutoConfig.from_pretrained(tiny)).from_pretrained(tiny), lora)
     run = RunFolder(folder)
     limit = config.train.save_total_limit
     saver = Saver(run, NO_IDENTITY, 1, limit=limit, in_background=True, timeout_s=600)

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from made import WITH_VISION, make_with_vision
+from made import (
+    WITH_VISION,
+    config_of,
+    make_with_vision,
+    plain_loss_and_gradients,
+    side_of,
+    trainer_of,
+)
 from parts import read_in_two
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -148,6 +155,16 @@ def test_losses_and_gradients_are_those_of_rows_in_peft_on_the_full_class(base, 
         for name, p in ours.named_parameters():
             if p.requires_grad:
                 assert torch.allclose(p.grad, gradients[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl_moe"])
+def test_a_steps_loss_is_that_of_its_rows_in_the_full_class_however_it_is_cut(tiny, tmp_path, kind):
+    base, side = make_with_vision(tmp_path / "base", kind, tiny), side_of(8)
+    config = config_of(per_device_train_batch_size=2, max_steps=1)
+    made = trainer_of(base, tmp_path / "run", side, config)
+    made.train()
+    loss, _ = plain_loss_and_gradients(whole(base), side, range(8))
+    assert made.state.log_history[0]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
 def test_rows_would_see_each_other_without_four_positions(folders):
