@@ -122,7 +122,7 @@ def test_adapters_of_both_names_are_combined(folders, tmp_path):
     text = AutoModelForCausalLM.from_pretrained(base)
     of_qwenlora(base, tmp_path / "old", text, target_modules=targets)
     of_qwenlora(base, tmp_path / "new", target_modules=targets)
-    subjects = [find(str(tmp_path / name)) for name in ("old", "new")]
+    subjects = [find(str(tmp_path / name)) for name in ("new", "old")]
     merge(subjects, tmp_path / "out", MergeOptions(weights="0.5,0.5"))
     expected = PeftModel.from_pretrained(whole(base), tmp_path / "new")  # both have the same numbers
     assert (logits(whole(tmp_path / "out")) - logits(expected)).abs().max() < 1e-4
