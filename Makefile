@@ -67,6 +67,7 @@ format: $(VENV)/.installed-test
 
 schema: $(VENV)/.installed
 	$(BIN)/qwenlora config schema > configs/schema.json
+	$(BIN)/qwenlora config keys --markdown > docs/config.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

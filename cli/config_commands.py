@@ -1,16 +1,21 @@
-"""`qwenlora config show`, `qwenlora config from` and `qwenlora config schema`."""
+"""`qwenlora config show`, `config keys`, `config from` and `config schema`."""
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qwenlora.cli.arguments import ConfigFile, Overrides
+from qwenlora.cli.arguments import ConfigFile, Overrides, screen
 from qwenlora.configs import Config, load_config
 from qwenlora.configs.convert import convert
+from qwenlora.configs.keys import FIELDS, SECTIONS
 from qwenlora.configs.load import to_yaml
+from qwenlora.configs.reference import as_markdown, default_of, kind_of
+from qwenlora.configs.wording import did_you_mean
+from qwenlora.run.format import as_yaml
 
 
 def show(config: ConfigFile, overrides: Overrides = None) -> int:
@@ -31,6 +36,30 @@ def from_(
             end="",
             file=sys.stderr,
         )
+    return 0
+
+
+def keys(
+    part: Annotated[
+        str | None, typer.Argument(help="A section, as train, or a part of a key's name.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All, as docs/config.md has them.")] = False,
+) -> int:
+    """List the keys that a config may have: type, default, meaning."""
+    wanted = (part or "").lower()
+    found = {key: field for key, field in FIELDS.items() if wanted in key.lower()}
+    if not found:
+        names = {key.rpartition(".")[2] for key in FIELDS}
+        otherwise = f"the sections are {', '.join(SECTIONS)}"
+        raise ValueError(f"no key has {part} in its name; {did_you_mean(wanted, names, otherwise)}")
+    if markdown:
+        print(as_markdown(), end="")
+        return 0
+    console = screen()
+    for key, field in found.items():
+        default = f" = {as_yaml(default_of(field))}" if not field.is_required() else ""
+        console.print(f"{key}: {kind_of(field)}{default}", style="bold", soft_wrap=True)
+        console.print(textwrap.indent(textwrap.fill(field.description or "", console.width - 4), "    "))
     return 0
 
 

@@ -22,27 +22,34 @@ COMMANDS = {  # {command: the module of cli/ with the function of that name}
     "plan": "plan_command",
     "train": "train_commands",
     "preflight": "train_commands",
-    "submit": "submit_commands",
-    "sweep": "submit_commands",
-    "status": "run_commands",
-    "logs": "run_commands",
-    "cancel": "run_commands",
-    "resume": "submit_commands",
-    "site": "submit_commands",
-    "verify": "adapter_commands",
-    "merge": "adapter_commands",
-    "chat": "adapter_commands",
-    "compare": "adapter_commands",
-    "report": "report_command",
-    "runs": "run_commands",
-    "diff": "run_commands",
-    "export": "adapter_commands",
-    "convert-qwen1": "adapter_commands",
     "config show": "config_commands",
+    "config keys": "config_commands",
     "config from": "config_commands",
     "config schema": "config_commands",
     "data check": "data_commands",
     "data preview": "data_commands",
+    "submit": "submit_commands",
+    "sweep": "submit_commands",
+    "cancel": "run_commands",
+    "resume": "submit_commands",
+    "site": "submit_commands",
+    "status": "run_commands",
+    "logs": "run_commands",
+    "report": "report_command",
+    "runs": "run_commands",
+    "diff": "run_commands",
+    "verify": "adapter_commands",
+    "compare": "adapter_commands",
+    "chat": "adapter_commands",
+    "merge": "adapter_commands",
+    "export": "adapter_commands",
+    "convert-qwen1": "adapter_commands",
+}
+PANELS = {
+    **dict.fromkeys(("init", "recipes", "plan", "train", "preflight", *GROUPS), "Start"),
+    **dict.fromkeys(("submit", "sweep", "cancel", "resume", "site"), "Jobs"),
+    **dict.fromkeys(("status", "logs", "report", "runs", "diff"), "Runs"),
+    **dict.fromkeys(("verify", "compare", "chat", "merge", "export", "convert-qwen1"), "After training"),
 }
 
 
@@ -135,10 +142,10 @@ def _whole() -> typer.Typer:
     groups = {"": whole}
     for name, text in GROUPS.items():
         groups[name] = _group(cls=LazyGroup, help=text, no_args_is_help=True)
-        whole.add_typer(groups[name], name=name)
+        whole.add_typer(groups[name], name=name, rich_help_panel=PANELS[name])
     for name in COMMANDS:
         group, _, command = name.rpartition(" ")
-        groups[group].command(command, help=help_of(name))(_listed)
+        groups[group].command(command, help=help_of(name), rich_help_panel=PANELS.get(name))(_listed)
     return whole
 
 

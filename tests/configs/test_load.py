@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenlora.configs import Config, load_config
-from qwenlora.configs.keys import differences
+from qwenlora.configs.keys import FIELDS, differences
 from qwenlora.configs.load import to_yaml
+from qwenlora.configs.reference import as_markdown, kind_of
 from qwenlora.configs.yaml_file import parse_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -201,6 +202,20 @@ def test_the_json_schema_for_editors_is_current():
     assert json.loads((ROOT / "configs" / "schema.json").read_text()) == Config.model_json_schema(), (
         "run `make schema`"
     )
+
+
+def test_the_page_of_keys_is_current_and_every_key_has_a_kind():
+    assert (ROOT / "docs" / "config.md").read_text() == as_markdown(), "run `make schema`"
+    assert [key for key, field in FIELDS.items() if kind_of(field) == "anything"] == []
+
+
+def test_keys_are_listed_by_a_part_of_their_name(qwenlora):
+    said = qwenlora("config", "keys", "checkpointing").stdout
+    assert said.startswith("train.gradient_checkpointing: a whole number or true, false or auto = auto\n")
+    assert said.count("\n") < 8
+    refused = qwenlora("config", "keys", "max_lenght")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: no key has max_lenght in its name; did you mean max_length?\n"
 
 
 def test_every_key_is_described():
