@@ -160,7 +160,7 @@ def _made(config: Config, name: str, processes: int, accumulation: int) -> Setti
         zero["zero_hpz_partition_size"] = processes
     return {
         "train_micro_batch_size_per_gpu": config.train.per_device_train_batch_size,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": _steps(config, accumulation),
         "gradient_clipping": config.train.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -172,6 +172,11 @@ def _made(config: Config, name: str, processes: int, accumulation: int) -> Setti
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
     }
+
+
+def _steps(config: Config, accumulation: int) -> int | str:
+    """Return DeepSpeed's gradient_accumulation_steps: auto until the size of a micro-batch is found."""
+    return "auto" if config.train.per_device_train_batch_size == "auto" else accumulation
 
 
 def _fixed(config: Config, name: str, processes: int, accumulation: int) -> dict[str, Fixed]:
@@ -192,7 +197,8 @@ def _fixed(config: Config, name: str, processes: int, accumulation: int) -> dict
             f"train.per_device_train_batch_size={train.per_device_train_batch_size}",
         ),
         "gradient_accumulation_steps": Fixed(
-            accumulation, f"train.global_batch_size={train.global_batch_size} over all processes"
+            _steps(config, accumulation),
+            f"train.global_batch_size={train.global_batch_size} over all processes",
         ),
         "train_batch_size": Fixed(
             train.global_batch_size, f"train.global_batch_size={train.global_batch_size}"

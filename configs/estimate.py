@@ -3,7 +3,7 @@
 1 GB is 1e9 bytes. Estimates are within a fifth of published runs of a 7B (tests/configs/test_estimate.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ def tokens_at_once(config: Config, sizes: Sizes) -> int:
     """Return how many tokens a GPU holds at once."""
     longest, limit = sizes.longest, config.data.max_length
     row = limit if packs_rows(config, on_gpu=True) or not longest else min(longest, limit)
-    return -(-config.train.per_device_train_batch_size * row // config.strategy.sequence_parallel)
+    return -(-config.train.micro_batch * row // config.strategy.sequence_parallel)
 
 
 def need(
@@ -132,6 +132,28 @@ def recomputed_layers(
         return _need(config, sizes, name, machine, shard_group, layers).total <= machine.gpu_bytes
 
     return next(filter(fits, range(sizes.layers)), sizes.layers)
+
+
+def micro_batch(
+    config: Config, sizes: Sizes, decision: Decision, machine: Machine, among: Sequence[int], memory: int
+) -> int:
+    """Return the largest micro-batch whose step needs no more than memory, in bytes, and no more layers that
+    are computed again than the smallest: these cost more time than a larger micro-batch saves. among: sizes
+    to choose from, the largest first; the smallest is taken if none fits."""
+    smallest = cut_into(config, among[-1])
+    layers = recomputed_layers(smallest, sizes, decision.name, machine, decision.shard_group)
+
+    def fits(size: int) -> bool:
+        cut = cut_into(config, size)
+        return _need(cut, sizes, decision.name, machine, decision.shard_group, layers).total <= memory
+
+    return next(filter(fits, among), among[-1])
+
+
+def cut_into(config: Config, size: int) -> Config:
+    """Return a config whose micro-batches have so many rows, or packs."""
+    train = config.train.model_copy(update={"per_device_train_batch_size": size})
+    return config.model_copy(update={"train": train})
 
 
 def _need(

@@ -275,9 +275,10 @@ class Train(Section):
     global_batch_size: PositiveInt = Field(
         16, description="Rows (with packing: packs) an optimizer step, over all GPUs and accumulation steps."
     )
-    per_device_train_batch_size: PositiveInt = Field(
+    per_device_train_batch_size: PositiveInt | Literal["auto"] = Field(
         1,
-        description="Rows (with packing: packs) a GPU holds at once. The accumulation steps follow from it.",
+        description="Rows (with packing: packs) a GPU holds at once. The accumulation steps follow from it."
+        " auto: the most that fit its memory, found before the first step.",
     )
     per_device_eval_batch_size: PositiveInt = Field(4, description="Rows a GPU evaluates at once.")
     num_train_epochs: Annotated[float, Field(gt=0.0)] = Field(3.0, description="Passes over the rows.")
@@ -328,6 +329,12 @@ class Train(Section):
     max_time_min: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="Minutes after which an attempt saves and stops, as if asked to. Default: no limit."
     )
+
+    @property
+    def micro_batch(self) -> int:
+        """per_device_train_batch_size; 1, which divides every batch, where it is not found yet."""
+        size = self.per_device_train_batch_size
+        return 1 if size == "auto" else size
 
     @model_validator(mode="after")
     def _steps_go_with_their_strategy(self) -> "Train":

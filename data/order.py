@@ -85,6 +85,11 @@ class Order:
             packs.sort(key=lambda pack: -int(self.lengths[pack].sum()))
         return packs
 
+    def longest(self, count: int) -> list[list[int]]:
+        """Return the row numbers of the longest units: no micro-batch of so many has more tokens."""
+        units = np.argsort(-self._unit_lengths.astype(np.int64), kind="stable")[:count].tolist()
+        return [[unit] if self.packs is None else self.packs[unit].tolist() for unit in units]
+
     def micro_batches(self, epoch: int, world_size: int, rank: int) -> Iterator["MicroBatch"]:
         """Yield this rank's micro-batches: accumulation_steps in each step, some empty in the last step."""
         accumulation = accumulation_steps(self.global_batch_size, self.per_device_batch_size, world_size)
@@ -105,6 +110,13 @@ class MicroBatch:
     def __iter__(self) -> Iterator[list[int]]:
         units = self.order.step(self.epoch, self.step)
         return iter(units[self.start : self.start + self.order.per_device_batch_size])
+
+
+def micro_batches(global_batch_size: int, world_size: int, sequence_parallel: int = 1) -> list[int]:
+    """Return the sizes of micro-batches that cut a global batch evenly, the largest first. Raises: ValueError
+    when global_batch_size, or the number of ranks, cannot be divided evenly."""
+    of_a_team = accumulation_steps(global_batch_size, 1, world_size, sequence_parallel)
+    return [size for size in range(of_a_team, 0, -1) if of_a_team % size == 0]
 
 
 def accumulation_steps(

@@ -270,7 +270,7 @@ def _side(name: str, counts: SideCounts, config: Config) -> list[tuple[str, str]
 
 
 def _batches(prepared: Prepared, train: Side, config: Config, *, packing: bool) -> list[tuple[str, str]]:
-    size, batch = config.train.per_device_train_batch_size, config.train.global_batch_size
+    size, batch = config.train.micro_batch, config.train.global_batch_size
     packs = prepared.packs()
     lengths = train.lengths.astype(np.int64)
     order = Order(lengths, batch, size, config.train.seed, packs if packing else None, config.data.max_length)

@@ -68,7 +68,9 @@ def _global_batch(config: Config, processes: int, accumulation: int, *, packs: b
     train, shared = config.train, config.strategy.sequence_parallel
     units = f"{train.global_batch_size} {'packs' if packs else 'rows'}"
     ranks = f"{processes_in_words(processes)}{f' / {shared} a sequence' * (shared > 1)}"
-    return f"{units} = {ranks} x {train.per_device_train_batch_size} x {accumulation} accumulated"
+    if train.per_device_train_batch_size == "auto":
+        return f"{units} = {ranks} x as many as fit x what is accumulated: found at the start"
+    return f"{units} = {ranks} x {train.micro_batch} x {accumulation} accumulated"
 
 
 def _hosts(config: Config, names: Sequence[str]) -> str:

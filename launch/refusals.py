@@ -38,7 +38,7 @@ def check_start(config: Config, nodes: int = 1, processes: int | None = None, gp
     refuse(config, machine)
     accumulation = accumulation_steps(
         train.global_batch_size,
-        train.per_device_train_batch_size,
+        train.micro_batch,
         machine.world_size,
         strategy.sequence_parallel,
     )

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, counted without torch."""
+"""The GPUs and the free memory of this machine, without torch."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 _DEVICES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/gpus")
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def visible_devices(processes: int) -> list[int | str]:
@@ -44,6 +45,37 @@ def gpu_names() -> list[str]:
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     return answer.stdout.splitlines() if answer.returncode == 0 else []
+
+
+def free_memory() -> int:
+    """Return the bytes of host memory that can still be taken: the machine's, or those of a cgroup that this
+    process is in (a Slurm job's, a container's) if they are fewer."""
+    meminfo = (_PROC / "meminfo").read_text()
+    free = [int(meminfo.partition("MemAvailable:")[2].split()[0]) * 1024]
+    for line in (_PROC / "self" / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            root, limit, used, cache = _CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, used = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        inner = root / path.strip("/")
+        folders = [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
+        free += [left for folder in folders if (left := _left(folder, limit, used, cache)) is not None]
+    return max(0, min(free))
+
+
+def _left(folder: Path, limit: str, used: str, cache: str) -> int | None:
+    """Return the bytes that a cgroup has left, None if it has no limit. cache: of files, which gives way."""
+    try:
+        most, taken = (folder / limit).read_text().strip(), int((folder / used).read_text())
+        stat = (folder / "memory.stat").read_text().split()
+    except OSError:
+        return None
+    gives_way = int(stat[stat.index(cache) + 1]) if cache in stat else 0
+    return int(most) - taken + gives_way if most.isdecimal() else None
 
 
 def _named() -> list[str] | None:

@@ -307,7 +307,8 @@ class State(Record):
     scaler: float16's; optimizer_groups: their settings; loss_so_far: of each rank, since logged_step, the
     last logging step; evaluation_due: an evaluation comes first after a resume; eval_losses: {step:
     eval_loss}; moved: whether lora_B is no longer zero; wandb_id: of the run's W&B run, or empty; dtype: of
-    the base's weights, empty in versions that did not keep it.
+    the base's weights; micro_batch: rows, or packs, that a rank held at once; empty and 0 in versions that
+    did not keep them.
     """
 
     step: int
@@ -322,6 +323,7 @@ class State(Record):
     moved: bool
     wandb_id: str = ""
     dtype: str = ""
+    micro_batch: int = 0
 
 
 class RankError(Record):

@@ -88,7 +88,7 @@ def _choose(process: Process, heart: Heart) -> Context:
         process.warn(told)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     process = replace(process, config=config)
-    return Context(process, heart, facts, identity, stop, chronicle, chosen, before.step if before else 0)
+    return Context(process, heart, facts, identity, stop, chronicle, chosen, before)
 
 
 def _choose_on_rank_0(run: RunFolder, handover: Handover, identity: Identity) -> Chosen:

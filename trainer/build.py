@@ -10,12 +10,14 @@ import torch
 from transformers import TrainerCallback
 
 from qwenlora.configs import Config
+from qwenlora.configs.estimate import cut_into
 from qwenlora.data import prepared, sources
-from qwenlora.data.order import accumulation_steps, total_steps
+from qwenlora.data.order import total_steps
 from qwenlora.data.prepared import Side
 from qwenlora.run.heartbeat import Heart
 from qwenlora.run.records import Facts
 from qwenlora.trainer.context import Context
+from qwenlora.trainer.loop import trial
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
@@ -59,13 +61,8 @@ def build(context: Context) -> Parts:
     set_end(tokenizer, text_only=facts.text_only)
     generation = generation_settings(facts.base, config.model.revision, tokenizer, text_only=facts.text_only)
     longest = max(counts.longest for counts in facts.data.values())
-    accumulation = accumulation_steps(
-        config.train.global_batch_size,
-        config.train.per_device_train_batch_size,
-        context.process.rank.world_size,
-        config.strategy.sequence_parallel,
-    )
-    spread = strategy.choose(config, facts.parameters, accumulation, longest)
+    before = context.before.micro_batch if context.before else 0
+    spread = strategy.choose(config, facts.parameters, longest, before)
     base = strategy.load_base(config, facts.base, spread)
     row_by_row = attend_row_by_row(base, states_apart=keep_states_apart(base))
     untrained = untrained_tokens(base, tokenizer, prepared.used_tokens(Path(facts.data_folder), "train"))
@@ -75,6 +72,8 @@ def build(context: Context) -> Parts:
     context.heart.beat(context.step)
     team = sequence.team_of(config.strategy.sequence_parallel, config.launch.ddp_timeout_s)
     trainer = _trainer(context, model, tokenizer, spread, team)
+    if torch.cuda.is_available():  # on a CPU a process that takes too much is killed, and cannot try less
+        spread = trial.try_out(trainer, config, spread, facts.parameters.layers)
     trainer.make_engine()
     # before attention is shared: the kernel, which this checks, sees whole packs in either case
     if facts.packing:
@@ -125,7 +124,8 @@ def _refuse_fewer_steps(config: Config, facts: Facts, trained: int) -> None:
 
 def _trainer(context: Context, model: Any, tokenizer: Any, spread: Spread, team: Team) -> LoraTrainer:
     process, facts = context.process, context.facts
-    config, world_size, folder = process.config, process.rank.world_size, Path(facts.data_folder)
+    config, folder = cut_into(process.config, spread.micro_batch), Path(facts.data_folder)
+    world_size = process.rank.world_size
     train_side, eval_side = prepared.open_side(folder, "train"), prepared.open_side(folder, "eval")
     assert train_side is not None, "prepare() wrote no training rows"
     packs = prepared.open_packs(folder) if facts.packing else None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from qwenlora.run.checkpoints import Chosen
 from qwenlora.run.heartbeat import Heart
-from qwenlora.run.records import Facts, Identity
+from qwenlora.run.records import Facts, Identity, State
 from qwenlora.trainer.process import Process
 from qwenlora.trainer.ranks.stop import Stop
 from qwenlora.trainer.record.chronicle import Chronicle
@@ -13,7 +13,7 @@ from qwenlora.trainer.record.chronicle import Chronicle
 @dataclass(frozen=True)
 class Context:
     """One rank's view. identity: of the checkpoints that it writes; chosen: the checkpoint to resume from, if
-    any; step: the last one that this holds, 0 without one; chronicle: None except on rank 0."""
+    any; before: its state; chronicle: None except on rank 0."""
 
     process: Process
     heart: Heart
@@ -22,4 +22,9 @@ class Context:
     stop: Stop
     chronicle: Chronicle | None
     chosen: Chosen
-    step: int
+    before: State | None
+
+    @property
+    def step(self) -> int:
+        """The last step that is trained, 0 before any."""
+        return self.before.step if self.before else 0

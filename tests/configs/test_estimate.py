@@ -10,7 +10,9 @@ from qwenlora.configs.estimate import (
     MemoryNeed,
     Sizes,
     break_even,
+    cut_into,
     decide,
+    micro_batch,
     need,
     recomputed_layers,
     tokens_at_once,
@@ -99,6 +101,32 @@ def test_the_fewest_layers_that_fit_are_computed_again(wanted, gb, layers):
     plan = config(train={"gradient_checkpointing": wanted})
     assert recomputed_layers(plan, QWEN["7B"], "ddp", machine) == layers
     assert recomputed_layers(plan, QWEN["7B"], "ddp", Machine(1, 2, 0)) == (0 if wanted == "auto" else layers)
+
+
+@pytest.mark.parametrize(
+    ("gb", "checkpointing", "size", "layers"),
+    [
+        (80, "auto", 8, 0),
+        (40, "auto", 2, 0),
+        (26, "auto", 1, 0),
+        (22, "auto", 1, 14),
+        (18, "auto", 1, 28),  # even that is too much
+        (80, True, 16, 28),
+        (80, False, 8, 0),
+    ],
+)
+def test_the_micro_batch_is_the_largest_that_fits_without_more_layers_computed_again(
+    gb, checkpointing, size, layers
+):
+    machine, sizes = Machine(1, 1, 1, int(gb * 1e9)), QWEN["7B"]
+    train = {"gradient_checkpointing": checkpointing, "per_device_train_batch_size": "auto"}
+    plan = config({"name": "ddp"}, train)
+    found = micro_batch(
+        plan, sizes, decide(plan, sizes, machine), machine, [16, 8, 4, 2, 1], machine.gpu_bytes
+    )
+    assert found == size
+    assert recomputed_layers(cut_into(plan, found), sizes, "ddp", machine) == layers
+    assert tokens_at_once(plan, sizes) == 2048, "it is decided for the smallest which strategy fits"
 
 
 def test_a_layer_more_needs_less():

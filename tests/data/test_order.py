@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlora.data.order import Order, accumulation_steps, teams_of, total_steps
+from qwenlora.data.order import Order, accumulation_steps, micro_batches, teams_of, total_steps
 from qwenlora.data.packing import pack
 
 
@@ -32,6 +32,22 @@ def test_any_number_of_ranks_walks_the_same_micro_batches(order, epoch, world_si
     ranks = [list(map(list, order.micro_batches(epoch, world_size, rank))) for rank in range(world_size)]
     assert len({len(rank) for rank in ranks}) == 1, "every rank joins every collective"
     assert [batch for together in zip(*ranks, strict=True) for batch in together] == alone
+
+
+@given(orders())
+def test_no_micro_batch_has_more_tokens_than_the_longest(order):
+    def tokens(units):
+        return sum(order.lengths[row] for unit in units for row in unit)
+
+    most = tokens(order.longest(order.per_device_batch_size))
+    assert all(tokens(batch) <= most for batch in order.micro_batches(0, 1, 0))
+
+
+def test_the_sizes_of_micro_batches_divide_the_batch():
+    assert micro_batches(24, 2) == [12, 6, 4, 3, 2, 1]
+    assert micro_batches(24, 4, 2) == [12, 6, 4, 3, 2, 1]
+    with pytest.raises(ValueError, match="train.global_batch_size=10 is not divisible by"):
+        micro_batches(10, 4)
 
 
 @given(orders(), st.integers(0, 3))

@@ -367,16 +367,19 @@ def test_a_change_that_is_meant_passes(qwenlora, tmp_path, config, whole):
     )
 
 
-def test_a_run_keeps_the_dtype_of_its_base(qwenlora, tmp_path, config):
+def test_a_run_keeps_the_dtype_of_its_base_and_its_micro_batch(qwenlora, tmp_path, config):
     arguments = ["train", config, "run_dir=run", "train.global_batch_size=4", "train.save_steps=1"]
-    begun = qwenlora(*arguments, "train.max_steps=1", "model.dtype=bfloat16")
+    size = "train.per_device_train_batch_size"
+    begun = qwenlora(*arguments, "train.max_steps=1", "model.dtype=bfloat16", f"{size}=2")
     assert begun.returncode == 0, begun.stdout
     more = ["train.max_steps=2", "--allow-config-change", "model.dtype"]
-    auto = qwenlora(*arguments, *more)
+    auto = qwenlora(*arguments, *more, f"{size}=auto")
     assert auto.returncode == 0, auto.stdout
     told = "model.dtype=auto stays bfloat16, as the run began; a run that begins here takes float32"
     assert f"warning: {told}" in auto.stdout
-    assert json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())["dtype"] == "bfloat16"
+    assert re.search(r"micro-batch +2 rows, as the run began\n", auto.stdout)
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())
+    assert (state["dtype"], state["micro_batch"]) == ("bfloat16", 2)
 
 
 def test_a_time_budget_ends_an_attempt_like_a_signal(qwenlora, tmp_path, config):

@@ -53,6 +53,10 @@ def test_a_dry_run_says_what_auto_is_without_a_gpu(monkeypatch):
     )
     assert f"{strategy} start)\n" in text
     assert "DeepSpeed" not in text.partition("# rows")[2]
+    auto = dry_run(load_config(TINY, ["train.per_device_train_batch_size=auto"]), [str(TINY)])
+    assert (
+        "# global batch        20 rows = 1 process x as many as fit x what is accumulated: found at" in auto
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     text = dry_run(load_config(TINY), [str(TINY)])
     assert (

@@ -41,6 +41,18 @@ def test_a_deepspeed_config_that_contradicts_is_refused_before_the_start(tmp_pat
         check_start(config, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("key", "size"), [("train_micro_batch_size_per_gpu", 2), ("gradient_accumulation_steps", 1)]
+)
+def test_a_deepspeed_config_does_not_fix_what_auto_finds(tmp_path, key, size):
+    pytest.importorskip("deepspeed")
+    (tmp_path / "ds.json").write_text(f'{{"{key}": {size}}}')
+    plan = ["strategy.name=zero2", "train.per_device_train_batch_size=auto", "train.global_batch_size=1"]
+    check_start(load_config(TINY, plan), 1, 1)
+    with pytest.raises(ValueError, match=f'{key}={size}, but .*: expected "auto"; change one of them'):
+        check_start(load_config(TINY, [*plan, f"strategy.deepspeed_config={tmp_path}/ds.json"]), 1, 1)
+
+
 def test_a_gpu_is_taken_for_granted_on_a_job_s_nodes(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     config = load_config(TINY, ["strategy.name=fsdp", "strategy.offload=params"])

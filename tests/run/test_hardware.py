@@ -1,4 +1,4 @@
-"""GPUs are counted without torch."""
+"""GPUs are counted, and free memory is found, without torch."""
 
 import os
 
@@ -83,3 +83,44 @@ def test_the_driver_shows_the_gpus_that_a_container_was_not_given(machine, monke
     assert hardware.gpu_count() == 1
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert hardware.gpu_count() == 0, "a job may have asked for none"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "free"),
+    [
+        ("0::/", {}, 4 * 2**20),
+        (
+            "0::/job/step",
+            {"job/memory.max": "max", "job/memory.current": "1", "job/memory.stat": ""},
+            4 * 2**20,
+        ),
+        (
+            "0::/job/step",
+            {
+                "job/memory.max": "1000000",
+                "job/memory.current": "700000",
+                "job/memory.stat": "anon 9\ninactive_file 50000\n",
+            },
+            350_000,
+        ),
+        (
+            "5:cpu:/x\n4:memory:/job",
+            {
+                "memory/memory.limit_in_bytes": "500000",
+                "memory/memory.usage_in_bytes": "600000",
+                "memory/memory.stat": "total_inactive_file 5",
+            },
+            0,
+        ),
+    ],
+)
+def test_free_memory_is_the_machine_s_or_that_of_a_group_around_the_process(
+    monkeypatch, tmp_path, cgroup, files, free
+):
+    written = {"proc/meminfo": "MemTotal: 9999 kB\nMemAvailable:    4096 kB\n", "proc/self/cgroup": cgroup}
+    for name, text in (written | {f"cgroups/{name}": text for name, text in files.items()}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(hardware, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroups")
+    assert hardware.free_memory() == free

@@ -20,7 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwenlora.configs.estimate import LOGITS_AT_ONCE
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
-from qwenlora.data.order import accumulation_steps
 from qwenlora.data.packing import pack
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop import chunked_loss
@@ -133,7 +132,7 @@ def run(sharing: Sharing, tokenizer: str) -> dict[str, Any]:
         folder.path.mkdir(parents=True, exist_ok=True)
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     parameters = count_parameters(config, sharing.base)
-    spread = strategy.choose(config, parameters, accumulation_steps(8, 2, world, sharing.size))
+    spread = strategy.choose(config, parameters)
     base = strategy.load_base(config, sharing.base, spread)
     model = model_of(base, config.lora)
     fuse(model, sharded_by_deepspeed=spread.name == "zero3")

@@ -26,7 +26,6 @@ from transformers import (
 )
 
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
-from qwenlora.data.order import accumulation_steps
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.final_adapter import constant_files, save_adapter
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
@@ -157,7 +156,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
         run.path.mkdir(parents=True, exist_ok=True)
     side, eval_ = side_of(ROWS), side_of(EVAL_ROWS, 1)
     parameters = count_parameters(config, cell.base)
-    spread = strategy.choose(config, parameters, accumulation_steps(8, 2, world))
+    spread = strategy.choose(config, parameters)
     base = strategy.load_base(config, cell.base, spread)
     assert not cell.end_to_end or attend_row_by_row(base, states_apart=keep_states_apart(base))
     torch.manual_seed(config.train.seed)

@@ -36,7 +36,7 @@ def order_of(config: Config, train: Side, packs: Packs | None = None) -> Order:
     return Order(
         train.lengths,
         config.train.global_batch_size,
-        config.train.per_device_train_batch_size,
+        config.train.micro_batch,
         config.train.seed,
         packs,
         config.data.max_length,
@@ -57,7 +57,7 @@ def training_arguments(
         **train.model_dump(include=SAME_NAME),
         gradient_accumulation_steps=accumulation_steps(
             train.global_batch_size,
-            train.per_device_train_batch_size,
+            train.micro_batch,
             world_size,
             config.strategy.sequence_parallel,
         ),

@@ -14,7 +14,6 @@ class NonFiniteSteps:
     def __init__(self, config: Config, rows: Rows, team: Team) -> None:
         self.policy = config.train.on_nan
         self.in_a_row = 0
-        self._per_device = config.train.per_device_train_batch_size
         self._rows, self._team = rows, team
 
     def describe(self, step: int, losses: list[Tensor]) -> str:
@@ -22,7 +21,7 @@ class NonFiniteSteps:
         micro-batches. If all are finite, the gradient is not, to which all rows of the step contribute."""
         broken = faults.broken_micro_batches(losses, self._team.number, self._team.teams)
         units = self._rows.order.step(*divmod(step - 1, self._rows.order.steps_per_epoch))
-        size = self._per_device
+        size = self._rows.order.per_device_batch_size
         of_loss = [unit for number in broken for unit in units[number * size : (number + 1) * size]]
         rows = sorted(row for unit in of_loss or units for row in unit)
         return faults.describe(step, "loss" if of_loss else "gradient", rows, self._rows.place)

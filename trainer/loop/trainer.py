@@ -22,6 +22,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl
 
 from qwenlora.configs import Config
+from qwenlora.configs.estimate import cut_into
+from qwenlora.data.order import accumulation_steps
 from qwenlora.run import checkpoints
 from qwenlora.run.checkpoints import ADAPTER, OPTIMIZER, STATE
 from qwenlora.run.folder import step_of
@@ -194,6 +196,29 @@ class LoraTrainer(Trainer):
         return schedule
 
     # ---- a step
+
+    def cut_into(self, size: int, deepspeed: DeepSpeedConfig | None = None) -> None:
+        """Cut the steps into micro-batches of so many rows, or packs, instead; before the engine is made.
+        deepspeed: the config for that. Raises: ValueError when they do not divide the global batch."""
+        train, strategy, world_size = self.config.train, self.config.strategy, self.args.world_size
+        self.args.gradient_accumulation_steps = accumulation_steps(
+            train.global_batch_size, size, world_size, strategy.sequence_parallel
+        )
+        self.args.per_device_train_batch_size = self._train_batch_size = size
+        self.config, self._deepspeed = cut_into(self.config, size), deepspeed
+        self.order = dataclasses.replace(self.order, per_device_batch_size=size)
+        self.rows = self.rows._replace(order=self.order)
+        self.nonfinite = NonFiniteSteps(self.config, self.rows, self.team)
+
+    def rehearse(self, size: int) -> None:
+        """Compute the longest micro-batch of a size forward and backward, before the engine is made."""
+        loader = self.get_train_dataloader()
+        batch = loader.collate_fn([loader.dataset[unit] for unit in self.order.longest(size)])
+        self.model.train()
+        with self.accelerator.autocast():
+            one = torch.ones((), device=self.args.device)
+            loss = self.compute_loss(self.model, self._prepare_inputs(batch), num_items_in_batch=one)
+        self.accelerator.backward(loss)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -413,6 +438,7 @@ class LoraTrainer(Trainer):
             moved=any(bool(tensor.any()) for name, tensor in snapshot.adapter.items() if "lora_B" in name),
             wandb_id=self.wandb_id,
             dtype=str(pick_dtype(self.config.model.dtype)).removeprefix("torch."),
+            micro_batch=self.args.per_device_train_batch_size,
         )
         without_log = dataclasses.replace(self.state, log_history=[], stateful_callbacks={})
         return {

@@ -99,13 +99,18 @@ def set_up(model: Any, recomputed: int = 0) -> None:
     compute their activations again in the backward pass."""
     model.config.get_text_config().use_cache = False
     leave_out_router_loss(model.config)
-    if not recomputed:
-        return
-    # the non-reentrant kind needs no input that requires gradients, and works with DDP
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    compute_again(model, recomputed)
+
+
+def compute_again(model: Any, count: int) -> None:
+    """Make so many layers of a base, from the first, compute their activations again in the backward pass:
+    that reaches them last, when the others hold nothing any more."""
+    if count:
+        # the non-reentrant kind needs no input that requires gradients, and works with DDP
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers[recomputed:]:  # the backward pass begins with these, and so frees them first
-        layer.gradient_checkpointing = False
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number < count
 
 
 def _keep_4bit_weights_as_they_are(model: torch.nn.Module) -> None:

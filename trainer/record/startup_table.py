@@ -44,6 +44,8 @@ def rows(
         "processes": f"{world_size} x {device}, {_strategy(spread)}",
         "recomputed": _recomputed(config, facts, spread),
         "global batch": _global_batch(config, facts, args, world_size),
+        "micro-batch": f"{args.per_device_train_batch_size} {_unit(facts)}, {spread.why_so_many}"
+        * bool(spread.why_so_many),
         "steps": _steps(config, facts, args),
     }
     if "eval" in facts.data:

@@ -13,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import ZERO, Machine, refuse
 from qwenlora.configs.deepspeed import deepspeed_config
-from qwenlora.configs.estimate import Sizes, decide, recomputed_layers
+from qwenlora.configs.estimate import Decision, Sizes, cut_into, decide, micro_batch, recomputed_layers
+from qwenlora.data.order import accumulation_steps, micro_batches
+from qwenlora.run.hardware import free_memory
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import loading
 from qwenlora.trainer.model.base_files import peak_memory
@@ -22,18 +24,22 @@ from qwenlora.trainer.spread.links import nvlink
 from qwenlora.trainer.spread.zero import DeepSpeedConfig
 
 log = logging.getLogger("qwenlora")
+KEPT = "as the run began"
 
 
 class Spread(NamedTuple):
     """A chosen strategy. shape: of the mesh over which fsdp and zero3 shard the base, [replicas, shards] or
     [shards]; deepspeed: its config, for zero1 to zero3; why: auto's reason, one sentence, or empty;
-    recomputed: layers that compute their activations again in the backward pass."""
+    recomputed: layers that compute their activations again in the backward pass; micro_batch: rows, or packs,
+    that a rank holds at once; why_so_many: auto's reason for that, or empty."""
 
     name: str = "ddp"
     shape: tuple[int, ...] = (1,)
     deepspeed: DeepSpeedConfig | None = None
     why: str = ""
     recomputed: int = 0
+    micro_batch: int = 1
+    why_so_many: str = ""
 
     @property
     def description(self) -> str:
@@ -55,22 +61,60 @@ def machine() -> Machine:
     return Machine(world_size // processes, processes, torch.cuda.device_count(), memory, bool(linked))
 
 
-def choose(config: Config, parameters: Parameters, accumulation: int, longest: int = 0) -> Spread:
-    """Return this attempt's strategy; all ranks call it. longest: row, in tokens; 0: data.max_length. Raises:
-    ValueError when no strategy fits the GPUs, or the config's cannot run here."""
+def choose(config: Config, parameters: Parameters, longest: int = 0, before: int = 0) -> Spread:
+    """Return this attempt's strategy; all ranks call it. longest: row, in tokens; 0: data.max_length; before:
+    the micro-batch of the checkpoint that the run goes on from, which auto keeps where it can; 0: none.
+    Raises: ValueError when no strategy fits the GPUs, or the config's cannot run here."""
     here = machine()
     dtype = str(loading.pick_dtype(config.model.dtype)).removeprefix("torch.")  # auto is float16 on old GPUs
     resolved = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     refuse(resolved, here)
     sizes = Sizes.of(parameters, longest)
     decision = decide(resolved, sizes, here)
+    size, why = _micro_batch(resolved, sizes, decision, here, before)
+    resolved = cut_into(resolved, size)
     recomputed = recomputed_layers(resolved, sizes, decision.name, here, decision.shard_group)
-    settings = None
-    if decision.name in ZERO:
-        settings = deepspeed_config(config, decision.name, here.processes, accumulation)
     by_node = decision.shard_group == "node" and here.nodes > 1
     shape = (here.nodes, here.processes) if by_node else (here.world_size,)
-    return Spread(decision.name, shape, settings, decision.sentence, recomputed)
+    spread = Spread(decision.name, shape, None, decision.sentence, recomputed, size, why)
+    return spread._replace(deepspeed=deepspeed_settings(config, spread))
+
+
+def deepspeed_settings(config: Config, spread: Spread) -> DeepSpeedConfig | None:
+    """Return DeepSpeed's config for a strategy; None for those that are not DeepSpeed's. Raises: ValueError
+    when the global batch cannot be cut into the strategy's micro-batches, or strategy.deepspeed_config does
+    not fit."""
+    here, train = machine(), config.train
+    parallel = config.strategy.sequence_parallel
+    steps = accumulation_steps(train.global_batch_size, spread.micro_batch, here.world_size, parallel)
+    if spread.name not in ZERO:
+        return None
+    return deepspeed_config(cut_into(config, spread.micro_batch), spread.name, here.processes, steps)
+
+
+def _micro_batch(
+    config: Config, sizes: Sizes, decision: Decision, here: Machine, before: int
+) -> tuple[int, str]:
+    """Return how many rows, or packs, a rank holds at once, and auto's reason."""
+    train = config.train
+    if train.per_device_train_batch_size != "auto":
+        return train.micro_batch, ""
+    among = micro_batches(train.global_batch_size, here.world_size, config.strategy.sequence_parallel)
+    memory = here.gpu_bytes if here.gpus else _host_memory(here)
+    if before in among:
+        return before, KEPT
+    size = micro_batch(config, sizes, decision, here, among, memory)
+    where = "the GPU's memory" if here.gpus else "half of the free memory"
+    return size, f"the most that fit {where}, {memory / 1e9:.1f} GB"
+
+
+def _host_memory(here: Machine) -> int:
+    """Return the bytes of host memory that each rank may use: half of what is free, since a process that
+    takes too much is killed, and cannot try less."""
+    share = torch.tensor(free_memory() // (2 * here.processes))
+    if dist.is_initialized():
+        dist.all_reduce(share, op=dist.ReduceOp.MIN)
+    return int(share)
 
 
 def load_base(config: Config, base: str, spread: Spread) -> Any:
