@@ -298,6 +298,9 @@ class Train(Section):
     adam_beta2: Share = Field(0.999, description="AdamW's decay of the second moment.")
     adam_epsilon: NonNegative = Field(1e-8, description="AdamW's epsilon.")
     max_grad_norm: NonNegative = Field(1.0, description="Gradients are clipped to this norm; 0: not at all.")
+    neftune_noise_alpha: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="NEFTune: noise on the embeddings of training rows, as 5. Default: none."
+    )
     gradient_checkpointing: Annotated[int, Field(ge=0, strict=True)] | bool | Literal["auto"] = Field(
         "auto",
         description="Layers whose activations are computed again in the backward pass, for less memory: true:"

@@ -90,6 +90,11 @@ class Order:
         units = np.argsort(-self._unit_lengths.astype(np.int64), kind="stable")[:count].tolist()
         return [[unit] if self.packs is None else self.packs[unit].tolist() for unit in units]
 
+    def micro_batch(self, step: int, number: int) -> list[list[int]]:
+        """Return the row numbers of each unit of a micro-batch. step: of the run, from 0; number: in it."""
+        units = self.step(*divmod(step, self.steps_per_epoch))
+        return units[number * self.per_device_batch_size : (number + 1) * self.per_device_batch_size]
+
     def micro_batches(self, epoch: int, world_size: int, rank: int) -> Iterator["MicroBatch"]:
         """Yield this rank's micro-batches: accumulation_steps in each step, some empty in the last step."""
         accumulation = accumulation_steps(self.global_batch_size, self.per_device_batch_size, world_size)

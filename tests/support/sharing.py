@@ -91,6 +91,7 @@ class Sharing:
             "save_strategy": "steps",
             "save_steps": 4,
             "gradient_checkpointing": self.recompute,
+            "neftune_noise_alpha": 5.0,
         }
         return Config(
             run_dir=self.folder,

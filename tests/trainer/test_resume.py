@@ -102,6 +102,7 @@ def settings(**train):
             "save_strategy": "steps",
             "save_steps": 3,
             "warmup_steps": 2.0,
+            "neftune_noise_alpha": 5.0,
             "per_device_eval_batch_size": 3,
         }
         | train

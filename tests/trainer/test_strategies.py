@@ -167,7 +167,8 @@ def test_experts_are_trained_alike(tmp_path, tokenizer):
         "target_modules": ["q_proj"],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
     }
-    start = Cell(base, "", steps=3, save_steps=3, lora=experts, train={"gradient_checkpointing": True})
+    train = {"gradient_checkpointing": True, "neftune_noise_alpha": 5.0}
+    start = Cell(base, "", steps=3, save_steps=3, lora=experts, train=train)
     own = {"zero3": {"deepspeed_config": all_in_parts(tmp_path)}}
     names = ("ddp", "fsdp", "zero3")
     cells = [start.under(name, tmp_path / name, **own.get(name, {})) for name in names]

@@ -271,7 +271,13 @@ def test_transformers_gets_every_setting(tmp_path):
         assert getattr(arguments, key) == (value or getattr(arguments, key)), key
     assert arguments.gradient_accumulation_steps == 8 // (2 * 2)
     elsewhere = {"global_batch_size", "num_train_epochs", "gradient_checkpointing", "save_total_limit"}
-    elsewhere |= {"metric_for_best_model", "on_nan", "max_time_min", "loraplus_lr_ratio"}
+    elsewhere |= {
+        "metric_for_best_model",
+        "on_nan",
+        "max_time_min",
+        "loraplus_lr_ratio",
+        "neftune_noise_alpha",
+    }
     elsewhere |= {"early_stopping_patience", "final"}
     assert set(Train.model_fields) == set(chosen) | elsewhere
 

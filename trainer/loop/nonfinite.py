@@ -20,10 +20,10 @@ class NonFiniteSteps:
         """Return what is not finite, in which rows; all ranks call it. step: from 1; losses: of this rank's
         micro-batches. If all are finite, the gradient is not, to which all rows of the step contribute."""
         broken = faults.broken_micro_batches(losses, self._team.number, self._team.teams)
-        units = self._rows.order.step(*divmod(step - 1, self._rows.order.steps_per_epoch))
-        size = self._rows.order.per_device_batch_size
-        of_loss = [unit for number in broken for unit in units[number * size : (number + 1) * size]]
-        rows = sorted(row for unit in of_loss or units for row in unit)
+        order = self._rows.order
+        of_loss = [unit for number in broken for unit in order.micro_batch(step - 1, number)]
+        units = of_loss or order.step(*divmod(step - 1, order.steps_per_epoch))
+        rows = sorted(row for unit in units for row in unit)
         return faults.describe(step, "loss" if of_loss else "gradient", rows, self._rows.place)
 
     def leave_out(self, what: str) -> None:

@@ -32,6 +32,7 @@ from qwenlora.trainer.loop import state as states
 from qwenlora.trainer.loop.batches import Rows, StepLoader, seed_micro_batch, weight_of
 from qwenlora.trainer.loop.chunked_loss import own_the_loss
 from qwenlora.trainer.loop.evaluation import eval_batches, evaluations_since_best, metrics_of, sum_losses
+from qwenlora.trainer.loop.neftune import Noise
 from qwenlora.trainer.loop.nonfinite import NonFiniteSteps
 from qwenlora.trainer.loop.resume import ResumeCallback
 from qwenlora.trainer.loop.saver import Saver
@@ -97,6 +98,8 @@ class LoraTrainer(Trainer):
             model=model, args=args, eval_dataset=rows.evaluation, callbacks=[self.stop], **kwargs
         )
         self.team = team or Team(number=args.process_index, teams=args.world_size)
+        alpha, embeddings = config.train.neftune_noise_alpha, model.get_input_embeddings()
+        self.noise = alpha and Noise(embeddings, alpha, args.seed, rows.train.lengths, self.team)
         self.nonfinite = NonFiniteSteps(config, rows, self.team)
         of_transformers = self.model_accepts_loss_kwargs and self._loss_shifts_labels
         if note := own_the_loss(self.model, accepts=of_transformers, weighted=rows.weighted):
@@ -114,6 +117,12 @@ class LoraTrainer(Trainer):
         """Whether train.early_stopping_patience evaluations in a row were not better than the best before."""
         patience = self.config.train.early_stopping_patience
         return patience is not None and evaluations_since_best(self.losses) >= patience
+
+    @property
+    def _flat(self) -> bool:
+        """Whether a micro-batch's rows lie one after the other in a single line."""
+        flash = self.config.model.attn_implementation.startswith("flash")
+        return self.end_to_end or (self.order.packs is not None and flash)
 
     @property
     def _pad_id(self) -> int:
@@ -158,7 +167,6 @@ class LoraTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this rank's loader, unwrapped: accelerate would tie its order to the world size."""
-        packs = self.order.packs is not None
         return StepLoader(
             self.train_side,
             self.order,
@@ -166,7 +174,7 @@ class LoraTrainer(Trainer):
             self.team.number,
             self.args.gradient_accumulation_steps,
             self._pad_id,
-            flat=self.end_to_end or (packs and self.config.model.attn_implementation.startswith("flash")),
+            flat=self._flat,
             cut=self.team.cut,
         )
 
@@ -251,14 +259,20 @@ class LoraTrainer(Trainer):
     ) -> Tensor:
         """Compute a micro-batch as Trainer does; its dropout depends only on seed, step and its number."""
         shape = tuple(inputs["input_ids"].shape)
-        number = len(self._losses) * self.team.teams + self.team.number
-        seed_micro_batch(self.args.seed, self.state.global_step, number, self.team.rank)
+        number, step = len(self._losses) * self.team.teams + self.team.number, self.state.global_step
+        seed_micro_batch(self.args.seed, step, number, self.team.rank)
         try:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            with self.noise.over(step, self._lines(step, number)) if self.noise else nullcontext():
+                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(shape, trained=True) from error
         self._losses.append(loss.detach())
         return loss
+
+    def _lines(self, step: int, number: int) -> list[list[int]]:
+        """Return the row numbers in each line of a micro-batch's tensors. step: from 0; number: in it."""
+        units = self.order.micro_batch(step, number)
+        return [[row for unit in units for row in unit]] if self._flat else units
 
     def _out_of_memory(self, shape: tuple[int, ...], *, trained: bool = False) -> faults.TrainingFault:
         return faults.out_of_memory(
