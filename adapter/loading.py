@@ -12,6 +12,7 @@ from qwenlora.adapter.subject import Subject
 from qwenlora.configs.schema import Config
 from qwenlora.trainer.model import loading, pretrained, targets
 from qwenlora.trainer.model.fused_experts import fuse_experts
+from qwenlora.trainer.model.fused_tokens import fuse_tokens
 from qwenlora.trainer.ranks import gpus
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -54,6 +55,7 @@ def load(
         with targets.as_named(model, settings) as names:
             model = PeftModel.from_pretrained(model, str(subject.adapter), config=names)
         fuse_experts(model)  # peft copies all of them for each token, and cannot read those in nf4
+        fuse_tokens(model)
     model.config.use_cache = True
     return LoadedModel(model.eval(), tokenizer)
 

@@ -36,7 +36,10 @@ else:
 
 # keys that a run's config cannot set, and that change what an adapter does but no shape
 PLAIN = {"alora_invocation_tokens": None, "layer_replication": None, "fan_in_fan_out": False}
-SET = ("r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", *PATTERNS)
+SET = (
+    *("r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "trainable_token_indices"),
+    *PATTERNS,
+)
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,10 @@ def _kind(verified: VerifiedAdapter) -> str:
     config = verified.config
     counts = Counter(module.rpartition(".")[2] for module in verified.modules)
     whole = f"; whole: {', '.join(config['modules_to_save'])}" if config.get("modules_to_save") else ""
+    tokens = config.get("trainable_token_indices") or []
+    named = [tokens] if isinstance(tokens, list) else list(tokens.values())
+    if number := len({token for ids in named for token in ids}):
+        whole += f"; embeddings of {number} token{'s' * (number > 1)}"
     on = ", ".join(f"{count} {module}" for module, count in sorted(counts.items()))
     return f"{lora_kind(config)}, r {config.get('r')}, alpha {config.get('lora_alpha')}, on {on}{whole}"
 
@@ -238,6 +245,7 @@ def _kind(verified: VerifiedAdapter) -> str:
 def _module_of(name: str) -> str:
     """Return the module that a tensor of an adapter belongs to."""
     name = name.removeprefix("base_model.model.")
-    if ".lora_" in name:
-        return name.partition(".lora_")[0]
+    for part in (".lora_", ".token_adapter."):
+        if part in name:
+            return name.partition(part)[0]
     return name.removesuffix(".weight").removesuffix(".base_layer")

@@ -98,6 +98,14 @@ RULES = (
         "set strategy.name: fsdp, zero2 or ddp",
     ),
     Rule(
+        "zero3-trainable-tokens",
+        "`zero3` with `lora.trainable_token_indices`",
+        lambda c, m: c.strategy.name == "zero3" and bool(c.lora.trainable_token_indices),
+        f"{_NAME} with lora.trainable_token_indices",
+        "the rows that are trained begin as the base's, and here a GPU has parts",
+        "set strategy.name: fsdp, zero2 or ddp",
+    ),
+    Rule(
         "offload-auto",
         "`auto` with `offload`",
         lambda c, m: c.strategy.name == "auto" and c.strategy.offload != "none",

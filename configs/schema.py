@@ -22,6 +22,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Text = Annotated[str, Field(min_length=1)]
 ALL_LINEAR = "all-linear"  # of lora.target_modules
+TokenIds = Annotated[list[NonNegativeInt], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -203,6 +204,11 @@ class Lora(Section):
     modules_to_save: list[Text] | None = Field(
         None, description="Modules trained in full and saved whole, as [embed_tokens]."
     )
+    trainable_token_indices: TokenIds | dict[Literal["embed_tokens", "lm_head"], TokenIds] | None = Field(
+        None,
+        description="Tokens whose embeddings are trained, by id, as [151665]; of a base whose head is a"
+        " matrix of its own as {embed_tokens: [151665], lm_head: [151665]}.",
+    )
     use_rslora: bool = Field(False, description="Rank-stabilised scaling.")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA.")
     init_from: Text | None = Field(
@@ -243,6 +249,24 @@ class Lora(Section):
                 f"layers_to_transform does not go with a pattern, target_modules={self.target_modules}; write"
                 " the layers into the pattern"
             )
+        return self
+
+    @property
+    def trained_tokens(self) -> dict[str, list[int]]:
+        """trainable_token_indices, as {module: ids}."""
+        given = self.trainable_token_indices or {}
+        return {"embed_tokens": given} if isinstance(given, list) else {name: given[name] for name in given}
+
+    @model_validator(mode="after")
+    def _trained_tokens_are_named_once(self) -> "Lora":
+        for module, ids in self.trained_tokens.items():
+            if twice := [one for number, one in enumerate(ids) if one in ids[:number]]:
+                raise ValueError(f"trainable_token_indices has {twice[0]} twice; name each token once")
+            if module in (self.modules_to_save or ()):
+                raise ValueError(
+                    f"modules_to_save={self.modules_to_save} trains all of {module}; leave it out there, or"
+                    " in trainable_token_indices"
+                )
         return self
 
     @model_validator(mode="after")

@@ -48,7 +48,7 @@ class Parts:
     tokenizer: Any
     spread: Spread
     fused: Fused
-    untrained: list[str]
+    untrained: dict[int, str]
     tied: bool
     generation: Settings
 

@@ -36,7 +36,13 @@ COUNTS = {  # {field of SideCounts: its name on the page}
 LORA_SETTINGS = (
     *("lora.r", "lora.lora_alpha", "lora.rank_pattern", "lora.alpha_pattern", "lora.lora_dropout"),
     *("lora.target_modules", "lora.experts", "lora.target_parameters", "lora.exclude_modules"),
-    *("lora.layers_to_transform", "lora.modules_to_save", "lora.init_lora_weights", "lora.use_rslora"),
+    *(
+        "lora.layers_to_transform",
+        "lora.modules_to_save",
+        "lora.trainable_token_indices",
+        "lora.init_lora_weights",
+        "lora.use_rslora",
+    ),
     *("lora.use_dora", "lora.init_from"),
 )
 OPTIMIZER_SETTINGS = (

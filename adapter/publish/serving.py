@@ -42,6 +42,8 @@ def _config_reasons(config: AdapterConfig) -> Iterator[_Reason]:
         yield "it is a DoRA adapter", SERVERS
     if whole := config.get("modules_to_save"):
         yield f"it holds whole modules ({', '.join(whole)})", SERVERS
+    if config.get("trainable_token_indices"):
+        yield "it holds embeddings of single tokens (trainable_token_indices)", SERVERS
     if config.get("use_rslora"):
         why = "its scaling is rsLoRA's, which would silently be taken for alpha / r"
         yield why, (SGLANG, LLAMA_CPP)
@@ -70,7 +72,7 @@ def _tensor_reasons(config: AdapterConfig, names: Collection[str]) -> Iterator[_
         yield f"its rank {config['r']} is above {MAX_LORA_RANKS[-1]}", (VLLM,)
     if any(".lm_head." in name for name in names):
         yield "it changes the head, which many bases share with the embeddings", (LLAMA_CPP,)
-    plain = not config.get("use_dora") and not config.get("modules_to_save")
+    plain = not any(map(config.get, ("use_dora", "modules_to_save", "trainable_token_indices")))
     if plain and (odd := next(filter(_is_odd, names), None)):
         yield f"it has a tensor that is neither lora_A nor lora_B ({odd})", SERVERS
 

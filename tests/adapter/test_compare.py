@@ -188,8 +188,9 @@ def test_the_batch_size_changes_nothing(run, tmp_path):
         {"use_dora": True},
         {"bias": "lora_only"},
         {"init_lora_weights": "pissa"},
+        {"trainable_token_indices": [5, 300, 301, 302]},
     ],
-    ids=["lora", "embeddings trained", "lora on embeddings", "dora", "bias", "pissa"],
+    ids=["lora", "embeddings trained", "lora on embeddings", "dora", "bias", "pissa", "some tokens"],
 )
 def test_the_base_is_asked_as_if_there_were_no_adapter(tiny, tmp_path, settings):
     if "bias" in settings:  # which Qwen3 has not

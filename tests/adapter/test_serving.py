@@ -39,6 +39,7 @@ def test_a_plain_adapter_is_taken_by_all(tiny):
     [
         ({"use_dora": True}, SERVERS, "it is a DoRA adapter"),
         ({"modules_to_save": ["embed_tokens"]}, SERVERS, r"it holds whole modules (embed_tokens)"),
+        ({"trainable_token_indices": [7]}, SERVERS, "it holds embeddings of single tokens"),
         ({"use_rslora": True}, (SGLANG, LLAMA_CPP), "silently be taken for alpha / r"),
         ({"target_modules": r".*\.(q|k)_proj"}, (SGLANG,), "a pattern"),
         ({"target_modules": ["q_proj", "lm_head"]}, (LLAMA_CPP,), "it changes the head"),

@@ -32,6 +32,7 @@ KINDS = {
     "dora": {"use_dora": True},
     "embeddings": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "lora on embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "some tokens": {"trainable_token_indices": [7, 3]},
     "bias": {"bias": "lora_only"},
 }
 

@@ -56,6 +56,12 @@ REFUSED = {
         "strategy.name=zero3 with lora.modules_to_save=['embed_tokens']: the copy that is trained is made of"
         " the whole matrix, and here a GPU has parts; set strategy.name: fsdp, zero2 or ddp",
     ),
+    "zero3-trainable-tokens": (
+        NODE,
+        {"strategy": {"name": "zero3"}, "lora": {"trainable_token_indices": [7]}},
+        "strategy.name=zero3 with lora.trainable_token_indices: the rows that are trained begin as the"
+        " base's, and here a GPU has parts; set strategy.name: fsdp, zero2 or ddp",
+    ),
     "offload-auto": (
         NODE,
         {"strategy": {"offload": "params"}},
@@ -251,6 +257,7 @@ MEANT_FOR = {
     "float16": {"zero1", "zero2", "zero3", "fsdp"},
     "sharded-dora": {"zero3", "fsdp"},
     "zero3-modules-to-save": {"zero3"},
+    "zero3-trainable-tokens": {"zero3"},
     "deepspeed-config": {"auto", "ddp", "fsdp"},
 }
 

@@ -389,15 +389,15 @@ class TestUntrainedTokens:
         model, tokenizer, weight = base
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         weight[end] = weight[2048:].mean(0)
-        assert untrained_tokens(model, tokenizer, []) == ["<|im_end|>"]
+        assert list(untrained_tokens(model, tokenizer, []).values()) == ["<|im_end|>"]
 
     def test_of_other_tokens_those_that_the_rows_use_are_named(self, base):
         model, tokenizer, weight = base
         weight[[300, 301, 302]] = weight[2050:2053].clone()
-        assert untrained_tokens(model, tokenizer, [7, 301, 302]) == [
+        assert list(untrained_tokens(model, tokenizer, [7, 301, 302]).values()) == [
             tokenizer.decode([n]) for n in (301, 302)
         ]
-        assert untrained_tokens(model, tokenizer, [7, 8]) == []
+        assert untrained_tokens(model, tokenizer, [7, 8]) == {}
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_tokens_that_were_added_and_never_trained_are_named(self, base, dtype):
@@ -408,15 +408,15 @@ class TestUntrainedTokens:
         model.resize_token_embeddings(2048)
         model.resize_token_embeddings(len(tokenizer))
         used = [7, tokenizer.convert_tokens_to_ids("<|act|>")]
-        assert untrained_tokens(model.to(dtype), tokenizer, used) == ["<|act|>"]
+        assert list(untrained_tokens(model.to(dtype), tokenizer, used).values()) == ["<|act|>"]
 
     def test_tokens_that_were_learnt_are_not(self, base):
-        assert untrained_tokens(*base[:2], range(2048)) == []
+        assert untrained_tokens(*base[:2], range(2048)) == {}
 
     def test_random_weights_prove_nothing(self, base):
         model, tokenizer, weight = base
         weight.normal_(0, 0.08)
-        assert untrained_tokens(model, tokenizer, range(2048)) == []
+        assert untrained_tokens(model, tokenizer, range(2048)) == {}
 
 
 def test_a_base_whose_files_lack_a_weight_is_refused(tiny, tmp_path):

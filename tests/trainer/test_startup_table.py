@@ -88,47 +88,54 @@ def test_with_packing_the_table_counts_packs_and_says_how_many_rows_that_is(know
 
 
 def test_nothing_to_warn_of_is_no_warning(known):
-    assert startup_table.warnings(*known(), [], tied=True) == []
+    assert startup_table.warnings(*known(), {}, tied=True) == []
 
 
 @pytest.mark.parametrize(
     ("how", "untrained", "tied", "line"),
     [
-        ({"notes": ["3 of 20 train rows truncated"]}, [], True, "3 of 20 train rows truncated"),
+        ({"notes": ["3 of 20 train rows truncated"]}, {}, True, "3 of 20 train rows truncated"),
         (
             {"packing": True},
-            [],
+            {},
             True,
             "all rows make 4 packs, fewer than train.global_batch_size=16: every step is a whole",
         ),
-        ({"warmup_steps": 50.0}, [], True, "still warming up (50 steps) when training ends after 6"),
+        ({"warmup_steps": 50.0}, {}, True, "still warming up (50 steps) when training ends after 6"),
         (
             {"data": Data(train="my.jsonl", eval="example")},
-            [],
+            {},
             True,
             "data.eval is still the example's; set data.eval",
         ),
         (
             {},
-            ["<|im_end|>"],
+            {9: "<|im_end|>"},
             True,
             "this base model never learnt <|im_end|>, which LoRA alone can hardly teach it:",
         ),
         (
             {},
-            ["<|im_end|>"],
+            {9: "<|im_end|>"},
             True,
-            "set lora.modules_to_save: [embed_tokens], or start from the -Instruct model",
+            "set lora.trainable_token_indices: [9], or start from the -Instruct model",
         ),
         (
             {},
-            ["<|act_0|>"],
+            {7: "<|act_0|>"},
             True,
-            "never learnt <|act_0|>, which LoRA alone can hardly teach it: set lora.modules_to_save:"
-            " [embed_tokens], or write words that it knows",
+            "never learnt <|act_0|>, which LoRA alone can hardly teach it: set lora.trainable_token_indices:"
+            " [7], or write words that it knows",
         ),
-        ({}, list("abcdefg"), True, "never learnt a, b, c, d, e and 2 more, which"),
-        ({}, ["<|im_end|>"], False, "set lora.modules_to_save: [embed_tokens, lm_head], or start from"),
+        ({}, dict(enumerate("abcdefg")), True, "never learnt a, b, c, d, e and 2 more, which"),
+        (
+            {},
+            dict(enumerate("abcdefghijklmnopq")),
+            True,
+            "set lora.modules_to_save: [embed_tokens], or write",
+        ),
+        ({}, {9: "<|im_end|>"}, False, "indices: {embed_tokens: [9], lm_head: [9]}, or start from"),
+        ({"lora": Lora(trainable_token_indices=[9])}, {9: "x", 8: "y"}, True, "never learnt y, which"),
     ],
 )
 def test_what_deserves_a_warning_gets_one(known, how, untrained, tied, line):
@@ -136,9 +143,9 @@ def test_what_deserves_a_warning_gets_one(known, how, untrained, tied, line):
     assert line in warning
 
 
-def test_a_base_whose_embeddings_are_trained_needs_no_warning(known):
-    lora = Lora(modules_to_save=["embed_tokens"])
-    assert startup_table.warnings(*known(lora=lora), ["<|im_end|>"], tied=True) == []
+@pytest.mark.parametrize("lora", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [9]}])
+def test_a_base_whose_embeddings_are_trained_needs_no_warning(known, lora):
+    assert startup_table.warnings(*known(lora=Lora(**lora)), {9: "<|im_end|>"}, tied=True) == []
 
 
 def test_what_is_trained_on_is_both_sides_and_with_packing_the_packs():

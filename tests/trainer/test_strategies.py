@@ -218,6 +218,28 @@ def test_lora_plus_is_the_same_under_every_strategy_and_over_a_resume(small, tmp
     assert results[len(NAMES)]["adapter"] == results[0]["adapter"]
 
 
+def test_rows_of_embeddings_are_trained_alike(small, tmp_path, tokenizer):
+    start = replace(small, steps=4, save_steps=2, lora={"trainable_token_indices": [300, 301, 302, 303]})
+    one = run_ranks(run_cells, 1, [start.under("ddp", tmp_path / "one")], tokenizer)[0][0]
+    names = [name for name in FEWER if name != "zero3"]
+    again = [
+        start.under(name, tmp_path / f"to {name}", resume=str(tmp_path / "ddp" / "checkpoint-2"))
+        for name in ("ddp", "fsdp")
+    ]
+    cells = [*(start.under(name, tmp_path / name) for name in names), *again]
+    results = run_ranks(run_cells, 2, cells, tokenizer)[0]
+    rows = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    first = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
+    before = AutoModelForCausalLM.from_pretrained(small.base).get_input_embeddings().weight[300:304]
+    assert (first[rows] - before).abs().amax(1).min() > 1e-4, "each row was trained"
+    for cell, result in zip(cells, results, strict=True):
+        assert "tokens" in result["fused"]
+        adapter = load_file(Path(cell.folder) / "adapter" / "adapter_model.safetensors")
+        assert max((first[key] - adapter[key]).abs().max() for key in first) <= CLOSE, cell.folder
+        assert abs(result["losses"][4] - one["losses"][4]) <= CLOSE
+    assert results[len(names)]["adapter"] == results[0]["adapter"], "to the bit"
+
+
 def test_a_base_in_bfloat16_is_trained_alike(small, tmp_path, tokenizer):
     cells = [replace(small, dtype="bfloat16").under(name, tmp_path / name) for name in FEWER]
     results = run_ranks(run_cells, 2, cells, tokenizer)[0]

@@ -20,6 +20,7 @@ from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, pad
@@ -72,7 +73,7 @@ class _SummedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=states.device)
         of_states = torch.empty_like(states if ctx.needs_input_grad[3] else states[:0])
         of_trained = [torch.zeros_like(parameter) for parameter in trained]
-        at_once = max(1, LOGITS_AT_ONCE // (4 * head.weight.shape[0]))
+        at_once = max(1, LOGITS_AT_ONCE // (4 * _vocabulary(head)))
         count = max(1, -(-len(states) // at_once))
         given = repeat(None) if weights is None else weights.tensor_split(count)
         pieces = (tensor.tensor_split(count) for tensor in (states, labels, of_states))
@@ -111,6 +112,12 @@ def _chunk(
     if weights is not None:
         slopes *= weights.unsqueeze(1)
     return loss, list(torch.autograd.grad(logits, wanted, slopes.to(logits.dtype), materialize_grads=True))
+
+
+def _vocabulary(head: Any) -> int:
+    """Return how many logits a position has. peft makes a copy of a matrix with trained rows when asked."""
+    own = head.original_module if isinstance(head, TrainableTokensWrapper) else head
+    return int(own.weight.shape[0])
 
 
 class _Expected(NamedTuple):

@@ -61,11 +61,11 @@ def _is_small(change: float, scale: float) -> bool:
     return change <= LEAK * scale  # not for NaN
 
 
-def untrained_tokens(model: Any, tokenizer: Any, used: Iterable[int]) -> list[str]:
-    """Return the tokens whose embeddings the base never learnt, of <|im_start|>, <|im_end|> and the ids that
-    the rows use. Such embeddings lie together: with those past the tokenizer's last id, which nobody trained,
-    or at the mean of all, where transformers' resize_token_embeddings puts new ones. None are found where
-    those past the last id are too few, or as scattered as words are (random weights)."""
+def untrained_tokens(model: Any, tokenizer: Any, used: Iterable[int]) -> dict[int, str]:
+    """Return {id: token} of those whose embeddings the base never learnt, of <|im_start|>, <|im_end|> and the
+    ids that the rows use. Such embeddings lie together: with those past the tokenizer's last id, which nobody
+    trained, or at the mean of all, where transformers' resize_token_embeddings puts new ones. None are found
+    where those past the last id are too few, or as scattered as words are (random weights)."""
     weight = whole_weight(model.get_input_embeddings().weight)
     words = weight[torch.linspace(0, len(tokenizer) - 1, 1000, device=weight.device).long()].float()
     mean = weight.mean(0, dtype=torch.float32)
@@ -83,7 +83,7 @@ def untrained_tokens(model: Any, tokenizer: Any, used: Iterable[int]) -> list[st
         torch.stack([(weight[part].float() - place).norm(dim=-1) <= reach for place, reach in places]).any(0)
         for part in torch.split(ids, IDS_AT_ONCE)
     ]
-    return [printable(tokenizer.decode([token])) for token in ids[torch.cat(close)].tolist()]
+    return {token: printable(tokenizer.decode([token])) for token in ids[torch.cat(close)].tolist()}
 
 
 def _typical(words: Tensor, centre: Tensor) -> Tensor:

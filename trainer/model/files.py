@@ -52,7 +52,7 @@ def check_init_from(lora: Lora) -> None:
             f"lora.init_from={lora.init_from} is no adapter folder: it has no adapter_config.json{hint}"
         )
     saved = read_json(file)
-    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+    for key in ("r", "lora_alpha", "use_rslora", "use_dora", "trainable_token_indices"):
         if saved.get(key, getattr(lora, key)) != getattr(lora, key):
             raise ValueError(
                 f"lora.init_from={lora.init_from} has {key}={saved[key]}, the config says"

@@ -45,6 +45,7 @@ def lora_config(lora: Lora, tied: bool) -> LoraConfig:
         alpha_pattern=dict(lora.alpha_pattern),
         exclude_modules=lora.exclude_modules,
         modules_to_save=saved or None,
+        trainable_token_indices=lora.trainable_token_indices,
         init_lora_weights=lora.init_lora_weights,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
@@ -74,6 +75,7 @@ def _inject(model: Any, lora: Lora, revision: str | None, saved: Path | None) ->
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     _check_names("modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
     _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])
+    _check_tokens(model, lora, tied=tied)
     patterns.check_selection(model, lora)
     settings = lora_config(lora, tied)
     if lora.target_modules == ALL_LINEAR:
@@ -88,6 +90,14 @@ def _inject(model: Any, lora: Lora, revision: str | None, saved: Path | None) ->
             # peft looks for them among modules alone, not among parameters
             warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys")
             peft_model = get_peft_model(model, names, revision=revision)
+    except TypeError as error:
+        if not lora.trainable_token_indices:
+            raise
+        where = " and ".join(lora.trained_tokens)
+        raise ValueError(
+            f"lora.trainable_token_indices does not go with LoRA on the same matrix: leave {where} out of"
+            " lora.target_modules"
+        ) from error
     except ValueError as error:
         raise ValueError(_refusal(lora, settings, str(error))) from error
     tuner = peft_model.base_model
@@ -171,6 +181,21 @@ def _check_names(key: str, wanted: list[str] | None, existing: list[str]) -> Non
             )
 
 
+def _check_tokens(model: Any, lora: Lora, *, tied: bool) -> None:
+    """Refuse tokens that the base has no embeddings for. Raises: ValueError."""
+    count = model.get_input_embeddings().weight.shape[0]
+    for module, ids in lora.trained_tokens.items():
+        named = f"lora.trainable_token_indices={lora.trainable_token_indices}"
+        if module == "lm_head" and tied:
+            raise ValueError(f"{named}: this base's head is its embeddings; write {ids}, which trains both")
+        if max(ids) >= count:
+            raise ValueError(f"{named}: the base has {count:,} embeddings, expected ids below that")
+        if tied and (whole := set(EMBEDDINGS) & set(lora.modules_to_save or ())):
+            raise ValueError(
+                f"{named}: lora.modules_to_save trains all of {whole.pop()}; leave one of them out"
+            )
+
+
 def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
     """Put a saved adapter's weights into the model. Raises: ValueError when it does not fit."""
     weights = _without_vision(lora, names_in(model, load_peft_weights(str(folder), device="cpu")))
@@ -185,7 +210,8 @@ def _load_adapter(model: PeftModel, lora: Lora, folder: Path) -> None:
         raise ValueError(
             f"lora.init_from={lora.init_from} does not fit: {str(error).splitlines()[-1]}"
         ) from error
-    missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}  # each once, if it is tied
+    missing = [name for name in result.missing_keys if name in trained]
     if missing or result.unexpected_keys:
         name = (missing or result.unexpected_keys)[0]
         raise ValueError(

@@ -17,6 +17,8 @@ from qwenlora.trainer.model.loading import pick_dtype
 from qwenlora.trainer.model.lora import EMBEDDINGS
 from qwenlora.trainer.spread.strategy import Spread
 
+MOST_TOKENS = 16  # that a warning suggests to train one by one
+
 
 def table(title: str, rows: dict[str, str]) -> Table:
     """Return a table of two columns. rows: {name: value}."""
@@ -126,10 +128,10 @@ def _checkpoints(config: Config, facts: Facts, args: TrainingArguments) -> str:
 
 
 def warnings(
-    config: Config, facts: Facts, args: TrainingArguments, untrained: list[str], *, tied: bool
+    config: Config, facts: Facts, args: TrainingArguments, untrained: dict[int, str], *, tied: bool
 ) -> list[str]:
-    """Return warnings about the config. untrained: tokens of the rows that the base model never learnt; tied:
-    whether its embeddings are its output matrix, too."""
+    """Return warnings about the config. untrained: {id: token} of the rows that the base model never learnt;
+    tied: whether its embeddings are its output matrix, too."""
     lines = list(facts.notes)
     batch = config.train.global_batch_size
     if facts.units < batch:
@@ -147,16 +149,28 @@ def warnings(
         lines.append(f"{offload} changes nothing here: without a GPU, all is in host memory")
     if config.data.eval == "example" and config.data.train != "example":
         lines.append("data.eval is still the example's; set data.eval to rows of yours, or to null")
-    embeddings_trained = any(name in EMBEDDINGS for name in config.lora.modules_to_save or [])
-    if untrained and config.model.name_or_path != TINY and not embeddings_trained:
-        modules = "[embed_tokens]" if tied else "[embed_tokens, lm_head]"
-        names = ", ".join(untrained[:5]) + and_more(untrained, 5)
-        other = "start from the -Instruct model" if TURN_END in untrained else "write words that it knows"
-        lines.append(
-            f"this base model never learnt {names}, which LoRA alone can hardly teach it: set"
-            f" lora.modules_to_save: {modules}, or {other}"
-        )
+    lora = config.lora
+    whole = any(name in EMBEDDINGS for name in lora.modules_to_save or [])
+    left = {
+        one: token
+        for one, token in untrained.items()
+        if one not in lora.trained_tokens.get("embed_tokens", [])
+    }
+    if left and config.model.name_or_path != TINY and not whole:
+        lines.append(_never_learnt(left, tied=tied))
     return lines
+
+
+def _never_learnt(untrained: dict[int, str], *, tied: bool) -> str:
+    tokens, ids = list(untrained.values()), list(untrained)
+    key, value = "trainable_token_indices", f"{ids}" if tied else f"{{embed_tokens: {ids}, lm_head: {ids}}}"
+    if len(ids) > MOST_TOKENS:
+        key, value = "modules_to_save", "[embed_tokens]" if tied else "[embed_tokens, lm_head]"
+    other = "start from the -Instruct model" if TURN_END in tokens else "write words that it knows"
+    return (
+        f"this base model never learnt {', '.join(tokens[:5]) + and_more(tokens, 5)}, which LoRA alone can"
+        f" hardly teach it: set lora.{key}: {value}, or {other}"
+    )
 
 
 def _unit(facts: Facts) -> str:

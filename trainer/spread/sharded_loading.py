@@ -109,7 +109,8 @@ def skeleton(config: Config, base: str) -> Any:
 def load_fsdp(config: Config, base: str, mesh: DeviceMesh) -> Any:
     """Return the base under FSDP2. mesh: [shards], or [replicas, shards], where each replica is a whole base.
     The adapter that is put on it is not sharded: it is whole on every rank, and FSDP2 does not reduce its
-    gradients. Modules of lora.modules_to_save stay whole, too: peft copies them."""
+    gradients. Modules of lora.modules_to_save and lora.trainable_token_indices stay whole, too: peft copies
+    them, or rows of them."""
     # Frozen weights have no gradients to reduce, so replicas need not know each other. The mesh has no names:
     # peft takes a named mesh for tensor parallelism, and would size LoRA's matrices for a part of each layer.
     mesh = DeviceMesh.from_group(mesh.get_group(mesh.ndim - 1), mesh.device_type)
@@ -229,8 +230,9 @@ def _groups(model: Any) -> list[list[Weight]]:
 
 
 def _parameters_that_peft_copies(config: Config, model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters of lora.modules_to_save."""
-    endings = tuple(config.lora.modules_to_save or ())  # if empty, no name ends with it
+    """Return the parameters of lora.modules_to_save and of lora.trainable_token_indices."""
+    # if empty, no name ends with it
+    endings = (*(config.lora.modules_to_save or ()), *config.lora.trained_tokens)
     modules = [module for name, module in model.named_modules() if name.endswith(endings)]
     return {parameter for module in modules for parameter in module.parameters()}
 
