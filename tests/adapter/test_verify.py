@@ -72,7 +72,8 @@ def test_every_kind_of_adapter_is_known_and_loads_as_it_was_saved(tiny, tmp_path
     assert facts.same_weights is None
     ids = torch.arange(10).unsqueeze(0)
     with torch.no_grad():
-        assert torch.equal(load(find(str(tmp_path / "a"))).model(ids).logits, saved(ids).logits)
+        apart = (load(find(str(tmp_path / "a"))).model(ids).logits - saved(ids).logits).abs().max()
+    assert apart <= (1e-6 if kind == "some tokens" else 0), "logits of trained rows are products of their own"
 
 
 def shapes_known_without_peft(folder):

@@ -99,6 +99,7 @@ def step_fits(trainer: LoraTrainer, size: int) -> bool:
     if device.type == "cuda":
         gc.collect()  # the error's frames hold tensors
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # the run's peak is shown
     return not any_rank(full)[0]
 
 
