@@ -180,7 +180,8 @@ def _batch(tool: Tool, theirs: Values, result: _Result) -> None:
     """Set the rows of a step: those that a GPU holds, times accumulation steps, times processes."""
     size = result.values.setdefault("train.per_device_train_batch_size", 1)
     processes = result.values.get("launch.nproc_per_node", theirs.get("global_world_size", 1))
-    assert isinstance(size, int), "the schema took it"
+    if not isinstance(size, int):  # auto, which only qwenlora knows
+        size = result.values["train.per_device_train_batch_size"] = 1
     if not isinstance(processes, int):
         processes = 1
     steps = theirs.get("gradient_accumulation_steps")
@@ -205,11 +206,11 @@ def _when(what: str, theirs: Values, result: _Result) -> None:
         if steps is None and what == "eval":  # transformers: as it logs; ms-swift: as it saves
             steps = theirs.get("save_steps" if by_default == "steps" else "logging_steps")
         steps = steps or 500
-        if isinstance(steps, int):
+        if type(steps) is int and steps > 0:  # True is an int, too
             result.values[f"train.{what}_steps"] = steps
         else:
             strategy = "epoch"
-            result.differs.append(f"{what}_steps={show(steps)}: a share of all steps; here after each epoch")
+            result.differs.append(f"{what}_steps={show(steps)}: not a number of steps; here after each epoch")
     elif strategy not in ("no", "epoch"):
         result.differs.append(f"{what}_strategy={show(strategy)}: here after each epoch")
         strategy = "epoch"

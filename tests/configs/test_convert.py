@@ -432,6 +432,17 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.parametrize("steps", [True, -5, 0.1])
+def test_what_is_no_number_of_steps_is_an_epoch(tmp_path, steps):
+    file = tmp_path / "theirs.json"
+    theirs = {"finetuning_type": "lora", "stage": "sft", "eval_strategy": "steps", "eval_steps": steps}
+    file.write_text(json.dumps({**theirs, "per_device_train_batch_size": "auto"}))
+    (tmp_path / "ours.yaml").write_text(text := convert(file))
+    assert f"eval_steps={json.dumps(steps)}: not a number of steps; here after each epoch" in text
+    train = load_config(tmp_path / "ours.yaml").train
+    assert (train.eval_strategy, train.per_device_train_batch_size) == ("epoch", 1)
+
+
 @given(st.data())
 def test_any_config_of_theirs_becomes_one_that_loads(tmp_path_factory, data):
     tool = tools()[data.draw(st.integers(0, 2))]

@@ -377,7 +377,7 @@ def test_a_run_keeps_the_dtype_of_its_base_and_its_micro_batch(qwenlora, tmp_pat
     assert auto.returncode == 0, auto.stdout
     told = "model.dtype=auto stays bfloat16, as the run began; a run that begins here takes float32"
     assert f"warning: {told}" in auto.stdout
-    assert re.search(r"micro-batch +2 rows, as the run began\n", auto.stdout)
+    assert re.search(r"micro-batch +2 rows, as the run began", auto.stdout)
     state = json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())
     assert (state["dtype"], state["micro_batch"]) == ("bfloat16", 2)
 

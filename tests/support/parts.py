@@ -19,6 +19,7 @@ from qwenlora.trainer.model import base_files
 from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.spread import sharded_loading
+from qwenlora.trainer.spread.strategy import check_same_base
 
 WHOLE_BASE = sharded_loading.WholeBase
 # no size is divisible by 2 or 4: every shard has padding
@@ -43,6 +44,20 @@ def drifted(rank_with_other_bits: int) -> str:
         check_alike(adapter, torch.device("cpu"))
     except TrainingFault as fault:
         return str(fault)
+    return ""
+
+
+def other_base(rank_with_another: int) -> str:
+    """Return the refusal that a rank raises when one has read other weights; else empty."""
+    model = torch.nn.Linear(70, 90).requires_grad_(False)
+    torch.nn.init.ones_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    if dist.get_rank() == rank_with_another:
+        model.weight.data *= 1.001
+    try:
+        check_same_base(model)
+    except ValueError as refusal:
+        return str(refusal)
     return ""
 
 

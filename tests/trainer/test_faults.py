@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from made import config_of, side_of, trainer_of
-from parts import drifted
+from parts import drifted, other_base
 from ranks import run_ranks
 from transformers import Trainer, TrainerCallback
 
@@ -230,3 +230,9 @@ def test_ranks_whose_adapters_drifted_apart_by_a_bit_are_named():
     for said in run_ranks(drifted, 2, 1):
         assert said.startswith("rank 1 and rank 0 have different adapters")
         assert said.endswith("no checkpoint was written")
+
+
+def test_ranks_that_read_other_bases_are_named():
+    assert run_ranks(other_base, 2, -1) == ["", ""]
+    for said in run_ranks(other_base, 2, 1):
+        assert said.startswith("model.name_or_path: rank 1 read a base with other weights than rank 0 did")

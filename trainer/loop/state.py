@@ -16,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from qwenlora.trainer.model.names import names_in
-from qwenlora.trainer.ranks.faults import TrainingFault
+from qwenlora.trainer.ranks.faults import TrainingFault, unlike_rank_0
 from qwenlora.trainer.spread.zero import OptimizerState
 
 # settings of an optimizer's group that come from the config and the schedule at each start
@@ -111,9 +111,7 @@ def check_alike(adapter: dict[str, Tensor], device: torch.device) -> None:
         bits = tensor.detach().contiguous().view(-1).view(torch.int32)  # all trained parameters are float32
         sums_of_bits = [bits[::stride].sum(dtype=torch.int64) for stride in (1, 7, 11)]
         mine = mine * 31 + torch.stack(sums_of_bits).to(device)
-    of_ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_ranks, mine)
-    if differing := [rank for rank, sums in enumerate(of_ranks) if not torch.equal(sums, of_ranks[0])]:
+    if differing := unlike_rank_0(mine):
         raise TrainingFault(
             f"rank{'s' * (len(differing) > 1)} {', '.join(map(str, differing))} and rank 0 have different"
             " adapters, which must be the same: a GPU or its memory may be broken; no checkpoint was written"

@@ -42,7 +42,7 @@ from qwenlora.trainer.model.row_attention import takes_rows_end_to_end
 from qwenlora.trainer.ranks import faults
 from qwenlora.trainer.ranks.stop import Stop
 from qwenlora.trainer.spread.sequence import Team
-from qwenlora.trainer.spread.strategy import replicate_trained
+from qwenlora.trainer.spread.strategy import check_same_base, replicate_trained
 from qwenlora.trainer.spread.zero import DeepSpeedConfig, OptimizerOfZero, Zero
 
 log = logging.getLogger("qwenlora")
@@ -136,15 +136,18 @@ class LoraTrainer(Trainer):
     # ---- how the model is spread
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-        """Return the model that a step calls. Trainer's own is DDP over all of it; none if sharded."""
+        """Return the model that a step calls: DeepSpeed's engine, or DDP over what is trained. Trainer's own
+        DDP would begin by sending the base, which each rank has read already, from rank 0 to all."""
         if self.zero:
             return self.zero.engine
         sharded = any(isinstance(p, DTensor) for p in model.parameters())
-        if model is not self.model or not (self._deepspeed or sharded):
+        if model is not self.model or not (self._deepspeed or sharded or self.args.world_size > 1):
             return super()._wrap_model(model, training, dataloader)
         # with these arguments accelerate only adds autocast
         self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         if not self._deepspeed:
+            if not sharded:
+                check_same_base(model)
             return replicate_trained(model)
         self._names_in_file = states.names_in_file(model)
         self.zero = Zero(model, self._adam, self._deepspeed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,6 +26,13 @@ def broken_micro_batches(losses: list[Tensor], team: int, teams: int) -> list[in
     of_ranks: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, mine)
     return sorted({number for numbers in of_ranks for number in numbers})
+
+
+def unlike_rank_0(mine: Tensor) -> list[int]:
+    """Return the ranks whose tensor differs from rank 0's; all ranks call it, with tensors of one shape."""
+    of_ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, mine)
+    return [rank for rank, theirs in enumerate(of_ranks) if not torch.equal(theirs, of_ranks[0])]
 
 
 def describe(step: int, what: str, rows: list[int], place: Callable[[int], str]) -> str:

@@ -19,12 +19,14 @@ from qwenlora.run.hardware import free_memory
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import loading
 from qwenlora.trainer.model.base_files import peak_memory
+from qwenlora.trainer.ranks.faults import unlike_rank_0
 from qwenlora.trainer.spread import sharded_loading, zero
 from qwenlora.trainer.spread.links import nvlink
 from qwenlora.trainer.spread.zero import DeepSpeedConfig
 
 log = logging.getLogger("qwenlora")
 KEPT = "as the run began"
+SAMPLED = 64  # numbers of each weight that ranks compare
 
 
 class Spread(NamedTuple):
@@ -141,14 +143,31 @@ def load_base(config: Config, base: str, spread: Spread) -> Any:
     return model
 
 
+def check_same_base(model: Any) -> None:
+    """Compare samples of the ranks' frozen weights, which are whole. Raises: ValueError, on all ranks."""
+    sums = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            numbers = parameter.detach().flatten()
+            sample = numbers[:: max(1, len(numbers) // SAMPLED)].contiguous()
+            sums.append(sample.view(torch.uint8).sum(dtype=torch.int64))
+    if others := unlike_rank_0(torch.stack(sums)):
+        ranks = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
+        raise ValueError(
+            f"model.name_or_path: {ranks} read a base with other weights than rank 0 did; give all nodes the"
+            " same files"
+        )
+
+
 def replicate_trained(model: Any) -> Any:
-    """Return a sharded model under DDP, which sees only its trained parameters, whole on every rank."""
+    """Return a model under DDP, which sees only its trained parameters, whole on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return model
     ignored = [name for name, p in model.named_parameters() if not p.requires_grad]
     ignored += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
-    return DistributedDataParallel(model, find_unused_parameters=False)
+    # gradients lie in the buckets that are sent: without a copy there and back, and a second time in memory
+    return DistributedDataParallel(model, find_unused_parameters=False, gradient_as_bucket_view=True)
 
 
 def join_alone() -> None:
