@@ -109,7 +109,7 @@ def _changes(setting: Setting, shape: Shape) -> Iterator[Change]:
     config, machine = setting
     if config.train.gradient_checkpointing not in (True, "auto"):
         yield _change("train.gradient_checkpointing", "auto")
-    if config.train.per_device_train_batch_size > 1:
+    if config.train.micro_batch > 1:
         yield _change("train.per_device_train_batch_size", 1)
     if machine.world_size > 1 and config.strategy.name != "auto":
         yield from (

@@ -7,9 +7,17 @@ from typing import Literal
 from pydantic import BaseModel
 
 from qwenlora.configs.combinations import SHARDED, ZERO, problems
-from qwenlora.configs.estimate import MemoryNeed, decide, need, recomputed_layers
+from qwenlora.configs.estimate import (
+    Decision,
+    MemoryNeed,
+    cut_into,
+    decide,
+    micro_batch,
+    need,
+    recomputed_layers,
+)
 from qwenlora.configs.schema import Config
-from qwenlora.data.order import total_steps
+from qwenlora.data.order import micro_batches, total_steps
 from qwenlora.plan.speed import Case, sent, step_time
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # a trained number and Adam's two moments, in float32
@@ -117,9 +125,14 @@ def way(case: Case, name: str, group: str) -> Way:
     """Return what the config needs under a strategy. Raises: ValueError when the GPUs cannot share the batch
     evenly."""
     config = _with(case.config, name, group)
+    if config.train.per_device_train_batch_size == "auto":
+        train, shared = config.train, config.strategy.sequence_parallel
+        among = micro_batches(train.global_batch_size, case.machine.world_size, shared)
+        decision = Decision(name, group, "")
+        size = micro_batch(config, case.sizes, decision, case.machine, among, case.machine.gpu_bytes)
+        config = cut_into(config, size)
     case = case._replace(config=config)
-    per_device = config.train.per_device_train_batch_size
-    micro_batches = case.micro_batches
+    per_device, count = config.train.micro_batch, case.micro_batches
     if refused := problems(config, case.machine):
         return Way(strategy=name, shard_group=group, per_device=per_device, fit="refused", why=refused[0])
     needed = need(config, case.sizes, name, case.machine, group)
@@ -135,7 +148,7 @@ def way(case: Case, name: str, group: str) -> Way:
         recomputed=recomputed,
         step_s=time.seconds,
         tokens_s=tokens_of_step(case) / time.seconds,
-        sent=micro_batches * moved.gathered + moved.reduced,
+        sent=count * moved.gathered + moved.reduced,
         efficiency=time.efficiency,
     )
 
@@ -176,8 +189,7 @@ def _sizes(case: Case) -> Iterator[Case]:
 
 def with_micro_batch(case: Case, per_device: int) -> Case:
     """Return the case with so many rows, or packs, in a micro-batch."""
-    train = case.config.train.model_copy(update={"per_device_train_batch_size": per_device})
-    return case._replace(config=case.config.model_copy(update={"train": train}))
+    return case._replace(config=cut_into(case.config, per_device))
 
 
 def _instead(case: Case) -> str:

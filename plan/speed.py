@@ -68,7 +68,7 @@ class Case(NamedTuple):
     def tokens(self) -> float:
         """Tokens of rows in a micro-batch on a GPU, on average."""
         each = self.config.data.max_length if self.is_packed else self.rows.mean
-        return self.config.train.per_device_train_batch_size * each / self.config.strategy.sequence_parallel
+        return self.config.train.micro_batch * each / self.config.strategy.sequence_parallel
 
     @property
     def micro_batches(self) -> int:
@@ -76,7 +76,7 @@ class Case(NamedTuple):
         train, strategy = self.config.train, self.config.strategy
         return accumulation_steps(
             train.global_batch_size,
-            train.per_device_train_batch_size,
+            train.micro_batch,
             self.machine.world_size,
             strategy.sequence_parallel,
         )

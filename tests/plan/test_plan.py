@@ -87,6 +87,14 @@ def test_a_batch_that_the_gpus_cannot_share_is_refused_with_a_plan_for_one_that_
     assert {way.per_device for way in plan.ways} == {plan.recommended.per_device}
 
 
+def test_each_strategy_has_the_largest_micro_batch_that_fits():
+    train = {"global_batch_size": 64, "per_device_train_batch_size": "auto"}
+    plan = make_plan(case_of("Qwen/Qwen2.5-7B", "a100-40", gpus_per_node=2, train=train))
+    sizes = {way.name: way.per_device for way in plan.ways}
+    assert 1 < sizes["ddp"] < sizes["fsdp"] <= 32
+    assert all(way.memory.total <= named("a100-40").bytes for way in plan.ways)
+
+
 def test_a_run_is_as_many_steps_and_jobs_as_its_rows_and_its_time_limit_make():
     case = case_of("Qwen/Qwen2.5-7B", "h100", train={"global_batch_size": 64, "num_train_epochs": 2})
     plan = make_plan(case, limit_min=60)

@@ -39,7 +39,7 @@ def facts_of(
         packing=packing,
         bad_rows=0,
         notes=list(notes),
-        parameters=parameters_of(990, 10, 900, 90, 2, 8, 16, 4),
+        parameters=parameters_of(990, 10, 900, 90, 2, 8, 16, 4, 16, 0, 0),
         checkpoint_bytes=3_000_000,
     )
 

@@ -104,7 +104,7 @@ def test_what_the_config_decides_is_not_tried(tiny, tmp_path):
 )
 def test_a_run_keeps_its_micro_batch_where_it_can(monkeypatch, free, before, found):
     monkeypatch.setattr(strategy, "free_memory", lambda: free)
-    sizes = parameters_of(990, 10, 900, 90, 2, 8, 16, 4)
+    sizes = parameters_of(990, 10, 900, 90, 2, 8, 16, 4, 16, 0, 0)
     spread = strategy.choose(auto(), sizes, 40, before)
     assert (spread.micro_batch, spread.why_so_many) == found
 

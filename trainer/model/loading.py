@@ -13,6 +13,7 @@ from qwenlora.run.format import and_more, shape
 from qwenlora.trainer.model import head
 from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.model.base import hub_errors
+from qwenlora.trainer.model.names import VISION
 from qwenlora.trainer.model.nf4_loading import experts_too
 from qwenlora.trainer.model.pretrained import quantised_files, read_config_of, unties
 from qwenlora.trainer.model.suitability import leave_out_router_loss
@@ -108,7 +109,11 @@ def compute_again(model: Any, count: int) -> None:
     if count:
         # the non-reentrant kind needs no input that requires gradients, and works with DDP
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer) and VISION not in name.split(".")
+    ]
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < count
 
