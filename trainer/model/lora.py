@@ -90,15 +90,7 @@ def _inject(model: Any, lora: Lora, revision: str | None, saved: Path | None) ->
             # peft looks for them among modules alone, not among parameters
             warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys")
             peft_model = get_peft_model(model, names, revision=revision)
-    except TypeError as error:
-        if not lora.trainable_token_indices:
-            raise
-        where = " and ".join(lora.trained_tokens)
-        raise ValueError(
-            f"lora.trainable_token_indices does not go with LoRA on the same matrix: leave {where} out of"
-            " lora.target_modules"
-        ) from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # TypeError: of modules that peft cannot train whole
         raise ValueError(_refusal(lora, settings, str(error))) from error
     tuner = peft_model.base_model
     patterns.check_excluded(lora, tuner.targeted_parameter_names)
@@ -116,6 +108,11 @@ def _inject(model: Any, lora: Lora, revision: str | None, saved: Path | None) ->
 
 def _refusal(lora: Lora, settings: LoraConfig, of_peft: str) -> str:
     """Return what peft refuses, in terms of the config."""
+    if of_peft.startswith("trainable_token_indices cannot be applied"):
+        return (
+            "lora.trainable_token_indices does not go with LoRA on the same matrix: leave"
+            f" {' and '.join(lora.trained_tokens)} out of lora.target_modules"
+        )
     refused = {
         "lora_dropout != 0": (f"lora.lora_dropout={lora.lora_dropout}", "0"),
         "use_dora": ("lora.use_dora=true", "false"),
