@@ -17,6 +17,12 @@ LINEAR = "linear_attention"
 MIXTURES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
 HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 FAMILIES = ("qwen2", "qwen3", *MIXTURES[:2], *HYBRIDS)
+# text parts of models that see, and the family that has the same layers
+OF_VISION_MODELS = {
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_text"), "qwen2"),
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
 GATED_ATTENTION = 4  # a hybrid's every fourth layer has attention, unless its config says which
 
 
@@ -123,6 +129,8 @@ def read_values(folder: Path) -> JsonObject:
         raise ValueError(f"{file}: expected an object with model_type, hidden_size and so on")
     tied = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
     text: JsonObject = {**(values.get("text_config") or values), **tied}
+    if family := OF_VISION_MODELS.get(text.get("model_type", "")):
+        text["model_type"] = family
     return text
 
 

@@ -1,6 +1,7 @@
 """A plan counts the numbers of a base and its adapter as the preparation counts them in the model."""
 
 import pytest
+from made import WITH_VISION, make_with_vision
 from transformers import AutoConfig
 
 from qwenlora.configs.schema import Config, Lora
@@ -26,12 +27,20 @@ FAMILIES = {
 
 def shape_and_counts(tmp_path, kind, lora, **more):
     AutoConfig.for_model(kind, **SIZES | HEADS | FAMILIES[kind] | more).save_pretrained(tmp_path)
+    return counts_of(tmp_path, lora)
+
+
+def counts_of(folder, lora):
     config = Config.model_validate(
-        {"run_dir": "r", "model": {"name_or_path": str(tmp_path)}, "data": {"train": "example"}, "lora": lora}
+        {"run_dir": "r", "model": {"name_or_path": str(folder)}, "data": {"train": "example"}, "lora": lora}
     )
-    return count(shape_of(read_values(tmp_path), "base"), config.lora), count_parameters(
-        config, str(tmp_path)
-    )
+    return count(shape_of(read_values(folder), "base"), config.lora), count_parameters(config, str(folder))
+
+
+@pytest.mark.parametrize("kind", WITH_VISION)
+def test_of_a_model_that_sees_the_text_part_is_counted(tmp_path, kind):
+    planned, counted = counts_of(make_with_vision(tmp_path, kind), {})
+    assert planned == counted
 
 
 @pytest.mark.parametrize("tied", [False, True])
