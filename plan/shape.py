@@ -129,7 +129,7 @@ def read_values(folder: Path) -> JsonObject:
         raise ValueError(f"{file}: expected an object with model_type, hidden_size and so on")
     tied = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
     text: JsonObject = {**(values.get("text_config") or values), **tied}
-    if family := OF_VISION_MODELS.get(text.get("model_type", "")):
+    if family := OF_VISION_MODELS.get(str(text.get("model_type"))):
         text["model_type"] = family
     return text
 
