@@ -3,6 +3,7 @@
 # make chaos   kills runs 200 times and signals them 50    make clean   remove .venv and build leftovers
 # make test-quick  the tests that train no whole run, and need no cluster
 # make test-slow   the long tests: all pairs of the resume matrix, ten random disturbances of a Slurm job ...
+# make dist   a wheel and a source archive, in dist/
 # make slurm-up, slurm-down   a Slurm cluster on this machine, the one that the tests use
 #
 # PYTHON=python3.12 make train   chooses the interpreter (3.11 to 3.13)
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 SOURCES := README.md pyproject.toml setup.cfg __init__.py py.typed $(shell find adapter cli configs data jobs launch plan run slurm trainer \
 	-name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' -o -name '*.html' -o -name '*.md' -o -name '*.jinja' -o -name schema.json)
 
-.PHONY: train test test-quick test-slow gpu chaos slurm-up slurm-down check format schema clean system
+.PHONY: dist train test test-quick test-slow gpu chaos slurm-up slurm-down check format schema clean system
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -68,6 +69,11 @@ format: $(VENV)/.installed-test
 schema: $(VENV)/.installed
 	$(BIN)/qwenlora config schema > configs/schema.json
 	$(BIN)/qwenlora config keys --markdown > docs/config.md
+
+dist: $(VENV)/.installed
+	@echo '== making dist/: a wheel and a source archive'
+	$(BIN)/python -c 'from setuptools import build_meta as made; print(made.build_wheel("dist"), made.build_sdist("dist"))'
+	@rm -rf build
 
 clean:
 	rm -rf $(VENV) build *.egg-info
