@@ -200,8 +200,9 @@ def _base_on_a_gpu(
 def kept_a_layer(config: Config, sizes: Sizes) -> float:
     """Return the numbers of a token that autograd keeps in a layer, as a mean over the layers."""
     attention = 3 * (sizes.attention_width / sizes.layers if sizes.attention_width else sizes.hidden_size)
-    # gathered inputs and products, which our function for experts with LoRA makes again
-    experts = sizes.experts_width if sizes.experts and not _trains_experts(config, sizes) else 0
+    # gathered inputs and products, which our function for experts with LoRA, or in nf4, makes again
+    ours = _trains_experts(config, sizes) or config.strategy.quantization == "nf4"
+    experts = sizes.experts_width if sizes.experts and not ours else 0
     linear = sizes.linear_width / sizes.layers * (LINEAR if find_spec("fla") else EAGER_LINEAR)
     widths = 3 * sizes.hidden_size + 2 * sizes.kv_width + 2 * sizes.intermediate_size
     return widths + attention + experts + linear

@@ -321,6 +321,11 @@ class Train(Section):
     adam_beta1: Share = Field(0.9, description="AdamW's decay of the first moment.")
     adam_beta2: Share = Field(0.999, description="AdamW's decay of the second moment.")
     adam_epsilon: NonNegative = Field(1e-8, description="AdamW's epsilon.")
+    router_aux_loss: Annotated[float, Field(gt=0.0)] | Literal["model", "off"] = Field(
+        "model",
+        description="A mixture's auxiliary loss, which keeps its experts used evenly: model: as the base's"
+        " config.json says (output_router_logits, router_aux_loss_coef); off; or what it is multiplied with.",
+    )
     max_grad_norm: NonNegative = Field(1.0, description="Gradients are clipped to this norm; 0: not at all.")
     neftune_noise_alpha: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="NEFTune: noise on the embeddings of training rows, as 5. Default: none."

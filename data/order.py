@@ -65,6 +65,10 @@ class Order:
             self._cache[epoch] = generator.permutation(self.units).astype(np.int64)
         return self._cache[epoch]
 
+    def rows(self, step: int) -> list[int]:
+        """Return the row numbers of a step, which is counted from 0 over all epochs."""
+        return [row for unit in self.step(*divmod(step, self.steps_per_epoch)) for row in unit]
+
     def step(self, epoch: int, step: int) -> list[list[int]]:
         """Return the row numbers of each unit of a step (below steps_per_epoch), the longest unit first."""
         if (epoch, step) not in self._steps:

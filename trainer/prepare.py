@@ -20,7 +20,7 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Facts
 from qwenlora.trainer.loop.arguments import check_optimizer, check_settings
 from qwenlora.trainer.model import base as models
-from qwenlora.trainer.model import pretrained, quantised, row_states, suitability
+from qwenlora.trainer.model import pretrained, quantised, router_loss, row_states, suitability
 from qwenlora.trainer.model.files import check_files
 from qwenlora.trainer.model.lora import count_parameters
 from qwenlora.trainer.ranks import gpus
@@ -65,6 +65,7 @@ def prepare(
         bad_rows=rows.index.bad.count,
         notes=[
             *pretrained.notes_on(config, base),
+            *router_loss.notes_on(config, model_config, parameters),
             *row_states.notes_on(model_config),
             *suitability.notes_on_lengths(model_config, longest),
             *notes_of(config, rows),

@@ -130,9 +130,8 @@ def plain_loss_and_gradients(
 
 
 def parameters_of(*counts: int) -> Parameters:
-    """Return parameter counts, in the record's order."""
-    sizes = [name for name in Parameters.model_fields if name not in ("work", "kinds", "active")]
-    return Parameters(**dict(zip(sizes, counts, strict=True)))
+    """Return parameter counts, in the record's order; the last may be left out."""
+    return Parameters(**dict(zip(Parameters.model_fields, counts, strict=False)))
 
 
 def config_of(**train) -> Config:

@@ -203,6 +203,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
         "warnings": warnings,
         "losses": {h["step"]: h["loss"] for h in history if "loss" in h},
         "norms": {h["step"]: float(h["grad_norm"]) for h in history if "loss" in h},
+        "router": {h["step"]: h["router_aux_loss"] for h in history if "router_aux_loss" in h},
         "eval": {h["step"]: h["eval_loss"] for h in history if "eval_loss" in h},
         "moved": moved,
         "fused": str(fused),

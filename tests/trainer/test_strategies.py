@@ -38,8 +38,8 @@ def logits_of(base: str, adapter: Path) -> torch.Tensor:
 def assert_close(one: dict, other: dict, *, at: float = CLOSE) -> None:
     assert one["losses"].keys() == other["losses"].keys()
     assert one["eval"].keys() == other["eval"].keys()
-    for field in ("losses", "eval"):
-        apart = max(abs(one[field][step] - other[field][step]) for step in one[field])
+    for field in ("losses", "eval", "router"):
+        apart = max([0.0, *(abs(one[field][step] - other[field][step]) for step in one[field])])
         assert apart <= at, f"{field} differ by {apart:.2e}"
     assert max(abs(one["norms"][step] / other["norms"][step] - 1) for step in one["norms"]) < 1e-4
 
@@ -161,13 +161,14 @@ def test_a_quantised_base_gives_the_numbers_of_one_process(small, tmp_path, toke
 
 
 def test_experts_are_trained_alike(tmp_path, tokenizer):
-    """With nothing of the base whole on a rank, and with layers computed again in the backward pass."""
+    """With nothing of the base whole on a rank, with layers computed again in the backward pass, and with the
+    auxiliary loss of the routers."""
     base = str(make_base(tmp_path / "base", "qwen3_moe", tied=True))
     experts = {
         "target_modules": ["q_proj"],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
     }
-    train = {"gradient_checkpointing": True, "neftune_noise_alpha": 5.0}
+    train = {"gradient_checkpointing": True, "neftune_noise_alpha": 5.0, "router_aux_loss": 0.1}
     start = Cell(base, "", steps=3, save_steps=3, lora=experts, train=train)
     own = {"zero3": {"deepspeed_config": all_in_parts(tmp_path)}}
     names = ("ddp", "fsdp", "zero3")
@@ -175,13 +176,15 @@ def test_experts_are_trained_alike(tmp_path, tokenizer):
     whole, *in_parts = run_ranks(run_cells, 2, cells, tokenizer)[0]
     for spread in in_parts:
         assert "experts" in spread["fused"]
+        assert list(spread["router"]) == [1, 2, 3]
         assert_close(spread, whole)
         assert spread["held"]["base_bytes"] < 0.6 * whole["held"]["base_bytes"]
 
 
 def test_experts_in_nf4_are_trained_alike_and_resume_to_the_bit(tmp_path, tokenizer):
     base = str(make_base(tmp_path / "base", "qwen3_moe", tied=True))
-    start = Cell(base, "", steps=4, save_steps=2, quantization="nf4")
+    train = {"router_aux_loss": 0.1}
+    start = Cell(base, "", steps=4, save_steps=2, quantization="nf4", train=train, end_to_end=True)
     one = run_ranks(run_cells, 1, [start.under("ddp", tmp_path / "one")], tokenizer)[0][0]
     own = {"zero3": {"deepspeed_config": all_in_parts(tmp_path)}}
     names = ("ddp", "zero2", "zero3")
@@ -197,6 +200,7 @@ def test_experts_in_nf4_are_trained_alike_and_resume_to_the_bit(tmp_path, tokeni
         assert "Params4bit" in result["held"]["kinds"]
         assert_close(result, one)
         assert resumed["adapter"] == result["adapter"]
+        assert list(result["router"].values())[2:] == list(resumed["router"].values())
     assert results[2]["held"]["base_bytes"] < 0.6 * one["held"]["base_bytes"]
 
 

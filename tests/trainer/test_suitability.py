@@ -3,13 +3,10 @@
 import re
 
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen2Config
 
 from qwenlora.configs.schema import Config, Data, Model
 from qwenlora.trainer.model import suitability
-from qwenlora.trainer.model.loading import set_up
-from qwenlora.trainer.model.pretrained import notes_on
 
 SIZES = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000, "rope_theta": 1e6}
@@ -66,27 +63,3 @@ def test_rows_longer_than_the_base_is_made_for_are_said(rope, longest):
         f"set data.max_length: {longest}, or stretch its positions (YaRN, rope_scaling with factor 2 in its"
         " config.json)"
     )
-
-
-def test_the_routers_auxiliary_loss_is_left_out_and_said(tmp_path):
-    """It would be added once a micro-batch, so that the loss depended on their number."""
-    experts = {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "num_key_value_heads": 2,
-    }
-    base = Qwen3MoeConfig(**SIZES, **experts, output_router_logits=True)
-    model, ids = Qwen3MoeForCausalLM(base), torch.arange(8).view(1, -1)
-    with_it = model(input_ids=ids, labels=ids)
-    set_up(model)
-    without = model(input_ids=ids, labels=ids)
-    assert with_it.aux_loss > 0
-    assert without.aux_loss is None
-    assert without.loss < with_it.loss
-    base.output_router_logits = True
-    base.save_pretrained(tmp_path)
-    (note,) = notes_on(config_of(tmp_path), str(tmp_path))
-    assert "the router's auxiliary loss is left out" in note
-    Qwen3Config(**SIZES).save_pretrained(tmp_path)
-    assert notes_on(config_of(tmp_path), str(tmp_path)) == []

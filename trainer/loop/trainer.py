@@ -38,6 +38,7 @@ from qwenlora.trainer.loop.resume import ResumeCallback
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.schedule import begin_above_zero, restore_schedule
 from qwenlora.trainer.model.loading import pick_dtype
+from qwenlora.trainer.model.router_loss import own_the_router_loss
 from qwenlora.trainer.model.row_attention import takes_rows_end_to_end
 from qwenlora.trainer.ranks import faults
 from qwenlora.trainer.ranks.stop import Stop
@@ -104,6 +105,7 @@ class LoraTrainer(Trainer):
         of_transformers = self.model_accepts_loss_kwargs and self._loss_shifts_labels
         if note := own_the_loss(self.model, accepts=of_transformers, weighted=rows.weighted):
             self.warn(note)
+        self.router_loss = own_the_router_loss(self.model, config.train.router_aux_loss)
         self.remove_callback(PrinterCallback)
         self.add_callback(ResumeCallback(self))
 
@@ -236,6 +238,9 @@ class LoraTrainer(Trainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """Measure the wait for data, without Trainer's wait for the other ranks' counts of tokens."""
         self._losses, self._loss_before = [], self._tr_loss.clone()
+        if self.router_loss:
+            rows = self.order.rows(self.state.global_step)
+            self.router_loss.begin(int(self.order.lengths[rows].sum()))
         samples: tuple[list[Any], Tensor | int | None]
         samples = super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
         return samples
@@ -343,6 +348,13 @@ class LoraTrainer(Trainer):
         if dist.is_initialized():
             dist.broadcast_object_list(newest)
         return newest[0]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the auxiliary loss of the last step's routers to a training log; all ranks call it."""
+        if self.router_loss and "loss" in logs:
+            value: Tensor = self.accelerator.reduce(self.router_loss.value.to(self.args.device), "sum")
+            logs["router_aux_loss"] = value.item()
+        super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
         """Return 0: Trainer would walk all modules in each micro-batch; metrics.py knows a token's FLOPs."""

@@ -16,7 +16,6 @@ from qwenlora.trainer.model.base import hub_errors
 from qwenlora.trainer.model.names import VISION
 from qwenlora.trainer.model.nf4_loading import experts_too
 from qwenlora.trainer.model.pretrained import quantised_files, read_config_of, unties
-from qwenlora.trainer.model.suitability import leave_out_router_loss
 
 IGNORED = -100  # labels without a loss: torch.nn.CrossEntropyLoss, ignore_index
 
@@ -99,7 +98,6 @@ def set_up(model: Any, recomputed: int = 0) -> None:
     """Prepare a base model for training, however it was loaded. recomputed: layers, from the first, that
     compute their activations again in the backward pass."""
     model.config.get_text_config().use_cache = False
-    leave_out_router_loss(model.config)
     compute_again(model, recomputed)
 
 

@@ -14,7 +14,6 @@ from qwenlora.trainer.hidden import show_bitsandbytes
 from qwenlora.trainer.model import damage, head, quantised
 from qwenlora.trainer.model.base import TINY, hub_errors, resolve
 from qwenlora.trainer.model.names import WITH_VISION
-from qwenlora.trainer.model.suitability import leave_out_router_loss
 from qwenlora.trainer.model.tiny import build_tiny
 
 
@@ -80,7 +79,6 @@ def notes_on(config: Config, base: str) -> list[str]:
     """Return what the user is told about the base."""
     model_config = read_config_of(config, base)
     notes = [head.NOTE] if unties(config, base, model_config) else []
-    notes += leave_out_router_loss(model_config)
     return notes + [quantised.note(kind) for kind in [quantised_files(model_config)] if kind]
 
 

@@ -1,5 +1,5 @@
-"""What a base's config.json says against training it: what it is no model for, and what it would make depend
-on how rows are put into batches."""
+"""What a base's config.json says against training it: what it is no model for, and RoPE that would depend on
+how rows are put into batches."""
 
 from typing import Any
 
@@ -49,19 +49,6 @@ def notes_on_lengths(model_config: Any, longest: int) -> list[str]:
         f"the longest row has {longest:,} tokens, and the base is made for {limit:,} (by its config.json):"
         f" set data.max_length: {limit}, or stretch its positions (YaRN, rope_scaling with factor"
         f" {-(-longest // limit)} in its config.json)"
-    ]
-
-
-def leave_out_router_loss(model_config: Any) -> list[str]:
-    """Turn the auxiliary loss of a mixture's router off, and return what the user is told about it."""
-    text = model_config.get_text_config()
-    if not getattr(text, "output_router_logits", False):
-        return []
-    text.output_router_logits = False
-    return [
-        "output_router_logits is true in the base's config.json, but the router's auxiliary loss is left"
-        " out: it"
-        " would depend on how rows are put into micro-batches"
     ]
 
 

@@ -153,8 +153,7 @@ class Metrics(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last step is logged whatever logging_steps is
         order = self.trainer.order
-        units = order.step(*divmod(state.global_step - 1, order.steps_per_epoch))
-        rows = [row for unit in units for row in unit]
+        rows = order.rows(state.global_step - 1)
         lengths = order.lengths[rows].astype("int64")
         self._tokens += int(lengths.sum())
         trained = int(self.trainer.train_side.trained_lengths[rows].sum())
