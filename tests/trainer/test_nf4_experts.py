@@ -206,6 +206,19 @@ def test_the_adapter_is_peft_s_and_answers_over_nf4(base, tmp_path):
     torch.testing.assert_close(loaded(input_ids=IDS).logits, logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_on_a_gpu_in_bfloat16(base):
+    config = config_of(base)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    model = learnt(add_lora(in_nf4(config), config.lora))
+    assert fuse_experts(model) == (2, 0)
+    expected, _ = losses_and_gradients(pair(base)[1].cuda(), IDS.cuda())
+    loss, gradients = losses_and_gradients(model, IDS.cuda(), autocast=False)
+    assert abs(loss - expected) < 0.05
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
 def test_experts_that_cannot_be_computed_so_are_refused_before_a_weight_is_read(tmp_path):
     base = made(tmp_path, hidden_act="gelu")
     with pytest.raises(
