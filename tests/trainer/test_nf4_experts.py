@@ -8,7 +8,7 @@ from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Params4bit
 from gradients import apart, losses_and_gradients
 from largest import Largest
-from made import HYBRIDS
+from made import HYBRIDS, make_with_vision
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -137,6 +137,20 @@ def test_some_at_a_time_with_lora_on_experts_or_without(base, monkeypatch, exper
 
 def test_rows_of_experts_may_have_other_widths_than_whole_blocks(tmp_path):
     assert_as_in_peft(*pair(made(tmp_path, moe_intermediate_size=24), experts="none"))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "qwen3_vl_moe"])
+def test_experts_of_a_base_in_the_layout_of_a_vision_model(kind, tmp_path):
+    config = config_of(make_with_vision(tmp_path, kind))
+    ours, theirs = in_nf4(config), in_nf4(config)
+    for _, experts in (mixtures := nf4_loading._mixtures(theirs)):
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(experts, name)
+            plain = numbers_of(weight.data, weight.quant_state).view(weight.quant_state.shape)
+            setattr(experts, name, torch.nn.Parameter(plain, False))
+    assert len(mixtures) == 2
+    theirs.config.get_text_config()._experts_implementation = "eager"
+    torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=0, atol=1e-5)
 
 
 def test_an_adapter_that_is_off_leaves_the_base(base):

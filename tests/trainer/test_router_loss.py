@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gradients import apart
-from made import HYBRIDS, config_of, parameters_of, side_of, trainer_of
+from made import HYBRIDS, config_of, make_with_vision, parameters_of, side_of, trainer_of
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -12,6 +12,7 @@ from qwenlora.data.chat import Tokens
 from qwenlora.run.records import OfKind
 from qwenlora.trainer.loop.batches import collate, collate_packs
 from qwenlora.trainer.model import router_loss
+from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.model.router_loss import own_the_router_loss
 
 SIZES = {
@@ -81,6 +82,19 @@ def test_a_row_s_loss_is_transformers(kind, recomputed):
     expected = gradients_of(theirs, [batch])
     assert_close(gradients_of(ours, [batch]), expected)
     assert max(apart(gradients_of(plain, [batch]), expected).values()) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "qwen3_vl_moe"])
+def test_a_base_in_the_layout_of_a_vision_model_has_it(kind, tmp_path):
+    folder = str(make_with_vision(tmp_path, kind))
+    model = class_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+    model.config.get_text_config().output_router_logits = True
+    batch = collate(rows(9), 0)
+    expected = model(**batch).aux_loss
+    loss = own_the_router_loss(model.train(), SHARE)
+    loss.begin(9)
+    model(**batch)
+    assert loss.value.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 SPLITS = {
