@@ -32,9 +32,9 @@ class _TextPart(_FullClass):
 
     def __init__(self, config: Any, *inputs: Any, **options: Any) -> None:
         super().__init__(config, *inputs, **options)  # type: ignore[call-arg]
-        model = vars(self)["_modules"]["model"]
-        delattr(model, VISION)
-        model.language_model.register_forward_pre_hook(_as_of_text, with_kwargs=True)
+        own: Any = self
+        delattr(own.model, VISION)
+        own.model.language_model.register_forward_pre_hook(_as_of_text, with_kwargs=True)
 
 
 def class_of(model_config: Any, *, vision: bool = False) -> Any:
