@@ -41,14 +41,19 @@ def test_sizes_are_halved():
     assert halved([5]) == [5]
 
 
-def limit(trainer, tokens):
-    """Have the model run out of memory over so many tokens a layer that keeps its activations."""
+def layers_of(trainer):
+    return trainer.peft_model.get_base_model().model.layers
+
+
+def limit(trainer, tokens, count=LAYERS):
+    """Have the model run out of memory over so many tokens in one of its first layers that keeps its
+    activations."""
 
     def refuse(layer, inputs, *_):
         if inputs[0].shape[:-1].numel() > tokens and not layer.gradient_checkpointing:
             raise torch.OutOfMemoryError
 
-    for layer in trainer.peft_model.get_base_model().model.layers:
+    for layer in layers_of(trainer)[:count]:
         layer.register_forward_pre_hook(refuse)
 
 
@@ -79,6 +84,26 @@ def test_numbers_are_those_of_a_run_with_that_size(tiny, tmp_path, tokens, why, 
     assert trainer.args.gradient_accumulation_steps == fixed.args.gradient_accumulation_steps
     expected = adapter_of(fixed.model)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_of(trainer.model).items())
+
+
+@pytest.mark.parametrize(
+    ("train", "size", "tokens", "found"),
+    [
+        ({"gradient_checkpointing": False}, 8, 4 * 39, (4, 0)),  # the size alone is auto
+        ({"per_device_train_batch_size": 4}, 4, 10, (4, 2)),  # the layers alone are
+        ({}, 8, 10, (1, 2)),
+    ],
+)
+def test_what_is_auto_is_found_and_set(tiny, tmp_path, train, size, tokens, found):
+    config = config_of(**{"per_device_train_batch_size": "auto"} | train)
+    trainer = trainer_of(tiny, tmp_path, side_of(24), cut_into(config, size))
+    limit(trainer, tokens, count=2)
+    spread = try_out(trainer, config, Spread(micro_batch=size), LAYERS)
+    assert (spread.micro_batch, spread.recomputed) == found
+    assert trainer.args.per_device_train_batch_size == trainer.order.per_device_batch_size == found[0]
+    assert [layer.gradient_checkpointing for layer in layers_of(trainer)] == [
+        number < found[1] for number in range(LAYERS)
+    ]
 
 
 def test_what_the_config_decides_is_not_tried(tiny, tmp_path):
