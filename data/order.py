@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwenlora.data.packing import Packs, spread
+from qwenlora.run.format import count as in_words
 
 Rows = npt.NDArray[np.integer]
 
@@ -100,7 +101,7 @@ class Order:
         return units[number * self.per_device_batch_size : (number + 1) * self.per_device_batch_size]
 
     def micro_batches(self, epoch: int, world_size: int, rank: int) -> Iterator["MicroBatch"]:
-        """Yield this rank's micro-batches: accumulation_steps in each step, some empty in the last step."""
+        """Yield this rank's micro-batches: accumulation_steps in each step, of which some may be empty."""
         accumulation = accumulation_steps(self.global_batch_size, self.per_device_batch_size, world_size)
         starts = [(number * world_size + rank) * self.per_device_batch_size for number in range(accumulation)]
         for step in range(self.steps_per_epoch):
@@ -122,28 +123,42 @@ class MicroBatch:
 
 
 def micro_batches(global_batch_size: int, world_size: int, sequence_parallel: int = 1) -> list[int]:
-    """Return the sizes of micro-batches that cut a global batch evenly, the largest first. Raises: ValueError
-    when global_batch_size, or the number of ranks, cannot be divided evenly."""
+    """Return the sizes of micro-batches with which all ranks have about the same work, the largest first.
+    Raises: ValueError when there are more ranks than rows, or they cannot be divided evenly."""
     of_a_team = accumulation_steps(global_batch_size, 1, world_size, sequence_parallel)
-    return [size for size in range(of_a_team, 0, -1) if of_a_team % size == 0]
+    teams = teams_of(world_size, sequence_parallel)
+    sizes = (size for size in range(of_a_team, 0, -1) if of_a_team % size == 0)
+    return [size for size in sizes if -(-global_batch_size // size) >= teams]
 
 
 def accumulation_steps(
     global_batch_size: int, per_device_batch_size: int, world_size: int, sequence_parallel: int = 1
 ) -> int:
-    """Return the micro-batches a rank computes in a step. sequence_parallel: ranks that share each of them.
-    Raises: ValueError when global_batch_size, or the number of ranks, cannot be divided evenly."""
-    at_once = per_device_batch_size * teams_of(world_size, sequence_parallel)
-    shared = sequence_parallel > 1
-    if global_batch_size % at_once:
-        below = global_batch_size // at_once * at_once
-        nearest = ", ".join(str(size) for size in (below, below + at_once) if size)
+    """Return the micro-batches a rank computes in a step, blank ones included: some ranks have one less to
+    compute where the ranks do not divide them. sequence_parallel: ranks that share each of them. Raises:
+    ValueError when there are more ranks than micro-batches, or they cannot be divided evenly."""
+    teams = teams_of(world_size, sequence_parallel)
+    count = -(-global_batch_size // per_device_batch_size)
+    if count < teams:
+        smaller = max(1, global_batch_size // teams)
+        cure = f"train.per_device_train_batch_size: {smaller}"
+        if smaller * teams > global_batch_size:
+            cure = f"train.global_batch_size: {teams} or more"
+        ranks = f"{world_size} processes{f' / {sequence_parallel} a sequence' * (sequence_parallel > 1)}"
         raise ValueError(
-            f"train.global_batch_size={global_batch_size} is not divisible by per_device_train_batch_size *"
-            f" world_size{' / sequence_parallel' * shared} = {per_device_batch_size} *"
-            f" {world_size}{f' / {sequence_parallel}' * shared} = {at_once}; nearest: {nearest}"
+            f"train.global_batch_size={global_batch_size} makes {in_words(count, 'micro-batch', 'es')}"
+            f" of per_device_train_batch_size={per_device_batch_size}, fewer than {ranks}; set {cure}"
         )
-    return global_batch_size // at_once
+    return -(-count // teams)
+
+
+def idle_share(
+    global_batch_size: int, per_device_batch_size: int, world_size: int, sequence_parallel: int = 1
+) -> float:
+    """Return the share of a step in which ranks have nothing to compute, since they do not divide it."""
+    steps = accumulation_steps(global_batch_size, per_device_batch_size, world_size, sequence_parallel)
+    slots = steps * teams_of(world_size, sequence_parallel) * per_device_batch_size
+    return 1 - global_batch_size / slots
 
 
 def teams_of(world_size: int, sequence_parallel: int) -> int:

@@ -8,7 +8,7 @@ from qwenlora.configs.combinations import ZERO, Machine, packs_rows
 from qwenlora.configs.deepspeed import as_comment, deepspeed_config
 from qwenlora.configs.estimate import decide
 from qwenlora.configs.load import to_yaml
-from qwenlora.data.order import total_steps
+from qwenlora.data.order import idle_share, total_steps
 from qwenlora.data.survey import Survey, survey
 from qwenlora.launch import hostfile
 from qwenlora.launch.commands import argv_without_agents, processes_in_words
@@ -70,7 +70,9 @@ def _global_batch(config: Config, processes: int, accumulation: int, *, packs: b
     ranks = f"{processes_in_words(processes)}{f' / {shared} a sequence' * (shared > 1)}"
     if train.per_device_train_batch_size == "auto":
         return f"{units} = {ranks} x as many as fit x what is accumulated: found at the start"
-    return f"{units} = {ranks} x {train.micro_batch} x {accumulation} accumulated"
+    idle = idle_share(train.global_batch_size, train.micro_batch, processes, shared)
+    unused = f", {idle:.0%} of it blank" if idle else ""
+    return f"{units} = {ranks} x {train.micro_batch} x {accumulation} accumulated{unused}"
 
 
 def _hosts(config: Config, names: Sequence[str]) -> str:

@@ -134,11 +134,11 @@ def test_model_of_an_unknown_kind(qwenlora, tmp_path, tiny):
         assert words in refused(qwenlora("train", TINY, "model.name_or_path=./model"))
 
 
-def test_batch_that_does_not_divide(qwenlora):
-    line = refused(qwenlora("train", TINY, "train.global_batch_size=96", "--nproc", 4))
+def test_more_ranks_than_micro_batches(qwenlora):
+    line = refused(qwenlora("train", TINY, "--nproc", 4))
     assert line == (
-        "train.global_batch_size=96 is not divisible by per_device_train_batch_size * world_size = 10 * 4 ="
-        " 40; nearest: 80, 120"
+        "train.global_batch_size=20 makes 2 micro-batches of per_device_train_batch_size=10, fewer than 4"
+        " processes; set train.per_device_train_batch_size: 5"
     )
 
 

@@ -43,11 +43,13 @@ def test_no_micro_batch_has_more_tokens_than_the_longest(order):
     assert all(tokens(batch) <= most for batch in order.micro_batches(0, 1, 0))
 
 
-def test_the_sizes_of_micro_batches_divide_the_batch():
+def test_the_sizes_of_micro_batches_give_each_rank_some():
     assert micro_batches(24, 2) == [12, 6, 4, 3, 2, 1]
     assert micro_batches(24, 4, 2) == [12, 6, 4, 3, 2, 1]
-    with pytest.raises(ValueError, match="train.global_batch_size=10 is not divisible by"):
-        micro_batches(10, 4)
+    assert micro_batches(10, 4) == [3, 1]
+    assert micro_batches(9, 4) == [1]
+    with pytest.raises(ValueError, match="fewer than 4 processes; set train.global_batch_size: 4 or more"):
+        micro_batches(3, 4)
 
 
 @given(orders(), st.integers(0, 3))
@@ -75,11 +77,11 @@ def test_the_order_is_the_same_for_ever():
 @pytest.mark.parametrize(
     ("global_batch", "per_device", "world", "message"),
     [
-        (96, 4, 16, r"train\.global_batch_size=96 is not divisible by .* = 4 \* 16 = 64; nearest: 64, 128"),
-        (3, 2, 2, r"train\.global_batch_size=3 .* = 2 \* 2 = 4; nearest: 4"),
+        (16, 16, 2, r"=16 makes 1 micro-batch of .*=16, fewer than 2 processes; set .*train_batch_size: 8"),
+        (3, 1, 4, r"=3 makes 3 micro-batches of .*=1, fewer than 4 processes; set .*global_batch_size: 4 or"),
     ],
 )
-def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(
+def test_more_ranks_than_micro_batches_are_refused_with_what_would_do(
     global_batch, per_device, world, message
 ):
     with pytest.raises(ValueError, match=message):
@@ -99,7 +101,7 @@ def test_steps_follow_from_rows_and_epochs():
 def test_the_micro_batches_of_an_epoch_are_its_steps_cut_in_order(order, epoch):
     cut = [list(batch) for batch in order.micro_batches(epoch, 1, 0)]
     assert all(len(batch) <= order.per_device_batch_size for batch in cut)
-    accumulation = order.global_batch_size // order.per_device_batch_size
+    accumulation = -(-order.global_batch_size // order.per_device_batch_size)
     for step in range(order.steps_per_epoch):
         together = [unit for batch in cut[step * accumulation : (step + 1) * accumulation] for unit in batch]
         assert together == order.step(epoch, step)

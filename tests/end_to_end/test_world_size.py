@@ -1,4 +1,4 @@
-"""One run on 1, 2, 4 and 1 processes is the same run: the same rows in the same steps, learning rates, and
+"""One run on 1, 3, 2 and 1 processes is the same run: the same rows in the same steps, learning rates, and
 losses."""
 
 import json
@@ -76,7 +76,7 @@ def rows_of_steps(ranks: list[list[list[int]]], first: int, last: int) -> dict[i
     for step, size in zip(range(first, last + 1), sizes, strict=True):
         rows = []
         for rank, looked_up in enumerate(ranks):
-            for number in range(16 // (4 * len(ranks))):
+            for number in range(-(-4 // len(ranks))):  # three of the 4 micro-batches leave two ranks blank
                 start = (number * len(ranks) + rank) * 4
                 mine = max(min(size - start, 4), 0)
                 for unit in looked_up[places[rank] : places[rank] + mine]:
@@ -88,14 +88,14 @@ def rows_of_steps(ranks: list[list[list[int]]], first: int, last: int) -> dict[i
 
 
 @pytest.mark.parametrize("dropout", [pytest.param("0.0", marks=pytest.mark.long), "0.1"])
-def test_1_2_4_1_processes_train_as_one(tmp_path, dropout):
+def test_1_3_2_1_processes_train_as_one(tmp_path, dropout):
     (tmp_path / "my.yaml").write_text(CONFIG.replace("DROPOUT", dropout))
     (tmp_path / "rank.py").write_text(RANK)
     ranks = attempt(tmp_path, "whole", 1, STEPS)
     expected = rows_of_steps(ranks, 1, STEPS)
     assert list(expected) == list(range(1, STEPS + 1))
     seen, last = {}, 0
-    for world, stop in ((1, 3), (2, 7), (4, 10), (1, STEPS)):
+    for world, stop in ((1, 3), (3, 7), (2, 10), (1, STEPS)):
         ranks = attempt(tmp_path, "changed", world, stop)
         steps = rows_of_steps(ranks, last + 1, stop)
         assert list(steps) == list(range(last + 1, stop + 1))

@@ -163,11 +163,11 @@ def test_letters_that_slurm_s_file_names_cannot_hold_are_refused(letter):
     [
         ({"data.train": "no.jsonl"}, {}, r"data\.train=no\.jsonl: no such file"),
         ({"lora.rnk": 3}, {}, r"lora\.rnk=3: no such key"),
-        ({}, {"nodes": 3}, r"global_batch_size=16 is not divisible by .* = 4 \* 3 = 12; nearest: 12, 24"),
+        ({}, {"nodes": 5}, r"global_batch_size=16 makes 4 micro-batches .*=4, fewer than 5 .*batch_size: 3"),
         (
             {"train.per_device_train_batch_size": 16},
             {"gpus_per_node": 2},
-            r"not divisible by .* = 16 \* 2 = 32",
+            r"makes 1 micro-batch of .*=16, fewer than 2 processes",
         ),
         ({}, {"nodes": 2, "cluster": "local"}, "nodes=2: cluster=local is this machine alone"),
         ({}, {"cluster": "cloud"}, "cluster=cloud: expected slurm, local or debug"),
@@ -275,7 +275,7 @@ def test_names_of_a_sweep_s_runs_are_harmless(value):
         ({"run_dir": ["a", "b"]}, "take it out of the grid"),
         ({"lora.rnk": [16]}, r"lora\.rnk=16: no such key"),
         ({"lora.r": [16, 0]}, r"lora\.r=0: expected greater than 0"),
-        ({"train.global_batch_size": [16, 6]}, "is not divisible"),
+        ({"train.per_device_train_batch_size": [4, 0]}, "expected"),
         ({"log.wandb_name": ["x" * 300]}, "has 315 characters, 200 is the most"),
     ],
 )

@@ -69,9 +69,9 @@ def test_without_deepspeed_its_launcher_is_refused(monkeypatch):
         check_start(load_config(TINY, ["launch.launcher=deepspeed"]))
 
 
-def test_a_batch_that_does_not_divide_by_all_slots_is_refused():
+def test_more_slots_than_micro_batches_are_refused():
     Path("hosts").write_text("127.0.0.1 slots=3\n127.0.0.2 slots=3\n")
-    with pytest.raises(ValueError, match="global_batch_size=20 is not divisible by .* = 60"):
+    with pytest.raises(ValueError, match="=20 makes 2 micro-batches .* fewer than 6 processes"):
         agent.run(load_config(TINY, ["launch.launcher=deepspeed", "launch.hostfile=hosts"]))
 
 

@@ -212,7 +212,7 @@ class LoraTrainer(Trainer):
 
     def cut_into(self, size: int, deepspeed: DeepSpeedConfig | None = None) -> None:
         """Cut the steps into micro-batches of so many rows, or packs, instead; before the engine is made.
-        deepspeed: the config for that. Raises: ValueError when they do not divide the global batch."""
+        deepspeed: the config for that. Raises: ValueError when there are fewer than ranks."""
         train, strategy, world_size = self.config.train, self.config.strategy, self.args.world_size
         self.args.gradient_accumulation_steps = accumulation_steps(
             train.global_batch_size, size, world_size, strategy.sequence_parallel

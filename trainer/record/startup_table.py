@@ -8,6 +8,7 @@ from rich.table import Table
 from transformers import TrainingArguments
 
 from qwenlora.configs import Config
+from qwenlora.data.order import idle_share
 from qwenlora.data.turns import TURN_END
 from qwenlora.plan.kinds import OTHER
 from qwenlora.run.format import and_more
@@ -108,7 +109,19 @@ def _global_batch(config: Config, facts: Facts, args: TrainingArguments, world_s
         f" process{'es' * (world_size > 1)}{f' / {shared} a sequence' * (shared > 1)} x"
         f" {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated, about"
         f" {a_step * train.tokens // facts.units:,} tokens{in_rows} a step"
+        f"{_idle(config, args, world_size)}"
     )
+
+
+def _idle(config: Config, args: TrainingArguments, world_size: int) -> str:
+    """Return what share of the ranks' time is idle, and with which batches none would be."""
+    batch, shared = config.train.global_batch_size, config.strategy.sequence_parallel
+    idle = idle_share(batch, args.per_device_train_batch_size, world_size, shared)
+    if not idle:
+        return ""
+    at_once = args.per_device_train_batch_size * world_size // shared
+    nearest = [size for size in (batch // at_once * at_once, -(-batch // at_once) * at_once) if size]
+    return f"; {idle:.0%} of the processes' time is idle, none with {' or '.join(map(str, nearest))}"
 
 
 def _steps(config: Config, facts: Facts, args: TrainingArguments) -> str:
