@@ -18,12 +18,13 @@ from qwenlora.adapter.adapter_file import check_numbers, read_adapter
 from qwenlora.adapter.deferred import Deferred
 from qwenlora.adapter.ordinary import ordinary_base, ordinary_shapes
 from qwenlora.adapter.subject import ADAPTER_CONFIG, AdapterConfig, Subject, lora_kind, read_adapter_config
+from qwenlora.plan.adapter import PATTERNS
 from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, sha256
 from qwenlora.run.format import and_more
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model import quantised
-from qwenlora.trainer.model.files import PATTERNS, without_peft_s_own
+from qwenlora.trainer.model.files import without_peft_s_own
 from qwenlora.trainer.model.headers import TensorValues
 from qwenlora.trainer.model.names import has_vision, todays
 

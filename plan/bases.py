@@ -33,8 +33,8 @@ def shape_of_base(model: Model) -> tuple[Shape, str]:
 
 
 def values_of_base(model: Model) -> tuple[JsonObject, str]:
-    """Return the values of config.json of the base, of its text part, and where they are from. Raises:
-    ValueError when the base is unknown."""
+    """Return the values of the base's config.json, and where they are from. Raises: ValueError when the base
+    is unknown."""
     name = model.name_or_path
     if name == TINY:
         return _TINY_SHAPE, "the embedded model"

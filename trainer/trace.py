@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from qwenlora.configs.schema import Lora
 from qwenlora.data.chunks import JsonObject
 from qwenlora.trainer.loop.chunked_loss import summed_loss
+from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.model.fused import fuse
 from qwenlora.trainer.model.loading import set_up
 from qwenlora.trainer.model.lora import add_lora
@@ -69,7 +70,8 @@ def build(
     sharded_by_deepspeed: bool = False,
 ) -> tuple[Any, Any]:
     """Return a base of random weights, and it with its adapter, as trainer/build.py makes them."""
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=dtype)
+    config = AutoConfig.for_model(**values)
+    base = class_of(config).from_config(config, dtype=dtype)
     set_up(base, recomputed)
     attend_row_by_row(base, states_apart=keep_states_apart(base))
     model = add_lora(base, lora)

@@ -30,12 +30,13 @@ from qwenlora.adapter.publish.leaks import Private
 from qwenlora.adapter.publish.run_summary import RunSummary, summarise_run
 from qwenlora.adapter.subject import ADAPTER_CONFIG, final_adapter, read_adapter_config
 from qwenlora.data.turns import TURN_END
+from qwenlora.plan.shape import WITH_VISION
 from qwenlora.run import checkpoints
 from qwenlora.run.disk import broken_seal, seal
 from qwenlora.run.folder import RunFolder, step_of
 from qwenlora.trainer.model.damage import read_json
 from qwenlora.trainer.model.headers import CONFIG, GENERATION_CONFIG
-from qwenlora.trainer.model.names import WITH_VISION, todays
+from qwenlora.trainer.model.names import todays
 
 CARD = "README.md"
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")

@@ -1,7 +1,9 @@
 """A plan counts the numbers of a base and its adapter as the preparation counts them in the model."""
 
+import json
+
 import pytest
-from made import WITH_VISION, make_with_vision
+from made import WITH_VISION, config_with_vision
 from transformers import AutoConfig
 
 from qwenlora.configs.schema import Config, Lora
@@ -30,23 +32,53 @@ def shape_and_counts(tmp_path, kind, lora, **more):
     return counts_of(tmp_path, lora)
 
 
-def counts_of(folder, lora):
+def counts_of(tmp_path, lora):
     config = Config.model_validate(
-        {"run_dir": "r", "model": {"name_or_path": str(folder)}, "data": {"train": "example"}, "lora": lora}
+        {"run_dir": "r", "model": {"name_or_path": str(tmp_path)}, "data": {"train": "example"}, "lora": lora}
     )
-    return count(shape_of(read_values(folder), "base"), config.lora), count_parameters(config, str(folder))
-
-
-@pytest.mark.parametrize("kind", WITH_VISION)
-def test_of_a_model_that_sees_the_text_part_is_counted(tmp_path, kind):
-    planned, counted = counts_of(make_with_vision(tmp_path, kind), {})
-    assert planned == counted
+    return count(shape_of(read_values(tmp_path), "base"), config.lora), count_parameters(
+        config, str(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_is_counted_as_transformers_makes_it(tmp_path, kind, tied):
     planned, counted = shape_and_counts(tmp_path, kind, {}, tie_word_embeddings=tied)
+    assert planned == counted
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_a_file_leaves_out_is_as_transformers_fills_it_in(tmp_path, kind):
+    wide = SIZES | HEADS | FAMILIES[kind] | {"model_type": kind, "hidden_size": 128}
+    few = {key: value for key, value in wide.items() if key not in (*LINEAR, "head_dim")}
+    (tmp_path / "config.json").write_text(json.dumps(few))
+    planned, counted = counts_of(tmp_path, {})
+    assert planned == counted
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
+def test_windows_and_biases_are_counted(tmp_path, kind):
+    odd = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2, "attention_bias": True}
+    planned, counted = shape_and_counts(tmp_path, kind, {}, **odd)
+    assert planned == counted
+
+
+@pytest.mark.parametrize("lora", [{}, {"modules_to_save": ["embed_tokens"]}])
+@pytest.mark.parametrize("kind", WITH_VISION)
+def test_the_text_of_a_base_with_vision_is_counted_by_the_names_of_its_full_class(tmp_path, kind, lora):
+    config_with_vision(kind, 320, tied=True).save_pretrained(tmp_path)
+    planned, counted = counts_of(
+        tmp_path, lora | {"rank_pattern": {r"model\.language_model\.layers\.0\..*": 4}}
+    )
+    assert planned == counted
+
+
+def test_a_file_of_qwen2_5_vl_that_has_its_text_beside_its_vision_is_read(tmp_path):
+    values = config_with_vision("qwen2_5_vl", 320).to_dict()
+    text = values.pop("text_config")
+    (tmp_path / "config.json").write_text(json.dumps({**text, **values}))
+    planned, counted = counts_of(tmp_path, {})
     assert planned == counted
 
 
@@ -66,6 +98,12 @@ def test_every_family_is_counted_as_transformers_makes_it(tmp_path, kind, tied):
         ("qwen3_next", {"experts": "shared"}),
         ("qwen3_5_moe_text", {"target_parameters": ["gate.weight"]}),
         ("qwen2_moe", {"rank_pattern": {"experts.down_proj": 8}}),
+        ("qwen2_moe", {"modules_to_save": ["gate"]}),
+        ("qwen3", {"target_modules": ["q_proj", "embed_tokens", "not_there"]}),
+        ("qwen3", {"modules_to_save": ["norm", "q_proj"]}),
+        ("qwen3_next", {"modules_to_save": ["norm"]}),
+        ("qwen3_next", {"experts": "none", "use_dora": True}),
+        ("qwen3_5_moe_text", {"experts": "shared", "lora_dropout": 0.1}),
     ],
 )
 def test_settings_of_the_adapter_are_counted_as_peft_reads_them(tmp_path, kind, lora):
@@ -74,14 +112,57 @@ def test_settings_of_the_adapter_are_counted_as_peft_reads_them(tmp_path, kind, 
 
 
 @pytest.mark.parametrize(
-    ("lora", "message"),
+    ("kind", "lora", "message"),
     [
-        ({"target_modules": ["qq_proj"]}, "the base has no qq_proj"),
-        ({"target_modules": ".*nothing"}, "names no layer"),
-        ({"modules_to_save": ["score"]}, "the base has no score"),
+        ("qwen3", {"target_modules": ["qq_proj"]}, "names no layer"),
+        ("qwen3", {"target_modules": ".*nothing"}, "names no layer"),
+        ("qwen3", {"target_modules": "[bad"}, r"lora.target_modules: \[bad is no regular expression"),
+        ("qwen3", {"modules_to_save": ["score"]}, "the base has no score"),
+        ("qwen3", {"target_parameters": ["experts.down_proj"]}, "the base has no experts.down_proj"),
+        ("qwen3", {"exclude_modules": ["mlp"]}, "the base has no linear layer mlp"),
+        ("qwen3", {"layers_to_transform": [0, 4]}, "no layer 4; its last is 3"),
+        ("qwen3", {"rank_pattern": {"qq_proj": 4}}, "qq_proj matches no layer"),
+        ("qwen2_moe", {"lora_dropout": 0.1}, "lora_dropout=0.1 does not go with LoRA on .*experts"),
+        (
+            "qwen3_next",
+            {"experts": "shared", "use_dora": True},
+            "use_dora=true does not go with LoRA on .*expert",
+        ),
+        (
+            "qwen3_next",
+            {"target_modules": ["q_proj", "shared_expert.down_proj"]},
+            "takes shared_expert.down_proj",
+        ),
+        ("qwen3_moe", {"target_modules": ["gate"]}, "takes gate for"),
     ],
 )
-def test_names_that_the_base_lacks_are_refused(tmp_path, lora, message):
-    AutoConfig.for_model("qwen3", **SIZES | HEADS).save_pretrained(tmp_path)
+def test_what_a_start_refuses_and_what_only_a_start_can_count_is_refused(tmp_path, kind, lora, message):
+    AutoConfig.for_model(kind, **SIZES | HEADS | FAMILIES[kind]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         count(shape_of(read_values(tmp_path), "base"), Lora(**lora))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "wide"}, "base: hidden_size: "),
+        ({"num_attention_heads": 0}, "base: num_attention_heads: "),
+        ({"layer_types": ["full_attention"]}, "1 layer_types and num_hidden_layers=4"),
+        ({"num_experts": None}, "has no num_experts"),
+        ({"shared_expert_intermediate_size": None}, "has no shared_expert_intermediate_size"),
+        ({"text_config": "none"}, "text_config=none, expected an object"),
+        ({"model_type": None}, "model_type=None is no family"),
+        ({"quantization_config": {"quant_method": "awq"}}, "its files are quantised"),
+    ],
+)
+def test_a_file_that_is_damaged_or_of_quantised_weights_is_refused_by_name(change, message):
+    values = SIZES | HEADS | FAMILIES["qwen2_moe"] | {"model_type": "qwen2_moe"}
+    with pytest.raises(ValueError, match=message):
+        shape_of(values | change, "base")
+
+
+def test_what_a_file_has_to_say_is_not_guessed():
+    values = SIZES | HEADS | {"model_type": "qwen3"}
+    for key in ("num_key_value_heads", "intermediate_size"):
+        with pytest.raises(ValueError, match=f"it has no {key}"):
+            shape_of({name: value for name, value in values.items() if name != key}, "base")

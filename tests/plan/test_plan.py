@@ -127,6 +127,7 @@ def test_a_known_base_has_the_size_of_its_name(name):
         ("unsloth/Qwen3-4B-Instruct-2507", "Qwen3-4B"),
         ("Qwen/Qwen3-Coder-30B-A3B-Instruct", "Qwen3-Coder-30B-A3B"),
         ("Qwen/Qwen3-30B-A3B-Thinking-2507", "Qwen3-30B-A3B"),
+        ("Qwen/Qwen3-VL-8B-Thinking", "Qwen3-VL-8B"),
     ],
 )
 def test_variants_of_a_known_qwen_have_its_shape(name, entry):
@@ -135,7 +136,7 @@ def test_variants_of_a_known_qwen_have_its_shape(name, entry):
 
 def test_an_unknown_base_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"no such folder, not in the hub's cache.*Qwen2.5-7B"):
-        shape_of_base(Model(name_or_path="Qwen/Qwen3-VL-8B"))
+        shape_of_base(Model(name_or_path="someone/Other-9B"))
 
 
 @pytest.mark.parametrize(

@@ -61,17 +61,24 @@ WITH_VISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 NO_IDENTITY = Identity(config={}, data="", base="")
 
 
+def config_with_vision(kind: str, vocabulary: int, *, tied: bool = False) -> Any:
+    """Return transformers' config of a small model with a vision part."""
+    text, vision = WITH_VISION[kind]
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return AutoConfig.for_model(
+        kind,
+        text_config=_OF_TEXT | text | {"vocab_size": vocabulary} | ends,
+        vision_config=_OF_VISION | vision,
+        tie_word_embeddings=tied,
+    )
+
+
 def make_with_vision(folder: Path, kind: str, words: Path | None = None, *, tied: bool = False) -> Path:
     """Write a small model with a vision part, its experts as Qwen's own files have them. words: a folder
     with a tokenizer for it."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(words) if words else None
-    text, vision = WITH_VISION[kind]
-    text = _OF_TEXT | text | {"vocab_size": len(tokenizer) if tokenizer else 2048}
-    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = AutoConfig.for_model(
-        kind, text_config=text | ends, vision_config=_OF_VISION | vision, tie_word_embeddings=tied
-    )
+    config = config_with_vision(kind, len(tokenizer) if tokenizer else 2048, tied=tied)
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     if tokenizer:
         tokenizer.save_pretrained(folder)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from qwenlora.configs.schema import Config, Lora
+from qwenlora.plan.adapter import PATTERNS
 from qwenlora.trainer.model.base import TINY, resolve
 from qwenlora.trainer.model.damage import AGAIN, check_file, check_tokenizer, read_json, weight_files
 
-PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # {pattern: what it replaces}
 # two matrices in one: where peft renames modules to it, it sets twice the rank and the alpha by this pattern
 STACKED = r".*\.gate_up_proj"
 

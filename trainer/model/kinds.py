@@ -37,7 +37,8 @@ def count_trained(model: nn.Module, kinds: dict[str, OfKind]) -> dict[str, OfKin
         if parameter.requires_grad:
             kind = kind_of(name)
             trained[kind] += parameter.numel()
-            adapted[kind] += "lora_A" in name or ("modules_to_save" in name and parameter.ndim > 1)
+            is_a = "lora_A" in name or "lora_embedding_A" in name
+            adapted[kind] += is_a or ("modules_to_save" in name and parameter.ndim > 1)
     return {
         kind: of.model_copy(update={"trained": trained[kind], "adapted": adapted[kind]})
         for kind, of in kinds.items()

@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-# types of config.json, of which the text part is trained
-WITH_VISION = ("qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
+from qwenlora.plan.shape import WITH_VISION
+
 VISION = "visual"  # the vision part, in names
 # of the text class, and of transformers before 4.52: {pattern: today's}
 OLDER_NAMES = {

@@ -9,27 +9,12 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from qwenlora.configs.schema import Lora
+from qwenlora.plan.adapter import PATTERNS, check_expressions, is_chosen, is_excluded
 from qwenlora.plan.kinds import kind_of
 from qwenlora.run.format import and_more
-from qwenlora.trainer.model.files import PATTERNS
 from qwenlora.trainer.model.kinds import linear_layers, stacks
 
 WEIGHT = ".weight"
-
-
-def is_chosen(lora: Lora, parameter: str) -> bool:
-    """Whether neither exclude_modules nor layers_to_transform leave a parameter out."""
-    found = re.search(r"\.(\d+)\.", parameter)
-    layers = lora.layers_to_transform
-    within = layers is None or (found is not None and int(found.group(1)) in layers)
-    return within and not any(_is_excluded(lora, name) for name in (parameter, parameter.rpartition(".")[0]))
-
-
-def _is_excluded(lora: Lora, name: str) -> bool:
-    excluded = lora.exclude_modules or ()
-    if isinstance(excluded, str):
-        return bool(re.fullmatch(excluded, name))
-    return any(f".{name}".endswith(f".{one}") for one in excluded)
 
 
 def also_excluded(excluded: str | Collection[str] | None, expression: str) -> str:
@@ -49,29 +34,17 @@ def check_selection(model: Any, lora: Lora) -> None:
         raise ValueError(
             f"lora.layers_to_transform: the model has no layer {beyond[0]}; its last is {layers - 1}"
         )
-    _check_expressions(lora)
+    check_expressions(lora)
     excluded = lora.exclude_modules
     stacked = stacks(model)
     names = [*linear_layers(model), *stacked, *(name.rpartition(".")[0] for name in stacked)]
     for one in [excluded] if isinstance(excluded, str) else excluded or ():
-        alone = lora.model_copy(update={"exclude_modules": one if isinstance(excluded, str) else [one]})
-        if not any(_is_excluded(alone, name) for name in names):
+        alone = one if isinstance(excluded, str) else [one]
+        if not any(is_excluded(alone, name) for name in names):
             raise ValueError(
                 f"lora.exclude_modules: the model has no linear layer {one}; a list has ends of names, as"
                 " [o_proj], and a text is a regular expression for whole names, as .*layers.0[.].*"
             )
-
-
-def _check_expressions(lora: Lora) -> None:
-    expressions = [("target_modules", lora.target_modules), ("exclude_modules", lora.exclude_modules)]
-    expressions += [(key, pattern) for key in PATTERNS for pattern in getattr(lora, key)]
-    for key, expression in expressions:
-        if not isinstance(expression, str):
-            continue
-        try:
-            re.compile(expression)
-        except re.error as error:
-            raise ValueError(f"lora.{key}: {expression} is no regular expression: {error}") from None
 
 
 def check_patterns(lora: Lora, settings: LoraConfig, adapted: Collection[str]) -> None:

@@ -9,11 +9,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qwenlora.configs.schema import Config, Model
 from qwenlora.data.chat import forget_calls
 from qwenlora.data.turns import TURN_END
+from qwenlora.plan.shape import WITH_VISION
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.hidden import show_bitsandbytes
 from qwenlora.trainer.model import damage, head, quantised
 from qwenlora.trainer.model.base import TINY, hub_errors, resolve
-from qwenlora.trainer.model.names import WITH_VISION
 from qwenlora.trainer.model.tiny import build_tiny
 
 

@@ -19,11 +19,11 @@ from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 
 from qwenlora.configs.schema import ALL_LINEAR, Lora
+from qwenlora.plan.adapter import PATTERNS, is_chosen
 from qwenlora.plan.kinds import LEFT_OUT, NOT_LINEAR, kind_of
-from qwenlora.trainer.model.files import PATTERNS, peft_s_own
+from qwenlora.trainer.model.files import peft_s_own
 from qwenlora.trainer.model.kinds import linear_layers, stacks
 from qwenlora.trainer.model.names import has_vision, names_in
-from qwenlora.trainer.model.patterns import is_chosen
 
 
 def resolve(model: Any, lora: Lora, settings: LoraConfig, saved: Path | None) -> None:

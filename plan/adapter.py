@@ -1,0 +1,166 @@
+"""Which layers of a base an adapter trains, by config and config.json alone, and what a start refuses."""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from qwenlora.configs.schema import ALL_LINEAR, Lora
+from qwenlora.plan.kinds import LEFT_OUT, NOT_LINEAR, kind_of
+from qwenlora.plan.shape import Shape, Tensor
+
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # {pattern: what it replaces}
+# in these types peft takes the names for matrices of the experts, as they were in transformers 4
+RENAMED, OF_EXPERTS = ("qwen3_moe", "qwen3_next"), ("gate_proj", "up_proj", "down_proj")
+
+
+class Reach(NamedTuple):
+    """Names of a base's tensors that an adapter trains. adapted: get A and B; saved: are trained in full."""
+
+    adapted: set[str]
+    saved: set[str]
+
+
+def reach_of(lora: Lora, shape: Shape, tensors: Sequence[Tensor]) -> Reach:
+    """Return what an adapter trains. tensors: all of the base. Raises: ValueError when its settings name
+    nothing in the base, or what a start refuses or only a start can count."""
+    check_expressions(lora)
+    reach = Reach(
+        {tensor.name for tensor in tensors if _is_adapted(lora, tensor)},
+        {tensor.name for tensor in tensors if tensor.name.endswith(tuple(_saved(lora, shape)))},
+    )
+    renamed = _renamed(lora, shape, reach)
+    _check_names(lora, shape, tensors, reach)
+    _check_peft(lora, tensors, reach.adapted, renamed)
+    return reach
+
+
+def is_chosen(lora: Lora, name: str) -> bool:
+    """Whether neither exclude_modules nor layers_to_transform leave a module or parameter out."""
+    layer, layers = re.search(r"\.(\d+)\.", name), lora.layers_to_transform
+    if layers is not None and not (layer and int(layer[1]) in layers):
+        return False
+    return not any(is_excluded(lora.exclude_modules, one) for one in (name, name.rpartition(".")[0]))
+
+
+def is_excluded(excluded: str | Collection[str] | None, name: str) -> bool:
+    """Whether peft's exclude_modules has a name."""
+    if isinstance(excluded, str):
+        return bool(re.fullmatch(excluded, name))
+    return _is_named(name, excluded or ())
+
+
+def check_expressions(lora: Lora) -> None:
+    """Refuse what is no regular expression. Raises: ValueError."""
+    expressions = [("target_modules", lora.target_modules), ("exclude_modules", lora.exclude_modules)]
+    expressions += [(key, pattern) for key in PATTERNS for pattern in getattr(lora, key)]
+    for key, expression in expressions:
+        if not isinstance(expression, str):
+            continue
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"lora.{key}: {expression} is no regular expression: {error}") from None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether peft takes a key of rank_pattern or alpha_pattern for a module's or parameter's name."""
+    return bool(re.match(rf"(.*\.)?({pattern})$", name))
+
+
+def _is_named(name: str, ends: Iterable[str]) -> bool:
+    return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
+def _is_parameter(lora: Lora, name: str) -> bool:
+    """Whether target_parameters names a tensor."""
+    return any(_is_named(one, lora.target_parameters or ()) for one in (name, f"{name}.weight"))
+
+
+def _is_adapted(lora: Lora, tensor: Tensor) -> bool:
+    name, kind = tensor.name, kind_of(tensor.name)
+    if _is_parameter(lora, name):
+        return True
+    if lora.target_modules == ALL_LINEAR:
+        wanted = tensor.linear or tensor.experts > 1
+        adapted = wanted and kind not in (*NOT_LINEAR, *LEFT_OUT[lora.experts])
+    elif not tensor.linear and kind != "embeddings":
+        adapted = False
+    elif isinstance(lora.target_modules, str):
+        adapted = bool(re.fullmatch(lora.target_modules, name))
+    else:
+        adapted = _is_named(name, lora.target_modules)
+    return adapted and is_chosen(lora, name)
+
+
+def _saved(lora: Lora, shape: Shape) -> list[str]:
+    """Return lora.modules_to_save; either name of a tied matrix means the embeddings."""
+    saved = lora.modules_to_save or []
+    return ["embed_tokens" if shape.tie_word_embeddings and name == "lm_head" else name for name in saved]
+
+
+def _check_names(lora: Lora, shape: Shape, tensors: Sequence[Tensor], reach: Reach) -> None:
+    """Refuse names that the base lacks."""
+    names = [tensor.name for tensor in tensors]
+    for name in _saved(lora, shape):
+        if not any(_is_named(one, [name]) for one in names):
+            raise ValueError(f"lora.modules_to_save: the base has no {name}, or it is no single layer")
+    for name in lora.target_parameters or ():
+        if not any(_is_named(one, [name]) or _is_named(f"{one}.weight", [name]) for one in names):
+            raise ValueError(f"lora.target_parameters: the base has no {name}")
+    if not reach.adapted:
+        raise ValueError(f"lora.target_modules={lora.target_modules} names no layer of the base")
+    if beyond := [layer for layer in lora.layers_to_transform or () if layer >= shape.num_hidden_layers]:
+        raise ValueError(
+            f"lora.layers_to_transform: the base has no layer {beyond[0]}; its last is"
+            f" {shape.num_hidden_layers - 1}"
+        )
+    excluded = lora.exclude_modules
+    linear = [t.name for t in tensors if t.linear or t.experts > 1]
+    linear += [t.name.rpartition(".")[0] for t in tensors if t.experts > 1]
+    for one in [excluded] if isinstance(excluded, str) else excluded or ():
+        of_one = one if isinstance(excluded, str) else [one]
+        if not any(is_excluded(of_one, name) for name in linear):
+            raise ValueError(f"lora.exclude_modules: the base has no linear layer {one}")
+    for key in PATTERNS:
+        for pattern in getattr(lora, key):
+            if not any(matches(pattern, name) for name in reach.adapted):
+                raise ValueError(f"lora.{key}: {pattern} matches no layer with LoRA")
+
+
+def _renamed(lora: Lora, shape: Shape, reach: Reach) -> set[str]:
+    """Return the linear layers that peft takes for the experts' matrices. Raises: ValueError when the config
+    names any itself."""
+    if shape.model_type not in RENAMED or shape.with_vision:
+        return set()
+    single = {name for name in reach.adapted if kind_of(name) != "experts"}
+    renamed = {name for name in single if _last(name) in OF_EXPERTS}
+    if lora.target_modules == ALL_LINEAR:
+        return renamed
+    listed = () if isinstance(lora.target_modules, str) else lora.target_modules
+    if theirs := sorted(renamed) + [name for name in listed if _last(name) in (*OF_EXPERTS, "gate")]:
+        raise ValueError(
+            f"lora.target_modules: in a {shape.model_type} peft takes {theirs[-1]} for matrices of all"
+            " experts, which a plan does not count; name them in target_parameters"
+        )
+    return set()
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _check_peft(lora: Lora, tensors: Sequence[Tensor], adapted: set[str], renamed: set[str]) -> None:
+    """Refuse settings that peft does not have for parameters."""
+    stacked = {tensor.name for tensor in tensors if tensor.experts > 1} & adapted
+    parameters = sorted(stacked | renamed | {name for name in adapted if _is_parameter(lora, name)})
+    if not parameters:
+        return
+    for setting, is_set, instead in (
+        (f"lora_dropout={lora.lora_dropout}", lora.lora_dropout > 0, "0"),
+        ("use_dora=true", lora.use_dora, "false"),
+    ):
+        if is_set:
+            raise ValueError(
+                f"lora.{setting} does not go with LoRA on {parameters[0]}, which peft knows as a parameter:"
+                f" set it to {instead}, or leave those out, as with lora.experts: none"
+            )
