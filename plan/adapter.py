@@ -107,6 +107,12 @@ def _check_names(lora: Lora, shape: Shape, tensors: Sequence[Tensor], reach: Rea
     for name in lora.target_parameters or ():
         if not any(_is_named(one, [name]) or _is_named(f"{one}.weight", [name]) for one in names):
             raise ValueError(f"lora.target_parameters: the base has no {name}")
+    for module, ids in lora.trained_tokens.items():
+        if max(ids) >= shape.vocab_size or (module == "lm_head" and shape.tie_word_embeddings):
+            raise ValueError(
+                f"lora.trainable_token_indices={lora.trainable_token_indices}: expected ids below"
+                f" {shape.vocab_size:,}, of embed_tokens where head and embeddings are one matrix"
+            )
     if not reach.adapted:
         raise ValueError(f"lora.target_modules={lora.target_modules} names no layer of the base")
     if beyond := [layer for layer in lora.layers_to_transform or () if layer >= shape.num_hidden_layers]:

@@ -54,7 +54,13 @@ def _trained(lora: Lora, tensor: Tensor, reach: Reach) -> int:
     if tensor.name in reach.saved:
         return tensor.total
     magnitudes = tensor.outputs if lora.use_dora else 0
-    return _lora_numbers(lora, tensor) + magnitudes if tensor.name in reach.adapted else 0
+    adapter = _lora_numbers(lora, tensor) + magnitudes if tensor.name in reach.adapted else 0
+    return adapter + _single_rows(lora, tensor)
+
+
+def _single_rows(lora: Lora, tensor: Tensor) -> int:
+    """Return the numbers of a matrix's rows that are trained alone, by trainable_token_indices."""
+    return len(lora.trained_tokens.get(tensor.name.rpartition(".")[2], ())) * tensor.inputs
 
 
 def _work(shape: Shape, lora: Lora, all_tensors: list[Tensor], reach: Reach) -> Work:
@@ -65,7 +71,7 @@ def _work(shape: Shape, lora: Lora, all_tensors: list[Tensor], reach: Reach) -> 
         adapter = _lora_numbers(lora, tensor) if tensor.name in adapted else 0
         if kind_of(tensor.name) == "head":
             of_head[(embeddings if tensor.tied else tensor.name) in saved] += tensor.matrix
-            of_head[True] += adapter
+            of_head[True] += adapter + _single_rows(lora, all_tensors[0] if tensor.tied else tensor)
         if kind_of(tensor.name) not in OUTSIDE:
             met = share if tensor.experts > 1 else 1.0
             frozen += met * tensor.matrix * (tensor.name not in saved)
