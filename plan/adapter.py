@@ -29,7 +29,9 @@ def reach_of(lora: Lora, shape: Shape, tensors: Sequence[Tensor]) -> Reach:
         {tensor.name for tensor in tensors if tensor.name.endswith(tuple(_saved(lora, shape)))},
     )
     renamed = _renamed(lora, shape, reach)
-    _check_names(lora, shape, tensors, reach)
+    _check_left_out(lora, shape, tensors)
+    _check_names(lora, shape, tensors, reach.adapted)
+    _check_tokens(lora, shape)
     _check_peft(lora, tensors, reach.adapted, renamed)
     return reach
 
@@ -98,39 +100,49 @@ def _saved(lora: Lora, shape: Shape) -> list[str]:
     return ["embed_tokens" if shape.tie_word_embeddings and name == "lm_head" else name for name in saved]
 
 
-def _check_names(lora: Lora, shape: Shape, tensors: Sequence[Tensor], reach: Reach) -> None:
+def _check_names(lora: Lora, shape: Shape, tensors: Sequence[Tensor], adapted: set[str]) -> None:
     """Refuse names that the base lacks."""
     names = [tensor.name for tensor in tensors]
-    for name in _saved(lora, shape):
-        if not any(_is_named(one, [name]) for one in names):
-            raise ValueError(f"lora.modules_to_save: the base has no {name}, or it is no single layer")
-    for name in lora.target_parameters or ():
-        if not any(_is_named(one, [name]) or _is_named(f"{one}.weight", [name]) for one in names):
-            raise ValueError(f"lora.target_parameters: the base has no {name}")
+    wanted = {
+        "modules_to_save": (_saved(lora, shape), names),
+        "target_parameters": (lora.target_parameters or [], [*names, *(f"{name}.weight" for name in names)]),
+    }
+    for key, (ends, there) in wanted.items():
+        if lacking := [end for end in ends if not any(_is_named(name, [end]) for name in there)]:
+            raise ValueError(f"lora.{key}: the base has no {lacking[0]}, or it is no single layer")
+    if not adapted:
+        raise ValueError(f"lora.target_modules={lora.target_modules} names no layer of the base")
+    for key in PATTERNS:
+        for pattern in getattr(lora, key):
+            if not any(matches(pattern, name) for name in adapted):
+                raise ValueError(f"lora.{key}: {pattern} matches no layer with LoRA")
+
+
+def _check_tokens(lora: Lora, shape: Shape) -> None:
+    """Refuse tokens that the base has no row for."""
     for module, ids in lora.trained_tokens.items():
         if max(ids) >= shape.vocab_size or (module == "lm_head" and shape.tie_word_embeddings):
             raise ValueError(
                 f"lora.trainable_token_indices={lora.trainable_token_indices}: expected ids below"
                 f" {shape.vocab_size:,}, of embed_tokens where head and embeddings are one matrix"
             )
-    if not reach.adapted:
-        raise ValueError(f"lora.target_modules={lora.target_modules} names no layer of the base")
+
+
+def _check_left_out(lora: Lora, shape: Shape, tensors: Sequence[Tensor]) -> None:
+    """Refuse layers and modules to leave out that the base lacks."""
     if beyond := [layer for layer in lora.layers_to_transform or () if layer >= shape.num_hidden_layers]:
         raise ValueError(
             f"lora.layers_to_transform: the base has no layer {beyond[0]}; its last is"
             f" {shape.num_hidden_layers - 1}"
         )
     excluded = lora.exclude_modules
-    linear = [t.name for t in tensors if t.linear or t.experts > 1]
-    linear += [t.name.rpartition(".")[0] for t in tensors if t.experts > 1]
+    stacks = [tensor.name for tensor in tensors if tensor.experts > 1]
+    there = [tensor.name for tensor in tensors if tensor.linear] + stacks
+    there += [name.rpartition(".")[0] for name in stacks]
     for one in [excluded] if isinstance(excluded, str) else excluded or ():
-        of_one = one if isinstance(excluded, str) else [one]
-        if not any(is_excluded(of_one, name) for name in linear):
+        alone = one if isinstance(excluded, str) else [one]
+        if not any(is_excluded(alone, name) for name in there):
             raise ValueError(f"lora.exclude_modules: the base has no linear layer {one}")
-    for key in PATTERNS:
-        for pattern in getattr(lora, key):
-            if not any(matches(pattern, name) for name in reach.adapted):
-                raise ValueError(f"lora.{key}: {pattern} matches no layer with LoRA")
 
 
 def _renamed(lora: Lora, shape: Shape, reach: Reach) -> set[str]:
