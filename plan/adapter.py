@@ -130,11 +130,9 @@ def _check_tokens(lora: Lora, shape: Shape) -> None:
 
 def _check_left_out(lora: Lora, shape: Shape, tensors: Sequence[Tensor]) -> None:
     """Refuse layers and modules to leave out that the base lacks."""
-    if beyond := [layer for layer in lora.layers_to_transform or () if layer >= shape.num_hidden_layers]:
-        raise ValueError(
-            f"lora.layers_to_transform: the base has no layer {beyond[0]}; its last is"
-            f" {shape.num_hidden_layers - 1}"
-        )
+    last, highest = shape.num_hidden_layers - 1, max(lora.layers_to_transform or [0])
+    if highest > last:
+        raise ValueError(f"lora.layers_to_transform: the base has no layer {highest}; its last is {last}")
     excluded = lora.exclude_modules
     stacks = [tensor.name for tensor in tensors if tensor.experts > 1]
     there = [tensor.name for tensor in tensors if tensor.linear] + stacks
