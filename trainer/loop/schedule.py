@@ -1,6 +1,8 @@
-"""The learning rate's schedule: transformers', with a first step that trains; put at a step for a resume."""
+"""Learning rates: transformers' schedule, with a first step that trains, put at a step for a resume; and the
+rate of B under LoRA+."""
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +12,23 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from qwenlora.configs.schema import Train
+
+B = re.compile(r"\.lora_(embedding_)?B\.")  # in names of parameters
+
+
+def quicken_b(optimizer: torch.optim.Optimizer, model: Any, ratio: float) -> None:
+    """Give B groups with so many times the rate. peft's optimizer for LoRA+ gives that to norms and DoRA's
+    magnitudes, too. model: whose parameters the optimizer has."""
+    of_b = {p for name, p in model.named_parameters() if B.search(name)}
+    split = [
+        group | {"params": params, "lr": rate}
+        for group in optimizer.param_groups
+        for params, rate in (
+            ([p for p in group["params"] if p not in of_b], group["lr"]),
+            ([p for p in group["params"] if p in of_b], group["lr"] * ratio),
+        )
+    ]
+    optimizer.param_groups[:] = [group for group in split if group["params"]]
 
 
 def begin_above_zero(schedule: LambdaLR) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -36,7 +35,7 @@ from qwenlora.trainer.loop.neftune import Noise
 from qwenlora.trainer.loop.nonfinite import NonFiniteSteps
 from qwenlora.trainer.loop.resume import ResumeCallback
 from qwenlora.trainer.loop.saver import Saver
-from qwenlora.trainer.loop.schedule import begin_above_zero, restore_schedule
+from qwenlora.trainer.loop.schedule import begin_above_zero, quicken_b, restore_schedule
 from qwenlora.trainer.model.loading import pick_dtype
 from qwenlora.trainer.model.router_loss import own_the_router_loss
 from qwenlora.trainer.model.row_attention import takes_rows_end_to_end
@@ -47,7 +46,6 @@ from qwenlora.trainer.spread.strategy import check_same_base, replicate_trained
 from qwenlora.trainer.spread.zero import DeepSpeedConfig, OptimizerOfZero, Zero
 
 log = logging.getLogger("qwenlora")
-B = re.compile(r"\.lora_(embedding_)?B\.")  # in names of parameters
 
 
 class Services(NamedTuple):
@@ -184,22 +182,11 @@ class LoraTrainer(Trainer):
         )
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Return Trainer's optimizer; with LoRA+, B has groups and a rate of its own. peft's optimizer gives
-        that to norms and DoRA's magnitudes, too."""
+        """Return Trainer's optimizer; with LoRA+, B has groups and a rate of its own."""
         ratio, is_new = self.config.train.loraplus_lr_ratio, self.optimizer is None
         made: Any = super().create_optimizer(model)
         if ratio is not None and is_new:
-            whole = self.model if model is None else model
-            of_b = {p for name, p in whole.named_parameters() if B.search(name)}
-            split = [
-                group | {"params": params, "lr": rate}
-                for group in made.param_groups
-                for params, rate in (
-                    ([p for p in group["params"] if p not in of_b], group["lr"]),
-                    ([p for p in group["params"] if p in of_b], group["lr"] * ratio),
-                )
-            ]
-            made.param_groups[:] = [group for group in split if group["params"]]
+            quicken_b(made, self.model if model is None else model, ratio)
         return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
