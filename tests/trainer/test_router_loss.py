@@ -194,6 +194,7 @@ def test_where_it_cannot_be_made_it_is_refused():
         router_loss.check(config(0.1), dense)
     asks = base_of(output_router_logits=True)
     router_loss.check(config("off", sequence_parallel=2), asks)
+    router_loss.check(config("model"), asks)
     with pytest.raises(
         ValueError, match=r"router_aux_loss=model .* with strategy.sequence_parallel=2: it is"
     ):
