@@ -201,6 +201,13 @@ def test_experts_are_quantised_one_after_the_other(base, monkeypatch):
     assert isinstance(model.model.layers[0].mlp.experts.down_proj, Params4bit)
 
 
+def test_only_experts_with_rows_are_dequantised():
+    weight = nf4_experts.quantise(torch.randn(4, 8, 64))
+    (part,) = nf4_experts.parts(weight, [0, 3, 3, 5])
+    assert part.matrices.shape == (2, 8, 64)
+    assert (part.first, part.last, part.ends.tolist()) == (0, 5, [3, 5])
+
+
 def test_the_bytes_are_those_that_bitsandbytes_makes_of_the_whole():
     weight = torch.randn(3, 24, 64, generator=torch.Generator().manual_seed(0))
     ours = nf4_experts.quantise(weight)
