@@ -248,6 +248,24 @@ def test_experts_that_cannot_be_computed_so_are_refused_before_a_weight_is_read(
         count_parameters(config_of(base), str(base))
 
 
+def test_a_gpu_that_cannot_multiply_rows_in_groups_is_refused(monkeypatch):
+    """A mock of the GPU, which is not here."""
+    config = AutoConfig.for_model("qwen3_moe", **SIZES, num_hidden_layers=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    nf4_loading.check(config_of("base"), model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(nf4_loading, "has_grouped_mm", lambda _: True)
+    nf4_loading.check(config_of("base"), model)
+    monkeypatch.setattr(nf4_loading, "has_grouped_mm", lambda _: False)
+    with pytest.raises(
+        ValueError, match=r"need a GPU of compute capability 8.0 .*set strategy.quantization: none"
+    ):
+        nf4_loading.check(config_of("base"), model)
+    del model.model.layers[0].mlp.experts
+    nf4_loading.check(config_of("base"), model)
+
+
 def test_scales_of_another_expert_are_seen(base, monkeypatch):
     """What these tests would say if experts were mixed up."""
     real = nf4_experts.parts
