@@ -24,7 +24,7 @@ _COMPOSED = frozenset(  # of ours; not copied one by one
     {"data.train", "data.eval", "run_dir", "strategy.name", "train.global_batch_size"}
     | {f"train.{what}_{name}" for what in ("save", "eval") for name in ("strategy", "steps")}
 )
-_LISTS = ("lora.modules_to_save", "lora.target_parameters")
+_LISTS = ("lora.modules_to_save", "lora.target_parameters", "lora.trainable_token_indices")
 _SECRET = re.compile(
     r"token\b|secret|passw|key(_id)?\b|credential|webhook|\b(hf_|sk-|ms-)\w{16}|://[^/\s]*@", re.IGNORECASE
 )

@@ -7,6 +7,7 @@ This file is the one owner of defaults. Keys are spelled as transformers, peft a
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -22,7 +23,15 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Text = Annotated[str, Field(min_length=1)]
 ALL_LINEAR = "all-linear"  # of lora.target_modules
-TokenIds = Annotated[list[NonNegativeInt], Field(min_length=1)]
+
+
+def _each_once(ids: list[int]) -> list[int]:
+    if twice := [one for number, one in enumerate(ids) if one in ids[:number]]:
+        raise ValueError(f"each token once ({twice[0]} stands there twice)")
+    return ids
+
+
+TokenIds = Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(_each_once)]
 
 
 class Section(BaseModel):
@@ -259,9 +268,7 @@ class Lora(Section):
 
     @model_validator(mode="after")
     def _trained_tokens_are_named_once(self) -> "Lora":
-        for module, ids in self.trained_tokens.items():
-            if twice := [one for number, one in enumerate(ids) if one in ids[:number]]:
-                raise ValueError(f"trainable_token_indices has {twice[0]} twice; name each token once")
+        for module in self.trained_tokens:
             if module in (self.modules_to_save or ()):
                 raise ValueError(
                     f"modules_to_save={self.modules_to_save} trains all of {module}; leave it out there, or"

@@ -264,6 +264,13 @@ def test_axolotls_ends_of_turns(ends, differs):
     assert ("train_on_eos" in text) is differs
 
 
+def test_axolotls_trained_tokens():
+    _, values = converted(
+        f"{AXOLOTL_HEAD}peft_trainable_token_indices: [7]\nneftune_noise_alpha: 5", "ax.yaml"
+    )
+    assert (values["lora"]["trainable_token_indices"], values["train"]["neftune_noise_alpha"]) == ([7], 5)
+
+
 def test_an_entry_of_axolotl_keeps_its_split_and_its_folder():
     rows = "{path: ./rows, split: validation, type: chat_template, roles_to_train: [], shards: 4}"
     files = "{path: ./more, data_files: '*.jsonl', type: alpaca}"
