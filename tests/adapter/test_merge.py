@@ -43,6 +43,9 @@ KINDS = {
     "lora on both, tied": {"target_modules": [*BODY, "embed_tokens"], "ensure_weight_tying": True},
     "dora on embeddings": {"target_modules": [*BODY, "embed_tokens"], "use_dora": True},
     "some tokens": {"trainable_token_indices": [3, 5, 2045]},
+    "some tokens, in the head, too": {
+        "trainable_token_indices": {"embed_tokens": [3, 5, 2045], "lm_head": [3, 5, 2045]}
+    },
     "biases": {"bias": "lora_only"},
     "all biases": {"bias": "all", "target_modules": ["q_proj"]},
 }

@@ -6,12 +6,10 @@ import shutil
 
 import pytest
 import torch
-from made import make_with_vision
 from peft import AutoPeftModelForCausalLM
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -425,15 +423,6 @@ class TestUntrainedTokens:
         model, tokenizer, weight = base
         weight.normal_(0, 0.08)
         assert untrained_tokens(model, tokenizer, range(2048)) == {}
-
-
-def test_the_vision_part_has_no_layer_that_is_computed_again(tmp_path):
-    kind = "qwen3_vl"
-    model = AutoModelForImageTextToText.from_pretrained(make_with_vision(tmp_path, kind))
-    loading.compute_again(model, 1)
-    again = [name for name, part in model.named_modules() if getattr(part, "gradient_checkpointing", False)]
-    layers = [name for name in again if name.rpartition(".")[2].isdecimal() and "visual" not in name]
-    assert layers == ["model.language_model.layers.0"]
 
 
 def test_a_base_whose_files_lack_a_weight_is_refused(tiny, tmp_path):

@@ -13,7 +13,6 @@ from qwenlora.run.format import and_more, shape
 from qwenlora.trainer.model import head
 from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.model.base import hub_errors
-from qwenlora.trainer.model.names import VISION
 from qwenlora.trainer.model.nf4_loading import experts_too
 from qwenlora.trainer.model.pretrained import quantised_files, read_config_of, unties
 
@@ -107,11 +106,7 @@ def compute_again(model: Any, count: int) -> None:
     if count:
         # the non-reentrant kind needs no input that requires gradients, and works with DDP
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    layers = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, GradientCheckpointingLayer) and VISION not in name.split(".")
-    ]
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < count
 
