@@ -13,7 +13,7 @@ from qwenlora.configs.wording import did_you_mean
 from qwenlora.plan import hardware
 from qwenlora.plan.bases import TINY
 from qwenlora.plan.first_config import Task, Wish, first_config
-from qwenlora.run.hardware import gpu_names
+from qwenlora.run.hardware import gpus_seen
 
 RECIPES = resources.files("qwenlora.configs")
 
@@ -35,10 +35,10 @@ def init(
     if model is None and data is None:
         text = RECIPES.joinpath("tiny.yaml").read_text(encoding="utf-8")
     else:
-        names = gpu_names()
-        kind = hardware.named(gpu) if gpu else next(map(hardware.of_driver, names), None)
+        here = len(gpus_seen())
+        kind = hardware.named(gpu) if gpu else hardware.of_this_machine()
         text = first_config(
-            Wish(name, model or TINY, data or "example", task, kind, gpus or (1 if gpu else len(names) or 1))
+            Wish(name, model or TINY, data or "example", task, kind, gpus or (1 if gpu else here or 1))
         )
     file.write_text(text, encoding="utf-8")
     console = screen()

@@ -24,7 +24,7 @@ from qwenlora.plan.scale import plot as plot_scales
 from qwenlora.plan.scale import show as show_scales
 from qwenlora.plan.speed import Case, Links
 from qwenlora.run.format import size
-from qwenlora.run.hardware import gpu_names
+from qwenlora.run.hardware import gpus_seen
 
 if TYPE_CHECKING:
     from qwenlora.trainer import trace as tracing
@@ -66,7 +66,7 @@ def plan(
     loaded = load_config(config, overrides or [])
     shape, source = shape_of_base(loaded.model)
     kind = hardware.named(gpu) if gpu else _this_machines()
-    per_node = gpus_per_node or loaded.launch.nproc_per_node or (1 if gpu else len(gpu_names()))
+    per_node = gpus_per_node or loaded.launch.nproc_per_node or (1 if gpu else len(gpus_seen()))
     case = Case(
         loaded,
         count(shape, loaded.lora),
@@ -76,6 +76,8 @@ def plan(
         Links(kind.link, network * GIGABIT),
     )
     if scale:
+        if case.rows.missing:
+            raise ValueError(f"--scale needs the rows of a run, by which it is so long: {case.rows.missing}")
         return _scale(scales(case, _sizes(scale), failures), case, plot, as_json=as_json)
     made = make_plan(case, timeout_min)
     traced = _trace(case, made) if trace else None
@@ -112,10 +114,10 @@ def _scale(runs: list[Scale], case: Case, file: Path | None, *, as_json: bool) -
 
 def _this_machines() -> hardware.Gpu:
     """Return this machine's kind of GPU. Raises: ValueError when it has none that is known."""
-    names = gpu_names()
-    if names and (kind := hardware.of_driver(names[0])):
+    if kind := hardware.of_this_machine():
         return kind
-    there = f"this machine's {names[0]} is unknown" if names else "this machine has no GPU"
+    seen = gpus_seen()
+    there = f"this machine's {seen[0].name} is unknown" if seen else "this machine has no GPU"
     raise ValueError(f"{there}: name the kind that the run will have, as --gpu h100; known are {_kinds()}")
 
 
@@ -134,7 +136,7 @@ def _numbers(case: Case) -> dict[str, object]:
         "how": {
             "parameters": "exact",
             "checkpoint": "exact",
-            "rows": "counted" if case.rows.counted else "guessed",
+            "rows": "missing" if case.rows.missing else "counted" if case.rows.counted else "guessed",
             "memory": "formula",
             "sent": "formula",
             "step_s": "calibrated formula",

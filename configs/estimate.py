@@ -16,6 +16,10 @@ NF4 = BITS + SCALES
 # what autograd keeps of a layer, relative to its activations in 16 bits; tests/trainer/test_fused.py measures
 FUSED, WITH_DROPOUT, EAGER = 1.0, 1.3, 2.3  # our LoRA layers, and with masks of dropout; peft's
 LEAST = 0.85
+SPARE = 1_500_000_000  # of RESERVE, that a run may do without
+# bytes a trained number of optimizers' states: Adam's two float32 moments, unless said here
+STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "lion_32bit": 4, "paged_lion_32bit": 4}
+EIGHT_BITS = 2  # two moments, of optimizers whose name ends so
 # what a gated delta net keeps of a token, in widths of its values: with flash-linear-attention's kernels (by
 # their code, not measured), and as transformers computes it without them (traced)
 LINEAR, EAGER_LINEAR = 12, 46
@@ -54,7 +58,7 @@ class Sizes(NamedTuple):
 
 
 class MemoryNeed(NamedTuple):
-    """Bytes on a GPU, by use. least_activations: activations if all goes well."""
+    """Bytes on a GPU, by use. spare: those of them that a run may do without if all goes well."""
 
     weights: int
     gathered: int
@@ -62,7 +66,7 @@ class MemoryNeed(NamedTuple):
     activations: int
     logits: int
     reserve: int
-    least_activations: int
+    spare: int
 
     @property
     def total(self) -> int:
@@ -72,7 +76,7 @@ class MemoryNeed(NamedTuple):
     @property
     def least(self) -> int:
         """The bytes that a run needs at least."""
-        return self.total - self.activations + self.least_activations
+        return self.total - self.spare
 
 
 class Decision(NamedTuple):
@@ -102,8 +106,9 @@ def need(
       but for nf4's scales, 0.016 * body; zero3 in node groups holds a part of all GPUs' and a part of the
       node's; none with offload: params.
     - gathered, zero3 and fsdp: embeddings, head, and two layers (fsdp) or 1e9 numbers (zero3).
-    - trained, in float32 with Adam: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P /
-      n (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less.
+    - trained, in float32: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P / n
+      (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less. 8 of the bytes are Adam's;
+      other optimizers have fewer (STATES).
     - activations: t * layers * b (3 h + 3 q + 2 k + 2 i), times 1.3 with dropout, 2.3 with peft's layers
       (zero3, DoRA); h, q, k, i: hidden, query, key and value, intermediate width; experts without LoRA and
       linear attention keep more (kept_a_layer). A layer that is computed again keeps t * b h,
@@ -161,18 +166,27 @@ def _need(
 ) -> MemoryNeed:
     weights, gathered = _base_on_a_gpu(config, sizes, name, machine, shard_group)
     at_once, width = tokens_at_once(config, sizes), _bytes_a_number(config, machine)
-    layer = width * kept_a_layer(config, sizes)
     kept = recomputed * width * sizes.hidden_size
-    passing = layer * max(sizes.layers - recomputed, min(recomputed, 1))
+    passing = width * max(sizes.layers - recomputed, min(recomputed, 1))  # bytes a number that a layer keeps
+    activations = at_once * (kept + _share_kept(config, name) * passing * kept_a_layer(config, sizes))
+    # the kernels for linear attention may be on the GPUs' machine, and not here
+    least = at_once * (kept + LEAST * passing * kept_a_layer(config, sizes, linear=LINEAR))
+    spared = max(0.0, gathered - _gathered_least(config, sizes, width)) if name == "zero3" else 0.0
     return MemoryNeed(
         weights=int(weights),
         gathered=int(gathered),
         trained=int(_trained_bytes(config, _trained(config, sizes), name, machine.world_size)),
-        activations=int(at_once * (kept + _share_kept(config, name) * passing)),
+        activations=int(activations),
         logits=3 * min(4 * at_once * (sizes.head // sizes.hidden_size), LOGITS_AT_ONCE),
         reserve=RESERVE if machine.gpus else 0,
-        least_activations=int(at_once * (kept + LEAST * passing)),
+        spare=int(activations - least + spared) + (SPARE if machine.gpus else 0),
     )
+
+
+def _gathered_least(config: Config, sizes: Sizes, width: int) -> float:
+    """Return the bytes that ZeRO-3 gathers at least: the head or a layer at a time, whatever it may hold."""
+    body = NF4 if config.strategy.quantization == "nf4" else width
+    return max(width * sizes.head, body * sizes.body / sizes.layers)
 
 
 def _base_on_a_gpu(
@@ -197,15 +211,17 @@ def _base_on_a_gpu(
     return weights + scales, body * together + width * outside if is_gathered else 0.0
 
 
-def kept_a_layer(config: Config, sizes: Sizes) -> float:
-    """Return the numbers of a token that autograd keeps in a layer, as a mean over the layers."""
+def kept_a_layer(config: Config, sizes: Sizes, linear: int = 0) -> float:
+    """Return the numbers of a token that autograd keeps in a layer, as a mean over the layers. linear: widths
+    of linear attention that are kept, by default those of the functions that are here."""
     attention = 3 * (sizes.attention_width / sizes.layers if sizes.attention_width else sizes.hidden_size)
     # gathered inputs and products, which our function for experts with LoRA, or in nf4, makes again
     ours = _trains_experts(config, sizes) or config.strategy.quantization == "nf4"
     experts = sizes.experts_width if sizes.experts and not ours else 0
-    linear = sizes.linear_width / sizes.layers * (LINEAR if find_spec("fla") else EAGER_LINEAR)
+    here = LINEAR if find_spec("fla") else EAGER_LINEAR
+    nets = sizes.linear_width / sizes.layers * (linear or here)
     widths = 3 * sizes.hidden_size + 2 * sizes.kv_width + 2 * sizes.intermediate_size
-    return widths + attention + experts + linear
+    return widths + attention + experts + nets
 
 
 def _trains_experts(config: Config, sizes: Sizes) -> bool:
@@ -413,11 +429,13 @@ def _trained(config: Config, sizes: Sizes) -> int:
 
 
 def _trained_bytes(config: Config, count: int, name: str, world: int) -> float:
+    optim = config.train.optim
+    state = STATES.get(optim, EIGHT_BITS if optim.endswith("8bit") else 8)
     if name in ("ddp", "fsdp"):
-        return 16 * count
+        return (8 + state) * count
     whole = {"zero1": 8, "zero2": 4, "zero3": 0}[name]
-    parts = {"zero1": 12, "zero2": 16, "zero3": 20}[name]
-    return whole * count + (parts - 12 * (config.strategy.offload != "none")) * count / world
+    parts = {"zero1": 4, "zero2": 8, "zero3": 12}[name] + state
+    return whole * count + (parts - (4 + state) * (config.strategy.offload != "none")) * count / world
 
 
 def _gb(count: float) -> str:

@@ -14,10 +14,10 @@ from qwenlora.data.order import accumulation_steps
 from qwenlora.data.prepared import other_files
 from qwenlora.launch.hostfile import processes_per_node
 from qwenlora.plan import fit
-from qwenlora.plan.hardware import Gpu, of_driver
+from qwenlora.plan.hardware import Gpu, of_this_machine
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
-from qwenlora.run.hardware import gpu_count, gpu_names
+from qwenlora.run.hardware import gpu_count
 
 
 def check_start(config: Config, nodes: int = 1, processes: int | None = None, gpu: Gpu | None = None) -> int:
@@ -32,7 +32,8 @@ def check_start(config: Config, nodes: int = 1, processes: int | None = None, gp
     strategy, train = config.strategy, config.train
     # None: on this machine. A job's nodes are expected to have a GPU a process; its agent checks that there
     gpus = gpu_count() if processes is None else processes
-    gpu = _this_machines() if processes is None else gpu
+    if processes is None:
+        gpu = of_this_machine() if gpus and config.launch.plan != "off" else None
     processes = processes or processes_per_node(config)
     machine = Machine(nodes, processes, gpus)
     refuse(config, machine)
@@ -52,11 +53,6 @@ def check_start(config: Config, nodes: int = 1, processes: int | None = None, gp
     if gpu and (warning := fit.check(config, machine, gpu)):
         print(f"warning: {warning}", file=sys.stderr)
     return accumulation
-
-
-def _this_machines() -> Gpu | None:
-    """Return this machine's kind of GPU; None where there is none that is known."""
-    return next(map(of_driver, gpu_names()), None)
 
 
 def check_launcher_in_slurm(config: Config) -> None:

@@ -74,12 +74,15 @@ def least(setting: Setting, shape: Shape) -> MemoryNeed:
     sizes = Sizes.of(count(shape, config.lora), longest=longest)
     if config.strategy.name != "auto":
         return need(config, sizes, config.strategy.name, machine, config.strategy.shard_group)
-    names = ("ddp", "zero3", "fsdp") if machine.world_size > 1 else ("ddp",)
-    runs = (_change("strategy.name", name).made(setting) for name in names)
-    allowed = [each.config for each in runs if not problems(each.config, machine)]
+    named = [_under(name, setting) for name in ("zero3", "fsdp") if machine.world_size > 1]
+    allowed = [_under("ddp", setting), *(each for each in named if not problems(each, machine))]
     return min(
         (need(each, sizes, each.strategy.name, machine) for each in allowed), key=lambda needed: needed.least
     )
+
+
+def _under(name: str, setting: Setting) -> Config:
+    return _section("strategy", name=name, shard_group="global")(setting).config
 
 
 def cures(setting: Setting, shape: Shape) -> Iterator[str]:
@@ -121,11 +124,21 @@ def _changes(setting: Setting, shape: Shape) -> Iterator[Change]:
         yield _change("strategy.quantization", "nf4")
     yield from (_change("data.max_length", length) for length in LENGTHS if length < config.data.max_length)
     for nodes in (2, 4, 8, 16):
-        yield _more(machine._replace(nodes=nodes * machine.nodes))
+        yield _more(config, machine._replace(nodes=nodes * machine.nodes))
 
 
-def _more(machine: Machine) -> Change:
-    return Change("GPUs", f"{machine.world_size} such GPUs", lambda old: old._replace(machine=machine))
+def _more(config: Config, machine: Machine) -> Change:
+    """Return more nodes, with a global batch that their GPUs can share."""
+    smallest = machine.world_size // config.strategy.sequence_parallel
+    batch = -(-config.train.global_batch_size // smallest) * smallest
+    changes: dict[str, object] = {"global_batch_size": batch}
+    what = f"{machine.world_size} such GPUs"
+    if batch != config.train.global_batch_size:
+        what += f" (train.global_batch_size: {batch})"
+    if batch % (smallest * config.train.micro_batch):
+        changes["per_device_train_batch_size"] = 1
+    larger = _section("train", **changes)
+    return Change("GPUs", what, lambda old: larger(old)._replace(machine=machine))
 
 
 def _change(key: str, value: object) -> Change:

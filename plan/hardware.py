@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from qwenlora.configs.wording import did_you_mean
+from qwenlora.run.hardware import gpus_seen
 
 Positive = Annotated[float, Field(gt=0)]
 # what a driver's name has beside the GPU's: form factors and sizes. Others (Laptop, Ti) are other chips
@@ -68,8 +69,8 @@ def gpus() -> dict[str, Gpu]:
 
 
 def named(name: str) -> Gpu:
-    """Return the GPU that a user names, as h100 or rtx4090; of a chip with several sizes of memory the first.
-    Raises: ValueError for an unknown name."""
+    """Return the GPU that a user names, as h100, rtx4090, or as its driver does; of a chip with several sizes
+    of memory the first. Raises: ValueError for an unknown name."""
     wanted = _letters(name).removeprefix("rtx")
     for gpu in gpus().values():
         if wanted in (
@@ -79,6 +80,8 @@ def named(name: str) -> Gpu:
         ):
             return gpu
     otherwise = f"known are {', '.join(gpus())}"
+    if by_driver := of_driver(name):
+        return by_driver
     raise ValueError(f"gpu {name} is unknown; {did_you_mean(name.upper(), gpus(), otherwise)}")
 
 
@@ -90,6 +93,14 @@ def of_driver(name: str) -> Gpu | None:
     others = {word for word in words if not _NO_MATTER.fullmatch(word)} - set(chip.split())
     sizes = [gpu for gpu in known if gpu.chip == chip]
     return None if others or not sizes else next((gpu for gpu in sizes if f"{gpu.size}GB" in words), sizes[0])
+
+
+def of_this_machine() -> Gpu | None:
+    """Return the kind of this machine's GPUs, with the memory that their driver says; of several kinds that
+    with most memory, since a run may have only these. None where there is none, or one that is not known."""
+    seen = [(of_driver(gpu.name), gpu.mib) for gpu in gpus_seen()]
+    known = [gpu.model_copy(update={"memory_mib": mib or gpu.memory_mib}) for gpu, mib in seen if gpu]
+    return max(known, key=lambda gpu: gpu.memory_mib) if seen and len(known) == len(seen) else None
 
 
 def _letters(name: str) -> str:

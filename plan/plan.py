@@ -74,9 +74,9 @@ class Length(BaseModel, frozen=True):
 class Plan(BaseModel, frozen=True):
     """What a run needs. ways: all strategies with the config's micro-batch, or another if GPUs cannot share
     it, which refusal says; recommended: over all micro-batches the fastest that fits, None if none does;
-    instead: then what would; length: of the run under it; scaling: its speed on each GPU, relative to that on
-    one node, None for one node or where one has no room; checkpoint: bytes; kept: checkpoints on the disk at
-    the same time, 0: all."""
+    instead: then what would; length: of the run under it, None where its rows are missing; scaling: its speed
+    on each GPU, relative to that on one node, None for one node or where one has no room; checkpoint: bytes;
+    kept: checkpoints on the disk at the same time, 0: all."""
 
     ways: list[Way]
     refusal: str
@@ -105,7 +105,7 @@ def make_plan(case: Case, limit_min: int | None = None) -> Plan:
         refusal=refusal,
         recommended=recommended,
         instead="" if recommended else _instead(next(_sizes(case), case)),
-        length=_length(case, recommended, limit_min) if recommended else None,
+        length=_length(case, recommended, limit_min) if recommended and not case.rows.missing else None,
         scaling=_scaling(case, recommended) if recommended else None,
         checkpoint=case.parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER,
         kept=_kept(case.config),
@@ -180,7 +180,7 @@ def best_way(case: Case) -> Way | None:
 
 def _sizes(case: Case) -> Iterator[Case]:
     """Yield the case with each size of micro-batch that its GPUs can share."""
-    size, ranks = 1, case.machine.world_size // case.config.strategy.sequence_parallel
+    size, ranks = 1, max(1, case.machine.world_size // case.config.strategy.sequence_parallel)
     while size * ranks <= case.config.train.global_batch_size:
         if case.config.train.global_batch_size % (size * ranks) == 0:
             yield with_micro_batch(case, size)
@@ -209,19 +209,25 @@ def _scaling(case: Case, way: Way) -> float | None:
 
 def steps_of(case: Case) -> int:
     """Return the optimizer steps of the run."""
-    train, rows = case.config.train, case.rows
-    packs = rows.packs or math.ceil(rows.tokens / case.config.data.max_length)
-    return total_steps(
-        packs if case.is_packed else rows.rows,
-        train.global_batch_size,
-        train.num_train_epochs,
-        train.max_steps,
-    )
+    train = case.config.train
+    return total_steps(_of_an_epoch(case), train.global_batch_size, train.num_train_epochs, train.max_steps)
+
+
+def hours_of(case: Case, way: Way) -> float:
+    """Return the hours of the run's steps, of which the last of an epoch may have fewer rows, or packs."""
+    batch, units = case.config.train.global_batch_size, _of_an_epoch(case)
+    filled = units / (batch * math.ceil(units / batch))
+    return steps_of(case) * filled * way.step_s / 3600
+
+
+def _of_an_epoch(case: Case) -> int:
+    """Return the rows of an epoch, or its packs."""
+    rows = case.rows
+    return rows.packs or math.ceil(rows.tokens / case.config.data.max_length) if case.is_packed else rows.rows
 
 
 def _length(case: Case, way: Way, limit_min: int | None) -> Length:
-    steps = steps_of(case)
-    hours = steps * way.step_s / 3600
+    steps, hours = steps_of(case), hours_of(case, way)
     usable = limit_min * 60 - START_S if limit_min else 0
     return Length(
         steps=steps,

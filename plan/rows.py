@@ -21,7 +21,8 @@ TOKENS_A_TURN = 5  # of a chat template: its marks and the role
 
 class RowCounts(NamedTuple):
     """The training rows of an epoch. tokens: of all rows; trained: those of them that are learnt; longest: of
-    a row; packs: of data.max_length, where they are known; counted: by a tokenizer, not guessed."""
+    a row, 0: unknown; packs: of data.max_length, where they are known; counted: by a tokenizer, not guessed;
+    missing: why there are no rows: each counts as long as it may be, and all of it as learnt."""
 
     rows: int
     tokens: int
@@ -29,6 +30,7 @@ class RowCounts(NamedTuple):
     longest: int
     packs: int = 0
     counted: bool = False
+    missing: str = ""
 
     @property
     def mean(self) -> float:
@@ -37,8 +39,9 @@ class RowCounts(NamedTuple):
 
 
 def rows_of(config: Config) -> RowCounts:
-    """Return the rows of a run: from its facts.json, if data are the same by name, else guessed. Raises:
-    ValueError when the files of rows cannot be read, or have none."""
+    """Return the rows of a run: from its facts.json, if data are the same by name, else guessed. Where data
+    are not here, as on a laptop, one row as long as it may be. Raises: ValueError when the files of rows
+    cannot be read, or have none."""
     run = RunFolder(config.run_dir)
     if (
         run.facts.exists()
@@ -49,6 +52,11 @@ def rows_of(config: Config) -> RowCounts:
         return RowCounts(
             train.rows, train.tokens, train.trained_tokens, train.longest, train.packs, counted=True
         )
+    try:
+        sources.find(config.data)
+    except ValueError as error:
+        length = config.data.max_length
+        return RowCounts(1, length, length, length, missing=str(error))
     return guess(config.data)
 
 

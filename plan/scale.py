@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from qwenlora.plan.plan import START_S, best_way, steps_of
+from qwenlora.plan.plan import START_S, best_way, hours_of, steps_of
 from qwenlora.plan.speed import Case
 from qwenlora.run.format import duration
 
@@ -49,7 +49,7 @@ def _scales(case: Case, sizes: Sequence[int], failures: float) -> Iterator[Scale
             yield Scale(gpus=gpus)
             continue
         first = first or way.tokens_s / gpus
-        hours = steps_of(case) * way.step_s / 3600
+        hours = hours_of(case, way)
         yield Scale(
             gpus=gpus,
             way=f"{way.name} x {way.per_device}",

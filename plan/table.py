@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenlora.configs.combinations import SHARDED
-from qwenlora.plan.plan import Plan, Way
+from qwenlora.plan.plan import Length, Plan, Way
 from qwenlora.plan.speed import Case
 from qwenlora.run.disk import free_bytes
 from qwenlora.run.format import count, duration, size
@@ -52,10 +52,13 @@ def _given(case: Case, source: str) -> list[tuple[str, str]]:
     gpus = f"{count(machine.nodes, 'node')} x {machine.gpus} {case.gpu.name}"
     base = case.config.model.name_or_path
     learnt = f"{rows.trained / rows.tokens:.0%} trained"
+    found = f"{rows.rows:,} an epoch, {rows.tokens:,} tokens ({learnt}), {how}"
+    if rows.missing:
+        found = f"not here, so each counts data.max_length={rows.mean:,.0f} tokens: {rows.missing}"
     return [
         ("base", f"{base}, {of.total / 1e9:.2f} billion numbers{active}, from {source}"),
         ("adapter", f"{of.trainable:,} trained numbers (r {lora.r}), {size(4 * of.trainable)}"),
-        ("rows", f"{rows.rows:,} an epoch, {rows.tokens:,} tokens ({learnt}), {how}"),
+        ("rows", found),
         ("GPUs", f"{gpus} of {size(case.gpu.bytes)}, {link}{network}"),
         ("step", f"{case.config.train.global_batch_size} {unit}"),
     ]
@@ -89,16 +92,20 @@ def _time(way: Way) -> list[str]:
 
 def _follows(plan: Plan, case: Case) -> list[tuple[str, str]]:
     way, length = plan.recommended, plan.length
-    if way is None or length is None:
+    if way is None:
         return [("nothing fits", plan.instead), ("trust", TRUST)]
-    run = f"{count(length.steps, 'step')} in {duration(3600 * length.hours)}"
-    run += f" = {length.gpu_hours:,.1f} GPU hours"
-    if length.attempts:
-        run += f", {count(length.attempts, 'job')} by the time limit"
-    lines = [("recommended", f"{_settings(way, case)}: {_why(plan, way)}"), ("run", run)]
+    lines = [("recommended", f"{_settings(way, case)}: {_why(plan, way)}")]
+    if length is not None:
+        lines.append(("run", _of_run(length)))
     if plan.scaling is not None:
         lines.append(("nodes", _of_nodes(plan.scaling, case.machine.nodes)))
     return [*lines, ("checkpoints", _checkpoints(plan, case)), ("trust", TRUST)]
+
+
+def _of_run(length: Length) -> str:
+    run = f"{count(length.steps, 'step')} in {duration(3600 * length.hours)}"
+    run += f" = {length.gpu_hours:,.1f} GPU hours"
+    return f"{run}, {count(length.attempts, 'job')} by the time limit" if length.attempts else run
 
 
 def _settings(way: Way, case: Case) -> str:

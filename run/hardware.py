@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 _DEVICES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/gpus")
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -38,13 +39,22 @@ def gpus_shown() -> int:
     return len(list(_DRIVER.glob("*")))  # in a container without GPUs only the driver shows them
 
 
-def gpu_names() -> list[str]:
-    """Return the driver's names of the NVIDIA GPUs that this machine shows; [] without nvidia-smi."""
+class SeenGpu(NamedTuple):
+    """An NVIDIA GPU. name: the driver's; mib: of its memory, 0 where the driver does not say."""
+
+    name: str
+    mib: int
+
+
+def gpus_seen() -> list[SeenGpu]:
+    """Return the NVIDIA GPUs that this machine shows; [] without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return []
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.splitlines() if answer.returncode == 0 else []
+    lines = answer.stdout.splitlines() if answer.returncode == 0 else []
+    fields = [line.rpartition(", ") for line in lines]
+    return [SeenGpu(name, int(mib) if mib.isdecimal() else 0) for name, _, mib in fields]
 
 
 def free_memory() -> int:

@@ -8,7 +8,8 @@ import yaml
 from qwenlora.configs.combinations import Machine
 from qwenlora.configs.schema import Config
 from qwenlora.plan import fit
-from qwenlora.plan.hardware import named
+from qwenlora.plan.bases import shape_of_base
+from qwenlora.plan.hardware import named, of_this_machine
 
 
 def config_of(base, **sections):
@@ -31,7 +32,7 @@ CASES = [
     ("Qwen/Qwen2.5-14B", "4090", 1, {}),
     ("Qwen/Qwen2.5-14B", "4090", 2, {"strategy": {"name": "zero2"}}),
     ("Qwen/Qwen3-30B-A3B", "4090", 1, {"strategy": {"quantization": "nf4"}}),
-    ("Qwen/Qwen3-8B", "v100-16", 4, {"strategy": {"name": "ddp"}}),
+    ("Qwen/Qwen3-14B", "v100-16", 4, {"strategy": {"name": "ddp"}}),
 ]
 
 
@@ -54,9 +55,25 @@ def test_it_may_be_a_warning_or_nothing(launch):
     assert ("needs at least" in said) == (launch == "warn")
 
 
+def test_more_gpus_are_named_with_a_batch_that_they_can_share():
+    config = config_of("Qwen/Qwen2.5-72B", strategy={"name": "fsdp"}, train={"global_batch_size": 12})
+    setting = fit.Setting(config, Machine(1, 4, 4, named("4090").bytes))
+    cures = list(fit.cures(setting, shape_of_base(config.model)[0]))
+    assert "32 such GPUs (train.global_batch_size: 32)" in cures
+
+
 @pytest.mark.parametrize(
     ("base", "gpu", "gpus", "sections"),
     [
+        (
+            "Qwen/Qwen2.5-72B",
+            "4090",
+            8,
+            {"strategy": {"name": "zero3"}, "data": {"train": "example", "max_length": 512}},
+        ),
+        ("Qwen/Qwen3-235B-A22B", "h100", 8, {"strategy": {"name": "fsdp"}, "train": {"optim": "adafactor"}}),
+        ("Qwen/Qwen2.5-7B", "4090", 1, {"strategy": {"shard_group": "node"}}),
+        ("Qwen/Qwen2.5-7B", "4090", 1, {"lora": {"target_modules": "[bad"}}),
         ("Qwen/Qwen2.5-7B", "h100", 1, {}),
         ("Qwen/Qwen2.5-72B", "h100", 8, {}),
         ("Qwen/Qwen2.5-7B", "t4", 1, {"strategy": {"quantization": "nf4"}}),
@@ -66,6 +83,22 @@ def test_it_may_be_a_warning_or_nothing(launch):
 )
 def test_what_may_fit_and_what_is_unknown_is_not_refused(base, gpu, gpus, sections):
     assert fit.check(config_of(base, **sections), Machine(1, gpus, gpus), named(gpu)) == ""
+
+
+def test_a_gpu_has_the_memory_that_its_driver_says(monkeypatch, tmp_path):
+    """As an RTX 4090 with twice its chips; of several kinds a run may have the largest alone."""
+    smi = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for lines, found in (
+        ("NVIDIA GeForce RTX 4090, 49140", ("GeForce RTX 4090", 49140)),
+        ("Tesla T4, 15360\nNVIDIA A100-SXM4-80GB, 81920", ("A100-80", 81920)),
+        ("NVIDIA H100 80GB HBM3, [N/A]", ("H100", 81559)),
+        ("NVIDIA H100 80GB HBM3, 81559\nNVIDIA Thing, 1", None),
+    ):
+        smi.write_text(f"#!/bin/sh\necho '{lines}'\n")
+        smi.chmod(0o755)
+        gpu = of_this_machine()
+        assert (gpu and (gpu.name, gpu.memory_mib)) == found
 
 
 def test_rows_of_unknown_length_are_not_held_against_a_run():
