@@ -31,6 +31,7 @@ def reach_of(lora: Lora, shape: Shape, tensors: Sequence[Tensor]) -> Reach:
     renamed = _renamed(lora, shape, reach)
     _check_left_out(lora, shape, tensors)
     _check_names(lora, shape, tensors, reach.adapted)
+    _check_patterns(lora, reach.adapted)
     _check_tokens(lora, shape)
     _check_peft(lora, tensors, reach.adapted, renamed)
     return reach
@@ -112,6 +113,10 @@ def _check_names(lora: Lora, shape: Shape, tensors: Sequence[Tensor], adapted: s
             raise ValueError(f"lora.{key}: the base has no {lacking[0]}, or it is no single layer")
     if not adapted:
         raise ValueError(f"lora.target_modules={lora.target_modules} names no layer of the base")
+
+
+def _check_patterns(lora: Lora, adapted: set[str]) -> None:
+    """Refuse patterns that match nothing that is adapted."""
     for key in PATTERNS:
         for pattern in getattr(lora, key):
             if not any(matches(pattern, name) for name in adapted):
@@ -128,15 +133,19 @@ def _check_tokens(lora: Lora, shape: Shape) -> None:
             )
 
 
+def _names_of_linear(tensor: Tensor) -> tuple[str, ...]:
+    if tensor.experts > 1:  # a stack of them, in a module
+        return tensor.name, tensor.name.rpartition(".")[0]
+    return (tensor.name,) if tensor.linear else ()
+
+
 def _check_left_out(lora: Lora, shape: Shape, tensors: Sequence[Tensor]) -> None:
     """Refuse layers and modules to leave out that the base lacks."""
     last, highest = shape.num_hidden_layers - 1, max(lora.layers_to_transform or [0])
     if highest > last:
         raise ValueError(f"lora.layers_to_transform: the base has no layer {highest}; its last is {last}")
     excluded = lora.exclude_modules
-    stacks = [tensor.name for tensor in tensors if tensor.experts > 1]
-    there = [tensor.name for tensor in tensors if tensor.linear] + stacks
-    there += [name.rpartition(".")[0] for name in stacks]
+    there = {name for tensor in tensors for name in _names_of_linear(tensor)}
     for one in [excluded] if isinstance(excluded, str) else excluded or ():
         alone = one if isinstance(excluded, str) else [one]
         if not any(is_excluded(alone, name) for name in there):
