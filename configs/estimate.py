@@ -3,11 +3,13 @@
 1 GB is 1e9 bytes. Estimates are within a fifth of published runs of a 7B (tests/configs/test_estimate.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import islice
 from typing import Any, NamedTuple
 
 from qwenlora.configs.combinations import Machine, packs_rows, problems
+from qwenlora.configs.cures import LEANER, Setting, cures
 from qwenlora.configs.schema import Config
 
 # bytes a number of nf4: 4 bits; an 8-bit scale for 64 numbers, a float32 scale for 256 of those
@@ -25,6 +27,7 @@ EIGHT_BITS = 2  # two moments, of optimizers whose name ends so
 LINEAR, EAGER_LINEAR = 12, 46
 RESERVE = 2_000_000_000  # CUDA's context, NCCL's buffers, what the allocator cannot use
 LIVE = 1_000_000_000  # numbers that ZeRO-3 holds gathered (stage3_max_live_parameters)
+SHOWN = 4  # changes that a refusal names
 LOGITS_AT_ONCE = 2**27  # bytes of float32 logits that the head makes at a time
 FLOPS = 798e12  # bfloat16 matrix products of an H100, measured
 PCIE, NETWORK = 25e9, 50e9  # bytes a second that a GPU gets
@@ -325,61 +328,23 @@ def _where(name: str, group: str, machine: Machine) -> str:
 def _would_allow_ddp(config: Config, sizes: Sizes, machine: Machine) -> list[str]:
     """Return the settings with which each GPU would hold the whole model."""
 
-    def fits(changed: Config) -> bool:
-        refused = problems(_changed(changed, name="ddp", shard_group="global"), machine)
-        return not refused and need(changed, sizes, "ddp", machine).total <= machine.gpu_bytes
+    def fits(changed: Setting) -> str | None:
+        alone = _changed(changed.config, name="ddp", shard_group="global")
+        refused = problems(alone, machine)
+        return "" if not refused and need(alone, sizes, "ddp", machine).total <= machine.gpu_bytes else None
 
-    return [setting for setting, changed in _leaner(config, sizes, fits) if fits(changed)]
-
-
-def _leaner(config: Config, sizes: Sizes, fits: Callable[[Config], Any]) -> list[tuple[str, Config]]:
-    """Return (setting, changed config) for settings that need less memory; all at once if none fits."""
-    changes: list[tuple[str, Callable[[Config], Config]]] = []
-    wanted = config.train.gradient_checkpointing  # 1 is equal to True, and not it
-    if wanted is not True and wanted != "auto":
-        changes.append(("train.gradient_checkpointing: auto", _checkpointed))
-    if config.strategy.quantization == "none":
-        changes.append(("strategy.quantization: nf4", lambda c: _changed(c, quantization="nf4")))
-    if sizes.experts_trained and config.lora.experts == "all":
-        changes.append(("lora.experts: shared", _without_experts))
-    ways = [(setting, change(config)) for setting, change in changes]
-    if len(ways) > 1 and not any(fits(changed) for _, changed in ways):
-        together = config
-        for _, change in changes:
-            together = change(together)
-        ways.append((" with ".join(setting for setting, _ in ways), together))
-    return ways
-
-
-def _checkpointed(config: Config) -> Config:
-    train = config.train.model_copy(update={"gradient_checkpointing": "auto"})
-    return config.model_copy(update={"train": train})
-
-
-def _without_experts(config: Config) -> Config:
-    return config.model_copy(update={"lora": config.lora.model_copy(update={"experts": "shared"})})
+    return list(cures(Setting(config, machine), fits, experts=sizes.experts_trained > 0, keys=LEANER))
 
 
 def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, least: MemoryNeed) -> str:
     """Return the refusal, with settings that would fit."""
 
-    def fits(changed: Config, on: Machine = machine) -> str | None:
-        ways = _ways(changed, sizes, on)
-        return next((way for (way, _), found in ways.items() if found.total <= machine.gpu_bytes), None)
+    def fits(changed: Setting) -> str | None:
+        ways = _ways(changed.config, sizes, changed.machine)
+        way = next((way for (way, _), found in ways.items() if found.total <= machine.gpu_bytes), None)
+        return way and f" ({way})"
 
-    ways_out = [
-        f"{setting} ({way})" for setting, changed in _leaner(config, sizes, fits) if (way := fits(changed))
-    ]
-    for nodes in (2, 4, 8, 16):
-        on = machine._replace(nodes=nodes * machine.nodes)
-        if way := fits(config, on):
-            ways_out.append(f"{on.world_size} such GPUs ({way})")
-            break
-    for length in (2**power for power in range(14, 7, -1)):
-        data = config.data.model_copy(update={"max_length": length})
-        if length < config.data.max_length and (way := fits(config.model_copy(update={"data": data}))):
-            ways_out.append(f"data.max_length: {length} ({way})")
-            break
+    ways_out = islice(cures(Setting(config, machine), fits, experts=sizes.experts_trained > 0), SHOWN)
     gpus = "the GPU" if machine.world_size == 1 else f"each of {machine.world_size} GPUs"
     cure = " or ".join(ways_out) or "a smaller base model or larger GPUs"
     return (

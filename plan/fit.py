@@ -1,12 +1,12 @@
 """Whether a config can fit its GPUs at all, and the nearest changes with which it would."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 from qwenlora.configs.combinations import Machine, packs_rows, problems
+from qwenlora.configs.cures import Setting, changed_in, cures
 from qwenlora.configs.estimate import MemoryNeed, Sizes, need
-from qwenlora.configs.schema import ALL_LINEAR, Config
+from qwenlora.configs.schema import Config
 from qwenlora.plan.bases import shape_of_base
 from qwenlora.plan.counts import count
 from qwenlora.plan.hardware import Gpu
@@ -14,22 +14,6 @@ from qwenlora.plan.shape import Shape
 
 ERROR = 0.1  # how far estimates of memory are off as a rule (docs/planning.md)
 SHOWN = 3  # changes that a refusal names
-LENGTHS = [2**power for power in range(14, 8, -1)]  # of packs
-
-
-class Setting(NamedTuple):
-    """A config on a machine."""
-
-    config: Config
-    machine: Machine
-
-
-class Change(NamedTuple):
-    """A change that may make a run fit. key: what it changes; what: as a user writes it; made: makes it."""
-
-    key: str
-    what: str
-    made: Callable[[Setting], Setting]
 
 
 def check(config: Config, machine: Machine, gpu: Gpu) -> str:
@@ -57,7 +41,7 @@ def _flaw(setting: Setting, shape: Shape, gpu: Gpu) -> str:
     config, machine = setting
     base = needed.weights + needed.gathered
     gpus = "the GPU" if machine.world_size == 1 else f"each of {machine.world_size} GPUs"
-    ways = list(itertools.islice(cures(setting, shape), SHOWN))
+    ways = list(itertools.islice(cures_of(setting, shape), SHOWN))
     cure = " or ".join(ways) or "a smaller base model or larger GPUs"
     return (
         f"strategy.name={config.strategy.name}: model.name_or_path={config.model.name_or_path} needs at least"
@@ -82,76 +66,18 @@ def least(setting: Setting, shape: Shape) -> MemoryNeed:
 
 
 def _under(name: str, setting: Setting) -> Config:
-    return _section("strategy", name=name, shard_group="global")(setting).config
+    return changed_in("strategy", name=name, shard_group="global")(setting).config
 
 
-def cures(setting: Setting, shape: Shape) -> Iterator[str]:
-    """Yield changes with which a setting fits, the nearest first: one, then two at once. Of values of the
-    same keys the first is named, and of two changes none that is enough alone."""
-    single, told = list(_changes(setting, shape)), set[frozenset[str]]()
-    for several in (1, 2):
-        for changes in itertools.combinations(single, several):
-            keys = frozenset(change.key for change in changes)
-            if len(keys) < several or any(enough <= keys for enough in told):
-                continue
-            changed = setting
-            for change in changes:
-                changed = change.made(changed)
-            if _fits(changed, shape):
-                told.add(keys)
-                yield " with ".join(change.what for change in changes)
+def cures_of(setting: Setting, shape: Shape) -> Iterator[str]:
+    """Yield changes with which a setting fits, the nearest first."""
 
+    def fits(changed: Setting) -> str | None:
+        refused = problems(changed.config, changed.machine)
+        return "" if not refused and least(changed, shape).total <= changed.machine.gpu_bytes else None
 
-def _fits(setting: Setting, shape: Shape) -> bool:
-    config, machine = setting
-    return not problems(config, machine) and least(setting, shape).total <= machine.gpu_bytes
-
-
-def _changes(setting: Setting, shape: Shape) -> Iterator[Change]:
-    """Yield what may be changed, from what costs least."""
-    config, machine = setting
-    if config.train.gradient_checkpointing not in (True, "auto"):
-        yield _change("train.gradient_checkpointing", "auto")
-    if config.train.micro_batch > 1:
-        yield _change("train.per_device_train_batch_size", 1)
-    if machine.world_size > 1 and config.strategy.name != "auto":
-        yield from (
-            _change("strategy.name", name) for name in ("fsdp", "zero3") if name != config.strategy.name
-        )
-    if shape.num_experts and config.lora.experts == "all" and config.lora.target_modules == ALL_LINEAR:
-        yield _change("lora.experts", "shared")
-    if config.strategy.quantization == "none":
-        yield _change("strategy.quantization", "nf4")
-    yield from (_change("data.max_length", length) for length in LENGTHS if length < config.data.max_length)
-    for nodes in (2, 4, 8, 16):
-        yield _more(config, machine._replace(nodes=nodes * machine.nodes))
-
-
-def _more(config: Config, machine: Machine) -> Change:
-    """Return more nodes, with a global batch that their GPUs can share."""
-    smallest = machine.world_size // config.strategy.sequence_parallel
-    batch = -(-config.train.global_batch_size // smallest) * smallest
-    changes: dict[str, object] = {"global_batch_size": batch}
-    what = f"{machine.world_size} such GPUs"
-    if batch != config.train.global_batch_size:
-        what += f" (train.global_batch_size: {batch})"
-    if batch % (smallest * config.train.micro_batch):
-        changes["per_device_train_batch_size"] = 1
-    larger = _section("train", **changes)
-    return Change("GPUs", what, lambda old: larger(old)._replace(machine=machine))
-
-
-def _change(key: str, value: object) -> Change:
-    section, _, name = key.partition(".")
-    return Change(key, f"{key}: {value}", _section(section, **{name: value}))
-
-
-def _section(section: str, /, **values: object) -> Callable[[Setting], Setting]:
-    def change(setting: Setting) -> Setting:
-        changed = getattr(setting.config, section).model_copy(update=values)
-        return setting._replace(config=setting.config.model_copy(update={section: changed}))
-
-    return change
+    experts = count(shape, setting.config.lora).experts_trained > 0
+    return cures(setting, fits, experts=experts)
 
 
 def _gb(count: float) -> str:

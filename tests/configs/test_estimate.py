@@ -392,7 +392,8 @@ REFUSED = "strategy.name=auto: model.name_or_path=Qwen/Qwen2.5 needs about "
             Machine(2, 4, 4, GPU24),
             "35.6 GB on each of 8 GPUs even with fsdp, expected at most the 25.8 GB there are (26.7 GB base,"
             " 3.4 GB adapter, 3.5 GB for 2,048 tokens); what would fit: strategy.quantization: nf4 (zero3)"
-            " or 32 such GPUs (fsdp); or set strategy.name: fsdp to try all the same",
+            " or 32 such GPUs and train.global_batch_size: 32 (fsdp); or set"
+            " strategy.name: fsdp to try all the same",
         ),
         (
             "7B",
@@ -417,7 +418,8 @@ REFUSED = "strategy.name=auto: model.name_or_path=Qwen/Qwen2.5 needs about "
             {},
             Machine(1, 1, 1, GPU24),
             "154.3 GB on the GPU even with ddp, expected at most the 25.8 GB there are (145.4 GB base, 3.4"
-            " GB adapter, 3.5 GB for 2,048 tokens); what would fit: a smaller base model or larger GPUs; or"
+            " GB adapter, 3.5 GB for 2,048 tokens); what would fit: strategy.quantization: nf4 with 4"
+            " such GPUs (zero3) or 16 such GPUs with data.max_length: 1024 (fsdp); or"
             " set strategy.name: ddp to try all the same",
         ),
     ],
