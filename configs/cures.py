@@ -64,13 +64,17 @@ def _changes(setting: Setting, *, experts: bool) -> Iterator[Change]:
         yield from (
             _change("strategy.name", name) for name in ("fsdp", "zero3") if name != config.strategy.name
         )
+    yield from _of_the_model(config, experts=experts)
+    for nodes in (2, 4, 8, 16):
+        yield _more(config, machine._replace(nodes=nodes * machine.nodes))
+    yield from (_change("data.max_length", length) for length in LENGTHS if length < config.data.max_length)
+
+
+def _of_the_model(config: Config, *, experts: bool) -> Iterator[Change]:
     if config.strategy.quantization == "none" and config.lora.init_lora_weights != "orthogonal":
         yield _change("strategy.quantization", "nf4")
     if experts and config.lora.experts == "all" and config.lora.target_modules == ALL_LINEAR:
         yield _change("lora.experts", "shared")
-    for nodes in (2, 4, 8, 16):
-        yield _more(config, machine._replace(nodes=nodes * machine.nodes))
-    yield from (_change("data.max_length", length) for length in LENGTHS if length < config.data.max_length)
 
 
 def _more(config: Config, machine: Machine) -> Change:
