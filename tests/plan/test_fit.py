@@ -104,4 +104,16 @@ def test_a_gpu_has_the_memory_that_its_driver_says(monkeypatch, tmp_path):
 def test_rows_of_unknown_length_are_not_held_against_a_run():
     """Without packing a row may be short, however large max_length is."""
     long = {"data": {"train": "example", "max_length": 131072, "packing": "off"}}
-    assert fit.check(config_of("Qwen/Qwen2.5-7B", **long), Machine(1, 1, 1), named("h100")) == ""
+    assert fit.check(config_of("Qwen/Qwen2.5-7B", **long), Machine(1, 1, 1), named("4090")) == ""
+    packed = {"data": long["data"] | {"packing": "on"}, "launch": {"plan": "warn"}}
+    assert fit.check(config_of("Qwen/Qwen2.5-7B", **packed), Machine(1, 1, 1), named("4090"))
+
+
+@pytest.mark.parametrize(("gpus", "whom"), [(1, "the GPU"), (2, "each of 2 GPUs")])
+def test_a_refusal_says_what_is_needed_and_what_is_there(gpus, whom):
+    config = config_of("Qwen/Qwen2.5-14B", strategy={"name": "ddp"}, launch={"plan": "warn"})
+    said = fit.check(config, Machine(1, gpus, gpus), named("4090"))
+    assert said.startswith(
+        "strategy.name=ddp: model.name_or_path=Qwen/Qwen2.5-14B needs at least 32.8 GB of"
+        f" {whom}, and a GeForce RTX 4090 has 25.8 GB (29.5 GB base, 1.1 GB adapter); what would fit: "
+    )
