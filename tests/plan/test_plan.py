@@ -54,6 +54,30 @@ def test_nodes_that_cost_more_than_they_give_are_told():
     assert slow.scaling is None or slow.scaling < fast.scaling
 
 
+def test_scaling_is_the_speed_of_a_gpu_beside_that_on_one_node():
+    alone, both = (
+        make_plan(case_of("Qwen/Qwen2.5-7B", "h100", nodes=nodes, gpus_per_node=8)) for nodes in (1, 2)
+    )
+    assert alone.scaling is None
+    assert both.scaling == pytest.approx(both.recommended.tokens_s / alone.recommended.tokens_s / 2)
+
+
+@pytest.mark.parametrize(
+    ("train", "kept"),
+    [
+        ({}, 4),
+        ({"save_total_limit": None}, 0),
+        ({"save_strategy": "no"}, 1),
+        ({"save_total_limit": 1, "metric_for_best_model": "eval_loss"}, 3),
+    ],
+)
+def test_checkpoints_are_counted_with_the_best_and_the_one_that_is_written(train, kept):
+    data = {"train": "example", "eval": "example"}
+    plan = make_plan(case_of("Qwen/Qwen2.5-7B", "h100", train=train, data=data))
+    assert plan.kept == kept
+    assert plan.checkpoint == 12 * 40_370_176
+
+
 def test_layers_are_computed_again_only_where_memory_is_short():
     again = {
         length: make_plan(
