@@ -91,7 +91,8 @@ class Sharing:
             "save_strategy": "steps",
             "save_steps": 4,
             "gradient_checkpointing": self.recompute,
-            "neftune_noise_alpha": 5.0,
+            # runs with weights are compared with a plain loss, which has no noise
+            "neftune_noise_alpha": None if self.weighted else 5.0,
         }
         return Config(
             run_dir=self.folder,
