@@ -155,10 +155,10 @@ def accumulation_steps(
 def idle_share(
     global_batch_size: int, per_device_batch_size: int, world_size: int, sequence_parallel: int = 1
 ) -> float:
-    """Return the share of a step in which ranks have nothing to compute, since they do not divide it."""
+    """Return the share of a step in which ranks have no micro-batch, since they do not divide it."""
     steps = accumulation_steps(global_batch_size, per_device_batch_size, world_size, sequence_parallel)
-    slots = steps * teams_of(world_size, sequence_parallel) * per_device_batch_size
-    return 1 - global_batch_size / slots
+    count = -(-global_batch_size // per_device_batch_size)
+    return 1 - count / (steps * teams_of(world_size, sequence_parallel))
 
 
 def teams_of(world_size: int, sequence_parallel: int) -> int:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlora.data.order import Order, accumulation_steps, micro_batches, teams_of, total_steps
+from qwenlora.data.order import Order, accumulation_steps, idle_share, micro_batches, teams_of, total_steps
 from qwenlora.data.packing import pack
 
 
@@ -86,6 +86,13 @@ def test_more_ranks_than_micro_batches_are_refused_with_what_would_do(
 ):
     with pytest.raises(ValueError, match=message):
         accumulation_steps(global_batch, per_device, world)
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "ranks", "share"), [(20, 4, 3, 1 / 6), (20, 4, 5, 0), (1, 4, 1, 0), (10, 4, 2, 1 / 4)]
+)
+def test_ranks_are_idle_where_they_do_not_divide_the_micro_batches(batch, size, ranks, share):
+    assert idle_share(batch, size, ranks) == pytest.approx(share)
 
 
 def test_steps_follow_from_rows_and_epochs():

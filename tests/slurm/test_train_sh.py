@@ -76,11 +76,7 @@ def test_the_site_file_sets_the_environment_and_the_container(cluster, tmp_path)
         ),
         (["my.yaml"], {"QWENLORA_ENV": "/no/env.sh"}, "error: /no/env.sh failed"),
         (["my.yaml", "lora.r=x"], {}, 'error: command line: lora.r="x": expected an integer'),
-        (
-            ["my.yaml", "train.global_batch_size=1"],
-            {},
-            "error: train.global_batch_size=1 makes 1 micro-batch",
-        ),
+        (["my.yaml", "strategy.name=ddp", "strategy.shard_group=node"], {}, "error: strategy.name=ddp with"),
     ],
 )
 def test_a_refusal_is_one_line_and_is_not_requeued(cluster, tmp_path, arguments, env, message):
