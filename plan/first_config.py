@@ -1,7 +1,7 @@
 """`qwenlora init`: the text of a config that fits a base, its rows and its GPUs, with reasons as comments."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from qwenlora.configs.combinations import Machine
 from qwenlora.configs.schema import Config, Data
@@ -16,7 +16,6 @@ from qwenlora.run.format import as_yaml, size
 from qwenlora.run.format import count as in_words
 
 Task = Literal["chat", "tools", "thinking", "pretrain", "qlora"]
-TASKS: tuple[Task, ...] = get_args(Task)
 LOOKED_AT = 200  # rows, to see what they are
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 ROOM = 1.15  # guessed lengths may be so much too short
