@@ -69,6 +69,7 @@ format: $(VENV)/.installed-test
 schema: $(VENV)/.installed
 	$(BIN)/qwenlora config schema > configs/schema.json
 	$(BIN)/qwenlora config keys --markdown > docs/config.md
+	$(BIN)/qwenlora recipes --markdown > docs/recipes.md
 
 dist: $(VENV)/.installed
 	@echo '== making dist/: a wheel and a source archive'

@@ -13,7 +13,7 @@ from qwenlora.configs import Config, load_config
 from qwenlora.configs.convert import convert
 from qwenlora.configs.keys import FIELDS, SECTIONS
 from qwenlora.configs.load import to_yaml
-from qwenlora.configs.reference import as_markdown, default_of, kind_of
+from qwenlora.configs.reference import as_markdown, default_of, kind_of, rules_of, since
 from qwenlora.configs.wording import did_you_mean
 from qwenlora.run.format import as_yaml
 
@@ -45,7 +45,7 @@ def keys(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="All, as docs/config.md has them.")] = False,
 ) -> int:
-    """List the keys that a config may have: type, default, meaning."""
+    """List the keys that a config may have: type, default, meaning, since when, what they exclude."""
     wanted = (part or "").lower()
     found = {key: field for key, field in FIELDS.items() if wanted in key.lower()}
     if not found:
@@ -59,7 +59,10 @@ def keys(
     for key, field in found.items():
         default = f" = {as_yaml(default_of(field))}" if not field.is_required() else ""
         console.print(f"{key}: {kind_of(field)}{default}", style="bold", soft_wrap=True)
-        console.print(textwrap.indent(textwrap.fill(field.description or "", console.width - 4), "    "))
+        lines = [f"{field.description} (since {since(field)})"]
+        lines += [f"Refused: {rule.what}." for rule in rules_of(key)]
+        for line in lines:
+            console.print(textwrap.indent(textwrap.fill(line, console.width - 4), "    "))
     return 0
 
 

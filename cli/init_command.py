@@ -1,21 +1,19 @@
 """`qwenlora init` and `qwenlora recipes`."""
 
-import re
 import shutil
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qwenlora.cli.arguments import screen
+from qwenlora.configs.recipes import CONFIGS, as_markdown
+from qwenlora.configs.recipes import recipes as all_recipes
 from qwenlora.configs.wording import did_you_mean
 from qwenlora.plan import hardware
 from qwenlora.plan.bases import TINY
 from qwenlora.plan.first_config import Task, Wish, first_config
 from qwenlora.run.hardware import gpus_seen
-
-RECIPES = resources.files("qwenlora.configs")
 
 
 def init(
@@ -33,7 +31,7 @@ def init(
         why = "exists already" if file.exists() else "is no plain name"
         raise ValueError(f"{file} {why}; choose another name: qwenlora init NAME")
     if model is None and data is None:
-        text = RECIPES.joinpath("tiny.yaml").read_text(encoding="utf-8")
+        text = CONFIGS.joinpath("tiny.yaml").read_text(encoding="utf-8")
     else:
         here = len(gpus_seen())
         kind = hardware.named(gpu) if gpu else hardware.of_this_machine()
@@ -51,27 +49,29 @@ def init(
 def recipes(
     name: Annotated[str | None, typer.Argument(help="A recipe, to be copied.")] = None,
     to: Annotated[Path | None, typer.Argument(help="Where it goes. Default: this folder.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All, as docs/recipes.md has them.")] = False,
 ) -> int:
     """List the configs that come with qwenlora, or copy one."""
-    there = {file.name.removesuffix(".yaml"): file for file in _recipes()}
+    there = {recipe.name: recipe for recipe in all_recipes()}
+    if markdown:
+        print(as_markdown(), end="")
+        return 0
     if name is None:
-        for each, file in there.items():
-            comment = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-            screen().print(f"{each:28}{re.split('[:.] ', comment)[0]}", soft_wrap=True)
-        screen().print("\ncopy one: qwenlora recipes NAME")
+        for recipe in there.values():
+            needs = recipe.items["Needs"]
+            screen().print(f"{recipe.name:24}{recipe.items['Task']:16}{needs:34}", soft_wrap=True)
+        screen().print(
+            "\ncopy one: qwenlora recipes NAME; what they take, and what to expect: docs/recipes.md"
+        )
         return 0
     found = there.get(name.removesuffix(".yaml"))
     if found is None:
         otherwise = "list them: qwenlora recipes"
         raise ValueError(f"there is no recipe {name}; {did_you_mean(name, there, otherwise)}")
-    target = to or Path(found.name)
-    target = target / found.name if target.is_dir() else target
+    target = to or Path(found.file.name)
+    target = target / found.file.name if target.is_dir() else target
     if target.exists():
         raise ValueError(f"{target} exists already; name another file: qwenlora recipes {name} FILE")
-    shutil.copyfile(found, target)
+    shutil.copyfile(found.file, target)
     screen().print(f"{target} is written; next: qwenlora train {target} data.train=my.jsonl", soft_wrap=True)
     return 0
-
-
-def _recipes() -> list[Path]:
-    return sorted(Path(str(file)) for file in RECIPES.iterdir() if file.name.endswith(".yaml"))

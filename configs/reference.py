@@ -1,19 +1,22 @@
 """The keys of a config in words: for `qwenlora config keys` and docs/config.md."""
 
 import json
+import re
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
+from qwenlora.configs.combinations import RULES, Rule
 from qwenlora.configs.keys import FIELDS, SECTIONS, keys_of
-from qwenlora.configs.schema import Config
+from qwenlora.configs.schema import FIRST, Config
 from qwenlora.configs.wording import show
 
 HEAD = """# The keys of a config
 
-Generated from configs/schema.py by `qwenlora config keys --markdown > docs/config.md`. In the terminal,
-`qwenlora config keys train` lists those of a section. A key without a default must be set.
+Generated from configs/schema.py by `make schema`. In the terminal, `qwenlora config keys train` shows those
+of a section, and `qwenlora config keys on_nan` those with a word in their name. Under "Refused" are settings
+with which a key cannot run: [why, and what to set instead](strategies.md#what-cannot-run-together).
 """
 
 
@@ -46,21 +49,41 @@ def default_of(field: FieldInfo) -> Any:
     return field.get_default(call_default_factory=True)
 
 
+def since(field: FieldInfo) -> str:
+    """Return the version that first had a key, as 0.2."""
+    extra = field.json_schema_extra
+    return str(extra.get("since", FIRST)) if isinstance(extra, dict) else FIRST
+
+
+def rules_of(key: str) -> list[Rule]:
+    """Return the rules that refuse combinations of a key with others, or with the machine."""
+    return [rule for rule in RULES if key in re.findall(r"[a-z]+\.\w+", rule.settings)]
+
+
 def as_markdown() -> str:
-    """Return the page of all keys, with a table for each section."""
-    parts = [HEAD, _table([key for key in FIELDS if "." not in key])]
+    """Return the page of all keys: a heading for each, so that others can link to it."""
+    parts = [HEAD, *map(_entry, (key for key in FIELDS if "." not in key))]
     for section in SECTIONS:
         of_section = Config.model_fields[section].annotation
         meaning = ((of_section.__doc__ if of_section else None) or "").strip()
-        parts.append(f"## {section}\n\n{meaning}\n\n{_table(keys_of(section))}")
+        parts += [f"## {section}\n\n{meaning}\n", *map(_entry, keys_of(section))]
     return "\n".join(parts)
 
 
-def _table(keys: list[str]) -> str:
-    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for key in keys:
-        field = FIELDS[key]
-        default = "" if field.is_required() else f"`{json.dumps(default_of(field), ensure_ascii=False)}`"
-        cells = (f"`{key}`", kind_of(field), default, (field.description or ""))
-        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join(rows) + "\n"
+def _entry(key: str) -> str:
+    field = FIELDS[key]
+    default = "no default" if field.is_required() else f"default `{_as_json(default_of(field))}`"
+    lines = [
+        f"### {key}",
+        "",
+        field.description or "",
+        "",
+        f"{kind_of(field)} · {default} · since {since(field)}",
+    ]
+    if refused := [f"- {rule.what}" for rule in rules_of(key)]:
+        lines += ["", "Refused:", "", *refused]
+    return "\n".join(lines) + "\n"
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -18,11 +18,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Text = Annotated[str, Field(min_length=1)]
 ALL_LINEAR = "all-linear"  # of lora.target_modules
+FIRST = "0.1"  # the version that had each key that is not marked as newer
+SINCE_0_2: JsonDict = {"since": "0.2"}
 
 
 def _each_once(ids: list[int]) -> list[int]:
@@ -186,6 +189,7 @@ class Lora(Section):
     experts: Literal["all", "shared", "none"] = Field(
         "all",
         description="What all-linear has of a mixture's experts: all of them, the shared ones, or none.",
+        json_schema_extra=SINCE_0_2,
     )
     target_parameters: list[Text] | None = Field(
         None,
@@ -195,20 +199,26 @@ class Lora(Section):
         default_factory=dict,
         description="Other ranks, as {down_proj: 32, 'layers\\.0\\..*': 4}: regular expressions for ends of"
         " names.",
+        json_schema_extra=SINCE_0_2,
     )
     alpha_pattern: dict[Text, PositiveInt] = Field(
-        default_factory=dict, description="Other lora_alpha, as rank_pattern has ranks."
+        default_factory=dict,
+        description="Other lora_alpha, as rank_pattern has ranks.",
+        json_schema_extra=SINCE_0_2,
     )
     exclude_modules: Text | list[Text] | None = Field(
-        None, description="What target_modules leave out: ends of names, or a regular expression."
+        None,
+        description="What target_modules leave out: ends of names, or a regular expression.",
+        json_schema_extra=SINCE_0_2,
     )
     layers_to_transform: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(
-        None, description="The layers that get LoRA, from 0. Default: all."
+        None, description="The layers that get LoRA, from 0. Default: all.", json_schema_extra=SINCE_0_2
     )
     init_lora_weights: Literal[True, "gaussian", "orthogonal"] = Field(
         True,
         description="How A and B begin. true: A uniform (Kaiming), B zero; gaussian: A normal, B zero;"
         " orthogonal: both, with a product of zero.",
+        json_schema_extra=SINCE_0_2,
     )
     modules_to_save: list[Text] | None = Field(
         None, description="Modules trained in full and saved whole, as [embed_tokens]."
@@ -217,6 +227,7 @@ class Lora(Section):
         None,
         description="Tokens whose embeddings are trained, by id, as [151665]; of a base whose head is a"
         " matrix of its own as {embed_tokens: [151665], lm_head: [151665]}.",
+        json_schema_extra=SINCE_0_2,
     )
     use_rslora: bool = Field(False, description="Rank-stabilised scaling.")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA.")
@@ -316,7 +327,9 @@ class Train(Section):
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; overrides num_train_epochs.")
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(2e-4, description="Peak learning rate.")
     loraplus_lr_ratio: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="LoRA+: B learns so many times as fast as A, whose rate is learning_rate."
+        None,
+        description="LoRA+: B learns so many times as fast as A, whose rate is learning_rate.",
+        json_schema_extra=SINCE_0_2,
     )
     lr_scheduler_type: SchedulerName = Field("cosine", description="Schedule, by its transformers name.")
     lr_scheduler_kwargs: dict[str, float | int | str | bool] = Field(
@@ -332,10 +345,13 @@ class Train(Section):
         "model",
         description="A mixture's auxiliary loss, which keeps its experts used evenly: model: as the base's"
         " config.json says (output_router_logits, router_aux_loss_coef); off; or what it is multiplied with.",
+        json_schema_extra=SINCE_0_2,
     )
     max_grad_norm: NonNegative = Field(1.0, description="Gradients are clipped to this norm; 0: not at all.")
     neftune_noise_alpha: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="NEFTune: noise on the embeddings of training rows, as 5. Default: none."
+        None,
+        description="NEFTune: noise on the embeddings of training rows, as 5. Default: none.",
+        json_schema_extra=SINCE_0_2,
     )
     gradient_checkpointing: Annotated[int, Field(ge=0, strict=True)] | bool | Literal["auto"] = Field(
         "auto",
@@ -356,9 +372,12 @@ class Train(Section):
     early_stopping_patience: PositiveInt | None = Field(
         None,
         description="Training ends when so many evaluations in a row are no better than the best before.",
+        json_schema_extra=SINCE_0_2,
     )
     final: Literal["last", "best"] = Field(
-        "last", description="The adapter at the end: of the last step, or of the best checkpoint."
+        "last",
+        description="The adapter at the end: of the last step, or of the best checkpoint.",
+        json_schema_extra=SINCE_0_2,
     )
     on_nan: Literal["stop", "skip", "rollback"] = Field(
         "stop",
@@ -458,6 +477,7 @@ class Log(Section):
         None,
         description="The first and the last step that torch's profiler watches on rank 0, as [10, 13]; the"
         " trace and a page about it are written to profile/ in the run folder.",
+        json_schema_extra=SINCE_0_2,
     )
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto",
@@ -517,6 +537,7 @@ class Launch(Section):
         "refuse",
         description="What to do with a run that cannot fit its GPUs by the plan's formulas, before anything"
         " is loaded.",
+        json_schema_extra=SINCE_0_2,
     )
     join_timeout_s: PositiveInt = Field(
         25, description="Seconds that nodes, then ranks, wait for each other to come."

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenlora.configs import Config, load_config
-from qwenlora.configs.keys import FIELDS, differences
+from qwenlora.configs.combinations import RULES
+from qwenlora.configs.keys import FIELDS, SECTIONS, differences
 from qwenlora.configs.load import to_yaml
-from qwenlora.configs.reference import as_markdown, kind_of
+from qwenlora.configs.reference import as_markdown, kind_of, rules_of, since
+from qwenlora.configs.schema import FIRST
 from qwenlora.configs.yaml_file import parse_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -207,6 +210,24 @@ def test_the_json_schema_for_editors_is_current():
 def test_the_page_of_keys_is_current_and_every_key_has_a_kind():
     assert (ROOT / "docs" / "config.md").read_text() == as_markdown(), "run `make schema`"
     assert [key for key, field in FIELDS.items() if kind_of(field) == "anything"] == []
+
+
+def test_keys_say_since_when_they_are_there():
+    """What a run of 0.1 wrote down has all keys of 0.1."""
+    old = yaml.safe_load((ROOT / "tests/end_to_end/of_0.1/old/config.yaml").read_text())
+    first = {f"{section}.{key}" for section in SECTIONS for key in old[section]} | {"run_dir"}
+    found = {key for key, field in FIELDS.items() if since(field) == FIRST}
+    assert found == first, "mark a new key in configs/schema.py: json_schema_extra=SINCE_0_2"
+
+
+def test_keys_name_what_they_are_refused_with(qwenlora):
+    said = qwenlora("config", "keys", "use_dora").stdout
+    assert said.splitlines()[1:] == [
+        "    Weight-decomposed LoRA. (since 0.1)",
+        "    Refused: `zero3`, `fsdp` with `lora.use_dora`.",
+    ]
+    named = {rule.name for key in FIELDS for rule in rules_of(key)}
+    assert named == {rule.name for rule in RULES}
 
 
 def test_keys_are_listed_by_a_part_of_their_name(qwenlora):
