@@ -4,6 +4,7 @@
 # make test-quick  the tests that train no whole run, and need no cluster
 # make test-slow   the long tests: all pairs of the resume matrix, ten random disturbances of a Slurm job ...
 # make dist   a wheel and a source archive, in dist/
+# make docs   the documentation as a site, in site/
 # make slurm-up, slurm-down   a Slurm cluster on this machine, the one that the tests use
 #
 # PYTHON=python3.12 make train   chooses the interpreter (3.11 to 3.13)
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 SOURCES := README.md pyproject.toml setup.cfg __init__.py py.typed $(shell find adapter cli configs data jobs launch plan run slurm trainer \
 	-name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' -o -name '*.html' -o -name '*.md' -o -name '*.jinja' -o -name schema.json)
 
-.PHONY: dist train test test-quick test-slow gpu chaos slurm-up slurm-down check format schema clean system
+.PHONY: dist docs train test test-quick test-slow gpu chaos slurm-up slurm-down check format schema clean system
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -76,8 +77,12 @@ dist: $(VENV)/.installed
 	$(BIN)/python -c 'from setuptools import build_meta as made; print(made.build_wheel("dist"), made.build_sdist("dist"))'
 	@rm -rf build
 
+docs: $(VENV)/.installed-test
+	@echo '== making site/: open site/index.html'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
 
 # ---- installing. torch comes first: what follows must find it, not bring another one
 

@@ -15,7 +15,11 @@ from typer.core import TyperGroup
 
 from qwenlora.run.lossy_output import escape_what_the_terminal_lacks
 
-GROUPS = {"config": "Look at configs.", "data": "Look at the rows of a config, before training."}
+GROUPS = {
+    "config": "Look at configs.",
+    "data": "Look at the rows of a config, before training.",
+    "slurm": "Jobs with plain sbatch.",
+}
 COMMANDS = {  # {command: the module of cli/ with the function of that name}
     "init": "init_command",
     "recipes": "init_command",
@@ -33,6 +37,7 @@ COMMANDS = {  # {command: the module of cli/ with the function of that name}
     "cancel": "run_commands",
     "resume": "submit_commands",
     "site": "submit_commands",
+    "slurm scripts": "slurm_commands",
     "status": "run_commands",
     "logs": "run_commands",
     "report": "report_command",
@@ -46,8 +51,8 @@ COMMANDS = {  # {command: the module of cli/ with the function of that name}
     "convert-qwen1": "adapter_commands",
 }
 PANELS = {
-    **dict.fromkeys(("init", "recipes", "plan", "train", "preflight", *GROUPS), "Start"),
-    **dict.fromkeys(("submit", "sweep", "cancel", "resume", "site"), "Jobs"),
+    **dict.fromkeys(("init", "recipes", "plan", "train", "preflight", "config", "data"), "Start"),
+    **dict.fromkeys(("submit", "sweep", "cancel", "resume", "site", "slurm"), "Jobs"),
     **dict.fromkeys(("status", "logs", "report", "runs", "diff"), "Runs"),
     **dict.fromkeys(("verify", "compare", "chat", "merge", "export", "convert-qwen1"), "After training"),
 }

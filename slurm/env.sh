@@ -11,8 +11,8 @@
 # Several nodes with InfiniBand: the interface on which they meet:
 #   export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 #
-# A container (the command must exist in it; for qwenlora submit, a site file has python and srun_args
-# instead):
+# A container, as the project's apptainer.def makes one (the command must exist in it; for qwenlora submit, a
+# site file has python and srun_args instead):
 #   container=(apptainer exec --nv --bind /shared /shared/qwenlora.sif)            # Apptainer
 #   srun_options=(--container-image=/shared/qwenlora.sqsh --container-mounts=/shared)   # Pyxis
 #

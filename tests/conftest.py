@@ -142,6 +142,43 @@ def _train_tiny(folder: Path) -> None:
     (folder / "stderr").write_text(answer.stderr)
 
 
+@pytest.fixture(scope="session")
+def browse(tmp_path_factory):
+    """Return what opens a page in Chromium: browse(page, option ..., dark=False) -> (lines of its console, a
+    picture of it)."""
+    from PIL import Image
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        assert os.environ.get("QWENLORA_REQUIRE_CHROMIUM") != "1", "Chromium is not installed"
+        pytest.skip("Chromium is not installed")
+    folder = tmp_path_factory.mktemp("chromium")
+
+    def browse(page: Path, *more: str, dark: bool = False) -> tuple[list[str], object]:
+        picture = folder / "page.png"
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--enable-logging=stderr",
+        ]
+        options += [
+            f"--user-data-dir={folder / 'data'}",
+            f"--screenshot={picture}",
+            "--window-size=1280,1600",
+        ]
+        options += more
+        options += ["--blink-settings=preferredColorScheme=0"] * dark
+        answer = subprocess.run(
+            [chromium, *options, page.as_uri()], capture_output=True, text=True, timeout=500, check=True
+        )
+        lines = [line for line in answer.stderr.splitlines() if ":CONSOLE:" in line]
+        return lines, Image.open(picture).convert("RGB")
+
+    return browse
+
+
 @pytest.fixture
 def read_wandb():
     """Return what reads the records of a .wandb file: a 7-byte header, then LevelDB's log format in 32 KiB

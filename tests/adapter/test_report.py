@@ -3,14 +3,12 @@ colour."""
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -374,40 +372,6 @@ def test_a_start_needs_no_torch(run):
     )
     assert answer.stdout == "False False\n"
     assert answer.stderr == ""
-
-
-@pytest.fixture(scope="session")
-def browse(tmp_path_factory):
-    """Return what opens a page in Chromium: browse(page, dark=False) -> (lines of its console, a picture of
-    it)."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        assert os.environ.get("QWENLORA_REQUIRE_CHROMIUM") != "1", "Chromium is not installed"
-        pytest.skip("Chromium is not installed")
-    folder = tmp_path_factory.mktemp("chromium")
-
-    def browse(page: Path, *, dark: bool = False) -> tuple[list[str], Image.Image]:
-        picture = folder / "page.png"
-        options = [
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--enable-logging=stderr",
-        ]
-        options += [
-            f"--user-data-dir={folder / 'data'}",
-            f"--screenshot={picture}",
-            "--window-size=1280,1600",
-        ]
-        options += ["--blink-settings=preferredColorScheme=0"] * dark
-        answer = subprocess.run(
-            [chromium, *options, page.as_uri()], capture_output=True, text=True, timeout=500, check=True
-        )
-        lines = [line for line in answer.stderr.splitlines() if ":CONSOLE:" in line]
-        return lines, Image.open(picture).convert("RGB")
-
-    return browse
 
 
 @pytest.mark.slow

@@ -56,3 +56,20 @@ def test_it_runs_from_an_empty_folder(wheel, tmp_path):
     assert "recommended" in planned.stdout
     listed = run(wheel, tmp_path, "train", "demo.yaml", "--dry-run")
     assert "# run folder" in listed.stdout
+
+
+def test_slurm_s_scripts_come_out_of_it_and_none_is_lost(wheel, tmp_path):
+    copied = run(wheel, tmp_path, "slurm", "scripts", "my scripts")
+    assert (copied.returncode, copied.stderr) == (0, "")
+    assert "sbatch --gpus-per-node 8 --time 8:00:00 'my scripts/train.sh' my.yaml" in copied.stdout
+    assert {file.name for file in (tmp_path / "my scripts").iterdir()} == {"env.sh", "job.sh", "train.sh"}
+    script = tmp_path / "my scripts" / "train.sh"
+    said = subprocess.run([script, "my.yaml"], capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout) == (2, "")
+    assert said.stderr.startswith("error: not in a Slurm job; ")
+    script.write_text("mine")
+    again = run(wheel, tmp_path, "slurm", "scripts", "my scripts")
+    assert (again.returncode, script.read_text()) == (2, "mine")
+    assert again.stderr == (
+        "error: my scripts/env.sh exists already; name another folder: qwenlora slurm scripts FOLDER\n"
+    )

@@ -4,14 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from pages import PAGES, ROOT, name_of
 
-ROOT = Path(__file__).parents[2]
 ROOMS = ("cli", "adapter", "jobs", "trainer", "launch", "data", "run", "configs", "slurm")
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
-    *sorted((ROOT / "docs").rglob("*.md")),
-    *sorted((ROOT / ".github").rglob("*.md")),
-]
 MAP = ROOT / "docs" / "architecture.md"
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # a path from the root, in backticks or not; `configs/my...` is what a user would call a file
@@ -22,10 +17,6 @@ _PATH = re.compile(
 _IN_FILE = re.compile(r"(`[\w.]+`(?:(?:, | and )`[\w.]+`)*)\s+in\s+`((?:\w+/)+\w+\.(?:py|sh))`")
 _SUFFIXES = (".py", ".sh", ".yaml", ".yml", ".json", ".jsonl", ".md", ".html", ".svg")
 _MODULE = re.compile(r"(?<![\w/])qwenlora((?:\.\w+)+)")
-
-
-def name_of(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 def anchors(page: Path) -> set[str]:
