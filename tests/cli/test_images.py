@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 DEFINITION = (ROOT / "apptainer.def").read_text()
@@ -16,7 +18,10 @@ _STEP = re.compile(r"^ *(?:RUN |&& )?((?:apt-get|rm|python\S* -m venv|\S+/pip) .
 
 def test_hadolint_finds_nothing_in_the_dockerfile():
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [shutil.which("hadolint", path=path), ROOT / "Dockerfile"]
+    hadolint = shutil.which("hadolint", path=path)
+    if hadolint is None:
+        pytest.skip("the test extra of setup.cfg is not installed as a whole")
+    command = [hadolint, ROOT / "Dockerfile"]
     said = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (said.returncode, said.stdout) == (0, "")
 
