@@ -90,7 +90,7 @@ def follow(base: Any, model: nn.Module, tokens: int, trained: int) -> Traced:
     with memory:
         states = base.model(input_ids=ids).last_hidden_state
         # which positions are trained depends on data: here the first ones
-        loss = summed_loss(base.get_output_embeddings(), states[0, :trained], ids[0, :trained])
+        loss = summed_loss(base.get_output_embeddings(), states[0, :trained], ids[0, :trained], blocks=False)
         del states
         kept = memory.now - weights
         loss.backward()  # type: ignore[no-untyped-call]

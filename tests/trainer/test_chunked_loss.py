@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from qwenlora.configs.schema import Lora
-from qwenlora.trainer.loop import chunked_loss
+from qwenlora.trainer.loop import blocked_loss, chunked_loss
 from qwenlora.trainer.loop.chunked_loss import own_the_loss, summed_loss
 from qwenlora.trainer.model.loading import IGNORED
 from qwenlora.trainer.spread.sequence import Team
@@ -126,11 +126,13 @@ def test_loss_and_gradients_are_those_of_all_logits(
 ):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked_loss, "LOGITS_AT_ONCE", at_once * 4 * VOCABULARY)
+        patch.setattr(blocked_loss, "POSITIONS", at_once)
+        patch.setattr(blocked_loss, "WORDS", 5 * at_once)
         assert_same(model(adapter, tied, bias, kind), a_batch(lengths, share, weighted))
 
 
 def test_a_chunk_is_as_large_as_its_logits_may_be(monkeypatch):
-    made, seen, chunk = model(), [], chunked_loss._chunk
+    made, seen, chunk = model(bias=True), [], chunked_loss._chunk
     monkeypatch.setattr(chunked_loss, "_chunk", lambda *args: seen.append(len(args[1])) or chunk(*args))
     for at_once in (3, 5, 1000):
         monkeypatch.setattr(chunked_loss, "LOGITS_AT_ONCE", at_once * 4 * VOCABULARY + 3)
@@ -248,10 +250,36 @@ def test_8192_tokens_need_a_tenth_of_the_memory_of_all_logits():
     plain = 3 * 4 * 151_936 * 8192  # float32 of logits, their log-softmax, and its gradient
     head = torch.nn.Linear(8, 151_936, bias=False).requires_grad_(False)
     states = torch.randn(500, 8).requires_grad_()  # more than two chunks; more chunks need no more
-    with Live() as live:
-        loss = summed_loss(head, states, torch.arange(500))
-    assert chunked_loss.LOGITS_AT_ONCE / 2 < live.peak <= 0.1 * plain
-    assert sum(saved.nbytes for saved in loss.grad_fn.saved_tensors) == states.nbytes
+    for blocks, least, most in ((False, chunked_loss.LOGITS_AT_ONCE / 2, 0.1), (True, 0, 0.003)):
+        with Live() as live:
+            loss = summed_loss(head, states, torch.arange(500), blocks=blocks)
+        assert least < live.peak <= most * plain
+        assert sum(saved.nbytes for saved in loss.grad_fn.saved_tensors) == states.nbytes
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_logits_far_apart_give_the_exact_loss(blocks):
+    # the largest is in the first block, in the last, in none; float32 keeps exp() of 88 and no more
+    head = torch.nn.Linear(1, 9000, bias=False).requires_grad_(False)
+    head.weight.fill_(-500)
+    head.weight[3], head.weight[8999] = 500, 499
+    states = torch.tensor([[1.0], [-1.0], [0.0], [0.5]]).requires_grad_()
+    labels = torch.tensor([3, 8, 8999, 8999])
+    loss = summed_loss(head, states, labels, blocks=blocks)
+    loss.backward()
+    exact = states.detach().double().requires_grad_()
+    expected = cross_entropy(exact @ head.weight.double().T, labels, reduction="sum")
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(states.grad.double(), exact.grad, rtol=1e-5, atol=5e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_makes_the_loss_not_finite(value):
+    head = torch.nn.Linear(4, 9000, bias=False).requires_grad_(False)
+    states = torch.zeros(3, 4)
+    states[1, 2] = value
+    assert not summed_loss(head, states, torch.arange(3)).isfinite()
 
 
 # ---- which models

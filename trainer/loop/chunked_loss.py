@@ -2,9 +2,10 @@
 
 A model of transformers computes the logits of all positions and hands them to its loss function, which keeps
 them for the backward pass. Here the head returns the sum of the losses instead: of trained positions only, as
-many at a time as LOGITS_AT_ONCE allows. A chunk's gradients are made at once, and its logits are dropped. All
-this is one call of the head: what FSDP or DeepSpeed gather for it is there, and each rank gathers it once,
-however many chunks it has.
+many at a time as LOGITS_AT_ONCE allows. A chunk's gradients are made at once, and its logits are dropped. On
+a CPU a frozen head takes one block of the vocabulary after another instead (blocked_loss.py). All this is one
+call of the head: what FSDP or DeepSpeed gather for it is there, and each rank gathers it once, however many
+chunks it has.
 
 Where tokens have weights a batch has loss_weights, float32 [rows, width], shifted as labels are, and the loss
 is sum(weight * loss) / sum(weight) over a global batch. A model hands all that it does not know to its loss
@@ -26,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, pad
 
 from qwenlora.configs.estimate import LOGITS_AT_ONCE
+from qwenlora.trainer.loop.blocked_loss import blocked_loss, is_matrix
 from qwenlora.trainer.model.loading import IGNORED
 
 
@@ -50,13 +52,19 @@ def own_the_loss(model: Any, *, accepts: bool, weighted: bool) -> str:
     return f"{name} {why}: the logits of all positions are kept, about {a_token:.2g} MB a token"
 
 
-def summed_loss(head: Any, states: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+def summed_loss(
+    head: Any, states: Tensor, labels: Tensor, weights: Tensor | None = None, *, blocks: bool | None = None
+) -> Tensor:
     """Return the sum of the losses of positions, a float32 scalar, by their weights if given.
 
     head: gives the logits of states; it may be trained, in part or whole. states: [positions, hidden];
     labels: int64 [positions]; weights: float32 [positions]. There may be no position: the sum is then 0, with
-    gradients of zeros. The memory for logits does not depend on the number of positions.
+    gradients of zeros. The memory for logits does not depend on the number of positions. blocks: whether a
+    frozen head takes blocks of the vocabulary; None: on a CPU (on a GPU that was not measured).
     """
+    if is_matrix(head) and (states.device.type == "cpu" if blocks is None else blocks):
+        of_blocks: Tensor = _BlockedLoss.apply(head.weight, labels, weights, states)  # type: ignore[no-untyped-call]
+        return of_blocks
     trained = [p for p in head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
     states = states if torch.is_grad_enabled() else states.detach()
     total: Tensor = _SummedLoss.apply(head, labels, weights, states, *trained)  # type: ignore[no-untyped-call]
@@ -94,6 +102,25 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         needed = zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
         return (None, None, None, *(made * slope if wanted else None for made, wanted in needed))
+
+
+class _BlockedLoss(torch.autograd.Function):
+    """summed_loss() of a frozen matrix, block by block; the gradient is made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, labels: Tensor, weights: Tensor | None, states: Tensor) -> Tensor:
+        losses, slopes = blocked_loss(matrix, states, labels, gradient=ctx.needs_input_grad[3])
+        if weights is not None:
+            losses *= weights
+        if slopes is not None:
+            slopes = slopes if weights is None else slopes.mul_(weights.unsqueeze(1))
+            ctx.save_for_backward(slopes.to(states.dtype))
+        return losses.sum().float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, ctx.saved_tensors[0] * slope
 
 
 def _chunk(
