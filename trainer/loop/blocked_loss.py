@@ -16,7 +16,8 @@ POSITIONS, WORDS = 1024, 4096  # of a block: 16 MB of float32 logits
 
 def is_matrix(head: Any) -> bool:
     """Say whether a head does nothing but multiply with a frozen weight."""
-    return type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    plain: bool = type(head) is nn.Linear and getattr(head, "bias", None) is None
+    return plain and not head.weight.requires_grad
 
 
 def blocked_loss(
@@ -30,12 +31,15 @@ def blocked_loss(
     """
     kind = states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else matrix.dtype
-    losses, slopes = [], []
+    losses: list[Tensor] = []
+    slopes: list[Tensor] = []
     with torch.no_grad(), torch.autocast(kind, enabled=False):
-        for some, their_labels in zip(states.split(POSITIONS), labels.split(POSITIONS), strict=True):
+        for some, their_labels in zip(
+            torch.split(states, POSITIONS), torch.split(labels, POSITIONS), strict=True
+        ):
             loss, slope = _of_positions(matrix, some.to(dtype), their_labels, gradient)
             losses.append(loss)
-            slopes.append(slope)
+            slopes += [] if slope is None else [slope]
     return torch.cat(losses), torch.cat(slopes) if gradient else None
 
 
@@ -45,7 +49,7 @@ def _of_positions(
     """Return what blocked_loss() does, of as many positions as a block has."""
     total = states.new_full((len(states), 1), -torch.inf, dtype=torch.float32)  # log of the sum so far
     mean = torch.zeros_like(states, dtype=torch.float32)  # of the matrix's rows so far, by probability
-    for block in matrix.split(WORDS):
+    for block in torch.split(matrix, WORDS):
         block = block.to(states.dtype)
         logits = (states @ block.T).float()
         largest = logits.amax(1, keepdim=True)
