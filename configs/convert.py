@@ -24,7 +24,7 @@ _COMPOSED = frozenset(  # of ours; not copied one by one
     {"data.train", "data.eval", "run_dir", "strategy.name", "train.global_batch_size"}
     | {f"train.{what}_{name}" for what in ("save", "eval") for name in ("strategy", "steps")}
 )
-_LISTS = ("lora.modules_to_save", "lora.target_parameters", "lora.trainable_token_indices")
+_LISTS = ("log.to", "lora.modules_to_save", "lora.target_parameters", "lora.trainable_token_indices")
 _SECRET = re.compile(
     r"token\b|secret|passw|key(_id)?\b|credential|webhook|\b(hf_|sk-|ms-)\w{16}|://[^/\s]*@", re.IGNORECASE
 )
@@ -117,6 +117,8 @@ def _translated(value: object, counterpart: Counterpart) -> object:
     if isinstance(value, list) and counterpart.key not in _LISTS:  # the table has the one first that decides
         known = [name for name in counterpart.values if name in value]
         value = known[0] if known else value[0] if len(value) == 1 else value
+    elif isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]
     value = counterpart.values.get(_spelled(value), value)
     if isinstance(value, str) and counterpart.key in (*_LISTS, "lora.target_modules"):
         names = [name.strip() for name in value.split(",")]

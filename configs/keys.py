@@ -43,16 +43,17 @@ def keys_of(section: str) -> list[str]:
 
 def differences(old: Config, new: Config) -> dict[str, tuple[object, object]]:
     """Return {dotted key: (old value, new value)} for every key in which the two differ."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = flat(old), flat(new)
     return {key: (flat_old[key], flat_new[key]) for key in flat_old if flat_old[key] != flat_new[key]}
 
 
-def _flatten(section: Section, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
+def flat(section: Section, prefix: str = "") -> dict[str, object]:
+    """Return {dotted key: value}."""
+    found: dict[str, object] = {}
     for attribute, field in type(section).model_fields.items():
         name, value = field.alias or attribute, getattr(section, attribute)
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
+    return found
 
 
 def unknown_key(key: str, value: object) -> str:

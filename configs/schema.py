@@ -469,6 +469,9 @@ class Strategy(Section):
     )
 
 
+TrackerName = Literal["wandb", "tensorboard", "mlflow", "swanlab", "trackio"]
+
+
 class Log(Section):
     """What is written down while training."""
 
@@ -479,10 +482,15 @@ class Log(Section):
         " trace and a page about it are written to profile/ in the run folder.",
         json_schema_extra=SINCE_0_2,
     )
+    to: list[TrackerName] = Field(
+        ["wandb"],
+        description="Where the numbers of metrics.jsonl go as well. Each but wandb is an extra: pip install"
+        " 'qwenlora[mlflow]'.",
+    )
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto",
-        description="auto: as W&B's own settings say (WANDB_MODE, `wandb offline`), else online after `wandb"
-        " login`.",
+        description="How log.to: wandb is used. auto: as W&B's own settings say (WANDB_MODE, `wandb"
+        " offline`), else online after `wandb login`.",
     )
     wandb_project: Text | None = Field(
         None, description="W&B project. Default: WANDB_PROJECT, else qwenlora."

@@ -29,6 +29,12 @@ def check_start(config: Config, nodes: int = 1, processes: int | None = None, gp
             "launch.launcher=deepspeed needs the deepspeed package, which is not here: pip install deepspeed,"
             " or leave --launcher out"
         )
+    for tracker in config.log.to:
+        if tracker != "wandb" and not find_spec(tracker):
+            raise ValueError(
+                f"log.to={tracker} needs the {tracker} package, which is not here: pip install"
+                f" 'qwenlora[{tracker}]', or leave it out of log.to"
+            )
     strategy, train = config.strategy, config.train
     # None: on this machine. A job's nodes are expected to have a GPU a process; its agent checks that there
     gpus = gpu_count() if processes is None else processes

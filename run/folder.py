@@ -47,6 +47,10 @@ class RunFolder:
         self._lock = self.path / ".lock"
         self._before: dict[Path, str | None] = {}  # the files' text before this attempt
 
+    def tracked(self, name: str) -> Path:
+        """Return the folder in which a tracker of log.to keeps its files."""
+        return self.path / name
+
     @property
     def submitted(self) -> Path:
         """The folder of the run's jobs: beside the run folder, since jobs exist before it does."""

@@ -26,6 +26,7 @@ from qwenlora.trainer.ranks.stop import TIME_IS_OVER, Stop
 from qwenlora.trainer.record import startup_table, wandb_run
 from qwenlora.trainer.record.chronicle import Chronicle
 from qwenlora.trainer.record.recording import Recording
+from qwenlora.trainer.record.trackers import known_id
 
 
 class Outcome(NamedTuple):
@@ -116,10 +117,10 @@ def _announce(context: Context, parts: Parts) -> Recording:
     if checkpoint and checkpoint.parent == run.path:  # not another run's
         wandb_run.restore_id(run, checkpoint)
     recording = Recording.start(process, facts, context.chronicle)
-    trainer.wandb_id = wandb_run.known_id(run)
+    trainer.wandb_id = known_id(run.wandb_id)
     rows = startup_table.rows(process.config, facts, trainer.args, process.rank.world_size, parts.spread)
     process.console.print(
-        startup_table.table(run.path.name, rows | {"fused": str(parts.fused), "W&B": recording.wandb_place})
+        startup_table.table(run.path.name, rows | {"fused": str(parts.fused)} | recording.trackers.places)
     )
     notes = startup_table.warnings(process.config, facts, trainer.args, parts.untrained, tied=parts.tied)
     for line in (*_notes_on_the_start(context), *notes):
@@ -128,7 +129,7 @@ def _announce(context: Context, parts: Parts) -> Recording:
         process.say(f"resuming from {checkpoint.name}")
         if context.chosen.changed:
             process.say(f"changed since: {context.chosen.changed}")
-    context.chronicle.starts(checkpoint, context.step, parts.spread.description, recording.send)
+    context.chronicle.starts(checkpoint, context.step, parts.spread.description, recording.trackers.send)
     return recording
 
 

@@ -103,7 +103,7 @@ def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | Non
     # attempt in attempts.jsonl; Metrics before the others: it completes the logs that they send and show
     steps = process.config.log.profile_steps
     profiler = Profiler(steps, process, trainer) if steps else None
-    ordered = [recording.chronicle, metrics, profiler, recording.wandb, recording.progress]
+    ordered = [recording.chronicle, metrics, profiler, recording.trackers, recording.progress]
     return [callback for callback in ordered if callback]
 
 

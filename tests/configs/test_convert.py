@@ -176,7 +176,7 @@ def test_ms_swift_in_a_script():
     assert "#   lora_rank=${RANK}: the shell works this out; write lora.r\n" in text
     assert values["train"]["global_batch_size"] == 16  # 1 a GPU x 8 x 2, as ms-swift does by itself
     assert (values["train"]["eval_steps"], values["train"]["save_steps"]) == (50, 100)
-    assert values["log"]["wandb"] == "auto"
+    assert values["log"]["to"] == ["tensorboard", "wandb"]
     assert "# no counterpart is known of: HF_TOKEN (not shown)\n" in text
     assert "hf_abc" not in text
 

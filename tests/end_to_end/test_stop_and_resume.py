@@ -11,6 +11,9 @@ import time
 import forked
 import psutil
 import pytest
+import tracked
+
+from qwenlora.run.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -396,10 +399,11 @@ def test_a_time_budget_ends_an_attempt_like_a_signal(qwenlora, tmp_path, config)
     assert second["last_step"] >= second["first_step"], "it goes on, however short the time"
 
 
-def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read_wandb, qwenlora):
-    """Killed after step 6, with checkpoint-4 saved; stopped; ended: offline, each start has a file of its
-    own."""
+def test_all_attempts_are_one_run_in_each_tracker(tmp_path, config, read_wandb, qwenlora):
+    """Killed after step 6, with checkpoint-4 saved; stopped; ended: offline, W&B and SwanLab have a file for
+    each start."""
     arguments = ["train", str(config), "run_dir=run", "train.max_steps=26", "log.logging_steps=1"]
+    arguments.append("log.to=[wandb,tensorboard,mlflow,swanlab,trackio]")
     for number, end in ((1, "kill"), (2, "terminate")):
         environment = os.environ | {"WANDB_MODE": "offline"}
         with forked.Popen(
@@ -426,6 +430,11 @@ def test_all_attempts_are_one_wandb_run_keyed_on_the_step(tmp_path, config, read
     assert {step: {loss} for step, loss in losses(tmp_path / "run")} == sent, (
         "a repeated step has the same loss"
     )
+    run = RunFolder(tmp_path / "run")
+    as_float32 = [(step, pytest.approx(loss, rel=1e-7)) for step, loss in losses(run.path)]
+    assert tracked.tensorboard(run) == as_float32
+    for read in (tracked.mlflow, tracked.swanlab, tracked.trackio):
+        assert sorted(read(run)) == losses(run.path), read.__name__
     attempts = [json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()]
     assert [attempt["reason"] for attempt in attempts] == ["killed", "stopped", "done"]
     assert attempts[1]["steps_repeated"] == attempts[0]["last_step"] - attempts[1]["first_step"] + 1 > 0

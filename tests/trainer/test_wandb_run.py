@@ -9,13 +9,13 @@ import time
 import pytest
 import wandb
 from click.testing import CliRunner
-from run_facts import make_facts
 from wandb.cli.cli import cli
 
 from qwenlora.configs.schema import Config, Data, Log, Model
 from qwenlora.run.folder import RunFolder
-from qwenlora.trainer.record import wandb_run
+from qwenlora.trainer.record.trackers import Trackers
 from qwenlora.trainer.record.wandb_choice import choose
+from qwenlora.trainer.record.wandb_run import WandbTracker
 
 KEY = ("0123456789abcdef" * 3)[:40]
 
@@ -163,10 +163,11 @@ def test_the_run_is_kept_where_wandb_is_told_and_under_its_names(monkeypatch, tm
     )
     run = RunFolder(config.run_dir)
     run.path.mkdir(parents=True)
-    callback, place = wandb_run.start(config, run, make_facts(), pytest.fail)
-    session = callback.session
+    tracker = WandbTracker(config, run, pytest.fail)
+    place = tracker.start()
+    session = tracker.session
     assert (session.project, session.name, session.id) == ("theirs", "ours", "abc123")
-    callback.finish(0)
+    tracker.finish(failed=False)
     assert place == (
         f"offline, in {folder}/wandb (log.wandb=offline, not WANDB_MODE=disabled; log.wandb_name=ours, not"
         " WANDB_NAME=their-name)"
@@ -179,8 +180,8 @@ def test_settings_that_wandb_refuses_are_a_warning(monkeypatch):
     warned = []
     monkeypatch.setenv("WANDB_MODE", "nonsense")
     config = Config(run_dir="runs/my", model=Model(name_or_path="tiny"), data=Data(train="example"))
-    answer = wandb_run.start(config, RunFolder(config.run_dir), make_facts(), warned.append)
-    assert answer == (None, "off")
+    trackers = Trackers([WandbTracker(config, RunFolder(config.run_dir), warned.append)], warned.append)
+    assert trackers.places == {"W&B": "off"}
     assert len(warned) == 1
     assert warned[0].startswith("W&B cannot be used (")
     assert "'dryrun'" in warned[0], "what it takes"

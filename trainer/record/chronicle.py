@@ -24,19 +24,19 @@ class Chronicle(TrainerCallback):
         self._first_step = 1
         self._checkpoint: Path | None = None
         self._strategy = ""
-        self._send: Callable[[dict[str, float]], None] = lambda _: None
+        self._send: Callable[[int, dict[str, float]], None] = lambda step, values: None
         self._recorded = False
 
     def starts(
-        self, checkpoint: Path | None, step: int, strategy: str, send: Callable[[dict[str, float]], None]
+        self, checkpoint: Path | None, step: int, strategy: str, send: Callable[[int, dict[str, float]], None]
     ) -> None:
         """Set where the attempt starts. step: the checkpoint's last, 0 without one; strategy: in words; send:
-        takes numbers for W&B, by name."""
+        takes a step, and numbers for trackers by their names."""
         self._checkpoint, self._first_step, self._strategy = checkpoint, step + 1, strategy
         self._send = send
 
     def summary(self, reason: Reason) -> dict[str, object]:
-        """Return W&B's summary of all attempts, if this one ends now for a reason."""
+        """Return the summary of all attempts for trackers, if this one ends now for a reason."""
         attempts = self.run.history.so_far(reason)
         lines = {
             f"attempt/{attempt.attempt}": attempt.model_dump(mode="json", exclude_none=True)
@@ -70,7 +70,4 @@ class Chronicle(TrainerCallback):
         )
         numbers = {"number": self.number, "restart_s": sum(seconds.values()), "steps_repeated": repeated}
         numbers |= {f"restart/{name}_s": value for name, value in seconds.items()}
-        self._send(
-            {"trainer/step": state.global_step}
-            | {f"attempt/{name}": value for name, value in numbers.items()}
-        )
+        self._send(state.global_step, {f"attempt/{name}": value for name, value in numbers.items()})
