@@ -38,6 +38,7 @@ COMMANDS = {  # {command: the module of cli/ with the function of that name}
     "resume": "submit_commands",
     "site": "submit_commands",
     "slurm scripts": "slurm_commands",
+    "watch": "watch_command",
     "status": "run_commands",
     "logs": "run_commands",
     "report": "report_command",
@@ -53,7 +54,7 @@ COMMANDS = {  # {command: the module of cli/ with the function of that name}
 PANELS = {
     **dict.fromkeys(("init", "recipes", "plan", "train", "preflight", "config", "data"), "Start"),
     **dict.fromkeys(("submit", "sweep", "cancel", "resume", "site", "slurm"), "Jobs"),
-    **dict.fromkeys(("status", "logs", "report", "runs", "diff"), "Runs"),
+    **dict.fromkeys(("watch", "status", "logs", "report", "runs", "diff"), "Runs"),
     **dict.fromkeys(("verify", "compare", "chat", "merge", "export", "convert-qwen1"), "After training"),
 }
 

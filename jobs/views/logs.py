@@ -14,19 +14,20 @@ ASK_S = 10.0  # how often Slurm is asked whether the job is over
 
 def show_logs(named: RunOrJob, *, rank: int | None, follow: bool) -> None:
     """Print a rank's log of the last attempt; None: the job's output. Raises: ValueError if it is missing."""
-    file = _file(named, rank)
+    file = log_file(named, rank)
     if file is None or not (file.exists() or follow):
         where = f" (it will be {file})" if file else ""
         raise ValueError(
             f"{named.run.path if named.run else named.job_id}: no log yet{where}; -f waits for it"
         )
     if follow:
-        _follow(lambda: _file(named, rank), _is_over(named))
+        _follow(lambda: log_file(named, rank), _is_over(named))
     else:
         _write_from(file, 0)
 
 
-def _file(named: RunOrJob, rank: int | None) -> Path | None:
+def log_file(named: RunOrJob, rank: int | None) -> Path | None:
+    """Return a rank's log of the last attempt, or, for None, the job's output; None where it is unknown."""
     if rank is None and (output := _job_output(named)):
         return output
     run = named.only_run("see its log")

@@ -52,14 +52,19 @@ def show_runs(folder: Path, console: Console) -> int:
 
 def runs_below(folder: Path) -> list[RunOverview]:
     """Return the runs in a folder and in its subfolders, by their last sign of life."""
+    runs = [read_overview(run) for run in run_folders(folder)]
+    return sorted(runs, key=lambda run: (run.last_sign, run.name))
+
+
+def run_folders(folder: Path) -> list[RunFolder]:
+    """Return the run folders in a folder and in its subfolders, and those of submitted runs."""
     folder = folder.absolute()
     paths = {
         file.parent for depth in _DEPTHS for name in _FILES_OF_A_RUN for file in folder.glob(f"{depth}{name}")
     }
     submitted = {file.parent for depth in _DEPTHS for file in folder.glob(f"{depth}.submitted/*/jobs.jsonl")}
     paths |= {path.parents[1] / path.name for path in submitted}
-    runs = [read_overview(RunFolder(path)) for path in paths if _is_visible(path, folder) and is_run(path)]
-    return sorted(runs, key=lambda run: (run.last_sign, run.name))
+    return [RunFolder(path) for path in paths if _is_visible(path, folder) and is_run(path)]
 
 
 def _is_visible(path: Path, folder: Path) -> bool:

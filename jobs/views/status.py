@@ -24,21 +24,21 @@ def show_status(named: RunOrJob, console: Console) -> None:
     for run in named.sweep:
         job_id = ledger.submissions(run)[-1].job_id
         job, attempts = query.ask(job_id), run.history.attempts()
-        line = _run_line(run, attempts, job) if attempts else f"{run.path.name}: {_job_line(job_id, job)}"
+        line = run_line(run, attempts, job) if attempts else f"{run.path.name}: {job_line(job_id, job)}"
         console.print(line, soft_wrap=True)
     job = named.job()
     attempts = named.run.history.attempts() if named.run and not named.sweep else []
     if named.run and attempts:
-        console.print(_run_line(named.run, attempts, job), soft_wrap=True)
+        console.print(run_line(named.run, attempts, job), soft_wrap=True)
     if named.job_id:
-        console.print(_job_line(named.job_id, job), soft_wrap=True)
+        console.print(job_line(named.job_id, job), soft_wrap=True)
     if attempts:
-        console.print(_table(attempts))
-        for line in _details(attempts[-1]):
+        console.print(attempt_table(attempts))
+        for line in details(attempts[-1]):
             console.print(line, soft_wrap=True)
 
 
-def _job_line(job_id: str, job: JobInfo | None) -> str:
+def job_line(job_id: str, job: JobInfo | None) -> str:
     """Return what Slurm says of a job."""
     if job is None:
         return f"job {job_id}: Slurm does not know it any more"
@@ -54,7 +54,7 @@ def _job_line(job_id: str, job: JobInfo | None) -> str:
     return " · ".join(parts)
 
 
-def _run_line(run: RunFolder, attempts: list[Attempt], job: JobInfo | None) -> str:
+def run_line(run: RunFolder, attempts: list[Attempt], job: JobInfo | None) -> str:
     """Return the state of a run, how far it is, its loss, its checkpoints and its goodput."""
     last = last_accepted(attempts) or attempts[-1]
     progress = run.history.progress.read(last.attempt)
@@ -76,7 +76,7 @@ def _checkpoints(run: RunFolder) -> str:
     return f"{count(len(folders), 'checkpoint')}, newest {folders[0].name}" if folders else "no checkpoint"
 
 
-def _table(attempts: list[Attempt]) -> Table:
+def attempt_table(attempts: list[Attempt]) -> Table:
     """Return a table with a row for each attempt."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     jobs = any(attempt.job_id for attempt in attempts)
@@ -108,7 +108,7 @@ def _cells(attempt: Attempt, *, jobs: bool, causes: bool) -> list[str]:
     ]
 
 
-def _details(attempt: Attempt) -> list[str]:
+def details(attempt: Attempt) -> list[str]:
     """Return lines that say where the time of an attempt's start went, and why it ended."""
     lines = []
     if attempt.seconds:
