@@ -9,7 +9,7 @@ import typer
 from qwenlora.jobs.find import find
 from qwenlora.jobs.views.overview import is_run
 from qwenlora.jobs.views.runs import run_folders
-from qwenlora.jobs.views.watch import Watch
+from qwenlora.jobs.views.watch import WatchApp
 from qwenlora.jobs.views.watched import Watched, Watching
 
 
@@ -31,5 +31,5 @@ def watch(
         return watching.read(named.sweep or [named.only_run("watch")])
 
     read()  # what cannot be watched is refused before the screen is taken
-    Watch(read, what).run()
+    WatchApp(read, what).run()
     return 0

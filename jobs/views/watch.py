@@ -4,7 +4,7 @@ The facts are watched.py's; cancel, resume and logs are those of the commands of
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +15,7 @@ from textual import work
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
+from textual.coordinate import Coordinate
 from textual.screen import ModalScreen, Screen
 from textual.widgets import DataTable, Footer, Label, RichLog, Static
 
@@ -84,10 +85,10 @@ def facts(run: Watched) -> list[str]:
     return [printable(line) for line in [*lines, *(details(attempts[-1]) if attempts else [])]]
 
 
-class Question(ModalScreen[bool]):
+class Confirm(ModalScreen[bool]):
     """Asks whether to do something to a run."""
 
-    CSS = "Question {align: center middle} Question > Label {border: round; padding: 1 2; max-width: 70}"
+    CSS = "Confirm {align: center middle} Confirm > Label {border: round; padding: 1 2; max-width: 70}"
     BINDINGS: ClassVar[list[BindingType]] = [
         ("y", "dismiss(True)", "yes"),
         ("n", "dismiss(False)", "no"),
@@ -103,7 +104,7 @@ class Question(ModalScreen[bool]):
         yield Label(Text(f"{self.text}\n\ny: yes   n: no"))
 
 
-class OneRun(Screen[None]):
+class RunScreen(Screen[None]):
     """A run: what is known of it, its losses, its attempts."""
 
     BINDINGS: ClassVar[list[BindingType]] = [("escape", "dismiss", "back")]
@@ -127,7 +128,7 @@ class OneRun(Screen[None]):
         self.query_one("#run", Static).update(Group(*parts))
 
 
-class RunLog(Screen[None]):
+class LogScreen(Screen[None]):
     """The log of a run's job or of its first process, as it grows."""
 
     BINDINGS: ClassVar[list[BindingType]] = [("escape", "dismiss", "back")]
@@ -170,7 +171,7 @@ class RunLog(Screen[None]):
             shown.write(Text(printable(Text.from_ansi(line.decode("utf-8", "replace")).plain)))
 
 
-class Watch(App[None]):
+class WatchApp(App[None]):
     """The list of runs. read: returns them; title: what is watched."""
 
     CSS = """
@@ -244,7 +245,7 @@ class Watch(App[None]):
         self._main.query_one("#title", Static).update(title)
         self._show_table()
         self._show_facts()
-        if isinstance(self.screen, OneRun) and (run := self.chosen):
+        if isinstance(self.screen, RunScreen) and (run := self.chosen):
             self.screen.show(run)
 
     def say(self, text: str) -> None:
@@ -272,24 +273,28 @@ class Watch(App[None]):
 
     def _show_table(self) -> None:
         """Put the runs into the table; the cursor stays on its run."""
-        table, chosen = self._table, self.chosen
+        table = self._table
         columns = [column for column in COLUMNS if self.size.width >= column.from_width]
-        titles = ["run", *(column.title for column in columns)]
-        known = [column.label.plain for column in table.columns.values()], [row.value for row in table.rows]
         cells = {key: self._cells(run, columns) for key, run in self._runs.items()}
-        if known == (titles, list(cells)):
-            for row, (key, texts) in enumerate(cells.items()):
-                for at, text in enumerate(texts):
-                    if table.get_cell_at((row, at)) != text:  # type: ignore[arg-type]
-                        table.update_cell(key, titles[at] or "trend", text, update_width=True)
+        shown = [column.key.value for column in table.columns.values()], [row.value for row in table.rows]
+        if shown != (["run", *(column.title for column in columns)], list(cells)):
+            self._fill(columns, cells)
             return
+        for row, texts in enumerate(cells.values()):
+            for at, text in enumerate(texts):
+                if table.get_cell_at(Coordinate(row, at)) != text:
+                    table.update_cell_at(Coordinate(row, at), text, update_width=True)
+
+    def _fill(self, columns: Sequence[Column], cells: Mapping[str, Sequence[Text]]) -> None:
+        """Make the table anew: columns or runs are other ones."""
+        table, chosen = self._table, self.chosen
         table.clear(columns=True)
         for title, left in [("run", True), *((column.title, column.left) for column in columns)]:
-            table.add_column(Text(title, justify="left" if left else "right"), key=title or "trend")
+            table.add_column(Text(title, justify="left" if left else "right"), key=title)
         for key, texts in cells.items():
             table.add_row(*texts, key=key)
-        if chosen and str(chosen.run.path) in cells:
-            table.move_cursor(row=list(cells).index(str(chosen.run.path)))
+        if chosen and (key := str(chosen.run.path)) in cells:
+            table.move_cursor(row=list(cells).index(key))
 
     def _cells(self, run: Watched, columns: Sequence[Column]) -> list[Text]:
         name, room = printable(run.overview.name), 18 if self.size.width < 96 else 40
@@ -310,19 +315,19 @@ class Watch(App[None]):
         """Whether a key means something on the screen that is shown."""
         if action == "open":
             return self.screen is self._main
-        return action not in ("log", "cancel", "resume") or not isinstance(self.screen, RunLog | Question)
+        return action not in ("log", "cancel", "resume") or not isinstance(self.screen, LogScreen | Confirm)
 
     def action_open(self) -> None:
         """Show all of a run."""
         if run := self.chosen:
-            screen = OneRun()
+            screen = RunScreen()
             self.push_screen(screen)
             self.call_after_refresh(screen.show, run)
 
     def action_log(self) -> None:
         """Follow the log of a run."""
         if run := self.chosen:
-            self.push_screen(RunLog(run))
+            self.push_screen(LogScreen(run))
 
     def action_cancel(self) -> None:
         """Stop a run for good, if the user says yes."""
@@ -343,7 +348,7 @@ class Watch(App[None]):
                 if yes:
                     self._do(do, path)
 
-            self.push_screen(Question(question.format(run.overview.name)), answered)
+            self.push_screen(Confirm(question.format(run.overview.name)), answered)
 
     @work(thread=True)
     def _do(self, do: Callable[[str], str], path: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from rich.style import Style
 
 from qwenlora.cli import main as cli
-from qwenlora.jobs.views.watch import Watch
+from qwenlora.jobs.views.watch import WatchApp
 from qwenlora.jobs.views.watched import Watching, read_watched, sparkline
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import now
@@ -39,7 +39,7 @@ def running(make):
     return run
 
 
-def text_of(app: Watch) -> str:
+def text_of(app: WatchApp) -> str:
     """Return what is on the screen."""
     width, height = app.size
     strips = app.screen._compositor.render_strips()
@@ -54,7 +54,7 @@ def watched(runs, *steps, size=(80, 24)) -> list[str]:
 
     async def use() -> list[str]:
         watching = Watching()
-        app = Watch(lambda: watching.read(runs), "runs")
+        app = WatchApp(lambda: watching.read(runs), "runs")
         screens = []
         async with app.run_test(size=size) as pilot:
             for step in [None, *steps]:
@@ -165,7 +165,7 @@ def test_without_colours_nothing_is_lost(running, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
 
     async def use() -> list[Style]:
-        app = Watch(lambda: [read_watched(running)], "runs")
+        app = WatchApp(lambda: [read_watched(running)], "runs")
         async with app.run_test() as pilot:
             await app.workers.wait_for_complete()
             await pilot.pause()
