@@ -40,9 +40,14 @@ class Recipe(NamedTuple):
 
 
 def recipes() -> list[Recipe]:
-    """Return all that come along, by name."""
-    files = sorted(Path(str(file)) for file in CONFIGS.iterdir() if file.name.endswith(".yaml"))
-    return [_read(file) for file in files]
+    """Return all that come along, by name, the numbers in names as numbers."""
+    files = [Path(str(file)) for file in CONFIGS.iterdir() if file.name.endswith(".yaml")]
+    return sorted(map(_read, files), key=lambda recipe: _words_and_numbers(recipe.name))
+
+
+def _words_and_numbers(name: str) -> list[str | float]:
+    words = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [float(word) if number % 2 else word for number, word in enumerate(words)]
 
 
 def _read(file: Path) -> Recipe:

@@ -85,6 +85,7 @@ def _data(wish: Wish, rows: RowCounts, length: int, task: Task) -> Iterator[Line
         )
     yield Line("max_length", length, f"tokens; the longest row has about {rows.longest:,}")
     cut = {"pretrain": ("split", "a longer text becomes several rows")}
+    cut |= dict.fromkeys(("tools", "thinking"), ("drop", "a row that is cut would lose its call or answer"))
     how, why = cut.get(task, ("truncate", "longer rows are cut; how many is said at the start"))
     yield Line("overlength", how, why)
 

@@ -33,7 +33,7 @@ def made(tmp_path, task="chat", rows=300, wanted=None, **wish):
 def test_the_rows_say_what_they_are_for(tmp_path, task):
     config, text = made(tmp_path, task)
     assert f"# tiny, {task}: made by" in text
-    assert config.data.overlength == ("split" if task == "pretrain" else "truncate")
+    assert config.data.overlength == {"pretrain": "split", "chat": "truncate"}.get(task, "drop")
     assert config.data.max_length == {"pretrain": 4096}.get(task, 256)
 
 

@@ -8,6 +8,7 @@ import pytest
 from qwenlora.configs.combinations import Machine
 from qwenlora.configs.load import load_config
 from qwenlora.configs.recipes import ITEMS, as_markdown, recipes
+from qwenlora.launch.dry_run import dry_run
 from qwenlora.plan.bases import shape_of_base
 from qwenlora.plan.counts import count
 from qwenlora.plan.hardware import named
@@ -20,9 +21,10 @@ PLANNED = re.compile(r"([\d.]+) GB, ([\d,]+) tokens/s on (?:(\d+) x )?(\d+) (\S+
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_loads_and_says_what_it_is(name):
+def test_a_recipe_loads_and_says_what_it_is(name, tmp_path):
     recipe = RECIPES[name]
-    config = load_config(recipe.file, {"data.train": "example"})
+    config = load_config(recipe.file, {"data.train": "example", "run_dir": str(tmp_path)})
+    assert "\n# command " in dry_run(config, [str(recipe.file)], fresh=False, resume="auto", allowed=[])
     shape, _ = shape_of_base(config.model)
     assert count(shape, config.lora).trainable > 0
     assert list(recipe.items) == list(ITEMS)
