@@ -486,6 +486,7 @@ class Log(Section):
         ["wandb"],
         description="Where the numbers of metrics.jsonl go as well. Each but wandb is an extra: pip install"
         " 'qwenlora[mlflow]'.",
+        json_schema_extra=SINCE_0_2,
     )
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto",
