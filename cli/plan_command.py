@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,34 +10,38 @@ import numpy as np
 import typer
 
 from qwenlora.adapter.deferred import Deferred
-from qwenlora.cli.arguments import ConfigFile, Overrides, screen
-from qwenlora.configs import load_config
+from qwenlora.cli.arguments import Overrides, screen
+from qwenlora.configs import Config, load_config
 from qwenlora.configs.combinations import Machine
 from qwenlora.configs.estimate import tokens_at_once
-from qwenlora.plan import hardware, table
+from qwenlora.plan import hardware, measured, table
 from qwenlora.plan.bases import shape_of_base, values_of_base
 from qwenlora.plan.counts import count
 from qwenlora.plan.flops import flops
-from qwenlora.plan.plan import Plan, Way, make_plan, with_micro_batch
+from qwenlora.plan.measured import Measured, device_of
+from qwenlora.plan.plan import STRATEGIES, Plan, Way, make_plan, with_micro_batch
 from qwenlora.plan.rows import rows_of
 from qwenlora.plan.scale import FAILURES, Scale, scales
 from qwenlora.plan.scale import plot as plot_scales
 from qwenlora.plan.scale import show as show_scales
 from qwenlora.plan.speed import Case, Links
 from qwenlora.run.format import size
-from qwenlora.run.hardware import gpus_seen
+from qwenlora.run.hardware import cpu_name, gpus_seen, memory_mib
 
 if TYPE_CHECKING:
+    from qwenlora.trainer import calibrate as calibration
     from qwenlora.trainer import trace as tracing
     from qwenlora.trainer.trace import Traced
 else:
-    tracing = Deferred("qwenlora.trainer.trace")
+    calibration, tracing = Deferred("qwenlora.trainer.calibrate"), Deferred("qwenlora.trainer.trace")
 
 GIGABIT = 1e9 / 8  # bytes
 
 
 def plan(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/tiny.yaml.")
+    ] = None,
     overrides: Overrides = None,
     gpu: Annotated[
         str | None, typer.Option(help="Kind of GPU, as h100 or a100-40. Default: this machine's.")
@@ -54,6 +59,13 @@ def plan(
             "--trace", help="Compare with the real model, run on tensors without numbers (needs torch)."
         ),
     ] = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure how fast this machine is, in under 20 s (needs torch); plans use it from then on.",
+        ),
+    ] = False,
     scale: Annotated[
         str | None, typer.Option(metavar="GPUS,GPUS", help="Speed and goodput on so many GPUs, as 8,64,512.")
     ] = None,
@@ -63,18 +75,14 @@ def plan(
 ) -> int:
     """Say what a config needs on given GPUs, before a job waits for them: memory, time, traffic and disk
     under each strategy, and which to take. Needs no GPU and no weights."""
+    if calibrate:
+        _calibrate()
+    if config is None:
+        if calibrate:
+            return 0
+        raise ValueError("name a config, as configs/tiny.yaml; --calibrate alone needs none")
     loaded = load_config(config, overrides or [])
-    shape, source = shape_of_base(loaded.model)
-    kind = hardware.named(gpu) if gpu else _this_machines()
-    per_node = gpus_per_node or loaded.launch.nproc_per_node or (1 if gpu else len(gpus_seen()))
-    case = Case(
-        loaded,
-        count(shape, loaded.lora),
-        rows_of(loaded),
-        Machine(nodes, per_node, per_node, kind.bytes, kind.nvlink > 0),
-        kind,
-        Links(kind.link, network * GIGABIT),
-    )
+    case, source = _case(loaded, gpu, nodes, gpus_per_node, network)
     if scale:
         if case.rows.missing:
             raise ValueError(f"--scale needs the rows of a run, by which it is so long: {case.rows.missing}")
@@ -89,6 +97,34 @@ def plan(
         for line in _beside(case, made, traced) if traced else ():
             screen().print(line, soft_wrap=True)
     return 0 if made.recommended else 2
+
+
+def _calibrate() -> None:
+    """Measure this machine, keep what was found, and say it, where it is no part of --json."""
+    name, rates = calibration.calibrate()
+    kept = measured.file()
+    try:
+        measured.change(lambda file: file.with_device(name, rates))
+        where = f"kept in {kept}"
+    except OSError as error:
+        where = f"not kept, since {kept} cannot be written: {error.strerror}"
+    print(f"{name}: {table.rates_in_words(rates)}; {where}", file=sys.stderr)
+
+
+def _case(
+    config: Config, gpu: str | None, nodes: int, gpus_per_node: int | None, network: float
+) -> tuple[Case, str]:
+    """Return what is planned, and where the shape of the base is from. Raises: ValueError."""
+    shape, source = shape_of_base(config.model)
+    file, seen = measured.read(), gpus_seen()
+    kind = hardware.named(gpu) if gpu else _this_machines(file)
+    gpus = 1 if gpu else len(seen)
+    processes = gpus_per_node or config.launch.nproc_per_node or gpus or 1
+    if not gpus:  # processes on a CPU share its memory
+        kind = kind.model_copy(update={"memory_mib": kind.memory_mib / processes})
+    machine = Machine(nodes, processes, processes if gpus else 0, kind.bytes, kind.nvlink > 0)
+    links = Links(kind.link, network * GIGABIT)
+    return Case(config, count(shape, config.lora), rows_of(config), machine, kind, links, file), source
 
 
 def _sizes(text: str) -> list[int]:
@@ -112,13 +148,22 @@ def _scale(runs: list[Scale], case: Case, file: Path | None, *, as_json: bool) -
     return 0 if any(run.way for run in runs) else 2
 
 
-def _this_machines() -> hardware.Gpu:
-    """Return this machine's kind of GPU. Raises: ValueError when it has none that is known."""
+def _this_machines(file: Measured) -> hardware.Gpu:
+    """Return this machine's kind of GPU or, without one, its CPU, if that was calibrated. Raises: ValueError
+    for what is not known."""
     if kind := hardware.of_this_machine():
         return kind
     seen = gpus_seen()
-    there = f"this machine's {seen[0].name} is unknown" if seen else "this machine has no GPU"
-    raise ValueError(f"{there}: name the kind that the run will have, as --gpu h100; known are {_kinds()}")
+    name, mib = (seen[0].name, seen[0].mib) if seen else (cpu_name(), memory_mib())
+    if rates := file.devices.get(name):
+        return device_of(name, mib, rates)
+    there, what = (
+        (f"this machine's {name} is unknown", "it") if seen else ("this machine has no GPU", "its CPU")
+    )
+    raise ValueError(
+        f"{there}: name the kind that the run will have, as --gpu h100, or measure {what} with --calibrate;"
+        f" known are {_kinds()}"
+    )
 
 
 def _kinds() -> str:
@@ -140,7 +185,9 @@ def _numbers(case: Case) -> dict[str, object]:
             "memory": "formula",
             "sent": "formula",
             "step_s": "calibrated formula",
+            "gpu": "calibrated" if case.rates else "data sheet",
         },
+        "corrected": {name: by._asdict() for name in STRATEGIES if (by := case.correction(name)).runs},
     }
 
 

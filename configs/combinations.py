@@ -238,3 +238,15 @@ def refuse(config: Config, machine: Machine) -> None:
     """Raise ValueError, one line a combination, when the config cannot run on this machine."""
     if lines := problems(config, machine):
         raise ValueError("\n".join(lines))
+
+
+def check_simulated(config: Config, name: str) -> None:
+    """Refuse to simulate ranks that compute with what others send. name: of the strategy, auto if it is not
+    decided yet. Raises: ValueError."""
+    shared = config.strategy.sequence_parallel
+    if name not in ("ddp", "auto") or shared > 1:
+        what = f"strategy.sequence_parallel={shared}" if shared > 1 else f"strategy.name={name}"
+        raise ValueError(
+            f"--simulate-world: with {what} a rank computes with what others send it, and none are there; set"
+            " strategy.name: ddp, without sequence_parallel"
+        )

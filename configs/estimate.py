@@ -3,12 +3,14 @@
 1 GB is 1e9 bytes. Estimates are within a fifth of published runs of a 7B (tests/configs/test_estimate.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from typing import Any, NamedTuple
 
-from qwenlora.configs.combinations import Machine, packs_rows, problems
+from pydantic import BaseModel, computed_field
+
+from qwenlora.configs.combinations import Machine, problems
 from qwenlora.configs.cures import LEANER, Setting, cures
 from qwenlora.configs.schema import Config
 
@@ -35,8 +37,8 @@ PCIE, NETWORK = 25e9, 50e9  # bytes a second that a GPU gets
 
 class Sizes(NamedTuple):
     """Counts as in run.records.Parameters. experts: of the base, which int8 does not reach; experts_trained:
-    of the adapter; active: of the base, for a token; 0: all; longest: tokens of the longest row; 0:
-    unknown."""
+    of the adapter; active: of the base, for a token; 0: all; longest: tokens of the longest row or pack, at
+    most; 0: unknown."""
 
     total: int
     trainable: int
@@ -60,7 +62,7 @@ class Sizes(NamedTuple):
         return cls(**{name: getattr(parameters, name) for name in cls._fields[:-1]}, longest=longest)
 
 
-class MemoryNeed(NamedTuple):
+class MemoryNeed(BaseModel, frozen=True):
     """Bytes on a GPU, by use. spare: those of them that a run may do without if all goes well."""
 
     weights: int
@@ -71,11 +73,13 @@ class MemoryNeed(NamedTuple):
     reserve: int
     spare: int
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def total(self) -> int:
         """The bytes that a run is expected to need."""
         return self.weights + self.gathered + self.trained + self.activations + self.logits + self.reserve
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def least(self) -> int:
         """The bytes that a run needs at least."""
@@ -92,16 +96,21 @@ class Decision(NamedTuple):
 
 def tokens_at_once(config: Config, sizes: Sizes) -> int:
     """Return how many tokens a GPU holds at once."""
-    longest, limit = sizes.longest, config.data.max_length
-    row = limit if packs_rows(config, on_gpu=True) or not longest else min(longest, limit)
+    limit = config.data.max_length
+    row = min(sizes.longest or limit, limit)
     return -(-config.train.micro_batch * row // config.strategy.sequence_parallel)
 
 
 def need(
-    config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str = "global"
+    config: Config,
+    sizes: Sizes,
+    name: str,
+    machine: Machine,
+    shard_group: str = "global",
+    recomputed: int | None = None,
 ) -> MemoryNeed:
-    """Return the bytes on each GPU under a strategy, with as many layers computed again as recomputed_layers
-    says.
+    """Return the bytes on each GPU under a strategy. recomputed: layers that are computed again, by default
+    as many as recomputed_layers says.
 
     With n GPUs in a sharding group, b bytes a number (bfloat16: 2), P trained numbers, t tokens at once:
 
@@ -118,7 +127,8 @@ def need(
       and for a moment all of one layer; it is computed again when those after it hold nothing any more.
     - logits: 12 t * vocabulary, but of at most LOGITS_AT_ONCE. reserve: 2e9.
     """
-    recomputed = recomputed_layers(config, sizes, name, machine, shard_group)
+    if recomputed is None:
+        recomputed = recomputed_layers(config, sizes, name, machine, shard_group)
     return _need(config, sizes, name, machine, shard_group, recomputed)
 
 
@@ -168,7 +178,7 @@ def _need(
     config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str, recomputed: int
 ) -> MemoryNeed:
     weights, gathered = _base_on_a_gpu(config, sizes, name, machine, shard_group)
-    at_once, width = tokens_at_once(config, sizes), _bytes_a_number(config, machine)
+    at_once, width = tokens_at_once(config, sizes), bytes_a_number(config, machine)
     kept = recomputed * width * sizes.hidden_size
     passing = width * max(sizes.layers - recomputed, min(recomputed, 1))  # bytes a number that a layer keeps
     activations = at_once * (kept + _share_kept(config, name) * passing * kept_a_layer(config, sizes))
@@ -196,7 +206,7 @@ def _base_on_a_gpu(
     config: Config, sizes: Sizes, name: str, machine: Machine, shard_group: str
 ) -> tuple[float, float]:
     """Return the bytes of the base that stay on a GPU, and of what is gathered at a time."""
-    width, base = _bytes_a_number(config, machine), base_bytes(config, sizes, machine)
+    width, base = bytes_a_number(config, machine), base_bytes(config, sizes, machine)
     if name not in ("zero3", "fsdp"):
         return base, 0.0
     outside = sizes.total - sizes.body
@@ -344,16 +354,24 @@ def _nothing_fits(config: Config, sizes: Sizes, machine: Machine, name: str, lea
         way = next((way for (way, _), found in ways.items() if found.total <= machine.gpu_bytes), None)
         return way and f" ({way})"
 
-    ways_out = islice(cures(Setting(config, machine), fits, experts=sizes.experts_trained > 0), SHOWN)
+    setting = Setting(config, machine)
+    ways_out = cures(setting, fits, experts=sizes.experts_trained > 0)
+    refusal = too_little(setting, sizes, least, ways_out, f" even with {name}, and there are")
+    return f"{refusal}; strategy.name: {name} to try all the same"
+
+
+def too_little(setting: Setting, sizes: Sizes, needed: MemoryNeed, ways_out: Iterable[str], has: str) -> str:
+    """Return that a setting needs more than a GPU has, and what would fit. has: words before the bytes that
+    a GPU has. Rows of unknown length count as one token, which is not told."""
+    config, machine = setting
     gpus = "the GPU" if machine.world_size == 1 else f"each of {machine.world_size} GPUs"
-    cure = " or ".join(ways_out) or "a smaller base model or larger GPUs"
+    cure = " or ".join(islice(ways_out, SHOWN)) or "a smaller base model or larger GPUs"
+    tokens = f", {_gb(needed.activations + needed.logits)} for {tokens_at_once(config, sizes):,} tokens"
     return (
-        f"strategy.name=auto: model.name_or_path={config.model.name_or_path} needs about {_gb(least.total)}"
-        f" on {gpus} even with {name}, expected at most the {_gb(machine.gpu_bytes)} there are"
-        f" ({_gb(least.weights + least.gathered)} base{_left_as_it_is(config, sizes, machine)},"
-        f" {_gb(least.trained)} adapter, {_gb(least.activations + least.logits)} for"
-        f" {tokens_at_once(config, sizes):,} tokens); what would fit: {cure}; or set strategy.name: {name} to"
-        " try all the same"
+        f"strategy.name={config.strategy.name}: model.name_or_path={config.model.name_or_path} needs at least"
+        f" {_gb(needed.least)} of {gpus}{has} {_gb(machine.gpu_bytes)}"
+        f" ({_gb(needed.weights + needed.gathered)} base{_left_as_it_is(config, sizes, machine)},"
+        f" {_gb(needed.trained)} adapter{tokens * (sizes.longest != 1)}); what would fit: {cure}"
     )
 
 
@@ -361,7 +379,8 @@ def _changed(config: Config, **strategy: str) -> Config:
     return config.model_copy(update={"strategy": config.strategy.model_copy(update=strategy)})
 
 
-def _bytes_a_number(config: Config, machine: Machine) -> int:
+def bytes_a_number(config: Config, machine: Machine) -> int:
+    """Return the bytes of a number of the base and of activations."""
     on_cpu = config.model.dtype == "auto" and not machine.gpus
     return 4 if on_cpu or config.model.dtype == "float32" else 2
 
@@ -369,7 +388,7 @@ def _bytes_a_number(config: Config, machine: Machine) -> int:
 def base_bytes(config: Config, sizes: Sizes, machine: Machine) -> float:
     """Return the bytes of the whole base model. Embeddings and head are not quantised, nor, in int8, a
     mixture's experts."""
-    width = _bytes_a_number(config, machine)
+    width = bytes_a_number(config, machine)
     body = {"none": width, "nf4": NF4, "int8": 1}[config.strategy.quantization]
     quantised = sizes.body - _left_experts(config, sizes)
     return body * quantised + width * (sizes.total - quantised)
@@ -385,7 +404,7 @@ def _left_as_it_is(config: Config, sizes: Sizes, machine: Machine) -> str:
     """Return what is said of experts in a quantised base."""
     if not (left := _left_experts(config, sizes)):
         return ""
-    experts = _gb(_bytes_a_number(config, machine) * left)
+    experts = _gb(bytes_a_number(config, machine) * left)
     return f" ({experts} of it experts, which {config.strategy.quantization} leaves as they are)"
 
 

@@ -100,6 +100,15 @@ class Order:
         units = self.step(*divmod(step, self.steps_per_epoch))
         return units[number * self.per_device_batch_size : (number + 1) * self.per_device_batch_size]
 
+    def tokens_of_ranks(self, step: int, world_size: int) -> Rows:
+        """Return int64 [world_size]: the tokens that each rank has in a step of the run, from 0."""
+        tokens, at_once = np.zeros(world_size, np.int64), self.per_device_batch_size
+        units = self.step(*divmod(step, self.steps_per_epoch))
+        for number, start in enumerate(range(0, len(units), at_once)):
+            rows = [row for unit in units[start : start + at_once] for row in unit]
+            tokens[number % world_size] += self.lengths[rows].sum()
+        return tokens
+
     def micro_batches(self, epoch: int, world_size: int, rank: int) -> Iterator["MicroBatch"]:
         """Yield this rank's micro-batches: accumulation_steps in each step, of which some may be empty."""
         accumulation = accumulation_steps(self.global_batch_size, self.per_device_batch_size, world_size)

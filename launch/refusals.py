@@ -14,7 +14,10 @@ from qwenlora.data.order import accumulation_steps
 from qwenlora.data.prepared import other_files
 from qwenlora.launch.hostfile import processes_per_node
 from qwenlora.plan import fit
+from qwenlora.plan.adapter import check_names
+from qwenlora.plan.bases import shape_of_base
 from qwenlora.plan.hardware import Gpu, of_this_machine
+from qwenlora.plan.shape import tensors
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.hardware import gpu_count
@@ -24,6 +27,7 @@ def check_start(config: Config, nodes: int = 1, processes: int | None = None, gp
     """Return a config's accumulation steps. Raises: ValueError if it cannot start. processes: of a node; gpu:
     the kind that each has, by which a run that cannot fit is refused. Default: this machine's."""
     sources.find(config.data)
+    _check_adapter(config)
     if config.launch.launcher == "deepspeed" and not find_spec("deepspeed"):
         raise ValueError(
             "launch.launcher=deepspeed needs the deepspeed package, which is not here: pip install deepspeed,"
@@ -59,6 +63,15 @@ def check_start(config: Config, nodes: int = 1, processes: int | None = None, gp
     if gpu and (warning := fit.check(config, machine, gpu)):
         print(f"warning: {warning}", file=sys.stderr)
     return accumulation
+
+
+def _check_adapter(config: Config) -> None:
+    """Refuse modules that the base lacks, where its config.json or name tells. Raises: ValueError."""
+    try:
+        shape, _ = shape_of_base(config.model)
+    except ValueError:
+        return  # the preparation says it, or it is a model that a plan does not know
+    check_names(config.lora, shape, list(tensors(shape)))
 
 
 def check_launcher_in_slurm(config: Config) -> None:

@@ -1,10 +1,11 @@
 """Which layers of a base an adapter trains, by config and config.json alone, and what a start refuses."""
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from qwenlora.configs.schema import ALL_LINEAR, Lora
+from qwenlora.configs.wording import did_you_mean
 from qwenlora.plan.kinds import LEFT_OUT, NOT_LINEAR, kind_of
 from qwenlora.plan.shape import Shape, Tensor
 
@@ -24,13 +25,16 @@ def reach_of(lora: Lora, shape: Shape, tensors: Sequence[Tensor]) -> Reach:
     """Return what an adapter trains. tensors: all of the base. Raises: ValueError when its settings name
     nothing in the base, or what a start refuses or only a start can count."""
     check_expressions(lora)
+    saved = _saved(lora, shape)
     reach = Reach(
-        {tensor.name for tensor in tensors if _is_adapted(lora, tensor)},
-        {tensor.name for tensor in tensors if tensor.name.endswith(tuple(_saved(lora, shape)))},
+        {tensor.name for tensor in tensors if _is_adapted(lora, tensor, saved)},
+        {tensor.name for tensor in tensors if any(map(_ends_in(saved), _modules_of(tensor)))},
     )
     renamed = _renamed(lora, shape, reach)
     _check_left_out(lora, shape, tensors)
-    _check_names(lora, shape, tensors, reach.adapted)
+    check_names(lora, shape, tensors)
+    if not reach.adapted:
+        raise ValueError(f"lora.target_modules={lora.target_modules} names no layer of the base")
     _check_patterns(lora, reach.adapted)
     _check_tokens(lora, shape)
     _check_peft(lora, tensors, reach.adapted, renamed)
@@ -74,15 +78,33 @@ def _is_named(name: str, ends: Iterable[str]) -> bool:
     return any(f".{name}".endswith(f".{end}") for end in ends)
 
 
+def _ends_in(ends: Sequence[str]) -> Callable[[str], bool]:
+    """Return whether a module's name ends so, as peft asks for modules_to_save: without a dot before."""
+    return lambda name: name.endswith(tuple(ends))
+
+
+def _modules_of(tensor: Tensor) -> Iterator[str]:
+    """Yield the modules that a tensor lies in, without lists of them."""
+    *parts, last = tensor.name.split(".")
+    for count, then in enumerate([*parts[1:], last], 1):
+        if not then.isdecimal():
+            yield ".".join(parts[:count])
+    if tensor.experts == 1:  # else it is a parameter
+        yield tensor.name
+
+
 def _is_parameter(lora: Lora, name: str) -> bool:
     """Whether target_parameters names a tensor."""
     return any(_is_named(one, lora.target_parameters or ()) for one in (name, f"{name}.weight"))
 
 
-def _is_adapted(lora: Lora, tensor: Tensor) -> bool:
+def _is_adapted(lora: Lora, tensor: Tensor, saved: Sequence[str]) -> bool:
+    """Whether a tensor gets A and B. saved: modules that are trained in full, which peft leaves out."""
     name, kind = tensor.name, kind_of(tensor.name)
     if _is_parameter(lora, name):
         return True
+    if any(f".{module}." in f".{name}." for module in saved):
+        return False
     if lora.target_modules == ALL_LINEAR:
         wanted = tensor.linear or tensor.experts > 1
         adapted = wanted and kind not in (*NOT_LINEAR, *LEFT_OUT[lora.experts])
@@ -101,18 +123,24 @@ def _saved(lora: Lora, shape: Shape) -> list[str]:
     return ["embed_tokens" if shape.tie_word_embeddings and name == "lm_head" else name for name in saved]
 
 
-def _check_names(lora: Lora, shape: Shape, tensors: Sequence[Tensor], adapted: set[str]) -> None:
-    """Refuse names that the base lacks."""
-    names = [tensor.name for tensor in tensors]
-    wanted = {
-        "modules_to_save": (_saved(lora, shape), names),
-        "target_parameters": (lora.target_parameters or [], [*names, *(f"{name}.weight" for name in names)]),
-    }
-    for key, (ends, there) in wanted.items():
-        if lacking := [end for end in ends if not any(_is_named(name, [end]) for name in there)]:
-            raise ValueError(f"lora.{key}: the base has no {lacking[0]}, or it is no single layer")
-    if not adapted:
-        raise ValueError(f"lora.target_modules={lora.target_modules} names no layer of the base")
+def check_names(lora: Lora, shape: Shape, tensors: Sequence[Tensor]) -> None:
+    """Refuse names that the base lacks, which peft would pass over. Those of a vision part are not known
+    here. Raises: ValueError."""
+    if shape.with_vision:
+        return
+    modules = list(dict.fromkeys(module for tensor in tensors for module in _modules_of(tensor)))
+    names = [*modules, *(tensor.name for tensor in tensors)]
+    listed = () if isinstance(lora.target_modules, str) else lora.target_modules
+    for key, ends, there in (
+        ("target_modules", listed, modules),
+        ("modules_to_save", _saved(lora, shape), modules),
+        ("target_parameters", lora.target_parameters or (), [*names, *(f"{name}.weight" for name in names)]),
+    ):
+        for end in ends:
+            if not any(_is_named(name, [end]) for name in there):
+                known = sorted({_last(name) for name in there})
+                otherwise = f"names in it end in {', '.join(known)}"
+                raise ValueError(f"lora.{key}: the base has no {end}; {did_you_mean(end, known, otherwise)}")
 
 
 def _check_patterns(lora: Lora, adapted: set[str]) -> None:

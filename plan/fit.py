@@ -1,19 +1,18 @@
 """Whether a config can fit its GPUs at all, and the nearest changes with which it would."""
 
-import itertools
 from collections.abc import Iterator
 
 from qwenlora.configs.combinations import Machine, packs_rows, problems
 from qwenlora.configs.cures import Setting, changed_in, cures
-from qwenlora.configs.estimate import MemoryNeed, Sizes, need
+from qwenlora.configs.estimate import MemoryNeed, Sizes, need, too_little
 from qwenlora.configs.schema import Config
 from qwenlora.plan.bases import shape_of_base
 from qwenlora.plan.counts import count
 from qwenlora.plan.hardware import Gpu
+from qwenlora.plan.rows import tokens_of_few
 from qwenlora.plan.shape import Shape
 
 ERROR = 0.1  # how far estimates of memory are off as a rule (docs/planning.md)
-SHOWN = 3  # changes that a refusal names
 
 
 def check(config: Config, machine: Machine, gpu: Gpu) -> str:
@@ -35,27 +34,23 @@ def check(config: Config, machine: Machine, gpu: Gpu) -> str:
 
 def _flaw(setting: Setting, shape: Shape, gpu: Gpu) -> str:
     """Return why a setting cannot fit, and what would; empty if it may fit."""
-    needed = least(setting, shape)
+    needed, sizes = least(setting, shape), sizes_of(setting.config, shape)
     if needed.least <= (1 + ERROR) * gpu.bytes:
         return ""
-    config, machine = setting
-    base = needed.weights + needed.gathered
-    gpus = "the GPU" if machine.world_size == 1 else f"each of {machine.world_size} GPUs"
-    ways = list(itertools.islice(cures_of(setting, shape), SHOWN))
-    cure = " or ".join(ways) or "a smaller base model or larger GPUs"
-    return (
-        f"strategy.name={config.strategy.name}: model.name_or_path={config.model.name_or_path} needs at least"
-        f" {_gb(needed.least)} of {gpus}, and a {gpu.name} has {_gb(gpu.bytes)} ({_gb(base)} base,"
-        f" {_gb(needed.trained)} adapter); what would fit: {cure}"
-    )
+    return too_little(setting, sizes, needed, cures_of(setting, shape), f", and a {gpu.name} has")
+
+
+def sizes_of(config: Config, shape: Shape) -> Sizes:
+    """Return the sizes for estimates before rows are counted. Those that are not packed count next to
+    nothing: how long they are is not known yet."""
+    longest = tokens_of_few(config.data) if packs_rows(config, on_gpu=True) else 1
+    return Sizes.of(count(shape, config.lora), longest=longest)
 
 
 def least(setting: Setting, shape: Shape) -> MemoryNeed:
-    """Return what a setting needs at least; with strategy.name: auto under the strategy that needs least.
-    Rows that are not packed count next to nothing: how long they are is not known yet."""
+    """Return what a setting needs at least; with strategy.name: auto under the strategy that needs least."""
     config, machine = setting
-    longest = 0 if packs_rows(config, on_gpu=True) else 1
-    sizes = Sizes.of(count(shape, config.lora), longest=longest)
+    sizes = sizes_of(config, shape)
     if config.strategy.name != "auto":
         return need(config, sizes, config.strategy.name, machine, config.strategy.shard_group)
     named = [_under(name, setting) for name in ("zero3", "fsdp") if machine.world_size > 1]
@@ -78,7 +73,3 @@ def cures_of(setting: Setting, shape: Shape) -> Iterator[str]:
 
     experts = count(shape, setting.config.lora).experts_trained > 0
     return cures(setting, fits, experts=experts)
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -23,20 +23,8 @@ from qwenlora.plan.speed import Case, sent, step_time
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # a trained number and Adam's two moments, in float32
 START_S = 60  # of an attempt: imports, weights, joining, the first step
 ALIKE = 1.03  # a strategy must be so much faster than a simpler one to be recommended before it
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 Fit = Literal["fits", "tight", "does not fit", "refused"]
-
-
-class Memory(BaseModel, frozen=True):
-    """Bytes on a GPU by use, as configs/estimate.py has them."""
-
-    weights: int
-    gathered: int
-    trained: int
-    activations: int
-    logits: int
-    reserve: int
-    total: int
-    least: int
 
 
 class Way(BaseModel, frozen=True):
@@ -49,7 +37,7 @@ class Way(BaseModel, frozen=True):
     per_device: int
     fit: Fit
     why: str = ""
-    memory: Memory | None = None
+    memory: MemoryNeed | None = None
     recomputed: int = 0
     step_s: float = 0.0
     tokens_s: float = 0.0
@@ -115,7 +103,7 @@ def make_plan(case: Case, limit_min: int | None = None) -> Plan:
 def _ways(case: Case) -> Iterator[Way]:
     """Yield each strategy with the config's own micro-batch."""
     groups = ("global", "node") if case.machine.nodes > 1 and case.machine.processes > 1 else ("global",)
-    names = ("ddp", "zero1", "zero2", "zero3", "fsdp") if case.machine.world_size > 1 else ("ddp",)
+    names = STRATEGIES if case.machine.world_size > 1 else ("ddp",)
     for name in names:
         for group in groups if name in SHARDED else ("global",):
             yield way(case, name, group)
@@ -132,23 +120,36 @@ def way(case: Case, name: str, group: str) -> Way:
         size = micro_batch(config, case.sizes, decision, case.machine, among, case.machine.gpu_bytes)
         config = cut_into(config, size)
     case = case._replace(config=config)
-    per_device, count = config.train.micro_batch, case.micro_batches
     if refused := problems(config, case.machine):
-        return Way(strategy=name, shard_group=group, per_device=per_device, fit="refused", why=refused[0])
-    needed = need(config, case.sizes, name, case.machine, group)
-    recomputed = recomputed_layers(config, case.sizes, name, case.machine, group)
-    time = step_time(case, name, group, recomputed)
-    moved = sent(case, name, group)
+        return Way(
+            strategy=name,
+            shard_group=group,
+            per_device=config.train.micro_batch,
+            fit="refused",
+            why=refused[0],
+        )
+    return way_with(case, name, group, recomputed_layers(config, case.sizes, name, case.machine, group))
+
+
+def way_with(case: Case, name: str, group: str, recomputed: int) -> Way:
+    """Return what the config needs under a strategy with its own micro-batch and so many layers that are
+    computed again, corrected by earlier runs. Raises: ValueError when the GPUs cannot share the batch."""
+    by = case.correction(name)
+    needed = need(case.config, case.sizes, name, case.machine, group, recomputed)
+    off = (by.memory - 1) * (needed.total - needed.reserve)
+    needed = needed.model_copy(update={"activations": max(0, int(needed.activations + off))})
+    time, moved = step_time(case, name, group, recomputed), sent(case, name, group)
+    step_s = by.time * time.seconds
     return Way(
         strategy=name,
         shard_group=group,
-        per_device=per_device,
+        per_device=case.config.train.micro_batch,
         fit=_fit(needed, case.gpu.bytes),
-        memory=Memory(**needed._asdict() | {"total": needed.total, "least": needed.least}),
+        memory=needed,
         recomputed=recomputed,
-        step_s=time.seconds,
-        tokens_s=tokens_of_step(case) / time.seconds,
-        sent=count * moved.gathered + moved.reduced,
+        step_s=step_s,
+        tokens_s=tokens_of_step(case) / step_s,
+        sent=case.micro_batches * moved.gathered + moved.reduced,
         efficiency=time.efficiency,
     )
 

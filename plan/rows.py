@@ -16,6 +16,7 @@ from qwenlora.run.folder import RunFolder
 BYTES_A_TOKEN = (
     4.8  # of UTF-8, in Chinese and in English rows; right within a tenth (tests/plan/test_rows.py)
 )
+FEW = 50  # bytes of files, beside data.max_length: more of them fill a pack
 TOKENS_A_TURN = 5  # of a chat template: its marks and the role
 
 
@@ -75,6 +76,17 @@ def guess(data: Data) -> RowCounts:
     if not rows:
         raise ValueError(f"data.train={data.train} has no rows that can be trained")
     return RowCounts(rows, tokens, max(trained, 1), longest)
+
+
+def tokens_of_few(data: Data) -> int:
+    """Return the tokens of rows that are so few that they may not fill a pack, as guessed; 0 for others."""
+    try:
+        found = sources.find(data)
+        bytes_there = sum(file.stat().st_size for source in found for file in source.files)
+        are_few = all(source.files for source in found) and bytes_there < FEW * data.max_length
+        return guess(data).tokens if are_few else 0
+    except (ValueError, OSError):  # the preparation says it
+        return 0
 
 
 def _tokens(row: Row, data: Data) -> tuple[int, int]:

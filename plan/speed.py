@@ -10,19 +10,22 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenlora.configs.combinations import SHARDED, Machine, packs_rows
-from qwenlora.configs.estimate import Sizes, base_bytes, kept_a_layer
+from qwenlora.configs.estimate import Sizes, base_bytes, bytes_a_number, kept_a_layer
 from qwenlora.configs.schema import Config
 from qwenlora.data.order import accumulation_steps
 from qwenlora.plan.flops import flops
 from qwenlora.plan.hardware import Gpu
+from qwenlora.plan.measured import Correction, Measured, Rates, kind_of_strategy
 from qwenlora.plan.rows import RowCounts
 from qwenlora.run.records import Parameters, Work
 
 REACHED = 0.8  # share of the data sheet's FLOP/s in large matrix products: 798 of an H100's 989 were measured
 LINK_REACHED = 0.8  # share of a link's data sheet in long collectives
+COPIED = 0.9  # share of a memory's data sheet that long copies reach
 # share of what the formula says that the fastest published runs reach: 14,110 tokens/s, Qwen2.5-7B on an H100
 PUBLISHED = 0.7
 EXPERTS_REACHED = 0.12  # share of REACHED in grouped products of many small experts
+NETWORK = 50e9  # bytes a second of a GPU to other nodes, where it is not said
 DEQUANTISED = 4.5  # bytes moved to make a 4-bit number 16 bits, and to read it again
 
 
@@ -45,7 +48,8 @@ class Links(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What a plan is of: a config on GPUs. parameters: with their work, as this version counts it."""
+    """What a plan is of: a config on GPUs. parameters: with their work, as this version counts it; measured:
+    by which it is calibrated and corrected. Without GPUs gpu is a CPU."""
 
     config: Config
     parameters: Parameters
@@ -53,16 +57,27 @@ class Case(NamedTuple):
     machine: Machine
     gpu: Gpu
     links: Links
+    measured: Measured = Measured()
+
+    @property
+    def rates(self) -> Rates | None:
+        """What was measured of the GPU; None if it was not."""
+        return self.measured.devices.get(self.gpu.name)
+
+    def correction(self, name: str) -> Correction:
+        """Return by how much runs under a strategy were off."""
+        return self.measured.correction(self.gpu.name, kind_of_strategy(self.config, name))
 
     @property
     def sizes(self) -> Sizes:
         """The sizes for estimates of memory."""
-        return Sizes.of(self.parameters, longest=self.rows.longest)
+        longest = self.rows.tokens if self.is_packed else self.rows.longest
+        return Sizes.of(self.parameters, longest)
 
     @property
     def is_packed(self) -> bool:
         """Whether rows are packed."""
-        return packs_rows(self.config, on_gpu=True)
+        return packs_rows(self.config, on_gpu=self.machine.gpus > 0)
 
     @property
     def tokens(self) -> float:
@@ -134,17 +149,37 @@ def step_time(case: Case, name: str, group: str, recomputed: int, layers: Layers
     the GPUs cannot share the batch evenly."""
     if layers is None:
         layers = EAGER if name == "zero3" or case.config.lora.use_dora else FUSED
-    gpu, links, several = case.gpu, case.links, case.machine.nodes > 1
+    reached, several = _reached(case), case.machine.nodes > 1
     moved, again = sent(case, name, group), recomputed / case.parameters.layers
-    gathering = links.network if several and group != "node" else links.node
     return StepTime(
-        products=_products(case, again) / (PUBLISHED * REACHED * gpu.flops),
-        traffic=_traffic(case, again, layers.passes) / (PUBLISHED * gpu.bandwidth),
-        gathering=moved.gathered / (LINK_REACHED * gathering),
+        products=_products(case, again) / (PUBLISHED * reached.products),
+        traffic=_traffic(case, again, layers.passes) / (PUBLISHED * reached.memory),
+        gathering=moved.gathered / (reached.network if several and group != "node" else reached.node),
         launches=case.parameters.layers * layers.launch_s * (1 + again / 3),
-        reducing=moved.reduced / (LINK_REACHED * (links.network if several else links.node)),
+        reducing=moved.reduced / (reached.network if several else reached.node),
         micro_batches=case.micro_batches,
     )
+
+
+class _Reached(NamedTuple):
+    """What long operations reach, a second. products: FLOP; memory, node, network: bytes."""
+
+    products: float
+    memory: float
+    node: float
+    network: float
+
+
+def _reached(case: Case) -> _Reached:
+    """Return what was measured of the GPU, else what of its data sheet is reached as a rule."""
+    gpu, links, rates = case.gpu, case.links, case.rates
+    network = LINK_REACHED * links.network
+    if rates is None:
+        return _Reached(REACHED * gpu.flops, gpu.bandwidth, LINK_REACHED * links.node, network)
+    wanted = case.config.model.dtype
+    dtype = wanted if wanted != "auto" else "bfloat16" if case.machine.gpus else "float32"
+    products = rates.products.get(dtype) or max(rates.products.values())
+    return _Reached(products, rates.memory / COPIED, rates.link or LINK_REACHED * links.node, network)
 
 
 def _products(case: Case, again: float) -> float:
@@ -167,6 +202,7 @@ def _traffic(case: Case, again: float, passes: float) -> float:
     """Return the bytes that a micro-batch moves through a GPU's memory: activations, and the base."""
     of, nf4 = case.parameters, case.config.strategy.quantization == "nf4"
     numbers = of.layers * kept_a_layer(case.config, case.sizes)
-    activations = 2 * passes * (1 + again / 3) * case.tokens * numbers
+    width = bytes_a_number(case.config, case.machine)
+    activations = width * passes * (1 + again / 3) * case.tokens * numbers
     quantised = DEQUANTISED * of.body if nf4 else 0.0
     return activations + (2 + again) * (base_bytes(case.config, case.sizes, case.machine) + quantised)

@@ -1,13 +1,14 @@
 """A plan as a person reads it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from qwenlora.configs.combinations import SHARDED
-from qwenlora.plan.plan import Length, Plan, Way
+from qwenlora.plan.measured import Rates
+from qwenlora.plan.plan import STRATEGIES, Length, Plan, Way
 from qwenlora.plan.speed import Case
 from qwenlora.run.disk import free_bytes
 from qwenlora.run.format import count, duration, size
@@ -38,7 +39,7 @@ def show(plan: Plan, case: Case, source: str, console: Console) -> None:
         if way.why:
             console.print(f"{way.name}: {way.why}", soft_wrap=True, style="dim")
     console.print()
-    for name, line in _follows(plan, case):
+    for name, line in (*_corrections(case), *_follows(plan, case)):
         console.print(f"{name:{WIDTH}}{line}", soft_wrap=True)
 
 
@@ -49,7 +50,9 @@ def _given(case: Case, source: str) -> list[tuple[str, str]]:
     unit = f"packs of {case.config.data.max_length:,} tokens" if case.is_packed else "rows"
     link = f"NVLink {case.gpu.nvlink:.0f} GB/s" if case.gpu.nvlink else f"PCIe {case.gpu.pcie:.0f} GB/s"
     network = f", {case.links.network / 1e9:.0f} GB/s between nodes" if machine.nodes > 1 else ""
-    gpus = f"{count(machine.nodes, 'node')} x {machine.gpus} {case.gpu.name}"
+    kind = "GPUs" if machine.gpus else "CPU"
+    gpus = f"{count(machine.nodes, 'node')} x {machine.processes} {case.gpu.name}"
+    measured = f"; calibrated: {rates_in_words(case.rates)}" if case.rates else ""
     base = case.config.model.name_or_path
     learnt = f"{rows.trained / rows.tokens:.0%} trained"
     found = f"{rows.rows:,} an epoch, {rows.tokens:,} tokens ({learnt}), {how}"
@@ -59,9 +62,24 @@ def _given(case: Case, source: str) -> list[tuple[str, str]]:
         ("base", f"{base}, {of.total / 1e9:.2f} billion numbers{active}, from {source}"),
         ("adapter", f"{of.trainable:,} trained numbers (r {lora.r}), {size(4 * of.trainable)}"),
         ("rows", found),
-        ("GPUs", f"{gpus} of {size(case.gpu.bytes)}, {link}{network}"),
+        (kind, f"{gpus} of {size(case.gpu.bytes)}, {link}{network}{measured}"),
         ("step", f"{case.config.train.global_batch_size} {unit}"),
     ]
+
+
+def rates_in_words(rates: Rates) -> str:
+    """Return what was measured of a device."""
+    products = (f"{dtype} {flops / 1e12:,.3g} TFLOP/s" for dtype, flops in rates.products.items())
+    link = [f"link {rates.link / 1e9:,.3g} GB/s"] if rates.link else []
+    return ", ".join([*products, f"memory {rates.memory / 1e9:,.3g} GB/s", *link])
+
+
+def _corrections(case: Case) -> Iterator[tuple[str, str]]:
+    """Yield by how much earlier runs correct the formulas."""
+    for name in STRATEGIES:
+        if (by := case.correction(name)).runs:
+            factors = f"memory x {by.memory:.2f}, time x {by.time:.2f}"
+            yield "corrected", f"{name} by {count(by.runs, 'run')} on {case.gpu.name}: {factors}"
 
 
 def _table(ways: list[Way], names: tuple[str, ...], cells: Callable[[Way], list[str]]) -> Table:

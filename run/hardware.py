@@ -1,6 +1,7 @@
 """The GPUs and the free memory of this machine, without torch."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -55,6 +56,18 @@ def gpus_seen() -> list[SeenGpu]:
     lines = answer.stdout.splitlines() if answer.returncode == 0 else []
     fields = [line.rpartition(", ") for line in lines]
     return [SeenGpu(name, int(mib) if mib.isdecimal() else 0) for name, _, mib in fields]
+
+
+def cpu_name() -> str:
+    """Return this machine's CPU by its model, with the cores that this process may use."""
+    lines = (_PROC / "cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def memory_mib() -> int:
+    """Return this machine's memory."""
+    return int((_PROC / "meminfo").read_text().partition("MemTotal:")[2].split()[0]) // 1024
 
 
 def free_memory() -> int:

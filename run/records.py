@@ -71,14 +71,28 @@ class Record(BaseModel):
         return type(self).model_validate(dict(self) | changes)
 
 
+class Planned(BaseModel, frozen=True):
+    """What a plan says of an attempt. device, kind: of GPU and strategy, by which it is corrected; memory: of
+    tensors on a GPU, in bytes, None on a CPU, where libraries count as well; memory_by, time_by: factors by
+    which earlier runs corrected the formulas."""
+
+    device: str
+    kind: str
+    step_s: float
+    tokens_s: float
+    memory: int | None = None
+    memory_by: float = 1.0
+    time_by: float = 1.0
+
+
 class Attempt(Record):
     """One attempt at a run. A field is None where the attempt did not get that far.
 
     restarts: how often Slurm had requeued the job; saved_before: the newest checkpoint's step at the start;
     reason: why it ended, killed when it could not record that itself; cause: Slurm's word, where Slurm ended
     it (TIMEOUT, PREEMPTED, NODE_FAIL, REQUEUED, CANCELLED); steps_repeated: trained before, but not saved;
-    seconds: of the start, by phase; trained_s, saving_s: seconds in steps, and in saves that delayed them;
-    goodput: of the run until then.
+    planned: before it began, None where the GPU is not known; seconds: of the start, by phase; trained_s,
+    saving_s: seconds in steps, and in saves that delayed them; goodput: of the run until then.
     """
 
     attempt: int
@@ -94,6 +108,7 @@ class Attempt(Record):
     first_step: int | None = None
     last_step: int | None = None
     steps_repeated: int | None = None
+    planned: Planned | None = None
     seconds: dict[str, float] | None = None
     trained_s: float = 0.0
     saving_s: float = 0.0
@@ -242,6 +257,12 @@ class Facts(Record):
         """Rows an epoch, or with packing: packs."""
         train = self.data["train"]
         return train.packs if self.packing else train.rows
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row or, where data.max_length allows, pack."""
+        packed = self.data["train"].tokens if self.packing else 0  # all rows may lie in one
+        return max([packed, *(counts.longest for counts in self.data.values())])
 
     @property
     def data_identity(self) -> str:

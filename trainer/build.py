@@ -60,9 +60,8 @@ def build(context: Context) -> Parts:
     tokenizer = pretrained.load_tokenizer(config, facts.base)
     set_end(tokenizer, text_only=facts.text_only)
     generation = generation_settings(facts.base, config.model.revision, tokenizer, text_only=facts.text_only)
-    longest = max(counts.longest for counts in facts.data.values())
     before = context.before.micro_batch if context.before else 0
-    spread = strategy.choose(config, facts.parameters, longest, before)
+    spread = strategy.choose(config, facts.parameters, facts.longest, before)
     base = strategy.load_base(config, facts.base, spread)
     row_by_row = attend_row_by_row(base, states_apart=keep_states_apart(base))
     untrained = untrained_tokens(base, tokenizer, prepared.used_tokens(Path(facts.data_folder), "train"))

@@ -76,12 +76,19 @@ def about(summary: RunSummary) -> Iterator[tuple[str, str]]:
 def _speed(summary: RunSummary) -> Iterator[tuple[str, str]]:
     values = {name: series.finite.values for name, series in summary.curves.items()}
     values = {name: finite for name, finite in values.items() if len(finite)}
+    last = summary.last_started
+    plan = last.planned if last else None
     if "tokens_per_s" in values:
-        yield "throughput", f"{np.median(values['tokens_per_s']):,.0f} tokens/s (median)"
+        beside = f", planned {plan.tokens_s:,.0f}" if plan else ""
+        yield "throughput", f"{np.median(values['tokens_per_s']):,.0f} tokens/s (median){beside}"
+    if plan and last and last.first_step and last.last_step:
+        seconds = last.trained_s / (last.last_step - last.first_step + 1)
+        yield "a step", f"{seconds:.2f} s (the last attempt's mean), planned {plan.step_s:.2f}"
     if "mfu" in values:
         yield "MFU", f"{np.median(values['mfu']):.1%} (median)"
     if "peak_memory_gb" in values:
-        yield "peak memory", f"{values['peak_memory_gb'].max():.2f} GB on the first rank"
+        beside = f", planned {plan.memory / 1e9:.2f}" if plan and plan.memory else ""
+        yield "peak memory", f"{values['peak_memory_gb'].max():.2f} GB on the first rank{beside}"
 
 
 def notes(summary: RunSummary) -> Iterator[str]:

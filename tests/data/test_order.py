@@ -34,6 +34,20 @@ def test_any_number_of_ranks_walks_the_same_micro_batches(order, epoch, world_si
     assert [batch for together in zip(*ranks, strict=True) for batch in together] == alone
 
 
+@given(orders(), st.integers(0, 20), st.sampled_from([1, 2, 3, 4, 6]))
+def test_tokens_of_ranks_are_those_of_the_micro_batches_that_they_walk(order, step, world_size):
+    if -(-order.global_batch_size // order.per_device_batch_size) < world_size:
+        return
+    epoch, of_epoch = divmod(step, order.steps_per_epoch)
+    walked = np.zeros(world_size, np.int64)
+    for rank in range(world_size):
+        batches = list(order.micro_batches(epoch, world_size, rank))
+        each = len(batches) // order.steps_per_epoch
+        for batch in batches[of_epoch * each : (of_epoch + 1) * each]:
+            walked[rank] += sum(order.lengths[row] for unit in batch for row in unit)
+    assert order.tokens_of_ranks(step, world_size).tolist() == walked.tolist()
+
+
 @given(orders())
 def test_no_micro_batch_has_more_tokens_than_the_longest(order):
     def tokens(units):

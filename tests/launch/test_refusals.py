@@ -31,6 +31,19 @@ def test_what_cannot_run_is_refused_before_the_start(overrides, says):
         check_start(load_config(TINY, overrides), 1, 2)
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("lora.target_modules=[q_proj, k_porj]", "the base has no k_porj; did you mean k_proj?"),
+        ("lora.modules_to_save=[lm_heads]", "the base has no lm_heads; did you mean lm_head?"),
+    ],
+)
+def test_names_that_the_base_lacks_are_refused_before_the_start(override, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        check_start(load_config(TINY, [override]), 1, 2)
+    check_start(load_config(TINY, [override, "model.name_or_path=someone/unknown-9B"]), 1, 2)
+
+
 def test_a_deepspeed_config_that_contradicts_is_refused_before_the_start(tmp_path):
     pytest.importorskip("deepspeed")
     (tmp_path / "ds.json").write_text('{"gradient_clipping": 3}')

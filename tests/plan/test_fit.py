@@ -1,5 +1,6 @@
 """What cannot fit is refused before it is queued, with changes that then pass."""
 
+import json
 import re
 
 import pytest
@@ -105,8 +106,16 @@ def test_rows_of_unknown_length_are_not_held_against_a_run():
     """Without packing a row may be short, however large max_length is."""
     long = {"data": {"train": "example", "max_length": 131072, "packing": "off"}}
     assert fit.check(config_of("Qwen/Qwen2.5-7B", **long), Machine(1, 1, 1), named("4090")) == ""
-    packed = {"data": long["data"] | {"packing": "on"}, "launch": {"plan": "warn"}}
-    assert fit.check(config_of("Qwen/Qwen2.5-7B", **packed), Machine(1, 1, 1), named("4090"))
+
+
+def test_a_pack_holds_no_more_than_all_rows(tmp_path):
+    """However large max_length is, few short rows do not fill it."""
+    row = json.dumps({"instruction": "What is it?", "output": "A row of a file. " * 20}) + "\n"
+    for rows, refused in ((100, False), (20_000, True)):
+        (tmp_path / "rows.jsonl").write_text(row * rows)
+        data = {"train": str(tmp_path / "rows.jsonl"), "max_length": 131072, "packing": "on"}
+        config = config_of("Qwen/Qwen2.5-7B", data=data, launch={"plan": "warn"})
+        assert bool(fit.check(config, Machine(1, 1, 1), named("4090"))) == refused
 
 
 @pytest.mark.parametrize(("gpus", "whom"), [(1, "the GPU"), (2, "each of 2 GPUs")])
@@ -115,5 +124,6 @@ def test_a_refusal_says_what_is_needed_and_what_is_there(gpus, whom):
     said = fit.check(config, Machine(1, gpus, gpus), named("4090"))
     assert said.startswith(
         "strategy.name=ddp: model.name_or_path=Qwen/Qwen2.5-14B needs at least 32.8 GB of"
-        f" {whom}, and a GeForce RTX 4090 has 25.8 GB (29.5 GB base, 1.1 GB adapter); what would fit: "
+        f" {whom}, and a GeForce RTX 4090 has 25.8 GB (29.5 GB base, 1.1 GB adapter, 1.7 GB for 2,048"
+        " tokens); what would fit: "
     )

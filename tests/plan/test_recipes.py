@@ -42,7 +42,9 @@ def test_what_a_recipe_says_of_its_plan_is_true(name):
     config, gpu = load_config(recipe.file, {"data.train": "example"}), named(kind)
     shape, _ = shape_of_base(config.model)
     machine = Machine(int(nodes or 1), int(gpus), int(gpus), gpu.bytes, gpu.nvlink > 0)
-    case = Case(config, count(shape, config.lora), guess(config.data), machine, gpu, Links(gpu.link, 50e9))
+    few = guess(config.data)  # so many that packs are full
+    rows = few._replace(rows=1000 * few.rows, tokens=1000 * few.tokens, trained=1000 * few.trained)
+    case = Case(config, count(shape, config.lora), rows, machine, gpu, Links(gpu.link, 50e9))
     found = way(case, config.strategy.name.replace("auto", "ddp"), config.strategy.shard_group)
     assert found.fit == "fits"
     assert found.memory.total / 1e9 == pytest.approx(float(memory), abs=0.1)

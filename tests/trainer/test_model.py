@@ -152,8 +152,13 @@ def test_tied_embeddings_stay_one_matrix(tiny, named):
 
 
 def test_modules_that_are_not_there_are_refused(tiny):
-    with pytest.raises(ValueError, match=r"lora\.target_modules=\['c_attn'\]: .*not found"):
-        adapted(config_for(tiny, lora=Lora(target_modules=["c_attn"])))
+    with pytest.raises(ValueError, match=r"lora\.target_modules=.*c_attn: .*not found"):
+        adapted(config_for(tiny, lora=Lora(target_modules=r".*\.c_attn")))
+
+
+def test_a_name_that_is_mistyped_is_refused_with_the_nearest(tiny):
+    with pytest.raises(ValueError, match=r"target_modules: the model has no v_porj; did you mean v_proj\?"):
+        adapted(config_for(tiny, lora=Lora(target_modules=["q_proj", "v_porj"])))
 
 
 @pytest.mark.parametrize("lora", [{"modules_to_save": ["nope"]}, {"target_parameters": ["mlp.nope"]}])

@@ -11,6 +11,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
 from qwenlora.configs.schema import ALL_LINEAR, Config, Lora
+from qwenlora.configs.wording import did_you_mean
 from qwenlora.plan.flops import share_of_experts
 from qwenlora.plan.widths import widths
 from qwenlora.run.format import and_more
@@ -73,7 +74,11 @@ def add_lora(model: Any, lora: Lora, revision: str | None = None, saved: Path | 
 
 def _inject(model: Any, lora: Lora, revision: str | None, saved: Path | None) -> Any:
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    _check_names("modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
+    modules = [name for name, _ in model.named_modules()]
+    _check_names("modules_to_save", lora.modules_to_save, modules)
+    if not isinstance(lora.target_modules, str):
+        of_experts = targets.taken_for_experts(model, set(lora.target_modules))
+        _check_names("target_modules", sorted(set(lora.target_modules) - of_experts), modules)
     _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])
     _check_tokens(model, lora, tied=tied)
     patterns.check_selection(model, lora)
@@ -173,9 +178,8 @@ def _check_names(key: str, wanted: list[str] | None, existing: list[str]) -> Non
     for name in wanted or ():
         if not any(full == name or full.endswith(f".{name}") for full in existing):
             last = sorted({full.rpartition(".")[2] for full in existing} - {""})
-            raise ValueError(
-                f"lora.{key}: the model has no {name}; names in it end in {', '.join(last[:NAMES_SHOWN])}"
-            )
+            otherwise = f"names in it end in {', '.join(last[:NAMES_SHOWN])}"
+            raise ValueError(f"lora.{key}: the model has no {name}; {did_you_mean(name, last, otherwise)}")
 
 
 def _check_tokens(model: Any, lora: Lora, *, tied: bool) -> None:

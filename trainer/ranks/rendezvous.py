@@ -42,6 +42,18 @@ def meet(config: Config, rank: Rank) -> None:
     dist.barrier()
 
 
+def pretend(rank: Rank) -> None:
+    """Make torch's fake process group, in which nobody sends anything: this process alone is there, and runs
+    as one of world_size ranks."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(dist.Backend.FAKE, store=store, rank=rank.rank, world_size=rank.world_size)
+
+
+def is_pretended() -> bool:
+    """Whether the other ranks are not there (trainer/simulate.py)."""
+    return dist.is_initialized() and dist.get_backend() == dist.Backend.FAKE
+
+
 def leave() -> None:
     """Leave together: torchrun and DeepSpeed's launcher end all ranks when one leaves with exit code 75."""
     if dist.is_initialized():

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qwenlora.run.folder import RunFolder
-from qwenlora.run.records import Reason
+from qwenlora.run.records import Planned, Reason
 
 
 class Chronicle(TrainerCallback):
@@ -24,16 +24,22 @@ class Chronicle(TrainerCallback):
         self._first_step = 1
         self._checkpoint: Path | None = None
         self._strategy = ""
+        self._planned: Planned | None = None
         self._send: Callable[[int, dict[str, float]], None] = lambda step, values: None
         self._recorded = False
 
     def starts(
-        self, checkpoint: Path | None, step: int, strategy: str, send: Callable[[int, dict[str, float]], None]
+        self,
+        checkpoint: Path | None,
+        step: int,
+        strategy: str,
+        planned: Planned | None,
+        send: Callable[[int, dict[str, float]], None],
     ) -> None:
         """Set where the attempt starts. step: the checkpoint's last, 0 without one; strategy: in words; send:
         takes a step, and numbers for trackers by their names."""
         self._checkpoint, self._first_step, self._strategy = checkpoint, step + 1, strategy
-        self._send = send
+        self._planned, self._send = planned, send
 
     def summary(self, reason: Reason) -> dict[str, object]:
         """Return the summary of all attempts for trackers, if this one ends now for a reason."""
@@ -64,6 +70,7 @@ class Chronicle(TrainerCallback):
         self.run.note_attempt(
             resumed_from=self._checkpoint.name if self._checkpoint else None,
             strategy=self._strategy,
+            planned=self._planned,
             first_step=self._first_step,
             steps_repeated=repeated,
             seconds={name: round(value, 2) for name, value in seconds.items()},

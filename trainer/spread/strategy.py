@@ -20,6 +20,7 @@ from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import loading
 from qwenlora.trainer.model.base_files import peak_memory
 from qwenlora.trainer.ranks.faults import unlike_rank_0
+from qwenlora.trainer.ranks.rendezvous import is_pretended
 from qwenlora.trainer.spread import sharded_loading, zero
 from qwenlora.trainer.spread.links import nvlink
 from qwenlora.trainer.spread.zero import DeepSpeedConfig
@@ -33,7 +34,7 @@ class Spread(NamedTuple):
     """A chosen strategy. shape: of the mesh over which fsdp and zero3 shard the base, [replicas, shards] or
     [shards]; deepspeed: its config, for zero1 to zero3; why: auto's reason, one sentence, or empty;
     recomputed: layers that compute their activations again in the backward pass; micro_batch: rows, or packs,
-    that a rank holds at once; why_so_many: auto's reason for that, or empty."""
+    that a rank holds at once; why_so_many: auto's reason for that, or empty; machine: it was chosen for."""
 
     name: str = "ddp"
     shape: tuple[int, ...] = (1,)
@@ -42,6 +43,12 @@ class Spread(NamedTuple):
     recomputed: int = 0
     micro_batch: int = 1
     why_so_many: str = ""
+    machine: Machine = Machine(1, 1, 0)
+
+    @property
+    def shard_group(self) -> str:
+        """Over which ranks the base is sharded, as strategy.shard_group."""
+        return "node" if len(self.shape) == 2 else "global"
 
     @property
     def description(self) -> str:
@@ -64,9 +71,9 @@ def machine() -> Machine:
 
 
 def choose(config: Config, parameters: Parameters, longest: int = 0, before: int = 0) -> Spread:
-    """Return this attempt's strategy; all ranks call it. longest: row, in tokens; 0: data.max_length; before:
-    the micro-batch of the checkpoint that the run goes on from, which auto keeps where it can; 0: none.
-    Raises: ValueError when no strategy fits the GPUs, or the config's cannot run here."""
+    """Return this attempt's strategy; all ranks call it. longest: row or pack, in tokens; 0: data.max_length;
+    before: the micro-batch of the checkpoint that the run goes on from, which auto keeps where it can; 0:
+    none. Raises: ValueError when no strategy fits the GPUs, or the config's cannot run here."""
     here = machine()
     dtype = str(loading.pick_dtype(config.model.dtype)).removeprefix("torch.")  # auto is float16 on old GPUs
     resolved = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
@@ -78,7 +85,7 @@ def choose(config: Config, parameters: Parameters, longest: int = 0, before: int
     recomputed = recomputed_layers(resolved, sizes, decision.name, here, decision.shard_group)
     by_node = decision.shard_group == "node" and here.nodes > 1
     shape = (here.nodes, here.processes) if by_node else (here.world_size,)
-    spread = Spread(decision.name, shape, None, decision.sentence, recomputed, size, why)
+    spread = Spread(decision.name, shape, None, decision.sentence, recomputed, size, why, here)
     return spread._replace(deepspeed=deepspeed_settings(config, spread))
 
 
@@ -167,7 +174,16 @@ def replicate_trained(model: Any) -> Any:
     ignored += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
     # gradients lie in the buckets that are sent: without a copy there and back, and a second time in memory
-    return DistributedDataParallel(model, find_unused_parameters=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=False, gradient_as_bucket_view=True)
+    if is_pretended():  # DDP's own reduction wants an answer
+        wrapped.register_comm_hook(None, _as_it_is)
+    return wrapped
+
+
+def _as_it_is(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def join_alone() -> None:
