@@ -103,8 +103,6 @@ def _is_adapted(lora: Lora, tensor: Tensor, saved: Sequence[str]) -> bool:
     name, kind = tensor.name, kind_of(tensor.name)
     if _is_parameter(lora, name):
         return True
-    if any(f".{module}." in f".{name}." for module in saved):
-        return False
     if lora.target_modules == ALL_LINEAR:
         wanted = tensor.linear or tensor.experts > 1
         adapted = wanted and kind not in (*NOT_LINEAR, *LEFT_OUT[lora.experts])
@@ -114,7 +112,11 @@ def _is_adapted(lora: Lora, tensor: Tensor, saved: Sequence[str]) -> bool:
         adapted = bool(re.fullmatch(lora.target_modules, name))
     else:
         adapted = _is_named(name, lora.target_modules)
-    return adapted and is_chosen(lora, name)
+    return adapted and is_chosen(lora, name) and not _lies_in(saved, name)
+
+
+def _lies_in(modules: Iterable[str], name: str) -> bool:
+    return any(f".{module}." in f".{name}." for module in modules)
 
 
 def _saved(lora: Lora, shape: Shape) -> list[str]:
@@ -129,18 +131,20 @@ def check_names(lora: Lora, shape: Shape, tensors: Sequence[Tensor]) -> None:
     if shape.with_vision:
         return
     modules = list(dict.fromkeys(module for tensor in tensors for module in _modules_of(tensor)))
-    names = [*modules, *(tensor.name for tensor in tensors)]
-    listed = () if isinstance(lora.target_modules, str) else lora.target_modules
-    for key, ends, there in (
-        ("target_modules", listed, modules),
-        ("modules_to_save", _saved(lora, shape), modules),
-        ("target_parameters", lora.target_parameters or (), [*names, *(f"{name}.weight" for name in names)]),
-    ):
-        for end in ends:
-            if not any(_is_named(name, [end]) for name in there):
-                known = sorted({_last(name) for name in there})
-                otherwise = f"names in it end in {', '.join(known)}"
-                raise ValueError(f"lora.{key}: the base has no {end}; {did_you_mean(end, known, otherwise)}")
+    parameters = [tensor.name for tensor in tensors]
+    parameters += [f"{name}.weight" for name in (*modules, *parameters)]
+    listed = [] if isinstance(lora.target_modules, str) else lora.target_modules
+    _check_ends("target_modules", listed, modules)
+    _check_ends("modules_to_save", _saved(lora, shape), modules)
+    _check_ends("target_parameters", lora.target_parameters or [], parameters)
+
+
+def _check_ends(key: str, ends: Iterable[str], there: list[str]) -> None:
+    for end in ends:
+        if not any(_is_named(name, [end]) for name in there):
+            known = sorted({_last(name) for name in there})
+            otherwise = f"names in it end in {', '.join(known)}"
+            raise ValueError(f"lora.{key}: the base has no {end}; {did_you_mean(end, known, otherwise)}")
 
 
 def _check_patterns(lora: Lora, adapted: set[str]) -> None:

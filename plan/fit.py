@@ -26,31 +26,29 @@ def check(config: Config, machine: Machine, gpu: Gpu) -> str:
         count(shape, config.lora)
     except ValueError:
         return ""  # the preparation says it, or it is a model that a plan does not know
-    flaw = _flaw(Setting(config, machine._replace(gpu_bytes=gpu.bytes, nvlink=gpu.nvlink > 0)), shape, gpu)
+    setting = Setting(config, machine._replace(gpu_bytes=gpu.bytes, nvlink=gpu.nvlink > 0))
+    # unpacked rows count next to nothing: how long they are is not known yet
+    longest = tokens_of_few(config.data) if packs_rows(config, on_gpu=True) else 1
+    flaw = _flaw(setting, shape, longest, gpu)
     if flaw and config.launch.plan == "refuse":
         raise ValueError(f"{flaw}; launch.plan: warn to try all the same")
     return flaw
 
 
-def _flaw(setting: Setting, shape: Shape, gpu: Gpu) -> str:
+def _flaw(setting: Setting, shape: Shape, longest: int, gpu: Gpu) -> str:
     """Return why a setting cannot fit, and what would; empty if it may fit."""
-    needed, sizes = least(setting, shape), sizes_of(setting.config, shape)
+    needed = least(setting, shape, longest)
     if needed.least <= (1 + ERROR) * gpu.bytes:
         return ""
-    return too_little(setting, sizes, needed, cures_of(setting, shape), f", and a {gpu.name} has")
+    sizes = Sizes.of(count(shape, setting.config.lora), longest)
+    return too_little(setting, sizes, needed, cures_of(setting, shape, longest), f", and a {gpu.name} has")
 
 
-def sizes_of(config: Config, shape: Shape) -> Sizes:
-    """Return the sizes for estimates before rows are counted. Those that are not packed count next to
-    nothing: how long they are is not known yet."""
-    longest = tokens_of_few(config.data) if packs_rows(config, on_gpu=True) else 1
-    return Sizes.of(count(shape, config.lora), longest=longest)
-
-
-def least(setting: Setting, shape: Shape) -> MemoryNeed:
-    """Return what a setting needs at least; with strategy.name: auto under the strategy that needs least."""
+def least(setting: Setting, shape: Shape, longest: int = 0) -> MemoryNeed:
+    """Return what a setting needs at least; with strategy.name: auto under the strategy that needs least.
+    longest: tokens of the longest row or pack, 0: data.max_length."""
     config, machine = setting
-    sizes = sizes_of(config, shape)
+    sizes = Sizes.of(count(shape, config.lora), longest)
     if config.strategy.name != "auto":
         return need(config, sizes, config.strategy.name, machine, config.strategy.shard_group)
     named = [_under(name, setting) for name in ("zero3", "fsdp") if machine.world_size > 1]
@@ -64,12 +62,14 @@ def _under(name: str, setting: Setting) -> Config:
     return changed_in("strategy", name=name, shard_group="global")(setting).config
 
 
-def cures_of(setting: Setting, shape: Shape) -> Iterator[str]:
-    """Yield changes with which a setting fits, the nearest first."""
+def cures_of(setting: Setting, shape: Shape, longest: int = 0) -> Iterator[str]:
+    """Yield changes with which a setting fits, the nearest first. longest: as least has it."""
 
     def fits(changed: Setting) -> str | None:
         refused = problems(changed.config, changed.machine)
-        return "" if not refused and least(changed, shape).total <= changed.machine.gpu_bytes else None
+        return (
+            "" if not refused and least(changed, shape, longest).total <= changed.machine.gpu_bytes else None
+        )
 
     experts = count(shape, setting.config.lora).experts_trained > 0
     return cures(setting, fits, experts=experts)

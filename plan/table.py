@@ -11,7 +11,7 @@ from qwenlora.plan.measured import Rates
 from qwenlora.plan.plan import STRATEGIES, Length, Plan, Way
 from qwenlora.plan.speed import Case
 from qwenlora.run.disk import free_bytes
-from qwenlora.run.format import count, duration, size
+from qwenlora.run.format import count, duration, number, size
 
 WIDTH = 14
 # on a GPU in GB: all, the base and what is gathered of it, the adapter with gradients and optimizer, a
@@ -49,6 +49,7 @@ def _given(case: Case, source: str) -> list[tuple[str, str]]:
     how = "as they were counted" if rows.counted else "guessed from their texts"
     unit = f"packs of {case.config.data.max_length:,} tokens" if case.is_packed else "rows"
     link = f"NVLink {case.gpu.nvlink:.0f} GB/s" if case.gpu.nvlink else f"PCIe {case.gpu.pcie:.0f} GB/s"
+    link = f", {link}" if machine.gpus else ""
     network = f", {case.links.network / 1e9:.0f} GB/s between nodes" if machine.nodes > 1 else ""
     kind = "GPUs" if machine.gpus else "CPU"
     gpus = f"{count(machine.nodes, 'node')} x {machine.processes} {case.gpu.name}"
@@ -62,16 +63,16 @@ def _given(case: Case, source: str) -> list[tuple[str, str]]:
         ("base", f"{base}, {of.total / 1e9:.2f} billion numbers{active}, from {source}"),
         ("adapter", f"{of.trainable:,} trained numbers (r {lora.r}), {size(4 * of.trainable)}"),
         ("rows", found),
-        (kind, f"{gpus} of {size(case.gpu.bytes)}, {link}{network}{measured}"),
+        (kind, f"{gpus} of {size(case.gpu.bytes)}{link}{network}{measured}"),
         ("step", f"{case.config.train.global_batch_size} {unit}"),
     ]
 
 
 def rates_in_words(rates: Rates) -> str:
     """Return what was measured of a device."""
-    products = (f"{dtype} {flops / 1e12:,.3g} TFLOP/s" for dtype, flops in rates.products.items())
-    link = [f"link {rates.link / 1e9:,.3g} GB/s"] if rates.link else []
-    return ", ".join([*products, f"memory {rates.memory / 1e9:,.3g} GB/s", *link])
+    products = (f"{dtype} {number(flops / 1e12)} TFLOP/s" for dtype, flops in rates.products.items())
+    link = [f"link {number(rates.link / 1e9)} GB/s"] if rates.link else []
+    return ", ".join([*products, f"memory {number(rates.memory / 1e9)} GB/s", *link])
 
 
 def _corrections(case: Case) -> Iterator[tuple[str, str]]:

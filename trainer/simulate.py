@@ -22,7 +22,7 @@ from qwenlora.configs import Config
 from qwenlora.configs.combinations import check_simulated
 from qwenlora.configs.estimate import cut_into
 from qwenlora.data import prepared
-from qwenlora.data.order import total_steps
+from qwenlora.data.order import Rows, total_steps
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import count
 from qwenlora.run.handover import Handover
@@ -58,10 +58,12 @@ class Simulated(Record):
 
 class Shares(NamedTuple):
     """Tokens of ranks. of: {rank: in the simulated steps}; uneven: those of the slowest rank of each of the
-    coming steps, relative to the mean of all ranks."""
+    coming steps, relative to the mean of all ranks; whole: in those that have a whole global batch, 0 without
+    any; steps: how many come."""
 
     of: dict[int, int]
     uneven: float
+    whole: float
     steps: int
 
 
@@ -192,11 +194,19 @@ def _shares(config: Config, run: RunFolder, last: Rank, first: Simulated) -> Sha
     order = order_of(cut_into(config, first.micro_batch), side, packs)
     coming = total_steps(facts.units, train.global_batch_size, train.num_train_epochs, train.max_steps)
     tokens = [order.tokens_of_ranks(step, last.world_size) for step in range(min(coming, AHEAD))]
+    every, batch = order.steps_per_epoch, train.global_batch_size
+    whole = [of for step, of in enumerate(tokens) if (step % every + 1) * batch <= order.units]
     return Shares(
         {rank: sum(int(step[rank]) for step in tokens[: first.steps]) for rank in (0, last.rank)},
-        sum(int(step.max()) for step in tokens) / sum(float(step.mean()) for step in tokens),
+        _uneven(tokens),
+        _uneven(whole),
         len(tokens),
     )
+
+
+def _uneven(tokens: list[Rows]) -> float:
+    """Return the tokens of each step's slowest rank relative to the mean; 0 without steps."""
+    return sum(int(step.max()) for step in tokens) / max(1.0, sum(float(step.mean()) for step in tokens))
 
 
 def _show(last: Rank, processes: int, found: list[Simulated], shares: Shares, console: Console) -> None:
@@ -217,8 +227,9 @@ def _show(last: Rank, processes: int, found: list[Simulated], shares: Shares, co
         table.add_row("on the GPU", *(f"{each.on_gpu / 1e6:,.1f}" for each in found))
     table.add_row(f"tokens in {count(found[0].steps, 'step')}", *(f"{each:,}" for each in shares.of.values()))
     console.print(table)
+    whole = f"; {shares.whole:.3f} in steps of a whole batch" if shares.whole else ""
     console.print(
         f"slowest / mean: {shares.uneven:.3f}, the tokens of a step's slowest rank by those of all"
-        f" {last.world_size:,} on average, in the coming {count(shares.steps, 'step')}",
+        f" {last.world_size:,} on average, in the coming {count(shares.steps, 'step')}{whole}",
         soft_wrap=True,
     )

@@ -283,6 +283,18 @@ def test_a_stopped_run_whose_job_is_pending_waits_to_go_on(run, monkeypatch):
     assert "waits to go on : SIGUSR1" in Page(run).text
 
 
+def test_what_was_planned_is_beside_what_was_measured(run):
+    plan = {"device": "H100", "kind": "ddp", "step_s": 3.5, "tokens_s": 1100.0, "memory": 20 * 10**9}
+    columns = {"tokens_per_s": lambda step: 1000.0, "peak_memory_gb": lambda step: 21.0}
+    log(run, [attempt(1, 1, 100, strategy="ddp", planned=plan)], **columns)
+    text = Page(run).text
+    assert "throughput 1,000 tokens/s (median), planned 1,100" in text
+    assert "a step 4.00 s (the last attempt's mean), planned 3.50" in text
+    assert "peak memory 21.00 GB on the first rank, planned 20.00" in text
+    log(run, [attempt(1, 1, 100, strategy="ddp")], **columns)
+    assert "planned" not in Page(run).text
+
+
 def test_numbers_that_are_not_finite_are_noted_and_marked(run):
     log(run, loss=lambda step: float("nan") if step % 10 == 0 else 1.0, grad_norm=lambda step: float("inf"))
     text = Page(run).text

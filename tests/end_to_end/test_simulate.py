@@ -6,9 +6,9 @@ import pytest
 
 CONFIG = """
 model: {name_or_path: tiny}
-data: {train: example, eval: example, max_length: 128, packing: 'on'}
-train: {global_batch_size: 64, per_device_train_batch_size: 1, max_steps: 50, eval_strategy: steps, eval_steps: 2,
-        save_strategy: steps, save_steps: 2}
+data: {train: example, eval: example, max_length: 128}
+train: {global_batch_size: 64, per_device_train_batch_size: 1, max_steps: 50, eval_strategy: steps,
+        eval_steps: 2, save_strategy: steps, save_steps: 2}
 """
 
 
@@ -22,11 +22,11 @@ def test_the_first_and_the_last_rank_run_three_steps_and_leave_only_prepared_row
     assert "rank 0 and rank 63 of 64 (64 nodes x 1) ran 3 steps, without the others\n" in answer.stdout
     (tokens,) = re.findall(r"tokens in 3 steps +(\d+) +(\d+)", answer.stdout)
     first, last = map(int, tokens)
-    assert 3 * 128 >= first >= last >= 0  # the longest packs come first
+    assert first > last > 0  # the longest rows come first, and the last of an epoch are fewer than the ranks
     (uneven,) = re.findall(
         r"slowest / mean: ([\d.]+), .* of all 64 on average, in the coming 50", answer.stdout
     )
-    assert 1 <= float(uneven)
+    assert float(uneven) >= 1
     assert list((tmp_path / "tmp").iterdir()) == []
     assert [file.name for file in (tmp_path / "runs").iterdir()] == [".prepared"]
 

@@ -112,5 +112,5 @@ def test_a_plan_says_what_is_calibrated_and_what_is_corrected(file, qwenlora, tm
     rates = Rates(products={"bfloat16": 700e12}, memory=3e12)
     measured.change(lambda _: runs(1.5, 1.5, 1.5).with_device("H100", rates))
     after = qwenlora(*command).stdout
-    assert "; calibrated: bfloat16 700 TFLOP/s, memory 3e+03 GB/s\n" in after
+    assert "; calibrated: bfloat16 700 TFLOP/s, memory 3,000 GB/s\n" in after
     assert "corrected     ddp by 3 runs on H100: memory x 1.00, time x 1.50\n" in after

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from run_facts import make_facts
 
 from qwenlora.configs.combinations import Machine
 from qwenlora.configs.schema import Config
@@ -12,7 +13,7 @@ from qwenlora.plan.counts import count
 from qwenlora.plan.measured import Ran, Rates
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.hardware import cpu_name
-from qwenlora.run.records import Attempt, Facts, Planned, SideCounts, now
+from qwenlora.run.records import Attempt, Planned, now
 from qwenlora.trainer.record import planning
 from qwenlora.trainer.spread.strategy import Spread
 
@@ -70,7 +71,7 @@ def test_a_cpu_is_planned_for_once_it_is_calibrated(tmp_path, monkeypatch):
     config = Config.model_validate(
         {"run_dir": "r", "model": {"name_or_path": "tiny"}, "data": {"train": "example"}}
     )
-    facts = facts_of(config)
+    facts = make_facts(parameters=count(shape_of_base(config.model)[0], config.lora))
     spread = Spread(machine=Machine(1, 1, 0), micro_batch=4)
     assert planning.planned(config, facts, spread) is None
     rates = Rates(products={"float32": 1e11}, memory=1e10)
@@ -80,19 +81,3 @@ def test_a_cpu_is_planned_for_once_it_is_calibrated(tmp_path, monkeypatch):
     assert plan.step_s > 0
     measured.change(lambda file: file.revised(runs=[Ran(device=cpu_name(), kind="ddp", time=1.5)] * 3))
     assert planning.planned(config, facts, spread).step_s == pytest.approx(1.5 * plan.step_s)
-
-
-def facts_of(config):
-    counts = SideCounts(rows=100, read_rows=100, tokens=5000, trained_tokens=2000, longest=80, sha256="")
-    return Facts(
-        base="tiny",
-        base_fingerprint="",
-        data_folder="",
-        files_key="",
-        data={"train": counts},
-        packing=False,
-        bad_rows=0,
-        notes=[],
-        parameters=count(shape_of_base(config.model)[0], config.lora),
-        checkpoint_bytes=0,
-    )

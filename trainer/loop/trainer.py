@@ -40,6 +40,7 @@ from qwenlora.trainer.model.loading import pick_dtype
 from qwenlora.trainer.model.router_loss import own_the_router_loss
 from qwenlora.trainer.model.row_attention import takes_rows_end_to_end
 from qwenlora.trainer.ranks import faults
+from qwenlora.trainer.ranks.rendezvous import is_pretended
 from qwenlora.trainer.ranks.stop import Stop
 from qwenlora.trainer.spread.sequence import Team
 from qwenlora.trainer.spread.strategy import check_same_base, replicate_trained
@@ -236,9 +237,10 @@ class LoraTrainer(Trainer):
         """Return what the losses of a step are divided by: the weight of its tokens on all ranks."""
         if self.train_side.weights is None:
             number: Tensor | int | None = super()._get_num_items_in_batch(batch_samples, device)
-            return number
-        weight: Tensor = self.accelerator.gather(weight_of(batch_samples, device)).sum().float()
-        return weight
+        else:
+            number = self.accelerator.gather(weight_of(batch_samples, device)).sum().float()
+        # others' tokens are then not counted, and a rank may have none
+        return max(number or 1, 1) if is_pretended() else number
 
     def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:

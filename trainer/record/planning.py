@@ -71,8 +71,7 @@ def of_attempt(attempt: Attempt, lines: list[Line]) -> Ran | None:
     """Return an attempt beside the formulas, without corrections of earlier runs; None if it was too short.
     lines: of metrics.jsonl."""
     plan, logged = attempt.planned, [line for line in lines if "tokens_per_s" in line]
-    first, last = attempt.first_step or 0, logged[-1]["step"] if logged else 0
-    if plan is None or len(logged) < LINES or last - first < STEPS:
+    if plan is None or len(logged) < LINES or logged[-1]["step"] - (attempt.first_step or 0) < STEPS:
         return None
     speed = statistics.median(line["tokens_per_s"] for line in logged[1:])
     peak = max(line["peak_memory_gb"] for line in logged) * 1e9
