@@ -94,7 +94,7 @@ def _beside(config: Config, run: RunFolder) -> Config:
     cache = str(RunFolder(config.run_dir).cache(config))
     changed = {
         "data": config.data.model_copy(update={"cache_dir": cache}),
-        "log": config.log.model_copy(update={"wandb": "off"}),
+        "log": config.log.model_copy(update={"to": []}),
         "launch": config.launch.model_copy(update={"preflight": "off"}),  # nobody would reduce right
     }
     return config.model_copy(update=changed | {"run_dir": str(run.path)})
