@@ -31,11 +31,12 @@ ROWS = {
     "qwen2.5-7b-pretrain": lambda city: {"text": f"{city}是一座城市，{city}有很多人。"},
     "customer-service-qlora": lambda city: {"instruction": f"发往{city}？", "output": f"{city}要三天。"},
 }
-# name, learning rate (high, as the base is random), steps, loss; where an adapter is larger, a lower rate
+# name, learning rate (high, as the base is random), steps, loss. One token in eight of a text is its end,
+# which is also the padding: the tiny model has no embedding for that, so its loss stays at 12
 ENDS = [
     ("qwen3-8b-tools", 3e-3, 25, 0.2),
     pytest.param("qwen3-4b-thinking", 3e-3, 25, 0.2, marks=pytest.mark.long),
-    pytest.param("qwen2.5-7b-pretrain", 1e-3, 40, 0.2, marks=pytest.mark.long),
+    pytest.param("qwen2.5-7b-pretrain", 1e-3, 25, 1.8, marks=pytest.mark.long),
     pytest.param("customer-service-qlora", 3e-3, 40, 0.5, marks=pytest.mark.long),
 ]
 
