@@ -19,6 +19,7 @@ from qwenlora.trainer.loop.state import adapter_of, check_alike
 from qwenlora.trainer.loop.trainer import LoraTrainer
 from qwenlora.trainer.model.loading import device
 from qwenlora.trainer.model.precision import resolve_dtype
+from qwenlora.trainer.model.row_attention import described
 from qwenlora.trainer.process import Process
 from qwenlora.trainer.ranks.faults import TrainingFault
 from qwenlora.trainer.ranks.from_rank_0 import from_rank_0
@@ -121,9 +122,8 @@ def _announce(context: Context, parts: Parts) -> Recording:
     recording = Recording.start(process, facts, context.chronicle)
     trainer.wandb_id = known_id(run.wandb_id)
     rows = startup_table.rows(process.config, facts, trainer.args, process.rank.world_size, parts.spread)
-    process.console.print(
-        startup_table.table(run.path.name, rows | {"fused": str(parts.fused)} | recording.trackers.places)
-    )
+    rows |= {"attention": described(parts.model), "fused": str(parts.fused), **recording.trackers.places}
+    process.console.print(startup_table.table(run.path.name, rows))
     notes = startup_table.warnings(process.config, facts, trainer.args, parts.untrained, tied=parts.tied)
     for line in (*_notes_on_the_start(context), *notes):
         process.warn(line)

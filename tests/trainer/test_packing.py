@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import HYBRIDS, side_of
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
@@ -28,7 +29,7 @@ from qwenlora.data.packing import pack
 from qwenlora.data.prepared import Side
 from qwenlora.trainer.loop.batches import StepLoader, collate, collate_packs
 from qwenlora.trainer.loop.evaluation import eval_batches
-from qwenlora.trainer.model import row_attention
+from qwenlora.trainer.model import row_attention, varlen
 from qwenlora.trainer.model.checks import check_isolation, isolates_rows
 from qwenlora.trainer.model.loading import IGNORED
 from qwenlora.trainer.model.row_attention import (
@@ -139,6 +140,54 @@ def test_row_by_row_attention_under_autocast_takes_queries_of_another_dtype():
     model.get_input_embeddings().float()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model(**collate_packs([rows_of(30, 2, 1)], PAD)).logits.isfinite().all()
+
+
+def varlen_attn(query, key, value, ends, key_ends, most, most_keys, *, scale, window_size, enable_gqa):
+    """Stands for torch's kernel, which needs a GPU: the same arguments, each row by itself."""
+    assert (window_size, enable_gqa, most) == ((-1, 0), True, most_keys), "causal"
+    assert ends is key_ends
+    assert most == ends.diff().max()
+    rows = zip(*(tensor.split(ends.diff().tolist()) for tensor in (query, key, value)), strict=True)
+    heads_first = ([tensor.transpose(0, 1) for tensor in row] for row in rows)
+    parts = [
+        scaled_dot_product_attention(*row, is_causal=True, scale=scale, enable_gqa=True)
+        for row in heads_first
+    ]
+    return torch.cat(parts, 1).transpose(0, 1)
+
+
+@given(packs=st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=4), min_size=1, max_size=3))
+@settings(max_examples=15, deadline=None)
+def test_all_rows_in_one_call_have_the_gradients_of_rows_in_turn(packs):
+    rows, gradients = [rows_of(*lengths) for lengths in packs], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlen.varlen, "varlen_attn", varlen_attn)
+        for kernel in (row_attention.KERNELS["cpu"], varlen.attend):
+            patch.setitem(row_attention.KERNELS, "cpu", kernel)
+            model = model_of("qwen3", ROW_BY_ROW)
+            model(**collate_packs(rows, PAD), num_items_in_batch=1).loss.backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters()})
+    scale = max(gradient.abs().max() for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).abs().max() <= 1e-5 * scale, name
+
+
+def test_a_kernel_for_all_rows_is_tried_before_it_is_used(monkeypatch):
+    def leaks(query, key, value, ends, *args, **options):
+        whole = torch.tensor([0, int(ends[-1])])
+        return varlen_attn(query, key, value, whole, whole, int(ends[-1]), int(ends[-1]), **options)
+
+    def has_no_gradient(*args, **options):
+        return varlen_attn(*args, **options).detach()
+
+    def is_older(query, key, value, ends, key_ends, most, most_keys, is_causal=False):
+        raise AssertionError("it knows no window_size")
+
+    asked = (4, 2, 16, torch.bfloat16, torch.device("cpu"))
+    assert not varlen.works(*asked), "torch has no such kernel for CPUs"
+    for kernel, works in ((varlen_attn, True), (leaks, False), (has_no_gradient, False), (is_older, False)):
+        monkeypatch.setattr(varlen.varlen, "varlen_attn", kernel)
+        assert varlen.works(*asked) == works, kernel.__name__
 
 
 def test_without_a_split_row_by_row_attention_leaks(monkeypatch):
@@ -263,7 +312,7 @@ def test_rows_that_are_not_packed_lie_end_to_end_too_where_attention_keeps_them_
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("attention", ["sdpa", ROW_BY_ROW, "flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_on_a_gpu_rows_of_a_pack_are_kept_apart(kind, attention):
     if not torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """Attention over rows that lie end to end in one sequence: each row by itself, so that nothing is padded and
-no mask is made. It is for CPUs; GPUs have kernels for many rows at once."""
+no mask is made. On a CPU one row after the other, on a GPU all in one call (varlen.py)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qwenlora.trainer.model import varlen
 from qwenlora.trainer.model.loading import device
 from qwenlora.trainer.model.pretrained import layer_kinds
 
@@ -23,17 +25,27 @@ def attend_row_by_row(model: Any, *, states_apart: bool = False) -> bool:
     by position_ids where rows begin; padding is on the right, and no attention_mask is looked at.
     states_apart: whether the states of its linear attention are kept apart."""
     possible = (
-        device().type == "cpu"
-        and model.config._attn_implementation == "sdpa"
+        model.config._attn_implementation == "sdpa"
         and layer_kinds(model.config) <= {"full_attention"} | ({LINEAR} if states_apart else set())
         and not getattr(model.config.get_text_config(), "attention_dropout", 0.0)
         # models with linear attention pass position_ids on to their attention, too, but do not say so
         and (states_apart or bool(getattr(model, "_supports_attention_backend", False)))
+        and _has_kernel(model)
     )
     if possible:
         ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
         model.config._attn_implementation = NAME
     return possible
+
+
+def _has_kernel(model: Any) -> bool:
+    """Whether this machine has a kernel for rows: a CPU always, a GPU by a trial."""
+    here, text = device(), model.config.get_text_config()
+    if here.type == "cpu":
+        return True
+    heads = text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return varlen.works(heads, text.num_key_value_heads, dim, model.dtype, here)
 
 
 def attend_to_padded_rows(model: Any) -> None:
@@ -44,6 +56,14 @@ def attend_to_padded_rows(model: Any) -> None:
 def takes_rows_end_to_end(model: Any) -> bool:
     """Whether a model attends row by row."""
     return bool(model.config._attn_implementation == NAME)
+
+
+def described(model: Any) -> str:
+    """Return how a model attends to the rows of a sequence, for the start-up table."""
+    if not takes_rows_end_to_end(model):
+        return str(model.config._attn_implementation)
+    how = "all rows in one call (torch's varlen_attn)" if device().type == "cuda" else "each row by itself"
+    return f"{how}, no padding, no mask"
 
 
 def _attend(
@@ -58,15 +78,27 @@ def _attend(
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # it does not know the kernel that is called here
         query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
-    scale, lines = options.get("scaling"), [(query, key, value)]
+    lengths = lengths_of(positions) * (len(query) // len(positions))
+    return KERNELS[kind](query, key, value, lengths, options.get("scaling")), None
+
+
+def _in_turn(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[list[int]], scale: float | None
+) -> Tensor:
+    """Do what varlen.attend() does, on a CPU."""
+    lines = [(query, key, value)]
     if len(query) > 1:
         lines = list(zip(*(torch.split(tensor, 1) for tensor in lines[0]), strict=True))
-    lengths = lengths_of(positions) * (len(lines) // len(positions))
     outputs = [
         _Rows.apply(*line, own, scale)  # type: ignore[no-untyped-call]
         for line, own in zip(lines, lengths, strict=True)
     ]
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0], None
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+# by the kind of device; each is given query, key and value, [lines, heads, tokens, dim], the lengths of each
+# line's rows, and the scale
+KERNELS: dict[str, Callable[..., Tensor]] = {"cpu": _in_turn, "cuda": varlen.attend}
 
 
 class _Rows(torch.autograd.Function):
