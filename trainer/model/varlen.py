@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
-LENGTHS = (3, 130, 1, 61)  # of the rows that are tried; a kernel's blocks have 64 or 128 tokens
+LENGTHS = [3, 130, 1, 61]  # of the rows that are tried; a kernel's blocks have 64 or 128 tokens
 APART = 0.02  # of the exact result's norm: bfloat16 rounds by 0.004
 
 
@@ -21,13 +21,13 @@ def attend(
     divisor of them; lengths: of each line's rows, which together fill it. scale: None for 1 / sqrt(dim).
     """
     lines, _, tokens, _ = query.shape
-    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     every = [length for line in lengths for length in line]
     ends = torch.tensor([0, *every], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     ends = ends.to(query.device, non_blocking=True)
     longest = max(every)
     output: Any = varlen.varlen_attn(
-        *flat, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
+        q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True
     )
     result: Tensor = output.unflatten(0, (lines, tokens))
     return result
@@ -43,12 +43,12 @@ def works(heads: int, key_heads: int, dim: int, dtype: torch.dtype, device: torc
     exact = [tensor.float().requires_grad_() for tensor in drawn[:3]]
     slope = drawn[3].transpose(1, 2)
     try:
-        output = attend(mine[0], mine[1], mine[2], [list(LENGTHS)], None)
+        output = attend(mine[0], mine[1], mine[2], [LENGTHS], None)
         output.backward(slope)  # type: ignore[no-untyped-call]
     except (RuntimeError, TypeError, ValueError, NotImplementedError):  # what a lacking kernel raises
         return False
-    rows = zip(*(torch.split(tensor, LENGTHS, 2) for tensor in exact), strict=True)
-    parts = [scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True) for row in rows]
+    rows = list(zip(*(torch.split(tensor, LENGTHS, 2) for tensor in exact), strict=True))
+    parts = [scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in rows]
     expected = torch.cat(parts, 2).transpose(1, 2)
     expected.backward(slope.float())  # type: ignore[no-untyped-call]
     pairs = [(output, expected), *((one.grad, other.grad) for one, other in zip(mine, exact, strict=True))]
