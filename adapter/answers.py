@@ -8,6 +8,7 @@ import torch
 from qwenlora.configs.schema import Data
 from qwenlora.data.rows import Row
 from qwenlora.data.survey import rows_of_side
+from qwenlora.data.template import ENABLE_THINKING, has_default
 from qwenlora.data.turns import END_OF_TEXT, THINK, THOUGHT, TURN_END, TURN_START, Message, is_learnt
 from qwenlora.run.long_work import LongWork
 
@@ -63,15 +64,17 @@ def training_questions(data: Data) -> Iterator[Question]:
             yield question
 
 
-def prompt_of(tokenizer: Any, question: Question, *, thinking: bool = False) -> str:
-    """Return the prompt. thinking: Qwen3's enable_thinking. Raises: ValueError when the template fails."""
+def prompt_of(tokenizer: Any, question: Question, *, thinking: bool | None = None) -> str:
+    """Return the prompt. thinking: Qwen3's enable_thinking; None: as data.chat_template_kwargs says, else
+    off. Raises: ValueError when the template fails."""
+    as_set = thinking is None and has_default(tokenizer, ENABLE_THINKING)
     try:
         text: str = tokenizer.apply_chat_template(
             question.messages,
             tools=question.tools,
             tokenize=False,
             add_generation_prompt=True,
-            enable_thinking=thinking,
+            **({} if as_set else {ENABLE_THINKING: bool(thinking)}),
         )
     except Exception as error:  # templates raise any kind of error (jinja2's raise_exception)
         reason = " ".join(str(error).split())[:200]
@@ -145,7 +148,7 @@ def generate_answers(
     title: str,
     *,
     batch_size: int = BATCH,
-    thinking: bool = False,
+    thinking: bool | None = None,
 ) -> Iterator[Answer]:
     """Yield answers, in order; a full GPU halves batches. Raises: ValueError when one question fills it."""
     if sampling.seed is not None:
@@ -170,7 +173,7 @@ def generate_answers(
 
 
 def _generate_batch(
-    model: Any, tokenizer: Any, questions: Sequence[Question], sampling: Sampling, thinking: bool
+    model: Any, tokenizer: Any, questions: Sequence[Question], sampling: Sampling, thinking: bool | None
 ) -> list[Answer] | None:
     """Return the answers to a batch; None when the GPU is full."""
     prompts = [prompt_of(tokenizer, question, thinking=thinking) for question in questions]

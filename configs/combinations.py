@@ -53,6 +53,7 @@ def packs_rows(config: Config, *, on_gpu: bool) -> bool:
 
 
 _NAME = "strategy.name={strategy.name}"
+_EXPERTS = "strategy.expert_parallel={strategy.expert_parallel}"
 _WHOLE_BASE = "set strategy.name: zero2 or ddp"
 
 RULES = (
@@ -194,6 +195,46 @@ RULES = (
         "ZeRO hands an optimizer flat pieces of all parameters, and others look at rows and columns, keep"
         " blocks of few bits, or prepare for whole parameters",
         "set train.optim: adamw_torch_fused, or strategy.name: ddp or fsdp",
+    ),
+    Rule(
+        "expert-parallel-strategy",
+        "`expert_parallel` over 1 with another `name` than `auto`, `ddp`",
+        lambda c, m: c.strategy.expert_parallel > 1 and c.strategy.name not in ("auto", "ddp"),
+        f"{_EXPERTS} with {_NAME}",
+        "experts are divided by themselves, and all else is whole on each GPU",
+        "set strategy.name: ddp, or strategy.expert_parallel: 1",
+    ),
+    Rule(
+        "expert-parallel-divides",
+        "`expert_parallel` that does not divide the processes of a node",
+        lambda c, m: m.processes % c.strategy.expert_parallel != 0,
+        f"{_EXPERTS} on {{machine.processes}} processes of a node",
+        "the processes of a node are cut into groups of that size",
+        "set it to a divisor of their number",
+    ),
+    Rule(
+        "expert-parallel-quantization",
+        "`expert_parallel` over 1 with `quantization`",
+        lambda c, m: c.strategy.expert_parallel > 1 and c.strategy.quantization != "none",
+        f"{_EXPERTS} with strategy.quantization={{strategy.quantization}}",
+        "bitsandbytes quantises a layer's experts together, and here a GPU reads some of them",
+        "set strategy.quantization: none, or strategy.expert_parallel: 1",
+    ),
+    Rule(
+        "expert-parallel-float16",
+        "`expert_parallel` over 1 with `model.dtype: float16`",
+        lambda c, m: c.strategy.expert_parallel > 1 and c.model.dtype == "float16",
+        f"{_EXPERTS} with model.dtype=float16",
+        "float16 needs its loss scaled by what all gradients are, of which a GPU has some",
+        "set model.dtype: bfloat16, or strategy.expert_parallel: 1",
+    ),
+    Rule(
+        "expert-parallel-optim",
+        f"`expert_parallel` over 1 with another `train.optim` than {', '.join(FLAT)}",
+        lambda c, m: c.strategy.expert_parallel > 1 and c.train.optim not in FLAT,
+        f"{_EXPERTS} with train.optim={{config.train.optim}}",
+        "other optimizers look at whole parameters, and here a GPU has parts",
+        "set train.optim: adamw_torch_fused, or strategy.expert_parallel: 1",
     ),
     Rule(
         "sequence-parallel-divides",

@@ -51,6 +51,7 @@ class Sizes(NamedTuple):
     attention_width: int = 0
     linear_width: int = 0
     experts_width: int = 0
+    experts_met: int = 0
     experts: int = 0
     experts_trained: int = 0
     active: int = 0
@@ -117,7 +118,9 @@ def need(
     - weights: b * body + b * (embeddings and head), b of the body 0.516 (nf4) or 1 (int8); zero3, fsdp: / n,
       but for nf4's scales, 0.016 * body; zero3 in node groups holds a part of all GPUs' and a part of the
       node's; none with offload: params.
+      expert_parallel: experts / N, trained ones, too.
     - gathered, zero3 and fsdp: embeddings, head, and two layers (fsdp) or 1e9 numbers (zero3).
+      expert_parallel: the experts' adapter when it is saved, as far as activations leave no room for it.
     - trained, in float32: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P / n
       (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less. 8 of the bytes are Adam's;
       other optimizers have fewer (STATES).
@@ -185,10 +188,12 @@ def _need(
     # the kernels for linear attention may be on the GPUs' machine, and not here
     least = at_once * (kept + LEAST * passing * kept_a_layer(config, sizes, linear=LINEAR))
     spared = max(0.0, gathered - _gathered_least(config, sizes, width)) if name == "zero3" else 0.0
+    trained, elsewhere = _trained(config, sizes), _trained_elsewhere(config, sizes)
+    gathered += max(0.0, 4 * elsewhere - activations)
     return MemoryNeed(
         weights=int(weights),
         gathered=int(gathered),
-        trained=int(_trained_bytes(config, _trained(config, sizes), name, machine.world_size)),
+        trained=int(_trained_bytes(config, trained - elsewhere, name, machine.world_size)),
         activations=int(activations),
         logits=3 * min(4 * at_once * (sizes.head // sizes.hidden_size), LOGITS_AT_ONCE),
         reserve=RESERVE if machine.gpus else 0,
@@ -208,7 +213,7 @@ def _base_on_a_gpu(
     """Return the bytes of the base that stay on a GPU, and of what is gathered at a time."""
     width, base = bytes_a_number(config, machine), base_bytes(config, sizes, machine)
     if name not in ("zero3", "fsdp"):
-        return base, 0.0
+        return base - width * sizes.experts * _elsewhere(config), 0.0
     outside = sizes.total - sizes.body
     scales = SCALES * sizes.body if config.strategy.quantization == "nf4" else 0.0  # they are no parameters
     sharded = base - scales
@@ -229,10 +234,12 @@ def kept_a_layer(config: Config, sizes: Sizes, linear: int = 0) -> float:
     of linear attention that are kept, by default those of the functions that are here."""
     attention = 3 * (sizes.attention_width / sizes.layers if sizes.attention_width else sizes.hidden_size)
     # gathered inputs and products, which our function for experts with LoRA, or in nf4, makes again
-    ours = _trains_experts(config, sizes) or config.strategy.quantization == "nf4"
+    strategy = config.strategy
+    ours = _trains_experts(config, sizes) or strategy.quantization == "nf4" or strategy.expert_parallel > 1
     experts = sizes.experts_width if sizes.experts and not ours else 0
     here = LINEAR if find_spec("fla") else EAGER_LINEAR
     nets = sizes.linear_width / sizes.layers * (linear or here)
+    nets += sizes.hidden_size * ranks_met(config, sizes.experts_met)
     widths = 3 * sizes.hidden_size + 2 * sizes.kv_width + 2 * sizes.intermediate_size
     return widths + attention + experts + nets
 
@@ -408,11 +415,27 @@ def _left_as_it_is(config: Config, sizes: Sizes, machine: Machine) -> str:
     return f" ({experts} of it experts, which {config.strategy.quantization} leaves as they are)"
 
 
+def ranks_met(config: Config, experts: int) -> float:
+    """Return how many ranks a token is sent to with strategy.expert_parallel, its own among them: the mean
+    for experts that are chosen at random. experts: that it meets."""
+    ranks = config.strategy.expert_parallel
+    return ranks * (1 - (1 - 1 / ranks) ** experts) if ranks > 1 else 0.0
+
+
+def _elsewhere(config: Config) -> float:
+    """Return the share of the experts that other ranks have."""
+    return 1 - 1 / config.strategy.expert_parallel
+
+
+def _trained_elsewhere(config: Config, sizes: Sizes) -> float:
+    return _elsewhere(config) * sizes.experts_trained * (config.lora.experts == "all")
+
+
 def _trained(config: Config, sizes: Sizes) -> int:
     return sizes.trainable - (0 if config.lora.experts == "all" else sizes.experts_trained)
 
 
-def _trained_bytes(config: Config, count: int, name: str, world: int) -> float:
+def _trained_bytes(config: Config, count: float, name: str, world: int) -> float:
     optim = config.train.optim
     state = STATES.get(optim, EIGHT_BITS if optim.endswith("8bit") else 8)
     if name in ("ddp", "fsdp"):

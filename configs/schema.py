@@ -142,6 +142,12 @@ class Data(Section):
     train_on: Literal["assistant", "last_assistant", "all"] = Field(
         "assistant", description="What is learnt: every reply, the last reply of a row, or everything."
     )
+    chat_template_kwargs: dict[Text, bool | int | float | str] = Field(
+        default_factory=dict,
+        description="Arguments of the chat template, as {preserve_thinking: true}: its defaults from then on,"
+        " in the adapter's folder, too.",
+        json_schema_extra=SINCE_0_2,
+    )
     max_length: Annotated[int, Field(ge=8)] = Field(
         2048, description="Longest row, and length of a pack, in tokens."
     )
@@ -461,6 +467,11 @@ class Strategy(Section):
     )
     sequence_parallel: PositiveInt = Field(
         1, description="GPUs that share each sequence (Ulysses), for rows that are too long for one."
+    )
+    expert_parallel: PositiveInt = Field(
+        1,
+        description="GPUs of a node that divide the experts of a mixture's layers among them.",
+        json_schema_extra=SINCE_0_2,
     )
     deepspeed_config: Text | None = Field(
         None,

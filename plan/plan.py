@@ -138,7 +138,7 @@ def way_with(case: Case, name: str, group: str, recomputed: int) -> Way:
     needed = need(case.config, case.sizes, name, case.machine, group, recomputed)
     off = (by.memory - 1) * (needed.total - needed.reserve)
     needed = needed.model_copy(update={"activations": max(0, int(needed.activations + off))})
-    time, moved = step_time(case, name, group, recomputed), sent(case, name, group)
+    time, moved = step_time(case, name, group, recomputed), sent(case, name, group, recomputed)
     step_s = by.time * time.seconds
     return Way(
         strategy=name,
@@ -149,7 +149,7 @@ def way_with(case: Case, name: str, group: str, recomputed: int) -> Way:
         recomputed=recomputed,
         step_s=step_s,
         tokens_s=tokens_of_step(case) / step_s,
-        sent=case.micro_batches * moved.gathered + moved.reduced,
+        sent=case.micro_batches * moved.a_micro_batch + moved.reduced,
         efficiency=time.efficiency,
     )
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenlora.configs.combinations import SHARDED, Machine, packs_rows
-from qwenlora.configs.estimate import Sizes, base_bytes, bytes_a_number, kept_a_layer
+from qwenlora.configs.estimate import Sizes, base_bytes, bytes_a_number, kept_a_layer, ranks_met
 from qwenlora.configs.schema import Config
 from qwenlora.data.order import accumulation_steps
 from qwenlora.plan.flops import flops
@@ -98,19 +98,28 @@ class Case(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """Bytes that a GPU sends. gathered: of the base, a micro-batch; reduced: of gradients, a step."""
+    """Bytes that a GPU sends. gathered: of the base, a micro-batch; exchanged: of tokens that go to experts
+    on other GPUs of the node, a micro-batch; reduced: of gradients, a step."""
 
     gathered: float
+    exchanged: float
     reduced: float
+
+    @property
+    def a_micro_batch(self) -> float:
+        """Bytes of a micro-batch."""
+        return self.gathered + self.exchanged
 
 
 class StepTime(NamedTuple):
     """Seconds of a step on a GPU, by part. products, traffic: matrix products and memory, of a micro-batch;
-    gathering: the base's parts; launches: starting kernels; reducing: gradients, once a step."""
+    gathering: the base's parts; exchanging: tokens, which everything waits for; launches: starting kernels;
+    reducing: gradients, once a step."""
 
     products: float
     traffic: float
     gathering: float
+    exchanging: float
     launches: float
     reducing: float
     micro_batches: int
@@ -118,7 +127,7 @@ class StepTime(NamedTuple):
     @property
     def micro_batch(self) -> float:
         """Seconds of a micro-batch."""
-        return max(self.products + self.traffic, self.gathering, self.launches)
+        return max(self.products + self.traffic, self.gathering, self.launches) + self.exchanging
 
     @property
     def seconds(self) -> float:
@@ -132,15 +141,21 @@ class StepTime(NamedTuple):
         return alone / self.seconds
 
 
-def sent(case: Case, name: str, group: str) -> Sent:
+def sent(case: Case, name: str, group: str, recomputed: int = 0) -> Sent:
     """Return what a GPU sends under a strategy: of a base in parts what it lacks, forward and backward; of
-    the adapter's gradients, in float32, twice what it lacks."""
-    world = case.machine.world_size
+    tokens those whose experts are elsewhere, there and back in each pass; of the adapter's gradients, in
+    float32, twice what it lacks. recomputed: layers whose activations are computed again."""
+    world, of = case.machine.world_size, case.parameters
     sharing = case.machine.processes if group == "node" else world
     gathered = 0.0
     if name in SHARDED:
         gathered = 2 * base_bytes(case.config, case.sizes, case.machine) * (sharing - 1) / sharing
-    return Sent(gathered, 2 * 4 * case.parameters.trainable * (world - 1) / world)
+    size = case.config.strategy.expert_parallel
+    rows = case.tokens * ranks_met(case.config, of.experts_met) * (1 - 1 / size)
+    exchanged = 2 * rows * of.hidden_size * (4 * of.layers + 2 * recomputed)
+    whole = 2 * 4 * (of.trainable - of.experts_trained * (size > 1)) * (world - 1) / world
+    in_parts = 2 * 4 * of.experts_trained / size * (1 - size / world) * (size > 1)
+    return Sent(gathered, exchanged, whole + in_parts)
 
 
 def step_time(case: Case, name: str, group: str, recomputed: int, layers: Layers | None = None) -> StepTime:
@@ -150,11 +165,12 @@ def step_time(case: Case, name: str, group: str, recomputed: int, layers: Layers
     if layers is None:
         layers = EAGER if name == "zero3" or case.config.lora.use_dora else FUSED
     reached, several = _reached(case), case.machine.nodes > 1
-    moved, again = sent(case, name, group), recomputed / case.parameters.layers
+    moved, again = sent(case, name, group, recomputed), recomputed / case.parameters.layers
     return StepTime(
         products=_products(case, again) / (PUBLISHED * reached.products),
         traffic=_traffic(case, again, layers.passes) / (PUBLISHED * reached.memory),
         gathering=moved.gathered / (reached.network if several and group != "node" else reached.node),
+        exchanging=moved.exchanged / reached.node,
         launches=case.parameters.layers * layers.launch_s * (1 + again / 3),
         reducing=moved.reduced / (reached.network if several else reached.node),
         micro_batches=case.micro_batches,

@@ -17,6 +17,7 @@ class Widths(TypedDict):
     attention_width: int
     linear_width: int
     experts_width: int
+    experts_met: int
 
 
 def widths(text_config: Any) -> Widths:
@@ -33,6 +34,7 @@ def widths(text_config: Any) -> Widths:
         attention_width=sum(attention_widths(text_config).values()),
         linear_width=_linear(text_config),
         experts_width=met * hidden + expert,
+        experts_met=met,
     )
 
 

@@ -17,6 +17,7 @@ FREE_TO_CHANGE = (
     "strategy.name",
     "strategy.offload",
     "strategy.shard_group",
+    "strategy.expert_parallel",
     "strategy.sequence_parallel",
     "strategy.deepspeed_config",
     "train.early_stopping_patience",

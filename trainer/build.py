@@ -32,7 +32,8 @@ from qwenlora.trainer.model.row_states import keep_states_apart
 from qwenlora.trainer.record.metrics import Metrics
 from qwenlora.trainer.record.profile import Profiler
 from qwenlora.trainer.record.recording import Recording
-from qwenlora.trainer.spread import sequence, strategy
+from qwenlora.trainer.spread import experts, sequence, strategy
+from qwenlora.trainer.spread.experts import DividedExperts
 from qwenlora.trainer.spread.sequence import Team
 from qwenlora.trainer.spread.strategy import Spread
 
@@ -68,9 +69,10 @@ def build(context: Context) -> Parts:
     torch.manual_seed(config.train.seed)  # a new adapter is the same on all ranks, under any strategy
     model = add_lora(base, config.lora, config.model.revision, context.chosen.folder)
     fused = fuse(model, sharded_by_deepspeed=spread.name == "zero3")
+    divided = experts.divide(model, config)
     context.heart.beat(context.step)
     team = sequence.team_of(config.strategy.sequence_parallel, config.launch.ddp_timeout_s)
-    trainer = _trainer(context, model, tokenizer, spread, team)
+    trainer = _trainer(context, model, tokenizer, spread, team, divided)
     if torch.cuda.is_available():  # on a CPU a process that takes too much is killed, and cannot try less
         spread = trial.try_out(trainer, config, spread, facts.parameters.layers)
     trainer.make_engine()
@@ -121,7 +123,14 @@ def _refuse_fewer_steps(config: Config, facts: Facts, trained: int) -> None:
         )
 
 
-def _trainer(context: Context, model: Any, tokenizer: Any, spread: Spread, team: Team) -> LoraTrainer:
+def _trainer(
+    context: Context,
+    model: Any,
+    tokenizer: Any,
+    spread: Spread,
+    team: Team,
+    divided: DividedExperts | None,
+) -> LoraTrainer:
     process, facts = context.process, context.facts
     config, folder = cut_into(process.config, spread.micro_batch), Path(facts.data_folder)
     world_size = process.rank.world_size
@@ -137,6 +146,7 @@ def _trainer(context: Context, model: Any, tokenizer: Any, spread: Spread, team:
         Services(_saver(context) if process.rank.first else None, context.stop, process.warn),
         deepspeed=spread.deepspeed,
         team=team,
+        experts=divided,
         processing_class=tokenizer,
     )
 

@@ -53,7 +53,7 @@ class Conversation:
         sampling: Sampling,
         *,
         system: str | None = None,
-        thinking: bool = False,
+        thinking: bool | None = None,
     ) -> None:
         self.system = system
         self.turns: list[Message] = []
@@ -185,8 +185,8 @@ class Conversation:
         return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
 
-def uses_thinking(tokenizer: Any, requested: bool | None) -> bool:
-    """Return enable_thinking, as requested. Raises: ValueError when the template cannot do it."""
+def uses_thinking(tokenizer: Any, requested: bool | None) -> bool | None:
+    """Return enable_thinking, as requested; None: the default. Raises: ValueError if the template cannot."""
     question = Question.from_text("?")
     thinking, plain = (prompt_of(tokenizer, question, thinking=value) for value in (True, False))
     always = begins_thinking(plain)
@@ -198,7 +198,7 @@ def uses_thinking(tokenizer: Any, requested: bool | None) -> bool:
         raise ValueError(
             "--no-thinking: this model's chat template begins every answer with a thought; leave it out"
         )
-    return bool(requested)
+    return requested
 
 
 class _Stop(StoppingCriteria):

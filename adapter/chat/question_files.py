@@ -109,7 +109,7 @@ def _with_reply(value: Any, options: RowOptions) -> Any:
     return value
 
 
-def check_lengths(questions: list[Question], tokenizer: Any, limit: int, *, thinking: bool) -> None:
+def check_lengths(questions: list[Question], tokenizer: Any, limit: int, *, thinking: bool | None) -> None:
     """Raise ValueError for a question that leaves no room for an answer. limit: the context, in tokens."""
     for number, question in enumerate(questions, 1):
         prompt = prompt_of(tokenizer, question, thinking=thinking)
@@ -132,7 +132,7 @@ def answer_questions(
     sampling: Sampling,
     target: Path | None,
     *,
-    thinking: bool,
+    thinking: bool | None,
 ) -> None:
     """Write a line of JSON for each question, in order: to target, or to standard output."""
     answers = generate_answers(model, tokenizer, questions, sampling, "answering", thinking=thinking)

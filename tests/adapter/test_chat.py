@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwenlora.adapter.answers import Sampling, generate_answers, split_thought
+from qwenlora.adapter.answers import Question, Sampling, generate_answers, prompt_of, split_thought
 from qwenlora.adapter.chat import chat as chatting
 from qwenlora.adapter.chat import question_files
 from qwenlora.adapter.chat.chat import ChatOptions, chat
@@ -21,7 +21,8 @@ from qwenlora.adapter.chat.conversation import Conversation, _Stream, uses_think
 from qwenlora.adapter.chat.terminal import describe_reply, piece_printer
 from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
-from qwenlora.configs.schema import Data
+from qwenlora.configs.schema import Config, Data, Model
+from qwenlora.trainer.model.pretrained import load_tokenizer
 
 SHORT = Sampling(max_new_tokens=12)
 DRAWN = Sampling(max_new_tokens=12, temperature=1.0, seed=3)
@@ -267,7 +268,8 @@ def test_a_thought_is_shown_and_not_sent_again(bare):
 
 def test_thinking_is_for_templates_that_know_it(tokenizers, monkeypatch):
     tiny = tokenizers["tiny"]
-    assert uses_thinking(tiny, None) is uses_thinking(tiny, False) is False
+    assert uses_thinking(tiny, None) is None
+    assert uses_thinking(tiny, False) is False
     with pytest.raises(ValueError, match="--thinking: this model's chat template has no enable_thinking"):
         uses_thinking(tiny, True)
     monkeypatch.setattr(tiny, "chat_template", tiny.chat_template + "{{ '<think>\n' }}")
@@ -276,7 +278,28 @@ def test_thinking_is_for_templates_that_know_it(tokenizers, monkeypatch):
         uses_thinking(tiny, False)
     if "qwen3" in tokenizers:
         assert uses_thinking(tokenizers["qwen3"], True) is True
-        assert uses_thinking(tokenizers["qwen3"], None) is False
+        assert uses_thinking(tokenizers["qwen3"], None) is None
+
+
+@pytest.mark.parametrize(("given", "thinks"), [(None, "no"), (False, "no"), (True, "yes")])
+def test_a_config_s_arguments_decide_what_chat_does_unasked(tiny, tmp_path, given, thinks):
+    words = AutoTokenizer.from_pretrained(tiny)
+    words.chat_template += "{% if enable_thinking | default(true) %}yes{% else %}no{% endif %}"
+    words.save_pretrained(tmp_path)
+    arguments = {} if given is None else {"enable_thinking": given}
+    config = Config(
+        run_dir="x",
+        model=Model(name_or_path=str(tmp_path)),
+        data=Data(train="x", chat_template_kwargs=arguments),
+    )
+    read = load_tokenizer(config, str(tmp_path))
+    assert prompt_of(read, Question.from_text("?"), thinking=uses_thinking(read, None)).endswith(thinks)
+    assert prompt_of(read, Question.from_text("?"), thinking=True).endswith("yes")
+    read.save_pretrained(tmp_path / "adapter")  # whoever serves it renders alike
+    served = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    asked = [{"role": "user", "content": "?"}]
+    by_itself = served.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert by_itself.endswith("yes" if given is None else thinks)
 
 
 def test_qwen3_is_sent_what_its_template_makes_of_thinking(tokenizers, bare):

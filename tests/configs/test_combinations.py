@@ -125,6 +125,37 @@ REFUSED = {
         " parameters, and others look at rows and columns, keep blocks of few bits, or prepare for whole"
         " parameters; set train.optim: adamw_torch_fused, or strategy.name: ddp or fsdp",
     ),
+    "expert-parallel-strategy": (
+        NODE,
+        {"strategy": {"name": "zero2", "expert_parallel": 8}},
+        "strategy.expert_parallel=8 with strategy.name=zero2: experts are divided by themselves, and all else"
+        " is whole on each GPU; set strategy.name: ddp, or strategy.expert_parallel: 1",
+    ),
+    "expert-parallel-divides": (
+        NODES,
+        {"strategy": {"expert_parallel": 16}},
+        "strategy.expert_parallel=16 on 8 processes of a node: the processes of a node are cut into groups of"
+        " that size; set it to a divisor of their number",
+    ),
+    "expert-parallel-quantization": (
+        NODE,
+        {"strategy": {"expert_parallel": 8, "quantization": "nf4"}},
+        "strategy.expert_parallel=8 with strategy.quantization=nf4: bitsandbytes quantises a layer's experts"
+        " together, and here a GPU reads some of them; set strategy.quantization: none, or"
+        " strategy.expert_parallel: 1",
+    ),
+    "expert-parallel-float16": (
+        NODE,
+        {"strategy": {"expert_parallel": 8}, "model": {"dtype": "float16"}},
+        "strategy.expert_parallel=8 with model.dtype=float16: float16 needs its loss scaled by what all"
+        " gradients are, of which a GPU has some; set model.dtype: bfloat16, or strategy.expert_parallel: 1",
+    ),
+    "expert-parallel-optim": (
+        NODE,
+        {"strategy": {"expert_parallel": 8}, "train": {"optim": "adafactor"}},
+        "strategy.expert_parallel=8 with train.optim=adafactor: other optimizers look at whole parameters,"
+        " and here a GPU has parts; set train.optim: adamw_torch_fused, or strategy.expert_parallel: 1",
+    ),
     "sequence-parallel-divides": (
         NODES,
         {"strategy": {"sequence_parallel": 3}},

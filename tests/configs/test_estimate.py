@@ -75,6 +75,18 @@ def test_a_7b_needs_what_was_published(length, lora, qlora):
     assert with_all_logits(found) == pytest.approx(qlora, rel=1 / 5)
 
 
+def test_divided_experts_are_on_other_gpus_and_their_adapter_is_whole_for_a_save():
+    machine, elsewhere = Machine(1, 8, 8, GPU80, True), 7 / 8
+    whole = need(config(), MIXTURE, "ddp", machine)
+    found = need(config({"expert_parallel": 8}), MIXTURE, "ddp", machine)
+    assert whole.weights - found.weights == 2 * MIXTURE.experts * elsewhere
+    assert whole.trained - found.trained == 16 * MIXTURE.experts_trained * elsewhere
+    assert found.gathered == int(4 * MIXTURE.experts_trained * elsewhere) - found.activations
+    # the tokens that come in, of one layer that is computed again
+    came = 2048 * 2 * MIXTURE.hidden_size * 8 * (1 - (7 / 8) ** 8)
+    assert found.activations - whole.activations == pytest.approx(came, abs=1)
+
+
 def test_activations_are_those_of_the_formula():
     found = need(config(train={"gradient_checkpointing": False}), QWEN["7B"], "ddp", Machine(1, 1, 1))
     assert found.activations == 2048 * 28 * 118 * 1024  # 118 KiB a token and layer

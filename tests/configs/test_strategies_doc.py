@@ -8,7 +8,7 @@ from traffic import MIXTURE, NVLINK, traffic
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import RULES, Machine
 from qwenlora.configs.estimate import NETWORK, PCIE, Sizes, break_even, need
-from qwenlora.configs.schema import Lora
+from qwenlora.configs.schema import Lora, Strategy
 
 DOCS = Path(__file__).parents[2] / "docs"
 DOC = (DOCS / "strategies.md").read_text(encoding="utf-8")
@@ -71,6 +71,9 @@ def test_a_mixture_s_memory_is_as_it_would_be_computed_now():
             nf4 = here.model_copy(update={"strategy": config("nf4").strategy})
             cells = [f"{need(each, MIXTURE, name, machine).total / 1e9:.1f}" for each in (here, nf4)]
             rows.append(f"| {name}, `experts: {experts}` | {cells[0]} | {cells[1] * (name != 'fsdp')} |")
+        divided = here.model_copy(update={"strategy": Strategy(expert_parallel=8)})
+        cell = f"{need(divided, MIXTURE, 'ddp', machine).total / 1e9:.1f}"
+        rows.append(f"| ddp, `expert_parallel: 8`, `experts: {experts}` | {cell} |  |")
     assert "\n".join(rows) in (DOCS / "models.md").read_text(encoding="utf-8"), "\n".join(rows)
 
 

@@ -6,6 +6,7 @@ successors, which differ in whether thoughts of earlier turns are kept, and whet
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 from chats import conversations, encode, normal, pick, row_of, trained_texts, with_template
@@ -13,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qwenlora.data.bad_row import BadRow
+from qwenlora.data.template import has_default, set_defaults
 
 SYSTEM = r"""
 {%- if tools %}
@@ -79,7 +81,21 @@ TEMPLATES = {
     "thinking when asked": thinking(keeps=False, thinks=False),
     "keeping thoughts": thinking(keeps=True, thinks=True),
 }
+KEEPING = ("keeping thoughts", "told to keep thoughts")
 NAMES = ("tiny", "qwen3")
+
+
+def told(template: str, **arguments: bool) -> str:
+    """Return a template with data.chat_template_kwargs."""
+    words = SimpleNamespace(chat_template=template, special_tokens_map={}, name_or_path="words")
+    set_defaults(words, arguments)
+    return words.chat_template
+
+
+TEMPLATES["told to keep thoughts"] = told(TEMPLATES["thinking"], preserve_thinking=True)
+TEMPLATES["told not to think"] = told(
+    TEMPLATES["keeping thoughts"], enable_thinking=False, preserve_thinking=False
+)
 
 
 def trained_text(kind: str, messages: list, index: int) -> str:
@@ -95,7 +111,7 @@ def trained_text(kind: str, messages: list, index: int) -> str:
         blocks.append(f"<tool_call>\n<function={name}>\n{inside}</function>\n</tool_call>")
     asked_again = any(later["role"] == "user" for later in messages[index:])
     thought = message.get("reasoning_content", "").strip()
-    if asked_again and kind != "keeping thoughts":
+    if asked_again and kind not in KEEPING:
         thought = ""
     text = f"{thought}\n</think>\n\n" if thought else ""
     return text + said + ("\n\n" if said and blocks else "") + "\n".join(blocks) + "<|im_end|>"
@@ -217,3 +233,41 @@ def test_a_turn_of_the_developer_is_a_system_turn(tokenizers):
     turns = [{"role": role, "content": role} for role in ("developer", "user", "assistant")]
     tokens = encode(tokenizers["tiny"], row_of({"messages": turns}))
     assert tokenizers["tiny"].decode(tokens.ids).startswith("<|im_start|>system\ndeveloper<|im_end|>")
+
+
+# ---- data.chat_template_kwargs
+
+
+def test_arguments_are_defaults_that_a_caller_may_change(tokenizers):
+    turns = [{"role": "user", "content": "问"}]
+    plain = with_template(tokenizers["tiny"], TEMPLATES["thinking"])
+    set_up = with_template(tokenizers["tiny"], told(TEMPLATES["thinking"], enable_thinking=False))
+    options = {"add_generation_prompt": True, "tokenize": False}
+    off, on = (plain.apply_chat_template(turns, enable_thinking=value, **options) for value in (False, True))
+    assert off != on == plain.apply_chat_template(turns, **options)
+    assert set_up.apply_chat_template(turns, **options) == off
+    assert set_up.apply_chat_template(turns, enable_thinking=True, **options) == on
+    assert has_default(set_up, "enable_thinking")
+    assert not has_default(plain, "enable_thinking")
+
+
+@pytest.mark.parametrize("value", [True, 3, 0.5, 'a "quoted" \n\\ text 城'])
+def test_values_of_all_types_reach_the_template_once(tokenizers, value):
+    template = "\n{{ mode }}|{{ messages[0].content }}"
+    words = with_template(tokenizers["tiny"], template)
+    expected = words.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, mode=value)
+    for _ in range(2):  # a run's adapter brings the template that it was trained with
+        set_defaults(words, {"mode": value})
+    assert words.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False) == expected
+    assert words.chat_template.count("set mode") == 1
+
+
+def test_an_argument_that_the_template_does_not_have_is_refused(tokenizers):
+    words = with_template(tokenizers["tiny"], TEMPLATES["thinking"])
+    for name in ("preserve_thoughts", "messages"):
+        with pytest.raises(
+            ValueError, match=rf"no argument {name}; names .* enable_thinking, preserve_thinking"
+        ):
+            set_defaults(words, {name: True})
+    with pytest.raises(ValueError, match="no argument enable_thinking; names"):
+        set_defaults(with_template(tokenizers["tiny"], TEMPLATES["coder"]), {"enable_thinking": True})

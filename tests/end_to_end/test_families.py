@@ -41,7 +41,7 @@ train: {global_batch_size: 4, per_device_train_batch_size: 1, max_steps: 6, lear
         eval_strategy: steps, eval_steps: 3, save_strategy: steps, save_steps: 3}
 log: {logging_steps: 1, wandb: off}
 """
-WAYS = {"ddp": 2, "zero2": 2, "zero3": 2, "fsdp": 2}
+WAYS = {name: f"strategy.name={name}" for name in ("ddp", "zero2", "zero3", "fsdp")}
 
 
 EACH = [(kind, tied) for kind in FAMILIES for tied in (True, False)]
@@ -99,8 +99,9 @@ def logits(model) -> torch.Tensor:
 def test_ranks_and_strategies_have_the_losses_of_one(folder):
     one = losses(folder / "one")
     assert len(one) == 6
-    for name, processes in WAYS.items():
-        command(folder, "train", "my.yaml", f"run_dir={name}", f"strategy.name={name}", "--nproc", processes)
+    mixture = "num_experts_per_tok" in (folder / "base" / "config.json").read_text()
+    for name, setting in (WAYS | {"experts": "strategy.expert_parallel=2"} if mixture else WAYS).items():
+        command(folder, "train", "my.yaml", f"run_dir={name}", setting, "--nproc", 2)
         for what in ("loss", "eval_loss"):
             pairs = zip(losses(folder / "one", what), losses(folder / name, what), strict=True)
             assert max(abs(a - b) for a, b in pairs) <= 1e-5, name

@@ -93,6 +93,22 @@ def test_a_base_in_parts_is_gathered_twice_over_its_slowest_link(name, group, sh
     assert took.efficiency == pytest.approx(alone / took.seconds)
 
 
+@pytest.mark.parametrize("recomputed", [0, 48])
+def test_tokens_go_to_experts_on_other_gpus_and_back_in_each_pass(recomputed):
+    case = case_of("Qwen/Qwen3-30B-A3B", "h100", gpus_per_node=8, nodes=2, strategy={"expert_parallel": 8})
+    reached = 8 * (1 - (7 / 8) ** 8)  # GPUs that have one of a token's 8 experts
+    rows = TOKENS * reached * 7 / 8 * (4 + 2 * recomputed // 48)
+    moved, took = sent(case, "ddp", "global", recomputed), step_time(case, "ddp", "global", recomputed)
+    assert moved.exchanged == pytest.approx(rows * 48 * 2048 * 2, rel=1e-6)
+    assert took.exchanging == pytest.approx(moved.exchanged / (0.8 * 450e9))
+    assert took.micro_batch == pytest.approx(took.products + took.traffic + took.exchanging)
+    assert took.efficiency < 0.96
+    dense = case.parameters.trainable - case.parameters.experts_trained
+    # the same experts are on one GPU of each node
+    reduced = 8 * dense * 15 / 16 + 8 * case.parameters.experts_trained / 8 * 1 / 2
+    assert moved.reduced == pytest.approx(reduced, rel=1e-6)
+
+
 def test_peft_s_layers_are_those_of_zero3_and_dora():
     def layers(name, **lora):
         case = dense(lora=lora)

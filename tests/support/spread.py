@@ -37,6 +37,7 @@ from qwenlora.trainer.model.lora import add_lora, count_parameters
 from qwenlora.trainer.model.row_attention import attend_row_by_row
 from qwenlora.trainer.model.row_states import keep_states_apart
 from qwenlora.trainer.spread import strategy
+from qwenlora.trainer.spread.experts import divide
 
 STEPS, SAVED = 8, 4
 ROWS, EVAL_ROWS = 51, 11  # of 8 a step: an epoch's last step has 3
@@ -65,6 +66,7 @@ class Cell:
     save_steps: int = SAVED
     broken: int = 0
     processes: int = 0
+    expert_parallel: int = 1
     train: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
 
@@ -100,6 +102,7 @@ class Cell:
                 shard_group=self.shard_group,
                 offload=self.offload,
                 deepspeed_config=self.deepspeed_config or None,
+                expert_parallel=self.expert_parallel,
             ),
         )
 
@@ -162,6 +165,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
     torch.manual_seed(config.train.seed)
     model = add_lora(base, config.lora)
     fused = fuse(model, sharded_by_deepspeed=spread.name == "zero3")
+    divided = divide(model, config)
     words = AutoTokenizer.from_pretrained(tokenizer)
     saver = (
         Saver(run, NO_IDENTITY, world, limit=None, in_background=True, timeout_s=600) if rank == 0 else None
@@ -176,6 +180,7 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
         Rows(order_of(config, side), side, eval_),
         Services(saver, warn=warnings.append),
         deepspeed=spread.deepspeed,
+        experts=divided,
         processing_class=words,
     )
     if saver:

@@ -9,7 +9,7 @@ from qwenlora.configs.estimate import SCALES, Sizes, base_bytes
 # Qwen3-30B-A3B at r 16, as trainer/model/lora.py counts it
 MIXTURE = Sizes(
     *(30_532_122_624, 642_514_944, 29_909_792_768, 311_164_928, 48, 2048, 8 * 768, 512),
-    **{"experts": 28_991_029_248, "experts_trained": 629_145_600, "active": 3_353_032_704},
+    **{"experts_met": 8, "experts": 28_991_029_248, "experts_trained": 629_145_600, "active": 3_353_032_704},
 )
 NVLINK = 370e9  # bytes a second that a GPU gets
 

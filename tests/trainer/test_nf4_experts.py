@@ -16,7 +16,7 @@ from qwenlora.adapter.loading import load
 from qwenlora.adapter.subject import find
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy
 from qwenlora.trainer.model import fused_experts, loading, nf4_experts, nf4_loading
-from qwenlora.trainer.model.fused_experts import fuse_experts
+from qwenlora.trainer.model.fused_experts import fuse_experts, mixtures
 from qwenlora.trainer.model.lora import add_lora, count_parameters
 
 SIZES = {
@@ -143,12 +143,12 @@ def test_rows_of_experts_may_have_other_widths_than_whole_blocks(tmp_path):
 def test_experts_of_a_base_in_the_layout_of_a_vision_model(kind, tmp_path):
     config = config_of(make_with_vision(tmp_path, kind))
     ours, theirs = in_nf4(config), in_nf4(config)
-    for _, experts in (mixtures := nf4_loading._mixtures(theirs)):
+    for _, experts in (found := mixtures(theirs)):
         for name in ("gate_up_proj", "down_proj"):
             weight = getattr(experts, name)
             plain = numbers_of(weight.data, weight.quant_state).view(weight.quant_state.shape)
             setattr(experts, name, torch.nn.Parameter(plain, False))
-    assert len(mixtures) == 2
+    assert len(found) == 2
     theirs.config.get_text_config()._experts_implementation = "eager"
     torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=0, atol=1e-5)
 
@@ -181,11 +181,7 @@ def test_experts_are_quantised_one_after_the_other(base, monkeypatch):
     real, waiting, quantised = nf4_loading._Quantise.convert, [], []
 
     def convert(self, input_dict, full_layer_name=None, model=None, **options):
-        weights = [
-            getattr(m, name)
-            for _, m in nf4_loading._mixtures(model)
-            for name in ("gate_up_proj", "down_proj")
-        ]
+        weights = [getattr(m, name) for _, m in mixtures(model) for name in ("gate_up_proj", "down_proj")]
         waiting.append(sum(w.device.type != "meta" and not nf4_experts.is_quantised(w) for w in weights))
         return real(self, input_dict, full_layer_name, model, **options)
 
@@ -255,9 +251,9 @@ def test_a_gpu_that_cannot_multiply_rows_in_groups_is_refused(monkeypatch):
         model = AutoModelForCausalLM.from_config(config)
     nf4_loading.check(config_of("base"), model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(nf4_loading, "has_grouped_mm", lambda _: True)
+    monkeypatch.setattr(fused_experts, "has_grouped_mm", lambda _: True)
     nf4_loading.check(config_of("base"), model)
-    monkeypatch.setattr(nf4_loading, "has_grouped_mm", lambda _: False)
+    monkeypatch.setattr(fused_experts, "has_grouped_mm", lambda _: False)
     with pytest.raises(
         ValueError, match=r"need a GPU of compute capability 8.0 .*set strategy.quantization: none"
     ):

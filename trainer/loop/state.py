@@ -5,7 +5,7 @@ from, and no second copy of them is needed. The optimizer's state is saved under
 so it depends neither on the optimizer's groups nor on the number of ranks.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,11 +152,19 @@ def restore_adapter(model: Any, content: bytes, checkpoint: Path) -> None:
 
 
 def restore_optimizer(
-    model: Any, optimizer: torch.optim.Optimizer, content: bytes, settings: list[GroupSettings]
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    content: bytes,
+    settings: list[GroupSettings],
+    part_of: Callable[[str, Tensor], Tensor] = lambda _, values: values,
 ) -> None:
-    """Put a checkpoint's optimizer state back by parameter name; rates and decay are the config's."""
+    """Put a checkpoint's optimizer state back by parameter name; rates and decay are the config's. part_of:
+    returns what this rank has of a parameter's state, where ranks have parts."""
     names = _names(model)
-    saved = state_by_parameter(model, content)
+    saved = {
+        name: {key: part_of(name, value) for key, value in state.items()}
+        for name, state in state_by_parameter(model, content).items()
+    }
     packed = optimizer.state_dict()  # which has numbers in place of parameters
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     packed["state"] = {

@@ -42,6 +42,7 @@ from qwenlora.trainer.model.row_attention import takes_rows_end_to_end
 from qwenlora.trainer.ranks import faults
 from qwenlora.trainer.ranks.rendezvous import is_pretended
 from qwenlora.trainer.ranks.stop import Stop
+from qwenlora.trainer.spread.experts import DividedExperts
 from qwenlora.trainer.spread.sequence import Team
 from qwenlora.trainer.spread.strategy import check_same_base, replicate_trained
 from qwenlora.trainer.spread.zero import DeepSpeedConfig, OptimizerOfZero, Zero
@@ -61,6 +62,7 @@ class LoraTrainer(Trainer):
     """Trainer over prepared rows in our order.
 
     deepspeed: DeepSpeed's config, for zero1 to zero3. team: the ranks that share this one's sequences.
+    experts: those of which this rank has a part.
     resumed: the state of the checkpoint that this attempt continues, if any. data_wait_s, evaluating_s,
     saving_s: seconds so far of waiting for batches, of evaluations, and of saves that held up training;
     idle_s: of all that is no training.
@@ -79,6 +81,7 @@ class LoraTrainer(Trainer):
         *,
         deepspeed: DeepSpeedConfig | None = None,
         team: Team | None = None,
+        experts: DividedExperts | None = None,
         **kwargs: Any,
     ):
         self.config, self.rows, self.order, self.train_side = config, rows, rows.order, rows.train
@@ -88,7 +91,7 @@ class LoraTrainer(Trainer):
         self.zero: Zero | None = None
         self.wandb_id = ""
         self.data_wait_s = self.evaluating_s = self.saving_s = self.idle_s = 0.0
-        self._deepspeed = deepspeed
+        self._deepspeed, self.experts = deepspeed, experts
         self.end_to_end = takes_rows_end_to_end(model)
         self._names_in_file: dict[str, str] = {}  # by parameter; read while these are whole
         self._memory = states.HostMemory()
@@ -149,7 +152,7 @@ class LoraTrainer(Trainer):
         if not self._deepspeed:
             if not sharded:
                 check_same_base(model)
-            return replicate_trained(model)
+            return replicate_trained(model, self.experts.names if self.experts else ())
         self._names_in_file = states.names_in_file(model)
         self.zero = Zero(model, self._adam, self._deepspeed)
         self.zero.check()
@@ -162,7 +165,8 @@ class LoraTrainer(Trainer):
 
     def whole(self) -> AbstractContextManager[Any]:
         """Gather all trained parameters, to read them while the context is open; all ranks must enter it."""
-        return self.zero.whole() if self.zero else nullcontext()
+        in_parts = self.zero or self.experts
+        return in_parts.whole() if in_parts else nullcontext()
 
     def make_engine(self) -> None:
         """Make DeepSpeed's engine, where the strategy has one: ZeRO-3's base cannot be called without it."""
@@ -263,6 +267,8 @@ class LoraTrainer(Trainer):
                 loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(shape, trained=True) from error
+        if self.experts and self.accelerator.sync_gradients:
+            self.experts.reduce()
         self._losses.append(loss.detach())
         return loss
 
@@ -278,12 +284,16 @@ class LoraTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip, where DeepSpeed does not."""
+        if self.experts:
+            return self.experts.clip(model, self.args.max_grad_norm)
         return None if self.zero else super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the gradient's norm; all ranks agree whether it is finite before the optimizer's step."""
         if self.zero:
             return self._step_of_zero(self.zero)
+        if self.experts and grad_norm is None:
+            grad_norm = self.experts.clip(model, math.inf)
         norm = super()._get_grad_norm(model, grad_norm)
         finite = torch.stack(self._losses).isfinite().all()
         if self.accelerator.scaler is None:  # float16's scaler checks gradients itself, and expects infinity
@@ -419,12 +429,14 @@ class LoraTrainer(Trainer):
             states.check_alike(tensors, self.args.device)
             adapter = self._memory.copy("adapter", tensors.items() if self.saver else ())
         state = self.zero.state() if self.zero else states.optimizer_state(self.peft_model, self._adam)
+        if experts := self.experts:
+            state = ((name, key, experts.gathered(name, value)) for name, key, value in state)
         named = ((f"{name}/{key}", value) for name, key, value in state)
         if self.saver:
             optimizer = self._memory.copy("optimizer", named)
             snapshot = states.Snapshot(adapter, optimizer, states.changed_settings(self._adam))
         else:
-            for _ in named if self.zero else ():  # rank 0 needs this rank in each gathering
+            for _ in named if self.zero or experts else ():  # rank 0 needs this rank in each gathering
                 pass
             snapshot = states.Snapshot({}, {}, [])
         self._memory.sync()
@@ -483,7 +495,8 @@ class LoraTrainer(Trainer):
                 saved = states.check_fits(self.peft_model, content, checkpoint)
             self.zero.restore_parameters({name: saved[own] for name, own in self._names_in_file.items()})
         else:
-            states.restore_adapter(self.peft_model, content, checkpoint)
+            with self.whole():
+                states.restore_adapter(self.peft_model, content, checkpoint)
 
     def _restore_optimizer(self, checkpoint: Path) -> None:
         settings = checkpoints.read_state(checkpoint).optimizer_groups
@@ -492,7 +505,8 @@ class LoraTrainer(Trainer):
             self.zero.restore_state(states.state_by_parameter(self.peft_model, content))
             states.restore_settings(self._adam, settings)
         else:
-            states.restore_optimizer(self.peft_model, self._adam, content, settings)
+            cut = {"part_of": self.experts.cut} if self.experts else {}
+            states.restore_optimizer(self.peft_model, self._adam, content, settings, **cut)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Do nothing: load() has done it."""

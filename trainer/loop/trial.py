@@ -30,7 +30,8 @@ def try_out(trainer: LoraTrainer, config: Config, spread: Spread, layers: int) -
     All ranks call it, before the trainer's engine is made. layers: of the base."""
     train = config.train
     of_size, of_layers = train.per_device_train_batch_size == "auto", train.gradient_checkpointing == "auto"
-    whole = spread.name not in SHARDED and config.strategy.sequence_parallel == 1
+    shared = config.strategy.sequence_parallel > 1 or config.strategy.expert_parallel > 1
+    whole = spread.name not in SHARDED and not shared
     if not whole or not (of_size or of_layers):
         return spread
     among = micro_batches(train.global_batch_size, trainer.args.world_size) if of_size else []

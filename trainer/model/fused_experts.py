@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from qwenlora.configs.schema import Config
 from qwenlora.trainer.model.fused_lora import ADAPTER, is_changed
+from qwenlora.trainer.model.kinds import stacks
 from qwenlora.trainer.model.nf4_experts import dtype_of, is_quantised, parts, shape_of
 
 UP, DOWN = "gate_up_proj", "down_proj"
@@ -32,16 +34,21 @@ _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of rows, A an
 def fuse_experts(model: Any) -> tuple[int, int]:
     """Fuse a peft model's mixtures that have LoRA on their experts; what is frozen now must stay so. Return
     how many, and how many keep peft's way."""
-    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
-    wrapped = {id(wrapper.base_layer) for wrapper in wrappers}
-    outermost = [wrapper for wrapper in wrappers if id(wrapper) not in wrapped]
+    outermost = wrappers_in(model)
     fusible = [wrapper for wrapper in outermost if _is_fusible(wrapper)]
     for wrapper in fusible:
         wrapper.forward = MethodType(_forward, wrapper)
     return len(fusible), len(outermost) - len(fusible)
 
 
-def _chain(wrapper: Any) -> dict[str, Any]:
+def wrappers_in(model: Any) -> list[Any]:
+    """Return peft's wrappers around experts, of those around the same ones the outermost."""
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    wrapped = {id(wrapper.base_layer) for wrapper in wrappers}
+    return [wrapper for wrapper in wrappers if id(wrapper) not in wrapped]
+
+
+def chain(wrapper: Any) -> dict[str, Any]:
     """Return peft's wrappers around the same experts, by the parameter that each adapts."""
     wrappers = {}
     while isinstance(wrapper, ParamWrapper):
@@ -51,7 +58,7 @@ def _chain(wrapper: Any) -> dict[str, Any]:
 
 
 def _is_fusible(wrapper: Any) -> bool:
-    wrappers, experts = _chain(wrapper), wrapper.get_base_layer()
+    wrappers, experts = chain(wrapper), wrapper.get_base_layer()
     return (
         wrappers.keys() <= {UP, DOWN}
         and all(list(one.lora_A) == [ADAPTER] for one in wrappers.values())
@@ -72,6 +79,49 @@ def is_known(experts: Any) -> bool:
     )
 
 
+def mixtures(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return (name, module) of the experts of transformers that can be computed here."""
+    return [(name, module) for name, module in model.named_modules() if is_mixture(module)]
+
+
+def is_mixture(module: nn.Module) -> bool:
+    """Whether a module holds experts that can be computed here, of any dtype on any device."""
+    weights = [getattr(module, name, None) for name in (UP, DOWN)]
+    fit = all(isinstance(one, nn.Parameter) and is_even(shape_of(one)) for one in weights)
+    return fit and is_known(module)
+
+
+def refuse_unknown(model: nn.Module, setting: str, cure: str) -> None:
+    """Raise ValueError for a base with experts that cannot be computed here, or not on these GPUs. model: on
+    any device; setting: that needs it; cure: for the message."""
+    known = {f"{name}.{weight}" for name, _ in mixtures(model) for weight in (UP, DOWN)}
+    if unknown := [name for name in stacks(model) if name not in known]:
+        raise ValueError(f"{setting}: its experts ({unknown[0]} ...) are not as a Qwen's; {cure}")
+    if known and torch.cuda.is_available() and not has_grouped_mm(torch.device("cuda")):
+        raise ValueError(
+            f"{setting}: its experts need a GPU of compute capability 8.0 or more, which multiplies rows in"
+            f" groups; {cure}"
+        )
+
+
+def check(config: Config, model: nn.Module) -> None:
+    """Refuse strategy.expert_parallel for a base whose experts cannot be divided. model: the base, on any
+    device. Raises: ValueError."""
+    size = config.strategy.expert_parallel
+    if size == 1:
+        return
+    setting = f"strategy.expert_parallel={size} with model.name_or_path={config.model.name_or_path}"
+    if not (named := stacks(model)):
+        raise ValueError(f"{setting}: it has no experts; set strategy.expert_parallel: 1")
+    refuse_unknown(model, setting, "set strategy.expert_parallel: 1")
+    count = len(model.get_parameter(named[0]))
+    if count % size:
+        divisors = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
+        raise ValueError(
+            f"{setting}: its {count} experts are no multiple of {size}; set it to one of {divisors}"
+        )
+
+
 def _is_known_weight(weight: Any) -> bool:
     """Whether a weight is frozen, of plain numbers or in nf4, and one that grouped_mm takes."""
     shape = getattr(weight, "ds_shape", shape_of(weight))  # ZeRO-3 has it there
@@ -87,6 +137,12 @@ def _is_known_weight(weight: Any) -> bool:
 def is_even(shape: tuple[int, ...]) -> bool:
     """Whether grouped_mm takes matrices of experts. shape: [experts, out, in]."""
     return not any(size % EVEN for size in shape[1:])
+
+
+def is_part(weight: Any) -> bool:
+    """Whether a weight has some of a layer's experts, and other ranks have the others."""
+    shape = shape_of(weight)
+    return bool(getattr(weight, "ds_shape", shape) != shape)
 
 
 def has_grouped_mm(device: torch.device) -> bool:
@@ -195,9 +251,12 @@ def _gradients(
     return of_rows, of_a.to(layer.a.dtype), of_b.to(layer.b.dtype)
 
 
-def _sums(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
-    """Return the sum of each token's rows, [tokens, hidden]. order: of the rows."""
-    return rows.index_select(0, order.argsort()).view(-1, top_k, rows.shape[1]).sum(1)
+def sums(rows: Tensor, token_of: Tensor, tokens: int) -> Tensor:
+    """Return the sum of each token's rows, [tokens, hidden], always added in the same order. token_of: of
+    each row."""
+    token_of, places = token_of.sort(stable=True)
+    starts = torch.searchsorted(token_of, torch.arange(tokens, device=rows.device))
+    return nn.functional.embedding_bag(places, rows, starts, mode="sum")
 
 
 # ---- as a function for autograd
@@ -219,11 +278,12 @@ class Mixture(NamedTuple):
 
 
 def _forward(wrapper: Any, x: Tensor, *routes: Any, **options: Any) -> Tensor:
-    """x: [tokens, hidden]; routes: each token's experts and their shares, both [tokens, top_k].
+    """x: [tokens, hidden]; routes: each token's experts and their shares, both [tokens, top_k]. Where some of
+    the experts are not here (is_part), these are called as the number of those that are.
 
     Under ZeRO-3, weights read here belong to this module, whose hooks gather them for the backward pass, too.
     """
-    wrappers, experts = _chain(wrapper), wrapper.get_base_layer()
+    wrappers, experts = chain(wrapper), wrapper.get_base_layer()
     usual = len(routes) == 2 and not options and not (experts._forward_hooks or experts._forward_pre_hooks)
     if not usual or any(is_changed(one) for one in wrappers.values()):
         plain: Tensor = type(wrapper).forward(wrapper, x, *routes, **options)
@@ -259,14 +319,16 @@ class _Experts(torch.autograd.Function):
         experts, order = chosen.flatten().sort(stable=True)
         numbers = torch.arange(up.experts, device=x.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        if is_part(up.weight):  # what is not here comes last
+            order = order[: int(ends[-1])]
         groups = Groups(ends, ends.tolist() if is_quantised(up.weight) else [])
-        top_k, share = chosen.shape[1], shares.flatten()[order, None].to(up.dtype)
-        gate_up, low_of_up = _project(up, x.to(up.dtype).index_select(0, order // top_k), groups)
+        token_of, share = order // chosen.shape[1], shares.flatten()[order, None].to(up.dtype)
+        gate_up, low_of_up = _project(up, x.to(up.dtype).index_select(0, token_of), groups)
         gate, second = gate_up.chunk(2, -1)
         output, low_of_down = _project(down, nn.functional.silu(gate).mul_(second), groups)
         ctx.mixture, ctx.ends = mixture, groups.numbers
         ctx.save_for_backward(x, shares, order, ends, gate_up, low_of_up, low_of_down, *weights)
-        return _sums(output.mul_(share), order, top_k).to(x.dtype)
+        return sums(output.mul_(share), token_of, len(x)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -274,21 +336,21 @@ class _Experts(torch.autograd.Function):
         x, shares, order, ends, gate_up, low_of_up, low_of_down, *weights = ctx.saved_tensors
         up, down = ctx.mixture.matrices(weights)
         groups = Groups(ends, ctx.ends)
-        top_k, dtype = shares.shape[1], gate_up.dtype
+        token_of, dtype = order // shares.shape[1], gate_up.dtype
         share = shares.flatten()[order, None].to(dtype)
         gate, second = gate_up.chunk(2, -1)
         silu = nn.functional.silu(gate)
-        rows, active = gradient.to(dtype).index_select(0, order // top_k), silu * second
+        rows, active = gradient.to(dtype).index_select(0, token_of), silu * second
         of_active, *of_down = _gradients(down, rows, active, low_of_down, groups, share)
         assert of_active is not None
-        of_shares = torch.empty_like(shares).view(-1)
+        of_shares = torch.zeros_like(shares).view(-1)
         of_shares[order] = (of_active * active).sum(-1).to(shares.dtype)
         of_active.mul_(share)
         of_gate_up = torch.empty_like(gate_up)
         of_gate, of_second = of_gate_up.chunk(2, -1)
         torch.mul(of_active, silu, out=of_second)
         torch.ops.aten.silu_backward.grad_input(of_active.mul_(second), gate, grad_input=of_gate)
-        rows, needed = x.to(dtype).index_select(0, order // top_k), ctx.needs_input_grad[0]
+        rows, needed = x.to(dtype).index_select(0, token_of), ctx.needs_input_grad[0]
         of_rows, *of_up = _gradients(up, of_gate_up, rows, low_of_up, groups, needed=needed)
-        of_x = _sums(of_rows, order, top_k).to(x.dtype) if of_rows is not None else None
+        of_x = sums(of_rows, token_of, len(x)).to(x.dtype) if of_rows is not None else None
         return of_x, None, of_shares.view(shares.shape), *of_up, *of_down, None

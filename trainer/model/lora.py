@@ -16,7 +16,7 @@ from qwenlora.plan.flops import share_of_experts
 from qwenlora.plan.widths import widths
 from qwenlora.run.format import and_more
 from qwenlora.run.records import Parameters
-from qwenlora.trainer.model import nf4_loading, patterns, router_loss, targets
+from qwenlora.trainer.model import fused_experts, nf4_loading, patterns, router_loss, targets
 from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.model.files import check_init_from
 from qwenlora.trainer.model.kinds import count_kinds, count_trained
@@ -248,6 +248,7 @@ def count_parameters(config: Config, base: str, saved: Path | None = None) -> Pa
         body = total - embeddings.numel() - (0 if head is embeddings else head.numel())
         kinds = count_kinds(model)
         nf4_loading.check(config, model)
+        fused_experts.check(config, model)
         router_loss.check(config, model)
         adapted = _inject(model, config.lora, None, saved)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -13,9 +12,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qwenlora.configs.schema import Config
-from qwenlora.trainer.model.fused_experts import DOWN, UP, has_grouped_mm, is_even, is_known, without_lora
-from qwenlora.trainer.model.kinds import stacks
-from qwenlora.trainer.model.nf4_experts import is_quantised, quantise, shape_of
+from qwenlora.trainer.model.fused_experts import (
+    DOWN,
+    UP,
+    is_mixture,
+    mixtures,
+    refuse_unknown,
+    without_lora,
+)
+from qwenlora.trainer.model.nf4_experts import is_quantised, quantise
 
 IN_4_BITS = "bitsandbytes_4bit"  # in transformers' table of quantisers
 NF4 = "nf4"  # our name in its table of ways to compute experts
@@ -24,17 +29,9 @@ NF4 = "nf4"  # our name in its table of ways to compute experts
 def check(config: Config, model: nn.Module) -> None:
     """Refuse nf4 for experts that cannot be computed from it. model: the base, on any device. Raises:
     ValueError."""
-    if config.strategy.quantization != NF4:
-        return
-    named = f"strategy.quantization=nf4: the experts of model.name_or_path={config.model.name_or_path}"
-    cure = "set strategy.quantization: none"
-    known = {f"{name}.{weight}" for name, _ in _mixtures(model) for weight in (UP, DOWN)}
-    if unknown := [name for name in stacks(model) if name not in known]:
-        raise ValueError(f"{named} ({unknown[0]} ...) are not as a Qwen's, and only those run in nf4; {cure}")
-    if known and torch.cuda.is_available() and not has_grouped_mm(torch.device("cuda")):
-        raise ValueError(
-            f"{named} need a GPU of compute capability 8.0 or more, which multiplies rows in groups; {cure}"
-        )
+    if config.strategy.quantization == NF4:
+        setting = f"strategy.quantization=nf4 with model.name_or_path={config.model.name_or_path}"
+        refuse_unknown(model, setting, "set strategy.quantization: none")
 
 
 @contextmanager
@@ -54,14 +51,14 @@ class Quantizer(Bnb4BitHfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         of_linear: bool = super().param_needs_quantization(model, param_name, **options)
         owner, _, name = param_name.rpartition(".")
-        return of_linear or (name in (UP, DOWN) and _is_mixture(model.get_submodule(owner)))
+        return of_linear or (name in (UP, DOWN) and is_mixture(model.get_submodule(owner)))
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantise(super().get_quantize_ops())
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         ALL_EXPERTS_FUNCTIONS.register(NF4, without_lora)
-        for _, experts in _mixtures(model):
+        for _, experts in mixtures(model):
             if is_quantised(getattr(experts, UP)):
                 experts.config._experts_implementation = NF4
         return super()._process_model_after_weight_loading(model, **options)
@@ -83,15 +80,3 @@ class _Quantise(ConversionOps):
             else:
                 quantised |= self.theirs.convert({name: value}, full_layer_name, model, **options)
         return quantised
-
-
-def _mixtures(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return (name, module) of the experts that can be computed in nf4."""
-    return [(name, module) for name, module in model.named_modules() if _is_mixture(module)]
-
-
-def _is_mixture(module: nn.Module) -> bool:
-    weights = [getattr(module, name, None) for name in (UP, DOWN)]
-    return all(isinstance(one, nn.Parameter) and is_even(shape_of(one)) for one in weights) and is_known(
-        module
-    )

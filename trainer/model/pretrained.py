@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qwenlora.configs.schema import Config, Model
+from qwenlora.data import template
 from qwenlora.data.chat import forget_calls
 from qwenlora.data.turns import TURN_END
 from qwenlora.plan.shape import WITH_VISION
@@ -29,11 +30,15 @@ def base_of(config: Config, run: RunFolder, *, weights: bool = True) -> str:
 
 
 def load_tokenizer(config: Config, base: str) -> Any:
-    """Return the tokenizer. Raises: ValueError when it is not a fast one, or cannot mark turns or padding."""
-    name = config.model.tokenizer
-    if name and config.model.name_or_path != TINY:
-        return _tokenizer(name, config.model, "model.tokenizer")
-    return _tokenizer(base, config.model, "model.name_or_path")
+    """Return the tokenizer, with the config's chat template arguments. Raises: ValueError when it is not a
+    fast one, cannot mark turns or padding, or its template does not use an argument."""
+    name, key = config.model.tokenizer, "model.tokenizer"
+    if not name or config.model.name_or_path == TINY:
+        name, key = base, "model.name_or_path"
+    tokenizer = _tokenizer(name, config.model, key)
+    if arguments := config.data.chat_template_kwargs:
+        template.set_defaults(tokenizer, arguments)
+    return tokenizer
 
 
 def _tokenizer(name: str, config: Model, key: str) -> Any:

@@ -44,7 +44,7 @@ def rows(
         "trainable": _trainable(config, facts),
         "of which": _of_which(facts.parameters),
         "data": f"{_sources(config.data.train)}: {_counts(train)}",
-        "processes": f"{world_size} x {device}, {_strategy(spread)}",
+        "processes": f"{world_size} x {device}, {_strategy(spread)}{_experts(config)}",
         "recomputed": _recomputed(config, facts, spread),
         "global batch": _global_batch(config, facts, args, world_size),
         "micro-batch": f"{args.per_device_train_batch_size} {_unit(facts)}, {spread.why_so_many}"
@@ -205,6 +205,11 @@ def _recomputed(config: Config, facts: Facts, spread: Spread) -> str:
 
 def _strategy(spread: Spread) -> str:
     return spread.why.removeprefix("strategy.name=auto: ") or spread.description
+
+
+def _experts(config: Config) -> str:
+    parts = config.strategy.expert_parallel
+    return f", the experts of each layer over {parts} of them" if parts > 1 else ""
 
 
 def _counts(counts: SideCounts) -> str:

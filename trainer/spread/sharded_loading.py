@@ -1,8 +1,8 @@
-"""A sharded base: each rank reads only its own shard from the files.
+"""A base in parts: each rank reads only its own from the files.
 
-`load_fsdp` and `load_zero3` return the frozen model that model/base.py's load_base returns whole; the adapter
-comes on top. All ranks together read the base once (once for each group of ranks that shares a base), and no
-rank has more in memory than its shard and some megabytes.
+`load_fsdp`, `load_zero3` and `load_divided` return the frozen model that model/loading.py's load_base returns
+whole; the adapter comes on top. Of what is in parts, all ranks together read the base once (once for each
+group of ranks that shares a base), and no rank has more in memory than its own and some megabytes.
 """
 
 import logging
@@ -25,6 +25,7 @@ from qwenlora.configs.schema import Config
 from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.model.base import hub_errors
 from qwenlora.trainer.model.base_files import BaseFiles, peak_memory
+from qwenlora.trainer.model.kinds import stacks
 from qwenlora.trainer.model.loading import device, pick_dtype, refuse_misfits
 from qwenlora.trainer.model.pretrained import load_config_of, read_config_of
 from qwenlora.trainer.spread.zero import DeepSpeedConfig
@@ -207,6 +208,27 @@ def load_zero3(config: Config, base: str, ds_config: DeepSpeedConfig) -> Any:
         assert init is not None
         init.complete = True
         _report(started, _fill(config, base, weights, fill))
+    return model
+
+
+def load_divided(config: Config, base: str, rank: int, size: int) -> Any:
+    """Return the base with one of size parts of each layer's experts, and all else. rank: which part. These
+    weights have the shape of the whole in ds_shape, where peft looks for it first, as ZeRO-3 has it."""
+    started = time.monotonic()
+
+    def fill(weight: Weight, copy: Copy) -> None:
+        whole, parts = weight.parameter.shape, size if set(weight.names) & experts else 1
+        values = torch.empty(whole[0] // parts, *whole[1:], dtype=weight.parameter.dtype, device=device())
+        copy(values.numel() * (rank % parts), values)
+        new: Any = weight.substitute(nn.Parameter(values, requires_grad=False))
+        if parts > 1:
+            new.ds_shape = whole
+
+    with hub_errors("model.name_or_path", config.model.name_or_path):
+        model = skeleton(config, base)
+        experts = set(stacks(model))
+        _move_buffers(model, device())
+        _report(started, _fill(config, base, weights_of(model), fill))
     return model
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from qwenlora.run.hardware import free_memory
 from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import loading
 from qwenlora.trainer.model.base_files import peak_memory
+from qwenlora.trainer.model.fused_experts import is_part
 from qwenlora.trainer.ranks.faults import unlike_rank_0
 from qwenlora.trainer.ranks.rendezvous import is_pretended
 from qwenlora.trainer.spread import sharded_loading, zero
@@ -137,6 +139,8 @@ def load_base(config: Config, base: str, spread: Spread) -> Any:
     elif spread.name == "zero3" and spread.deepspeed and config.strategy.quantization == "none":
         zero.start_communication()
         model = sharded_loading.load_zero3(config, base, spread.deepspeed)
+    elif (parts := config.strategy.expert_parallel) > 1:
+        model = sharded_loading.load_divided(config, base, dist.get_rank() % parts, parts)
     else:  # ZeRO-3 shards a quantised base when its engine is made
         started = time.monotonic()
         model = loading.load_base(config, base)
@@ -154,7 +158,7 @@ def check_same_base(model: Any) -> None:
     """Compare samples of the ranks' frozen weights, which are whole. Raises: ValueError, on all ranks."""
     sums = []
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and not is_part(parameter):
             numbers = parameter.detach().flatten()
             sample = numbers[:: max(1, len(numbers) // SAMPLED)].contiguous()
             sums.append(sample.view(torch.uint8).sum(dtype=torch.int64))
@@ -166,11 +170,14 @@ def check_same_base(model: Any) -> None:
         )
 
 
-def replicate_trained(model: Any) -> Any:
-    """Return a model under DDP, which sees only its trained parameters, whole on every rank."""
+def replicate_trained(model: Any, but: Sequence[str] = ()) -> Any:
+    """Return a model under DDP, which sees only the trained parameters that are whole on every rank. but:
+    names of the others."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return model
-    ignored = [name for name, p in model.named_parameters() if not p.requires_grad]
+    ignored = [name for name, p in model.named_parameters() if not p.requires_grad or name in but]
+    if len(ignored) == len(list(model.parameters())):
+        return model
     ignored += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
     # gradients lie in the buckets that are sent: without a copy there and back, and a second time in memory
