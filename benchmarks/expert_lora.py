@@ -2,7 +2,9 @@
 
 Each way runs in a process of its own, and they take turns step by step: the same base, adapter and rows,
 plain transformers and peft but for the experts. Losses must be equal, gradients not zero, and our operations
-those that are useful, else no number is shown. README.md beside this file explains the numbers.
+those that are useful, else no number is shown. Then the experts of a layer are timed alone, forward and
+backward, and beside them the bare matrix products that ours need: no way with these products can be faster.
+README.md beside this file explains the numbers.
 """
 
 import argparse
@@ -45,13 +47,16 @@ class Step(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What steps of some tokens cost a way. peak_bytes: host memory above that before the step; flops: that
-    torch counts in it; useful: by plan/flops.py."""
+    """What steps of some tokens cost a way. alone: CPU seconds of a layer's experts; peak_bytes: host memory
+    above that before the step; flops: that torch counts in it; useful: by plan/flops.py; products: CPU
+    seconds of ours, bare."""
 
     steps: list[Step]
+    alone: list[float]
     peak_bytes: int
     flops: float
     useful: float
+    products: list[float]
 
 
 # ---- the side that measures
@@ -90,10 +95,14 @@ def measure(tokens: int, options: argparse.Namespace) -> dict[str, Figures]:
     """Return what steps of so many tokens cost each way."""
     timed = {way: start(way, options) for way in WAYS}
     steps: dict[str, list[Step]] = {way: [] for way in WAYS}
+    alone: dict[str, list[float]] = {way: [] for way in WAYS}
+    products: list[float] = []
     for number in range(options.steps):
         # as many begin with one as with the other
         for way in WAYS[:: 1 if number % 2 else -1]:
             steps[way].append(Step(**ask(timed[way], "step", tokens, number)))
+            alone[way].append(ask(timed[way], "alone", tokens, number)["cpu_s"])
+        products.append(ask(timed[OURS], "products", tokens, number)["cpu_s"])
         print(f"{tokens} tokens, step {number + 1}", end="\r", flush=True, file=sys.stderr)
     counted = {way: ask(timed[way], "flops", tokens, 0) for way in WAYS}
     end(timed)
@@ -103,7 +112,9 @@ def measure(tokens: int, options: argparse.Namespace) -> dict[str, Figures]:
         ask(worker, "step", tokens, 0)
         peaks[way] = ask(worker, "peak", tokens, 1)["bytes"]
         end({way: worker})
-    return {way: Figures(steps[way], peaks[way], **counted[way]) for way in WAYS}
+    return {
+        way: Figures(steps[way], alone[way], peaks[way], **counted[way], products=products) for way in WAYS
+    }
 
 
 def start(way: str, options: argparse.Namespace, **variables: str) -> subprocess.Popen[str]:
@@ -145,9 +156,10 @@ def check(ways: dict[str, Figures]) -> None:
 def show(found: dict[int, dict[str, Figures]]) -> None:
     """Print the table."""
     print(
-        "| tokens a step | way | CPU seconds a step | times as fast | peak MB | of peft's | FLOPs / useful |"
+        "| tokens a step | way | CPU seconds a step | times as fast | experts alone | peak MB | of peft's |"
+        " FLOPs / useful |"
     )
-    print("|---:|---|---:|---:|---:|---:|---:|")
+    print("|---:|---|---:|---:|---:|---:|---:|---:|")
     for tokens, ways in found.items():
         peft = ways[PEFT]
         for way, figures in ways.items():
@@ -155,9 +167,22 @@ def show(found: dict[int, dict[str, Figures]]) -> None:
             times = median(other.cpu_s / own.cpu_s for other, own in pairs)
             seconds = median(own.cpu_s for _, own in pairs)
             print(
-                f"| {tokens} | {way} | {seconds:.3f} | {times:.2f} | {figures.peak_bytes / 1e6:,.0f} |"
-                f" {figures.peak_bytes / peft.peak_bytes:.2f} | {figures.flops / figures.useful:.2f} |"
+                f"| {tokens} | {way} | {seconds:.3f} | {times:.2f} | {ratio(peft.alone, figures.alone):.2f} |"
+                f" {figures.peak_bytes / 1e6:,.0f} | {figures.peak_bytes / peft.peak_bytes:.2f} |"
+                f" {figures.flops / figures.useful:.2f} |"
             )
+    for tokens, ways in found.items():
+        ours = ways[OURS]
+        print(
+            f"{tokens} tokens: bare products are {1 / ratio(ours.alone, ours.products):.0%} of our experts'"
+            f" time; with nothing else they would be {ratio(ways[PEFT].alone, ours.products):.2f} times as"
+            " fast as peft's"
+        )
+
+
+def ratio(ones: list[float], others: list[float]) -> float:
+    """Return the median of how many times as long the first took, but for two untimed ones."""
+    return median(one / other for one, other in list(zip(ones, others, strict=True))[2:])
 
 
 # ---- a way, in a process of its own
@@ -177,7 +202,7 @@ def work(way: str, rank: int) -> None:
         ids = torch.randint(
             VOCABULARY, (int(tokens) // ROW, ROW), generator=torch.Generator().manual_seed(int(number))
         )
-        answer = {"step": step, "flops": count, "peak": peak}[what](model, ids, optimizer)
+        answer = ANSWERS[what](model, ids, optimizer)
         print(f"> {json.dumps(answer)}", flush=True)
 
 
@@ -221,6 +246,41 @@ def step(model: Any, ids: Any, optimizer: Any) -> dict[str, float]:
     return Step(time.process_time() - started, loss.item(), norm.item())._asdict()
 
 
+def alone(model: Any, ids: Any, _: Any) -> dict[str, float]:
+    """Compute the experts of a layer forward and backward, on rows that choose them at random."""
+    import torch
+
+    tokens, hidden = ids.numel(), SIZES["hidden_size"]
+    draw = torch.Generator().manual_seed(int(ids.sum()))
+    x, gradient = torch.randn(2, tokens, hidden, generator=draw)
+    shares = torch.rand(tokens, SIZES["num_experts"], generator=draw).topk(SIZES["num_experts_per_tok"], -1)
+    x, given = x.requires_grad_(), shares.values.requires_grad_()
+    model.zero_grad()
+    experts = model.base_model.model.model.layers[1].mlp.experts
+    started = time.process_time()
+    experts(x, shares.indices, given).backward(gradient)
+    return {"cpu_s": time.process_time() - started}
+
+
+def products(model: Any, ids: Any, optimizer: Any) -> dict[str, float]:
+    """Compute the matrix products of alone(), and nothing else."""
+    from qwenlora.trainer.model import fused_experts
+
+    real, wanted = fused_experts._products, []
+
+    def keep(rows: Any, matrices: Any, ends: Any) -> Any:
+        wanted.append((rows, matrices, ends))
+        return real(rows, matrices, ends)
+
+    fused_experts._products = keep
+    alone(model, ids, optimizer)
+    fused_experts._products = real
+    started = time.process_time()
+    for each in wanted:
+        real(*each)
+    return {"cpu_s": time.process_time() - started}
+
+
 def peak(model: Any, ids: Any, optimizer: Any) -> dict[str, float]:
     """Return the bytes of host memory that a step needs above what is there before it."""
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
@@ -254,6 +314,9 @@ def count(model: Any, ids: Any, optimizer: Any) -> dict[str, float]:
     optimizer.zero_grad()
     useful = flops(work_of(model, model.config), np.full(len(ids), ROW), ids.numel())
     return {"flops": counter.get_total_flops(), "useful": useful}
+
+
+ANSWERS = {"step": step, "alone": alone, "products": products, "flops": count, "peak": peak}
 
 
 if __name__ == "__main__":

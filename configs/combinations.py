@@ -213,12 +213,12 @@ RULES = (
         "set it to a divisor of their number",
     ),
     Rule(
-        "expert-parallel-quantization",
-        "`expert_parallel` over 1 with `quantization`",
-        lambda c, m: c.strategy.expert_parallel > 1 and c.strategy.quantization != "none",
-        f"{_EXPERTS} with strategy.quantization={{strategy.quantization}}",
-        "bitsandbytes quantises a layer's experts together, and here a GPU reads some of them",
-        "set strategy.quantization: none, or strategy.expert_parallel: 1",
+        "expert-parallel-int8",
+        "`expert_parallel` over 1 with `quantization: int8`",
+        lambda c, m: c.strategy.expert_parallel > 1 and c.strategy.quantization == "int8",
+        f"{_EXPERTS} with strategy.quantization=int8",
+        "bitsandbytes reads a whole base for int8, which leaves experts as they are",
+        "set strategy.quantization: nf4 or none, or strategy.expert_parallel: 1",
     ),
     Rule(
         "expert-parallel-float16",

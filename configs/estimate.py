@@ -213,7 +213,7 @@ def _base_on_a_gpu(
     """Return the bytes of the base that stay on a GPU, and of what is gathered at a time."""
     width, base = bytes_a_number(config, machine), base_bytes(config, sizes, machine)
     if name not in ("zero3", "fsdp"):
-        return base - width * sizes.experts * _elsewhere(config), 0.0
+        return base - _experts_elsewhere(config, sizes, width), 0.0
     outside = sizes.total - sizes.body
     scales = SCALES * sizes.body if config.strategy.quantization == "nf4" else 0.0  # they are no parameters
     sharded = base - scales
@@ -425,6 +425,14 @@ def ranks_met(config: Config, experts: int) -> float:
 def _elsewhere(config: Config) -> float:
     """Return the share of the experts that other ranks have."""
     return 1 - 1 / config.strategy.expert_parallel
+
+
+def _experts_elsewhere(config: Config, sizes: Sizes, width: int) -> float:
+    """Return the bytes of the base that other ranks have. Parts of experts in nf4 have float32 scales."""
+    if config.strategy.quantization != "nf4":
+        return width * sizes.experts * _elsewhere(config)
+    here = (BITS + 4 / 64) * sizes.experts / config.strategy.expert_parallel
+    return (NF4 * sizes.experts - here) * (config.strategy.expert_parallel > 1)
 
 
 def _trained_elsewhere(config: Config, sizes: Sizes) -> float:

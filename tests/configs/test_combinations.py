@@ -137,11 +137,11 @@ REFUSED = {
         "strategy.expert_parallel=16 on 8 processes of a node: the processes of a node are cut into groups of"
         " that size; set it to a divisor of their number",
     ),
-    "expert-parallel-quantization": (
+    "expert-parallel-int8": (
         NODE,
-        {"strategy": {"expert_parallel": 8, "quantization": "nf4"}},
-        "strategy.expert_parallel=8 with strategy.quantization=nf4: bitsandbytes quantises a layer's experts"
-        " together, and here a GPU reads some of them; set strategy.quantization: none, or"
+        {"strategy": {"expert_parallel": 8, "quantization": "int8"}},
+        "strategy.expert_parallel=8 with strategy.quantization=int8: bitsandbytes reads a whole base for"
+        " int8, which leaves experts as they are; set strategy.quantization: nf4 or none, or"
         " strategy.expert_parallel: 1",
     ),
     "expert-parallel-float16": (

@@ -71,9 +71,12 @@ def test_a_mixture_s_memory_is_as_it_would_be_computed_now():
             nf4 = here.model_copy(update={"strategy": config("nf4").strategy})
             cells = [f"{need(each, MIXTURE, name, machine).total / 1e9:.1f}" for each in (here, nf4)]
             rows.append(f"| {name}, `experts: {experts}` | {cells[0]} | {cells[1] * (name != 'fsdp')} |")
-        divided = here.model_copy(update={"strategy": Strategy(expert_parallel=8)})
-        cell = f"{need(divided, MIXTURE, 'ddp', machine).total / 1e9:.1f}"
-        rows.append(f"| ddp, `expert_parallel: 8`, `experts: {experts}` | {cell} |  |")
+        cells = []
+        for quantization in ("none", "nf4"):
+            divided = Strategy(expert_parallel=8, quantization=quantization)
+            found = need(here.model_copy(update={"strategy": divided}), MIXTURE, "ddp", machine)
+            cells.append(f"{found.total / 1e9:.1f}")
+        rows.append(f"| ddp, `expert_parallel: 8`, `experts: {experts}` | {cells[0]} | {cells[1]} |")
     assert "\n".join(rows) in (DOCS / "models.md").read_text(encoding="utf-8"), "\n".join(rows)
 
 

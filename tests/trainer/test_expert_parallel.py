@@ -41,7 +41,8 @@ def runs(request, tmp_path_factory, tiny):
     """Return ({name: what rank 0 did}, {name: what rank 1 did}, the folder of the runs)."""
     folder = tmp_path_factory.mktemp(request.param)
     base = str(make_base(folder / "base", request.param, tied=True))
-    start = Cell(base, "", steps=4, save_steps=2, train=TRAIN, end_to_end=True)
+    router = {"target_parameters": ["gate.weight"]}
+    start = Cell(base, "", steps=4, save_steps=2, train=TRAIN, lora=router, end_to_end=True)
     divided = replace(start, expert_parallel=2)
 
     def again(cell: Cell, name: str, of: str) -> Cell:
@@ -71,10 +72,11 @@ def test_each_rank_holds_its_experts_alone(runs):
     first, second, folder = runs
     one, ranks = first["one"]["held"], [first["divided"]["held"], second["divided"]["held"]]
     config = Cell(str(folder / "base"), str(folder)).config
-    experts = count_parameters(config, str(folder / "base")).experts
+    parameters = count_parameters(config, str(folder / "base"))
     for held in ranks:
-        assert one["base_bytes"] - held["base_bytes"] == 4 * experts // 2
-        assert held["optimizer_numbers"] < 0.75 * one["optimizer_numbers"]
+        assert one["base_bytes"] - held["base_bytes"] == 4 * parameters.experts // 2
+        moments = one["optimizer_numbers"] - held["optimizer_numbers"]
+        assert moments == 2 * parameters.experts_trained // 2
 
 
 def test_a_run_goes_on_to_the_bit(runs):
@@ -87,6 +89,20 @@ def test_a_run_goes_on_with_its_experts_on_more_or_fewer_ranks(runs, resumed):
     first, _, folder = runs
     assert_alike(first[resumed], first["one"])
     assert apart(adapter_of(folder / resumed), adapter_of(folder / "one")) <= CLOSE
+
+
+def test_experts_in_nf4_are_divided_with_the_numbers_that_they_have_together(tmp_path, tiny):
+    base = str(make_base(tmp_path / "base", "qwen3_moe", tied=True))
+    start = Cell(base, "", steps=2, save_steps=2, train=TRAIN | {"eval_steps": 2}, quantization="nf4")
+    one = run_ranks(run_cells, 1, [start.under("ddp", tmp_path / "one")], str(tiny))[0][0]
+    divided = replace(start, expert_parallel=2).under("ddp", tmp_path / "two")
+    first, second = (cells[0] for cells in run_ranks(run_cells, 2, [divided], str(tiny)))
+    assert_alike(first, one)
+    assert apart(adapter_of(tmp_path / "two"), adapter_of(tmp_path / "one")) <= CLOSE
+    experts = count_parameters(divided.config, base).experts
+    for rank in (first, second):
+        assert "Params4bit" in rank["held"]["kinds"]
+        assert one["held"]["base_bytes"] - rank["held"]["base_bytes"] == experts / 2 / 2
 
 
 def test_two_teams_train_what_one_rank_does(tmp_path, tiny):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwenlora.adapter import loading as after_training
 from qwenlora.configs.schema import Config, Lora
-from qwenlora.trainer.model import loading, targets
+from qwenlora.trainer.model import loading
 from qwenlora.trainer.model.kinds import count_kinds, count_trained
 from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.record.startup_table import _of_which
@@ -147,10 +147,16 @@ def test_a_checkpoint_is_gone_on_from_with_the_config_s_alphas(hybrid, tmp_path)
     assert (attention.q_proj.scaling, attention.k_proj.scaling) == ({"default": 16.0}, {"default": 8.0})
 
 
-def test_all_linear_is_refused_where_no_layer_is_linear_to_torch(hybrid, monkeypatch):
-    monkeypatch.setattr(targets, "linear_layers", lambda model: ["lm_head"])  # as with GPTQ and AWQ
-    with pytest.raises(ValueError, match="no linear layers of torch's.*name the layers"):
-        add_lora(base_of(hybrid), Lora(r=4))
+@pytest.mark.parametrize("some", [True, False])
+def test_all_linear_is_refused_where_layers_are_not_linear_to_torch(hybrid, some):
+    base = base_of(hybrid)
+    for name, module in list(base.named_modules()):
+        if isinstance(module, torch.nn.Linear) and (not some or name.endswith("layers.1.self_attn.q_proj")):
+            other = torch.nn.Module()  # as with GPTQ and AWQ
+            other.in_features = module.in_features
+            base.set_submodule(name, other)
+    with pytest.raises(ValueError, match=r"of the base model\.layers\..* is not one.*name the layers"):
+        add_lora(base, Lora(r=4))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def fuse_experts(model: Any) -> tuple[int, int]:
 
 
 def wrappers_in(model: Any) -> list[Any]:
-    """Return peft's wrappers around experts, of those around the same ones the outermost."""
+    """Return peft's wrappers of parameters, as of experts, of those around the same module the outermost."""
     wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
     wrapped = {id(wrapper.base_layer) for wrapper in wrappers}
     return [wrapper for wrapper in wrappers if id(wrapper) not in wrapped]

@@ -35,8 +35,9 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load_base(config: Config, base: str) -> Any:
-    """Return the base model in its dtype, or quantised as the config says, whole on this rank's device."""
+def load_base(config: Config, base: str, number: int = 0, parts: int = 1) -> Any:
+    """Return the base model in its dtype, or quantised as the config says, whole on this rank's device; of
+    experts in nf4 one of so many parts. number: which."""
     dtype = pick_dtype(config.model.dtype)
     # straight to this rank's GPU, without a copy in host memory
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -44,7 +45,7 @@ def load_base(config: Config, base: str) -> Any:
     model_config = read_config_of(config, base)
     if own_head := unties(config, base, model_config, download=True):
         head.untie(model_config)
-    with hub_errors("model.name_or_path", config.model.name_or_path), experts_too():
+    with hub_errors("model.name_or_path", config.model.name_or_path), experts_too(number, parts):
         model, loading = class_of(model_config).from_pretrained(
             base,
             dtype=dtype,

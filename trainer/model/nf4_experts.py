@@ -69,14 +69,44 @@ def quantise(weight: Tensor) -> Any:
     return quantised
 
 
+def part_of(quantised: Any, first: int, last: int) -> Any:
+    """Return the experts from first up to last of what quantise() made, of the same numbers. Their scales are
+    float32: those of quantise() were quantised together with the others'. ds_shape is still that of all."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Params4bit
+
+    state = quantised.quant_state
+    experts, *of_one = state.shape
+    some = QuantState(
+        _scales(state).view(experts, -1)[first:last].flatten(),
+        shape=torch.Size((last - first, *of_one)),
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
+    stored = quantised.data.view(experts, -1)[first:last].reshape(-1, 1).clone()
+    part = Params4bit(stored, quant_state=some, quant_type="nf4", bnb_quantized=True)
+    part.ds_shape = state.shape
+    return part
+
+
+def _scales(state: Any) -> Tensor:
+    """Return the scale of each block."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    scales: Tensor = state.absmax
+    return dequantize_blockwise(scales, state.state2) + state.offset if state.nested else scales
+
+
 def parts(weight: Any, ends: Sequence[int]) -> Iterator[Part]:
     """Yield the matrices of experts that have rows, AT_ONCE bytes of them at a time. ends: of each expert's
     rows, one expert's after the other's."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+    from bitsandbytes.functional import QuantState, dequantize_4bit
 
     state = weight.quant_state
     experts, *of_one = state.shape
-    blocks = (dequantize_blockwise(state.absmax, state.state2) + state.offset).view(experts, -1)
+    blocks = _scales(state).view(experts, -1)
     stored = weight.data.view(experts, -1)
     begins = (0, *ends[:-1])
     used = [number for number in range(experts) if ends[number] > begins[number]]

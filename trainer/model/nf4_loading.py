@@ -20,7 +20,7 @@ from qwenlora.trainer.model.fused_experts import (
     refuse_unknown,
     without_lora,
 )
-from qwenlora.trainer.model.nf4_experts import is_quantised, quantise
+from qwenlora.trainer.model.nf4_experts import is_quantised, part_of, quantise
 
 IN_4_BITS = "bitsandbytes_4bit"  # in transformers' table of quantisers
 NF4 = "nf4"  # our name in its table of ways to compute experts
@@ -35,10 +35,11 @@ def check(config: Config, model: nn.Module) -> None:
 
 
 @contextmanager
-def experts_too() -> Iterator[None]:
-    """Within, transformers quantises experts with the linear layers of a base in 4 bits."""
+def experts_too(number: int = 0, parts: int = 1) -> Iterator[None]:
+    """Within, transformers quantises experts with the linear layers of a base in 4 bits, and keeps one of so
+    many parts of them. number: which."""
     theirs = AUTO_QUANTIZER_MAPPING[IN_4_BITS]
-    AUTO_QUANTIZER_MAPPING[IN_4_BITS] = Quantizer
+    AUTO_QUANTIZER_MAPPING[IN_4_BITS] = type("Quantizer", (Quantizer,), {"number": number, "parts": parts})
     try:
         yield
     finally:
@@ -46,7 +47,10 @@ def experts_too() -> Iterator[None]:
 
 
 class Quantizer(Bnb4BitHfQuantizer):
-    """transformers' for bitsandbytes' 4 bits, which quantises experts, too."""
+    """transformers' for bitsandbytes' 4 bits, which quantises experts, too. number, parts: as in
+    experts_too."""
+
+    number, parts = 0, 1
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         of_linear: bool = super().param_needs_quantization(model, param_name, **options)
@@ -54,7 +58,7 @@ class Quantizer(Bnb4BitHfQuantizer):
         return of_linear or (name in (UP, DOWN) and is_mixture(model.get_submodule(owner)))
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantise(super().get_quantize_ops())
+        return _Quantise(super().get_quantize_ops(), self.number, self.parts)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         ALL_EXPERTS_FUNCTIONS.register(NF4, without_lora)
@@ -65,10 +69,11 @@ class Quantizer(Bnb4BitHfQuantizer):
 
 
 class _Quantise(ConversionOps):
-    """Quantises a parameter that was read. theirs: what quantises a linear layer's."""
+    """Quantises a parameter that was read. theirs: what quantises a linear layer's; number, parts: as
+    in experts_too."""
 
-    def __init__(self, theirs: Any) -> None:
-        self.theirs = theirs
+    def __init__(self, theirs: Any, number: int, parts: int) -> None:
+        self.theirs, self.number, self.parts = theirs, number, parts
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: Any = None, model: Any = None, **options: Any
@@ -76,7 +81,10 @@ class _Quantise(ConversionOps):
         quantised: dict[str, Any] = {}
         for name, value in input_dict.items():
             if name.endswith((UP, DOWN)):
-                quantised[name] = quantise(value[0] if isinstance(value, list) else value)
+                values = value[0] if isinstance(value, list) else value
+                first, last = (len(values) // self.parts * place for place in (self.number, self.number + 1))
+                whole = quantise(values)
+                quantised[name] = part_of(whole, first, last) if self.parts > 1 else whole
             else:
                 quantised |= self.theirs.convert({name: value}, full_layer_name, model, **options)
         return quantised

@@ -78,18 +78,17 @@ def _reached(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 def _modules(model: nn.Module, left_out: tuple[str, ...]) -> set[str]:
     """Return the linear layers to train, by ends of names that no other linear layer has. Raises: ValueError
-    without any."""
-    wanted: list[str] = []
-    others: set[str] = set()
-    for name in linear_layers(model):
-        if kind_of(name) in (*NOT_LINEAR, *left_out):
-            others.update((_end(name, 1), _end(name, 2)))
-        else:
-            wanted.append(name)
-    if not wanted:
+    when some are not torch's."""
+    not_wanted, known = (*NOT_LINEAR, *left_out), linear_layers(model)
+    wanted = [name for name in known if kind_of(name) not in not_wanted]
+    others = {_end(name, parts) for name in known if name not in wanted for parts in (1, 2)}
+    linear = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
+    unknown = [name for name in linear if name not in known and kind_of(name) not in not_wanted]
+    if unknown or not wanted:
+        which = f"{unknown[0]} is not one" if unknown else "it has none"
         raise ValueError(
-            f"lora.target_modules={ALL_LINEAR}: the base has no linear layers of torch's, as where GPTQ or"
-            " AWQ quantised them; name the layers, as [q_proj, v_proj]"
+            f"lora.target_modules={ALL_LINEAR} trains linear layers of torch's, and of the base {which}, as"
+            " where GPTQ or AWQ quantised layers; name the layers, as [q_proj, v_proj]"
         )
     return {next(e for e in (_end(name, 1), _end(name, 2), name) if e not in others) for name in wanted}
 

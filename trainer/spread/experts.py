@@ -25,12 +25,14 @@ from qwenlora.trainer.model.fused_experts import (
     DOWN,
     UP,
     chain,
+    is_part,
     mixtures,
     sums,
     without_lora,
     wrappers_in,
 )
 from qwenlora.trainer.model.fused_lora import ADAPTER
+from qwenlora.trainer.model.nf4_experts import shape_of
 from qwenlora.trainer.spread.sequence import Team, team_of
 
 
@@ -47,7 +49,7 @@ def divide(model: Any, config: Config) -> "DividedExperts | None":
     for _, experts in mixtures(model):
         outer = wrappers.get(id(experts), experts)
         compute = partial(without_lora, experts) if outer is experts else outer.forward
-        outer.forward = partial(_exchanged, compute, divided.team, len(getattr(experts, UP)))
+        outer.forward = partial(_exchanged, compute, divided.team, shape_of(getattr(experts, UP))[0])
     return divided
 
 
@@ -90,10 +92,8 @@ class Routes(NamedTuple):
 def routes_of(ranks: Tensor, team: Team) -> Routes:
     """Return the ways of tokens to the ranks of a team. ranks: [tokens, top_k], those that each has to
     reach."""
-    reached = torch.zeros(len(ranks), team.size, dtype=torch.bool, device=ranks.device).scatter_(
-        1, ranks, True
-    )
-    sent = reached.sum(0)
+    reached = torch.zeros(len(ranks), team.size, dtype=torch.bool, device=ranks.device)
+    sent = reached.scatter_(1, ranks, True).sum(0)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=team.group)
     tokens = reached.t().nonzero()[:, 1]
@@ -235,7 +235,9 @@ class DividedExperts:
 def _parts_of(model: Any, size: int) -> Iterator[_Part]:
     """Yield A and B of experts, still whole, of which each rank is to have one of so many parts."""
     for wrapper in (one for outermost in wrappers_in(model) for one in chain(outermost).values()):
-        there = len(wrapper.get_param())
+        if not is_part(wrapper.get_param()):
+            continue  # a router's
+        there = shape_of(wrapper.get_param())[0]
         a, b = wrapper.lora_A[ADAPTER].weight, wrapper.lora_B[ADAPTER].weight
         yield _Part(a, there, torch.Size((len(a) // size, a.shape[1])), a.shape, is_b=False)
         yield _Part(b, there, torch.Size((len(b), b.shape[1] // size)), b.shape, is_b=True)

@@ -140,7 +140,8 @@ def load_base(config: Config, base: str, spread: Spread) -> Any:
         zero.start_communication()
         model = sharded_loading.load_zero3(config, base, spread.deepspeed)
     elif (parts := config.strategy.expert_parallel) > 1:
-        model = sharded_loading.load_divided(config, base, dist.get_rank() % parts, parts)
+        load = loading.load_base if config.strategy.quantization == "nf4" else sharded_loading.load_divided
+        model = load(config, base, dist.get_rank() % parts, parts)
     else:  # ZeRO-3 shards a quantised base when its engine is made
         started = time.monotonic()
         model = loading.load_base(config, base)
