@@ -8,7 +8,7 @@ shared_expert.gate_proj.weight, which makes tensors of the same names and shapes
 linear layer that it is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from pathlib import Path
@@ -79,18 +79,25 @@ def _reached(model: nn.Module, names: Iterable[str]) -> set[str]:
 def _modules(model: nn.Module, left_out: tuple[str, ...]) -> set[str]:
     """Return the linear layers to train, by ends of names that no other linear layer has. Raises: ValueError
     when some are not torch's."""
-    not_wanted, known = (*NOT_LINEAR, *left_out), linear_layers(model)
-    wanted = [name for name in known if kind_of(name) not in not_wanted]
-    others = {_end(name, parts) for name in known if name not in wanted for parts in (1, 2)}
+    not_wanted = (*NOT_LINEAR, *left_out)
+    wanted, others = _by_kind(linear_layers(model), not_wanted)
+    # of all classes
     linear = [name for name, module in model.named_modules() if hasattr(module, "in_features")]
-    unknown = [name for name in linear if name not in known and kind_of(name) not in not_wanted]
+    unknown = [name for name in _by_kind(linear, not_wanted)[0] if name not in wanted]
     if unknown or not wanted:
         which = f"{unknown[0]} is not one" if unknown else "it has none"
         raise ValueError(
             f"lora.target_modules={ALL_LINEAR} trains linear layers of torch's, and of the base {which}, as"
             " where GPTQ or AWQ quantised layers; name the layers, as [q_proj, v_proj]"
         )
-    return {next(e for e in (_end(name, 1), _end(name, 2), name) if e not in others) for name in wanted}
+    ends = {_end(name, parts) for name in others for parts in (1, 2)}
+    return {next(e for e in (_end(name, 1), _end(name, 2), name) if e not in ends) for name in wanted}
+
+
+def _by_kind(names: list[str], not_wanted: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the names of layers of wanted kinds, and the others."""
+    wanted = [name for name in names if kind_of(name) not in not_wanted]
+    return wanted, [name for name in names if name not in wanted]
 
 
 def _check_like(model: nn.Module, lora: Lora, theirs: LoraConfig, like: Path, *, experts: bool) -> None:
