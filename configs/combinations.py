@@ -284,10 +284,11 @@ def refuse(config: Config, machine: Machine) -> None:
 def check_simulated(config: Config, name: str) -> None:
     """Refuse to simulate ranks that compute with what others send. name: of the strategy, auto if it is not
     decided yet. Raises: ValueError."""
-    shared = config.strategy.sequence_parallel
-    if name not in ("ddp", "auto") or shared > 1:
-        what = f"strategy.sequence_parallel={shared}" if shared > 1 else f"strategy.name={name}"
+    shared = {key: getattr(config.strategy, key) for key in ("sequence_parallel", "expert_parallel")}
+    what = [f"strategy.{key}={size}" for key, size in shared.items() if size > 1]
+    what += [f"strategy.name={name}"] if name not in ("ddp", "auto") else []
+    if what:
         raise ValueError(
-            f"--simulate-world: with {what} a rank computes with what others send it, and none are there; set"
-            " strategy.name: ddp, without sequence_parallel"
+            f"--simulate-world: with {what[0]} a rank computes with what others send it, and none are there;"
+            " set strategy.name: ddp, without sequence_parallel and expert_parallel"
         )
