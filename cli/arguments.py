@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
@@ -47,7 +48,7 @@ def _option(name: str, hint: Any, default: str | None) -> inspect.Parameter:
     if kind is bool:
         flag = Annotated[bool, typer.Option(f"--{name.replace('_', '-')}", help=help_text)]
         return inspect.Parameter(name, keyword, default=False, annotation=flag)
-    value: Any = int | None if int in get_args(kind) else str if default else str | None
+    value: Any = int | None if {*get_args(kind)} == {int, NoneType} else str if default else str | None
     option = Annotated[value, typer.Option(help=help_text)]
     return inspect.Parameter(name, keyword, default=default, annotation=option)
 

@@ -79,7 +79,7 @@ def _show(submission: Submission) -> int:
     for config in configs:
         print(f"# ---- config of {config.run_dir}\n{to_yaml(config)}")
     jobs = f"{len(configs)} jobs x " * (len(configs) > 1)
-    size = f"{jobs}{spec.nodes} x {spec.gpus_per_node} GPUs x {spec.timeout_min} min"
+    size = f"{jobs}{spec.nodes_text} x {spec.gpus_per_node} GPUs x {spec.timeout_min} min"
     print(f"# GPU-hours           {submission.gpu_hours:g} = {size}")
     print(f"# run folder          {submission.target.path}")
     return 0

@@ -440,6 +440,12 @@ class Checkpoint(Section):
         description="Write in the background; training waits only for the copy to memory.",
     )
     timeout_s: PositiveInt = Field(600, description="Seconds after which a save that hangs ends the run.")
+    memory_steps: NonNegativeInt | None = Field(
+        None,
+        description="In a Slurm job: steps between snapshots in the memory of the first node, from which a"
+        " restart in the job goes on; 0: none. Default: about every 20 s.",
+        json_schema_extra=SINCE_0_2,
+    )
 
 
 class Strategy(Section):
@@ -563,7 +569,13 @@ class Launch(Section):
         25, description="Seconds that nodes, then ranks, wait for each other to come."
     )
     max_restarts: NonNegativeInt = Field(
-        5, description="How often a Slurm job that failed, but saved steps before, is requeued."
+        5, description="How often a Slurm job that failed, but saved steps before, is tried again."
+    )
+    min_nodes: PositiveInt | None = Field(
+        None,
+        description="Fewest nodes with which a Slurm job goes on when others are lost; with fewer it is"
+        " requeued. Default: half of its nodes.",
+        json_schema_extra=SINCE_0_2,
     )
 
 

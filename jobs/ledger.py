@@ -10,14 +10,16 @@ CLUSTERS: tuple[Cluster, ...] = get_args(Cluster)
 
 
 class SubmittedJob(Record):
-    """One submission. site: the site file; config: the file with the resolved config, None for a sweep; runs:
-    how many a sweep has; folder: of submitit's files, and the snapshot of the package (code/), if any;
-    work_dir: where it was submitted: data paths are relative to it."""
+    """One submission. nodes: the most; min_nodes: the fewest, 0 for as many; site: the site file; config: the
+    file with the resolved config, None for a sweep; runs: how many a sweep has; folder: of submitit's files,
+    and the snapshot of the package (code/), if any; work_dir: where it was submitted: data paths are relative
+    to it."""
 
     job_id: str
     time: Moment
     cluster: Cluster
     nodes: int = 1
+    min_nodes: int = 0
     gpus_per_node: int = 0
     cpus_per_task: int = 1
     timeout_min: int | None = None

@@ -3,7 +3,8 @@
 import hashlib
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from qwenlora.slurm import query
 
@@ -38,6 +39,10 @@ class Allocation:
     def first(self) -> bool:
         """Whether this node leads the others."""
         return self.node == 0
+
+    def among(self, hosts: Sequence[str]) -> "Allocation":
+        """Return the allocation with only these nodes, in their order. This node must be one of them."""
+        return replace(self, hosts=tuple(hosts), node=tuple(hosts).index(self.host))
 
     @property
     def by_ssh(self) -> bool:

@@ -16,10 +16,12 @@ from typing import Protocol
 
 import psutil
 
+from qwenlora.run.history import EXIT_CODES
 from qwenlora.run.orphans import die_with_parent
 from qwenlora.run.signals import STOP_SIGNALS, to_handle, under_nohup
 
 POLL_S = 0.1
+DYING_S = 60.0  # from KILL to the end of a process; longer: it hangs in a driver, or on a disk
 REPEAT_S = 1.0  # a rank that still imports its modules does not handle signals yet
 
 
@@ -37,10 +39,11 @@ class Running(Protocol):
 
 
 class Children:
-    """Runs preparation and ranks, and receives stop signals. stop_signal: the name of the first that came."""
+    """Runs preparation and ranks, and receives stop signals. stop_signal: the name of the first that came;
+    immortal: what was killed does not end, so nothing can be started in its place."""
 
     def __init__(self) -> None:
-        self.stop_requested = False
+        self.stop_requested = self.immortal = False
         self.stop_signal = ""
         self._kill_now = False
         self._kill_command = False
@@ -69,13 +72,17 @@ class Children:
     def run(
         self, running: Running, poll: Callable[[], None], pause: Callable[[float], None] = time.sleep
     ) -> int:
-        """Watch what runs to its end; return its exit code. poll: called several times a second, may call
-        kill."""
+        """Watch what runs to its end, or until it does not end though it was killed; return its exit code.
+        poll: called several times a second, may call kill."""
         self._kill_command = False
-        last_request = float("-inf")
+        last_request, first_kill = float("-inf"), float("inf")
         while (code := running.poll()) is None:
             poll()
+            if time.monotonic() > first_kill + DYING_S:
+                self.immortal = True
+                return EXIT_CODES["failed"]
             if self._kill_now or self._kill_command:
+                first_kill = min(first_kill, time.monotonic())
                 running.kill()
             elif self.stop_requested and time.monotonic() - last_request > REPEAT_S:
                 self._request_stop(running, first=last_request < 0)

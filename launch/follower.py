@@ -1,12 +1,20 @@
 """The agent of a node that is not the first: it does as the first node's agent says."""
 
+import socket
+import time
+
 from qwenlora.launch import preflight
 from qwenlora.launch.launcher import run_ranks
 from qwenlora.launch.messages import AgentLost, FileInRunFolder, RanksEnded, RunOver, StartRanks
 from qwenlora.launch.node import Node
 from qwenlora.launch.watch import Watch
 from qwenlora.run.history import EXIT_CODES
+from qwenlora.slurm import query
 
+ANSWER_S = 3.0  # for a machine to answer, with a refusal, too
+NODE_LOSS_S = (
+    900.0  # for Slurm to notice that a node is gone (SlurmdTimeout: 300 s where a site sets nothing)
+)
 JOIN_LATER_S = 3.0  # longer than the first node waits, whose message names all missing nodes
 
 
@@ -22,18 +30,57 @@ def follow(node: Node) -> int:
             case FileInRunFolder(text=text):
                 meeting.send(_look_for_file(node, text))
             case StartRanks() as start:
+                node.allocation = node.allocation.among(start.hosts)
                 watch = Watch(node, start.handover.attempt)
                 meeting.send(RanksEnded(code=run_ranks(node, watch, start.handover, start.port)))
-                if watch.run_over or watch.agent_lost:
+                if watch.lost and not watch.run_over:
+                    return _without_the_first(node)
+                if watch.run_over or node.children.immortal:
                     meeting.stay_until_exit()
-                    return EXIT_CODES["failed" if watch.agent_lost else "done"]
+                    return EXIT_CODES["done" if watch.run_over else "failed"]
             case RunOver():
                 meeting.stay_until_exit()
                 return EXIT_CODES["done"]
             case AgentLost():
-                hosts = node.allocation.hosts
-                node.console.print(f"{node.allocation.host}: the agent of {hosts[0]} is gone", soft_wrap=True)
-                return EXIT_CODES["failed"]
+                return _without_the_first(node)
+
+
+def _without_the_first(node: Node) -> int:
+    """Leave: the first node's agent is gone. If its machine is gone, too, so is the batch shell that would
+    requeue the job, and Slurm keeps a job that it was told not to kill (--no-kill)."""
+    meeting, allocation = node.meeting, node.allocation
+    first = meeting.allocation.hosts[0]
+    node.console.print(f"{allocation.host}: the agent of {first} is gone", soft_wrap=True)
+    meeting.stay_until_exit()
+    if allocation.requeues and allocation.job_id and not node.stop_requested and not _answers(first):
+        _requeue_without(node, first, allocation.job_id)
+    return EXIT_CODES["failed"]
+
+
+def _answers(host: str) -> bool:
+    """Whether a machine is there: it answers, if only to refuse."""
+    try:
+        socket.create_connection((host, 1), timeout=ANSWER_S).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _requeue_without(node: Node, first: str, job_id: str) -> None:
+    """Requeue the job once Slurm has taken its first node from it."""
+    end = time.monotonic() + NODE_LOSS_S
+    while time.monotonic() < end and not node.stop_requested:
+        job = query.ask(job_id)
+        if job is None or job.state != "RUNNING" or job.restarts != node.allocation.restarts:
+            return  # Slurm has ended or requeued it, or is not there to be asked
+        if first not in job.nodes:
+            if job.nodes[:1] == (node.allocation.host,) and job.requeue:
+                node.console.print(f"requeueing job {job_id}: {first} is gone", soft_wrap=True)
+                query.requeue(job_id)
+            return
+        time.sleep(1.0)
 
 
 def _look_for_file(node: Node, text: str) -> FileInRunFolder:

@@ -14,7 +14,7 @@ import psutil
 from qwenlora.launch.children import environment_of, prepare_child
 from qwenlora.run.folder import PREPARE_ONLY, RunFolder
 from qwenlora.run.handover import Start
-from qwenlora.run.rank_deaths import killed_line
+from qwenlora.run.rank_deaths import ENDED_HERE, killed_line
 
 MODULE = "qwenlora.trainer.forkserver"
 
@@ -24,13 +24,17 @@ class Forkserver:
 
     def __init__(self, folder: RunFolder, processes: int) -> None:
         """folder: of the run; processes: ranks of this node."""
-        self._folder = folder
+        self._folder, self._processes = folder, processes
+        self._begin()
+
+    def _begin(self) -> None:
+        self._used = False
         self._early_log = tempfile.TemporaryFile()  # noqa: SIM115  there may be no attempt with a log yet
         self.answers, its_end = socket.socketpair()
         with its_end:
             self.process: subprocess.Popen[bytes] = subprocess.Popen(
-                [sys.executable, "-u", "-m", MODULE, str(folder.config)],  # the config shows whose it is
-                env=environment_of(processes),
+                [sys.executable, "-u", "-m", MODULE, str(self._folder.config)],  # it shows whose it is
+                env=environment_of(self._processes),
                 stdin=its_end.fileno(),
                 stderr=self._early_log,
                 start_new_session=True,
@@ -59,6 +63,10 @@ class Forkserver:
             file.write(self._early_log.read())
 
     def _start(self, attempt: int, log: str, options: list[str], variables: list[dict[str, str]]) -> "Forked":
+        if self._used and self.process.poll() is not None:  # killed in an earlier attempt, which has said so
+            self.close()
+            self._begin()
+        self._used = True
         start = Start([str(self._folder.config), *options], str(self._folder.log(attempt, log)), variables)
         with suppress(ConnectionError):  # it has ended, which Forked.poll sees
             self.answers.sendall(start.line())
@@ -72,14 +80,15 @@ class Forked:
         self._server, self._start = server, start
         self._received = b""
         self._reported = self._killed = False
-        self._descendants: list[psutil.Process] = []  # of a forkserver that was killed
+        self._descendants: set[psutil.Process] = set()  # those that were killed
 
     def poll(self) -> int | None:
         """Return the exit code of the first process that failed, else 0; None while they run."""
+        if any(map(_runs, self._descendants)):
+            return None
         if (answer := self._answer("ended")) is not None:
             return answer
-        code = self._server.process.poll()
-        if code is None or any(map(_runs, self._descendants)):
+        if (code := self._server.process.poll()) is None:
             return None
         log = Path(self._start.log)
         self._server.copy_early_log(log)
@@ -99,12 +108,16 @@ class Forked:
         return [] if PREPARE_ONLY in self._start.arguments else self._children()
 
     def kill(self) -> None:
-        """Kill the forkserver and all that it started. They are gone when poll returns a code."""
+        """Kill all that was started. They are gone when poll returns a code. The forkserver stays, for the
+        next attempt, unless it has started nothing: then it may still import."""
         if not self._killed:
-            self._descendants = self._children(recursive=True)
+            with suppress(OSError), Path(self._start.log).open("a", encoding="utf-8") as file:
+                file.write(ENDED_HERE)  # the forkserver reports those that are killed now, too
         self._killed = True
-        self._server.process.kill()  # first: it would report the others as killed by somebody else
-        for process in self._descendants:
+        if not (found := self._children(recursive=True)):
+            self._server.process.kill()
+        self._descendants.update(found)
+        for process in found:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 

@@ -1,10 +1,15 @@
-"""The agent of the first node: makes or reopens the run folder, and leads an attempt on all nodes."""
+"""The agent of the first node: makes or reopens the run folder, and leads attempts on all nodes. In a job, an
+attempt that failed is followed by the next one at once, on the nodes that are left."""
 
+import math
+import os
 import secrets
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeVar
 
 from qwenlora.data.freshness import is_current
@@ -16,18 +21,21 @@ from qwenlora.launch.launcher import run_ranks
 from qwenlora.launch.meeting import NotMet
 from qwenlora.launch.messages import AgentMessage, FileInRunFolder, NodeFacts, StartRanks
 from qwenlora.launch.node import Node
-from qwenlora.launch.refusals import check_resume, check_same_data
+from qwenlora.launch.refusals import check_resume, check_same_data, check_start
 from qwenlora.launch.verdict import conclude, explain_failure, first_error
 from qwenlora.launch.watch import Watch
 from qwenlora.run.folder import PREFLIGHT, RunFolder, step_of
+from qwenlora.run.format import count
 from qwenlora.run.handover import Handover
 from qwenlora.run.hardware import gpu_count
 from qwenlora.run.history import EXIT_CODES
+from qwenlora.run.snapshots import Snapshots
+from qwenlora.slurm import query
 
 # a requeued job may start before the last processes of its previous attempt are gone
 WAIT_FOR_FOLDER_S = 120.0
 FAREWELL_S = 30.0
-MOST_IN_VAIN = 10  # attempts in a row that were stopped before they saved a step: their time is too short
+NODE_LOSS_S = 30.0  # for Slurm to notice that a node is gone
 
 M = TypeVar("M", bound=AgentMessage)
 
@@ -40,22 +48,26 @@ class Leader:
     variables: dict[str, str] = field(default_factory=dict)
     _agents: list[ssh.RemoteAgent] = field(default_factory=list)
     _missing: bool = False  # not all nodes have come yet
+    _met: bool = False  # they have, and are alike
 
     def lead(self, handover: Handover, *, only_check: bool) -> int:
         """Run an attempt on all nodes; return its exit code. Raises: ValueError when it cannot start."""
         node, resume = self.node, handover.resume
         config, folder = node.config, node.folder
         fresh, wait_s = resume == "none", WAIT_FOR_FOLDER_S if node.allocation.restarts else 0.0
+        code: int | None = None
         try:
             with folder.claim(config, fresh=fresh, allowed=handover.allowed, wait_s=wait_s) as changed:
                 if only_check:
-                    return self._only_check()
-                if folder.done and resume == "auto" and not changed.length:
-                    return self._report_done()
-                check_resume(config, folder, resume, handover.allowed)
-                return self._attempt(handover)
+                    code = self._only_check()
+                elif folder.done and resume == "auto" and not changed.length:
+                    code = self._report_done()
+                else:
+                    check_resume(config, folder, resume, handover.allowed)
+                    code = self._attempts(handover)
+                return code
         finally:  # the other nodes leave first: srun's exit code is then this one's
-            node.meeting.part(FAREWELL_S, of_all=not self._missing)
+            self._part(code)
 
     def _report_done(self) -> int:
         """Say that the run is done already."""
@@ -68,6 +80,113 @@ class Leader:
         )
         return EXIT_CODES["done"]
 
+    def _attempts(self, handover: Handover) -> int:
+        """Run attempts as long as the job is to try again and can do so by itself; return an exit code."""
+        node, first = self.node, True
+        memory = self._memory()
+        handover = replace(handover, memory=memory.paths if memory else ())
+        while True:
+            code = self._attempt(handover)
+            if memory and code == EXIT_CODES["failed"]:
+                self._save_from(memory)
+            if code == EXIT_CODES["refused"] and first:
+                node.folder.put_back()
+            first = False
+            if not node.allocation.requeues:  # somebody looks at it: the same command goes on
+                return code
+            failed, code = code == EXIT_CODES["failed"], self._exit_code_in_job(code)
+            if not failed or code != EXIT_CODES["stopped"] or not self._can_go_on():
+                return code
+            self._shrink()
+            if handover.resume == "none" or self._has_trained():
+                handover = replace(handover, resume="auto")
+
+    def _has_trained(self) -> bool:
+        """Whether steps of this run are saved: until then a checkpoint that --resume names is the start."""
+        history = self.node.folder.history
+        last = history.last()
+        trained = last is not None and history.progress.read(last.attempt) is not None
+        return trained and bool(self.node.folder.checkpoints())
+
+    def _memory(self) -> Snapshots | None:
+        """Return what keeps snapshots, where a restart could use them."""
+        if not self.node.allocation.requeues or self.node.config.checkpoint.memory_steps == 0:
+            return None
+        memory = Snapshots()
+        self.node.resources.callback(memory.close)
+        return memory
+
+    def _save_from(self, memory: Snapshots) -> None:
+        """Make the newest snapshot a checkpoint, from which any attempt can go on."""
+        name, problems = memory.save_newest(self.node.folder)
+        for problem in problems:
+            self.node.warn(problem)
+        if name:
+            self._print(f"{name} was kept in memory, and is saved now")
+
+    def _left(self) -> list[str]:
+        """Return the nodes of the last attempt that are still there."""
+        meeting = self.node.meeting
+        numbers = sorted(meeting.connected | {self.node.allocation.node})
+        there = {meeting.allocation.hosts[number] for number in numbers}
+        return [host for host in self.node.allocation.hosts if host in there]
+
+    def _can_go_on(self) -> bool:
+        """Whether another attempt can begin now, in this job, on the nodes that are left."""
+        node, left = self.node, self._left()
+        if not self._met or node.stop_requested or node.children.immortal:
+            return False
+        had = node.allocation.nodes
+        if len(left) == had:
+            return True
+        least = node.config.launch.min_nodes or math.ceil(node.meeting.allocation.nodes / 2)
+        if len(left) < least or 2 * len(left) < had:
+            self._print(
+                f"requeueing: {len(left)} of {had} nodes left, too few to go on in the job (launch.min_nodes)"
+            )
+            self._wait_for_slurm(left)
+            return False
+        try:
+            check_start(node.config, len(left))
+        except ValueError as error:
+            self._print(f"requeueing: on {count(len(left), 'node')} the run cannot go on: {error}")
+            self._wait_for_slurm(left)
+            return False
+        return True
+
+    def _wait_for_slurm(self, left: list[str]) -> None:
+        """Wait until Slurm has noticed that nodes are lost: else the requeued job may be given them again."""
+        allocation, end = self.node.allocation, time.monotonic() + NODE_LOSS_S
+        lost = set(allocation.hosts) - set(left)
+        while not self.node.stop_requested and time.monotonic() < end:
+            job = query.ask(allocation.job_id) if allocation.job_id else None
+            if job is None or job.state != "RUNNING":
+                return
+            if not lost & set(job.nodes):
+                self.node.folder.note_attempt(cause="NODE_FAIL")
+                return
+            time.sleep(1.0)
+
+    def _shrink(self) -> None:
+        """Go on with the nodes that are left."""
+        node, left = self.node, self._left()
+        if without := [host for host in node.allocation.hosts if host not in left]:
+            self._print(
+                f"going on inside the job with {count(len(left), 'node')}, without {', '.join(without)}"
+            )
+        node.allocation = node.allocation.among(left)
+
+    def _part(self, code: int | None) -> None:
+        """Let the other nodes leave. What does not leave would hold the job: its step is then killed. code:
+        of this process, unless it refuses to start."""
+        meeting = self.node.meeting
+        all_there = len(meeting.connected) == meeting.allocation.nodes - 1
+        all_left = meeting.part(FAREWELL_S, of_all=not self._missing)
+        if code is not None and not (all_there and all_left):
+            _tell_batch_shell(code)
+        if not all_left and self.node.allocation.requeues:
+            query.kill_step()
+
     def _attempt(self, handover: Handover) -> int:
         """Run one attempt: check, prepare, train, conclude."""
         node, folder = self.node, self.node.folder
@@ -77,16 +196,18 @@ class Leader:
         watch = Watch(node, attempt)
         code, fault = EXIT_CODES["failed"], ""
         try:
-            self._check_nodes(attempt)
+            if not self._met:
+                self._check_nodes(attempt)
+                self._met = True
             code = self._prepare_and_train(watch, replace(handover, attempt=attempt))
             fault = watch.fault
         except NotMet as missing:
             fault = str(missing)
         cause = watch.cause_of_the_end()
         code = conclude(folder, attempt, code, node.children, node.console, fault=fault, cause=cause)
-        if code == EXIT_CODES["refused"]:
-            folder.put_back()
-        return self._exit_code_in_job(code) if node.allocation.requeues else code
+        if lost := [host for host in node.allocation.hosts if host not in self._left()]:
+            folder.note_attempt(lost=lost)
+        return code
 
     def _begin_attempt(self) -> int:
         allocation, folder = self.node.allocation, self.node.folder
@@ -124,9 +245,9 @@ class Leader:
             self._print(why)
             return EXIT_CODES["stopped"] if again else code
         if code == EXIT_CODES["stopped"]:
-            count = restarts.in_vain(history.attempts(), job_id, saved)
-            if count >= MOST_IN_VAIN:
-                self._print(f"not requeued: {count} attempts in a row have saved no step")
+            in_vain = restarts.in_vain(history.attempts(), job_id, saved)
+            if in_vain >= restarts.MOST_IN_VAIN:
+                self._print(f"not requeued: {in_vain} attempts in a row have saved no step")
                 return EXIT_CODES["failed"]
         return code
 
@@ -204,12 +325,21 @@ class Leader:
         if not handover.only_check:
             over = f" on {nodes} nodes" * (nodes > 1)
             node.console.print(f"starting {processes_in_words(node.processes * nodes)}{over} ...")
-        port = free_port(node.meeting.run_id if nodes > 1 else secrets.token_hex(8))
-        node.meeting.send(StartRanks(handover=handover, port=port))
+        # each attempt has a port of its own: ranks of an earlier one may still look for theirs
+        token = f"{node.meeting.run_id} {handover.attempt}" if nodes > 1 else secrets.token_hex(8)
+        port = free_port(token)
+        node.meeting.send(StartRanks(handover=handover, port=port, hosts=node.allocation.hosts))
         return run_ranks(node, watch, handover, port)
 
     def _print(self, line: str) -> None:
         self.node.console.print(line, soft_wrap=True)
+
+
+def _tell_batch_shell(code: int) -> None:
+    """Leave this process's exit code to slurm/job.sh: srun's is that of an agent that was killed."""
+    if file := os.environ.get("QWENLORA_EXIT_CODE_FILE"):
+        with suppress(OSError):  # a container may not have it
+            Path(file).write_text(str(code), encoding="utf-8")
 
 
 def _newest_step(folder: RunFolder) -> int:

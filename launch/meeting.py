@@ -19,6 +19,8 @@ from qwenlora.launch.messages import AgentLost, AgentMessage, RunOver, decode, e
 RETRY_S = 0.2
 HELLO_S = 10.0  # for a new connection to say who it is
 HELLO_BYTES = 4096  # strangers may send anything
+# a node without power or network says nothing more: its connection ends IDLE_S + PROBES * PROBE_S later
+IDLE_S, PROBE_S, PROBES = 4, 3, 3
 SETTLE_S = 0.5  # from the end of a process until srun has noticed it
 _UNTIL_EXIT: list[socket.socket] = []
 _MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -40,6 +42,7 @@ class Meeting:
         self._token = f"{self.run_id} {allocation.secret or os.environ.get('QWENLORA_SECRET', '')}"
         self._over = self._closed = False
         self._left: set[int] = set()
+        self._dropped: set[int] = set()
         self.inbox: queue.Queue[AgentMessage] = queue.Queue()
         self._peers: dict[int, socket.socket] = {}
         self._sending = threading.Lock()  # a node hears that it is admitted before anything else
@@ -98,6 +101,7 @@ class Meeting:
             _close(connection)
             return
         connection.settimeout(None)
+        _notice_silence(connection)
         with self._sending:
             self._peers[node] = connection
             _send_line(connection, json.dumps({"met": self.run_id}))
@@ -132,6 +136,7 @@ class Meeting:
             _close(connection)
             return False
         connection.settimeout(None)
+        _notice_silence(connection)
         self._peers[0] = connection
         threading.Thread(target=self._receive_all, args=(0, lines), daemon=True).start()
         return True
@@ -150,6 +155,16 @@ class Meeting:
             for connection in self._peers.values():
                 _send_line(connection, line)
 
+    @property
+    def connected(self) -> set[int]:
+        """The other side's nodes whose agents are there."""
+        return self._peers.keys() - self._left - self._dropped
+
+    def drop(self, node: int) -> None:
+        """End the connection to a node: its agent then ends its ranks, and leaves."""
+        self._dropped.add(node)
+        _close(self._peers[node])
+
     def receive(self, timeout_s: float = 0.0) -> AgentMessage | None:
         """Return the next message, or None when none came in time."""
         try:
@@ -162,9 +177,10 @@ class Meeting:
         _UNTIL_EXIT.extend(self._peers.values())
         self._peers.clear()
 
-    def part(self, timeout_s: float, *, of_all: bool) -> None:
+    def part(self, timeout_s: float, *, of_all: bool) -> bool:
         """Tell the other nodes that the run is over; wait until their processes have ended and srun knows it.
-        of_all: also wait for nodes that have not come yet, which still look for this one."""
+        of_all: also wait for nodes that have not come yet, which still look for this one. Return whether no
+        agent is left, as far as their connections tell."""
         with self._sending:
             self._over = True
         self.send(RunOver())
@@ -176,6 +192,7 @@ class Meeting:
             time.sleep(RETRY_S)
         if self._peers:
             time.sleep(SETTLE_S)
+        return not self._peers.keys() - self._left and not self._dropped
 
     def gather(
         self, kind: type[M], timeout_s: float, stop_requested: Callable[[], bool] = lambda: False
@@ -206,6 +223,16 @@ class Meeting:
 def _send_line(connection: socket.socket, line: str) -> None:
     with suppress(OSError):
         connection.sendall(line.encode() + b"\n")
+
+
+def _notice_silence(connection: socket.socket) -> None:
+    """Have the kernel end a connection whose other side's machine does not answer any more."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
+    # what was sent and is not acknowledged holds the probes back
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * (IDLE_S + PROBE_S * PROBES))
 
 
 def _close(connection: socket.socket) -> None:

@@ -39,11 +39,12 @@ class FileInRunFolder(AgentMessage):
 
 
 class StartRanks(AgentMessage):
-    """Start your ranks. port: of the first node, where ranks meet."""
+    """Start your ranks. port: of the first node, where ranks meet; hosts: of this attempt, by rank."""
 
     KIND = "start"
     handover: Handover
     port: int
+    hosts: tuple[str, ...]
 
 
 class RanksEnded(AgentMessage):

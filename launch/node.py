@@ -15,9 +15,10 @@ from qwenlora.launch.meeting import Meeting
 from qwenlora.run.folder import RunFolder
 
 
-@dataclass(frozen=True)
+@dataclass
 class Node:
-    """One node of a run. resources: closed when the node's part is over."""
+    """One node of a run. allocation: the nodes of the attempt, fewer than the job's once some are lost;
+    resources: closed when the node's part is over."""
 
     config: Config
     allocation: Allocation

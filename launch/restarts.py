@@ -3,6 +3,7 @@
 from qwenlora.run.records import Attempt
 
 IN_VAIN = 2  # failures in a row that saved nothing new: the next would do the same
+MOST_IN_VAIN = 10  # attempts in a row that saved no step: their time is too short, or nodes keep dying
 
 
 def worth_another(
@@ -10,10 +11,13 @@ def worth_another(
 ) -> tuple[bool, str]:
     """Return whether to run the job again after its last attempt failed, and why, for the user. Only this
     job's attempts count: who submits again wants it tried again. newest_step: of the newest checkpoint."""
+    in_vain = _without_progress(attempts, job_id, newest_step)
     failures = sum(_crashed(attempt) for attempt in attempts if attempt.job_id == job_id)
-    crashes = sum(map(_crashed, _without_progress(attempts, job_id, newest_step)))
+    crashes = sum(map(_crashed, in_vain))
     if crashes >= IN_VAIN:
         return False, f"not tried again: {crashes} attempts failed in a row and saved no step (a crash loop)"
+    if len(in_vain) >= MOST_IN_VAIN:
+        return False, f"not tried again: {len(in_vain)} attempts in a row have saved no step"
     if failures > max_restarts:
         count = "1 attempt" if failures == 1 else f"{failures} attempts"
         return False, f"not tried again: {count} failed, launch.max_restarts is {max_restarts}"
@@ -35,5 +39,5 @@ def _without_progress(attempts: list[Attempt], job_id: str | None, newest_step: 
 
 
 def _crashed(attempt: Attempt) -> bool:
-    """Whether it failed by itself: not because Slurm lost a node."""
-    return attempt.reason == "failed" and not attempt.cause
+    """Whether it failed by itself: not because a node was lost."""
+    return attempt.reason == "failed" and not attempt.cause and not attempt.lost

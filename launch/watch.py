@@ -22,20 +22,20 @@ from qwenlora.slurm import query
 
 GRACE_S = 10.0  # for ranks to end by themselves, with their reason, when others have failed
 LEAVING_S = 60.0  # from the end of the ranks here to the end of those elsewhere
-NODE_LOSS_S = 30.0  # for Slurm to notice that a node is gone
 STACKS_S = 3.0  # for all nodes to write their stacks
 
 
 class Watch:
     """Watches one attempt on one node. fault: what went wrong, where the ranks cannot report it; beats: the
     folder of the ranks' signs of life, once they start; cause: why Slurm ended the attempt (causes.py);
-    agent_lost: another node's agent is gone; failures: reports when a rank has failed, once ranks run."""
+    lost: hosts whose agents are gone; failures: reports when a rank has failed, once ranks run."""
 
     def __init__(self, node: Node, attempt: int) -> None:
         self.node, self.attempt = node, attempt
         self.fault = self.beats = self.cause = ""
         self.failures: Forked | Deaths | None = None
-        self.agent_lost = self.run_over = False
+        self.lost: list[str] = []
+        self.run_over = False
         self._asked_slurm = self._stalled = False
         self._kill_at = float("inf")
         self.started = time.monotonic()
@@ -64,17 +64,20 @@ class Watch:
             self.node.children.kill()
 
     def after(self, code: int) -> None:
-        """Wait for the other nodes' ranks, when this node's have ended. code: of this node's launcher."""
-        allocation = self.node.allocation
-        if not allocation.first:
+        """Wait for the other nodes' ranks, when this node's have ended; let those nodes go whose ranks have
+        not ended in time. code: of this node's launcher."""
+        node, meeting = self.node, self.node.meeting
+        if not node.allocation.first:
             return
         if code:
             self._end_within(GRACE_S)
         deadline = time.monotonic() + (2 * GRACE_S if code else LEAVING_S)  # ranks that finish leave together
-        others = set(range(1, allocation.nodes))
-        while others - self._ended and not self.agent_lost and time.monotonic() < deadline:
-            if message := self.node.meeting.receive(0.2):
+        while (late := meeting.connected - self._ended) and time.monotonic() < deadline:
+            if message := meeting.receive(0.2):
                 self._handle(message)
+        for number in late:
+            self._lose(number, "does not end its ranks")
+            meeting.drop(number)
 
     def _handle(self, message: AgentMessage) -> None:
         match message:
@@ -84,7 +87,7 @@ class Watch:
                     self._end_within(GRACE_S)
             case RunOver():
                 self.run_over = True
-            case AgentLost() if message.node not in self._ended:
+            case AgentLost() if self._hosts[message.node] not in self.lost:
                 self._lose(message.node)
             case EndRanks():
                 self._end_within(message.within_s)
@@ -103,13 +106,17 @@ class Watch:
         if self.node.allocation.first:
             self.node.meeting.send(EndRanks(within_s=seconds))
 
-    def _lose(self, node: int) -> None:
-        self.agent_lost = True
-        allocation = self.node.allocation
-        self.fault = (
-            self.fault or f"the agent of {allocation.hosts[node]} is gone: killed, or its node failed"
-        )
-        self._end_within(0.0 if allocation.first else GRACE_S)
+    def _lose(self, node: int, how: str = "is gone: killed, or its node failed") -> None:
+        self.lost.append(self._hosts[node])
+        if node in self._ended:  # its ranks did what they had to
+            return
+        self.fault = self.fault or f"the agent of {self._hosts[node]} {how}"
+        self._end_within(0.0 if self.node.allocation.first else GRACE_S)
+
+    @property
+    def _hosts(self) -> tuple[str, ...]:
+        """All nodes of the job, by the numbers that messages have."""
+        return self.node.meeting.allocation.hosts
 
     # ---- ranks that hang
 
@@ -129,7 +136,7 @@ class Watch:
         self._write_stacks()
         self._positions[0] = here
         end = time.monotonic() + STACKS_S
-        while len(self._positions) < self.node.allocation.nodes and time.monotonic() < end:
+        while len(self._positions) < len(self.node.meeting.connected) + 1 and time.monotonic() < end:
             if message := self.node.meeting.receive(0.1):
                 self._handle(message)
         self.fault = self._describe_stall()
@@ -142,9 +149,9 @@ class Watch:
         stalls.write_stacks(self.beats, self.node.folder.flight_recorder(self.attempt))
 
     def _describe_stall(self) -> str:
-        node, hosts = self.node, self.node.allocation.hosts
-        positions = [(hosts[number], ranks) for number, ranks in self._positions.items()]
-        ranks, logs = len(hosts) * node.processes, node.folder.logs(self.attempt)
+        node = self.node
+        positions = [(self._hosts[number], ranks) for number, ranks in self._positions.items()]
+        ranks, logs = node.allocation.nodes * node.processes, node.folder.logs(self.attempt)
         return stalls.describe_stall(positions, ranks, node.config.launch.stall_timeout_s, logs)
 
     # ---- what Slurm does
@@ -161,12 +168,8 @@ class Watch:
             node.folder.note_attempt(cause=self.cause)
 
     def cause_of_the_end(self) -> str:
-        """Return why Slurm ended this attempt (causes.py); empty if it did not. Slurm takes a while to notice
-        a lost node, and may show the reason of a stop signal only after the signal."""
-        allocation = self.node.allocation
-        end = time.monotonic() + (NODE_LOSS_S if self.agent_lost and allocation.job_id else 0.0)
-        while not self.node.stop_requested and time.monotonic() < end:
-            time.sleep(0.2)
+        """Return why Slurm ended this attempt (causes.py); empty if it did not. It may show the reason of a
+        stop signal only after the signal."""
         self._asked_slurm = self._asked_slurm and self.cause != ""
         self._ask_slurm()
         return self.cause

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,17 @@ class ProgressFile:
         except (OSError, ValueError):
             return None
         return record if record.attempt == attempt else None
+
+
+def inside_job(attempts: Sequence[Attempt]) -> list[tuple[Attempt, float | None]]:
+    """Return the attempts that followed another in the same start of a job, without the queue; with the
+    seconds from the other's end until their first step was done, None before that."""
+    found: list[tuple[Attempt, float | None]] = []
+    for last, one in pairwise(attempts):
+        if one.job_id and (last.job_id, last.restarts) == (one.job_id, one.restarts) and last.end:
+            between = (one.start - last.end).total_seconds()
+            found.append((one, None if one.restart_s is None else between + one.restart_s))
+    return found
 
 
 def goodput(attempts: Sequence[Attempt]) -> float | None:

@@ -2,6 +2,7 @@
 
 import re
 
+ENDED_HERE = "\nwhat runs here is killed by its agent\n"  # so later lines report no death that needs a reason
 _KILLED = re.compile(r"^(rank-\d+|prepare|forkserver) was killed by signal (\d+)$", re.MULTILINE)
 
 
@@ -12,6 +13,7 @@ def killed_line(process: str, number: int) -> str:
 
 
 def first_killed(log: str) -> tuple[str, int] | None:
-    """Return (process, signal) of the first process that a log reports as killed; else None."""
-    match = _KILLED.search(log)
+    """Return (process, signal) of the first process that a log reports as killed, before its agent killed the
+    others; else None."""
+    match = _KILLED.search(log.partition(ENDED_HERE)[0])
     return (match[1], int(match[2])) if match else None

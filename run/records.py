@@ -90,9 +90,10 @@ class Attempt(Record):
 
     restarts: how often Slurm had requeued the job; saved_before: the newest checkpoint's step at the start;
     reason: why it ended, killed when it could not record that itself; cause: Slurm's word, where Slurm ended
-    it (TIMEOUT, PREEMPTED, NODE_FAIL, REQUEUED, CANCELLED); steps_repeated: trained before, but not saved;
-    planned: before it began, None where the GPU is not known; seconds: of the start, by phase; trained_s,
-    saving_s: seconds in steps, and in saves that delayed them; goodput: of the run until then.
+    it (TIMEOUT, PREEMPTED, NODE_FAIL, REQUEUED, CANCELLED); lost: nodes whose agents died in it;
+    steps_repeated: trained before, but not saved; planned: before it began, None where the GPU is not known;
+    seconds: of the start, by phase; trained_s, saving_s: seconds in steps, and in saves that delayed them;
+    goodput: of the run until then.
     """
 
     attempt: int
@@ -115,8 +116,14 @@ class Attempt(Record):
     end: Moment | None = None
     reason: Reason | None = None
     cause: str | None = None
+    lost: list[str] = []
     message: str = ""
     goodput: float | None = None
+
+    @property
+    def cause_in_words(self) -> str:
+        """What outside of it ended the attempt, if anything."""
+        return self.cause or (f"lost {', '.join(self.lost)}" if self.lost else "")
 
     @property
     def restart_s(self) -> float | None:

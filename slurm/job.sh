@@ -25,6 +25,9 @@ job_begin() {
             exit 2
         fi
     fi
+    # once a node or an agent is lost, srun's exit code is that of the lost one: the first agent leaves its own here
+    QWENLORA_EXIT_CODE_FILE=$(mktemp)
+    export QWENLORA_EXIT_CODE_FILE
 }
 
 # A task of an array is named ARRAY_TASK: the number of the last task is also the whole array's.
@@ -69,6 +72,8 @@ job_end() {
     local code=$1 id state reason requeue restarts before=${SLURM_RESTART_COUNT:-0}
     id=$(job_id)
     job_stop_watcher
+    if [[ -s $QWENLORA_EXIT_CODE_FILE ]]; then code=$(<"$QWENLORA_EXIT_CODE_FILE"); fi
+    rm -f "$QWENLORA_EXIT_CODE_FILE"
     # over 128: an agent was killed, or was told to stop before it handled signals. That is requeued ten times at most
     if ((code != 75 && (code <= 128 || before >= 10))); then exit "$code"; fi
     for _ in {1..60}; do # slurmctld may be restarting

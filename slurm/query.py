@@ -89,6 +89,8 @@ def history(job_id: str) -> list[JobInfo]:
             continue
         _, name_of_task, state, reason, nodes, work_dir, name, submit, start, end = fields
         state = state.split()[0]  # CANCELLED by 1000
+        if state == "RESIZING":  # the same incarnation goes on in the next line, with fewer nodes
+            continue
         jobs.append(
             JobInfo(
                 job_id=name_of_task,
@@ -117,6 +119,11 @@ def requeue(job_id: str) -> str:
     if answer is None:
         return "scontrol does not answer"
     return "" if answer.returncode == 0 or "pending execution" in answer.stderr else answer.stderr.strip()
+
+
+def kill_step() -> None:
+    """Kill all processes of the step that this one is in, on all nodes."""
+    _run("scancel", "--signal=KILL", f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}")
 
 
 def hosts(nodelist: str) -> tuple[str, ...]:

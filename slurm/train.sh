@@ -10,11 +10,12 @@
 #   QWENLORA_HOME=FOLDER     the folder of this file, where Slurm does not know it
 #SBATCH --job-name=qwenlora
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
+# Tasks are srun's matter: with --ntasks-per-node here, Slurm would take the fewest of --nodes=2-4.
 set -o pipefail # no -u: conda and modules, which env.sh sources, may use unset variables
 
 if (($# == 0)); then
@@ -57,9 +58,9 @@ fi
 # can, so that jobs on the same node keep apart.
 cpu_bind=()
 if scontrol show config | grep -Eq '^TaskPlugin +=.*(affinity|cgroup)'; then cpu_bind=(--cpu-bind=cores); fi
-# Agents end each other; srun must not (--kill-on-bad-exit=0): others may still save. But an agent that hangs
-# after the others have left must not hold the job for ever (--wait).
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=300 \
-    --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" ${cpu_bind[@]+"${cpu_bind[@]}"} \
+# Agents end each other; srun must not: when a node or an agent is lost, the others go on without it (--no-kill,
+# --kill-on-bad-exit=0, --wait=0). The first agent ends those that hang after it.
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --no-kill --kill-on-bad-exit=0 --wait=0 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" ${cpu_bind[@]+"${cpu_bind[@]}"} \
     ${srun_options[@]+"${srun_options[@]}"} ${container[@]+"${container[@]}"} "$command" train "$@"
 job_end $?

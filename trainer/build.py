@@ -20,6 +20,7 @@ from qwenlora.trainer.context import Context
 from qwenlora.trainer.loop import trial
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows
+from qwenlora.trainer.loop.in_memory import InMemory
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model import pretrained
@@ -98,14 +99,15 @@ def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | Non
         process.run.history.progress if recording else None,
         process.attempt,
     )
+    keeps = [InMemory(trainer, process.config.checkpoint.memory_steps)] if process.handover.memory else []
     if not recording:
-        return [metrics]
+        return [metrics, *keeps]
     # chronicle before Metrics: a reader who sees an attempt's first step in progress.json must find that
     # attempt in attempts.jsonl; Metrics before the others: it completes the logs that they send and show
     steps = process.config.log.profile_steps
     profiler = Profiler(steps, process, trainer) if steps else None
     ordered = [recording.chronicle, metrics, profiler, recording.trackers, recording.progress]
-    return [callback for callback in ordered if callback]
+    return [*(callback for callback in ordered if callback), *keeps]
 
 
 def _refuse_fewer_steps(config: Config, facts: Facts, trained: int) -> None:
@@ -153,7 +155,7 @@ def _trainer(
 
 def _saver(context: Context) -> Saver:
     process = context.process
-    return Saver(
+    saver = Saver(
         process.run,
         context.identity,
         process.rank.world_size,
@@ -163,6 +165,8 @@ def _saver(context: Context) -> Saver:
         warn=process.warn,
         give_up=process.give_up,
     )
+    saver.keep_in(process.handover.memory)
+    return saver
 
 
 def _place_of(config: Config, side: Side) -> Callable[[int], str]:

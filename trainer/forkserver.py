@@ -54,8 +54,8 @@ def serve() -> list[str]:
         for line in iter(agent.readline, b""):
             start, processes = Start.parse(line), dict[int, str]()
             if start.log != log:
+                _continue_in(Path(start.log), first=log is None)
                 log = start.log
-                _continue_in(Path(log))
             for variables in start.variables:
                 if not (pid := os.fork()):
                     die_with_parent(me)
@@ -95,10 +95,10 @@ def _import_libraries() -> None:
     gc.freeze()  # the collections of forked processes then leave the memory that they share as it is
 
 
-def _continue_in(log: Path) -> None:
-    """Make a log the standard error, and begin it with what was written while there was none."""
+def _continue_in(log: Path, *, first: bool) -> None:
+    """Make a log the standard error, and begin the first with what was written while there was none."""
     with log.open("ab") as file:
-        if stat.S_ISREG(os.fstat(2).st_mode):
+        if first and stat.S_ISREG(os.fstat(2).st_mode):
             file.write(Path("/proc/self/fd/2").read_bytes())
             file.flush()
             os.ftruncate(2, 0)  # the agent copies what is there if this process dies

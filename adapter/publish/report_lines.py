@@ -12,7 +12,7 @@ from qwenlora.adapter.publish import curves
 from qwenlora.adapter.publish.run_summary import RunSummary
 from qwenlora.run.folder import step_of
 from qwenlora.run.format import count, duration, number, short
-from qwenlora.run.history import goodput
+from qwenlora.run.history import goodput, inside_job
 from qwenlora.run.records import Attempt
 
 CHECKED_CURVES = ("loss", "grad_norm", "eval_loss")  # those whose values must be finite
@@ -102,6 +102,9 @@ def notes(summary: RunSummary) -> Iterator[str]:
     yield from _doubtful_curves(summary)
     if again := sum(attempt.steps_repeated or 0 for attempt in summary.attempts):
         yield f"{again:,} steps were trained again after a restart: they had not been saved"
+    if inside := [seconds for _, seconds in inside_job(summary.attempts) if seconds is not None]:
+        times = count(len(inside), "time")
+        yield f"it went on inside its job {times}; until the first step at most {max(inside):.1f} s"
     if (summary.code.git or "").endswith("-dirty"):
         yield f"the code had changes that are not in its commit: {summary.run.diff.name}"
 
@@ -159,7 +162,7 @@ def attempt_table(summary: RunSummary) -> list[dict[str, str]]:
 
 def _row(attempt: Attempt, state: str) -> dict[str, str]:
     first, last, took = attempt.first_step, attempt.last_step, _seconds_of(attempt)
-    why = ": ".join(filter(None, [attempt.cause, attempt.message]))
+    why = ": ".join(filter(None, [attempt.cause_in_words, attempt.message]))
     return {
         "#": str(attempt.attempt),
         "start (UTC)": f"{attempt.start:%m-%d %H:%M}",

@@ -15,7 +15,7 @@ from qwenlora.jobs.submission.options import JobSpec
 from qwenlora.run.package import package
 
 # as in slurm/train.sh; --open-mode: a requeued job appends to its output
-SRUN_ARGS = ("--kill-on-bad-exit=0", "--wait=300", "--open-mode=append")
+SRUN_ARGS = ("--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--open-mode=append")
 SETUP = (
     "export PYTHONSAFEPATH=1",  # else a random.py of the working folder is taken for Python's own
     # since Slurm 22.05 srun ignores the job's --cpus-per-task
@@ -48,8 +48,9 @@ def slurm(spec: JobSpec, folder: Path, max_parallel: int | None = None) -> Execu
     executor.update_parameters(
         job_name=spec.name,
         time=spec.timeout_min,
-        nodes=spec.nodes,
-        ntasks_per_node=1,
+        nodes=spec.nodes_text,
+        # of 2-4 nodes Slurm would take the fewest, if it knew the tasks; srun starts one a node in any case
+        ntasks_per_node=1 if len(set(spec.nodes)) == 1 else None,
         cpus_per_task=spec.cpus_per_task,
         signal_delay_s=site.signal_lead_s,
         stderr_to_stdout=True,
@@ -57,7 +58,7 @@ def slurm(spec: JobSpec, folder: Path, max_parallel: int | None = None) -> Execu
         setup=_setup(spec, folder),
         teardown=["job_end $?"],
         srun_args=[*SRUN_ARGS, *site.srun_args],
-        additional_parameters={**gpus, **site.sbatch_options(), "requeue": True},
+        additional_parameters={**gpus, "no-kill": True, **site.sbatch_options(), "requeue": True},
         **({"array_parallelism": max_parallel} if max_parallel else {}),
     )
     return executor

@@ -44,7 +44,7 @@ def _refuse(named: RunOrJob, job: JobInfo | None) -> None:
 def _submit_again(last: SubmittedJob) -> str:
     options = JobOptions(
         cluster=last.cluster,
-        nodes=last.nodes,
+        nodes=(last.min_nodes or last.nodes, last.nodes),
         gpus_per_node=last.gpus_per_node,
         cpus_per_task=last.cpus_per_task,
         timeout_min=last.timeout_min,

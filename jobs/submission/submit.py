@@ -60,7 +60,7 @@ class Submission:
     def gpu_hours(self) -> float:
         """The GPU-hours that all jobs together may use."""
         spec = self.spec
-        return len(self.configs) * spec.nodes * spec.gpus_per_node * spec.timeout_min / 60
+        return len(self.configs) * spec.nodes[1] * spec.gpus_per_node * spec.timeout_min / 60
 
     def folder(self) -> Path:
         """Return where the next submission of this run or sweep goes."""
@@ -146,7 +146,8 @@ class Submission:
             job_id=jobs[0].job_id.partition("_")[0],
             time=now(),
             cluster=self.cluster,
-            nodes=spec.nodes,
+            nodes=spec.nodes[1],
+            min_nodes=spec.nodes[0],
             gpus_per_node=spec.gpus_per_node,
             cpus_per_task=spec.cpus_per_task,
             timeout_min=spec.timeout_min,
@@ -268,7 +269,8 @@ def _check(config: Config, options: JobOptions, site: Site) -> int:
     if cluster == "debug":
         processes = 1
     gpu = gpu_of(options, site) if spec.gpus_per_node or options.get("gpu") else None
-    refusals.check_start(config, spec.nodes, processes, gpu)
+    for nodes in sorted(set(spec.nodes)):
+        refusals.check_start(config, nodes, processes, gpu)
     return processes
 
 

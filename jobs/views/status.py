@@ -1,6 +1,7 @@
 """`qwenlora status RUN|JOB|SWEEP`: the state of a run, from its files and from what Slurm says of its job."""
 
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -9,7 +10,7 @@ from qwenlora.jobs import ledger
 from qwenlora.jobs.find import RunOrJob, state
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import clock, count
-from qwenlora.run.history import goodput
+from qwenlora.run.history import goodput, inside_job
 from qwenlora.run.metrics_file import last_line
 from qwenlora.run.records import Attempt, now
 from qwenlora.run.state import last_accepted
@@ -34,7 +35,7 @@ def show_status(named: RunOrJob, console: Console) -> None:
         console.print(job_line(named.job_id, job), soft_wrap=True)
     if attempts:
         console.print(attempt_table(attempts))
-        for line in details(attempts[-1]):
+        for line in (*_restarts(attempts), *details(attempts[-1])):
             console.print(line, soft_wrap=True)
 
 
@@ -80,7 +81,7 @@ def attempt_table(attempts: list[Attempt]) -> Table:
     """Return a table with a row for each attempt."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     jobs = any(attempt.job_id for attempt in attempts)
-    causes = any(attempt.cause for attempt in attempts)
+    causes = any(attempt.cause_in_words for attempt in attempts)
     # within 80 columns there is room for the job's number or for the seconds that the start took
     names = ("#", "start (UTC)", "took", "ranks", *["job"] * jobs, "from", "steps", "again")
     for name in (*names, *["restart"] * (not jobs), "ended", *["cause"] * causes):
@@ -104,8 +105,15 @@ def _cells(attempt: Attempt, *, jobs: bool, causes: bool) -> list[str]:
         "-" if again is None else str(again),
         *["-" if start_s is None else f"{start_s:.1f} s"] * (not jobs),
         attempt.reason or "-",
-        *[attempt.cause or "-"] * causes,
+        *[attempt.cause_in_words or "-"] * causes,
     ]
+
+
+def _restarts(attempts: list[Attempt]) -> Iterator[str]:
+    """Yield a line on the attempts that began inside a job, if any."""
+    if again := inside_job(attempts):
+        took = ", ".join("-" if seconds is None else f"{seconds:.1f} s" for _, seconds in again)
+        yield f"went on inside the job {count(len(again), 'time')}; until the first step: {took}"
 
 
 def details(attempt: Attempt) -> list[str]:

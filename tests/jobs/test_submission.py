@@ -4,6 +4,7 @@ import configparser
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,8 @@ import pytest
 from qwenlora.configs import load_config
 from qwenlora.jobs import submit, submit_sweep
 from qwenlora.jobs.ledger import submissions
-from qwenlora.jobs.submission.options import JobOptions
+from qwenlora.jobs.submission.options import JobOptions, job_spec
+from qwenlora.jobs.submission.site import Site
 from qwenlora.jobs.submission.submit import prepare, prepare_sweep
 from qwenlora.jobs.submission.sweeps import parse_grid
 from qwenlora.jobs.task import RunTask
@@ -94,6 +96,14 @@ def test_the_text_of_a_job_as_a_whole(folder):
     )
     assert with_placeholders(ready.text(), folder) == (GOLDEN / "job.sbatch").read_text()
     assert ready.gpu_hours == 4
+
+
+@pytest.mark.parametrize("nodes", ["2-4", (2, 4)])
+def test_a_job_may_take_what_nodes_there_are(folder, nodes):
+    ready = prepare("my.yaml", {}, options(nodes=nodes, gpus_per_node=1))
+    assert "\n#SBATCH --nodes=2-4\n" in ready.text()
+    assert ready.gpu_hours == 4, "at most"
+    assert job_spec(options(nodes="3"), Site(), 1, "").nodes == (3, 3)
 
 
 def test_the_text_of_a_sweep_as_a_whole(folder):
@@ -179,6 +189,11 @@ def test_letters_that_slurm_s_file_names_cannot_hold_are_refused(letter):
         ),
         ({}, {"gpus_per_node": -1}, "gpus_per_node=-1: expected a whole number, 0 or more"),
         ({}, {"nodes": True}, "nodes=True: expected a whole number"),
+        *(
+            ({}, {"nodes": nodes}, rf"nodes={re.escape(str(nodes))}: expected a whole number, 1 or more, or")
+            for nodes in ("0", "4-2", "2-", "x", (0, 2), (1, 2, 3), (2, True))
+        ),
+        ({}, {"nodes": "2-5"}, r"fewer than 5"),
         ({}, {"cluster": "debug", "snapshot": True}, "snapshot has no effect with cluster=debug"),
         ({"run_dir": "a:b/c"}, {"snapshot": True}, "PYTHONPATH, which leads to a snapshot, ends at a colon"),
         ({}, {"gpu": "h101"}, "gpu h101 is unknown; did you mean H100"),

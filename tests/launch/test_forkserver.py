@@ -14,6 +14,7 @@ from qwenlora.launch import forkserver
 from qwenlora.launch.children import Children
 from qwenlora.launch.forkserver import Forkserver
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.rank_deaths import first_killed
 
 # if a test wants it: as if a library had used CUDA while it was imported
 USED_CUDA = (
@@ -102,8 +103,40 @@ def test_a_failure_is_known_while_the_others_still_run(server):
     (rank,) = forked.ranks()
     assert rank.name() == "rank-0"
     forked.kill()
-    assert ended(forked) == -signal.SIGKILL
+    assert ended(forked) == 1
     assert not forkserver._runs(rank), "a run folder is free only when nobody can write to it"
+    assert first_killed(server._folder.log(1, "launch").read_text()) is None, "its own agent killed rank 0"
+
+
+def test_the_ranks_of_the_next_attempt_come_from_the_same_server_though_the_last_were_killed(server):
+    server._folder.logs(2).mkdir()
+    forked = server.train(1, "launch", ranks("os.kill(os.getpid(), 19)", "import time; time.sleep(600)"))
+    end = time.monotonic() + 60
+    while len(forked.ranks()) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    pid = server.process.pid
+    forked.kill()
+    ended(forked)
+    assert ended(server.train(2, "launch", ranks("print('again', file=sys.stderr)"))) == 0
+    assert server.process.pid == pid
+    assert server._folder.log(2, "launch").read_text() == "again\n"
+    assert MISSING in server._folder.log(1, "launch").read_text(), "each attempt keeps its own log"
+
+
+def test_a_server_that_was_killed_is_started_again_for_the_next_attempt(server):
+    forked = server.train(1, "launch", ranks("time.sleep(600)"))
+    server.process.kill()
+    assert ended(forked) == -signal.SIGKILL
+    assert ended(server.train(1, "launch", ranks("pass"))) == 0
+
+
+def test_ranks_are_killed_also_while_the_server_still_imports(server):
+    os.kill(server.process.pid, signal.SIGSTOP)
+    forked = server.train(1, "launch", ranks("time.sleep(600)"))
+    forked.kill()
+    assert ended(forked) == -signal.SIGKILL
+    assert ended(server.train(1, "launch", ranks("pass"))) == 0
 
 
 def test_a_killed_rank_is_in_the_log_and_the_first_failure_is_the_exit_code(server):

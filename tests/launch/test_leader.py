@@ -10,9 +10,10 @@ from rich.console import Console
 from qwenlora.configs import load_config
 from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.children import Children
-from qwenlora.launch.leader import MOST_IN_VAIN, Leader
+from qwenlora.launch.leader import Leader
 from qwenlora.launch.meeting import Meeting
 from qwenlora.launch.node import Node
+from qwenlora.launch.restarts import MOST_IN_VAIN
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -53,6 +54,88 @@ def test_a_failed_job_is_requeued_once_before_it_saved_a_step(leader):
     attempt(leader, "failed")
     assert leader._exit_code_in_job(1) == 1
     assert printed(leader).splitlines()[-1].startswith("not tried again: 2 attempts failed in a row")
+
+
+FITS = ("launch.nproc_per_node=1", "train.per_device_train_batch_size=1")
+
+
+@pytest.fixture
+def of_four(tmp_path):
+    """Return a function that gives the leader of four nodes, of which some are lost."""
+
+    def leader(lost, *overrides):
+        allocation = Allocation(0, tuple(f"127.0.0.{number}" for number in range(1, 5)), None, 0, True)
+        config = load_config(TINY, [f"run_dir={tmp_path / 'run'}", *FITS, *overrides])
+        console, meeting = Console(file=io.StringIO(), width=300), Meeting(allocation)
+        meeting._peers = dict.fromkeys((1, 2, 3))
+        meeting._left = set(lost)
+        leader = Leader(Node(config, allocation, Children(), meeting, console, ExitStack()))
+        leader._met = True
+        return leader
+
+    return leader
+
+
+@pytest.mark.parametrize(
+    ("lost", "setting", "goes_on"),
+    [
+        ([], "launch.min_nodes=null", True),
+        ([1], "launch.min_nodes=null", True),
+        ([1, 2], "launch.min_nodes=null", True),
+        ([1, 2, 3], "launch.min_nodes=null", False),  # most were lost
+        ([1, 2, 3], "launch.min_nodes=1", False),
+        ([1], "launch.min_nodes=4", False),
+        ([], "launch.min_nodes=8", True),  # nothing is lost
+        ([1], "launch.min_nodes=3", True),
+        ([1, 2], "launch.min_nodes=3", False),
+        ([1, 2], "train.global_batch_size=3", True),
+        ([1], "train.global_batch_size=2", False),  # more ranks than micro-batches
+    ],
+)
+def test_a_job_goes_on_while_enough_of_its_nodes_are_left(of_four, lost, setting, goes_on):
+    leader = of_four(lost, setting)
+    assert leader._can_go_on() is goes_on
+    said = printed(leader)
+    assert said.startswith("requeueing: ") is not goes_on
+    if goes_on:
+        leader._shrink()
+        hosts = tuple(f"127.0.0.{number + 1}" for number in range(4) if number not in lost)
+        assert leader.node.allocation.hosts == hosts
+        assert printed(leader).startswith("going on inside the job with ") is bool(lost)
+
+
+def test_nodes_are_lost_one_after_the_other_down_to_the_fewest(of_four):
+    leader = of_four([1], "launch.min_nodes=1")
+    for lost, nodes in (([1], 3), ([1, 3], 2), ([1, 2, 3], 1)):
+        leader.node.meeting._left = set(lost)
+        assert leader._can_go_on()
+        leader._shrink()
+        assert leader.node.allocation.nodes == nodes
+
+
+def test_a_run_that_fits_only_all_its_nodes_is_requeued(of_four):
+    leader = of_four([1], "strategy.sequence_parallel=4")
+    assert not leader._can_go_on()
+    assert printed(leader).startswith("requeueing: on 3 nodes the run cannot go on: ")
+
+
+@pytest.mark.parametrize("hinders", ["stop_requested", "immortal"])
+def test_nothing_begins_anew_in_a_job_that_is_to_stop_or_where_a_rank_cannot_be_killed(of_four, hinders):
+    leader = of_four([])
+    setattr(leader.node.children, hinders, True)
+    assert not leader._can_go_on()
+
+
+@pytest.mark.parametrize(("lost", "left"), [([], ""), ([1], "75")])
+def test_the_batch_shell_learns_the_exit_code_when_srun_would_give_another(
+    of_four, tmp_path, monkeypatch, lost, left
+):
+    monkeypatch.setenv("QWENLORA_EXIT_CODE_FILE", str(tmp_path / "code"))
+    (tmp_path / "code").touch()
+    leader = of_four(lost)
+    monkeypatch.setattr(leader.node.meeting, "part", lambda *_, **__: True)
+    leader._part(75)
+    assert (tmp_path / "code").read_text() == left
 
 
 @pytest.mark.parametrize("code", [0, 2])

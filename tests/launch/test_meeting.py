@@ -17,7 +17,7 @@ from qwenlora.launch.allocation import (
     free_port,
 )
 from qwenlora.launch.meeting import Meeting, NotMet
-from qwenlora.launch.messages import FileInRunFolder, RanksEnded, RunOver, StartRanks
+from qwenlora.launch.messages import AgentLost, FileInRunFolder, RanksEnded, RunOver, StartRanks
 from qwenlora.run.handover import Handover
 
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
@@ -47,7 +47,7 @@ def test_what_is_said_arrives_on_the_other_side(met):
     answers = first.gather(FileInRunFolder, 5.0)
     assert {number: answer.text for number, answer in answers.items()} == {1: "中 1", 2: "中 2"}
     assert all(abs(answer.received_at - time.time()) < 5 for answer in answers.values())
-    start = StartRanks(handover=Handover(3, "checkpoint-4", ("lora.r",), 1.5), port=7)
+    start = StartRanks(handover=Handover(3, "checkpoint-4", ("lora.r",), 1.5), port=7, hosts=("a", "b"))
     first.send(start)
     for other in others:
         message = other.receive(5.0)
@@ -158,6 +158,37 @@ def test_the_first_node_waits_for_the_others_to_leave(met):
     start = time.monotonic()
     first.part(10.0, of_all=True)
     assert 0.4 < time.monotonic() - start < 5
+
+
+def test_a_node_that_is_let_go_hears_it_and_is_no_longer_there(met):
+    first, second, third = met
+    third.send(RanksEnded(code=0))
+    assert first.receive(5.0).node == 2
+    assert first.connected == {1, 2}
+    assert second.connected == {0}
+    first.drop(2)
+    assert third.receive(5.0) == AgentLost(node=0)
+    assert first.receive(5.0) == AgentLost(node=2)
+    assert first.connected == {1}
+    second.__exit__()
+    assert not first.part(5.0, of_all=False), "it may still run"
+
+
+def test_nobody_is_left_when_all_have_gone_by_themselves(met):
+    first, second, third = met
+    second.__exit__()
+    third.__exit__()
+    assert first.part(5.0, of_all=True)
+
+
+def test_a_machine_that_says_nothing_more_is_noticed_within_a_quarter_of_a_minute(met):
+    for meeting in met:
+        for peer in meeting._peers.values():
+            option = lambda name, peer=peer: peer.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))  # noqa: E731
+            assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            probes = option("TCP_KEEPCNT") * option("TCP_KEEPINTVL")
+            assert option("TCP_KEEPIDLE") + probes <= 15
+            assert option("TCP_USER_TIMEOUT") <= 15_000
 
 
 def test_ports_follow_from_the_job_and_stay_below_those_of_outgoing_connections():

@@ -53,6 +53,13 @@ def test_a_node_that_was_lost_is_no_crash():
     assert not restarts.worth_another([*attempts, attempt("failed", 0), attempt("failed", 0)], "7", 3, 0)[0]
 
 
+def test_attempts_that_lose_a_node_are_no_crashes_but_end_when_ten_have_saved_nothing():
+    attempts = [attempt("failed", 0, lost=["node2"]) for _ in range(9)]
+    assert restarts.worth_another(attempts, "7", 3, 0)[0]
+    again, why = restarts.worth_another([*attempts, attempt("failed", 0, lost=["node2"])], "7", 3, 0)
+    assert (again, why) == (False, "not tried again: 10 attempts in a row have saved no step")
+
+
 def test_no_restarts_are_wanted():
     again, why = restarts.worth_another([attempt("failed", 0)], "7", 0, 20)
     assert (again, why) == (False, "not tried again: 1 attempt failed, launch.max_restarts is 0")

@@ -104,6 +104,7 @@ def test_an_agent_that_is_gone_is_named(watches):
     until(lambda: first.while_training() or first.node.children.killed)
     assert first.fault == "the agent of 127.0.0.2 is gone: killed, or its node failed"
     first.after(1)  # and nobody waits for it
+    assert first.lost == ["127.0.0.2"]
 
 
 def test_a_node_that_has_ended_may_leave(watches):
@@ -115,6 +116,16 @@ def test_a_node_that_has_ended_may_leave(watches):
     first.while_training()
     assert not first.fault
     assert not first.node.children.killed
+
+
+def test_a_node_whose_ranks_do_not_end_is_let_go(watches, monkeypatch):
+    monkeypatch.setattr(watching, "GRACE_S", 0.1)
+    first, second = watches
+    first.after(1)
+    assert first.lost == ["127.0.0.2"]
+    assert first.fault == "the agent of 127.0.0.2 does not end its ranks"
+    until(lambda: second.while_training() or second.lost == ["127.0.0.1"])
+    assert first.node.meeting.connected == set()
 
 
 def test_the_end_of_all_reaches_a_node_that_still_trains(watches):

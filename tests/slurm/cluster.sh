@@ -6,7 +6,8 @@
 #   cluster.sh env                 print `export SLURM_CONF=...` for the caller's shell
 #   cluster.sh exec CMD...         run CMD where Slurm's commands work (in NET=netns: on the control host)
 #   cluster.sh sh NODE CMD...      run CMD inside a node
-#   cluster.sh node-kill NODE      power a node off: slurmd, steps and tasks die at once
+#   cluster.sh node-kill NODE      power a node off: slurmd, steps and tasks die at once; in NET=netns its network, too, so
+#                                  that nobody hears of it
 #   cluster.sh node-up NODE        power it on again
 #
 # CLUSTER_DIR  where everything of it lives, default .slurm-test in the repository's root. A short path: it has sockets.
@@ -70,6 +71,9 @@ spawn_host() { # HOST CMD...: run CMD as a host of its own
              while kill -0 $main 2>/dev/null; do wait $main || true; done' \
     init "$host" "$ETC/hosts" "$@" >"$LOG/$host.out" 2>&1 </dev/null &
   echo $! >"$PIDS/$host"
+}
+link() { # NODE up|down
+  [ "$NET" = loopback ] || nsenter -t "$(cat "$PIDS/net-$1")" -n ip link set eth0 "$2"
 }
 start_node() { mkdir -p "$SPOOL/$1"; spawn_host "$1" slurmd -D -N "$1" -f "$SLURM_CONF"; }
 inside() { # HOST CMD...
@@ -253,7 +257,7 @@ case ${1:-} in
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
   exec) shift; if [ "$NET" = netns ]; then inside ctl "$@"; else exec "$@"; fi ;;
   sh) shift; inside "$@" ;;
-  node-kill) stop "$2" KILL ;;
-  node-up) start_node "$2" ;;
-  *) sed -n '2,20p' "$SELF"; exit 2 ;;
+  node-kill) link "$2" down; stop "$2" KILL ;;
+  node-up) link "$2" up; start_node "$2" ;;
+  *) sed -n '2,21p' "$SELF"; exit 2 ;;
 esac

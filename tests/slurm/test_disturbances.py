@@ -1,6 +1,7 @@
 """Whatever the cluster does to a job, it comes back by itself and ends with the adapter of an undisturbed
 run."""
 
+import json
 import os
 import random
 import signal
@@ -55,7 +56,7 @@ class Disturber:
         time.sleep(1)
         # unless slurmd has registered, and so is taken back, already
         self.cluster.run("scontrol", "update", "NodeName=node2", "State=RESUME", check=False)
-        return {"stopped", "killed"}, {"NODE_FAIL"}
+        return {"stopped", "killed", "failed"}, {"NODE_FAIL"}
 
     def power_a_node_off(self):
         self.cluster.kill_node("node2")
@@ -73,7 +74,8 @@ class Disturber:
 def submit(cluster, folder, partition="low", **options):
     config = write_config(folder, STEPS)
     chosen = [f"--{name}={value}" for name, value in options.items()]
-    return sbatch(cluster, folder, config, "run_dir=runs/run", options=(f"--partition={partition}", *chosen))
+    more = ("run_dir=runs/run", "launch.min_nodes=2")  # on one node the adapter would be another one's
+    return sbatch(cluster, folder, config, *more, options=(f"--partition={partition}", *chosen))
 
 
 def assert_came_through(cluster, folder, job, said, undisturbed):
@@ -110,6 +112,40 @@ def test_what_ends_a_job_in_one_run_after_the_other(cluster, tmp_path, undisturb
         assert (told["reason"], preempted["reason"]) == ("stopped", "stopped")
         assert preempted["first_step"] == told["last_step"] + 1
         assert powered_off["first_step"] == preempted["last_step"] + 1
+
+
+@pytest.mark.long
+def test_a_job_takes_the_nodes_that_are_free_each_time_it_starts(cluster, tmp_path):
+    """One of the two nodes is busy, then free, then busy again: all that differs is rounding."""
+    config, run = write_config(tmp_path, 40), tmp_path / "runs/run"
+    job = sbatch(cluster, tmp_path, config, "run_dir=runs/run", options=("--nodes=1-2", "--begin=now+2"))
+    other = ("--nodes=1", "--exclusive", "--nodelist=node2", "--wrap=sleep 900")
+    for number, busy in enumerate([True, False, True], 1):
+        if busy:
+            blocker = cluster.sbatch(*other, cwd="/")
+            cluster.wait(blocker, "RUNNING")
+        wait_for_step(run, number, 12 * number)
+        if busy:
+            cluster.scancel(blocker)
+            while cluster.state(blocker) != "CANCELLED":
+                time.sleep(0.2)
+        if number < 3:
+            cluster.scancel("--signal=USR1", job)
+            cluster.wait(job, "PENDING")
+    cluster.wait(job, "COMPLETED", timeout=900)
+    assert [one["processes"] for one in attempts(run)] == [1, 2, 1]
+    locally(tmp_path, config, "alone", 1)
+    of_run, alone = (metrics(tmp_path / "runs" / name) for name in ("run", "alone"))
+    assert [(line["step"], line["learning_rate"]) for line in of_run] == [
+        (line["step"], line["learning_rate"]) for line in alone
+    ]
+    losses = [[line["loss"] for line in lines] for lines in (of_run, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def metrics(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "loss" in line]
 
 
 def test_the_signal_before_the_time_limit_saves_and_the_job_goes_on(cluster, tmp_path, undisturbed):

@@ -2,6 +2,7 @@
 named."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from qwenlora.configs import load_config
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Cursor, Schedule, State
+from qwenlora.run.snapshots import Snapshots
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.state import Snapshot
 
@@ -434,6 +436,63 @@ def test_a_slow_file_system_does_not_hold_up_training(run, identity, monkeypatch
     release.set()
     saver.wait()
     assert [path.name for path in run.checkpoints()] == ["checkpoint-4"]
+
+
+@pytest.fixture
+def memory(saver):
+    memory = Snapshots()
+    saver.keep_in(memory.paths)
+    yield memory
+    memory.close()
+
+
+def keep(saver, step):
+    assert saver.can_keep()
+    saver.keep(step, snapshot(), {"state.json": state(True).revised(step=step).text()})
+
+
+def test_the_two_newest_snapshots_are_kept_with_all_that_a_checkpoint_has(saver, memory, run):
+    for step in (3, 4, 5):
+        keep(saver, step)
+    saver.wait()
+    assert names(run) == []
+    assert memory.save_newest(run) == ("checkpoint-5", [])
+    assert sorted(path.name for path in run.checkpoint(5).iterdir()) == FILES
+    os.truncate(memory.paths[0], 0)  # 5 went to the first place again
+    checkpoints.remove(run.checkpoint(5))
+    assert memory.save_newest(run) == ("checkpoint-4", [])
+
+
+def test_no_snapshot_is_kept_while_a_save_is_under_way(run, identity, memory, monkeypatch):
+    import threading
+
+    release = threading.Event()
+    monkeypatch.setattr("qwenlora.trainer.loop.saver.sync", lambda _: release.wait(20))
+    saver = Saver(run, identity, 1, limit=None, in_background=True, timeout_s=600)
+    saver.keep_in(memory.paths)
+    saver.save(4, snapshot(), {"state.json": state().text()}, {})
+    assert not saver.can_keep()
+    release.set()
+    saver.wait()
+    assert saver.can_keep()
+
+
+@pytest.mark.parametrize("hinders", ["little memory", "a weight that is not finite"])
+def test_what_cannot_be_kept_is_said_once_and_training_goes_on(saver, memory, run, monkeypatch, hinders):
+    warned = []
+    monkeypatch.setattr(saver, "warn", warned.append)
+    if hinders == "little memory":
+        monkeypatch.setattr("qwenlora.trainer.loop.saver.free_memory", lambda: 100)
+    else:
+        monkeypatch.setattr("qwenlora.trainer.loop.saver.not_finite", lambda _: "lora_A")
+    keep(saver, 4)
+    assert not saver.can_keep(), "and none is tried again"
+    (line,) = warned
+    assert line.startswith("no more snapshots in memory: ")
+    assert memory.save_newest(run) == ("", [])
+    monkeypatch.undo()
+    save(saver, 5)
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-5"]
 
 
 def test_an_adapter_of_other_shapes_does_not_fit(tiny, tmp_path):

@@ -40,6 +40,7 @@ from qwenlora.trainer.model.loading import pick_dtype
 from qwenlora.trainer.model.router_loss import own_the_router_loss
 from qwenlora.trainer.model.row_attention import takes_rows_end_to_end
 from qwenlora.trainer.ranks import faults
+from qwenlora.trainer.ranks.from_rank_0 import from_rank_0
 from qwenlora.trainer.ranks.rendezvous import is_pretended
 from qwenlora.trainer.ranks.stop import Stop
 from qwenlora.trainer.spread.experts import DividedExperts
@@ -66,7 +67,8 @@ class LoraTrainer(Trainer):
     resumed: the state of the checkpoint that this attempt continues, if any. data_wait_s, evaluating_s,
     saving_s: seconds so far of waiting for batches, of evaluations, and of saves that held up training;
     idle_s: of all that is no training.
-    wandb_id: the W&B run's, for checkpoints. end_to_end: rows are not padded, but lie one after the other.
+    wandb_id: the W&B run's, for checkpoints. only_memory: the next save is a snapshot in memory.
+    end_to_end: rows are not padded, but lie one after the other.
     """
 
     control: TrainerControl
@@ -90,6 +92,7 @@ class LoraTrainer(Trainer):
         self.losses: dict[int, float] = {}  # {step: eval_loss}, by which the best checkpoint is kept
         self.zero: Zero | None = None
         self.wandb_id = ""
+        self.only_memory = False
         self.data_wait_s = self.evaluating_s = self.saving_s = self.idle_s = 0.0
         self._deepspeed, self.experts = deepspeed, experts
         self.end_to_end = takes_rows_end_to_end(model)
@@ -404,6 +407,10 @@ class LoraTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Copy all that a resume needs to host memory, and have it written: Trainer writes in place."""
+        only_memory, self.only_memory = self.only_memory, False
+        if only_memory and not self.control.should_training_stop:
+            self._keep_in_memory()
+            return
         start = time.perf_counter()
         losses = self._losses_of_all_ranks()
         if self.saver:
@@ -421,6 +428,17 @@ class LoraTrainer(Trainer):
         self.saving_s += stall
         before = self.saver.last_seconds if self.saver else 0.0
         self.stop.longest_save_s = max(self.stop.longest_save_s, stall, before)
+
+    def _keep_in_memory(self) -> None:
+        """Copy the same to host memory, and have it kept there, unless a save is still under way."""
+        start = time.perf_counter()
+        if from_rank_0(lambda: bool(self.saver and self.saver.can_keep())):
+            losses, snapshot = self._losses_of_all_ranks(), self._snapshot()
+            if self.saver:
+                self.saver.keep(self.state.global_step, snapshot, self._texts(snapshot, losses))
+        stall = time.perf_counter() - start
+        self.idle_s += stall
+        self.saving_s += stall
 
     def _snapshot(self) -> states.Snapshot:
         """Return copies of all that training changes, empty except on rank 0; all ranks call it."""
