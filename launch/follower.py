@@ -12,9 +12,7 @@ from qwenlora.run.history import EXIT_CODES
 from qwenlora.slurm import query
 
 ANSWER_S = 3.0  # for a machine to answer, with a refusal, too
-NODE_LOSS_S = (
-    900.0  # for Slurm to notice that a node is gone (SlurmdTimeout: 300 s where a site sets nothing)
-)
+NODE_LOSS_S = 600.0  # for Slurm to notice that a node is gone (SlurmdTimeout: 300 s by default)
 JOIN_LATER_S = 3.0  # longer than the first node waits, whose message names all missing nodes
 
 
@@ -75,10 +73,9 @@ def _requeue_without(node: Node, first: str, job_id: str) -> None:
         job = query.ask(job_id)
         if job is None or job.state != "RUNNING" or job.restarts != node.allocation.restarts:
             return  # Slurm has ended or requeued it, or is not there to be asked
-        if first not in job.nodes:
-            if job.nodes[:1] == (node.allocation.host,) and job.requeue:
-                node.console.print(f"requeueing job {job_id}: {first} is gone", soft_wrap=True)
-                query.requeue(job_id)
+        if first not in job.nodes and job.nodes[:1] == (node.allocation.host,) and job.requeue:
+            node.console.print(f"requeueing job {job_id}: {first} is gone", soft_wrap=True)
+            query.requeue(job_id)
             return
         time.sleep(1.0)
 
