@@ -71,9 +71,9 @@ job_stop_watcher() {
 job_end() {
     local code=$1 id state reason requeue restarts before=${SLURM_RESTART_COUNT:-0}
     id=$(job_id)
-    job_stop_watcher
     if [[ -s $QWENLORA_EXIT_CODE_FILE ]]; then code=$(<"$QWENLORA_EXIT_CODE_FILE"); fi
     rm -f "$QWENLORA_EXIT_CODE_FILE"
+    job_stop_watcher
     # over 128: an agent was killed, or was told to stop before it handled signals. That is requeued ten times at most
     if ((code != 75 && (code <= 128 || before >= 10))); then exit "$code"; fi
     for _ in {1..60}; do # slurmctld may be restarting
