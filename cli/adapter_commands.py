@@ -1,7 +1,7 @@
 """The commands that load a model: verify, merge, chat, compare, export, convert-qwen1."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qwenlora.adapter.compare import questions
     from qwenlora.adapter.merge import merge as merging
     from qwenlora.adapter.publish import export as exporting
+    from qwenlora.adapter.publish import push as pushing
     from qwenlora.adapter.qwen1 import convert
 else:
     answers = Deferred("qwenlora.adapter.answers")
@@ -26,6 +27,7 @@ else:
     questions = Deferred("qwenlora.adapter.compare.questions")
     merging = Deferred("qwenlora.adapter.merge.merge")
     exporting = Deferred("qwenlora.adapter.publish.export")
+    pushing = Deferred("qwenlora.adapter.publish.push")
     convert = Deferred("qwenlora.adapter.qwen1.convert")
 
 Subject = Annotated[
@@ -185,7 +187,10 @@ def compare(
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")],
-    to: Annotated[Path, typer.Option(help="A folder to make, or a .zip file.")],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="A folder to make, or a .zip file. With --push: none is kept by default."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="The model's name on its card. Default: the run folder's.")
     ] = None,
@@ -193,8 +198,28 @@ def export(
         str | None, typer.Option(help="The base's hub name for the card, where the run used a folder.")
     ] = None,
     license_: Annotated[str | None, typer.Option("--license", help="Licence, as the hub spells it.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Put it on a model hub, under this name.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: only its owners may see it.")
+    ] = False,
+    hub: Annotated[
+        Literal["huggingface", "modelscope"], typer.Option(help="Where --push puts it.")
+    ] = "huggingface",
 ) -> int:
     """Make a folder for a model hub: the adapter, its tokenizer, and a card filled in from the run."""
+    if push is not None:
+        target = pushing.Target(push, hub, private)
+        print(exporting.export_and_push(run, to, target, name=name, base=base, license=license_))
+        return 0
+    if to is None or private:
+        wanted = (
+            "--private says how it is pushed; add"
+            if private
+            else "name a folder, --to tiny, or a repository,"
+        )
+        raise ValueError(f"{wanted} --push ORG/NAME")
     print(exporting.export(run, to, name=name, base=base, license=license_))
     return 0
 

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
@@ -27,6 +28,7 @@ from qwenlora.adapter.publish.card import (
     make_card,
 )
 from qwenlora.adapter.publish.leaks import Private
+from qwenlora.adapter.publish.push import Target
 from qwenlora.adapter.publish.run_summary import RunSummary, summarise_run
 from qwenlora.adapter.subject import ADAPTER_CONFIG, final_adapter, read_adapter_config
 from qwenlora.data.turns import TURN_END
@@ -45,13 +47,43 @@ SETTINGS = (TOKENIZER_CONFIG, "special_tokens_map.json", GENERATION_CONFIG)
 TEMPLATE = "chat_template.jinja"
 
 
+def export_and_push(
+    folder: Path,
+    to: Path | None,
+    target: Target,
+    *,
+    name: str | None = None,
+    base: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Make the folder, by default one that is removed afterwards, and put it on a hub; return the lines to
+    print. Raises: as export(), and ValueError when the hub refuses."""
+    if to is not None and to.suffix == ".zip":
+        raise ValueError(f"--to {to} with --push names a folder, not a .zip: a hub takes files one by one")
+    target.check()
+    with TemporaryDirectory(prefix="qwenlora-") as made:
+        place = Path(made) / target.name.rpartition("/")[2] if to is None else to
+        _, *notes = export(folder, place, name=name, base=base, license=license, called=target.name).split(
+            "\n"
+        )
+        address = target.push(place)
+    return "\n".join([f"pushed to {address}", *notes])
+
+
 def export(
-    folder: Path, to: Path, *, name: str | None = None, base: str | None = None, license: str | None = None
+    folder: Path,
+    to: Path,
+    *,
+    name: str | None = None,
+    base: str | None = None,
+    license: str | None = None,
+    called: str | None = None,
 ) -> str:
     """Make the folder or .zip, or nothing; return the lines to print: the result, and what the card lacks.
 
-    folder: a run, or one of its checkpoints; name: the model's, on the card; base: the base's hub name.
-    Raises: ValueError for a missing or broken adapter, a place that is taken, and private texts in a file.
+    folder: a run, or one of its checkpoints; name: the model's, on the card; base: the base's hub name;
+    called: what the card's commands call the result, by default the folder's name. Raises: ValueError for a
+    missing or broken adapter, a place that is taken, and private texts in a file.
     """
     to = free_folder(to)
     if base is not None and (hub_name(base) != base or Path(base).is_dir()):
@@ -64,7 +96,7 @@ def export(
     default_name = run.path.name if is_final else f"{run.path.name}-{adapter.name}"
     options = CardOptions(
         title=default_name if name is None else name,
-        folder=to.stem if to.suffix == ".zip" else to.name,
+        folder=called or (to.stem if to.suffix == ".zip" else to.name),
         base=base,
         license=license,
     )
