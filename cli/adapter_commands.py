@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenlora.adapter.deferred import Deferred
+from qwenlora.cli.arguments import run_argument
 
 if TYPE_CHECKING:
     from qwenlora.adapter import answers
@@ -31,12 +32,9 @@ else:
     convert = Deferred("qwenlora.adapter.qwen1.convert")
 
 Subject = Annotated[
-    str,
-    typer.Argument(metavar="RUN|ADAPTER|MODEL", help="A run folder, a checkpoint, an adapter, or a model."),
+    str, run_argument("RUN|ADAPTER|MODEL", "A run folder, a checkpoint, an adapter, or a model.")
 ]
-Adapter = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, a run's, or a checkpoint's.")
-]
+Adapter = Annotated[str, run_argument("ADAPTER", "An adapter's folder, a run's, or a checkpoint's.")]
 Base = Annotated[
     str | None,
     typer.Option(help="The base model, where it is not where the adapter says: a folder or hub name."),
@@ -47,7 +45,10 @@ TrustRemoteCode = Annotated[
 
 
 def verify(adapter: Adapter, base: Base = None, trust_remote_code: TrustRemoteCode = False) -> int:
-    """Check that an adapter is whole, fits its base, and holds something; say which base it needs."""
+    """Check that an adapter is whole, fits its base, and holds something; say which base it needs.
+
+    Example: qwenlora verify runs/my
+    """
     return verifying.print_check(finding.find(adapter, base=base, trust_remote_code=trust_remote_code))
 
 
@@ -77,7 +78,10 @@ def merge(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> int:
-    """Make one model of a base and an adapter, file by file, and compare its logits with theirs."""
+    """Make one model of a base and an adapter, file by file, and compare its logits with theirs.
+
+    Example: qwenlora merge runs/my merged/my
+    """
     subjects = [
         finding.find(name, base=base, trust_remote_code=trust_remote_code)
         for name in (adapter, *(more or []))
@@ -127,7 +131,10 @@ def chat(
     base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> int:
-    """Talk with a model: in the terminal, with one prompt, or with the questions of a file."""
+    """Talk with a model: in the terminal, with one prompt, or with the questions of a file.
+
+    Example: qwenlora chat runs/my
+    """
     found = finding.find(subject, base=base, trust_remote_code=trust_remote_code)
     sampling = answers.Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     options = chatting.ChatOptions(prompt, input_, output, system, thinking, quantization, dtype)
@@ -137,7 +144,7 @@ def chat(
 def compare(
     subjects: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="A run folder, or several, checkpoints, adapters or models."),
+        run_argument("RUN", "A run folder, or several, checkpoints, adapters or models."),
     ],
     show: Annotated[int, typer.Option(min=0, help="How many answers to show of each set.")] = 5,
     limit: Annotated[int, typer.Option(min=1, help="How many questions to ask of each set.")] = 500,
@@ -167,7 +174,10 @@ def compare(
     base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> int:
-    """Ask the base model and the tuned one the same: what was trained, in other words, in general."""
+    """Ask the base model and the tuned one the same: what was trained, in other words, in general.
+
+    Example: qwenlora compare runs/my
+    """
     options = questions.CompareOptions(
         show=show,
         limit=limit,
@@ -186,7 +196,7 @@ def compare(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")],
+    run: Annotated[Path, run_argument("RUN", "A run folder, or one of its checkpoints.")],
     to: Annotated[
         Path | None,
         typer.Option(help="A folder to make, or a .zip file. With --push: none is kept by default."),
@@ -208,7 +218,10 @@ def export(
         Literal["huggingface", "modelscope"], typer.Option(help="Where --push puts it.")
     ] = "huggingface",
 ) -> int:
-    """Make a folder for a model hub: the adapter, its tokenizer, and a card filled in from the run."""
+    """Make a folder for a model hub: the adapter, its tokenizer, and a card filled in from the run.
+
+    Example: qwenlora export runs/my --to my --base Qwen/Qwen3-8B
+    """
     if push is not None:
         target = pushing.Target(push, hub, private)
         print(exporting.export_and_push(run, to, target, name=name, base=base, license=license_))
@@ -229,5 +242,8 @@ def convert_qwen1(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
 ) -> int:
-    """Turn a first-generation Qwen (Qwen-7B-Chat), or an adapter for it, into Qwen2's architecture."""
+    """Turn a first-generation Qwen (Qwen-7B-Chat), or an adapter for it, into Qwen2's architecture.
+
+    Example: qwenlora convert-qwen1 Qwen-7B-Chat converted
+    """
     return convert.convert(source, out, max_shard_size=max_shard_size)

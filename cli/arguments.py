@@ -9,20 +9,65 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from rich.console import Console
 
+_RUN_FILES = ("config.yaml", "attempts.jsonl")
+
+
+def _runs(incomplete: str) -> list[str]:
+    """Return the run folders, and folders of them, that a word of a command line may become."""
+    where = Path(incomplete.rpartition("/")[0] or "/") if "/" in incomplete else Path("runs")
+    folders = [folder for folder in where.glob("[!.]*") if str(folder).startswith(incomplete)]
+    patterns = [f"{depth}{name}" for depth in ("", "*/") for name in _RUN_FILES]
+    return sorted(str(folder) for folder in folders if any(any(folder.glob(each)) for each in patterns))
+
+
+def _overrides(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the keys that a word may become, or after `key=` the values. bash cuts the word at the `=`."""
+    from qwenlora.configs.keys import FIELDS  # here: --help does without
+    from qwenlora.configs.reference import choices_of
+
+    given: list[str] = ctx.params.get("overrides") or []
+    key, equals, value = incomplete.partition("=")
+    before = f"{key}{equals}"
+    if given and given[-1] == "=":
+        key, before, value = given[-2], "", incomplete
+    elif given and not incomplete and given[-1] in FIELDS:
+        key, before = given[-1], ""
+    if key in FIELDS and before != key:
+        return [before + choice for choice in choices_of(FIELDS[key]) if choice.startswith(value)]
+    return [f"{name}=" for name in FIELDS if name.startswith(incomplete)]
+
+
+def _keys(incomplete: str) -> list[str]:
+    """Return the keys that a word may become."""
+    from qwenlora.configs.keys import FIELDS
+
+    return [name for name in FIELDS if name.startswith(incomplete)]
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/tiny.yaml.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as lora.r=32.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as lora.r=32.", autocompletion=_overrides),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Set an earlier run in run_dir aside; start anew.")]
 AllowConfigChange = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="KEY", help="A key, such as train.learning_rate, that may differ from the run's so far."
+        metavar="KEY",
+        help="A key, such as train.learning_rate, that may differ from the run's so far.",
+        autocompletion=_keys,
     ),
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/tiny.")]
+
+
+def run_argument(metavar: str, help: str) -> Any:
+    """Return an argument for which shells complete the names of runs."""
+    return typer.Argument(metavar=metavar, help=help, autocompletion=_runs)
+
+
+Run = Annotated[Path, run_argument("RUN", "A run folder, such as runs/tiny.")]
 RunOrJobName = Annotated[
-    str, typer.Argument(metavar="RUN|JOB", help="A run folder, such as runs/tiny, or a Slurm job's id.")
+    str, run_argument("RUN|JOB", "A run folder, such as runs/tiny, or a Slurm job's id.")
 ]
 
 

@@ -19,7 +19,10 @@ from qwenlora.run.format import as_yaml
 
 
 def show(config: ConfigFile, overrides: Overrides = None) -> int:
-    """Print the resolved config: defaults < CONFIG < overrides."""
+    """Print the resolved config: defaults < CONFIG < overrides.
+
+    Example: qwenlora config show my.yaml lora.r=32
+    """
     print(to_yaml(load_config(config, overrides or [])), end="")
     return 0
 
@@ -27,7 +30,10 @@ def show(config: ConfigFile, overrides: Overrides = None) -> int:
 def from_(
     file: Annotated[Path, typer.Argument(help="A config, a script or a dataset_info.json of theirs.")],
 ) -> int:
-    """Print the config nearest to one of LLaMA-Factory, ms-swift or Axolotl; comments say what differs."""
+    """Print the config nearest to one of LLaMA-Factory, ms-swift or Axolotl; comments say what differs.
+
+    Example: qwenlora config from llamafactory.yaml > my.yaml
+    """
     text = convert(file)
     print(text, end="")
     if not sys.stdout.isatty():  # else it is on the screen already
@@ -45,7 +51,10 @@ def keys(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="All, as docs/config.md has them.")] = False,
 ) -> int:
-    """List the keys that a config may have: type, default, meaning, since when, what they exclude."""
+    """List the keys that a config may have: type, default, meaning, since when, what they exclude.
+
+    Example: qwenlora config keys train
+    """
     wanted = (part or "").lower()
     found = {key: field for key, field in FIELDS.items() if wanted in key.lower()}
     if not found:
@@ -67,6 +76,9 @@ def keys(
 
 
 def schema() -> int:
-    """Print the JSON Schema of a config, for editors."""
+    """Print the JSON Schema of a config, for editors.
+
+    Example: qwenlora config schema > schema.json
+    """
     print(json.dumps(Config.model_json_schema(), indent=1, ensure_ascii=False))
     return 0

@@ -26,7 +26,10 @@ def check(
         Path | None, typer.Option(help="Where the page goes. Default: beside the run folder.")
     ] = None,
 ) -> int:
-    """Prepare the rows as training would, and show what they are like: on the screen, and as an HTML page."""
+    """Prepare the rows as training would, and show what they are like: on the screen, and as an HTML page.
+
+    Example: qwenlora data check my.yaml
+    """
     loaded = load_config(config, overrides or [])
     code: int = _module(loaded).check(loaded, html, screen())
     return code
@@ -40,7 +43,10 @@ def preview(
     ids: Annotated[bool, typer.Option("--ids", help="As a table of tokens.")] = False,
     evaluation: Annotated[bool, typer.Option("--eval", help="Rows of data.eval.")] = False,
 ) -> int:
-    """Show rows as the model sees them, the trained tokens coloured."""
+    """Show rows as the model sees them, the trained tokens coloured.
+
+    Example: qwenlora data preview my.yaml
+    """
     loaded = load_config(config, overrides or [])
     _module(loaded).preview(loaded, "eval" if evaluation else "train", first, rows, ids=ids, console=screen())
     return 0

@@ -25,7 +25,10 @@ def init(
     gpus: Annotated[int | None, typer.Option(min=1, help="How many. Default: this machine's.")] = None,
 ) -> int:
     """Write a config for your base, rows and GPUs, with its reasons as comments; without --model and --data
-    the embedded example, which any machine trains in a minute."""
+    the embedded example, which any machine trains in a minute.
+
+    Example: qwenlora init my --model Qwen/Qwen3-8B --data my.jsonl
+    """
     file = Path(f"{name}.yaml")
     if file.name != str(file) or file.exists():
         why = "exists already" if file.exists() else "is no plain name"
@@ -51,7 +54,10 @@ def recipes(
     to: Annotated[Path | None, typer.Argument(help="Where it goes. Default: this folder.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="All, as docs/recipes.md has them.")] = False,
 ) -> int:
-    """List the configs that come with qwenlora, or copy one."""
+    """List the configs that come with qwenlora, or copy one.
+
+    Example: qwenlora recipes qwen3-8b-tools
+    """
     there = {recipe.name: recipe for recipe in all_recipes()}
     if markdown:
         print(as_markdown(), end="")

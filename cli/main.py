@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import keyword
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ GROUPS = {
 COMMANDS = {  # {command: the module of cli/ with the function of that name}
     "init": "init_command",
     "recipes": "init_command",
+    "completion": "completion_command",
     "plan": "plan_command",
     "train": "train_commands",
     "preflight": "train_commands",
@@ -51,8 +53,11 @@ COMMANDS = {  # {command: the module of cli/ with the function of that name}
     "export": "adapter_commands",
     "convert-qwen1": "adapter_commands",
 }
+COMPLETES = "_QWENLORA_COMPLETE"  # set by the script of `qwenlora completion`
 PANELS = {
-    **dict.fromkeys(("init", "recipes", "plan", "train", "preflight", "config", "data"), "Start"),
+    **dict.fromkeys(
+        ("init", "recipes", "plan", "train", "preflight", "config", "data", "completion"), "Start"
+    ),
     **dict.fromkeys(("submit", "sweep", "cancel", "resume", "site", "slurm"), "Jobs"),
     **dict.fromkeys(("watch", "status", "logs", "report", "runs", "diff"), "Runs"),
     **dict.fromkeys(("verify", "compare", "chat", "merge", "export", "convert-qwen1"), "After training"),
@@ -86,10 +91,11 @@ def _function_of(name: str) -> str:
 
 
 def help_of(name: str) -> str:
-    """Return a command's help: the docstring of its function, read without importing the module."""
+    """Return the first paragraph of a command's help, its function's docstring, without importing the
+    module."""
     nodes = _parsed(COMMANDS[name]).body
     (function,) = (n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == _function_of(name))
-    return " ".join((ast.get_docstring(function) or "").split())
+    return " ".join((ast.get_docstring(function) or "").partition("\n\n")[0].split())
 
 
 @functools.cache
@@ -159,6 +165,8 @@ app = _whole()
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line, or tell a shell what it may become."""
     escape_what_the_terminal_lacks()
+    if COMPLETES in os.environ:
+        importlib.import_module("typer.completion").completion_init()
     app()

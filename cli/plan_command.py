@@ -74,7 +74,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Numbers, in bytes and seconds.")] = False,
 ) -> int:
     """Say what a config needs on given GPUs, before a job waits for them: memory, time, traffic and disk
-    under each strategy, and which to take. Needs no GPU and no weights."""
+    under each strategy, and which to take. Needs no GPU and no weights.
+
+    Example: qwenlora plan my.yaml --gpu h100 --gpus-per-node 8
+    """
     if calibrate:
         _calibrate()
     if config is None:

@@ -22,7 +22,10 @@ def report(
     ] = None,
 ) -> int:
     """Write a run up as one HTML page: curves over all attempts, settings, data, comparison; pictures beside
-    it."""
+    it.
+
+    Example: qwenlora report runs/my --live
+    """
     if not live:
         if port:
             raise ValueError(f"--port {port} has no effect without --live; add it, or leave --port out")

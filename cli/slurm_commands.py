@@ -13,7 +13,10 @@ from qwenlora.slurm.scripts import copy_scripts
 def scripts(
     folder: Annotated[Path, typer.Argument(help="Where they go, on a file system that all nodes see.")],
 ) -> int:
-    """Copy the batch scripts out of the package, for plain sbatch."""
+    """Copy the batch scripts out of the package, for plain sbatch.
+
+    Example: qwenlora slurm scripts slurm
+    """
     for copy in copy_scripts(folder):
         screen().print(f"{copy} is written", soft_wrap=True)
     train = shlex.quote(str(folder / "train.sh"))

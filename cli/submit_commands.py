@@ -28,7 +28,10 @@ def submit(
     dry_run: DryRun = False,
     **options: Unpack[JobOptions],
 ) -> int:
-    """Submit the run of CONFIG as a job."""
+    """Submit the run of CONFIG as a job.
+
+    Example: qwenlora submit my.yaml --nodes 2 --gpus-per-node 8 --timeout-min 480
+    """
     allowed = allow_config_change or []
     submission = prepare(config, overrides or [], options, fresh=fresh, allowed=allowed)
     return _show(submission) if dry_run else _submit(submission)
@@ -49,19 +52,28 @@ def sweep(
     dry_run: DryRun = False,
     **options: Unpack[JobOptions],
 ) -> int:
-    """Submit a run for every combination of the values, as one job array."""
+    """Submit a run for every combination of the values, as one job array.
+
+    Example: qwenlora sweep my.yaml --grid lora.r=8,16,32 --gpus-per-node 1
+    """
     submission = prepare_sweep(config, parse_grid(grid or []), overrides or [], options, max_parallel)
     return _show(submission) if dry_run else _submit(submission)
 
 
 def resume(run: RunOrJobName) -> int:
-    """Have a run go on from its newest checkpoint: submitted again, as its last job was."""
+    """Have a run go on from its newest checkpoint: submitted again, as its last job was.
+
+    Example: qwenlora resume runs/my
+    """
     print(resuming.resume(find(run)))
     return 0
 
 
 def site(site: Annotated[str, typer.Argument(help="A site file, or its name in configs/clusters/.")]) -> int:
-    """Print a site's options for sbatch: sbatch $(qwenlora site mycluster) slurm/train.sh my.yaml."""
+    """Print a site's options for sbatch.
+
+    Example: sbatch $(qwenlora site mycluster) slurm/train.sh my.yaml
+    """
     loaded = load_site(site)
     if unsaid := loaded.unsaid():
         print(

@@ -55,7 +55,10 @@ def train(
         ),
     ] = None,
 ) -> int:
-    """Train, or go on training, the run of CONFIG on this machine."""
+    """Train, or go on training, the run of CONFIG on this machine.
+
+    Example: qwenlora train my.yaml lora.r=32
+    """
     options = {"nproc_per_node": nproc, "launcher": launcher, "hostfile": hostfile}
     from_options = [f"launch.{key}={value}" for key, value in options.items() if value is not None]
     all_overrides = [*(overrides or []), *from_options]
@@ -84,5 +87,8 @@ def _simulate(config: Config, world_size: int) -> int:
 
 def preflight(config: ConfigFile, overrides: Overrides = None) -> int:
     """Do the checks before a start, and nothing else: on this machine, or by srun on all nodes of an
-    allocation."""
+    allocation.
+
+    Example: srun qwenlora preflight my.yaml
+    """
     return agent.run(load_config(config, overrides or []), only_check=True)

@@ -4,8 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from qwenlora.cli.arguments import run_argument
 from qwenlora.jobs.find import find
 from qwenlora.jobs.views.overview import is_run
 from qwenlora.jobs.views.runs import run_folders
@@ -15,11 +14,14 @@ from qwenlora.jobs.views.watched import Watched, Watching
 
 def watch(
     what: Annotated[
-        str, typer.Argument(metavar="[RUN|DIR|JOB]", help="A run folder, a folder of runs, or a job's id.")
+        str, run_argument("RUN|DIR|JOB", "A run folder, a folder of runs, or a job's id.")
     ] = "runs",
 ) -> int:
     """Show runs and jobs as they go on, in the terminal: state, losses, speed, time left; keys to open, log,
-    cancel and resume them."""
+    cancel and resume them.
+
+    Example: qwenlora watch runs
+    """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ValueError("watch needs a terminal; use qwenlora runs DIR, or qwenlora status RUN")
     folder, watching = Path(what).expanduser(), Watching()

@@ -22,10 +22,24 @@ with which a key cannot run: [why, and what to set instead](strategies.md#what-c
 
 def kind_of(field: FieldInfo) -> str:
     """Return what a key's value may be, in words: a whole number, one of ddp, fsdp ..."""
+    return _kind(_schema_of(field))
+
+
+def choices_of(field: FieldInfo) -> list[str]:
+    """Return the words that a key takes; none where it takes others, too."""
+    schema = _schema_of(field)
+    choices: list[str] = []
+    for part in schema.get("anyOf") or [schema]:
+        values = part.get("enum", [part["const"]] if "const" in part else [])
+        choices += [show(value) for value in values] + ["true", "false"] * (part.get("type") == "boolean")
+    return list(dict.fromkeys(choices))
+
+
+def _schema_of(field: FieldInfo) -> dict[str, Any]:
     kind: Any = field.annotation
     for constraint in field.metadata:
         kind = Annotated[kind, constraint]
-    return _kind(TypeAdapter(kind).json_schema())
+    return TypeAdapter(kind).json_schema()
 
 
 def _kind(schema: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -38,14 +39,16 @@ class Outcome(NamedTuple):
     why: str = ""
 
     def last_words(self, run: RunFolder, handover: Handover) -> str:
-        """Return the last line that the user sees."""
+        """Return the last lines that the user sees."""
         again = "the same command" + " without --resume and --fresh" * (handover.resume != "auto")
         clock = f": {self.why}" if self.why == TIME_IS_OVER else ""
         if self.reason == "stopped" and self.step:
             return f"stopped after step {self.step}, which is saved; {again} resumes{clock}"
         if self.reason == "stopped":
             return f"stopped before the first step; {again} starts again{clock}"
-        return f"done: the adapter is in {os.path.relpath(run.adapter)}"
+        here = shlex.quote(os.path.relpath(run.path))
+        then = "".join(f"\n  qwenlora {command} {here}" for command in ("compare", "report", "chat"))
+        return f"done: the adapter is in {os.path.relpath(run.adapter)}; next:{then}"
 
 
 def train(process: Process, heart: Heart) -> Outcome:

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -181,7 +183,11 @@ def test_a_system_that_is_not_linux(monkeypatch, capsys, command):
 def test_the_listed_help_is_the_command_s(name):
     """And the command is loaded: its options are sound."""
     command = cli.load(name)
-    assert " ".join(command.help.split()) == cli.help_of(name)
+    about, _, example = command.help.rpartition("\n\n")
+    assert " ".join(about.split()) == cli.help_of(name)
+    words = re.fullmatch(rf"Example: (?:.*[ (])?qwenlora {name}((?: [\w./=:,-]+)*)(?:[)> ].*)?", example)
+    assert words, f"{name} has an example"
+    command.make_context(name, shlex.split(words[1] or ""))
     assert command.name == name.split()[-1]
 
 

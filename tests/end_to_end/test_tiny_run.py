@@ -47,7 +47,10 @@ def test_the_screen_shows_derived_facts_progress_and_where_the_adapter_is(tiny_r
     ):
         assert fact in screen
     assert re.search(r"step 120/120  loss 0\.\d+  lr 3\.00e-03  [\d,]+ tokens/s  0:00 left", screen)
-    assert screen.endswith("done: the adapter is in runs/tiny/adapter\n")
+    assert screen.endswith(
+        "done: the adapter is in runs/tiny/adapter; next:\n  qwenlora compare runs/tiny\n  qwenlora report"
+        " runs/tiny\n  qwenlora chat runs/tiny\n"
+    )
     for noise in ("Warning", "WARNING", "deepspeed", "Loading weights", "OMP_NUM_THREADS"):
         assert noise not in screen + tiny_run[1].stderr
 
