@@ -9,6 +9,9 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from rich.console import Console
 
+from qwenlora.configs.keys import FIELDS
+from qwenlora.configs.reference import choices_of
+
 _RUN_FILES = ("config.yaml", "attempts.jsonl")
 
 
@@ -22,9 +25,6 @@ def _runs(incomplete: str) -> list[str]:
 
 def _overrides(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the keys that a word may become, or after `key=` the values. bash cuts the word at the `=`."""
-    from qwenlora.configs.keys import FIELDS  # here: --help does without
-    from qwenlora.configs.reference import choices_of
-
     given: list[str] = ctx.params.get("overrides") or []
     key, equals, value = incomplete.partition("=")
     before = f"{key}{equals}"
@@ -39,8 +39,6 @@ def _overrides(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def _keys(incomplete: str) -> list[str]:
     """Return the keys that a word may become."""
-    from qwenlora.configs.keys import FIELDS
-
     return [name for name in FIELDS if name.startswith(incomplete)]
 
 
