@@ -54,10 +54,7 @@ def plan(
     network: Annotated[float, typer.Option(min=1, help="Gb/s of a GPU to other nodes.")] = 400,
     timeout_min: Annotated[int | None, typer.Option(min=2, help="Minutes that a job may take.")] = None,
     trace: Annotated[
-        bool,
-        typer.Option(
-            "--trace", help="Compare with the real model, run on tensors without numbers (needs torch)."
-        ),
+        bool, typer.Option("--trace", help="Compare with the real model, on tensors without numbers (torch).")
     ] = False,
     calibrate: Annotated[
         bool,
