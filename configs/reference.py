@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from qwenlora.configs.combinations import RULES, Rule
 from qwenlora.configs.keys import FIELDS, SECTIONS, keys_of
-from qwenlora.configs.schema import FIRST, Config
+from qwenlora.configs.schema import FIRST, Config, SourceEntry
 from qwenlora.configs.wording import show
 
 HEAD = """# The keys of a config
@@ -76,24 +76,21 @@ def rules_of(key: str) -> list[Rule]:
 
 def as_markdown() -> str:
     """Return the page of all keys: a heading for each, so that others can link to it."""
-    parts = [HEAD, *map(_entry, (key for key in FIELDS if "." not in key))]
+    parts = [HEAD, *(_entry(key, FIELDS[key]) for key in FIELDS if "." not in key)]
     for section in SECTIONS:
         of_section = Config.model_fields[section].annotation
         meaning = ((of_section.__doc__ if of_section else None) or "").strip()
-        parts += [f"## {section}\n\n{meaning}\n", *map(_entry, keys_of(section))]
+        parts += [f"## {section}\n\n{meaning}\n", *(_entry(key, FIELDS[key]) for key in keys_of(section))]
+    parts.append(f"## A source of rows\n\n{SourceEntry.__doc__}\n")
+    parts += [_entry(f"{{{name}: ...}}", field) for name, field in SourceEntry.model_fields.items()]
     return "\n".join(parts)
 
 
-def _entry(key: str) -> str:
-    field = FIELDS[key]
+def _entry(key: str, field: FieldInfo) -> str:
     default = "no default" if field.is_required() else f"default `{_as_json(default_of(field))}`"
-    lines = [
-        f"### {key}",
-        "",
-        field.description or "",
-        "",
-        f"{kind_of(field)} · {default} · since {since(field)}",
-    ]
+    meaning = re.sub(r"([\\*])", r"\\\1", field.description or "")  # a regular expression is no Markdown
+    kind = f"{kind_of(field)} · {default} · since {since(field)}"
+    lines = [f"### {key}", "", meaning, "", kind]
     if refused := [f"- {rule.what}" for rule in rules_of(key)]:
         lines += ["", "Refused:", "", *refused]
     return "\n".join(lines) + "\n"
