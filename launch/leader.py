@@ -205,7 +205,8 @@ class Leader:
             fault = str(missing)
         cause = watch.cause_of_the_end()
         code = conclude(folder, attempt, code, node.children, node.console, fault=fault, cause=cause)
-        if lost := [host for host in node.allocation.hosts if host not in self._left()]:
+        lost = [host for host in node.allocation.hosts if host not in self._left()]
+        if lost and self._met:  # one that does not come, or refuses, is no loss
             folder.note_attempt(lost=lost)
         return code
 

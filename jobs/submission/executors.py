@@ -32,6 +32,10 @@ class Executor(submitit.SlurmExecutor):
         """Return 1: it may be chosen, with or without sbatch."""
         return 1
 
+    def _num_tasks(self) -> int:
+        """Return how many tasks have a result: the first node's. The number of nodes may be a range."""
+        return 1
+
     def text(self, count: int) -> str:
         """Return what sbatch reads for so many jobs. submitit has no public function for it."""
         array = count if count > 1 else None

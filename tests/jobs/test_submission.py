@@ -99,10 +99,19 @@ def test_the_text_of_a_job_as_a_whole(folder):
 
 
 @pytest.mark.parametrize("nodes", ["2-4", (2, 4)])
-def test_a_job_may_take_what_nodes_there_are(folder, nodes):
+def test_a_job_may_take_what_nodes_there_are(folder, monkeypatch, nodes):
     ready = prepare("my.yaml", {}, options(nodes=nodes, gpus_per_node=1))
     assert "\n#SBATCH --nodes=2-4\n" in ready.text()
     assert ready.gpu_hours == 4, "at most"
+    bin = folder / "bin"
+    bin.mkdir()
+    (bin / "sbatch").write_text("#!/bin/bash\necho Submitted batch job 7\n")
+    (bin / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
+    (job,) = ready.submit()
+    assert job.job_id == "7"
+    (noted,) = submissions(ready.target)
+    assert (noted.min_nodes, noted.nodes) == (2, 4)
     assert job_spec(options(nodes="3"), Site(), 1, "").nodes == (3, 3)
 
 

@@ -11,9 +11,10 @@ from qwenlora.configs import load_config
 from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.children import Children
 from qwenlora.launch.leader import Leader
-from qwenlora.launch.meeting import Meeting
+from qwenlora.launch.meeting import Meeting, NotMet
 from qwenlora.launch.node import Node
 from qwenlora.launch.restarts import MOST_IN_VAIN
+from qwenlora.run.handover import Handover
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -117,6 +118,18 @@ def test_a_run_that_fits_only_all_its_nodes_is_requeued(of_four):
     leader = of_four([1], "strategy.sequence_parallel=4")
     assert not leader._can_go_on()
     assert printed(leader).startswith("requeueing: on 3 nodes the run cannot go on: ")
+
+
+@pytest.mark.parametrize(("met", "lost"), [(False, []), (True, ["127.0.0.2"])])
+def test_a_node_that_refuses_before_the_start_is_no_loss_but_a_failure(of_four, monkeypatch, met, lost):
+    leader = of_four([1])
+    leader.node.folder.path.mkdir()
+    leader._met = met
+    monkeypatch.setattr(leader, "_check_nodes", lambda _: (_ for _ in ()).throw(NotMet("no answer")))
+    monkeypatch.setattr(leader, "_prepare_and_train", lambda *_: 1)
+    monkeypatch.setattr(type(leader.node), "forkserver", None)
+    assert leader._attempt(Handover()) == 1
+    assert leader.node.folder.history.last().lost == lost
 
 
 @pytest.mark.parametrize("hinders", ["stop_requested", "immortal"])
