@@ -12,12 +12,13 @@ from qwenlora.configs.keys import flat
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import as_yaml
 from qwenlora.trainer.record.metrics import Line
-from qwenlora.trainer.record.trackers import keep_id, known_id, named, reach
+from qwenlora.trainer.record.trackers import keep_id, known_id, named, reach, reason
 
 PROJECT = "qwenlora"
 _LOSSES = ("train/loss", "eval/loss")  # those of a step that is trained again are the same
 _LONGEST_PARAM = 6000  # characters that MLflow takes
-_MOST_PARAMS = 100  # that it takes at once
+_MOST_PARAMS, _MOST_METRICS = 100, 1000  # that it takes at once
+_AGAIN_S = 300.0  # between two tries: each may take twenty seconds
 
 
 class _Library:
@@ -98,9 +99,16 @@ class _OncePerStep(_Library):
 
 
 class MLflow(_OncePerStep):
-    """A run on the tracking server, or in a database in the run folder."""
+    """A run on the tracking server, or in a database in the run folder. The library sends at once, and what a
+    server did not take it forgets: so numbers wait here while there is no answer."""
 
     name, title = "mlflow", "MLflow"
+
+    def __init__(self, config: Config, run: RunFolder, warn: Callable[[str], None]) -> None:
+        super().__init__(config, run, warn)
+        self._waiting: list[Any] = []  # mlflow's Metrics
+        self._again_at = 0.0  # in seconds of the monotonic clock
+        self._warned = False
 
     def start(self) -> str:
         """Go on with the run, or make it; its parameters are the config."""
@@ -140,10 +148,25 @@ class MLflow(_OncePerStep):
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self._id, [Metric(name, value, now, step) for name, value in values.items()])
+        self._waiting += [Metric(name, value, now, step) for name, value in values.items()]
+        if time.monotonic() < self._again_at:
+            return
+        try:
+            self._flush()
+        except Exception as error:  # whatever the library raises
+            self._again_at = time.monotonic() + _AGAIN_S
+            if not self._warned:
+                self.warn(f"MLflow does not answer ({reason(error)}): its numbers wait, training goes on")
+            self._warned = True
+
+    def _flush(self) -> None:
+        while self._waiting:
+            self._client.log_batch(self._id, self._waiting[:_MOST_METRICS])
+            del self._waiting[:_MOST_METRICS]
 
     def finish(self, *, failed: bool) -> None:
-        """End the run."""
+        """Send what waits, and end the run."""
+        self._flush()
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
 
 
