@@ -2,6 +2,7 @@
 
 import secrets
 import socket
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -12,8 +13,8 @@ from qwenlora.run.folder import RunFolder
 
 HOST = "127.0.0.1"
 _OURS = (HOST, "localhost")  # names that a browser may have come by; others are other sites' tricks
-_REFRESH_S = {"running": 5}
-_REFRESH_OTHERS_S = 30
+_REFRESH_S = 5  # while it trains
+_REST_S = 30  # otherwise; a page that is older is made anew: a killed run writes nothing
 
 
 class LiveReport(HTTPServer):
@@ -24,7 +25,7 @@ class LiveReport(HTTPServer):
         self.run = run
         self.path = f"/{secrets.token_urlsafe(12)}/"
         self._made_of: list[object] = []
-        self._page, self.refresh_s = b"", _REFRESH_OTHERS_S
+        self._page, self._made_at, self.refresh_s = b"", 0.0, _REST_S
         self.page()  # before anything listens: a folder without a run is refused
         try:
             super().__init__((HOST, port), _Request)
@@ -37,11 +38,11 @@ class LiveReport(HTTPServer):
         run = self.run
         files = (run.config, run.metrics, run.history.file, run.history.progress.path, run.comparison)
         seen: list[object] = [file.stat().st_mtime_ns if file.exists() else None for file in files]
-        if seen != self._made_of:
+        if seen != self._made_of or time.monotonic() > self._made_at + _REST_S:
             summary = summarise_run(run)
             page = render(summary, curves.draw_charts(summary.curves, summary.attempts))
-            self._page, self._made_of = page.encode(), seen
-            self.refresh_s = _REFRESH_S.get(summary.state, _REFRESH_OTHERS_S)
+            self._page, self._made_of, self._made_at = page.encode(), seen, time.monotonic()
+            self.refresh_s = _REFRESH_S if summary.state == "running" else _REST_S
         return self._page
 
     def said(self) -> str:

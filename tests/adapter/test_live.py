@@ -93,11 +93,13 @@ def test_pages_of_other_sites_cannot_ask_under_their_own_name(server):
     assert asked(server, server.path, "localhost:8888").startswith(b"HTTP/1.0 200 ")  # through ssh -L
 
 
-def test_the_page_is_made_again_only_when_the_run_went_on(server, run, monkeypatch):
+def test_the_page_is_made_again_when_the_run_went_on_or_some_time_has_passed(server, run, monkeypatch):
     first = server.page()
     assert server.page() is first
     log(run, 4, 0.5)
-    assert server.page() is not first
+    assert (second := server.page()) is not first
+    monkeypatch.setattr(server, "_made_at", server._made_at - 60)
+    assert server.page() is not second, "it may have been killed, and then it writes nothing"
 
 
 def test_a_run_that_is_gone_is_an_error_until_it_is_back(server, run):

@@ -50,7 +50,8 @@ def swanlab(run: RunFolder) -> Losses:
             record.ParseFromString(data)
             yield record
 
-    scalars = [record.scalar for file in files for record in records(file)]
+    begun = [file for file in files if file.stat().st_size]  # one of a killed attempt may be empty
+    scalars = [record.scalar for file in begun for record in records(file)]
     return list(dict.fromkeys((one.step, one.value.number) for one in scalars if one.key == NAME))
 
 

@@ -28,7 +28,7 @@ class Fake:
     def _called(self, name: str, *given: object) -> None:
         self.calls.append((name, *given))
         if name == self.fails:
-            raise RuntimeError("no\nanswer")
+            raise RuntimeError("no\nanswer from http://me:geheim@host/x")
 
     def start(self) -> str:
         self._called("start")
@@ -70,7 +70,7 @@ def test_a_tracker_that_raises_is_left_out_with_one_warning(fails):
     assert other.calls[2] == ("log", 4, {"train/loss": 1.0, "eval/loss": 2.0})
     (line,) = warned
     assert line.startswith("Fake ")
-    assert "(no answer)" in line
+    assert "(no answer from http://host/x)" in line
     assert trackers.places == {"Fake": "off" if fails == "start" else "there", "Other": "there"}
 
 

@@ -12,7 +12,7 @@ from qwenlora.configs.keys import flat
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import as_yaml
 from qwenlora.trainer.record.metrics import Line
-from qwenlora.trainer.record.trackers import keep_id, known_id, named, reach, reason
+from qwenlora.trainer.record.trackers import keep_id, known_id, named, reach, reason, without_password
 
 PROJECT = "qwenlora"
 _LOSSES = ("train/loss", "eval/loss")  # those of a step that is trained again are the same
@@ -132,7 +132,7 @@ class MLflow(_OncePerStep):
             for first in range(0, len(params), _MOST_PARAMS):
                 self._client.log_batch(self._id, params=params[first : first + _MOST_PARAMS])
             keep_id(self.id_file, self._id)
-        return f"run {self._id} in {uri}"
+        return f"run {self._id} in {without_password(uri)}"
 
     def _experiment(self, artifacts: str | None) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)

@@ -1,6 +1,7 @@
 """Where a run's numbers go besides metrics.jsonl: log.to. All attempts of a run are one run there. A tracker
 may fail; training goes on without it."""
 
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -101,8 +102,13 @@ def named(line: Mapping[str, float]) -> dict[str, float]:
 
 
 def reason(error: Exception) -> str:
-    """Return an error as a short line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """Return an error as a short line, without passwords."""
+    return without_password(" ".join(str(error).split()))[:200] or type(error).__name__
+
+
+def without_password(text: str) -> str:
+    """Return a text without the users and passwords of addresses in it."""
+    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def known_id(file: Path) -> str:
