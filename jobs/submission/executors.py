@@ -32,10 +32,6 @@ class Executor(submitit.SlurmExecutor):
         """Return 1: it may be chosen, with or without sbatch."""
         return 1
 
-    def _num_tasks(self) -> int:
-        """Return how many tasks have a result: the first node's. The number of nodes may be a range."""
-        return 1
-
     def text(self, count: int) -> str:
         """Return what sbatch reads for so many jobs. submitit has no public function for it."""
         array = count if count > 1 else None
@@ -48,13 +44,12 @@ def slurm(spec: JobSpec, folder: Path, max_parallel: int | None = None) -> Execu
     """Return Slurm's executor; its files go to folder. max_parallel: jobs at once; None: submitit's 256."""
     site = spec.site
     executor = Executor(folder, python=shlex.join(site.python or [sys.executable]))
-    gpus: dict[str, Any] = {"gpus-per-node": spec.gpus_per_node} if spec.gpus_per_node else {}
+    sizes: dict[str, Any] = {"gpus-per-node": spec.gpus_per_node} if spec.gpus_per_node else {}
+    sizes |= {"nodes": spec.nodes_text} if spec.is_moldable else {}  # submitit calculates with a number
     executor.update_parameters(
         job_name=spec.name,
         time=spec.timeout_min,
-        nodes=spec.nodes_text,
-        # of 2-4 nodes Slurm would take the fewest, if it knew the tasks; srun starts one a node in any case
-        ntasks_per_node=1 if len(set(spec.nodes)) == 1 else None,
+        nodes=spec.nodes[1],
         cpus_per_task=spec.cpus_per_task,
         signal_delay_s=site.signal_lead_s,
         stderr_to_stdout=True,
@@ -62,7 +57,9 @@ def slurm(spec: JobSpec, folder: Path, max_parallel: int | None = None) -> Execu
         setup=_setup(spec, folder),
         teardown=["job_end $?"],
         srun_args=[*SRUN_ARGS, *site.srun_args],
-        additional_parameters={**gpus, "no-kill": True, **site.sbatch_options(), "requeue": True},
+        additional_parameters={**sizes, "no-kill": True, **site.sbatch_options(), "requeue": True},
+        # of 2-4 nodes Slurm would take the fewest, if it knew the tasks; srun starts one a node in any case
+        **({} if spec.is_moldable else {"ntasks_per_node": 1}),
         **({"array_parallelism": max_parallel} if max_parallel else {}),
     )
     return executor

@@ -50,8 +50,12 @@ class JobSpec:
     @property
     def nodes_text(self) -> str:
         """The nodes as sbatch has them."""
-        least, most = self.nodes
-        return str(most) if least == most else f"{least}-{most}"
+        return "-".join(map(str, self.nodes)) if self.is_moldable else str(self.nodes[1])
+
+    @property
+    def is_moldable(self) -> bool:
+        """Whether the job takes what nodes there are."""
+        return self.nodes[0] < self.nodes[1]
 
 
 def cluster_of(options: JobOptions) -> Cluster:

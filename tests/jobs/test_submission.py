@@ -110,6 +110,9 @@ def test_a_job_may_take_what_nodes_there_are(folder, monkeypatch, nodes):
     monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
     (job,) = ready.submit()
     assert job.job_id == "7"
+    assert "ntasks-per-node" not in ready.text(), "Slurm would take the fewest"
+    sweep = prepare_sweep("my.yaml", {"lora.r": [8, 16]}, {"run_dir": "s"}, options(nodes=nodes))
+    assert [job.job_id for job in sweep.submit()] == ["7_0", "7_1"]
     (noted,) = submissions(ready.target)
     assert (noted.min_nodes, noted.nodes) == (2, 4)
     assert job_spec(options(nodes="3"), Site(), 1, "").nodes == (3, 3)
