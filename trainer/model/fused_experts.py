@@ -180,11 +180,16 @@ class Matrices(NamedTuple):
         """The dtype that they are computed in."""
         return dtype_of(self.weight)
 
+    @property
+    def low_dtype(self) -> torch.dtype:
+        """The dtype of products with A and B: on a CPU float32, in which products of few numbers start five
+        times as quickly as in bfloat16."""
+        return torch.float32 if self.weight.device.type == "cpu" else self.dtype
+
 
 def _pair_of(a: Tensor, b: Tensor, layer: Matrices) -> tuple[Tensor, Tensor]:
-    """Return A as [experts, r, in] and B as [experts, out, r], in the weight's dtype. r is rounded up, with
-    zeros."""
-    experts, dtype = layer.experts, layer.dtype
+    """Return A as [experts, r, in] and B as [experts, out, r], in low_dtype. r is rounded up, with zeros."""
+    experts, dtype = layer.experts, layer.low_dtype
     a = a.view(experts, -1, a.shape[1]).to(dtype)
     b = b.to(dtype).view(-1, experts).t().contiguous().view(experts, len(b), -1)
     if more := -a.shape[1] % EVEN:
@@ -221,8 +226,8 @@ def _project(layer: Matrices, rows: Tensor, groups: Groups) -> tuple[Tensor, Ten
     if layer.a is None or layer.b is None:
         return output, None
     a, b = _pair_of(layer.a, layer.b, layer)
-    low = _products(rows, a.mT, ends).mul_(layer.scaling)
-    return output.add_(_products(low, b.mT, ends)), low
+    low = _products(rows.to(a.dtype), a.mT, ends).mul_(layer.scaling)
+    return output.add_(_products(low, b.mT, ends).to(output.dtype)), low
 
 
 def _gradients(
@@ -240,9 +245,10 @@ def _gradients(
     if layer.a is None or layer.b is None or low is None:
         return of_rows, None, None
     (a, b), ends = _pair_of(layer.a, layer.b, layer), groups.ends
+    gradient, rows = gradient.to(a.dtype), rows.to(a.dtype)
     below = _products(gradient, b, ends).mul_(layer.scaling)
     if of_rows is not None:
-        of_rows.add_(_products(below, a, ends))
+        of_rows.add_(_products(below, a, ends).to(of_rows.dtype))
     if share is not None:
         low, below = low * share, below * share
     r = len(layer.a) // layer.experts
