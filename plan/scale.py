@@ -10,6 +10,7 @@ from rich.table import Table
 from qwenlora.plan.plan import START_S, best_way, hours_of, steps_of
 from qwenlora.plan.speed import Case
 from qwenlora.run.format import duration
+from qwenlora.run.snapshots import EVERY_S
 
 # of a node and hour: 419 interruptions of 2,048 nodes in 54 days (Llama 3, arXiv 2407.21783, table 5)
 FAILURES = 1.6e-4
@@ -57,17 +58,21 @@ def _scales(case: Case, sizes: Sequence[int], failures: float) -> Iterator[Scale
             efficiency=way.tokens_s / gpus / first,
             hours=hours,
             start=START_S / (3600 * hours + START_S),
-            goodput=_goodput(case, hours, way.step_s, failures * nodes),
+            goodput=_goodput(case, hours, way.step_s, nodes, failures),
         )
 
 
-def _goodput(case: Case, hours: float, step_s: float, failures_an_hour: float) -> float:
+def _goodput(case: Case, hours: float, step_s: float, nodes: int, failures: float) -> float:
     """Return 1 - (T / 2 + R) / M, less the first start: T seconds between saves, R of a restart, M between
-    failures."""
-    train = case.config.train
+    failures. Snapshots in memory count as saves, unless the first node fails, which has them. failures: of a
+    node, an hour."""
+    train, memory_steps = case.config.train, case.config.checkpoint.memory_steps
     steps = {"steps": train.save_steps or 0, "epoch": steps_of(case) / train.num_train_epochs}
     between = steps.get(train.save_strategy, steps_of(case)) * step_s
-    lost = (between / 2 + START_S) * failures_an_hour / 3600
+    if memory_steps != 0:
+        kept = max(step_s, EVERY_S) if memory_steps is None else memory_steps * step_s
+        between = between / nodes + min(between, kept) * (nodes - 1) / nodes
+    lost = (between / 2 + START_S) * failures * nodes / 3600
     return max(0.0, 1 - lost) * 3600 * hours / (3600 * hours + START_S)
 
 

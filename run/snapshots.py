@@ -18,6 +18,7 @@ from qwenlora.run.disk import settle, sync
 from qwenlora.run.folder import RunFolder, step_of
 from qwenlora.run.records import Manifest
 
+EVERY_S = 20.0  # by default, about
 KEPT = 2  # so that one is whole while the other is written
 
 

@@ -68,6 +68,31 @@ def test_a_run_under_way_a_killed_one_and_a_done_one_are_told_apart(run):
     assert "attempt 3 refused: train.max_steps=3 is less than" in text
 
 
+def test_restarts_inside_a_job_are_shown_with_what_was_lost_and_the_time_they_took(run):
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def attempt(number, begins, ends, reason, **values):
+        times = {"start": start + timedelta(seconds=begins), "end": start + timedelta(seconds=ends)}
+        return Attempt(attempt=number, job_id="7", reason=reason, **times, **values)
+
+    attempts = [
+        attempt(1, 0, 100, "failed", lost=["node3", "node9"]),
+        attempt(2, 101, 200, "failed", seconds={"model": 2.5}),
+        attempt(3, 200, 300, "killed", cause="NODE_FAIL", lost=["node4"]),
+        attempt(4, 900, 1000, "done", restarts=1, seconds={"model": 2.5}),
+    ]
+    run.path.mkdir()
+    run.history.file.write_text("".join(f"{one.text(None)}\n" for one in attempts))
+    text = shown(run)
+    assert "went on inside the job 2 times; until the first step: 3.5 s, -" in text
+    rows = [
+        line.rstrip().split("  ")[-1].strip()
+        for line in text.splitlines()
+        if line[:2] in ("1 ", "2 ", "3 ", "4 ")
+    ]
+    assert rows == ["lost node3, node9", "-", "NODE_FAIL", "-"]
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no run: it has no attempts\.jsonl; name a run folder"):
         find(str(tmp_path))

@@ -1,5 +1,7 @@
 """What Slurm is recorded to have done to an attempt."""
 
+import subprocess
+
 import pytest
 
 from qwenlora.launch.causes import cause_of_kill, cause_of_stop
@@ -46,3 +48,13 @@ def test_a_killed_attempt_ended_as_its_incarnation_of_the_job_did(states, restar
 def test_without_a_job_slurm_is_not_asked(monkeypatch):
     monkeypatch.setattr(query, "history", lambda job_id: pytest.fail("asked"))
     assert cause_of_kill(Attempt(attempt=1, start=now())) == ""
+
+
+def test_a_job_that_went_on_with_fewer_nodes_is_one_incarnation_in_the_accounting(monkeypatch):
+    """sacct has a line of its own for the time until Slurm took the node from the job."""
+    fields = ["7", "7", "RESIZING", "None", "node[1-3]", "/w", "my", "100", "101", "150"]
+    after = ["7", "7", "TIMEOUT", "None", "node[1-2]", "/w", "my", "100", "150", "200"]
+    lines = "".join(query.SEPARATOR.join(line) + "\n" for line in (fields, after))
+    monkeypatch.setattr(query, "_run", lambda *_: subprocess.CompletedProcess([], 0, lines, ""))
+    (job,) = query.history("7")
+    assert (job.state, job.restarts, job.nodes) == ("TIMEOUT", 0, ("node1", "node2"))

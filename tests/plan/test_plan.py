@@ -244,13 +244,17 @@ def test_scaling_keeps_the_global_batch_and_ends_where_gpus_have_no_pack_of_it()
 
 
 def test_goodput_falls_with_failures_and_with_rare_saves():
-    def goodput(failures, **train):
-        case = case_of("Qwen/Qwen2.5-7B", "h100", gpus_per_node=8, train={"global_batch_size": 64} | train)
-        return scales(case, [64], failures)[0].goodput
+    def goodput(failures, gpus=64, memory=None, **train):
+        train, kept = {"global_batch_size": 64} | train, {"memory_steps": memory}
+        case = case_of("Qwen/Qwen2.5-7B", "h100", gpus_per_node=8, train=train, checkpoint=kept)
+        return scales(case, [gpus], failures)[0].goodput
 
     often = {"save_strategy": "steps", "save_steps": 10}
     assert goodput(0.0, **often) > goodput(0.01, **often) > goodput(0.1, **often)
     assert goodput(0.01, **often) > goodput(0.01, save_strategy="no")
+    rarely = {"save_strategy": "steps", "save_steps": 500}
+    assert goodput(0.01, **rarely) > goodput(0.01, memory=200, **rarely) > goodput(0.01, memory=0, **rarely)
+    assert goodput(0.01, 8, **rarely) == goodput(0.01, 8, 0, **rarely), "with its only node all is lost"
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import time
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from qwenlora.run.snapshots import EVERY_S
 from qwenlora.trainer.loop.trainer import LoraTrainer
 from qwenlora.trainer.ranks.from_rank_0 import from_rank_0
 
-EVERY_S = 20.0
 TIMED_STEPS = 3  # after the first, which compiles and allocates
 
 
