@@ -37,20 +37,27 @@ def log(run: RunFolder, step: int, loss: float) -> None:
         file.write(json.dumps({"step": step, "loss": loss, "time": 1_790_000_000.0 + step}) + "\n")
 
 
-def test_the_command_serves_the_page_as_the_run_goes_on_until_ctrl_c(run):
+@pytest.fixture
+def command(run):
+    """The command, under way."""
     with subprocess.Popen([*COMMAND, str(run.path), "--live"], stdout=subprocess.PIPE, text=True) as process:
-        url = re.search(r"http://127\.0\.0\.1:(\d+)/\S+", process.stdout.readline())
-        assert url, "the first line has the address"
-        first = requests.get(url[0], timeout=60)
-        assert (first.status_code, int(first.headers["Refresh"]) > 0) == (200, True)
-        log(run, 4, 0.4321)
-        second = requests.get(url[0], timeout=60).text
-        assert "0.4321" in second
-        assert "0.4321" not in first.text
-        listening = [one for one in psutil.Process(process.pid).net_connections() if one.status == "LISTEN"]
-        assert [(one.laddr.ip, one.laddr.port) for one in listening] == [("127.0.0.1", int(url[1]))]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        yield process
+        process.kill()
+
+
+def test_the_command_serves_the_page_as_the_run_goes_on_until_ctrl_c(run, command):
+    url = re.search(r"http://127\.0\.0\.1:(\d+)/\S+", command.stdout.readline())
+    assert url, "the first line has the address"
+    first = requests.get(url[0], timeout=60)
+    assert (first.status_code, int(first.headers["Refresh"]) > 0) == (200, True)
+    log(run, 4, 0.4321)
+    second = requests.get(url[0], timeout=60).text
+    assert "0.4321" in second
+    assert "0.4321" not in first.text
+    listening = [one for one in psutil.Process(command.pid).net_connections() if one.status == "LISTEN"]
+    assert [(one.laddr.ip, one.laddr.port) for one in listening] == [("127.0.0.1", int(url[1]))]
+    command.send_signal(signal.SIGINT)
+    assert command.wait(60) == 0
     assert not run.report.exists(), "nothing is written"
 
 
