@@ -209,3 +209,21 @@ def test_the_cursor_stays_on_its_run(make, running):
     below = [screen.splitlines()[-4:] for screen in (before, after)]
     assert below[0] == below[1]
     assert line_of(after, "running")
+
+
+def test_a_job_that_slurm_requeues_is_seen_though_no_file_changes(running, monkeypatch):
+    state, watching = ["COMPLETED"], Watching()
+    monkeypatch.setattr(query, "ask", lambda job_id: JobInfo("7", state[0]))
+    running.history.note(job_id="7")
+    running.history.end("stopped")
+    assert watching.read([running])[0].state == "stopped"
+    state[0] = "PENDING"
+    assert watching.read([running])[0].state == "waits to go on"
+
+
+def test_a_run_that_is_done_is_read_again_only_when_its_files_changed(make):
+    run, watching = make("done"), Watching()
+    first = watching.read([run])[0]
+    assert watching.read([RunFolder(run.path)])[0] is first
+    os.utime(run.metrics, (1, 1))
+    assert watching.read([run])[0] is not first
