@@ -245,14 +245,14 @@ def _gradients(
     if layer.a is None or layer.b is None or low is None:
         return of_rows, None, None
     (a, b), ends = _pair_of(layer.a, layer.b, layer), groups.ends
-    gradient, rows = gradient.to(a.dtype), rows.to(a.dtype)
+    gradient = gradient.to(a.dtype)
     below = _products(gradient, b, ends).mul_(layer.scaling)
     if of_rows is not None:
         of_rows.add_(_products(below, a, ends).to(of_rows.dtype))
     if share is not None:
         low, below = low * share, below * share
     r = len(layer.a) // layer.experts
-    of_a = _outer(below, rows, ends)[:, :r].reshape(layer.a.shape)
+    of_a = _outer(below, rows.to(a.dtype), ends)[:, :r].reshape(layer.a.shape)
     of_b = _outer(gradient, low, ends)[:, :, :r].reshape(layer.experts, -1).t().reshape(layer.b.shape)
     return of_rows, of_a.to(layer.a.dtype), of_b.to(layer.b.dtype)
 
