@@ -121,7 +121,9 @@ def test_the_ranks_of_the_next_attempt_come_from_the_same_server_though_the_last
     assert ended(server.train(2, "launch", ranks("print('again', file=sys.stderr)"))) == 0
     assert server.process.pid == pid
     assert server._folder.log(2, "launch").read_text() == "again\n"
-    assert MISSING in server._folder.log(1, "launch").read_text(), "each attempt keeps its own log"
+    first = server._folder.log(1, "launch").read_text()
+    assert MISSING in first, "each attempt keeps its own log"
+    assert first_killed(first) is None, "its own agent killed the ranks"
 
 
 def test_a_server_that_was_killed_is_started_again_for_the_next_attempt(server):

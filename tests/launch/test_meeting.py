@@ -174,6 +174,13 @@ def test_a_node_that_is_let_go_hears_it_and_is_no_longer_there(met):
     assert not first.part(5.0, of_all=False), "it may still run"
 
 
+def test_nodes_that_are_left_keep_their_order_and_have_new_numbers():
+    left = (HOSTS[0], HOSTS[2])
+    assert [node(number).among(left).node for number in (0, 2)] == [0, 1]
+    assert node(2).among(left).hosts == left
+    assert not node(2).among(left).first
+
+
 def test_nobody_is_left_when_all_have_gone_by_themselves(met):
     first, second, third = met
     second.__exit__()
