@@ -126,10 +126,7 @@ def _saved(lora: Lora, shape: Shape) -> list[str]:
 
 
 def check_names(lora: Lora, shape: Shape, tensors: Sequence[Tensor]) -> None:
-    """Refuse names that the base lacks, which peft would pass over. Those of a vision part are not known
-    here. Raises: ValueError."""
-    if shape.with_vision:
-        return
+    """Refuse names that the base lacks, which peft would pass over. Raises: ValueError."""
     modules = list(dict.fromkeys(module for tensor in tensors for module in _modules_of(tensor)))
     parameters = [tensor.name for tensor in tensors]
     parameters += [f"{name}.weight" for name in (*modules, *parameters)]

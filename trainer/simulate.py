@@ -32,6 +32,7 @@ from qwenlora.run.orphans import die_with_parent
 from qwenlora.run.records import Record
 from qwenlora.trainer import attempt
 from qwenlora.trainer.loop.arguments import order_of
+from qwenlora.trainer.model.base_files import peak_memory
 from qwenlora.trainer.prepare import prepare
 from qwenlora.trainer.process import Process
 from qwenlora.trainer.ranks.rendezvous import pretend
@@ -110,14 +111,16 @@ def _variables(rank: int, world_size: int, processes: int) -> dict[str, str]:
 def _forked(config: Config, run: RunFolder, name: str, variables: dict[str, str]) -> int:
     """Run a process to its end; return its exit code. It is forked, so that nothing is imported again."""
     work = _train if variables else _prepare
-    child = multiprocessing.get_context("fork").Process(target=_be, args=(config, run, name, variables, work))
+    child = multiprocessing.get_context("fork").Process(
+        target=_become, args=(config, run, name, variables, work)
+    )
     child.start()
     child.join()
     assert child.exitcode is not None
     return child.exitcode
 
 
-def _be(
+def _become(
     config: Config, run: RunFolder, name: str, variables: dict[str, str], work: Callable[[Process], int]
 ) -> None:
     die_with_parent()
@@ -145,7 +148,7 @@ def _train(process: Process) -> int:
     report = Simulated(
         start_up_s=watch.start_up_s,
         start_up_cpu_s=watch.start_up_cpu_s,
-        resident=_most_resident(),
+        resident=peak_memory(),
         on_gpu=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         steps=outcome.step,
         micro_batch=spread.micro_batch,
@@ -168,12 +171,6 @@ class _Watch(Heart):
             self.start_up_s, self.start_up_cpu_s = time.monotonic() - self._begun, time.process_time()
         if step == STEPS:
             self._request.ask("--simulate-world")
-
-
-def _most_resident() -> int:
-    """Return the most bytes that this process had in memory. getrusage would count its parent's."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    return int(line.split()[1]) * 1024
 
 
 def _report_failure(run: RunFolder, name: str, code: int, console: Console) -> int:

@@ -74,6 +74,22 @@ def test_the_text_of_a_base_with_vision_is_counted_by_the_names_of_its_full_clas
     assert planned == counted
 
 
+def test_a_name_of_the_vision_part_is_refused_since_that_is_not_trained(tmp_path):
+    config_with_vision("qwen2_5_vl", 320).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the base has no qkv"):
+        count(shape_of(read_values(tmp_path), "base"), Lora(target_modules=["q_proj", "qkv"]))
+    config = Config.model_validate(
+        {
+            "run_dir": "r",
+            "model": {"name_or_path": str(tmp_path)},
+            "data": {"train": "example"},
+            "lora": {"target_modules": ["q_proj", "qkv"]},
+        }
+    )
+    with pytest.raises(ValueError, match="the model has no qkv"):
+        count_parameters(config, str(tmp_path))
+
+
 def test_a_file_of_qwen2_5_vl_that_has_its_text_beside_its_vision_is_read(tmp_path):
     values = config_with_vision("qwen2_5_vl", 320).to_dict()
     text = values.pop("text_config")
@@ -119,6 +135,7 @@ def test_settings_of_the_adapter_are_counted_as_peft_reads_them(tmp_path, kind, 
     ("kind", "lora", "message"),
     [
         ("qwen3", {"target_modules": ["o_proj", "qq_proj"]}, "the base has no qq_proj; did you mean q_proj?"),
+        ("qwen3", {"target_modules": ["up_proj"], "modules_to_save": ["mlp"]}, "names no layer of the base"),
         ("qwen3", {"modules_to_save": ["layers"]}, "the base has no layers; names in it end in"),
         ("qwen3", {"target_modules": ".*nothing"}, "names no layer"),
         ("qwen3", {"target_modules": "[bad"}, r"lora.target_modules: \[bad is no regular expression"),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_facts import make_facts
 
 from qwenlora.configs import load_config
 from qwenlora.run.folder import RunFolder
@@ -261,3 +262,8 @@ def test_an_argument_that_is_no_utf_8_is_recorded_all_the_same(run, config, monk
     with run.claim(config()):
         pass
     assert json.loads(run.code.read_text())["command"][-1] == "caf\ufffd.yaml"
+
+
+def test_a_pack_may_hold_all_rows_and_otherwise_the_longest_row_is_the_longest():
+    assert make_facts().longest == 20
+    assert make_facts(packing=True).longest == 90

@@ -177,7 +177,8 @@ def _check_names(key: str, wanted: list[str] | None, existing: list[str]) -> Non
     """Refuse a name that no module has: peft would ignore it silently."""
     for name in wanted or ():
         if not any(full == name or full.endswith(f".{name}") for full in existing):
-            last = sorted({full.rpartition(".")[2] for full in existing} - {""})
+            ends = {full.rpartition(".")[2] for full in existing}
+            last = sorted(end for end in ends if end and not end.isdecimal())
             otherwise = f"names in it end in {', '.join(last[:NAMES_SHOWN])}"
             raise ValueError(f"lora.{key}: the model has no {name}; {did_you_mean(name, last, otherwise)}")
 
