@@ -108,7 +108,9 @@ def base_of(args: argparse.Namespace) -> Any:
     return base
 
 
-def ours_of(base: Any, words: Any, side: Side, folder: Path, steps: int, rate: float = 1e-3) -> Any:
+def ours_of(
+    base: Any, words: Any, side: Side, folder: Path, steps: int, rate: float = 1e-3, dtype: str = "float32"
+) -> Any:
     """Return our trainer over a base, its model built as trainer/build.py does."""
     train = Train(
         global_batch_size=BATCH,
@@ -120,9 +122,8 @@ def ours_of(base: Any, words: Any, side: Side, folder: Path, steps: int, rate: f
         save_strategy="no",
     )
     lora = Lora(lora_dropout=0.0)
-    config = Config(
-        run_dir="unused", model=Model(name_or_path="x"), data=Data(train="x"), lora=lora, train=train
-    )
+    model_of_run = Model(name_or_path="x", dtype=dtype)
+    config = Config(run_dir="unused", model=model_of_run, data=Data(train="x"), lora=lora, train=train)
     arguments = training_arguments(config, RunFolder(folder), len(side), 1, evaluates=False)
     assert attend_row_by_row(base)
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""python benchmarks/train_speed.py: how fast steps are, beside transformers' Trainer, TRL and ms-swift.
+"""python benchmarks/train_speed.py: how fast steps are, beside transformers' Trainer and its peers'.
 
 Each way runs in a process of its own, in its own virtual environment, and they take turns step by step: the
 same base, adapter, rows and batches. Losses must be alike and gradients not zero, else no number is shown.
@@ -19,7 +19,8 @@ ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 BATCH, MOST = 8, 512  # rows of a step, tokens of a row
 RATE, RANK, ALPHA = 1e-3, 16, 32
 OURS, PLAIN = "qwenlora", "Trainer + peft"
-TRL, TRL_BEST, SWIFT = "TRL, default", "TRL, at its best", "ms-swift"
+TRL, TRL_BEST, SWIFT, FACTORY = "TRL, default", "TRL, at its best", "ms-swift", "LLaMA-Factory"
+OURS_BF16 = "qwenlora, bfloat16"
 # hidden size, MLP's width, layers, heads, key and value heads
 SHAPES = {
     "42.8M": (256, 1024, 4, 4, 2),
@@ -51,6 +52,10 @@ def main() -> None:
         pythons |= {TRL: options.trl_python, TRL_BEST: options.trl_python}
     if options.swift_python:
         pythons |= {SWIFT: options.swift_python}
+    if options.factory_python:
+        pythons |= {FACTORY: options.factory_python}
+    if options.bf16:
+        pythons |= {OURS_BF16: sys.executable}
     with tempfile.TemporaryDirectory(prefix="train-speed-") as name:
         trained = make_inputs(Path(name), options)
         steps = take_turns(Path(name), pythons, options)
@@ -73,6 +78,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--data", default=ASSETS / "data" / "medical_qa_sharegpt.jsonl")
     parser.add_argument("--trl-python", help="of an environment with TRL")
     parser.add_argument("--swift-python", help="of an environment with ms-swift")
+    parser.add_argument("--factory-python", help="of an environment with LLaMA-Factory")
+    parser.add_argument("--bf16", action="store_true", help="ours with a base in bfloat16, too")
     parser.add_argument("--json", help="write the figures there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -153,7 +160,8 @@ def check(steps: dict[str, list[Step]], trained: list[int]) -> None:
         assert min(step.norm for step in own) > 0, f"{way} learnt nothing"
         apart = max(abs(one.loss - other.loss) / other.loss for one, other in zip(own, plain, strict=True))
         # TRL's default trains all tokens, which these models of random weights hardly tell apart
-        assert apart <= (0.02 if way == TRL else 1e-5), f"losses of {way} differ by {apart:.2g}"
+        most = {TRL: 0.02, OURS_BF16: 0.005}.get(way, 1e-5)
+        assert apart <= most, f"losses of {way} differ by {apart:.2g}"
 
 
 def show(steps: dict[str, list[Step]], trained: list[int]) -> None:
@@ -179,8 +187,16 @@ def work(way: str, folder: Path) -> None:
 
     torch.set_num_threads(1)
     rows = json.loads((folder / "rows.json").read_text())
-    make = {OURS: ours, PLAIN: plain_trainer, TRL: trl, TRL_BEST: trl_at_its_best, SWIFT: swift}[way]
-    trainer, batch_of = make(folder, rows)
+    make = {
+        OURS: ours,
+        OURS_BF16: ours_in_bf16,
+        PLAIN: plain_trainer,
+        TRL: trl,
+        TRL_BEST: trl_at_its_best,
+        SWIFT: swift,
+        FACTORY: factory,
+    }
+    trainer, batch_of = make[way](folder, rows)
     trainer.create_optimizer()
     trainer.model.train()
     print("> ready", flush=True)
@@ -250,7 +266,12 @@ def plain_trainer(folder: Path, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
     return Trainer(peft_model(folder), TrainingArguments(**settings(folder, "plain"))), padded
 
 
-def ours(folder: Path, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+def ours_in_bf16(folder: Path, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """ours() over a base in bfloat16, as `model.dtype: auto` has it on a CPU that multiplies that."""
+    return ours(folder, rows, "bfloat16")
+
+
+def ours(folder: Path, rows: list[dict[str, Any]], dtype: str = "float32") -> tuple[Any, Any]:
     """qwenlora's trainer, its model built as a run builds it."""
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -261,9 +282,9 @@ def ours(folder: Path, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
     from qwenlora.trainer.loop.batches import collate_packs
 
     words = AutoTokenizer.from_pretrained(folder / "base")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
     side = side_of([tokens_of(Tokens, row) for row in rows])
-    trainer = ours_of(base, words, side, folder / "ours", steps=len(rows) // BATCH, rate=RATE)
+    trainer = ours_of(base, words, side, folder / "ours", len(rows) // BATCH, RATE, dtype)
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(folder / "adapter"), device="cpu"))
     numbers = {id(row): number for number, row in enumerate(rows)}
     return trainer, lambda some: collate_packs([[side.row(numbers[id(row)]) for row in some]], 0)
@@ -301,13 +322,42 @@ def trl_at_its_best(folder: Path, rows: list[dict[str, Any]]) -> tuple[Any, Any]
 
 
 def swift(folder: Path, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
-    """ms-swift's trainer for causal models."""
+    """ms-swift's trainer for causal models; the model is loaded by ms-swift, which marks it."""
+    import torch
+    from datasets import Dataset
+    from peft import PeftModel
+    from swift import get_model_processor, get_template
     from swift.trainers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
     arguments = Seq2SeqTrainingArguments(
-        **settings(folder, "swift"), bf16=False, gradient_checkpointing=False
+        **settings(folder, "swift"), bf16=False, gradient_checkpointing=False, check_model=False
     )
-    return Seq2SeqTrainer(peft_model(folder), arguments), padded
+    base, words = get_model_processor(
+        str(folder / "base"), torch_dtype=torch.float32, model_type="qwen2", device_map="cpu"
+    )
+    marks = {"model_meta": base.model_meta, "model_info": base.model_info}
+    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+    for name, mark in marks.items():
+        setattr(model, name, mark)
+    template = get_template(words, template_type="qwen2_5")
+    template.set_mode("train")
+    data = Dataset.from_list([{"length": len(row["input_ids"])} for row in rows])
+    return Seq2SeqTrainer(model=model, args=arguments, template=template, train_dataset=data), padded
+
+
+def factory(folder: Path, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """LLaMA-Factory's trainer for supervised fine-tuning."""
+    from llamafactory.hparams import FinetuningArguments, TrainingArguments
+    from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+    from transformers import AutoTokenizer
+
+    arguments = TrainingArguments(**settings(folder, "factory"), bf16=False, gradient_checkpointing=False)
+    words = AutoTokenizer.from_pretrained(folder / "base")
+    finetuning = FinetuningArguments(stage="sft", finetuning_type="lora")
+    trainer = CustomSeq2SeqTrainer(
+        finetuning, None, model=peft_model(folder), args=arguments, tokenizer=words
+    )
+    return trainer, padded
 
 
 if __name__ == "__main__":
