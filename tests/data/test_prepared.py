@@ -466,7 +466,7 @@ def test_the_key_changes_with_weight_side_kind_libraries_and_special_tokens(
 CODE_OF_ROWS = (
     *("arrays", "bad_row", "build", "chat", "chunks", "counts", "encodings", "folders", "forms"),
     *("json_rows", "marks", "nulls", "overlength", "packing", "plain_text", "prepared", "replies", "row_io"),
-    *("rows", "shapes", "sources", "tables", "tokenise", "tools", "turns", "weights"),
+    *("rows", "shapes", "sources", "tables", "template", "tokenise", "tools", "turns", "weights"),
 )
 
 
