@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,6 +287,7 @@ def test_a_config_s_arguments_decide_what_chat_does_unasked(tiny, tmp_path, give
     words = AutoTokenizer.from_pretrained(tiny)
     words.chat_template += "{% if enable_thinking | default(true) %}yes{% else %}no{% endif %}"
     words.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((Path(tiny) / "config.json").read_bytes())
     arguments = {} if given is None else {"enable_thinking": given}
     config = Config(
         run_dir="x",

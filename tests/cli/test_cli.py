@@ -319,6 +319,6 @@ def test_several_problems_are_named_at_once(qwenlora, tmp_path):
         " `tiny`: a small Qwen3 made on the spot",
         "my.yaml:1: model.name=x: no such key; did you mean model.name_or_path?",
         "my.yaml:2: data.colour=red: no such key; data has: train, eval, eval_fraction, format, columns,"
-        " roles, encoding, on_bad_row, train_on, max_length, overlength, split_replies, packing, num_proc,"
-        " cache_dir",
+        " roles, encoding, on_bad_row, train_on, chat_template_kwargs, max_length, overlength,"
+        " split_replies, packing, num_proc, cache_dir",
     ]

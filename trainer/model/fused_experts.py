@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
@@ -183,8 +184,9 @@ class Matrices(NamedTuple):
     @property
     def low_dtype(self) -> torch.dtype:
         """The dtype of products with A and B: on a CPU float32, in which products of few numbers start five
-        times as quickly as in bfloat16."""
-        return torch.float32 if self.weight.device.type == "cpu" else self.dtype
+        times as quickly as in bfloat16. Tensors without numbers stand for a GPU's."""
+        on_cpu = self.weight.device.type == "cpu" and not isinstance(self.weight, FakeTensor)
+        return torch.float32 if on_cpu else self.dtype
 
 
 def _pair_of(a: Tensor, b: Tensor, layer: Matrices) -> tuple[Tensor, Tensor]:
