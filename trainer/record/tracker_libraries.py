@@ -4,6 +4,7 @@ come from their variables or logins."""
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ _MOST_PARAMS, _MOST_METRICS = 100, 1000  # that it takes at once
 _AGAIN_S = 300.0  # between two tries: each may take twenty seconds
 
 
-class _Library:
+class _Library(ABC):
     """What the four have in common. The run's id there is kept in the run folder."""
 
     name: str
@@ -31,15 +32,16 @@ class _Library:
         self.folder = run.tracked(self.name)
         self.id_file = self.folder / "run_id"
 
+    @abstractmethod
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        raise NotImplementedError
+        """Send numbers at a step."""
 
     def go_back_to(self, step: int, lines: Sequence[Line]) -> None:
         """Send these lines once more."""
         for line in lines:
             self.log(int(line["step"]), named(line))
 
-    def summarize(self, values: Mapping[str, object]) -> None:
+    def summarize(self, values: Mapping[str, object]) -> None:  # noqa: B027
         """Do nothing: only W&B shows such a summary."""
 
 
@@ -78,13 +80,13 @@ class _OncePerStep(_Library):
         super().__init__(config, run, warn)
         self._has: set[tuple[int, str, float]] = set()  # steps and losses
 
+    @abstractmethod
     def losses_of(self, name: str) -> Iterable[tuple[int, float]]:
         """Return the steps and values that the store has under a name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def send(self, step: int, values: Mapping[str, float]) -> None:
         """Send numbers that the store does not have."""
-        raise NotImplementedError
 
     def go_back_to(self, step: int, lines: Sequence[Line]) -> None:
         """Look at what the store has, and send of the lines what it lacks."""

@@ -108,35 +108,24 @@ def _exchanged(
     routes = routes_of(chosen // there, team)
     here = routes.send(chosen) - team.rank * there
     here = here.where((here >= 0) & (here < there), there)
-    to, back = _ToExperts.apply, _FromExperts.apply
-    made: Tensor = back(compute(to(x, routes), here, to(shares, routes)), routes)  # type: ignore[no-untyped-call]
-    return made
+    moved: Callable[..., Tensor] = _Moved.apply
+    x_there, shares_there = (moved(values, routes.send, routes.bring_back) for values in (x, shares))
+    return moved(compute(x_there, here, shares_there), routes.bring_back, routes.send)
 
 
-class _ToExperts(torch.autograd.Function):
-    """Routes.send; its gradient is brought back."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, routes: Routes) -> Tensor:
-        ctx.routes = routes
-        return routes.send(values)
+class _Moved(torch.autograd.Function):
+    """Rows that are moved between ranks; their gradient is moved back."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.routes.bring_back(gradient), None
-
-
-class _FromExperts(torch.autograd.Function):
-    """Routes.bring_back; its gradient is sent."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, routes: Routes) -> Tensor:
-        ctx.routes = routes
-        return routes.bring_back(rows)
+    def forward(
+        ctx: Any, rows: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.back = back
+        return there(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.routes.send(gradient), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(gradient), None, None
 
 
 # ---- the adapter
