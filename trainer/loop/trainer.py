@@ -155,12 +155,22 @@ class LoraTrainer(Trainer):
         if not self._deepspeed:
             if not sharded:
                 check_same_base(model)
-            return replicate_trained(model, self.experts.names if self.experts else ())
+            wrapped = replicate_trained(model, self.experts.names if self.experts else ())
+            if wrapped is not model and self.args.world_size > 2:  # two numbers have one sum in any order
+                self._settle_buckets(wrapped)
+            return wrapped
         self._names_in_file = states.names_in_file(model)
         self.zero = Zero(model, self._adam, self._deepspeed)
         self.zero.check()
         self.accelerator.backward = self._backward_of_zero
         return self.zero.engine
+
+    def _settle_buckets(self, model: Any) -> None:
+        """Have DDP put gradients into the buckets of a run's later steps. It does so after its first backward
+        pass; numbers of three ranks and more are added in an order that follows from their places in buckets,
+        and the first step after a resume would otherwise be rounded as the first of a run is."""
+        self.rehearse(0, model)
+        model.zero_grad(set_to_none=True)
 
     def _backward_of_zero(self, loss: Tensor, **_: Any) -> None:
         assert self.zero
@@ -218,14 +228,16 @@ class LoraTrainer(Trainer):
         self.rows = self.rows._replace(order=self.order)
         self.nonfinite = NonFiniteSteps(self.config, self.rows, self.team)
 
-    def rehearse(self, size: int) -> None:
-        """Compute the longest micro-batch of a size forward and backward, before the engine is made."""
+    def rehearse(self, size: int, model: Any = None) -> None:
+        """Compute the longest micro-batch of a size forward and backward, before training; of size 0 a blank
+        token. model: with its engine; None: there is none yet."""
         loader = self.get_train_dataloader()
         batch = loader.collate_fn([loader.dataset[unit] for unit in self.order.longest(size)])
-        self.model.train()
+        model = model or self.model
+        model.train()
         with self.accelerator.autocast():
             one = torch.ones((), device=self.args.device)
-            loss = self.compute_loss(self.model, self._prepare_inputs(batch), num_items_in_batch=one)
+            loss = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=one)
         self.accelerator.backward(loss)
 
     def get_batch_samples(
