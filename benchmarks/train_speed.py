@@ -249,7 +249,9 @@ def settings(folder: Path, way: str) -> dict[str, Any]:
     return {
         "output_dir": str(folder / way),
         "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": 1,  # ms-swift would take 2
         "max_steps": 1000,
+        "adam_beta2": 0.999,  # ms-swift's default is another
         "learning_rate": RATE,
         "weight_decay": 0.0,
         "report_to": "none",
