@@ -18,7 +18,7 @@ MOST_COMPLEX = 15  # as radon counts
 COMPLEX, COMPLEX_SHARE = 10, 0.04
 MOST_PARAMETERS = 8
 MOST_DICTS = 40
-MOST_LINES = 37_500
+MOST_LINES = 39_200
 
 
 @pytest.fixture(scope="module")
