@@ -7,7 +7,8 @@ steps, flash attention 2, gradient checkpointing, r 64, bfloat16; memory of all 
 this project: it trains with plain transformers and peft. So logits are counted whole (12 bytes a number),
 layers are peft's, Q-LoRA has 4-bit GPTQ weights, and `full` trains all numbers. What the formulas cannot know
 of a method is fitted on every other cell (the first, third ... length of a model), scored on the others:
-for memory the bytes of a trained whole number (LoRA(emb), full) and of a logit (Q-LoRA), for time one factor.
+for memory the bytes of a trained whole number (LoRA(emb), full) and of a logit (Q-LoRA); for time one factor,
+for `full`, which has no LoRA in its layers, the seconds that a step's optimizer takes for a number.
 """
 
 import csv
@@ -29,7 +30,7 @@ from qwenlora.plan.hardware import named
 from qwenlora.plan.plan import make_plan
 from qwenlora.plan.rows import RowCounts
 from qwenlora.plan.shape import Shape, shape_of
-from qwenlora.plan.speed import EAGER, Case, Links, step_time
+from qwenlora.plan.speed import EAGER, FUSED, Case, Links, step_time
 
 VOCABULARY = 151936
 # hidden size, width of the MLP, layers, heads of the first Qwens; all heads have keys and values of their own
@@ -169,16 +170,19 @@ def memory(cell: Cell, logit_bytes: float = LOGIT_BYTES, trained_bytes: float = 
     return each * world / 1e9
 
 
-def seconds(cell: Cell, factor: float = 1.0) -> float:
-    """Return the seconds of an iteration."""
-    case = case_of(cell)
+def seconds(cell: Cell, constant: float) -> float:
+    """Return the seconds of an iteration. constant: of the method, a factor; of `full` the seconds that the
+    optimizer takes for a number."""
+    case, layers = case_of(cell), case_of(cell).parameters.layers
     if cell.method == "full":  # all numbers are trained: two more FLOPs for each
         work = case.parameters.work
         assert work is not None
         trained = work.model_copy(update={"frozen": 0, "trained": work.frozen + work.trained})
         case = case._replace(parameters=case.parameters.model_copy(update={"work": trained}))
+        of_optimizer = constant * case.parameters.total / case.machine.world_size  # each GPU has its part
+        return of_optimizer + step_time(case, "ddp", "global", layers, FUSED).seconds
     name = "zero3" if "ZeRO-3" in cell.method else "ddp"
-    return factor * step_time(case, name, "global", case.parameters.layers, EAGER).seconds
+    return constant * step_time(case, name, "global", layers, EAGER).seconds
 
 
 class Constants(NamedTuple):
@@ -198,13 +202,20 @@ def fit(method: str, those: list[Cell]) -> Constants:
         logit = statistics.median(_solved(cell, "logit_bytes") for cell in fitting if cell.length >= 2048)
     elif method in FACTORS:
         trained = statistics.median(_solved(cell, "trained_bytes") for cell in fitting)
-    return Constants(logit, trained, statistics.median(cell.seconds / seconds(cell) for cell in fitting))
+    time = statistics.median(
+        _between(cell.seconds, seconds(cell, 0.0), seconds(cell, 1.0)) for cell in fitting
+    )
+    return Constants(logit, trained, time)
 
 
 def _solved(cell: Cell, name: str) -> float:
-    """Return the value of a constant with which a cell's memory comes out; memory is linear in it."""
-    at_0, at_1 = memory(cell, **{name: 0.0}), memory(cell, **{name: 1.0})
-    return (cell.gb - at_0) / (at_1 - at_0)
+    """Return the value of a constant with which a cell's memory comes out."""
+    return _between(cell.gb, memory(cell, **{name: 0.0}), memory(cell, **{name: 1.0}))
+
+
+def _between(wanted: float, at_0: float, at_1: float) -> float:
+    """Return the constant with which a figure that is linear in it comes out."""
+    return (wanted - at_0) / (at_1 - at_0)
 
 
 def planned(figure: Figure) -> float:
@@ -269,7 +280,7 @@ def _by_method(
             for i in (0, 1)
             for pick in (statistics.median, max)
         ]
-        fitted = f"time x {of.time:.2f}"
+        fitted = f"{1e9 * of.time:.2f} ns a number" if method == "full" else f"time x {of.time:.2f}"
         if method == "Q-LoRA":
             fitted += f", {of.logit_bytes:.1f} bytes a logit"
         elif method in FACTORS:

@@ -18,7 +18,8 @@ from qwenlora.configs.schema import Config
 BITS, SCALES = 0.5, 1 / 64 + 4 / (64 * 256)
 NF4 = BITS + SCALES
 # what autograd keeps of a layer, relative to its activations in 16 bits; tests/trainer/test_fused.py measures
-FUSED, WITH_DROPOUT, EAGER = 1.0, 1.3, 2.3  # our LoRA layers, and with masks of dropout; peft's
+FUSED, WITH_DROPOUT = 1.0, 1.38  # our LoRA layers, and with masks of dropout
+EAGER, DORA = 2.3, 3.9  # peft's layers, and with DoRA
 LEAST = 0.85
 SPARE = 1_500_000_000  # of RESERVE, that a run may do without
 # bytes a trained number of optimizers' states: Adam's two float32 moments, unless said here
@@ -26,7 +27,7 @@ STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "lion_32bit": 4, "paged_lion_3
 EIGHT_BITS = 2  # two moments, of optimizers whose name ends so
 # what a gated delta net keeps of a token, in widths of its values: with flash-linear-attention's kernels (by
 # their code, not measured), and as transformers computes it without them (traced)
-LINEAR, EAGER_LINEAR = 12, 46
+LINEAR, EAGER_LINEAR = 12, 52
 RESERVE = 2_000_000_000  # CUDA's context, NCCL's buffers, what the allocator cannot use
 LIVE = 1_000_000_000  # numbers that ZeRO-3 holds gathered (stage3_max_live_parameters)
 SHOWN = 4  # changes that a refusal names
@@ -49,6 +50,7 @@ class Sizes(NamedTuple):
     intermediate_size: int
     kv_width: int
     attention_width: int = 0
+    normed_width: int = 0
     linear_width: int = 0
     experts_width: int = 0
     experts_met: int = 0
@@ -124,10 +126,11 @@ def need(
     - trained, in float32: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P / n
       (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less. 8 of the bytes are Adam's;
       other optimizers have fewer (STATES).
-    - activations: t * layers * b (3 h + 3 q + 2 k + 2 i), times 1.3 with dropout, 2.3 with peft's layers
-      (zero3, DoRA); h, q, k, i: hidden, query, key and value, intermediate width; experts without LoRA and
-      linear attention keep more (kept_a_layer). A layer that is computed again keeps t * b h,
-      and for a moment all of one layer; it is computed again when those after it hold nothing any more.
+    - activations: t * layers * b (2 h + 2 q + 2 k + 2 i), and q + k where queries and keys have norms; times
+      1.38 with dropout, 2.3 with peft's layers (zero3), 3.9 with DoRA; h, q, k, i: hidden, query, key and
+      value, intermediate width; mixtures and linear attention keep more (kept_a_layer). A layer that is
+      computed again keeps t * b h, and for a moment all of one layer; it is computed again when those after
+      it hold nothing any more.
     - logits: 12 t * vocabulary, but of at most LOGITS_AT_ONCE. reserve: 2e9.
     """
     if recomputed is None:
@@ -184,7 +187,7 @@ def _need(
     at_once, width = tokens_at_once(config, sizes), bytes_a_number(config, machine)
     kept = recomputed * width * sizes.hidden_size
     passing = width * max(sizes.layers - recomputed, min(recomputed, 1))  # bytes a number that a layer keeps
-    activations = at_once * (kept + _share_kept(config, name) * passing * kept_a_layer(config, sizes))
+    activations = at_once * (kept + passing * kept_a_layer(config, sizes, share=_share_kept(config, name)))
     # the kernels for linear attention may be on the GPUs' machine, and not here
     least = at_once * (kept + LEAST * passing * kept_a_layer(config, sizes, linear=LINEAR))
     spared = max(0.0, gathered - _gathered_least(config, sizes, width)) if name == "zero3" else 0.0
@@ -229,19 +232,27 @@ def _base_on_a_gpu(
     return weights + scales, body * together + width * outside if is_gathered else 0.0
 
 
-def kept_a_layer(config: Config, sizes: Sizes, linear: int = 0) -> float:
-    """Return the numbers of a token that autograd keeps in a layer, as a mean over the layers. linear: widths
-    of linear attention that are kept, by default those of the functions that are here."""
-    attention = 3 * (sizes.attention_width / sizes.layers if sizes.attention_width else sizes.hidden_size)
+def kept_a_layer(config: Config, sizes: Sizes, share: float = FUSED, linear: int = 0) -> float:
+    """Return the numbers of a token that autograd keeps in a layer, as a mean over the layers. share: what
+    linear layers keep, relative to ours; linear: widths of linear attention that are kept, by default those
+    of the functions that are here."""
+    attention = 2 * (sizes.attention_width / sizes.layers if sizes.attention_width else sizes.hidden_size)
+    attention += 2 * sizes.kv_width + sizes.normed_width / sizes.layers
     # gathered inputs and products, which our function for experts with LoRA, or in nf4, makes again
     strategy = config.strategy
     ours = _trains_experts(config, sizes) or strategy.quantization == "nf4" or strategy.expert_parallel > 1
-    experts = sizes.experts_width if sizes.experts and not ours else 0
+    products = (
+        sizes.experts_width - sizes.experts_met * sizes.hidden_size
+    )  # of the experts that a token meets
+    experts = 2 * products + (sizes.experts_width if sizes.experts and not ours else 0)
     here = LINEAR if find_spec("fla") else EAGER_LINEAR
     nets = sizes.linear_width / sizes.layers * (linear or here)
     nets += sizes.hidden_size * ranks_met(config, sizes.experts_met)
-    widths = 3 * sizes.hidden_size + 2 * sizes.kv_width + 2 * sizes.intermediate_size
-    return widths + attention + experts + nets
+    inputs = (
+        3 if sizes.experts_met else 2
+    ) * sizes.hidden_size  # a mixture's is kept beside that of its norm
+    of_linear_layers = inputs + attention + 2 * (sizes.intermediate_size - products)
+    return share * of_linear_layers + experts + nets
 
 
 def _trains_experts(config: Config, sizes: Sizes) -> bool:
@@ -249,7 +260,9 @@ def _trains_experts(config: Config, sizes: Sizes) -> bool:
 
 
 def _share_kept(config: Config, name: str) -> float:
-    if name == "zero3" or config.lora.use_dora:
+    if config.lora.use_dora:
+        return DORA
+    if name == "zero3":
         return EAGER
     return WITH_DROPOUT if config.lora.lora_dropout else FUSED
 

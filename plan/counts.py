@@ -30,7 +30,7 @@ def count(shape: Shape, lora: Lora) -> Parameters:
         body=body,
         head=shape.vocab_size * shape.hidden_size,
         layers=shape.num_hidden_layers,
-        **widths(shape),
+        **widths(shape, (t.name for t in all_tensors)),
         work=_work(shape, lora, all_tensors, reach),
         kinds=_kinds(all_tensors, trained, reach),
         active=total - experts + round(experts * share),

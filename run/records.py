@@ -169,10 +169,10 @@ class Parameters(BaseModel, frozen=True):
     """Counts of numbers. body: all but embeddings and head, the output matrix; hidden_size,
     intermediate_size, kv_width: widths of a token's activations in a layer; for a mixture of experts, in
     those that the token meets; 0 in runs of a version before 0.1; attention_width, linear_width: heads *
-    head_dim of all layers with attention, and of values in linear attention; experts_width: of the inputs and
-    products of the experts that a token meets; experts_met: how many; all four 0 in runs of 0.1; work: None
-    in runs of 0.1; kinds: {kind of layers: its numbers}, empty in runs of 0.1; active: of the base, those
-    that a token meets, 0 in them."""
+    head_dim of all layers with attention, and of values in linear attention; normed_width: of queries and
+    keys that have norms, in all layers; experts_width: of the inputs and products of the experts that a token
+    meets; experts_met: how many; all five 0 in runs of 0.1; work: None in runs of 0.1; kinds: {kind of
+    layers: its numbers}, empty in runs of 0.1; active: of the base, those that a token meets, 0 in them."""
 
     total: int
     trainable: int
@@ -183,6 +183,7 @@ class Parameters(BaseModel, frozen=True):
     intermediate_size: int = 0
     kv_width: int = 0
     attention_width: int = 0
+    normed_width: int = 0
     linear_width: int = 0
     experts_width: int = 0
     experts_met: int = 0

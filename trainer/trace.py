@@ -88,9 +88,12 @@ def follow(base: Any, model: nn.Module, tokens: int, trained: int) -> Traced:
     weights = memory.now
     ids = torch.zeros(1, tokens, dtype=torch.long)
     with memory:
-        states = base.model(input_ids=ids).last_hidden_state
-        # which positions are trained depends on data: here the first ones
-        loss = summed_loss(base.get_output_embeddings(), states[0, :trained], ids[0, :trained], blocks=False)
+        with torch.autocast("cpu", base.dtype, enabled=base.dtype != torch.float32):  # as accelerate has it
+            states = base.model(input_ids=ids).last_hidden_state
+            # which positions are trained depends on data: here the first ones
+            some, labels = states[0, :trained], ids[0, :trained]
+            loss = summed_loss(base.get_output_embeddings(), some, labels, blocks=False)
+            del some
         del states
         kept = memory.now - weights
         loss.backward()  # type: ignore[no-untyped-call]

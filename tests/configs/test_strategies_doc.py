@@ -3,21 +3,17 @@
 from pathlib import Path
 
 import pytest
-from traffic import MIXTURE, NVLINK, traffic
+from traffic import MIXTURE, NVLINK, sizes_of, traffic
 
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import RULES, Machine
-from qwenlora.configs.estimate import NETWORK, PCIE, Sizes, break_even, need
+from qwenlora.configs.estimate import NETWORK, PCIE, break_even, need
 from qwenlora.configs.schema import Lora, Strategy
 
 DOCS = Path(__file__).parents[2] / "docs"
 DOC = (DOCS / "strategies.md").read_text(encoding="utf-8")
 TWO_NODES = Machine(2, 8, 8, 81_559 * 2**20)
-QWEN = {  # total, trained at r 16, body, head, layers, hidden, intermediate, key and value widths
-    "Qwen2.5-7B": Sizes(7_615_616_512, 40_370_176, 6_525_621_760, 544_997_376, 28, 3584, 18_944, 512),
-    "Qwen2.5-32B": Sizes(32_763_876_352, 134_217_728, 31_206_740_992, 778_567_680, 64, 5120, 27_648, 1024),
-    "Qwen2.5-72B": Sizes(72_706_203_648, 210_534_400, 70_214_787_072, 1_245_708_288, 80, 8192, 29_568, 1024),
-}
+QWEN = {name: sizes_of(name) for name in ("Qwen2.5-7B", "Qwen2.5-32B", "Qwen2.5-72B")}
 SPEEDS = {"NVLink": NVLINK, "PCIe": PCIE, "network": NETWORK}
 WAYS = [
     ("ddp", "global", "none"),

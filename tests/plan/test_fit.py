@@ -123,7 +123,7 @@ def test_a_refusal_says_what_is_needed_and_what_is_there(gpus, whom):
     config = config_of("Qwen/Qwen2.5-14B", strategy={"name": "ddp"}, launch={"plan": "warn"})
     said = fit.check(config, Machine(1, gpus, gpus), named("4090"))
     assert said.startswith(
-        "strategy.name=ddp: model.name_or_path=Qwen/Qwen2.5-14B needs at least 32.8 GB of"
-        f" {whom}, and a GeForce RTX 4090 has 25.8 GB (29.5 GB base, 1.1 GB adapter, 1.7 GB for 2,048"
+        "strategy.name=ddp: model.name_or_path=Qwen/Qwen2.5-14B needs at least 32.7 GB of"
+        f" {whom}, and a GeForce RTX 4090 has 25.8 GB (29.5 GB base, 1.1 GB adapter, 1.6 GB for 2,048"
         " tokens); what would fit: "
     )

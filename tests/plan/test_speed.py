@@ -11,7 +11,7 @@ from qwenlora.plan.speed import EAGER, FUSED, sent, step_time
 FLOPS, BANDWIDTH = 0.7 * 0.8 * 989e12, 0.7 * 3.35e12  # of an H100, as published runs reach them
 TOKENS, ROW = 2048, 500  # of a pack; of the case's rows
 H, KV, WIDE, LAYERS = 3584, 512, 18_944, 28  # Qwen2.5-7B
-KEPT = 6 * H + 2 * KV + 2 * WIDE
+KEPT = 4 * H + 2 * KV + 2 * WIDE
 
 
 def dense(**more):

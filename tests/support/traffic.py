@@ -5,12 +5,18 @@ from typing import NamedTuple
 from qwenlora.configs import Config
 from qwenlora.configs.combinations import Machine
 from qwenlora.configs.estimate import SCALES, Sizes, base_bytes
+from qwenlora.configs.schema import Lora
+from qwenlora.plan.bases import known
+from qwenlora.plan.counts import count
+from qwenlora.plan.shape import shape_of
 
-# Qwen3-30B-A3B at r 16, as trainer/model/lora.py counts it
-MIXTURE = Sizes(
-    *(30_532_122_624, 642_514_944, 29_909_792_768, 311_164_928, 48, 2048, 8 * 768, 512),
-    **{"experts_met": 8, "experts": 28_991_029_248, "experts_trained": 629_145_600, "active": 3_353_032_704},
-)
+
+def sizes_of(name: str) -> Sizes:
+    """Return the sizes of a known base at r 16."""
+    return Sizes.of(count(shape_of(known()[name], name), Lora()))
+
+
+MIXTURE = sizes_of("Qwen3-30B-A3B")
 NVLINK = 370e9  # bytes a second that a GPU gets
 
 

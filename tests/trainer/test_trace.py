@@ -18,7 +18,7 @@ from qwenlora.trainer.trace import build, follow, trace
 LAYERS, TOKENS, TRAINED = 4, 512, 100
 # one of each family, with its published widths
 BASES = (
-    *("Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-8B", "Qwen1.5-MoE-A2.7B", "Qwen3-30B-A3B"),
+    *("Qwen2.5-7B", "Qwen2.5-72B", "Qwen3-0.6B", "Qwen3-8B", "Qwen1.5-MoE-A2.7B", "Qwen3-30B-A3B"),
     *("Qwen3-Next-80B-A3B", "Qwen3.5-0.8B", "Qwen3.5-35B-A3B", "Qwen3-VL-30B-A3B"),
 )
 SMALL = {"vocab_size": 2000, "hidden_size": 256, "num_hidden_layers": 2} | {"num_experts": 8}
@@ -50,25 +50,30 @@ def test_a_trace_has_the_bytes_and_operations_of_a_real_micro_batch(monkeypatch,
     assert traced.peak == pytest.approx(real.peak, rel=0.03)
 
 
-@pytest.mark.parametrize(
-    ("name", "experts"), [(name, "all") for name in BASES] + [(name, "shared") for name in BASES[3:5]]
-)
-def test_formulas_are_within_11_percent_of_what_is_traced(name, experts):
-    values, lora = cut(name), Lora(experts=experts)
-    traced = trace(values, lora, tokens=TOKENS, trained=TRAINED)
+def planned(name, values, lora, strategy="ddp"):
+    """Return what formulas say of a base that is cut, and its counts."""
     parameters = count(shape_of(values, name), lora)
     config = Config.model_validate(
         {
             "run_dir": "r",
             "model": {"name_or_path": name},
             "data": {"train": "example", "max_length": TOKENS, "packing": "on"},
-            "lora": {"experts": experts},
+            "lora": lora,
             "train": {"gradient_checkpointing": False},
         }
     )
-    needed = need(config, Sizes.of(parameters), "ddp", Machine(1, 1, 1, 80 * 10**9))
+    return need(config, Sizes.of(parameters), strategy, Machine(1, 1, 1, 80 * 10**9)), parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"), [(name, "all") for name in BASES] + [(name, "shared") for name in BASES[4:6]]
+)
+def test_formulas_are_within_8_percent_of_what_is_traced(name, experts):
+    values, lora = cut(name), Lora(experts=experts)
+    traced = trace(values, lora, tokens=TOKENS, trained=TRAINED)
+    needed, parameters = planned(name, values, lora)
     assert needed.weights == pytest.approx(traced.weights - 4 * parameters.trainable, rel=0.001)
-    assert needed.activations == pytest.approx(traced.kept, rel=0.11)
+    assert needed.activations == pytest.approx(traced.kept, rel=0.08)
     assert needed.weights + needed.activations == pytest.approx(
         traced.weights - 4 * parameters.trainable + traced.kept, rel=0.05
     )
@@ -76,3 +81,19 @@ def test_formulas_are_within_11_percent_of_what_is_traced(name, experts):
     assert traced.gradients == 4 * parameters.trainable
     useful = flops(parameters.work, np.array([TOKENS]), TRAINED)
     assert traced.flops == pytest.approx(useful, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-7B", "Qwen3-8B"])
+@pytest.mark.parametrize(
+    ("strategy", "lora"),
+    [
+        ("zero3", Lora()),
+        ("ddp", Lora(lora_dropout=0.1)),
+        ("ddp", Lora(use_dora=True)),
+    ],
+)
+def test_what_is_kept_with_dropout_with_dora_and_by_pefts_layers_is_within_10_percent(name, strategy, lora):
+    values = cut(name)
+    traced = trace(values, lora, tokens=TOKENS, trained=TRAINED, sharded_by_deepspeed=strategy == "zero3")
+    needed, _ = planned(name, values, lora, strategy)
+    assert needed.activations == pytest.approx(traced.kept, rel=0.1)

@@ -261,7 +261,7 @@ def count_parameters(config: Config, base: str, saved: Path | None = None) -> Pa
         body=body,
         head=head.numel(),
         layers=text.num_hidden_layers,
-        **widths(text),
+        **widths(text, (name for name, _ in model.named_parameters())),
         work=work_of(adapted, text),
         kinds=count_trained(adapted, kinds),
         active=total - experts + round(experts * share_of_experts(text)),
