@@ -1,13 +1,12 @@
 """`qwenlora init` and `qwenlora recipes`."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qwenlora.cli.arguments import screen
-from qwenlora.configs.recipes import CONFIGS, as_markdown
+from qwenlora.configs.recipes import CONFIGS, as_markdown, copy_of
 from qwenlora.configs.recipes import recipes as all_recipes
 from qwenlora.configs.wording import did_you_mean
 from qwenlora.plan import hardware
@@ -34,7 +33,7 @@ def init(
         why = "exists already" if file.exists() else "is no plain name"
         raise ValueError(f"{file} {why}; choose another name: qwenlora init NAME")
     if model is None and data is None:
-        text = CONFIGS.joinpath("tiny.yaml").read_text(encoding="utf-8")
+        text = copy_of(CONFIGS / "tiny.yaml", file)
     else:
         here = len(gpus_seen())
         kind = hardware.named(gpu) if gpu else hardware.of_this_machine()
@@ -44,7 +43,8 @@ def init(
     file.write_text(text, encoding="utf-8")
     console = screen()
     console.print(f"{file} is written; next:")
-    for command in (f"qwenlora data check {file}", f"qwenlora train {file}"):
+    looks = [f"qwenlora data check {file}", f"qwenlora data preview {file} -n 3"] if data else []
+    for command in (*looks, f"qwenlora train {file}"):
         console.print(f"  {command}", soft_wrap=True)
     return 0
 
@@ -78,6 +78,6 @@ def recipes(
     target = target / found.file.name if target.is_dir() else target
     if target.exists():
         raise ValueError(f"{target} exists already; name another file: qwenlora recipes {name} FILE")
-    shutil.copyfile(found.file, target)
+    target.write_text(copy_of(found.file, target), encoding="utf-8")
     screen().print(f"{target} is written; next: qwenlora train {target} data.train=my.jsonl", soft_wrap=True)
     return 0

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import yaml
 
-CONFIGS = resources.files("qwenlora.configs")
+CONFIGS = Path(str(resources.files("qwenlora.configs")))
 ITEMS = ("Task", "Needs", "Takes", "Expect")
 HEAD = """# Recipes
 
 Configs to start from. Generated from their comments by `make schema`. `qwenlora recipes` lists them,
 `qwenlora recipes qwen3-8b-tools` copies one, and `qwenlora init` writes one for your own base, rows and GPUs.
 Planned figures are [formulas](planning.md#the-formulas) that a test checks; these GPUs were not measured yet.
+GB are powers of ten, so a GPU that is sold with 24 GB has 25.8, and one with 80 GB has 85.
 """
 
 
@@ -41,7 +42,7 @@ class Recipe(NamedTuple):
 
 def recipes() -> list[Recipe]:
     """Return all that come along, by name, the numbers in names as numbers."""
-    files = [Path(str(file)) for file in CONFIGS.iterdir() if file.name.endswith(".yaml")]
+    files = CONFIGS.glob("*.yaml")
     return sorted(map(_read, files), key=lambda recipe: _words_and_numbers(recipe.name))
 
 
@@ -60,6 +61,11 @@ def _read(file: Path) -> Recipe:
     title, _, about = words.strip().partition(". ")
     items = dict(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))
     return Recipe(file, yaml.safe_load(text)["model"]["name_or_path"], title, about, items, command)
+
+
+def copy_of(recipe: Path, target: Path) -> str:
+    """Return a recipe's text for a copy of it, whose commands name the copy."""
+    return recipe.read_text(encoding="utf-8").replace(f"configs/{recipe.name}", str(target))
 
 
 def as_markdown() -> str:
@@ -86,4 +92,5 @@ def _entry(recipe: Recipe) -> str:
     said = f"{recipe.title}. {recipe.about}".replace("<", "&lt;")
     said += "".join(f"\n- {item}: {recipe.items[item]}" for item in ITEMS[1:])
     text = re.sub(r"docs/(\S+\.md)", r"[\1](\1)", said.replace("\n", "\n\n", 1))
-    return f"### {recipe.name}\n\n{text}\n- File: {file}\n\n```\n{recipe.command}\n```\n"
+    commands = f"qwenlora recipes {recipe.name}\n{recipe.command.replace('configs/', '')}"
+    return f"### {recipe.name}\n\n{text}\n- File: {file}\n\n```\n{commands}\n```\n"

@@ -387,8 +387,9 @@ class Train(Section):
     )
     on_nan: Literal["stop", "skip", "rollback"] = Field(
         "stop",
-        description="When a loss or gradient is not finite. skip: that step changes nothing; rollback: the"
-        " weights also go back to the newest checkpoint's, and training goes on with the next rows.",
+        description="When a loss or gradient is not finite. stop: the run ends, and names the rows of the"
+        " step; skip: that step changes nothing; rollback: the weights also go back to the newest"
+        " checkpoint's. Both go on with the next rows, ten bad steps in a row at most.",
     )
     max_time_min: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="Minutes after which an attempt saves and stops, as if asked to. Default: no limit."

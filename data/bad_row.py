@@ -10,11 +10,16 @@ Result = TypeVar("Result")
 
 class BadRow(ValueError):  # noqa: N818 (it is passed on in place of a row)
     """A row that cannot be trained, though the rows after it can be read. Its text is one printable line.
-    roles: data.roles as it should be, when its roles are the reason."""
+    roles, columns: data.roles and data.columns as they should be, when its roles or keys are the reason."""
 
-    def __init__(self, reason: str, roles: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        reason: str,
+        roles: Mapping[str, str] | None = None,
+        columns: Mapping[str, str | None] | None = None,
+    ) -> None:
         super().__init__(printable(reason))
-        self.roles = dict(roles or {})
+        self.roles, self.columns = dict(roles or {}), dict(columns or {})
 
 
 def or_bad(make: Callable[..., Result], *arguments: Any) -> Result | BadRow:

@@ -51,6 +51,7 @@ ANSWERS = (
     *("answer", "a", "reply", "response", "output", "completion", "chosen", "target", "solution", "label"),
     "assistant",
 )
+CONTEXTS = ("context", "passage", "document")  # what a question is about
 _TOOLS = ("tools", "functions")
 _PLAIN_YAML = re.compile(r"[^\W\d][\w-]*")
 _NOT_TEXT_IN_YAML = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
@@ -75,7 +76,8 @@ def shape_of_object(row: JsonObject, options: RowOptions) -> str:
     _refuse_preferences(row, filled, options.columns)
     shapes = _shapes(row, filled, options.format)
     if not shapes:
-        raise BadRow(f"{_UNKNOWN} with keys {show_names(row)}{_hint(row, options.columns)}")
+        hint = _hint(row, options.columns)
+        raise BadRow(f"{_UNKNOWN} with keys {show_names(row)}{hint.text}", columns=hint.columns)
     shape = _chosen(shapes, options.format)
     if shapes != ["text"]:
         _refuse_bad_replies(row)
@@ -179,9 +181,23 @@ def _refuse_bad_replies(row: JsonObject) -> None:
 # ---- hints for rows without a shape
 
 
-def _hint(row: JsonObject, columns: Mapping[str, str | None]) -> str:
+class Hint(NamedTuple):
+    """The end of a message. columns: data.columns as they should be, where that is the cure."""
+
+    text: str = ""
+    columns: Mapping[str, str | None] = {}
+
+
+def hint_if(guess: str, columns: Mapping[str, str | None]) -> Hint:
+    """Return the hint that some columns are the cure. guess: what they suppose."""
+    return Hint(f"; if {guess}, write data.columns: {as_mapping(columns)}", columns)
+
+
+def _hint(row: JsonObject, columns: Mapping[str, str | None]) -> Hint:
     if any(map(_is_prose, map(str, row))):
-        return "; if these are a row: the first line of a table names its columns, as instruction,output"
+        return Hint(
+            "; if these are a row: the first line of a table names its columns, as instruction,output"
+        )
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict) and key not in _TOOLS:
             return _list_hint(key, value, row, columns)
@@ -193,46 +209,53 @@ def _is_prose(key: str) -> bool:
     return len(key) > 40 or key.endswith(tuple("?？.。!！"))
 
 
-def _list_hint(key: str, items: list[object], row: JsonObject, columns: Mapping[str, str | None]) -> str:
+def _list_hint(key: str, items: list[object], row: JsonObject, columns: Mapping[str, str | None]) -> Hint:
     """Return the hint for a row with a list of objects."""
     name, first = as_yaml(key), items[0]
     assert isinstance(first, dict), "the caller looks"
     if any(known in first for known in (*TURN_LISTS, *chain.from_iterable(PAIRS.values()))):
         shared = [other for other in chain.from_iterable(PAIRS.values()) if isinstance(row.get(other), str)]
         more = f"{{{', '.join(shared)}}} + " if shared else ""
-        return f"; if {name} are the rows, write them alone: jq -c '{more}.{name}[]' old > new"
+        return Hint(f"; if {name} are the rows, write them alone: jq -c '{more}.{name}[]' old > new")
     if key in QUESTIONS and {"role", "content"} <= first.keys() and not _is_reply(items):
-        return f": {name} without a reply; such rows are for reinforcement learning"
-    return f"; if {name} are the turns, write data.columns: {as_mapping({**columns, key: 'messages'})}"
+        return Hint(f": {name} without a reply; such rows are for reinforcement learning")
+    return hint_if(f"{name} are the turns", {**columns, key: "messages"})
 
 
-def _half_hint(row: JsonObject, texts: list[str], columns: Mapping[str, str | None]) -> str:
+def _half_hint(row: JsonObject, texts: list[str], columns: Mapping[str, str | None]) -> Hint:
     """Return the hint for a row with one text at most."""
     for one, other in (*PAIRS.values(), *((answer, question) for question, answer in PAIRS.values())):
         if one in row:
-            text = ""
-            if texts == [one] and one != "instruction":
-                text = f"; if it is text to learn, write data.columns: {as_mapping({**columns, one: 'text'})}"
-            return f": {one} without {other}{text}"
-    if not texts:
-        return ""
-    mapping = as_mapping({**columns, texts[0]: "text"})
-    return f"; if {as_yaml(texts[0])} is text to learn, write data.columns: {mapping}"
+            is_text = texts == [one] and one != "instruction"
+            hint = hint_if("it is text to learn", {**columns, one: "text"}) if is_text else Hint()
+            return Hint(f": {one} without {other}{hint.text}")  # no cure: more likely a half is missing
+    return (
+        hint_if(f"{as_yaml(texts[0])} is text to learn", {**columns, texts[0]: "text"}) if texts else Hint()
+    )
 
 
-def _pair_hint(texts: list[str], columns: Mapping[str, str | None]) -> str:
+def _pair_hint(texts: list[str], columns: Mapping[str, str | None]) -> Hint:
     """Return the hint for a row with two texts or more."""
     question = named(texts, QUESTIONS)
     answer = named((key for key in texts if key != question), ANSWERS)
     others = [key for key in texts if key not in (question, answer)]
-    system = {key: "system" for key in others[: len(texts) - 2] if "system" in key.lower()}
-    others = [key for key in others if key not in system]
+    beside = _beside(others[: len(texts) - 2])
+    others = [key for key in others if key not in beside]
     question = question or others.pop(0)
     answer = answer or others.pop(0)
     pairs = (pair for pair in PAIRS.values() if question == pair[0] or answer == pair[1])
     ours = next(pairs, PAIRS["alpaca"])
-    mapping = as_mapping({**columns, **system, question: ours[0], answer: ours[1]})
-    return f"; if {as_yaml(question)} is asked and {as_yaml(answer)} answered, write data.columns: {mapping}"
+    return hint_if(
+        f"{as_yaml(question)} is asked and {as_yaml(answer)} answered",
+        {**columns, **beside, question: ours[0], answer: ours[1]},
+    )
+
+
+def _beside(keys: list[str]) -> dict[str, str]:
+    """Return which keys may be the system turn, and what the question is about."""
+    ours = {key: "system" for key in keys if "system" in key.lower()}
+    about = named(keys, CONTEXTS)
+    return {about: "input", **ours} if about else ours
 
 
 def named(keys: Iterable[str], names: tuple[str, ...]) -> str | None:

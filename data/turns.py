@@ -10,7 +10,16 @@ from qwenlora.data.bad_row import BadRow, show, show_names
 from qwenlora.data.chunks import JsonObject
 from qwenlora.data.forms import join_parts, turns_by_role
 from qwenlora.data.json_rows import decode_json
-from qwenlora.data.shapes import ANSWERS, QUESTIONS, TURN_LISTS, RowOptions, as_mapping, named, with_our_keys
+from qwenlora.data.shapes import (
+    ANSWERS,
+    QUESTIONS,
+    TURN_LISTS,
+    RowOptions,
+    as_mapping,
+    hint_if,
+    named,
+    with_our_keys,
+)
 from qwenlora.data.weights import OF_TURNS, read_weight
 
 ROLES = {
@@ -217,10 +226,8 @@ def _keys_of(number: int, turn: JsonObject) -> tuple[str, str]:
         return pairs[0]
     if "role" in turn and (turn.get("tool_calls") or turn.get("function_call")):
         return "role", "content"
-    raise BadRow(
-        f"turn {number} has the keys {show_names(turn)}; expected from and value, or role and"
-        f" content{_turn_hint(turn)}"
-    )
+    reason = f"turn {number} has the keys {show_names(turn)}; expected from and value, or role and content"
+    raise _with_hint(reason, turn)
 
 
 def _role(number: int, role: object, options: RowOptions) -> str:
@@ -269,20 +276,23 @@ def refuse_unused(values: JsonObject, unused: Mapping[str, str | None], where: s
     )
 
 
-def _turn_hint(turn: JsonObject) -> str:
+def _with_hint(reason: str, turn: JsonObject) -> BadRow:
+    """Return the error for a turn whose keys have no meaning, with what they may mean."""
     speaker = next((key for key in ("from", "role", *_SPEAKERS) if key in turn), None)
     text = next((key for key in ("value", "content", *_TEXTS) if key in turn and key != speaker), None)
     if speaker and text:
-        mapping = as_mapping({speaker: "role", text: "content"})
-        return f"; if {speaker} speaks and {text} is said, write data.columns: {mapping}"
+        hint = hint_if(f"{speaker} speaks and {text} is said", {speaker: "role", text: "content"})
+        return BadRow(f"{reason}{hint.text}", columns=hint.columns)
     user, assistant = named(turn, QUESTIONS), named(turn, ANSWERS)
     if user and assistant:
         systems = {key: "system" for key in turn if "system" in key.lower()}
-        mapping = as_mapping({**systems, user: "user", assistant: "assistant"})
-        return f"; if {user} is said by the user, write data.roles: {mapping}"
+        roles = {**systems, user: "user", assistant: "assistant"}
+        return BadRow(
+            f"{reason}; if {user} is said by the user, write data.roles: {as_mapping(roles)}", roles
+        )
     if any(key in ROLES for key in turn):
-        return ', one turn each: {"role": "user", "content": "..."}'
-    return ""
+        return BadRow(f'{reason}, one turn each: {{"role": "user", "content": "..."}}')
+    return BadRow(reason)
 
 
 # ---- functions

@@ -1,11 +1,15 @@
 """`qwenlora init`: the text of a config that fits a base, its rows and its GPUs, with reasons as comments."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 from qwenlora.configs.combinations import Machine
 from qwenlora.configs.schema import Config, Data
+from qwenlora.data import sources
+from qwenlora.data.bad_row import BadRow
 from qwenlora.data.survey import rows_of_side
+from qwenlora.data.tokenise import read_rows
 from qwenlora.plan.bases import TINY, shape_of_base
 from qwenlora.plan.counts import count
 from qwenlora.plan.hardware import Gpu
@@ -17,6 +21,7 @@ from qwenlora.run.format import count as in_words
 
 Task = Literal["chat", "tools", "thinking", "pretrain", "qlora"]
 LOOKED_AT = 200  # rows, to see what they are
+CURES = 3  # of the keys of a row, of those of its turns, of their roles
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 ROOM = 1.15  # guessed lengths may be so much too short
 FEWEST_STEPS = 10  # of an epoch, as long as the batch can be smaller
@@ -46,12 +51,13 @@ class Line(NamedTuple):
 
 def first_config(wish: Wish) -> str:
     """Return the text of a config. Raises: ValueError when rows cannot be read, or nothing fits the GPUs."""
-    rows = guess(Data(train=wish.data, max_length=2**20))
-    task = wish.task or _task_of(wish.data)
+    source = _readable(Data(train=wish.data, max_length=2**20))
+    rows = guess(source)
+    task = wish.task or _task_of(source)
     length = next((length for length in LENGTHS if length >= ROOM * rows.longest), LENGTHS[-1])
     sections = {
         "model": [Line("name_or_path", wish.model)],
-        "data": list(_data(wish, rows, length, task)),
+        "data": list(_data(source, rows, length, task)),
         "lora": [Line("r", r := 64 if task == "pretrain" else 16), Line("lora_alpha", 2 * r)],
         "train": list(_train(wish, rows, length, task)),
     }
@@ -62,9 +68,24 @@ def first_config(wish: Wish) -> str:
     return "".join(f"{line}\n" for line in (head, *said, *_text(sections)))
 
 
-def _task_of(data: str) -> Task:
+def _readable(data: Data) -> Data:
+    """Return the data with the columns and roles that its first rows need, as their messages guess them."""
+    for _ in range(CURES):
+        first = islice(read_rows(sources.find(data)), LOOKED_AT)
+        bad = [row for *_, row in first if isinstance(row, BadRow)]
+        columns = next((row.columns for row in bad if row.columns), {})
+        roles = {role: ours for row in reversed(bad) for role, ours in row.roles.items()}
+        if not columns and not roles:
+            break
+        data = data.model_copy(
+            update={"columns": {**data.columns, **columns}, "roles": {**data.roles, **roles}}
+        )
+    return data
+
+
+def _task_of(data: Data) -> Task:
     """Return what the first rows are for."""
-    for number, (_, row) in enumerate(rows_of_side(Data(train=data, on_bad_row="skip"), "train")):
+    for number, (_, row) in enumerate(rows_of_side(data, "train")):
         if row.text is not None:
             return "pretrain"
         if row.tools or any("tool_calls" in turn for turn in row.messages):
@@ -76,8 +97,11 @@ def _task_of(data: str) -> Task:
     return "chat"
 
 
-def _data(wish: Wish, rows: RowCounts, length: int, task: Task) -> Iterator[Line]:
-    yield Line("train", wish.data, f"{in_words(rows.rows, 'row')}, about {rows.tokens:,} tokens")
+def _data(source: Data, rows: RowCounts, length: int, task: Task) -> Iterator[Line]:
+    yield Line("train", source.train, f"{in_words(rows.rows, 'row')}, about {rows.tokens:,} tokens")
+    for key, names in (("columns", source.columns), ("roles", source.roles)):
+        if names:
+            yield Line(key, names, "guessed: `qwenlora data preview` shows what rows are then")
     if rows.rows >= FEWEST_ROWS:
         share = round(min(0.1, max(0.02, 20 / rows.rows)), 3)
         yield Line(

@@ -9,6 +9,7 @@ from qwenlora.configs.schema import Config, Data
 from qwenlora.data import sources
 from qwenlora.data.bad_row import BadRow
 from qwenlora.data.rows import Row
+from qwenlora.data.survey import survey
 from qwenlora.data.tokenise import read_rows, repeats_of, side_of
 from qwenlora.data.turns import Message
 from qwenlora.run.folder import RunFolder
@@ -74,7 +75,8 @@ def guess(data: Data) -> RowCounts:
         rows, tokens, trained = rows + seen, tokens + seen * length, trained + seen * learnt
         longest = max(longest, length)
     if not rows:
-        raise ValueError(f"data.train={data.train} has no rows that can be trained")
+        survey(data.model_copy(update={"on_bad_row": "error"}))  # it says why none can be trained
+        raise ValueError(f"data.train={data.train} has no rows to train")
     return RowCounts(rows, tokens, max(trained, 1), longest)
 
 

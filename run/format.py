@@ -71,5 +71,7 @@ def printable(text: str) -> str:
 
 def as_yaml(value: Any) -> str:
     """Return a plain value as YAML has it, on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    text = yaml.safe_dump(
+        value, default_flow_style=True, allow_unicode=True, width=float("inf"), sort_keys=False
+    )
     return printable(text.removesuffix("\n...\n").strip())

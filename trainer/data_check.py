@@ -38,7 +38,7 @@ def check(config: Config, page: Path | None, console: Console) -> int:
     # a check reads all rows, whatever training would do about bad ones
     data = config.data.model_copy(update={"on_bad_row": "skip"})
     rows = prepared.prepare(data, tokenizer, run.cache(config), console, console.print)
-    longest = max(counts.longest for counts in rows.counts.values())
+    longest = max((counts.longest for counts in rows.counts.values()), default=0)  # none: all rows are bad
     suitability.check_lengths(config, model_config, longest)
     notes = [*suitability.notes_on_lengths(model_config, longest), *report.notes_of(config, rows)]
     listed = page.with_suffix(".bad_rows.txt")

@@ -1,10 +1,12 @@
 """`qwenlora init` writes configs that load, fit and say why; `recipes` lists and copies what comes along."""
 
 import json
+import re
 
 import pytest
 
 from qwenlora.configs.load import load_config
+from qwenlora.data.survey import survey
 from qwenlora.plan.first_config import Wish, first_config
 from qwenlora.plan.hardware import named
 
@@ -35,6 +37,37 @@ def test_the_rows_say_what_they_are_for(tmp_path, task):
     assert f"# tiny, {task}: made by" in text
     assert config.data.overlength == {"pretrain": "split", "chat": "truncate"}.get(task, "drop")
     assert config.data.max_length == {"pretrain": 4096}.get(task, 256)
+
+
+@pytest.mark.parametrize(
+    ("row", "guessed"),
+    [
+        ({"问题": "a", "答案": "b"}, "columns: {问题: instruction, 答案: output}"),
+        (
+            {"context": "c", "question": "a", "answer": "b"},
+            "columns: {context: input, question: instruction, answer: output}",
+        ),
+        (
+            {"messages": [ASK | {"role": "Gast"}, ANSWER | {"role": "bot"}]},
+            "roles: {Gast: user, bot: assistant}",
+        ),
+        ({"log": [{"who": "user", "text": "a"}, {"who": "Chef", "text": "b"}]}, "roles: {Chef: assistant}"),
+    ],
+)
+def test_other_names_of_keys_and_roles_are_guessed_and_said(tmp_path, row, guessed):
+    file = tmp_path / "my rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    text = first_config(Wish("my", "tiny", str(file), None, None, 1))
+    (tmp_path / "my.yaml").write_text(text)
+    survey(load_config(tmp_path / "my.yaml").data)
+    assert re.search(rf"  {re.escape(guessed)} +# guessed: ", text)
+
+
+def test_rows_that_none_can_train_are_refused_with_the_reason(tmp_path):
+    file = tmp_path / "my.jsonl"
+    file.write_text('{"instruction": "a", "output": 3}\n')
+    with pytest.raises(ValueError, match="found 3"):
+        first_config(Wish("my", "tiny", str(file), None, None, 1))
 
 
 def test_few_rows_make_a_small_batch_and_none_is_kept_back(tmp_path):
@@ -69,10 +102,11 @@ def test_the_commands_write_one_file_and_none_over_another(qwenlora, tmp_path):
     assert said.returncode == 0
     assert "qwenlora train demo.yaml" in said.stdout
     assert load_config(tmp_path / "demo.yaml").model.name_or_path == "tiny"
+    assert "qwenlora train demo.yaml\n" in (tmp_path / "demo.yaml").read_text()
     again = qwenlora("init", "demo")
     assert again.returncode == 2
     assert again.stderr == "error: demo.yaml exists already; choose another name: qwenlora init NAME\n"
     assert qwenlora("recipes", "tiny", "mine.yaml").returncode == 0
-    assert load_config(tmp_path / "mine.yaml").model.name_or_path == "tiny"
+    assert "configs/" not in (tmp_path / "mine.yaml").read_text(), "its command names the copy"
     assert qwenlora("recipes", "tinny").stderr == "error: there is no recipe tinny; did you mean tiny?\n"
     assert "qwen2.5-7b-lora-8gpu" in qwenlora("recipes").stdout

@@ -93,6 +93,8 @@ def test_check_says_what_would_be_refused_and_leaves_with_2(config, tmp_path):
     assert check(config(**{"data.max_length": 40}), None, console) == 2
     assert re.search(r"over-length +\d+ of 40, the longest \d+: refused", console.file.getvalue())
     assert "--- data.max_length=40 ---" in console.file.getvalue()
+    assert check(config([{"frage": "a", "antwort": "b"}]), None, console) == 2
+    assert "data.columns: {frage: instruction, antwort: output}" in console.file.getvalue(), "all are bad"
 
 
 def test_training_starts_from_what_check_has_prepared(config, monkeypatch):
