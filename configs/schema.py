@@ -443,7 +443,7 @@ class Checkpoint(Section):
     timeout_s: PositiveInt = Field(600, description="Seconds after which a save that hangs ends the run.")
     memory_steps: NonNegativeInt | None = Field(
         None,
-        description="In a Slurm job: steps between snapshots in the memory of the first node, from which a"
+        description="In a Slurm job: steps between snapshots in the memory of each node, from which a"
         " restart in the job goes on; 0: none. Default: about every 20 s.",
         json_schema_extra=SINCE_0_2,
     )

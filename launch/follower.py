@@ -1,38 +1,35 @@
 """The agent of a node that is not the first: it does as the first node's agent says."""
 
-import socket
-import time
-
-from qwenlora.launch import preflight
+from qwenlora.launch import preflight, succession
 from qwenlora.launch.launcher import run_ranks
+from qwenlora.launch.leader import Leader
 from qwenlora.launch.messages import AgentLost, FileInRunFolder, RanksEnded, RunOver, StartRanks
 from qwenlora.launch.node import Node
 from qwenlora.launch.watch import Watch
 from qwenlora.run.history import EXIT_CODES
-from qwenlora.slurm import query
 
-ANSWER_S = 3.0  # for a machine to answer, with a refusal, too
-NODE_LOSS_S = 600.0  # for Slurm to notice that a node is gone (SlurmdTimeout: 300 s by default)
 JOIN_LATER_S = 3.0  # longer than the first node waits, whose message names all missing nodes
 
 
 def follow(node: Node) -> int:
-    """Do as the first node says; return 0 however the run ends (it reports that), 1 if its agent is gone."""
-    meeting = node.meeting
+    """Do as the first node says, or as the one that leads when that is gone; return 0 however the run ends
+    (who leads reports that), 1 if nobody leads any more."""
     if node.forks_ranks:
         _ = node.forkserver  # imports while the first node checks
-    meeting.join(node.config.launch.join_timeout_s + JOIN_LATER_S, lambda: node.stop_requested)
-    meeting.send(preflight.facts_of_this_node(node.config, node.processes))
+    node.meeting.join(node.config.launch.join_timeout_s + JOIN_LATER_S, lambda: node.stop_requested)
+    node.meeting.send(preflight.facts_of_this_node(node.config, node.processes))
+    start: StartRanks | None = None  # the last
+    succeeds = False  # whether this node may lead
     while True:
+        meeting, lost = node.meeting, False
         match meeting.receive(1.0):
             case FileInRunFolder(text=text):
                 meeting.send(_look_for_file(node, text))
             case StartRanks() as start:
-                node.allocation = node.allocation.among(start.hosts)
-                watch = Watch(node, start.handover.attempt)
-                meeting.send(RanksEnded(code=run_ranks(node, watch, start.handover, start.port)))
-                if watch.lost and not watch.run_over:
-                    return _without_the_first(node)
+                # where a file system's locks do not reach other nodes, nothing says who leads
+                succeeds = node.allocation.requeues and node.folder.is_locked
+                watch = _run_ranks(node, start)
+                lost = bool(watch.lost) and not watch.run_over
                 if watch.run_over or node.children.immortal:
                     meeting.stay_until_exit()
                     return EXIT_CODES["done" if watch.run_over else "failed"]
@@ -40,44 +37,35 @@ def follow(node: Node) -> int:
                 meeting.stay_until_exit()
                 return EXIT_CODES["done"]
             case AgentLost():
-                return _without_the_first(node)
+                lost = True
+        if lost:
+            first = meeting.allocation.hosts[0]
+            node.console.print(f"{node.job.host}: the agent of {first} is gone", soft_wrap=True)
+            code = _go_on_without(node, first, start if succeeds else None)
+            if code is not None:
+                return code
 
 
-def _without_the_first(node: Node) -> int:
-    """Leave: the first node's agent is gone. If its machine is gone, too, so is the batch shell that would
-    requeue the job, and Slurm keeps a job that it was told not to kill (--no-kill)."""
-    meeting, allocation = node.meeting, node.allocation
-    first = meeting.allocation.hosts[0]
-    node.console.print(f"{allocation.host}: the agent of {first} is gone", soft_wrap=True)
-    meeting.stay_until_exit()
-    if allocation.requeues and allocation.job_id and not node.stop_requested and not _answers(first):
-        _requeue_without(node, first, allocation.job_id)
+def _run_ranks(node: Node, start: StartRanks) -> Watch:
+    node.allocation = node.allocation.among(start.hosts)
+    watch = Watch(node, start.handover.attempt)
+    node.meeting.send(RanksEnded(code=run_ranks(node, watch, start.handover, start.port)))
+    return watch
+
+
+def _go_on_without(node: Node, first: str, start: StartRanks | None) -> int | None:
+    """Find who leads now; return the exit code if the run ends here, None if another node leads. start: of
+    the attempt that has lost its first node; without one this node does not go on."""
+    if start and not node.stop_requested and not node.children.immortal:
+        succession.meet_anew(node)
+        if not node.meeting.allocation.first:
+            return None
+        code = Leader(node).take_over(start.handover, first)
+        if code is not None:
+            return code
+    node.meeting.stay_until_exit()
+    succession.end_job(node, EXIT_CODES["stopped"], leads=False)
     return EXIT_CODES["failed"]
-
-
-def _answers(host: str) -> bool:
-    """Whether a machine is there: it answers, if only to refuse."""
-    try:
-        socket.create_connection((host, 1), timeout=ANSWER_S).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-def _requeue_without(node: Node, first: str, job_id: str) -> None:
-    """Requeue the job once Slurm has taken its first node from it."""
-    end = time.monotonic() + NODE_LOSS_S
-    while time.monotonic() < end and not node.stop_requested:
-        job = query.ask(job_id)
-        if job is None or job.state != "RUNNING" or job.restarts != node.allocation.restarts:
-            return  # Slurm has ended or requeued it, or is not there to be asked
-        if first not in job.nodes and job.nodes[:1] == (node.allocation.host,) and job.requeue:
-            node.console.print(f"requeueing job {job_id}: {first} is gone", soft_wrap=True)
-            query.requeue(job_id)
-            return
-        time.sleep(1.0)
 
 
 def _look_for_file(node: Node, text: str) -> FileInRunFolder:

@@ -26,7 +26,8 @@ def run_ranks(node: Node, watch: Watch, handover: Handover, port: int) -> int:
     """Run this node's ranks; return their exit code. port: of the first node, to meet at."""
     number = node.allocation.node
     with heartbeat.make_folder() as watch.beats:
-        handover = replace(handover, beats=watch.beats)
+        memory = node.memory.paths if node.keeps_snapshots else ()
+        handover = replace(handover, beats=watch.beats, memory=memory)
         run = _run_forked if node.forks_ranks else _run_deepspeed
         code = run(node, watch, handover, port, f"launch-{number}" if number else "launch")
         watch.after(code)
@@ -34,10 +35,11 @@ def run_ranks(node: Node, watch: Watch, handover: Handover, port: int) -> int:
 
 
 def _run_forked(node: Node, watch: Watch, handover: Handover, port: int, log: str) -> int:
-    common = _variables(handover, node.folder) | handover.environment()
-    ranks = [common | rank for rank in rank_variables(node, port)]
-    watch.failures = forked = node.forkserver.train(handover.attempt, log, ranks)
-    return node.children.run(forked, watch.while_training)
+    with lend(watch.beats) if node.has_taken_over else nullcontext("") as screen:
+        common = _variables(handover, node.folder) | replace(handover, screen=screen).environment()
+        ranks = [common | rank for rank in rank_variables(node, port)]
+        watch.failures = forked = node.forkserver.train(handover.attempt, log, ranks)
+        return node.children.run(forked, watch.while_training)
 
 
 def rank_variables(node: Node, port: int) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qwenlora.data.freshness import is_current
-from qwenlora.launch import preflight, restarts, ssh
+from qwenlora.launch import preflight, restarts, ssh, succession
 from qwenlora.launch.allocation import free_port
 from qwenlora.launch.causes import cause_of_kill
 from qwenlora.launch.commands import processes_in_words
@@ -82,16 +82,18 @@ class Leader:
 
     def _attempts(self, handover: Handover) -> int:
         """Run attempts as long as the job is to try again and can do so by itself; return an exit code."""
-        node, first = self.node, True
-        memory = self._memory()
-        handover = replace(handover, memory=memory.paths if memory else ())
+        _lead_exit_codes_to(self.node.folder)
+        code = self._attempt(handover)
+        if code == EXIT_CODES["refused"]:
+            self.node.folder.put_back()
+        return self._more_attempts(handover, code)
+
+    def _more_attempts(self, handover: Handover, code: int) -> int:
+        """Run more attempts after one that ended with this code, as above."""
+        node = self.node
         while True:
-            code = self._attempt(handover)
-            if memory and code == EXIT_CODES["failed"]:
-                self._save_from(memory)
-            if code == EXIT_CODES["refused"] and first:
-                node.folder.put_back()
-            first = False
+            if node.keeps_snapshots and code == EXIT_CODES["failed"]:
+                self._save_from(node.memory)
             if not node.allocation.requeues:  # somebody looks at it: the same command goes on
                 return code
             failed, code = code == EXIT_CODES["failed"], self._exit_code_in_job(code)
@@ -100,6 +102,28 @@ class Leader:
             self._shrink()
             if handover.resume == "none" or self._has_trained():
                 handover = replace(handover, resume="auto")
+            code = self._attempt(handover)
+
+    def take_over(self, handover: Handover, first: str) -> int | None:
+        """Lead on in place of the node that began this attempt, whose agent is gone; return the exit code,
+        None if this node cannot lead. first: that node's host."""
+        node = self.node
+        node.meeting.wait_for_all(node.config.launch.join_timeout_s, lambda: node.stop_requested)
+        # who has not come by now does not look for this node
+        node.has_taken_over = self._met = self._missing = True
+        succession.take_screen(node)
+        code: int | None = None
+        try:
+            with node.folder.claim(node.config, allowed=handover.allowed, wait_s=WAIT_FOR_FOLDER_S):
+                self._print(f"{node.job.host} leads now, with {count(len(self._left()), 'node')}")
+                fault = f"the agent of {first} is gone: killed, or its node failed"
+                code = self._conclude(Watch(node, handover.attempt), EXIT_CODES["failed"], fault)
+                code = self._more_attempts(handover, code)
+        except ValueError as error:
+            self._print(f"{node.job.host} cannot lead on: {error}")
+        finally:
+            self._part(code)
+        return code
 
     def _has_trained(self) -> bool:
         """Whether steps of this run are saved: until then a checkpoint that --resume names is the start."""
@@ -107,14 +131,6 @@ class Leader:
         last = history.last()
         trained = last is not None and history.progress.read(last.attempt) is not None
         return trained and bool(self.node.folder.checkpoints())
-
-    def _memory(self) -> Snapshots | None:
-        """Return what keeps snapshots, where a restart could use them."""
-        if not self.node.allocation.requeues or self.node.config.checkpoint.memory_steps == 0:
-            return None
-        memory = Snapshots()
-        self.node.resources.callback(memory.close)
-        return memory
 
     def _save_from(self, memory: Snapshots) -> None:
         """Make the newest snapshot a checkpoint, from which any attempt can go on."""
@@ -127,8 +143,7 @@ class Leader:
     def _left(self) -> list[str]:
         """Return the nodes of the last attempt that are still there."""
         meeting = self.node.meeting
-        numbers = sorted(meeting.connected | {self.node.allocation.node})
-        there = {meeting.allocation.hosts[number] for number in numbers}
+        there = {meeting.allocation.hosts[number] for number in (meeting.allocation.node, *meeting.connected)}
         return [host for host in self.node.allocation.hosts if host in there]
 
     def _can_go_on(self) -> bool:
@@ -139,7 +154,7 @@ class Leader:
         had = node.allocation.nodes
         if len(left) == had:
             return True
-        least = node.config.launch.min_nodes or math.ceil(node.meeting.allocation.nodes / 2)
+        least = node.config.launch.min_nodes or math.ceil(node.job.nodes / 2)
         if len(left) < least or 2 * len(left) < had:
             self._print(
                 f"requeueing: {len(left)} of {had} nodes left, too few to go on in the job (launch.min_nodes)"
@@ -182,15 +197,16 @@ class Leader:
         meeting = self.node.meeting
         all_there = len(meeting.connected) == meeting.allocation.nodes - 1
         all_left = meeting.part(FAREWELL_S, of_all=not self._missing)
-        if code is not None and not (all_there and all_left):
-            _tell_batch_shell(code)
+        if code is not None and (self.node.has_taken_over or not (all_there and all_left)):
+            _tell_batch_shell(self.node.folder, code)
+        if code is not None and self.node.has_taken_over:
+            succession.end_job(self.node, code, leads=True)
         if not all_left and self.node.allocation.requeues:
             query.kill_step()
 
     def _attempt(self, handover: Handover) -> int:
         """Run one attempt: check, prepare, train, conclude."""
-        node, folder = self.node, self.node.folder
-        attempt = self._begin_attempt()
+        node, attempt = self.node, self._begin_attempt()
         if node.forks_ranks:
             _ = node.forkserver  # imports while the nodes are checked
         watch = Watch(node, attempt)
@@ -203,11 +219,17 @@ class Leader:
             fault = watch.fault
         except NotMet as missing:
             fault = str(missing)
-        cause = watch.cause_of_the_end()
-        code = conclude(folder, attempt, code, node.children, node.console, fault=fault, cause=cause)
+        return self._conclude(watch, code, fault)
+
+    def _conclude(self, watch: Watch, code: int, fault: str) -> int:
+        """Record how an attempt ended, and without whom; return its exit code."""
+        node, cause = self.node, watch.cause_of_the_end()
+        code = conclude(
+            node.folder, watch.attempt, code, node.children, node.console, fault=fault, cause=cause
+        )
         lost = [host for host in node.allocation.hosts if host not in self._left()]
         if lost and self._met:  # one that does not come, or refuses, is no loss
-            folder.note_attempt(lost=lost)
+            node.folder.note_attempt(lost=lost)
         return code
 
     def _begin_attempt(self) -> int:
@@ -336,11 +358,19 @@ class Leader:
         self.node.console.print(line, soft_wrap=True)
 
 
-def _tell_batch_shell(code: int) -> None:
-    """Leave this process's exit code to slurm/job.sh: srun's is that of an agent that was killed."""
+def _lead_exit_codes_to(folder: RunFolder) -> None:
+    """Have the file in which slurm/job.sh looks for the exit code be one that all nodes can write."""
+    folder.exit_code.unlink(missing_ok=True)
     if file := os.environ.get("QWENLORA_EXIT_CODE_FILE"):
         with suppress(OSError):  # a container may not have it
-            Path(file).write_text(str(code), encoding="utf-8")
+            Path(file).unlink(missing_ok=True)
+            Path(file).symlink_to(folder.exit_code)
+
+
+def _tell_batch_shell(folder: RunFolder, code: int) -> None:
+    """Leave this process's exit code to slurm/job.sh: srun's is that of an agent that was killed."""
+    with suppress(OSError):
+        folder.exit_code.write_text(str(code), encoding="utf-8")
 
 
 def _newest_step(folder: RunFolder) -> int:

@@ -38,8 +38,10 @@ class Meeting:
     def __init__(self, allocation: Allocation) -> None:
         self.allocation = allocation
         self.run_id = allocation.name or f"{allocation.job_id}.{allocation.restarts}"
-        # in a job the secret is the batch shell's (slurm/job.sh): everybody can see the job's id
-        self._token = f"{self.run_id} {allocation.secret or os.environ.get('QWENLORA_SECRET', '')}"
+        # in a job the secret is the batch shell's (slurm/job.sh): everybody can see the job's id.
+        # the host keeps the meetings of a run apart: another node may lead later
+        secret = allocation.secret or os.environ.get("QWENLORA_SECRET", "")
+        self._token = f"{self.run_id} {allocation.hosts[0]} {secret}"
         self._over = self._closed = False
         self._left: set[int] = set()
         self._dropped: set[int] = set()
@@ -127,6 +129,12 @@ class Meeting:
                     )
             time.sleep(RETRY_S)
 
+    def wait_for_all(self, timeout_s: float, stop_requested: Callable[[], bool]) -> None:
+        """Wait until all other nodes have come, or the time is over."""
+        end, others = time.monotonic() + timeout_s, self.allocation.nodes - 1
+        while len(self._peers) < others and time.monotonic() < end and not stop_requested():
+            time.sleep(RETRY_S)
+
     def _join_at(self, host: str, port: int) -> bool:
         """Connect to one port; return whether the first node's agent of this run answers there."""
         connection = socket.create_connection((host, port), timeout=2.0)
@@ -161,8 +169,9 @@ class Meeting:
         return self._peers.keys() - self._left - self._dropped
 
     def drop(self, node: int) -> None:
-        """End the connection to a node: its agent then ends its ranks, and leaves."""
+        """Have a node's agent end its ranks, and leave; end the connection to it."""
         self._dropped.add(node)
+        _send_line(self._peers[node], encode(RunOver()))
         _close(self._peers[node])
 
     def receive(self, timeout_s: float = 0.0) -> AgentMessage | None:

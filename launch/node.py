@@ -1,7 +1,7 @@
 """What an agent works with on its node, from the start to the end of a run."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from rich.console import Console
@@ -13,12 +13,14 @@ from qwenlora.launch.forkserver import Forkserver
 from qwenlora.launch.hostfile import processes_per_node
 from qwenlora.launch.meeting import Meeting
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.snapshots import Snapshots
 
 
 @dataclass
 class Node:
     """One node of a run. allocation: the nodes of the attempt, fewer than the job's once some are lost;
-    resources: closed when the node's part is over."""
+    resources: closed when the node's part is over; job: all nodes, as they were at the start; has_taken_over:
+    this node leads in place of one that is gone."""
 
     config: Config
     allocation: Allocation
@@ -26,6 +28,28 @@ class Node:
     meeting: Meeting
     console: Console
     resources: ExitStack
+    job: Allocation = field(init=False)
+    has_taken_over: bool = False
+
+    def __post_init__(self) -> None:
+        self.job = self.allocation
+
+    def meet(self, allocation: Allocation) -> None:
+        """Begin to meet again, with these nodes, of which the first leads."""
+        self.meeting.stay_until_exit()
+        self.meeting = self.resources.enter_context(Meeting(allocation))
+
+    @property
+    def keeps_snapshots(self) -> bool:
+        """Whether snapshots are kept in memory: a restart could use them, and they are wanted."""
+        return self.allocation.requeues and self.config.checkpoint.memory_steps != 0
+
+    @cached_property
+    def memory(self) -> Snapshots:
+        """What keeps them."""
+        memory = Snapshots()
+        self.resources.callback(memory.close)
+        return memory
 
     @cached_property
     def folder(self) -> RunFolder:

@@ -111,7 +111,7 @@ class Watch:
         if node in self._ended:  # its ranks did what they had to
             return
         self.fault = self.fault or f"the agent of {self._hosts[node]} {how}"
-        self._end_within(0.0 if self.node.allocation.first else GRACE_S)
+        self._end_within(0.0)  # they would wait for its ranks
 
     @property
     def _hosts(self) -> tuple[str, ...]:

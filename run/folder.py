@@ -44,6 +44,7 @@ class RunFolder:
         self.report = self.path / "report.html"  # of `qwenlora report`
         self.wandb_id = self.path / "wandb" / "run_id"
         self.wandb_url = self.path / "wandb" / "url"  # of a run that is online
+        self.exit_code = self.path / ".exit-code"  # of a job that has lost nodes, for its batch shell
         self._lock = self.path / ".lock"
         self._before: dict[Path, str | None] = {}  # the files' text before this attempt
 
@@ -250,6 +251,15 @@ class RunFolder:
         """The pid that last locked the folder, if that process ran on this machine; else None."""
         words = self._lock.read_text().split() if self._lock.exists() else []  # process PID on HOST
         return int(words[1]) if len(words) == 4 and words[3] == socket.gethostname() else None
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether another process holds the lock, and this machine's file system says so."""
+        try:
+            with self._lock.open("a+") as file:
+                return not _lock(file)
+        except OSError:
+            return False
 
     @contextmanager
     def _locked(self, wait_s: float = 0.0) -> Iterator[None]:

@@ -25,7 +25,8 @@ job_begin() {
             exit 2
         fi
     fi
-    # once a node or an agent is lost, srun's exit code is that of the lost one: the first agent leaves its own here
+    # once a node or an agent is lost, srun's exit code is that of the lost one: the agent that leads leaves its own
+    # here. The first agent makes it a link to a file in the run folder, which all nodes can write
     QWENLORA_EXIT_CODE_FILE=$(mktemp)
     export QWENLORA_EXIT_CODE_FILE
 }
@@ -72,7 +73,7 @@ job_end() {
     local code=$1 id state reason requeue restarts before=${SLURM_RESTART_COUNT:-0}
     id=$(job_id)
     if [[ -s $QWENLORA_EXIT_CODE_FILE ]]; then code=$(<"$QWENLORA_EXIT_CODE_FILE"); fi
-    rm -f "$QWENLORA_EXIT_CODE_FILE"
+    rm -f "$(readlink -f "$QWENLORA_EXIT_CODE_FILE")" "$QWENLORA_EXIT_CODE_FILE"
     job_stop_watcher
     # over 128: an agent was killed, or was told to stop before it handled signals. That is requeued ten times at most
     if ((code != 75 && (code <= 128 || before >= 10))); then exit "$code"; fi

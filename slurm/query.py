@@ -121,6 +121,11 @@ def requeue(job_id: str) -> str:
     return "" if answer.returncode == 0 or "pending execution" in answer.stderr else answer.stderr.strip()
 
 
+def cancel(job_id: str) -> None:
+    """End a job; it is not run again."""
+    _run("scancel", job_id)
+
+
 def kill_step() -> None:
     """Kill all processes of the step that this one is in, on all nodes."""
     _run("scancel", "--signal=KILL", f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}")

@@ -61,6 +61,8 @@ def train(process: Process, heart: Heart) -> Outcome:
     parts = build(context)
     trainer = parts.trainer
     recording = _announce(context, parts) if process.rank.first else None
+    if trainer.keeper:
+        trainer.keeper.constant = constant_files(parts.model, parts.tokenizer, parts.generation)
     for callback in callbacks(context, trainer, recording):
         trainer.add_callback(callback)
     _resume(context, trainer, recording)
@@ -69,9 +71,10 @@ def train(process: Process, heart: Heart) -> Outcome:
         _train(context, trainer)
         reason = _finish(context, parts, recording)
     finally:
-        if recording and trainer.saver:
+        if recording:
             recording.progress.stop()
-            trainer.saver.wait()  # after a fault, too: the next attempt may resume from this save
+        trainer.wait_for_saves()  # after a fault, too: the next attempt may resume from this save
+        if recording:
             recording.close(reason)
     if recording and reason == "done":
         planning.learn(context.process.run)

@@ -1,6 +1,7 @@
 """Builds what an attempt trains with: base, adapter, strategy, trainer and its callbacks. The order of these
 steps decides the numbers: they set seeds and call collectives."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from qwenlora.trainer.loop import trial
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.in_memory import InMemory
+from qwenlora.trainer.loop.keeper import Keeper
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model import pretrained
@@ -145,7 +147,9 @@ def _trainer(
         config,
         training_arguments(config, process.run, facts.units, world_size, evaluates, spread.name),
         Rows(order_of(config, train_side, packs), train_side, eval_side, _place_of(config, train_side)),
-        Services(_saver(context) if process.rank.first else None, context.stop, process.warn),
+        Services(
+            _saver(context) if process.rank.first else None, context.stop, process.warn, _keeper(context)
+        ),
         deepspeed=spread.deepspeed,
         team=team,
         experts=divided,
@@ -155,7 +159,7 @@ def _trainer(
 
 def _saver(context: Context) -> Saver:
     process = context.process
-    saver = Saver(
+    return Saver(
         process.run,
         context.identity,
         process.rank.world_size,
@@ -165,8 +169,13 @@ def _saver(context: Context) -> Saver:
         warn=process.warn,
         give_up=process.give_up,
     )
-    saver.keep_in(process.handover.memory)
-    return saver
+
+
+def _keeper(context: Context) -> Keeper | None:
+    process = context.process
+    if not process.handover.memory or os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    return Keeper(process.handover.memory, context.identity, process.rank.world_size, process.warn)
 
 
 def _place_of(config: Config, side: Side) -> Callable[[int], str]:

@@ -9,20 +9,15 @@ import pytest
 from rich.console import Console
 
 from qwenlora.configs import load_config
-from qwenlora.launch import follower, preflight
+from qwenlora.launch import preflight
 from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.children import Children
 from qwenlora.launch.follower import follow
 from qwenlora.launch.leader import Leader
 from qwenlora.launch.meeting import Meeting, NotMet
 from qwenlora.launch.node import Node
-from qwenlora.slurm.query import JobInfo
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-
-
-def job(*nodes, state="RUNNING", restarts=0, requeue=True):
-    return JobInfo("41", state, restarts=restarts, requeue=requeue, nodes=nodes)
 
 
 @pytest.fixture
@@ -52,41 +47,6 @@ def check(tmp_path):
         return nodes[0].console.file.getvalue()
 
     return check
-
-
-@pytest.mark.parametrize(
-    ("answers", "requeued"),
-    [
-        ([job("127.0.0.1", "127.0.0.2", "127.0.0.3"), job("127.0.0.2", "127.0.0.3")], True),
-        ([job("127.0.0.1", "127.0.0.2"), None], False),  # scontrol is not there
-        ([job("127.0.0.2", state="COMPLETING")], False),  # Slurm stops it, or has requeued it
-        ([job("127.0.0.2", restarts=1)], False),
-        ([job("127.0.0.2", requeue=False), None], False),
-        ([job("127.0.0.3", "127.0.0.2"), None], False),  # another one does it
-    ],
-)
-@pytest.mark.parametrize("answers_still", [True, False])
-def test_a_job_without_its_first_node_is_requeued_once_slurm_knows(
-    tmp_path, monkeypatch, answers, requeued, answers_still
-):
-    asked, done = iter(answers), []
-    monkeypatch.setattr(follower, "_answers", lambda _: answers_still)
-    monkeypatch.setattr(follower.query, "ask", lambda _: next(asked))
-    monkeypatch.setattr(follower.query, "requeue", done.append)
-    monkeypatch.setattr(follower.time, "sleep", lambda _: None)
-    hosts = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
-    allocation = Allocation(1, hosts, "41", 0, True)
-    config = load_config(TINY, [f"run_dir={tmp_path}"])
-    console, meeting = Console(file=io.StringIO()), Meeting(allocation)
-    node = Node(config, allocation, Children(), meeting, console, ExitStack())
-    assert follower._without_the_first(node) == 1
-    # a machine that answers has its batch shell, which requeues the job
-    assert done == (["41"] if requeued and not answers_still else [])
-
-
-def test_a_machine_answers_if_only_to_refuse():
-    assert follower._answers("127.0.0.1")
-    assert not follower._answers("no-such-host.invalid")
 
 
 def test_nodes_that_are_alike_pass(check):

@@ -4,14 +4,17 @@ import json
 import os
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import forked
+import numpy as np
 
 import qwenlora
 
 TRAIN = str(Path(qwenlora.__path__[0], "slurm", "train.sh"))
 QWENLORA = str(Path(sys.executable).with_name("qwenlora"))
+ALL_STEPS = ("train.save_steps=1", "train.save_total_limit=null")
 CONFIG = """
 model: {name_or_path: tiny}
 data: {train: example}
@@ -75,3 +78,26 @@ def wait_for_step(run: Path, attempt: int, step: int, timeout_s: float = 600.0) 
             return
         time.sleep(0.1)
     raise AssertionError(f"attempt {attempt} did not come to step {step}")
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def assert_exact(run: Path, folder: Path) -> None:
+    """The adapter is, to the bit, that of a run which was stopped and resumed with the same ranks at the same
+    steps, and the losses are those of the undisturbed run. folder: has that one, with as many ranks at first
+    and ALL_STEPS."""
+    found, before = attempts(run), "run"
+    for number, (last, one) in enumerate(pairwise(found), 1):
+        if last["processes"] == one["processes"]:
+            continue  # then the adapter is also the undisturbed one's
+        name = f"{run.parent.parent.name}-{number}"
+        more = (f"--resume={folder}/runs/{before}/{one['resumed_from']}", *ALL_STEPS)
+        locally(folder, "my.yaml", name, one["processes"], *more)
+        before = name
+    assert adapter(run) == adapter(folder / "runs" / before)
+    expected, got = losses(folder / "runs/run"), losses(run)
+    assert got.keys() == expected.keys()
+    np.testing.assert_allclose([*got.values()], [*expected.values()], rtol=1e-5)

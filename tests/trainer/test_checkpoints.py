@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Cursor, Schedule, State
 from qwenlora.run.snapshots import Snapshots
+from qwenlora.trainer.loop.keeper import Keeper
 from qwenlora.trainer.loop.saver import Saver
 from qwenlora.trainer.loop.state import Snapshot
+from qwenlora.trainer.loop.trainer import LoraTrainer
 
 
 def snapshot(value: float = 1.0) -> Snapshot:
@@ -439,22 +442,27 @@ def test_a_slow_file_system_does_not_hold_up_training(run, identity, monkeypatch
 
 
 @pytest.fixture
-def memory(saver):
+def memory():
     memory = Snapshots()
-    saver.keep_in(memory.paths)
     yield memory
     memory.close()
 
 
-def keep(saver, step):
-    assert saver.can_keep()
-    saver.keep(step, snapshot(), {"state.json": state(True).revised(step=step).text()})
+@pytest.fixture
+def keeper(memory, identity):
+    return Keeper(memory.paths, identity, 1, print)
 
 
-def test_the_two_newest_snapshots_are_kept_with_all_that_a_checkpoint_has(saver, memory, run):
+def keep(keeper, step):
+    assert keeper.can_keep()
+    keeper.keep(step, snapshot(), {"state.json": state(True).revised(step=step).text()})
+
+
+def test_the_two_newest_snapshots_are_kept_with_all_that_a_checkpoint_has(keeper, memory, run):
+    keeper.constant = {"adapter_config.json": b"{}"}
     for step in (3, 4, 5):
-        keep(saver, step)
-    saver.wait()
+        keep(keeper, step)
+    keeper.wait()
     assert names(run) == []
     assert memory.save_newest(run) == ("checkpoint-5", [])
     assert sorted(path.name for path in run.checkpoint(5).iterdir()) == FILES
@@ -463,30 +471,32 @@ def test_the_two_newest_snapshots_are_kept_with_all_that_a_checkpoint_has(saver,
     assert memory.save_newest(run) == ("checkpoint-4", [])
 
 
-def test_no_snapshot_is_kept_while_a_save_is_under_way(run, identity, memory, monkeypatch):
+def test_no_snapshot_is_kept_while_a_save_is_under_way(run, identity, keeper, monkeypatch):
     import threading
 
     release = threading.Event()
     monkeypatch.setattr("qwenlora.trainer.loop.saver.sync", lambda _: release.wait(20))
     saver = Saver(run, identity, 1, limit=None, in_background=True, timeout_s=600)
-    saver.keep_in(memory.paths)
+    rank_0 = SimpleNamespace(saver=saver, keeper=keeper)
     saver.save(4, snapshot(), {"state.json": state().text()}, {})
-    assert not saver.can_keep()
+    assert not LoraTrainer._can_keep(rank_0)
     release.set()
     saver.wait()
-    assert saver.can_keep()
+    assert LoraTrainer._can_keep(rank_0)
 
 
 @pytest.mark.parametrize("hinders", ["little memory", "a weight that is not finite"])
-def test_what_cannot_be_kept_is_said_once_and_training_goes_on(saver, memory, run, monkeypatch, hinders):
+def test_what_cannot_be_kept_is_said_once_and_training_goes_on(
+    keeper, saver, memory, run, monkeypatch, hinders
+):
     warned = []
-    monkeypatch.setattr(saver, "warn", warned.append)
+    monkeypatch.setattr(keeper, "warn", warned.append)
     if hinders == "little memory":
-        monkeypatch.setattr("qwenlora.trainer.loop.saver.free_memory", lambda: 100)
+        monkeypatch.setattr("qwenlora.trainer.loop.keeper.free_memory", lambda: 100)
     else:
-        monkeypatch.setattr("qwenlora.trainer.loop.saver.not_finite", lambda _: "lora_A")
-    keep(saver, 4)
-    assert not saver.can_keep(), "and none is tried again"
+        monkeypatch.setattr("qwenlora.trainer.loop.keeper.not_finite", lambda _: "lora_A")
+    keep(keeper, 4)
+    assert not keeper.can_keep(), "and none is tried again"
     (line,) = warned
     assert line.startswith("no more snapshots in memory: ")
     assert memory.save_newest(run) == ("", [])

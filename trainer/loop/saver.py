@@ -1,25 +1,21 @@
 """Writes checkpoints: staged, hashed, synced, renamed; in the background, on rank 0 alone. A failed save
 costs only itself: its staging folder is removed, earlier checkpoints stay, training goes on. A save that
-hangs ends the process. In between it keeps snapshots in the agent's memory, for a restart in the same job."""
+hangs ends the process."""
 
-import hashlib
 import logging
 import re
 import shutil
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import save, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
-from qwenlora.run import checkpoints, snapshots
+from qwenlora.run import checkpoints
 from qwenlora.run.checkpoints import ADAPTER, MANIFEST, OPTIMIZER
 from qwenlora.run.disk import settle, sha256, sync
 from qwenlora.run.folder import RunFolder
-from qwenlora.run.hardware import free_memory
 from qwenlora.run.records import FileEntry, Identity
 from qwenlora.trainer.loop.state import Snapshot, not_finite
 
@@ -44,7 +40,6 @@ class Saver:
     ) -> None:
         self.run, self.identity, self.world_size, self.limit = run, identity, world_size, limit
         self.in_background, self.timeout_s, self.warn, self.give_up = in_background, timeout_s, warn, give_up
-        self._memory: deque[Path] = deque()  # the one that is written next is the first
         self.failure = ""
         self.last_seconds = 0.0
         self._constant: dict[str, bytes] = {}
@@ -67,47 +62,10 @@ class Saver:
         else:
             self._save(*arguments)
 
-    def keep_in(self, files: Sequence[str]) -> None:
-        """Set the agent's files for snapshots (run/snapshots.py); none: no snapshots are kept."""
-        self._memory = deque(map(Path, files))
-
-    def can_keep(self) -> bool:
-        """Whether a snapshot can be kept in memory now: no save to disk is under way, which may take long."""
-        if self._thread and self._thread.is_alive() and self._thread.name.startswith("save-"):
-            return False
-        self.wait()
-        return bool(self._memory)
-
-    def keep(self, step: int, snapshot: Snapshot, texts: dict[str, str]) -> None:
-        """Keep a snapshot in memory, in place of the older of two; can_keep() first. texts: as of save."""
-        assert self._thread is None, "can_keep() first"
-        self._thread = threading.Thread(
-            target=self._keep, args=(step, snapshot, texts), name=f"keep-{step}", daemon=True
-        )
-        self._thread.start()
-
-    def _keep(self, step: int, snapshot: Snapshot, texts: dict[str, str]) -> None:
-        file, size = self._memory[0], sum(map(_bytes_of, (snapshot.adapter, snapshot.optimizer)))
-        try:
-            if broken := not_finite(snapshot.adapter):
-                raise ValueError(f"its weights are not finite ({broken})")
-            free = free_memory() + file.stat().st_size
-            if free < 4 * size:  # two snapshots, and one while it is written
-                raise ValueError(f"{free / 1e6:,.0f} MB of memory are free, it needs {4 * size / 1e6:,.0f}")
-            contents = {name: text.encode() for name, text in texts.items()} | self._constant
-            contents[ADAPTER] = save(snapshot.adapter, metadata={"format": "pt"})
-            contents[OPTIMIZER] = save(snapshot.optimizer)
-            files = {
-                name: FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-                for name, content in contents.items()
-            }
-            manifest = checkpoints.manifest_text(step, self.world_size, self.identity, files)
-            snapshots.write(file, contents, manifest)
-        except Exception as error:  # of any kind: nothing else would report an error of this thread
-            self._memory.clear()
-            self.warn(f"no more snapshots in memory: {reason_of(error)}; a restart uses the last checkpoint")
-        else:
-            self._memory.rotate(-1)
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Wait until the current save, if any, has ended."""
@@ -182,10 +140,6 @@ class Saver:
         log.error(message)
         if self.give_up:
             self.give_up(message)
-
-
-def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def reason_of(error: Exception) -> str:

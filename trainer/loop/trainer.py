@@ -31,6 +31,7 @@ from qwenlora.trainer.loop import state as states
 from qwenlora.trainer.loop.batches import Rows, StepLoader, seed_micro_batch, weight_of
 from qwenlora.trainer.loop.chunked_loss import own_the_loss
 from qwenlora.trainer.loop.evaluation import eval_batches, evaluations_since_best, metrics_of, sum_losses
+from qwenlora.trainer.loop.keeper import Keeper
 from qwenlora.trainer.loop.neftune import Noise
 from qwenlora.trainer.loop.nonfinite import NonFiniteSteps
 from qwenlora.trainer.loop.resume import ResumeCallback
@@ -52,11 +53,13 @@ log = logging.getLogger("qwenlora")
 
 
 class Services(NamedTuple):
-    """saver: writes checkpoints, None except on rank 0; stop: decides when to stop; warn: shows a line."""
+    """saver: writes checkpoints, None except on rank 0; stop: decides when to stop; warn: shows a line;
+    keeper: keeps snapshots in memory, on the first rank of each node, where that is wanted."""
 
     saver: Saver | None = None
     stop: Stop | None = None
     warn: Callable[[str], None] = log.warning
+    keeper: Keeper | None = None
 
 
 class LoraTrainer(Trainer):
@@ -88,6 +91,7 @@ class LoraTrainer(Trainer):
     ):
         self.config, self.rows, self.order, self.train_side = config, rows, rows.order, rows.train
         self.saver, self.stop, self.warn = services.saver, services.stop or Stop(), services.warn
+        self.keeper = services.keeper
         self.resumed: State | None = None
         self.losses: dict[int, float] = {}  # {step: eval_loss}, by which the best checkpoint is kept
         self.zero: Zero | None = None
@@ -425,9 +429,8 @@ class LoraTrainer(Trainer):
             return
         start = time.perf_counter()
         losses = self._losses_of_all_ranks()
-        if self.saver:
-            self.saver.wait()  # it reads the buffers that are overwritten next
-        snapshot = self._snapshot()
+        self.wait_for_saves()  # they read the buffers that are overwritten next
+        snapshot = self._snapshot(copied=self.saver is not None)
         if self.saver:
             step = self.state.global_step
             saved = {step_of(folder) for folder in self.saver.run.checkpoints()} | {step}
@@ -444,29 +447,43 @@ class LoraTrainer(Trainer):
     def _keep_in_memory(self) -> None:
         """Copy the same to host memory, and have it kept there, unless a save is still under way."""
         start = time.perf_counter()
-        if from_rank_0(lambda: bool(self.saver and self.saver.can_keep())):
-            losses, snapshot = self._losses_of_all_ranks(), self._snapshot()
-            if self.saver:
-                self.saver.keep(self.state.global_step, snapshot, self._texts(snapshot, losses))
+        if from_rank_0(self._can_keep):
+            losses = self._losses_of_all_ranks()
+            self.wait_for_saves()
+            snapshot = self._snapshot(copied=self.keeper is not None)
+            texts = from_rank_0(lambda: self._texts(snapshot, losses))  # it alone knows the tracker's run
+            if self.keeper:
+                self.keeper.keep(self.state.global_step, snapshot, texts)
         stall = time.perf_counter() - start
         self.idle_s += stall
         self.saving_s += stall
 
-    def _snapshot(self) -> states.Snapshot:
-        """Return copies of all that training changes, empty except on rank 0; all ranks call it."""
+    def _can_keep(self) -> bool:
+        """Whether rank 0 can keep a snapshot: a save to disk, which may take long, reads the same copies."""
+        saves = self.saver is not None and self.saver.is_saving
+        return not saves and self.keeper is not None and self.keeper.can_keep()
+
+    def wait_for_saves(self) -> None:
+        """Wait until this rank has written the last checkpoint, and kept the last snapshot."""
+        for one in (self.saver, self.keeper):
+            if one:
+                one.wait()
+
+    def _snapshot(self, *, copied: bool) -> states.Snapshot:
+        """Return copies of all that training changes, empty where they are not wanted; all ranks call it."""
         with self.whole():
             tensors = states.adapter_of(self.peft_model)
             states.check_alike(tensors, self.args.device)
-            adapter = self._memory.copy("adapter", tensors.items() if self.saver else ())
+            adapter = self._memory.copy("adapter", tensors.items() if copied else ())
         state = self.zero.state() if self.zero else states.optimizer_state(self.peft_model, self._adam)
         if experts := self.experts:
             state = ((name, key, experts.gathered(name, value)) for name, key, value in state)
         named = ((f"{name}/{key}", value) for name, key, value in state)
-        if self.saver:
+        if copied:
             optimizer = self._memory.copy("optimizer", named)
             snapshot = states.Snapshot(adapter, optimizer, states.changed_settings(self._adam))
         else:
-            for _ in named if self.zero or experts else ():  # rank 0 needs this rank in each gathering
+            for _ in named if self.zero or experts else ():  # others need this rank in each gathering
                 pass
             snapshot = states.Snapshot({}, {}, [])
         self._memory.sync()

@@ -1,0 +1,92 @@
+"""When the agent that leads is gone, in a job: the next node of the attempt leads, or the one after it. It is
+the lock of the run folder that decides: who holds it, leads. The batch shell is gone, too, if its machine is;
+then the agent that leads does at the end what the shell would have done."""
+
+import os
+import socket
+import time
+
+from qwenlora.launch.meeting import NotMet
+from qwenlora.launch.node import Node
+from qwenlora.run.history import EXIT_CODES
+from qwenlora.slurm import query
+
+ANSWER_S = 3.0  # for a machine to answer, with a refusal, too
+NODE_LOSS_S = 600.0  # for Slurm to notice that a node is gone (SlurmdTimeout: 300 s by default)
+
+
+def meet_anew(node: Node) -> None:
+    """Meet at the first node that is left of the attempt's. After this, node.meeting tells whether this one
+    leads: it does if those before it do not answer."""
+    hosts, number = node.allocation.hosts, node.allocation.node
+    for before in range(1, number):
+        node.meet(node.allocation.among(hosts[before:]))
+        try:
+            node.meeting.join(node.config.launch.join_timeout_s, lambda: node.stop_requested)
+        except NotMet:
+            continue
+        return
+    node.meet(node.allocation.among(hosts[number:]))
+
+
+def take_screen(node: Node) -> None:
+    """Have this process write to the job's output itself, if srun and the batch shell, which did so, are
+    gone."""
+    job = query.ask(node.job.job_id) if node.job.job_id else None
+    if job is None or job.stdout is None or not _is_gone(node.job.hosts[0], job):
+        return
+    try:
+        output = os.open(job.stdout, os.O_WRONLY | os.O_APPEND)
+    except OSError:  # it is not on a file system that nodes share
+        return
+    for standard in (1, 2):
+        os.dup2(output, standard)
+    os.close(output)
+
+
+def end_job(node: Node, code: int, *, leads: bool) -> None:
+    """End the job, or requeue it, where its batch shell is gone: Slurm would keep it until its time limit.
+    code: of the run. Slurm has no command that completes a job: one that is done is requeued, too, and ends
+    at its start. Not before Slurm has noticed: the job would be given the lost node again. leads: this node
+    led at the end; if none did, the first of those that are left does it."""
+    job_id, first = node.job.job_id, node.job.hosts[0]
+    end = time.monotonic() + NODE_LOSS_S
+    while job_id and time.monotonic() < end and not node.stop_requested:
+        job = query.ask(job_id)
+        if job is None or job.state != "RUNNING" or job.restarts != node.job.restarts:
+            return  # Slurm has ended or requeued it, or is not there to be asked
+        if first in job.nodes:
+            if _answers(first):
+                return  # its batch shell does it
+        elif leads or job.nodes[:1] == (node.job.host,):
+            _end_now(node, job, code)
+            return
+        time.sleep(1.0)
+
+
+def _end_now(node: Node, job: query.JobInfo, code: int) -> None:
+    if job.requeue and code in (EXIT_CODES["done"], EXIT_CODES["stopped"]):
+        then = "" if code else "; the run is done: it ends as soon as it starts"
+        node.console.print(
+            f"requeueing job {job.job_id}: {node.job.hosts[0]} is gone, and its batch shell{then}",
+            soft_wrap=True,
+        )
+        query.requeue(job.job_id)
+    else:
+        query.cancel(job.job_id)
+
+
+def _is_gone(host: str, job: query.JobInfo) -> bool:
+    """Whether a machine has left the job, or is about to: Slurm takes minutes to notice."""
+    return host not in job.nodes or not _answers(host)
+
+
+def _answers(host: str) -> bool:
+    """Whether a machine is there: it answers, if only to refuse."""
+    try:
+        socket.create_connection((host, 1), timeout=ANSWER_S).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,138 @@
+"""Who leads when the agent that led is gone, and what becomes of a job without its batch shell."""
+
+import fcntl
+import io
+import os
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from qwenlora.configs import load_config
+from qwenlora.launch import leader as leading
+from qwenlora.launch import succession
+from qwenlora.launch.allocation import Allocation
+from qwenlora.launch.children import Children
+from qwenlora.launch.leader import Leader
+from qwenlora.launch.meeting import Meeting
+from qwenlora.launch.node import Node
+from qwenlora.run.handover import Handover
+from qwenlora.run.history import EXIT_CODES
+from qwenlora.slurm.query import JobInfo
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+
+
+def job(*nodes, state="RUNNING", restarts=0, requeue=True, stdout=None):
+    return JobInfo("41", state, restarts=restarts, requeue=requeue, nodes=nodes, stdout=stdout)
+
+
+@pytest.fixture
+def node(tmp_path):
+    """Return a function that makes a node of three."""
+    with ExitStack() as stack:
+
+        def node(number, *overrides):
+            allocation = Allocation(number, HOSTS, "41", 0, True)
+            config = load_config(TINY, [f"run_dir={tmp_path}/run", "launch.join_timeout_s=1", *overrides])
+            console, meeting = Console(file=io.StringIO(), width=300), Meeting(allocation)
+            return Node(config, allocation, Children(), meeting, console, stack)
+
+        yield node
+
+
+def met(nodes):
+    """Have nodes meet anew; return which of them lead, and how many came to those."""
+    threads = [threading.Thread(target=succession.meet_anew, args=(one,)) for one in nodes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    leaders = [one for one in nodes if one.meeting.allocation.first]
+    for one in leaders:
+        one.meeting.wait_for_all(0.5, lambda: False)
+    return [(one.job.node, len(one.meeting.connected)) for one in leaders]
+
+
+def test_the_next_node_leads(node):
+    assert met([node(1), node(2)]) == [(1, 1)]
+
+
+def test_the_one_after_it_leads_when_that_is_gone_too(node):
+    assert met([node(2)]) == [(2, 0)]
+
+
+def test_who_cannot_have_the_run_folders_lock_does_not_lead(node, monkeypatch):
+    """As when the first node lives, and only the connection is gone."""
+    second = node(1)
+    monkeypatch.setattr(leading, "WAIT_FOR_FOLDER_S", 0.0)
+    monkeypatch.setattr(succession, "take_screen", lambda _: None)
+    folder = second.folder
+    folder.path.mkdir()
+    folder.config.write_text("a run")
+    met([second])
+    with (folder.path / ".lock").open("w") as lock:
+        lock.write("process 1 on 127.0.0.1")
+        lock.flush()
+        assert not folder.is_locked
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert folder.is_locked
+        assert Leader(second).take_over(Handover(1), HOSTS[0]) is None
+    said = second.console.file.getvalue()
+    assert "127.0.0.2 cannot lead on: run_dir=" in said
+    assert "is in use by process 1 on 127.0.0.1" in said
+    assert not folder.history.attempts()
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "leads", "ended"),
+    [
+        ([job(*HOSTS), job(*HOSTS[1:])], "stopped", False, "requeue"),
+        ([job(*HOSTS[1:])], "done", True, "requeue"),  # it ends at its start
+        ([job(*HOSTS[1:])], "failed", True, "cancel"),
+        ([job(*HOSTS[1:], requeue=False)], "stopped", True, "cancel"),
+        ([job(*HOSTS[:2]), None], "stopped", True, ""),  # scontrol is not there
+        ([job("127.0.0.2", state="COMPLETING")], "stopped", True, ""),  # Slurm stops it, or has requeued it
+        ([job("127.0.0.2", restarts=1)], "stopped", True, ""),
+        ([job("127.0.0.3", "127.0.0.2")], "stopped", True, "requeue"),
+        ([job("127.0.0.3", "127.0.0.2"), None], "stopped", False, ""),  # another one does it
+    ],
+)
+@pytest.mark.parametrize("answers_still", [True, False])
+def test_a_job_without_its_batch_shell_is_ended_once_slurm_knows(
+    node, monkeypatch, answers, code, leads, ended, answers_still
+):
+    asked, done = iter(answers), []
+    monkeypatch.setattr(succession, "_answers", lambda _: answers_still)
+    monkeypatch.setattr(succession.query, "ask", lambda _: next(asked))
+    monkeypatch.setattr(succession.query, "requeue", lambda _: done.append("requeue"))
+    monkeypatch.setattr(succession.query, "cancel", lambda _: done.append("cancel"))
+    monkeypatch.setattr(succession.time, "sleep", lambda _: None)
+    succession.end_job(node(1), EXIT_CODES[code], leads=leads)
+    # a machine that is in the job, and answers, has the batch shell, which ends the job
+    lives = answers_still and HOSTS[0] in answers[0].nodes
+    assert done == ([ended] if ended and not lives else [])
+
+
+@pytest.mark.parametrize(("nodes", "written"), [(HOSTS, ""), (HOSTS[1:], "a line\n")])
+def test_the_output_is_written_here_when_the_batch_shell_is_gone(node, monkeypatch, tmp_path, nodes, written):
+    output = tmp_path / "slurm-41.out"
+    output.touch()
+    monkeypatch.setattr(succession.query, "ask", lambda _: job(*nodes, stdout=output))
+    child = os.fork()
+    if not child:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        succession.take_screen(node(1))
+        os.write(1, b"a line\n")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert output.read_text() == written
+
+
+def test_a_machine_answers_if_only_to_refuse():
+    assert succession._answers("127.0.0.1")
+    assert not succession._answers("no-such-host.invalid")
