@@ -128,5 +128,6 @@ def _differing(configs: list[Config]) -> set[str]:
 
 
 def _as_line(config: Config, keys: list[str]) -> str:
+    """Return settings on a line, without those that are not set."""
     values = settings(config)
-    return "  ".join(f"{key}={as_yaml(values[key])}" for key in keys)
+    return "  ".join(f"{key}={as_yaml(values[key])}" for key in keys if values[key] not in (None, {}))

@@ -62,8 +62,6 @@ def test_bash_is_told_what_may_follow(folder):
 def test_other_shells_are_told_the_same(folder, shell):
     (script,) = ["\n".join(said(folder, "qwenlora", "completion", shell))]
     assert "_QWENLORA_COMPLETE=complete_" in script
-    if shutil.which(shell):
-        said(folder, shell, *(["-n", "-c", script] if shell == "zsh" else ["--no-execute", "-c", script]))
     variables = {
         "_QWENLORA_COMPLETE": f"complete_{shell}",
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
@@ -72,3 +70,27 @@ def test_other_shells_are_told_the_same(folder, shell):
     answer = " ".join(said(folder, "qwenlora", **variables))
     assert "log.wandb=offline" in answer
     assert "log.wandb=online" not in answer
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
+def test_fish_completes(folder):
+    asked = ["qwenlora stat", "qwenlora status runs/s", "qwenlora train my.yaml log.wandb=of"]
+    ask = "; ".join(["qwenlora completion fish | source", *(f"complete -C '{words}'" for words in asked)])
+    words = [line.split("\t")[0] for line in said(folder, "fish", "--no-config", "-c", ask)]
+    assert words == ["status", "runs/second", "runs/sweep", "log.wandb=off", "log.wandb=offline"]
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
+def test_zsh_completes_and_a_value_follows_a_key_at_once(folder):
+    """Keys are pressed: a tab, an X to see whether a space came before it, in front what prints the line."""
+    asked = ["qwenlora stat", "qwenlora train my.yaml lora.ran", "qwenlora train my.yaml train.on_nan=ro"]
+    keys = "".join(f"{words}\tX\x01print -r >> said -- \n" for words in asked)
+    start = "autoload -Uz compinit; compinit -u -D; source <(qwenlora completion zsh)\n"
+    script = ["script", "-qec", "zsh -f -i", "/dev/null"]
+    keys = f"{start}{keys}exit\n"
+    subprocess.run(script, cwd=folder, env=ENVIRONMENT, input=keys, text=True, timeout=120, check=True)
+    assert (folder / "said").read_text().splitlines() == [
+        "qwenlora status X",
+        "qwenlora train my.yaml lora.rank_pattern=X",
+        "qwenlora train my.yaml train.on_nan=rollback X",
+    ]

@@ -45,13 +45,17 @@ def test_runs_are_listed_with_how_far_they_are_the_newest_last(make, listed):
 
 def test_what_all_have_is_said_once_and_what_differs_by_run(make, listed):
     make("a")
-    make("b", "lora.r=8", "data.train=[{path: other.jsonl, weight: 2}, more.jsonl]", "log.wandb=off")
+    more = ["data.roles={bot: user}", "log.wandb=off"]
+    make("b", "lora.r=8", "data.train=[{path: other.jsonl, weight: 2}, more.jsonl]", *more)
     text = listed(width=200)
     assert "all 2: model.name_or_path=tiny  train.learning_rate=0.0002" in text
     last = [line.rstrip().split(maxsplit=1) for line in text.splitlines()[-2:]]
     assert last == [
         ["a", "data.train=rows/my.jsonl  lora.r=16"],
-        ["b", "data.train=[{path: other.jsonl, weight: 2.0}, more.jsonl]  lora.r=8"],
+        [
+            "b",
+            "data.train=[{path: other.jsonl, weight: 2.0}, more.jsonl]  data.roles={bot: user}  lora.r=8",
+        ],
     ]
     assert "wandb" not in text  # how a run is watched makes no version of it
 
