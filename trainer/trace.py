@@ -69,9 +69,20 @@ def build(
     *,
     sharded_by_deepspeed: bool = False,
 ) -> tuple[Any, Any]:
-    """Return a base of random weights, and it with its adapter, as trainer/build.py makes them."""
+    """Return a base of random weights, and it with its adapter."""
     config = AutoConfig.for_model(**values)
-    base = class_of(config).from_config(config, dtype=dtype)
+    return with_adapter(
+        class_of(config).from_config(config, dtype=dtype),
+        lora,
+        recomputed,
+        sharded_by_deepspeed=sharded_by_deepspeed,
+    )
+
+
+def with_adapter(
+    base: Any, lora: Lora, recomputed: int = 0, *, sharded_by_deepspeed: bool = False
+) -> tuple[Any, Any]:
+    """Return a base, and it with its adapter, as trainer/build.py makes them."""
     set_up(base, recomputed)
     attend_row_by_row(base, states_apart=keep_states_apart(base))
     model = add_lora(base, lora)

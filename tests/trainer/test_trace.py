@@ -4,6 +4,7 @@ formulas are near them."""
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwenlora.configs.combinations import Machine
 from qwenlora.configs.estimate import Sizes, need
@@ -13,7 +14,8 @@ from qwenlora.plan.counts import count
 from qwenlora.plan.flops import flops
 from qwenlora.plan.shape import shape_of
 from qwenlora.trainer.model import fused_experts
-from qwenlora.trainer.trace import build, follow, trace
+from qwenlora.trainer.model.loading import load_base
+from qwenlora.trainer.trace import build, follow, trace, with_adapter
 
 LAYERS, TOKENS, TRAINED = 4, 512, 100
 # one of each family, with its published widths
@@ -50,19 +52,46 @@ def test_a_trace_has_the_bytes_and_operations_of_a_real_micro_batch(monkeypatch,
     assert traced.peak == pytest.approx(real.peak, rel=0.03)
 
 
-def planned(name, values, lora, strategy="ddp"):
-    """Return what formulas say of a base that is cut, and its counts."""
-    parameters = count(shape_of(values, name), lora)
-    config = Config.model_validate(
+@pytest.mark.parametrize(
+    ("name", "matrix"), [("Qwen3-0.6B", 3072 * 256), ("Qwen3-30B-A3B", 8 * 2 * 768 * 256)]
+)
+def test_a_base_in_nf4_takes_what_is_traced_and_its_largest_matrix_in_16_bits(
+    monkeypatch, tmp_path, name, matrix
+):
+    monkeypatch.setattr(fused_experts.Matrices, "low_dtype", fused_experts.Matrices.dtype)
+    values = cut(name, small=True)
+    traced = trace(values, Lora(), tokens=TOKENS, trained=TRAINED)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=torch.bfloat16).save_pretrained(
+        tmp_path
+    )
+    config = config_of(str(tmp_path), Lora(), strategy={"quantization": "nf4"}, dtype="bfloat16")
+    real = follow(*with_adapter(load_base(config, str(tmp_path)), Lora()), TOKENS, TRAINED)
+    assert traced.kept == pytest.approx(real.kept, rel=0.03)
+    assert traced.peak + 2 * matrix == pytest.approx(real.peak, rel=0.01)
+    parameters = count(shape_of(values, name), Lora())
+    needed = need(config, Sizes.of(parameters), "ddp", Machine(1, 1, 0))
+    assert needed.weights == pytest.approx(real.weights - 4 * parameters.trainable, rel=0.03)
+
+
+def config_of(name, lora, strategy=None, dtype="auto"):
+    return Config.model_validate(
         {
             "run_dir": "r",
-            "model": {"name_or_path": name},
+            "model": {"name_or_path": name, "dtype": dtype},
             "data": {"train": "example", "max_length": TOKENS, "packing": "on"},
             "lora": lora,
             "train": {"gradient_checkpointing": False},
+            "strategy": strategy or {},
         }
     )
-    return need(config, Sizes.of(parameters), strategy, Machine(1, 1, 1, 80 * 10**9)), parameters
+
+
+def planned(name, values, lora, strategy="ddp"):
+    """Return what formulas say of a base that is cut, and its counts."""
+    parameters = count(shape_of(values, name), lora)
+    return need(
+        config_of(name, lora), Sizes.of(parameters), strategy, Machine(1, 1, 1, 80 * 10**9)
+    ), parameters
 
 
 @pytest.mark.parametrize(
