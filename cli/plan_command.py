@@ -15,13 +15,14 @@ from qwenlora.configs import Config, load_config
 from qwenlora.configs.combinations import Machine
 from qwenlora.configs.estimate import tokens_at_once
 from qwenlora.plan import hardware, measured, table
+from qwenlora.plan.adapter import check_divided
 from qwenlora.plan.bases import shape_of_base, values_of_base
 from qwenlora.plan.counts import count
 from qwenlora.plan.flops import flops
 from qwenlora.plan.measured import Measured, device_of
 from qwenlora.plan.plan import STRATEGIES, Plan, Way, make_plan, with_micro_batch
 from qwenlora.plan.rows import rows_of
-from qwenlora.plan.scale import FAILURES, Scale, scales
+from qwenlora.plan.scale import FAILURES, scales
 from qwenlora.plan.scale import plot as plot_scales
 from qwenlora.plan.scale import show as show_scales
 from qwenlora.plan.speed import Case, Links
@@ -81,12 +82,11 @@ def plan(
         if calibrate:
             return 0
         raise ValueError("name a config, as configs/tiny.yaml; --calibrate alone needs none")
+    _check_options(scale, plot, trace=trace)
     loaded = load_config(config, overrides or [])
     case, source = _case(loaded, gpu, nodes, gpus_per_node, network)
-    if scale:
-        if case.rows.missing:
-            raise ValueError(f"--scale needs the rows of a run, by which it is so long: {case.rows.missing}")
-        return _scale(scales(case, _sizes(scale), failures), case, plot, as_json=as_json)
+    if scale is not None:
+        return _scale(case, _sizes(scale), failures, plot, as_json=as_json)
     made = make_plan(case, timeout_min)
     traced = _trace(case, made) if trace else None
     if as_json:
@@ -97,6 +97,14 @@ def plan(
         for line in _beside(case, made, traced) if traced else ():
             screen().print(line, soft_wrap=True)
     return 0 if made.recommended else 2
+
+
+def _check_options(scale: str | None, plot: Path | None, *, trace: bool) -> None:
+    """Refuse options that do nothing together. Raises: ValueError."""
+    if trace and scale is not None:
+        raise ValueError("--trace and --scale: one of them at a time")
+    if plot and scale is None:
+        raise ValueError(f"--plot {plot} draws what --scale computes, as --scale 8,64,512")
 
 
 def _calibrate() -> None:
@@ -116,6 +124,7 @@ def _case(
 ) -> tuple[Case, str]:
     """Return what is planned, and where the shape of the base is from. Raises: ValueError."""
     shape, source = shape_of_base(config.model)
+    check_divided(config, shape.num_experts)
     file, seen = measured.read(), gpus_seen()
     kind = hardware.named(gpu) if gpu else _this_machines(file)
     gpus = 1 if gpu else len(seen)
@@ -138,13 +147,16 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def _scale(runs: list[Scale], case: Case, file: Path | None, *, as_json: bool) -> int:
+def _scale(case: Case, sizes: list[int], failures: float, file: Path | None, *, as_json: bool) -> int:
+    if case.rows.missing:
+        raise ValueError(f"--scale needs the rows of a run, by which it is so long: {case.rows.missing}")
+    runs = scales(case, sizes, failures)
+    if file:
+        plot_scales(runs, file)
     if as_json:
         print(json.dumps([run.model_dump() for run in runs], indent=1))
     else:
         show_scales(runs, case, screen())
-    if file:
-        plot_scales(runs, file)
     return 0 if any(run.way for run in runs) else 2
 
 

@@ -78,15 +78,16 @@ def _of_the_model(config: Config, *, experts: bool) -> Iterator[Change]:
 
 
 def _more(config: Config, machine: Machine) -> Change:
-    """Return more nodes, with a global batch that their GPUs can share."""
-    ranks = machine.world_size // config.strategy.sequence_parallel
-    batch = -(-config.train.global_batch_size // ranks) * ranks
-    changes: dict[str, object] = {"global_batch_size": batch}
-    what = f"{machine.world_size} such GPUs"
-    if batch != config.train.global_batch_size:
-        what += f" and train.global_batch_size: {batch}"
-    if batch % (ranks * config.train.micro_batch):
+    """Return more nodes, with a micro-batch for each of their GPUs."""
+    ranks, train = machine.world_size // config.strategy.sequence_parallel, config.train
+    changes: dict[str, object] = {}
+    if train.global_batch_size < ranks:
+        changes["global_batch_size"] = ranks
+    if -(-max(train.global_batch_size, ranks) // train.micro_batch) < ranks:
         changes["per_device_train_batch_size"] = 1
+    what = " and ".join(
+        [f"{machine.world_size} such GPUs", *(f"train.{name}: {value}" for name, value in changes.items())]
+    )
     larger = changed_in("train", **changes)
     return Change("GPUs", what, lambda old: larger(old)._replace(machine=machine))
 

@@ -136,7 +136,8 @@ def micro_batches(global_batch_size: int, world_size: int, sequence_parallel: in
     Raises: ValueError when there are more ranks than rows, or they cannot be divided evenly."""
     of_a_team = accumulation_steps(global_batch_size, 1, world_size, sequence_parallel)
     teams = teams_of(world_size, sequence_parallel)
-    sizes = (size for size in range(of_a_team, 0, -1) if of_a_team % size == 0)
+    small = [size for size in range(1, math.isqrt(of_a_team) + 1) if of_a_team % size == 0]
+    sizes = sorted({*small, *(of_a_team // size for size in small)}, reverse=True)
     return [size for size in sizes if -(-global_batch_size // size) >= teams]
 
 

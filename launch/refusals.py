@@ -14,7 +14,7 @@ from qwenlora.data.order import accumulation_steps
 from qwenlora.data.prepared import other_files
 from qwenlora.launch.hostfile import processes_per_node
 from qwenlora.plan import fit
-from qwenlora.plan.adapter import check_names
+from qwenlora.plan.adapter import check_divided, check_names
 from qwenlora.plan.bases import shape_of_base
 from qwenlora.plan.hardware import Gpu, of_this_machine
 from qwenlora.plan.shape import tensors
@@ -66,12 +66,14 @@ def check_start(config: Config, nodes: int = 1, processes: int | None = None, gp
 
 
 def _check_adapter(config: Config) -> None:
-    """Refuse modules that the base lacks, where its config.json or name tells. Raises: ValueError."""
+    """Refuse modules and experts that the base lacks, where its config.json or name tells. Raises:
+    ValueError."""
     try:
         shape, _ = shape_of_base(config.model)
     except ValueError:
         return  # the preparation says it, or it is a model that a plan does not know
     check_names(config.lora, shape, list(tensors(shape)))
+    check_divided(config, shape.num_experts)
 
 
 def check_launcher_in_slurm(config: Config) -> None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from qwenlora.configs.schema import ALL_LINEAR, Lora
+from qwenlora.configs.schema import ALL_LINEAR, Config, Lora
 from qwenlora.configs.wording import did_you_mean
 from qwenlora.plan.kinds import LEFT_OUT, NOT_LINEAR, kind_of
 from qwenlora.plan.shape import Shape, Tensor
@@ -134,6 +134,21 @@ def check_names(lora: Lora, shape: Shape, tensors: Sequence[Tensor]) -> None:
     _check_ends("target_modules", listed, modules)
     _check_ends("modules_to_save", _saved(lora, shape), modules)
     _check_ends("target_parameters", lora.target_parameters or [], parameters)
+
+
+def check_divided(config: Config, experts: int) -> None:
+    """Refuse strategy.expert_parallel for experts that cannot be divided. experts: of a layer, 0: none.
+    Raises: ValueError."""
+    size = config.strategy.expert_parallel
+    if size == 1 or (experts and experts % size == 0):
+        return
+    setting = f"strategy.expert_parallel={size} with model.name_or_path={config.model.name_or_path}"
+    if not experts:
+        raise ValueError(f"{setting}: it has no experts; set strategy.expert_parallel: 1")
+    divisors = ", ".join(str(number) for number in range(1, experts + 1) if experts % number == 0)
+    raise ValueError(
+        f"{setting}: its {experts} experts are no multiple of {size}; set it to one of {divisors}"
+    )
 
 
 def _check_ends(key: str, ends: Iterable[str], there: list[str]) -> None:

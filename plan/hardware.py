@@ -26,7 +26,7 @@ class Gpu(BaseModel):
     teraflops: Positive
     terabytes_s: Positive
     memory_mib: Positive
-    nvlink: float
+    nvlink: Annotated[float, Field(ge=0)]
     pcie: Positive
 
     @property

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -21,14 +21,18 @@ ENOUGH = 3  # of them before a plan is corrected: one may have been odd
 MEMORY_BY, TIME_BY = 1.25, 2.0  # by how much a plan is corrected at most
 
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Rates(BaseModel, frozen=True):
     """What a device reaches in long operations. products: {dtype: FLOP a second in matrix products}; memory:
     bytes a second that a copy reads and writes; link: bytes a second to another GPU of its node, one way, 0:
     not measured."""
 
-    products: dict[str, float]
-    memory: float
-    link: float = 0.0
+    products: dict[str, Positive] = Field(min_length=1)
+    memory: Positive
+    link: NotNegative = 0.0
 
 
 class Ran(BaseModel, frozen=True):
@@ -37,8 +41,8 @@ class Ran(BaseModel, frozen=True):
 
     device: str
     kind: str
-    time: float
-    memory: float | None = None
+    time: NotNegative
+    memory: NotNegative | None = None
 
 
 class Correction(NamedTuple):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Literal
 
 from pydantic import BaseModel
@@ -64,7 +65,8 @@ class Plan(BaseModel, frozen=True):
     it, which refusal says; recommended: over all micro-batches the fastest that fits, None if none does;
     instead: then what would; length: of the run under it, None where its rows are missing; scaling: its speed
     on each GPU, relative to that on one node, None for one node or where one has no room; checkpoint: bytes;
-    kept: checkpoints on the disk at the same time, 0: all."""
+    kept: checkpoints on the disk at the same time, 0: all, of
+    a run whose length is not known."""
 
     ways: list[Way]
     refusal: str
@@ -92,11 +94,11 @@ def make_plan(case: Case, limit_min: int | None = None) -> Plan:
         ways=ways,
         refusal=refusal,
         recommended=recommended,
-        instead="" if recommended else _instead(next(_sizes(case), case)),
+        instead="" if recommended else _instead(next(_sizes(case), case), ways),
         length=_length(case, recommended, limit_min) if recommended and not case.rows.missing else None,
         scaling=_scaling(case, recommended) if recommended else None,
         checkpoint=case.parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER,
-        kept=_kept(case.config),
+        kept=_kept(case),
     )
 
 
@@ -114,9 +116,7 @@ def way(case: Case, name: str, group: str) -> Way:
     evenly."""
     config = _with(case.config, name, group)
     if config.train.per_device_train_batch_size == "auto":
-        train, shared = config.train, config.strategy.sequence_parallel
-        among = micro_batches(train.global_batch_size, case.machine.world_size, shared)
-        decision = Decision(name, group, "")
+        decision, among = Decision(name, group, ""), _sizes_shared(case)
         size = micro_batch(config, case.sizes, decision, case.machine, among, case.machine.gpu_bytes)
         config = cut_into(config, size)
     case = case._replace(config=config)
@@ -167,8 +167,8 @@ def _fit(needed: MemoryNeed, there: int) -> Fit:
 
 
 def best_way(case: Case) -> Way | None:
-    """Return the fastest way that fits, over micro-batches of 1, 2, 4 ... rows; of about equal ones that with
-    the smallest micro-batch which sends least, since these come first."""
+    """Return the fastest way that fits, over all micro-batches that GPUs can share; of about equal ones that
+    with the smallest micro-batch which sends least, since these come first."""
     best: Way | None = None
     for each in _sizes(case):
         # what needs no DeepSpeed comes first, as for strategy.name: auto
@@ -180,12 +180,15 @@ def best_way(case: Case) -> Way | None:
 
 
 def _sizes(case: Case) -> Iterator[Case]:
-    """Yield the case with each size of micro-batch that its GPUs can share."""
-    size, ranks = 1, max(1, case.machine.world_size // case.config.strategy.sequence_parallel)
-    while size * ranks <= case.config.train.global_batch_size:
-        if case.config.train.global_batch_size % (size * ranks) == 0:
+    """Yield the case with each size of micro-batch that its GPUs can share, the smallest first."""
+    with suppress(ValueError):  # there are more GPUs than rows, or they are not divided evenly
+        for size in reversed(_sizes_shared(case)):
             yield with_micro_batch(case, size)
-        size *= 2
+
+
+def _sizes_shared(case: Case) -> list[int]:
+    train, shared = case.config.train, case.config.strategy.sequence_parallel
+    return micro_batches(train.global_batch_size, case.machine.world_size, shared)
 
 
 def with_micro_batch(case: Case, per_device: int) -> Case:
@@ -193,8 +196,10 @@ def with_micro_batch(case: Case, per_device: int) -> Case:
     return case._replace(config=cut_into(case.config, per_device))
 
 
-def _instead(case: Case) -> str:
+def _instead(case: Case, ways: list[Way]) -> str:
     """Return why nothing fits, and what would."""
+    if all(way.why for way in ways):
+        return ways[0].why
     try:
         decide(_with(case.config, "auto", "global"), case.sizes, case.machine)
     except ValueError as error:
@@ -215,9 +220,10 @@ def steps_of(case: Case) -> int:
 
 
 def hours_of(case: Case, way: Way) -> float:
-    """Return the hours of the run's steps, of which the last of an epoch may have fewer rows, or packs."""
-    batch, units = case.config.train.global_batch_size, _of_an_epoch(case)
-    filled = units / (batch * math.ceil(units / batch))
+    """Return the hours of the run's steps, as far as an epoch's tokens fill them: the last may have fewer
+    rows, and packs have gaps."""
+    steps = math.ceil(_of_an_epoch(case) / case.config.train.global_batch_size)
+    filled = min(1.0, case.rows.tokens / (tokens_of_step(case) * steps))
     return steps_of(case) * filled * way.step_s / 3600
 
 
@@ -238,14 +244,16 @@ def _length(case: Case, way: Way, limit_min: int | None) -> Length:
     )
 
 
-def _kept(config: Config) -> int:
-    """Return how many checkpoints are on the disk at the same time: one more while the next is written."""
-    train = config.train
-    if train.save_strategy == "no":
-        return 1
+def _kept(case: Case) -> int:
+    """Return how many checkpoints are on the disk at the same time: one more while the next is written, but
+    no more than are saved."""
+    train, steps = case.config.train, steps_of(case)
+    by = {"no": 1, "epoch": math.ceil(train.num_train_epochs)}
+    saved = by.get(train.save_strategy) or math.ceil(steps / (train.save_steps or steps))
     if train.save_total_limit is None:
-        return 0
-    return train.save_total_limit + (train.metric_for_best_model is not None) + 1
+        return 0 if case.rows.missing else saved
+    kept = train.save_total_limit + (train.metric_for_best_model is not None) + 1
+    return kept if case.rows.missing else min(kept, saved)
 
 
 def _with(config: Config, name: str, group: str) -> Config:

@@ -126,4 +126,7 @@ def plot(runs: Sequence[Scale], file: Path) -> None:
         axes.legend(frameon=False)
         axes.set_xticks(gpus, [f"{count:,}" for count in gpus], minor=False)
         axes.minorticks_off()
-    figure.savefig(file, dpi=150)
+    try:
+        figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise ValueError(f"--plot {file} cannot be written: {error.strerror}") from error

@@ -79,6 +79,8 @@ class Shape(BaseModel):
             raise ValueError(
                 f"it has {len(self.layer_types)} layer_types and num_hidden_layers={self.num_hidden_layers}"
             )
+        if unknown := set(self.layer_types) - {FULL, SLIDING, LINEAR}:
+            raise ValueError(f"layer_types: expected {FULL}, {SLIDING} or {LINEAR}, not {min(unknown)}")
         wide = {"qwen3": 128} | dict.fromkeys(HYBRIDS, 256)
         known = {
             "num_key_value_heads": self.num_key_value_heads or heads,

@@ -23,6 +23,7 @@ TRUST = (
     "numbers and bytes on disk are exact; memory is a formula, as a rule within a tenth; time is one that"
     " published runs calibrate, as a rule within a fifth (docs/planning.md)"
 )
+FLOAT32 = "; here it is that of 16 bits, and float32 takes 2 to 16 times as long"
 
 
 def show(plan: Plan, case: Case, source: str, console: Console) -> None:
@@ -111,14 +112,15 @@ def _time(way: Way) -> list[str]:
 
 def _follows(plan: Plan, case: Case) -> list[tuple[str, str]]:
     way, length = plan.recommended, plan.length
+    trust = TRUST + FLOAT32 * (case.config.model.dtype == "float32" and case.rates is None)
     if way is None:
-        return [("nothing fits", plan.instead), ("trust", TRUST)]
+        return [("nothing fits", plan.instead), ("trust", trust)]
     lines = [("recommended", f"{_settings(way, case)}: {_why(plan, way)}")]
     if length is not None:
         lines.append(("run", _of_run(length)))
     if plan.scaling is not None:
         lines.append(("nodes", _of_nodes(plan.scaling, case.machine.nodes)))
-    return [*lines, ("checkpoints", _checkpoints(plan, case)), ("trust", TRUST)]
+    return [*lines, ("checkpoints", _checkpoints(plan, case)), ("trust", trust)]
 
 
 def _of_run(length: Length) -> str:

@@ -27,7 +27,7 @@ def test_each_key_is_changed_to_what_costs_least():
         "strategy.name: fsdp",
         "strategy.quantization: nf4",
         "lora.experts: shared",
-        "4 such GPUs",
+        "4 such GPUs and train.per_device_train_batch_size: 1",
         "data.max_length: 256",
     ]
     assert (
@@ -68,8 +68,15 @@ def test_two_changes_are_named_where_none_is_enough_alone():
 @pytest.mark.parametrize(
     ("train", "sequence_parallel", "said", "batch", "per_device"),
     [
-        (LARGE, 1, "16 such GPUs and train.global_batch_size: 16", 16, 1),
-        (LARGE, 2, "16 such GPUs", 8, 1),
+        (
+            LARGE,
+            1,
+            "16 such GPUs and train.global_batch_size: 16 and train.per_device_train_batch_size: 1",
+            16,
+            1,
+        ),
+        (LARGE, 2, "16 such GPUs and train.per_device_train_batch_size: 1", 8, 1),
+        ({"per_device_train_batch_size": 1, "global_batch_size": 20}, 1, "16 such GPUs", 20, 1),
         ({"per_device_train_batch_size": 2, "global_batch_size": 96}, 1, "16 such GPUs", 96, 2),
     ],
 )

@@ -62,6 +62,7 @@ def test_the_sizes_of_micro_batches_give_each_rank_some():
     assert micro_batches(24, 4, 2) == [12, 6, 4, 3, 2, 1]
     assert micro_batches(10, 4) == [3, 1]
     assert micro_batches(9, 4) == [1]
+    assert len(micro_batches(10**12, 1)) == 13**2, "divisors, found by their roots"
     with pytest.raises(ValueError, match="fewer than 4 processes; set train.global_batch_size: 4 or more"):
         micro_batches(3, 4)
 

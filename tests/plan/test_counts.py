@@ -171,6 +171,7 @@ def test_what_a_start_refuses_and_what_only_a_start_can_count_is_refused(tmp_pat
         ({"hidden_size": "wide"}, "base: hidden_size: "),
         ({"num_attention_heads": 0}, "base: num_attention_heads: "),
         ({"layer_types": ["full_attention"]}, "1 layer_types and num_hidden_layers=4"),
+        ({"layer_types": ["full_attention"] * 3 + ["wide"]}, "layer_types: expected .*, not wide"),
         ({"num_experts": None}, "has no num_experts"),
         ({"shared_expert_intermediate_size": None}, "has no shared_expert_intermediate_size"),
         ({"text_config": "none"}, "text_config=none, expected an object"),

@@ -56,7 +56,7 @@ def test_it_may_be_a_warning_or_nothing(launch):
     assert ("needs at least" in said) == (launch == "warn")
 
 
-def test_more_gpus_are_named_with_a_batch_that_they_can_share():
+def test_more_gpus_are_named_with_a_batch_for_all_of_them():
     config = config_of("Qwen/Qwen2.5-72B", strategy={"name": "fsdp"}, train={"global_batch_size": 12})
     setting = fit.Setting(config, Machine(1, 4, 4, named("4090").bytes))
     cures = list(fit.cures_of(setting, shape_of_base(config.model)[0]))

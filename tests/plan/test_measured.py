@@ -1,5 +1,8 @@
 """What was measured calibrates and corrects the next plans: within bounds, and never by one run alone."""
 
+import json
+import math
+
 import pytest
 from planned import case_of
 
@@ -9,6 +12,7 @@ from qwenlora.plan.plan import make_plan, way
 from qwenlora.plan.speed import PUBLISHED, REACHED, step_time
 
 H100 = {"device": "H100", "kind": "ddp"}
+ODD_RATES = (({}, 1.0), ({"bfloat16": 0}, 1.0), ({"bfloat16": 1.0}, -1), ({"bfloat16": math.nan}, 1.0))
 
 
 @pytest.fixture
@@ -86,7 +90,10 @@ def test_a_cpu_is_planned_for_by_what_was_measured_of_it():
 def test_a_damaged_file_is_one_warning_and_the_next_run_writes_it_anew(file, capsys):
     assert measured.read() == Measured()
     file.parent.mkdir()
-    for text in ("{", '{"runs": 3}', '{"format": 99}'):
+    odd = [{"products": products, "memory": memory} for products, memory in ODD_RATES]
+    odd_devices = [json.dumps({"devices": {"H100": rates}}) for rates in odd]
+    odd_runs = [json.dumps({"runs": [H100 | {"time": time}]}) for time in (-1, math.nan)]
+    for text in ("{", '{"runs": 3}', '{"format": 99}', *odd_devices, *odd_runs):
         file.write_text(text)
         assert measured.read() == Measured()
         said = capsys.readouterr().err

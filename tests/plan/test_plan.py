@@ -7,6 +7,7 @@ import sys
 import pytest
 from planned import ROWS, case_of
 
+from qwenlora.cli.main import main
 from qwenlora.configs.schema import Model
 from qwenlora.plan.bases import known, shape_of_base
 from qwenlora.plan.hardware import gpus, named, of_driver
@@ -65,15 +66,18 @@ def test_scaling_is_the_speed_of_a_gpu_beside_that_on_one_node():
 @pytest.mark.parametrize(
     ("train", "kept"),
     [
-        ({}, 4),
-        ({"save_total_limit": None}, 0),
+        ({}, 3),  # of three epochs
+        ({"save_strategy": "steps", "save_steps": 100}, 4),
+        ({"save_strategy": "steps", "save_steps": 100, "save_total_limit": None}, 12),
+        ({"save_strategy": "steps", "save_steps": 600}, 2),
         ({"save_strategy": "no"}, 1),
         ({"save_total_limit": 1, "metric_for_best_model": "eval_loss"}, 3),
     ],
 )
 def test_checkpoints_are_counted_with_the_best_and_the_one_that_is_written(train, kept):
     data = {"train": "example", "eval": "example"}
-    plan = make_plan(case_of("Qwen/Qwen2.5-7B", "h100", train=train, data=data))
+    plan = make_plan(case_of("Qwen/Qwen2.5-7B", "h100", train={"global_batch_size": 64} | train, data=data))
+    assert plan.length.steps == 1146
     assert plan.kept == kept
     assert plan.checkpoint == 12 * 40_370_176
 
@@ -97,6 +101,19 @@ def test_a_batch_that_the_gpus_cannot_share_is_refused_with_a_plan_for_one_that_
     assert {way.per_device for way in plan.ways} == {plan.recommended.per_device}
 
 
+def test_gpus_that_do_not_divide_a_batch_fit_and_some_are_idle_at_its_end():
+    seven, eight = (
+        make_plan(case_of("Qwen/Qwen2.5-7B", "h100", gpus_per_node=gpus)).recommended for gpus in (7, 8)
+    )
+    assert seven.step_s / eight.step_s == pytest.approx(10 / 8, rel=0.05), "10 of 64 packs on some of them"
+
+
+def test_settings_that_no_strategy_allows_are_named():
+    plan = make_plan(case_of("Qwen/Qwen2.5-7B", "h100", gpus_per_node=8, strategy={"sequence_parallel": 3}))
+    assert plan.recommended is None
+    assert "strategy.sequence_parallel=3 on 8 processes" in plan.instead
+
+
 def test_each_strategy_has_the_largest_micro_batch_that_fits():
     train = {"global_batch_size": 64, "per_device_train_batch_size": "auto"}
     plan = make_plan(case_of("Qwen/Qwen2.5-32B", "h100", gpus_per_node=2, train=train))
@@ -108,9 +125,12 @@ def test_each_strategy_has_the_largest_micro_batch_that_fits():
 def test_a_run_is_as_many_steps_and_jobs_as_its_rows_and_its_time_limit_make():
     case = case_of("Qwen/Qwen2.5-7B", "h100", train={"global_batch_size": 64, "num_train_epochs": 2})
     plan = make_plan(case, limit_min=60)
-    packs = -(-ROWS.tokens // 2048)
+    packs = ROWS.tokens / 2048
     assert plan.length.steps == 2 * -(-packs // 64)
     assert plan.length.hours == pytest.approx(2 * packs / 64 * plan.recommended.step_s / 3600)
+    with_gaps = make_plan(case._replace(rows=ROWS._replace(packs=int(1.2 * packs))))
+    assert with_gaps.length.steps > plan.length.steps
+    assert with_gaps.length.hours == pytest.approx(plan.length.hours), "a pack takes what its tokens take"
     assert plan.length.attempts == -(-plan.length.hours * 3600 // (3600 - 60))
 
 
@@ -258,14 +278,28 @@ def test_goodput_falls_with_failures_and_with_rare_saves():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"), [("12", "multiple of a node's 8"), ("8,x", "expected numbers of GPUs")]
+    ("options", "message"),
+    [
+        (("--scale", "12"), "multiple of a node's 8"),
+        (("--scale", "8,x"), "expected numbers of GPUs"),
+        (("--scale", ""), "expected numbers of GPUs"),
+        (("--scale", "8", "--trace"), "one of them at a time"),
+        (("--plot", "x.png"), "draws what --scale computes"),
+        (("--scale", "8", "--plot", "no/x.png"), "no/x.png cannot be written: No such file"),
+        (("strategy.expert_parallel=2",), "it has no experts"),
+    ],
 )
-def test_numbers_of_gpus_that_make_no_sense_are_refused(qwenlora, tmp_path, sizes, message):
+def test_what_makes_no_sense_is_refused_in_a_line(tmp_path, capsys, monkeypatch, options, message):
     (tmp_path / "my.yaml").write_text("model: {name_or_path: Qwen/Qwen2.5-7B}\ndata: {train: example}\n")
-    options = ("--gpu", "h100", "--gpus-per-node", "8", "--scale", sizes)
-    answer = qwenlora("plan", str(tmp_path / "my.yaml"), *options)
-    assert answer.returncode == 2
-    assert message in answer.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "sys.argv", ["qwenlora", "plan", "my.yaml", "--gpu", "h100", "--gpus-per-node", "8", *options]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert message in said.err
 
 
 def test_scaling_is_drawn(tmp_path):

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from qwenlora.configs.schema import Config
+from qwenlora.plan.adapter import check_divided
 from qwenlora.trainer.model.fused_lora import ADAPTER, is_changed
 from qwenlora.trainer.model.kinds import stacks
 from qwenlora.trainer.model.nf4_experts import dtype_of, is_quantised, parts, shape_of
@@ -112,15 +113,8 @@ def check(config: Config, model: nn.Module) -> None:
     if size == 1:
         return
     setting = f"strategy.expert_parallel={size} with model.name_or_path={config.model.name_or_path}"
-    if not (named := stacks(model)):
-        raise ValueError(f"{setting}: it has no experts; set strategy.expert_parallel: 1")
     refuse_unknown(model, setting, "set strategy.expert_parallel: 1")
-    count = len(model.get_parameter(named[0]))
-    if count % size:
-        divisors = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
-        raise ValueError(
-            f"{setting}: its {count} experts are no multiple of {size}; set it to one of {divisors}"
-        )
+    check_divided(config, next((len(model.get_parameter(name)) for name in stacks(model)), 0))
 
 
 def _is_known_weight(weight: Any) -> bool:
