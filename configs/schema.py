@@ -578,6 +578,12 @@ class Launch(Section):
         " requeued. Default: half of its nodes.",
         json_schema_extra=SINCE_0_2,
     )
+    spare_nodes: NonNegativeInt = Field(
+        0,
+        description="How many of a Slurm job's nodes wait, with the base in their page cache, until they take"
+        " the place of lost ones.",
+        json_schema_extra=SINCE_0_2,
+    )
 
 
 def _run_dir_has_a_default(schema: dict[str, Any]) -> None:

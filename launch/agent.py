@@ -16,11 +16,16 @@ from qwenlora.configs import Config
 from qwenlora.launch import hostfile
 from qwenlora.launch.allocation import Allocation, current_allocation
 from qwenlora.launch.children import Children
-from qwenlora.launch.follower import follow
+from qwenlora.launch.follower import Follower
 from qwenlora.launch.leader import Leader
 from qwenlora.launch.meeting import Meeting, NotMet
 from qwenlora.launch.node import Node
-from qwenlora.launch.refusals import check_allowed_keys, check_launcher_in_slurm, check_start
+from qwenlora.launch.refusals import (
+    check_allowed_keys,
+    check_launcher_in_slurm,
+    check_start,
+    nodes_that_train,
+)
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.handover import Handover
 from qwenlora.run.history import EXIT_CODES
@@ -46,7 +51,8 @@ def run(
     if only_check:
         run_dir = RunFolder(config.run_dir).path
         config = config.model_copy(update={"run_dir": str(run_dir.with_name(f".preflight-{run_dir.name}"))})
-    check_start(config, allocation.nodes)
+    spares = allocation.requeues  # elsewhere none would ever be used
+    check_start(config, nodes_that_train(config, allocation.nodes) if spares else allocation.nodes)
     check_allowed_keys(allowed)
     if fresh and resume not in ("auto", "none"):
         raise ValueError(f"--fresh starts anew, --resume {resume} goes on; leave one of them out")
@@ -66,7 +72,7 @@ def run(
 
 def run_follower(config: Config, allocation: Allocation) -> int:
     """Run the part of a node that is not the first; return its exit code."""
-    return _run_part(config, allocation, follow)
+    return _run_part(config, allocation, lambda node: Follower(node).follow())
 
 
 def _allocate(config: Config) -> tuple[Config, Allocation, dict[str, str]]:

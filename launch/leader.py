@@ -54,6 +54,7 @@ class Leader:
         """Run an attempt on all nodes; return its exit code. Raises: ValueError when it cannot start."""
         node, resume = self.node, handover.resume
         config, folder = node.config, node.folder
+        node.allocation = node.job.among(node.job.hosts[: node.trains_on])
         fresh, wait_s = resume == "none", WAIT_FOR_FOLDER_S if node.allocation.restarts else 0.0
         code: int | None = None
         try:
@@ -99,7 +100,7 @@ class Leader:
             failed, code = code == EXIT_CODES["failed"], self._exit_code_in_job(code)
             if not failed or code != EXIT_CODES["stopped"] or not self._can_go_on():
                 return code
-            self._shrink()
+            self._regroup()
             if handover.resume == "none" or self._has_trained():
                 handover = replace(handover, resume="auto")
             code = self._attempt(handover)
@@ -141,20 +142,20 @@ class Leader:
             self._print(f"{name} was kept in memory, and is saved now")
 
     def _left(self) -> list[str]:
-        """Return the nodes of the last attempt that are still there."""
+        """Return the nodes that are there: first those of the last attempt, then the spare ones."""
         meeting = self.node.meeting
-        there = {meeting.allocation.hosts[number] for number in (meeting.allocation.node, *meeting.connected)}
-        return [host for host in self.node.allocation.hosts if host in there]
+        there = [meeting.allocation.hosts[number] for number in sorted(meeting.connected | {0})]
+        return sorted(there, key=lambda host: not self.node.trains(host))
 
     def _can_go_on(self) -> bool:
         """Whether another attempt can begin now, in this job, on the nodes that are left."""
         node, left = self.node, self._left()
         if not self._met or node.stop_requested or node.children.immortal:
             return False
-        had = node.allocation.nodes
+        left, had = left[: node.trains_on], min(node.allocation.nodes, node.trains_on)
         if len(left) == had:
             return True
-        least = node.config.launch.min_nodes or math.ceil(node.job.nodes / 2)
+        least = node.config.launch.min_nodes or math.ceil(node.trains_on / 2)
         if len(left) < least or 2 * len(left) < had:
             self._print(
                 f"requeueing: {len(left)} of {had} nodes left, too few to go on in the job (launch.min_nodes)"
@@ -182,14 +183,17 @@ class Leader:
                 return
             time.sleep(1.0)
 
-    def _shrink(self) -> None:
-        """Go on with the nodes that are left."""
-        node, left = self.node, self._left()
+    def _regroup(self) -> None:
+        """Go on with the nodes that are left, and spare ones in place of those that are lost."""
+        node, left = self.node, self._left()[: self.node.trains_on]
         if without := [host for host in node.allocation.hosts if host not in left]:
+            new = [host for host in left if not node.trains(host)]
+            instead = f", with {', '.join(new)} in place of {', '.join(without)}" if new else ""
             self._print(
-                f"going on inside the job with {count(len(left), 'node')}, without {', '.join(without)}"
+                f"going on inside the job with {count(len(left), 'node')}"
+                + (instead or f", without {', '.join(without)}")
             )
-        node.allocation = node.allocation.among(left)
+        node.allocation = node.job.among(left)
 
     def _part(self, code: int | None) -> None:
         """Let the other nodes leave. What does not leave would hold the job: its step is then killed. code:
@@ -227,7 +231,7 @@ class Leader:
         code = conclude(
             node.folder, watch.attempt, code, node.children, node.console, fault=fault, cause=cause
         )
-        lost = [host for host in node.allocation.hosts if host not in self._left()]
+        lost = [host for host in node.allocation.hosts if node.trains(host) and host not in self._left()]
         if lost and self._met:  # one that does not come, or refuses, is no loss
             node.folder.note_attempt(lost=lost)
         return code
@@ -291,7 +295,7 @@ class Leader:
 
     def _check_nodes(self, attempt: int) -> None:
         """Meet the other nodes and compare. Raises: NotMet naming those that do not come, or differ."""
-        node, allocation = self.node, self.node.allocation
+        node, allocation = self.node, self.node.job
         if allocation.nodes == 1:
             return
         if allocation.by_ssh:
@@ -318,7 +322,7 @@ class Leader:
 
     def _check_shared_folder(self) -> None:
         """Check that all nodes see each other's files in the run folder. Raises: NotMet."""
-        folder, allocation = self.node.folder, self.node.allocation
+        folder, allocation = self.node.folder, self.node.job
         self.node.meeting.send(FileInRunFolder(text=preflight.write_file(folder, 0)))
         for number, file in self._gather(FileInRunFolder, preflight.SEEN_WITHIN_S + 5).items():
             host = allocation.hosts[number]
@@ -351,7 +355,9 @@ class Leader:
         # each attempt has a port of its own: ranks of an earlier one may still look for theirs
         token = f"{node.meeting.run_id} {handover.attempt}" if nodes > 1 else secrets.token_hex(8)
         port = free_port(token)
-        node.meeting.send(StartRanks(handover=handover, port=port, hosts=node.allocation.hosts))
+        hosts = node.allocation.hosts
+        spare = tuple(host for host in self._left() if host not in hosts)
+        node.meeting.send(StartRanks(handover=handover, port=port, hosts=hosts, spare=spare))
         return run_ranks(node, watch, handover, port)
 
     def _print(self, line: str) -> None:

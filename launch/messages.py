@@ -39,12 +39,14 @@ class FileInRunFolder(AgentMessage):
 
 
 class StartRanks(AgentMessage):
-    """Start your ranks. port: of the first node, where ranks meet; hosts: of this attempt, by rank."""
+    """Start your ranks. port: of the first node, where ranks meet; hosts: of this attempt, by rank; spare:
+    the others that are there, and wait."""
 
     KIND = "start"
     handover: Handover
     port: int
     hosts: tuple[str, ...]
+    spare: tuple[str, ...] = ()
 
 
 class RanksEnded(AgentMessage):

@@ -18,7 +18,8 @@ from qwenlora.run.snapshots import Snapshots
 
 @dataclass
 class Node:
-    """One node of a run. allocation: the nodes of the attempt, fewer than the job's once some are lost;
+    """One node of a run. allocation: the nodes of the attempt, fewer than the job's once some are lost; on a
+    spare one the spare ones follow;
     resources: closed when the node's part is over; job: all nodes, as they were at the start; has_taken_over:
     this node leads in place of one that is gone."""
 
@@ -38,6 +39,21 @@ class Node:
         """Begin to meet again, with these nodes, of which the first leads."""
         self.meeting.stay_until_exit()
         self.meeting = self.resources.enter_context(Meeting(allocation))
+
+    @property
+    def trains_on(self) -> int:
+        """How many of the job's nodes train at a time."""
+        return self.job.nodes - (self.config.launch.spare_nodes if self.job.requeues else 0)
+
+    @property
+    def others(self) -> set[int]:
+        """The numbers, in the meeting, of the attempt's other nodes that are there."""
+        meeting = self.meeting
+        return {number for number in meeting.connected if self.trains(meeting.allocation.hosts[number])}
+
+    def trains(self, host: str) -> bool:
+        """Whether a node has ranks in this attempt: the others are spare, or lost."""
+        return host in self.allocation.hosts[: self.trains_on]
 
     @property
     def keeps_snapshots(self) -> bool:

@@ -20,6 +20,7 @@ from qwenlora.plan.hardware import Gpu, of_this_machine
 from qwenlora.plan.shape import tensors
 from qwenlora.run import checkpoints
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.format import count
 from qwenlora.run.hardware import gpu_count
 
 
@@ -89,6 +90,18 @@ def check_launcher_in_slurm(config: Config) -> None:
             f"launch.hostfile={launch.hostfile} is for machines without Slurm: a job runs on the nodes that"
             " Slurm chose; leave --hostfile out"
         )
+
+
+def nodes_that_train(config: Config, nodes: int) -> int:
+    """Return how many of a Slurm job's nodes train at a time; the others are spare. Raises: ValueError when
+    none would."""
+    spare = config.launch.spare_nodes
+    if spare >= nodes:
+        raise ValueError(
+            f"launch.spare_nodes={spare} leaves none of the job's {count(nodes, 'node')} to train on; ask for"
+            f" more (--nodes), or set it to at most {nodes - 1}"
+        )
+    return nodes - spare
 
 
 def check_allowed_keys(allowed: Sequence[str]) -> None:

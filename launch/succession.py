@@ -15,18 +15,18 @@ ANSWER_S = 3.0  # for a machine to answer, with a refusal, too
 NODE_LOSS_S = 600.0  # for Slurm to notice that a node is gone (SlurmdTimeout: 300 s by default)
 
 
-def meet_anew(node: Node) -> None:
-    """Meet at the first node that is left of the attempt's. After this, node.meeting tells whether this one
-    leads: it does if those before it do not answer."""
-    hosts, number = node.allocation.hosts, node.allocation.node
+def meet_anew(node: Node, hosts: tuple[str, ...]) -> None:
+    """Meet at the first node that is left of these, in the order in which they would lead. After this,
+    node.meeting tells whether this one leads: it does if those before it do not answer."""
+    number = hosts.index(node.job.host)
     for before in range(1, number):
-        node.meet(node.allocation.among(hosts[before:]))
+        node.meet(node.job.among(hosts[before:]))
         try:
             node.meeting.join(node.config.launch.join_timeout_s, lambda: node.stop_requested)
         except NotMet:
             continue
         return
-    node.meet(node.allocation.among(hosts[number:]))
+    node.meet(node.job.among(hosts[number:]))
 
 
 def take_screen(node: Node) -> None:

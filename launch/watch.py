@@ -72,7 +72,7 @@ class Watch:
         if code:
             self._end_within(GRACE_S)
         deadline = time.monotonic() + (2 * GRACE_S if code else LEAVING_S)  # ranks that finish leave together
-        while (late := meeting.connected - self._ended) and time.monotonic() < deadline:
+        while (late := node.others - self._ended) and time.monotonic() < deadline:
             if message := meeting.receive(0.2):
                 self._handle(message)
         for number in late:
@@ -107,6 +107,8 @@ class Watch:
             self.node.meeting.send(EndRanks(within_s=seconds))
 
     def _lose(self, node: int, how: str = "is gone: killed, or its node failed") -> None:
+        if not self.node.trains(self._hosts[node]):
+            return  # a spare one
         self.lost.append(self._hosts[node])
         if node in self._ended:  # its ranks did what they had to
             return
@@ -136,7 +138,7 @@ class Watch:
         self._write_stacks()
         self._positions[0] = here
         end = time.monotonic() + STACKS_S
-        while len(self._positions) < len(self.node.meeting.connected) + 1 and time.monotonic() < end:
+        while len(self._positions) < len(self.node.others) + 1 and time.monotonic() < end:
             if message := self.node.meeting.receive(0.1):
                 self._handle(message)
         self.fault = self._describe_stall()

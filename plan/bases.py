@@ -38,11 +38,9 @@ def values_of_base(model: Model) -> tuple[JsonObject, str]:
     name = model.name_or_path
     if name == TINY:
         return _TINY_SHAPE, "the embedded model"
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return read_values(folder), "its config.json"
-    if cached := _in_cache(name, model.revision):
-        return read_values(cached), "its config.json in the hub's cache"
+    if folder := folder_of(name, model.revision):
+        cached = " in the hub's cache" * (folder != Path(name).expanduser())
+        return read_values(folder), f"its config.json{cached}"
     if entry := _entry(name):
         return known()[entry], f"the table of known Qwens ({entry})"
     raise ValueError(
@@ -66,6 +64,12 @@ def _entry(name: str) -> str | None:
     entry = max(fitting, key=len, default=None)
     rest = set(words) - set(entry.lower().split("-")) if entry else set(words)
     return entry if rest <= _VARIANTS else None
+
+
+def folder_of(name: str, revision: str | None) -> Path | None:
+    """Return a base's folder, or that of the hub's cache; None if it is not here."""
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else _in_cache(name, revision)
 
 
 def _in_cache(name: str, revision: str | None) -> Path | None:

@@ -270,6 +270,8 @@ def _check(config: Config, options: JobOptions, site: Site) -> int:
         processes = 1
     gpu = gpu_of(options, site) if spec.gpus_per_node or options.get("gpu") else None
     for nodes in sorted(set(spec.nodes)):
+        if cluster == "slurm":
+            nodes = refusals.nodes_that_train(config, nodes)
         refusals.check_start(config, nodes, processes, gpu)
     return processes
 

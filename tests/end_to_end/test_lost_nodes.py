@@ -34,18 +34,20 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "lost"),
+    ("nodes", "spares", "lost"),
     [
-        (2, [0]),
-        pytest.param(3, [1], marks=pytest.mark.long),
-        pytest.param(4, [0, 1], marks=pytest.mark.long),
-        pytest.param(4, [2, 0], marks=pytest.mark.long),
+        (3, 1, [0]),
+        pytest.param(3, 0, [1], marks=pytest.mark.long),
+        pytest.param(4, 0, [0, 1], marks=pytest.mark.long),
+        pytest.param(5, 1, [2, 0], marks=pytest.mark.long),
     ],
 )
-def test_a_killed_rank_then_killed_agents_cost_seconds_and_no_bit(tmp_path, undisturbed, nodes, lost):
-    """The first node's agent, too: the next one's leads then, from a snapshot in its own memory."""
-    run = tmp_path / "runs/run"
+def test_a_killed_rank_then_killed_agents_cost_seconds_and_no_bit(tmp_path, undisturbed, nodes, spares, lost):
+    """The first node's agent, too: the next one's leads then, from a snapshot in its own memory. A spare
+    node takes the place of the first that is lost."""
+    run, trains = tmp_path / "runs/run", nodes - spares
     more = ("run_dir=runs/run", "train.save_steps=1000", "checkpoint.memory_steps=1")
+    more += (f"launch.spare_nodes={spares}",)
     with Agents(tmp_path, nodes, write_config(tmp_path, STEPS), *more) as job:
         wait_for_step(run, 1, 6)
         job.rank(1).kill()
@@ -54,7 +56,7 @@ def test_a_killed_rank_then_killed_agents_cost_seconds_and_no_bit(tmp_path, undi
             job.kill(node)
         left = [node for node in range(nodes) if node not in lost]
         assert {job.code(node) for node in left} == {0}, job.said(left[0])
-        said = job.said(left[0])
+        said = "".join(map(job.said, range(nodes)))
     found, hosts = attempts(run), [f"127.0.0.{node + 1}" for node in range(nodes)]
     gone = [[], *([hosts[node]] for node in lost), []]
     assert [one["lost"] for one in found] == gone
@@ -63,15 +65,18 @@ def test_a_killed_rank_then_killed_agents_cost_seconds_and_no_bit(tmp_path, undi
     for one, (host,) in zip(found[1:-1], gone[1:-1], strict=True):
         assert one["message"] == f"the agent of {host} is gone: killed, or its node failed"
     assert found[-1]["nodes"] == [hosts[node] for node in left]
-    assert found[-1]["processes"] == len(left)
-    assert f", without {hosts[lost[-1]]}" in said
+    assert [one["processes"] for one in found] == [
+        min(trains, nodes - number) for number in [0, *range(len(lost) + 1)]
+    ]
+    assert f"with {hosts[-1]} in place of" in said or not spares
+    assert f", without {hosts[lost[-1]]}" in said or spares
     assert f"{hosts[left[0]]} leads now" in said or 0 not in lost
     assert all(one["steps_repeated"] <= 1 for one in found), "a step may end before its snapshot is whole"
     assert all(one["first_step"] >= 4 * number + 2 for number, one in enumerate(found) if number)
     assert (tmp_path / "exit-code").read_text() == "0", "srun's is the killed agent's"
     share = goodput([Attempt.model_validate(one) for one in found])
     assert found[-1]["goodput"] == pytest.approx(share, abs=0.01)
-    assert_exact(run, undisturbed(nodes))
+    assert_exact(run, undisturbed(trains))
 
 
 def test_a_job_that_always_crashes_ends(tmp_path):

@@ -12,7 +12,7 @@ from qwenlora.configs import load_config
 from qwenlora.launch import preflight
 from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.children import Children
-from qwenlora.launch.follower import follow
+from qwenlora.launch.follower import Follower
 from qwenlora.launch.leader import Leader
 from qwenlora.launch.meeting import Meeting, NotMet
 from qwenlora.launch.node import Node
@@ -35,7 +35,7 @@ def check(tmp_path):
                 config = load_config(TINY, [f"run_dir={run}", "launch.join_timeout_s=20", *more])
                 meeting, console = stack.enter_context(Meeting(allocation)), Console(file=io.StringIO())
                 nodes.append(Node(config, allocation, Children(), meeting, console, stack))
-            second = threading.Thread(target=lambda: ends.append(follow(nodes[1])))
+            second = threading.Thread(target=lambda: ends.append(Follower(nodes[1]).follow()))
             second.start()
             try:
                 Leader(nodes[0])._check_nodes(1)

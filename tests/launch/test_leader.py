@@ -13,8 +13,10 @@ from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.children import Children
 from qwenlora.launch.leader import Leader
 from qwenlora.launch.meeting import Meeting, NotMet
+from qwenlora.launch.messages import AgentLost
 from qwenlora.launch.node import Node
 from qwenlora.launch.restarts import MOST_IN_VAIN
+from qwenlora.launch.watch import Watch
 from qwenlora.run.handover import Handover
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
@@ -100,7 +102,7 @@ def test_a_job_goes_on_while_enough_of_its_nodes_are_left(of_four, lost, setting
     said = printed(leader)
     assert said.startswith("requeueing: ") is not goes_on
     if goes_on:
-        leader._shrink()
+        leader._regroup()
         hosts = tuple(f"127.0.0.{number + 1}" for number in range(4) if number not in lost)
         assert leader.node.allocation.hosts == hosts
         assert printed(leader).startswith("going on inside the job with ") is bool(lost)
@@ -111,7 +113,7 @@ def test_nodes_are_lost_one_after_the_other_down_to_the_fewest(of_four):
     for lost, nodes in (([1], 3), ([1, 3], 2), ([1, 2, 3], 1)):
         leader.node.meeting._left = set(lost)
         assert leader._can_go_on()
-        leader._shrink()
+        leader._regroup()
         assert leader.node.allocation.nodes == nodes
 
 
@@ -158,3 +160,33 @@ def test_the_batch_shell_learns_the_exit_code_when_srun_would_give_another(
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_run_that_is_done_or_refused_is_not_requeued(leader, code):
     assert leader._exit_code_in_job(code) == code
+
+
+@pytest.mark.parametrize(
+    ("lost", "trains", "spare"),
+    [
+        ([], [1, 2, 3], [4]),
+        ([3], [1, 2, 3], []),  # the spare one is lost, which ends nothing
+        ([1], [1, 3, 4], []),
+        ([1, 2], [1, 4], []),
+    ],
+)
+def test_a_spare_node_takes_the_place_of_a_lost_one(of_four, monkeypatch, lost, trains, spare):
+    leader = of_four([], "launch.spare_nodes=1", "launch.min_nodes=1")
+    node = leader.node
+    node.allocation = node.job.among(node.job.hosts[: node.trains_on])
+    node.meeting._left = set(lost)
+    watch, sent = Watch(node, 1), []
+    monkeypatch.setattr(node.meeting, "send", sent.append)
+    for number in lost:
+        node.meeting.inbox.put(AgentLost(node=number))
+    watch.while_training()
+    assert watch.lost == [f"127.0.0.{number + 1}" for number in lost if number < 3]
+    assert bool(sent) is bool(watch.lost), "ranks end when one that trains is lost"
+    assert leader._can_go_on()
+    leader._regroup()
+    hosts = tuple(f"127.0.0.{number}" for number in trains)
+    assert node.allocation.hosts == hosts
+    assert [f"127.0.0.{number}" for number in spare] == [one for one in leader._left() if one not in hosts]
+    said = {(1,): "with 3 nodes, with 127.0.0.4 in place of 127.0.0.2\n"}
+    assert said.get(tuple(lost), "") in printed(leader)

@@ -167,6 +167,7 @@ def test_a_node_that_is_let_go_hears_it_and_is_no_longer_there(met):
     assert first.connected == {1, 2}
     assert second.connected == {0}
     first.drop(2)
+    assert isinstance(third.receive(5.0), RunOver), "so it does not look for another one to lead"
     assert third.receive(5.0) == AgentLost(node=0)
     assert first.receive(5.0) == AgentLost(node=2)
     assert first.connected == {1}

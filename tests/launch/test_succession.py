@@ -46,7 +46,7 @@ def node(tmp_path):
 
 def met(nodes):
     """Have nodes meet anew; return which of them lead, and how many came to those."""
-    threads = [threading.Thread(target=succession.meet_anew, args=(one,)) for one in nodes]
+    threads = [threading.Thread(target=succession.meet_anew, args=(one, HOSTS)) for one in nodes]
     for thread in threads:
         thread.start()
     for thread in threads:
