@@ -25,6 +25,7 @@ CURES = 3  # of the keys of a row, of those of its turns, of their roles
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 ROOM = 1.15  # guessed lengths may be so much too short
 FEWEST_STEPS = 10  # of an epoch, as long as the batch can be smaller
+SMALLEST_BATCH = 4
 FEWEST_ROWS = 100  # below, none is kept for evaluation
 NETWORK = 50e9  # bytes a second
 FILLED = 0.9  # share of a GPU that is planned with: the formulas may be a tenth off
@@ -55,11 +56,14 @@ def first_config(wish: Wish) -> str:
     rows = guess(source)
     task = wish.task or _task_of(source)
     length = next((length for length in LENGTHS if length >= ROOM * rows.longest), LENGTHS[-1])
+    packs = rows.tokens / length
+    few = packs < FEWEST_STEPS * SMALLEST_BATCH
+    packed = wish.gpu is not None and not few
     sections = {
         "model": [Line("name_or_path", wish.model)],
-        "data": list(_data(source, rows, length, task)),
+        "data": list(_data(source, rows, length, task, few=few)),
         "lora": [Line("r", r := 64 if task == "pretrain" else 16), Line("lora_alpha", 2 * r)],
-        "train": list(_train(wish, rows, length, task)),
+        "train": list(_train(wish, packs if packed else rows.rows, task, packed=packed)),
     }
     if task == "qlora":
         sections["strategy"] = [Line("quantization", "nf4", "the frozen base in 4 bits")]
@@ -97,7 +101,7 @@ def _task_of(data: Data) -> Task:
     return "chat"
 
 
-def _data(source: Data, rows: RowCounts, length: int, task: Task) -> Iterator[Line]:
+def _data(source: Data, rows: RowCounts, length: int, task: Task, *, few: bool) -> Iterator[Line]:
     yield Line("train", source.train, f"{in_words(rows.rows, 'row')}, about {rows.tokens:,} tokens")
     for key, names in (("columns", source.columns), ("roles", source.roles)):
         if names:
@@ -112,15 +116,17 @@ def _data(source: Data, rows: RowCounts, length: int, task: Task) -> Iterator[Li
     cut |= dict.fromkeys(("tools", "thinking"), ("drop", "a row that is cut would lose its call or answer"))
     how, why = cut.get(task, ("truncate", "longer rows are cut; how many is said at the start"))
     yield Line("overlength", how, why)
+    if few:
+        yield Line("packing", "off", "so few rows, in packs, would be very few steps")
 
 
-def _train(wish: Wish, rows: RowCounts, length: int, task: Task) -> Iterator[Line]:
-    units = rows.tokens / length if wish.gpu else rows.rows  # packs on GPUs
+def _train(wish: Wish, units: float, task: Task, *, packed: bool) -> Iterator[Line]:
+    """units: the rows or, where they are packed, the packs of an epoch."""
     batch = 16
-    while batch > wish.gpus and units / batch < FEWEST_STEPS and batch > 4:
+    while batch > wish.gpus and units / batch < FEWEST_STEPS and batch > SMALLEST_BATCH:
         batch //= 2
     batch = -(-batch // wish.gpus) * wish.gpus
-    yield Line("global_batch_size", batch, f"{'packs' if wish.gpu else 'rows'} a step, over all GPUs")
+    yield Line("global_batch_size", batch, f"{'packs' if packed else 'rows'} a step, over all GPUs")
     yield Line("per_device_train_batch_size", 1)
     yield Line("num_train_epochs", 1 if task == "pretrain" else 3)
     rate = 1e-4 if task == "pretrain" else 2e-4

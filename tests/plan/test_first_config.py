@@ -63,6 +63,13 @@ def test_other_names_of_keys_and_roles_are_guessed_and_said(tmp_path, row, guess
     assert re.search(rf"  {re.escape(guessed)} +# guessed: ", text)
 
 
+def test_few_rows_are_not_packed_on_a_gpu_either(tmp_path):
+    few, _ = made(tmp_path, rows=30, gpu=named("h100"))
+    many, _ = made(tmp_path, rows=3000, gpu=named("h100"))
+    assert (few.data.packing, many.data.packing) == ("off", "auto")
+    assert few.train.global_batch_size == 4
+
+
 def test_rows_that_none_can_train_are_refused_with_the_reason(tmp_path):
     file = tmp_path / "my.jsonl"
     file.write_text('{"instruction": "a", "output": 3}\n')

@@ -12,6 +12,7 @@ from slurm_runs import QWENLORA, TRAIN, adapter, attempts, locally, sbatch, writ
 
 import qwenlora
 from qwenlora.jobs import submit
+from qwenlora.slurm.scripts import copy_scripts
 
 HOSTILE = [
     "a b",
@@ -43,8 +44,10 @@ def test_arguments_arrive_intact_from_any_folder(cluster, tmp_path):
     command.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$ARGUMENTS_FILE"\n')
     command.chmod(0o755)
     output = tmp_path / "output"
+    copy_scripts(folder / "my scripts")  # as `qwenlora slurm scripts` does
+    train = folder / "my scripts" / "train.sh"
     job = cluster.sbatch(
-        TRAIN, *HOSTILE, cwd=folder, env={"QWENLORA": str(command), "ARGUMENTS_FILE": str(output)}
+        train, *HOSTILE, cwd=folder, env={"QWENLORA": str(command), "ARGUMENTS_FILE": str(output)}
     )
     cluster.wait(job, "COMPLETED", timeout=900)
     assert output.read_text().split("\0")[:-1] == ["train", *HOSTILE]
