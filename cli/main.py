@@ -45,6 +45,7 @@ COMMANDS = {  # {command: the module of cli/ with the function of that name}
     "logs": "run_commands",
     "report": "report_command",
     "runs": "run_commands",
+    "nodes": "run_commands",
     "diff": "run_commands",
     "verify": "adapter_commands",
     "compare": "adapter_commands",
@@ -59,7 +60,7 @@ PANELS = {
         ("init", "recipes", "plan", "train", "preflight", "config", "data", "completion"), "Start"
     ),
     **dict.fromkeys(("submit", "sweep", "cancel", "resume", "site", "slurm"), "Jobs"),
-    **dict.fromkeys(("watch", "status", "logs", "report", "runs", "diff"), "Runs"),
+    **dict.fromkeys(("watch", "status", "logs", "report", "runs", "diff", "nodes"), "Runs"),
     **dict.fromkeys(("verify", "compare", "chat", "merge", "export", "convert-qwen1"), "After training"),
 }
 

@@ -1,4 +1,4 @@
-"""The commands that show runs, or stop them: status, logs, cancel, runs, diff."""
+"""The commands that show runs and their nodes, or stop them: status, logs, cancel, runs, diff, nodes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,10 +8,12 @@ import typer
 from qwenlora.cli.arguments import Run, RunOrJobName, run_argument, screen
 from qwenlora.jobs import cancel as cancelling
 from qwenlora.jobs.find import find
+from qwenlora.jobs.views import nodes as bad_nodes
 from qwenlora.jobs.views.diff import show_diff
 from qwenlora.jobs.views.logs import show_logs
 from qwenlora.jobs.views.runs import show_runs
 from qwenlora.jobs.views.status import show_status
+from qwenlora.run.bad_nodes import BadNodes
 
 
 def status(
@@ -73,3 +75,30 @@ def diff(first: Run, second: Annotated[Path, run_argument("RUN", "Another one.")
     Example: qwenlora diff runs/first runs/second
     """
     return show_diff(first, second, screen())
+
+
+def nodes(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the runs.")] = Path("runs"),
+    add: Annotated[str | None, typer.Option(metavar="NODES", help="Have jobs leave out node[1-4,7].")] = None,
+    why: Annotated[str, typer.Option(help="With --add: the reason.")] = "added by hand",
+    clear: Annotated[str | None, typer.Option(metavar="NODES", help="Have jobs use them again.")] = None,
+    sbatch: Annotated[
+        int | None,
+        typer.Option(metavar="NODES", min=1, help="Print sbatch's --exclude, for a job of so many nodes."),
+    ] = None,
+) -> int:
+    """Show the nodes that runs found bad, which their jobs leave out; add or clear some.
+
+    Example: qwenlora nodes --clear node7
+    """
+    entries = BadNodes(folder)
+    if sbatch:
+        print(bad_nodes.for_sbatch(entries, sbatch))
+        return 0
+    if add:
+        print(bad_nodes.add(entries, add, why))
+    if clear:
+        print(bad_nodes.clear(entries, clear))
+    if not add and not clear:
+        bad_nodes.show_nodes(entries, screen())
+    return 0

@@ -104,6 +104,8 @@ def _submit(submission: Submission) -> int:
         for job in jobs:
             print(job.result())
         return 0
+    if without := submission.spec.exclude:
+        print(f"without {', '.join(without)}, which were found bad (qwenlora nodes)")
     name = jobs[0].job_id if len(jobs) == 1 else f"{jobs[0].job_id.partition('_')[0]}, {len(jobs)} runs"
     print(f"job {name}; how far it is:\n  qwenlora status {shlex.quote(str(submission.target.path))}")
     return 0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from qwenlora.launch import preflight, spare, succession
 from qwenlora.launch.launcher import run_ranks
 from qwenlora.launch.leader import Leader
-from qwenlora.launch.messages import AgentLost, AgentMessage, FileInRunFolder, RanksEnded, RunOver, StartRanks
+from qwenlora.launch.messages import AgentLost, AgentMessage, FileInRunFolder, RunOver, StartRanks
 from qwenlora.launch.node import Node
 from qwenlora.launch.watch import Watch
 from qwenlora.run.history import EXIT_CODES
@@ -58,7 +58,7 @@ class Follower:
             return None
         node.allocation = node.job.among(start.hosts)
         watch = Watch(node, start.handover.attempt)
-        node.meeting.send(RanksEnded(code=run_ranks(node, watch, start.handover, start.port)))
+        node.meeting.send(watch.ended(run_ranks(node, watch, start.handover, start.port)))
         if watch.run_over:
             return self._leave(EXIT_CODES["done"])
         if node.children.immortal:

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TypeVar
 from qwenlora.data.freshness import is_current
 from qwenlora.launch import preflight, restarts, ssh, succession
 from qwenlora.launch.allocation import free_port
+from qwenlora.launch.blame import left_out_next, note_blamed, warn_of_bad
 from qwenlora.launch.causes import cause_of_kill
 from qwenlora.launch.commands import processes_in_words
 from qwenlora.launch.launcher import run_ranks
@@ -24,6 +25,7 @@ from qwenlora.launch.node import Node
 from qwenlora.launch.refusals import check_resume, check_same_data, check_start
 from qwenlora.launch.verdict import conclude, explain_failure, first_error
 from qwenlora.launch.watch import Watch
+from qwenlora.run.bad_nodes import BadNodes
 from qwenlora.run.folder import PREFLIGHT, RunFolder, step_of
 from qwenlora.run.format import count
 from qwenlora.run.handover import Handover
@@ -65,6 +67,7 @@ class Leader:
                     code = self._report_done()
                 else:
                     check_resume(config, folder, resume, handover.allowed)
+                    warn_of_bad(node)
                     code = self._attempts(handover)
                 return code
         finally:  # the other nodes leave first: srun's exit code is then this one's
@@ -149,13 +152,16 @@ class Leader:
 
     def _can_go_on(self) -> bool:
         """Whether another attempt can begin now, in this job, on the nodes that are left."""
-        node, left = self.node, self._left()
+        node = self.node
         if not self._met or node.stop_requested or node.children.immortal:
             return False
-        left, had = left[: node.trains_on], min(node.allocation.nodes, node.trains_on)
+        had = min(node.allocation.nodes, node.trains_on)
+        least = node.config.launch.min_nodes or math.ceil(node.trains_on / 2)
+        if not self._shun_bad(max(least, math.ceil(had / 2))):
+            return False
+        left = self._left()[: node.trains_on]
         if len(left) == had:
             return True
-        least = node.config.launch.min_nodes or math.ceil(node.trains_on / 2)
         if len(left) < least or 2 * len(left) < had:
             self._print(
                 f"requeueing: {len(left)} of {had} nodes left, too few to go on in the job (launch.min_nodes)"
@@ -183,6 +189,25 @@ class Leader:
                 return
             time.sleep(1.0)
 
+    def _shun_bad(self, least: int) -> bool:
+        """Let bad nodes go, where at least so many others stay, spare ones among them. Return False where the
+        job can be requeued without them instead."""
+        node, meeting, left = self.node, self.node.meeting, self._left()
+        bad = set(left) & BadNodes.beside(node.folder).bad().keys()
+        good, names = len(left) - len(bad), ", ".join(sorted(bad))
+        if not bad:
+            return True
+        if node.allocation.host not in bad and good >= least:
+            for number in meeting.connected:
+                if meeting.allocation.hosts[number] in bad:
+                    meeting.drop(number)
+        elif bad.intersection(left_out_next(node)):
+            self._print(f"requeueing without {names} (qwenlora nodes)")
+            return False
+        else:
+            self._print(f"{names} cannot be left out: too few nodes of the kind would stay; going on with it")
+        return True
+
     def _regroup(self) -> None:
         """Go on with the nodes that are left, and spare ones in place of those that are lost."""
         node, left = self.node, self._left()[: self.node.trains_on]
@@ -201,8 +226,9 @@ class Leader:
         meeting = self.node.meeting
         all_there = len(meeting.connected) == meeting.allocation.nodes - 1
         all_left = meeting.part(FAREWELL_S, of_all=not self._missing)
-        if code is not None and (self.node.has_taken_over or not (all_there and all_left)):
-            _tell_batch_shell(self.node.folder, code)
+        exclude = left_out_next(self.node) if code == EXIT_CODES["stopped"] else ()
+        if code is not None and (self.node.has_taken_over or not (all_there and all_left) or exclude):
+            _tell_batch_shell(self.node.folder, code, exclude)
         if code is not None and self.node.has_taken_over:
             succession.end_job(self.node, code, leads=True)
         if not all_left and self.node.allocation.requeues:
@@ -223,6 +249,7 @@ class Leader:
             fault = watch.fault
         except NotMet as missing:
             fault = str(missing)
+            watch.absent = missing.absent
         return self._conclude(watch, code, fault)
 
     def _conclude(self, watch: Watch, code: int, fault: str) -> int:
@@ -234,6 +261,10 @@ class Leader:
         lost = [host for host in node.allocation.hosts if node.trains(host) and host not in self._left()]
         if lost and self._met:  # one that does not come, or refuses, is no loss
             node.folder.note_attempt(lost=lost)
+            watch.absent = lost
+        watch.fault = fault
+        if code == EXIT_CODES["failed"]:
+            note_blamed(node, watch)
         return code
 
     def _begin_attempt(self) -> int:
@@ -373,10 +404,11 @@ def _lead_exit_codes_to(folder: RunFolder) -> None:
             Path(file).symlink_to(folder.exit_code)
 
 
-def _tell_batch_shell(folder: RunFolder, code: int) -> None:
-    """Leave this process's exit code to slurm/job.sh: srun's is that of an agent that was killed."""
+def _tell_batch_shell(folder: RunFolder, code: int, exclude: Sequence[str]) -> None:
+    """Leave this process's exit code to slurm/job.sh, since srun's is that of an agent that was killed; and
+    the nodes that the job is to leave out."""
     with suppress(OSError):
-        folder.exit_code.write_text(str(code), encoding="utf-8")
+        folder.exit_code.write_text(f"{code} {','.join(exclude)}".strip(), encoding="utf-8")
 
 
 def _newest_step(folder: RunFolder) -> int:

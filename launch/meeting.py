@@ -9,7 +9,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -29,7 +29,12 @@ M = TypeVar("M", bound=AgentMessage)
 
 
 class NotMet(Exception):  # noqa: N818 (nothing is wrong with the code)
-    """Nodes did not come, or cannot be reached; the text names them."""
+    """Nodes did not come, or cannot be reached; the text names them. absent: those that did not come, while
+    most did."""
+
+    def __init__(self, text: str, absent: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.absent = absent
 
 
 class Meeting:
@@ -214,18 +219,20 @@ class Meeting:
             if isinstance(message, kind):
                 answers[message.node] = message
             elif isinstance(message, AgentLost):
-                raise NotMet(f"{self.allocation.hosts[message.node]}: its agent ended; its output says why")
+                host = self.allocation.hosts[message.node]
+                raise NotMet(f"{host}: its agent ended; its output says why", [host])
             if time.monotonic() > end:
-                raise NotMet(self._no_answer(answers.keys(), timeout_s))
+                raise self._no_answer(answers.keys(), timeout_s)
         return answers
 
-    def _no_answer(self, answered: Iterable[int], timeout_s: float) -> str:
+    def _no_answer(self, answered: Iterable[int], timeout_s: float) -> NotMet:
         hosts, known = self.allocation.hosts, {0, *answered}
         missing = [host for node, host in enumerate(hosts) if node not in known]
-        return (
+        return NotMet(
             f"{', '.join(missing)}: no answer within {timeout_s:.0f} s, of {len(hosts)} nodes; is port"
             f" {self.port} of {self.allocation.host} open to it, and does Python start there"
-            " (launch.join_timeout_s)?"
+            " (launch.join_timeout_s)?",
+            missing if 2 * len(missing) < len(hosts) else (),
         )
 
 

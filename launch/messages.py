@@ -50,10 +50,12 @@ class StartRanks(AgentMessage):
 
 
 class RanksEnded(AgentMessage):
-    """This node's ranks have ended. code: their launcher's exit code."""
+    """This node's ranks have ended. code: their launcher's exit code; gpu_fault: what the driver says,
+    if they failed."""
 
     KIND = "ended"
     code: int
+    gpu_fault: str = ""
 
 
 class EndRanks(AgentMessage):

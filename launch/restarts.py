@@ -13,7 +13,9 @@ def worth_another(
     job's attempts count: who submits again wants it tried again. newest_step: of the newest checkpoint."""
     in_vain = _without_progress(attempts, job_id, newest_step)
     failures = sum(_crashed(attempt) for attempt in attempts if attempt.job_id == job_id)
-    crashes = sum(map(_crashed, in_vain))
+    # what a bad node did is no crash; but where it goes on without that node, the node was not the reason
+    blamed = sum(bool(attempt.bad) for attempt in in_vain)
+    crashes = sum(map(_crashed, in_vain)) + max(0, blamed - 1)
     if crashes >= IN_VAIN:
         return False, f"not tried again: {crashes} attempts failed in a row and saved no step (a crash loop)"
     if len(in_vain) >= MOST_IN_VAIN:
@@ -39,5 +41,5 @@ def _without_progress(attempts: list[Attempt], job_id: str | None, newest_step: 
 
 
 def _crashed(attempt: Attempt) -> bool:
-    """Whether it failed by itself: not because a node was lost."""
-    return attempt.reason == "failed" and not attempt.cause and not attempt.lost
+    """Whether it failed by itself: not because a node was lost or bad."""
+    return attempt.reason == "failed" and not (attempt.cause or attempt.lost or attempt.bad)

@@ -69,6 +69,17 @@ def describe_stall(
     return f"{names}: {quiet}, in step {first.beat.step}{state}, the others wait; {stacks}"
 
 
+def hosts_behind(positions: Sequence[tuple[str, Sequence[RankPosition]]], processes: int) -> list[str]:
+    """Return the hosts of the ranks that describe_stall names. positions: of each host; processes: ranks of
+    each."""
+    placed = [(position, host) for host, of_host in positions for position in of_host]
+    if late := [host for host, of_host in positions if len(of_host) < processes]:
+        return late
+    behind = _those_behind(placed)
+    all_alike = len(behind) == len(placed) > 1 and not behind[0][0].state
+    return [] if all_alike else sorted({host for _, host in behind})
+
+
 def _those_behind(ranks: list[tuple[RankPosition, str]]) -> list[tuple[RankPosition, str]]:
     """Return the ranks whose processes do not run; without any, those with the fewest signs of life."""
     fewest = min(position.beat.beats for position, _ in ranks)

@@ -77,7 +77,8 @@ def first_error(folder: RunFolder, attempt: int) -> RankError | None:
             message = f"{who} was killed by {signal.Signals(number).name}, not by qwenlora"
             if number == signal.SIGKILL:
                 message += ": by hand, by the scheduler, or for lack of memory (dmesg says)"
-            return RankError(process=process, time=0.0, message=message, code=1, ours=False)
+            ranks = [int(process.removeprefix("rank-"))] if process.startswith("rank-") else []
+            return RankError(process=process, time=0.0, message=message, code=1, ours=False, bad_ranks=ranks)
     return min(errors, key=lambda error: error.time, default=None)
 
 

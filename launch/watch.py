@@ -1,10 +1,12 @@
 """What an agent watches while its ranks run: other agents, signs of life, and Slurm when it stops the job."""
 
 import time
+from collections.abc import Sequence
 
 from qwenlora.launch import stalls
 from qwenlora.launch.causes import cause_of_stop
 from qwenlora.launch.deaths import Deaths
+from qwenlora.launch.driver import gpu_fault
 from qwenlora.launch.forkserver import Forked
 from qwenlora.launch.messages import (
     AgentLost,
@@ -28,13 +30,18 @@ STACKS_S = 3.0  # for all nodes to write their stacks
 class Watch:
     """Watches one attempt on one node. fault: what went wrong, where the ranks cannot report it; beats: the
     folder of the ranks' signs of life, once they start; cause: why Slurm ended the attempt (causes.py);
-    lost: hosts whose agents are gone; failures: reports when a rank has failed, once ranks run."""
+    lost: hosts whose agents are gone; absent: those that did not come, or were lost; behind: those whose
+    ranks hung; gpu_faults: what drivers said, by host; failures: reports when a rank has failed, once ranks
+    run."""
 
     def __init__(self, node: Node, attempt: int) -> None:
         self.node, self.attempt = node, attempt
         self.fault = self.beats = self.cause = ""
         self.failures: Forked | Deaths | None = None
         self.lost: list[str] = []
+        self.absent: Sequence[str] = ()
+        self.behind: list[str] = []
+        self.gpu_faults: dict[str, str] = {}
         self.run_over = False
         self._asked_slurm = self._stalled = False
         self._kill_at = float("inf")
@@ -71,6 +78,7 @@ class Watch:
             return
         if code:
             self._end_within(GRACE_S)
+            self._hear_of_gpus(self.ended(code), node.allocation.host)
         deadline = time.monotonic() + (2 * GRACE_S if code else LEAVING_S)  # ranks that finish leave together
         while (late := node.others - self._ended) and time.monotonic() < deadline:
             if message := meeting.receive(0.2):
@@ -79,10 +87,19 @@ class Watch:
             self._lose(number, "does not end its ranks")
             meeting.drop(number)
 
+    def ended(self, code: int) -> RanksEnded:
+        """Return what this node says when its ranks have ended. code: of their launcher."""
+        return RanksEnded(code=code, gpu_fault=gpu_fault(self.started) if code else "")
+
+    def _hear_of_gpus(self, message: RanksEnded, host: str) -> None:
+        if message.gpu_fault:
+            self.gpu_faults[host] = message.gpu_fault
+
     def _handle(self, message: AgentMessage) -> None:
         match message:
             case RanksEnded():
                 self._ended.add(message.node)
+                self._hear_of_gpus(message, self._hosts[message.node])
                 if message.code:
                     self._end_within(GRACE_S)
             case RunOver():
@@ -108,7 +125,7 @@ class Watch:
 
     def _lose(self, node: int, how: str = "is gone: killed, or its node failed") -> None:
         if not self.node.trains(self._hosts[node]):
-            return  # a spare one
+            return  # a spare one, or it was let go before
         self.lost.append(self._hosts[node])
         if node in self._ended:  # its ranks did what they had to
             return
@@ -154,6 +171,7 @@ class Watch:
         node = self.node
         positions = [(self._hosts[number], ranks) for number, ranks in self._positions.items()]
         ranks, logs = node.allocation.nodes * node.processes, node.folder.logs(self.attempt)
+        self.behind = stalls.hosts_behind(positions, node.processes)
         return stalls.describe_stall(positions, ranks, node.config.launch.stall_timeout_s, logs)
 
     # ---- what Slurm does

@@ -90,10 +90,10 @@ class Attempt(Record):
 
     restarts: how often Slurm had requeued the job; saved_before: the newest checkpoint's step at the start;
     reason: why it ended, killed when it could not record that itself; cause: Slurm's word, where Slurm ended
-    it (TIMEOUT, PREEMPTED, NODE_FAIL, REQUEUED, CANCELLED); lost: nodes whose agents died in it;
-    steps_repeated: trained before, but not saved; planned: before it began, None where the GPU is not known;
-    seconds: of the start, by phase; trained_s, saving_s: seconds in steps, and in saves that delayed them;
-    goodput: of the run until then.
+    it (TIMEOUT, PREEMPTED, NODE_FAIL, REQUEUED, CANCELLED); lost: nodes whose agents died in it; bad: nodes
+    that its end showed to be bad; steps_repeated: trained before, but not saved; planned: before it began,
+    None where the GPU is not known; seconds: of the start, by phase; trained_s, saving_s: seconds in steps,
+    and in saves that delayed them; goodput: of the run until then.
     """
 
     attempt: int
@@ -117,13 +117,17 @@ class Attempt(Record):
     reason: Reason | None = None
     cause: str | None = None
     lost: list[str] = []
+    bad: list[str] = []
     message: str = ""
     goodput: float | None = None
 
     @property
     def cause_in_words(self) -> str:
         """What outside of it ended the attempt, if anything."""
-        return self.cause or (f"lost {', '.join(self.lost)}" if self.lost else "")
+        told = [
+            f"{word} {', '.join(hosts)}" for word, hosts in (("lost", self.lost), ("bad", self.bad)) if hosts
+        ]
+        return self.cause or "; ".join(told)
 
     @property
     def restart_s(self) -> float | None:
@@ -357,10 +361,12 @@ class State(Record):
 
 
 class RankError(Record):
-    """Why a process failed. time: seconds since 1970; ours: the message is qwenlora's own and says all."""
+    """Why a process failed. time: seconds since 1970; ours: the message is qwenlora's own and says all;
+    bad_ranks: those whose nodes it names as bad."""
 
     process: str
     time: float
     message: str
     code: int
     ours: bool
+    bad_ranks: list[int] = []

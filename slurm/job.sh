@@ -26,7 +26,8 @@ job_begin() {
         fi
     fi
     # once a node or an agent is lost, srun's exit code is that of the lost one: the agent that leads leaves its own
-    # here. The first agent makes it a link to a file in the run folder, which all nodes can write
+    # here, and the nodes to leave out. The first agent makes it a link to a file in the run folder, which all nodes can
+    # write
     QWENLORA_EXIT_CODE_FILE=$(mktemp)
     export QWENLORA_EXIT_CODE_FILE
 }
@@ -69,10 +70,25 @@ job_stop_watcher() {
     done
 }
 
+# Requeues a job, which leaves out nodes from then on (job_requeue ID NODES). Slurm takes new nodes to leave out of
+# waiting jobs only, and sends TERM to all of this one once it waits.
+job_requeue() (
+    trap '' TERM
+    scontrol requeue "$1" || {
+        echo "error: job $1 cannot be requeued; the same sbatch command goes on" >&2
+        return
+    }
+    [[ -n $2 ]] || return
+    for _ in {1..10}; do
+        scontrol update JobId="$1" ExcNodeList="$2" && return
+        sleep 1
+    done
+)
+
 job_end() {
-    local code=$1 id state reason requeue restarts before=${SLURM_RESTART_COUNT:-0}
+    local code=$1 id state reason requeue restarts before=${SLURM_RESTART_COUNT:-0} exclude
     id=$(job_id)
-    if [[ -s $QWENLORA_EXIT_CODE_FILE ]]; then code=$(<"$QWENLORA_EXIT_CODE_FILE"); fi
+    if [[ -s $QWENLORA_EXIT_CODE_FILE ]]; then read -r code exclude <<<"$(<"$QWENLORA_EXIT_CODE_FILE")"; fi
     rm -f "$(readlink -f "$QWENLORA_EXIT_CODE_FILE")" "$QWENLORA_EXIT_CODE_FILE"
     job_stop_watcher
     # over 128: an agent was killed, or was told to stop before it handled signals. That is requeued ten times at most
@@ -92,7 +108,7 @@ job_end() {
         : # cancelled
     else
         echo "requeueing job $id"
-        scontrol requeue "$id" || echo "error: job $id cannot be requeued; the same sbatch command goes on" >&2
+        job_requeue "$id" "${exclude:-}"
     fi
     exit "$code"
 }

@@ -15,6 +15,8 @@ PATIENCE = 2.0  # seconds that the accounting may lag behind
 UNDER_WAY = {"PENDING", "RUNNING", "SUSPENDED", "RESIZING"}  # states of a job that has not ended
 COLUMNS = "JobIDRaw,JobID,State,Reason,NodeList,WorkDir,JobName,Submit,Start,End"
 SEPARATOR = "\x1f"
+# states of a node; signs after them say more, * that it does not answer
+WORKS = r"(idle|allocated|mixed|completing|planned)[^*\w]*"
 
 
 class JobInfo(NamedTuple):
@@ -29,6 +31,7 @@ class JobInfo(NamedTuple):
     preempted: by a job with a higher priority; true as soon as that is announced, when there is a grace time
     seconds_left: until Slurm stops it, at its time limit or the end of the grace time; None without a limit
     nodes: in Slurm's order; of a job that is being stopped, those that are still alive
+    required, excluded: nodes that it must and must not have
     command: the script and its arguments, joined by spaces, so they cannot be split again
     """
 
@@ -41,6 +44,10 @@ class JobInfo(NamedTuple):
     preempted: bool = False
     seconds_left: float | None = None
     nodes: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    partition: str = ""
+    reservation: str = ""
     stdout: Path | None = None
     work_dir: Path | None = None
     command: str = ""
@@ -53,6 +60,15 @@ class JobInfo(NamedTuple):
     def is_alive(self) -> bool:
         """Whether it waits, runs, or is being stopped, perhaps to run again."""
         return self.completing or self.state in UNDER_WAY
+
+
+class ClusterNode(NamedTuple):
+    """A node of the cluster. kind: its features and generic resources, such as GPUs; works: it takes jobs,
+    now or when others have ended."""
+
+    name: str
+    kind: str
+    works: bool
 
 
 def ask(job_id: str, restarts: int | None = None) -> JobInfo | None:
@@ -126,6 +142,18 @@ def cancel(job_id: str) -> None:
     _run("scancel", job_id)
 
 
+def cluster_nodes(partition: str) -> list[ClusterNode]:
+    """Return the nodes of a partition, or of several (a,b); empty: of the default one. [] without Slurm."""
+    chosen = ("-p", partition) if partition else ()
+    answer = _run("sinfo", "-h", "-N", *chosen, "-o", SEPARATOR.join(("%N", "%P", "%T", "%f %G")))
+    found: dict[str, ClusterNode] = {}
+    for record in answer.stdout.splitlines() if answer else ():
+        name, of, state, kind = record.split(SEPARATOR)
+        if partition or of.endswith("*"):
+            found[name] = ClusterNode(name, kind, re.fullmatch(WORKS, state) is not None)
+    return list(found.values())
+
+
 def kill_step() -> None:
     """Kill all processes of the step that this one is in, on all nodes."""
     _run("scancel", "--signal=KILL", f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}")
@@ -189,6 +217,10 @@ def _read(record: str) -> tuple[str, JobInfo]:
         preempted=line(r"PreemptEligibleTime=\S+ PreemptTime=(\S+)") != "",
         seconds_left=max(0.0, end - time.time()) if state == "RUNNING" and end is not None else None,
         nodes=hosts(line(r"NodeList=(\S*)")),
+        required=hosts(line(r"ReqNodeList=(\S*)")),
+        excluded=hosts(line(r"ReqNodeList=\S* ExcNodeList=(\S*)")),
+        partition=line(r"Partition=(\S*)"),
+        reservation=line(r"Reservation=(\S*)"),
         stdout=Path(stdout) if stdout else None,
         work_dir=Path(work_dir) if work_dir else None,
         command=line("Command=(.*)"),

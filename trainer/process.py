@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -76,7 +76,8 @@ class Process:
             ours = type(error).__module__.startswith("qwenlora.")  # then the message needs no traceback
             log.error("%s failed", self.name, exc_info=None if ours else error)
             code = EXIT_CODES["refused" if isinstance(error, ValueError) else "failed"]
-            self.fail(_message(error, ours=ours), code, ours=ours)
+            bad_ranks = getattr(error, "bad_ranks", [])  # of a TrainingFault
+            self.fail(_message(error, ours=ours), code, ours=ours, bad_ranks=bad_ranks)
             return code
 
     def say(self, line: str) -> None:
@@ -88,10 +89,17 @@ class Process:
         log.warning(line)
         self.console.print(Text("warning: ", style="yellow").append(line, style="default"), soft_wrap=True)
 
-    def fail(self, message: str, code: int, *, ours: bool = True) -> None:
+    def fail(self, message: str, code: int, *, ours: bool = True, bad_ranks: Sequence[int] = ()) -> None:
         """Record why this process fails; without an agent, also end the attempt and show the reason. code:
-        the process's exit code; ours: whether the message is qwenlora's own."""
-        error = RankError(process=self.name, time=time.time(), message=message, code=code, ours=ours)
+        the process's exit code; ours, bad_ranks: as in RankError."""
+        error = RankError(
+            process=self.name,
+            time=time.time(),
+            message=message,
+            code=code,
+            ours=ours,
+            bad_ranks=list(bad_ranks),
+        )
         try:
             write_atomically(self.run.error(self.attempt, self.name), error.text())
         except OSError as full:  # the disk is full, or the folder gone

@@ -46,6 +46,9 @@ def slurm(spec: JobSpec, folder: Path, max_parallel: int | None = None) -> Execu
     executor = Executor(folder, python=shlex.join(site.python or [sys.executable]))
     sizes: dict[str, Any] = {"gpus-per-node": spec.gpus_per_node} if spec.gpus_per_node else {}
     sizes |= {"nodes": spec.nodes_text} if spec.is_moldable else {}  # submitit calculates with a number
+    options = site.sbatch_options()
+    if spec.exclude:
+        options["exclude"] = ",".join([*([site.exclude] if site.exclude else []), *spec.exclude])
     executor.update_parameters(
         job_name=spec.name,
         time=spec.timeout_min,
@@ -57,7 +60,7 @@ def slurm(spec: JobSpec, folder: Path, max_parallel: int | None = None) -> Execu
         setup=_setup(spec, folder),
         teardown=["job_end $?"],
         srun_args=[*SRUN_ARGS, *site.srun_args],
-        additional_parameters={**sizes, "no-kill": True, **site.sbatch_options(), "requeue": True},
+        additional_parameters={**sizes, "no-kill": True, **options, "requeue": True},
         # of 2-4 nodes Slurm would take the fewest, if it knew the tasks; srun starts one a node in any case
         **({} if spec.is_moldable else {"ntasks_per_node": 1}),
         **({"array_parallelism": max_parallel} if max_parallel else {}),

@@ -37,7 +37,7 @@ class JobOptions(TypedDict, total=False):
 @dataclass(frozen=True)
 class JobSpec:
     """What a job gets, defaults filled in. name: safe for a shell; nodes: the fewest and the most;
-    cpus_per_task: CPUs a node."""
+    cpus_per_task: CPUs a node; exclude: nodes that were found bad."""
 
     name: str
     nodes: tuple[int, int]
@@ -46,6 +46,7 @@ class JobSpec:
     timeout_min: int
     site: Site
     snapshot: bool = False
+    exclude: tuple[str, ...] = ()
 
     @property
     def nodes_text(self) -> str:

@@ -10,7 +10,7 @@ import io
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -34,9 +34,11 @@ from qwenlora.jobs.submission.options import (
 from qwenlora.jobs.submission.site import Site, load_site
 from qwenlora.jobs.task import InProcess, RunTask, Summary
 from qwenlora.launch import hostfile, refusals
+from qwenlora.run.bad_nodes import BadNodes, to_leave_out
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import snapshot as copy_package
 from qwenlora.run.records import now
+from qwenlora.slurm.query import JobInfo, hosts
 
 Overrides = Mapping[str, Any] | Iterable[str]
 Job = submitit.Job[Summary]
@@ -220,7 +222,7 @@ def prepare(
     processes = _check(loaded, options, site)
     target.check(loaded, fresh=fresh, allowed=allowed)
     _refuse_under_way(target)
-    spec = job_spec(options, site, processes, target.path.name)
+    spec = _without_bad(job_spec(options, site, processes, target.path.name), options, target)
     return Submission(
         target, (loaded,), cluster_of(options), spec, source=source, fresh=fresh, allowed=tuple(allowed)
     )
@@ -249,7 +251,9 @@ def prepare_sweep(
         processes = max(processes, _check(each, options, site))
         RunFolder(each.run_dir).check(each)
         _refuse_under_way(RunFolder(each.run_dir))
-    spec = job_spec(options, site, processes, target.path.name)
+    spec = _without_bad(
+        job_spec(options, site, processes, target.path.name), options, RunFolder(configs[0].run_dir)
+    )
     return Submission(target, configs, cluster_of(options), spec, max_parallel)
 
 
@@ -274,6 +278,22 @@ def _check(config: Config, options: JobOptions, site: Site) -> int:
             nodes = refusals.nodes_that_train(config, nodes)
         refusals.check_start(config, nodes, processes, gpu)
     return processes
+
+
+def _without_bad(spec: JobSpec, options: JobOptions, run: RunFolder) -> JobSpec:
+    """Return the job with the bad nodes that it leaves out. run: one of those that it runs."""
+    bad, site = BadNodes.beside(run).bad(), spec.site
+    if cluster_of(options) != "slurm" or not bad:
+        return spec
+    job = JobInfo(
+        "",
+        "",
+        required=hosts(site.nodelist or ""),
+        excluded=hosts(site.exclude or ""),
+        partition=site.partition or "",
+        reservation=site.reservation or "",
+    )
+    return replace(spec, exclude=tuple(to_leave_out(bad, job, spec.nodes[1])))
 
 
 def _refuse_under_way(run: RunFolder) -> None:

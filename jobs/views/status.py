@@ -8,6 +8,7 @@ from rich.table import Table
 
 from qwenlora.jobs import ledger
 from qwenlora.jobs.find import RunOrJob, state
+from qwenlora.run.bad_nodes import BadNodes
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.format import clock, count
 from qwenlora.run.history import goodput, inside_job
@@ -35,7 +36,7 @@ def show_status(named: RunOrJob, console: Console) -> None:
         console.print(job_line(named.job_id, job), soft_wrap=True)
     if attempts:
         console.print(attempt_table(attempts))
-        for line in (*_restarts(attempts), *details(attempts[-1])):
+        for line in (*_restarts(attempts), *details(attempts[-1]), *_left_out(named.run)):
             console.print(line, soft_wrap=True)
 
 
@@ -114,6 +115,12 @@ def _restarts(attempts: list[Attempt]) -> Iterator[str]:
     if again := inside_job(attempts):
         took = ", ".join("-" if seconds is None else f"{seconds:.1f} s" for _, seconds in again)
         yield f"went on inside the job {count(len(again), 'time')}; until the first step: {took}"
+
+
+def _left_out(run: RunFolder | None) -> Iterator[str]:
+    """Yield a line on each node that jobs leave out."""
+    for host, entries in BadNodes.beside(run).bad().items() if run else ():
+        yield f"left out: {host}: {entries[0].line}"
 
 
 def details(attempt: Attempt) -> list[str]:

@@ -16,6 +16,7 @@ from qwenlora.jobs.task import summary
 from qwenlora.jobs.views.diff import results
 from qwenlora.jobs.views.overview import read_overview
 from qwenlora.jobs.views.status import show_status
+from qwenlora.run.bad_nodes import BadNodes
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import Attempt, now
 from qwenlora.slurm import query
@@ -66,6 +67,20 @@ def test_a_run_under_way_a_killed_one_and_a_done_one_are_told_apart(run):
     assert [row.split()[-1] for row in rows] == ["killed", "done", "refused"]
     assert "7  8-9        0    5.5 s  done" in rows[1]
     assert "attempt 3 refused: train.max_steps=3 is less than" in text
+
+
+def test_nodes_that_jobs_leave_out_are_named_with_the_reason(run):
+    run.path.mkdir()
+    run.begin_attempt(2)
+    run.note_attempt(bad=["node3"])
+    run.end_attempt("failed")
+    entries = BadNodes.beside(run)
+    entries.add("stalled", "node3", "rank 5 hung", run, 1)
+    entries.add("failed", "node4", "once", run, 1)
+    text = shown(run)
+    assert "left out: node3: rank 5 hung (0 s ago, attempt 1 of my)" in text
+    assert "node4" not in text
+    assert " failed  bad node3" in text
 
 
 def test_restarts_inside_a_job_are_shown_with_what_was_lost_and_the_time_they_took(run):

@@ -24,9 +24,12 @@ from qwenlora.jobs.submission.submit import prepare, prepare_sweep
 from qwenlora.jobs.submission.sweeps import parse_grid
 from qwenlora.jobs.task import RunTask
 from qwenlora.launch import agent
+from qwenlora.run import bad_nodes
+from qwenlora.run.bad_nodes import BadNodes
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import package, snapshot
 from qwenlora.run.signals import STOP_SIGNALS
+from qwenlora.slurm.query import ClusterNode
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = """
@@ -116,6 +119,29 @@ def test_a_job_may_take_what_nodes_there_are(folder, monkeypatch, nodes):
     (noted,) = submissions(ready.target)
     assert (noted.min_nodes, noted.nodes) == (2, 4)
     assert job_spec(options(nodes="3"), Site(), 1, "").nodes == (3, 3)
+
+
+def excluded(ready) -> str | None:
+    found = re.search("^#SBATCH --exclude=(.*)$", ready.text(), re.MULTILINE)
+    return found and found[1].strip("'")
+
+
+def test_a_job_leaves_out_bad_nodes_besides_those_of_the_site_while_enough_stay(folder, monkeypatch):
+    names = [f"n{number}" for number in range(1, 7)]
+    monkeypatch.setattr(bad_nodes, "cluster_nodes", lambda _: [ClusterNode(name, "", True) for name in names])
+    (folder / "site.yaml").write_text("exclude: n[1-2]\n")
+    site = options(site="site.yaml")
+    assert excluded(prepare("my.yaml", {}, site)) == "n[1-2]"
+    for host in ("n3", "n1", "gone"):
+        BadNodes(folder / "runs").add("driver", host, "Xid")
+    assert excluded(prepare("my.yaml", {}, site)) == "n[1-2],n3"
+    assert excluded(prepare("my.yaml", {}, site | {"nodes": 4})) == "n[1-2]", "three would be left"
+    assert excluded(prepare("my.yaml", {}, options())) == "n1,n3"
+    assert excluded(prepare("my.yaml", {"run_dir": "others/my"}, options())) is None
+    (folder / "site.yaml").write_text("nodelist: n[4-5]\n")
+    assert excluded(prepare("my.yaml", {}, site)) is None
+    BadNodes(folder / "s").add("driver", "n6", "Xid")
+    assert excluded(prepare_sweep("my.yaml", {"lora.r": [8, 16]}, {"run_dir": "s"}, options())) == "n6"
 
 
 def test_the_text_of_a_sweep_as_a_whole(folder):

@@ -60,6 +60,16 @@ def test_attempts_that_lose_a_node_are_no_crashes_but_end_when_ten_have_saved_no
     assert (again, why) == (False, "not tried again: 10 attempts in a row have saved no step")
 
 
+def test_attempts_that_find_a_bad_node_are_no_crashes_but_not_for_ever():
+    """Where other nodes hang next, nodes are not the reason."""
+    attempts = [attempt("failed", 0), attempt("failed", 0, bad=["node2"])]
+    assert restarts.worth_another(attempts, "7", 3, 0)[0]
+    assert not restarts.worth_another([*attempts, attempt("failed", 0)], "7", 3, 0)[0]
+    three = [attempt("failed", 0, bad=[f"node{number}"]) for number in range(3)]
+    assert restarts.worth_another(three[:2], "7", 3, 0)[0]
+    assert not restarts.worth_another(three, "7", 3, 0)[0]
+
+
 def test_no_restarts_are_wanted():
     again, why = restarts.worth_another([attempt("failed", 0)], "7", 0, 20)
     assert (again, why) == (False, "not tried again: 1 attempt failed, launch.max_restarts is 0")

@@ -15,7 +15,7 @@ from qwenlora.configs import load_config
 from qwenlora.launch import watch as watching
 from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.meeting import Meeting
-from qwenlora.launch.messages import RankPosition, RanksEnded, RunOver
+from qwenlora.launch.messages import AgentLost, RankPosition, RanksEnded, RunOver
 from qwenlora.launch.node import Node
 from qwenlora.launch.stalls import SLOWEST_START_S, is_stalled
 from qwenlora.launch.watch import Watch
@@ -128,6 +128,16 @@ def test_a_node_whose_ranks_do_not_end_is_let_go(watches, monkeypatch):
     assert first.node.meeting.connected == set()
 
 
+@pytest.mark.parametrize("look", [Watch.while_preparing, Watch.while_training])
+def test_a_node_that_was_let_go_before_is_no_loss(watches, look):
+    """That its connection has ended may be heard in the next attempt."""
+    first, _ = watches
+    first.node.meeting.inbox.put(AgentLost(node=1))
+    first.node.allocation = first.node.allocation.among(["127.0.0.1"])
+    look(first)
+    assert (first.lost, first.fault, first.node.children.killed) == ([], "", False)
+
+
 def test_the_end_of_all_reaches_a_node_that_still_trains(watches):
     first, second = watches
     first.node.meeting.send(RunOver())
@@ -196,7 +206,7 @@ def test_a_slow_start_is_no_stall(watches):
 
 
 @pytest.mark.parametrize(
-    ("positions", "start"),
+    ("positions", "start", "behind"),
     [
         (
             {
@@ -204,6 +214,7 @@ def test_a_slow_start_is_no_stall(watches):
                 1: [RankPosition(Beat(1, 2, 7, 19, 0.0), "", 62.0)],
             },
             "rank 1 on 127.0.0.2: no",
+            ["127.0.0.2"],
         ),
         (
             {
@@ -211,6 +222,7 @@ def test_a_slow_start_is_no_stall(watches):
                 1: [RankPosition(Beat(1, 2, 7, 19, 0.0), "", 62.0)],
             },
             "no progress for 62 s",
+            [],
         ),
         (
             {
@@ -219,13 +231,19 @@ def test_a_slow_start_is_no_stall(watches):
             },
             "rank 0 on 127.0.0.1: no progress for 62 s (launch.stall_timeout_s is 1), in step 7 (its process"
             " has",
+            ["127.0.0.1"],
         ),
-        ({0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "", 61.0)]}, "1 ranks have not started to work"),
+        (
+            {0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "", 61.0)], 1: []},
+            "1 ranks have not started to work",
+            ["127.0.0.2"],
+        ),
     ],
 )
-def test_who_lags_is_who_gave_the_fewest_signs_of_life(watches, positions, start):
+def test_who_lags_is_who_gave_the_fewest_signs_of_life(watches, positions, start, behind):
     watches[0]._positions = positions
     assert watches[0]._describe_stall().startswith(start)
+    assert watches[0].behind == behind
 
 
 def test_the_cause_is_noted_at_once_and_asked_for_again_at_the_end(watches, folder, monkeypatch):

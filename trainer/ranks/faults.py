@@ -1,6 +1,6 @@
 """Faults of a step, and their remedies: losses and gradients that are not finite, and a full GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,11 @@ IN_A_ROW = 10  # consecutive steps that may be left out
 
 
 class TrainingFault(RuntimeError):  # noqa: N818 (it is no error of the code)
-    """The run cannot go on; the message says why and what helps."""
+    """The run cannot go on; the message says why and what helps. bad_ranks: those whose nodes are bad."""
+
+    def __init__(self, message: str, bad_ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.bad_ranks = list(bad_ranks)
 
 
 def broken_micro_batches(losses: list[Tensor], team: int, teams: int) -> list[int]:

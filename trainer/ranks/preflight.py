@@ -55,11 +55,11 @@ def check(device: torch.device) -> list[Checked]:
     if dist.is_initialized():
         results = [mine] * dist.get_world_size()
         dist.all_gather_object(results, mine)
-    if wrong := [
-        f"rank {result.rank} on {result.host}: {result.wrong}" for result in results if result.wrong
-    ]:
+    if wrong := [result for result in results if result.wrong]:
+        told = "; ".join(f"rank {result.rank} on {result.host}: {result.wrong}" for result in wrong)
         raise TrainingFault(
-            f"{'; '.join(wrong)}; leave the host out (sbatch --exclude) and tell its administrators"
+            f"{told}; leave the host out (sbatch --exclude) and tell its administrators",
+            [result.rank for result in wrong],
         )
     return results
 
