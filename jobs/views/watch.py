@@ -63,7 +63,7 @@ COLUMNS = (
     Column("MFU", lambda run: _percent(run.newest("mfu")), 96),
     Column("attempts", lambda run: str(len(run.overview.attempts)), 96),
     Column("goodput", lambda run: _percent(run.goodput), 110),
-    Column("faults", lambda run: run.causes or "-", 140, left=True),
+    Column("causes", lambda run: run.causes or "-", 140, left=True),
     Column("waits for", lambda run: run.waits_for or "-", 140, left=True),
 )
 

@@ -93,7 +93,7 @@ def test_runs_under_way_come_first_with_their_numbers(make, running):
 
 def test_a_wide_screen_has_more_columns(running):
     wide = watched([running], size=(140, 30))[0]
-    assert all(title in wide for title in ("MFU", "attempts", "goodput", "faults", "waits for"))
+    assert all(title in wide for title in ("MFU", "attempts", "goodput", "causes", "waits for"))
     assert "goodput" not in watched([running])[0].split("\n")[1]
 
 
