@@ -18,10 +18,17 @@ from qwenlora.run.disk import free_bytes
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.package import code_hash
 
-# config keys that preparation does not depend on; sequence_parallel decides whether rows are packed
+# config keys that preparation does not depend on; sequence_parallel decides whether rows are packed. How long
+# the run is, the ranks check, too (trainer/build.py)
 _NO_MATTER: dict[str, bool | set[str]] = {
     **dict.fromkeys(("run_dir", "log", "launch", "checkpoint"), True),
     "strategy": {"name", "quantization", "offload", "shard_group", "deepspeed_config"},
+    "train": {
+        *("max_steps", "num_train_epochs", "max_time_min", "early_stopping_patience", "final", "on_nan"),
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_checkpointing"),
+        *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"),
+        "metric_for_best_model",
+    },
 }
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "jinja2", "numpy", "pyarrow", "datasets")
 _SETTLED_NS = 10**9  # a second change within the clock's tick would be missed

@@ -24,6 +24,7 @@ from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.in_memory import InMemory
 from qwenlora.trainer.loop.keeper import Keeper
 from qwenlora.trainer.loop.saver import Saver
+from qwenlora.trainer.loop.schedule import check_schedule
 from qwenlora.trainer.loop.trainer import LoraTrainer, Services
 from qwenlora.trainer.model import pretrained
 from qwenlora.trainer.model.checks import check_isolation, isolates_rows, untrained_tokens
@@ -60,7 +61,7 @@ class Parts:
 def build(context: Context) -> Parts:
     """Build model and trainer; all ranks call it. Raises: ValueError when the config cannot run here."""
     config, facts = context.process.config, context.facts
-    _refuse_fewer_steps(config, facts, context.step)
+    _check_length(config, facts, context.step)
     tokenizer = pretrained.load_tokenizer(config, facts.base)
     set_end(tokenizer, text_only=facts.text_only)
     generation = generation_settings(facts.base, config.model.revision, tokenizer, text_only=facts.text_only)
@@ -112,7 +113,8 @@ def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | Non
     return [*(callback for callback in ordered if callback), *keeps]
 
 
-def _refuse_fewer_steps(config: Config, facts: Facts, trained: int) -> None:
+def _check_length(config: Config, facts: Facts, trained: int) -> None:
+    """Refuse a run that is too short. Raises: ValueError."""
     train = config.train
     steps = total_steps(facts.units, train.global_batch_size, train.num_train_epochs, train.max_steps)
     if trained > steps:
@@ -125,6 +127,7 @@ def _refuse_fewer_steps(config: Config, facts: Facts, trained: int) -> None:
             f"train.{setting} makes {steps} steps, and {trained} are trained already; raise it, or name an"
             " earlier checkpoint: --resume"
         )
+    check_schedule(train, steps)
 
 
 def _trainer(

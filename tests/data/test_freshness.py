@@ -39,13 +39,14 @@ def test_a_second_start_prepares_nothing(config, run):
     assert stands(config(), run)
     assert stands(config("log.wandb=off", "launch.nproc_per_node=2", "checkpoint.async=false"), run)
     assert stands(config("strategy.name=zero3", "strategy.quantization=nf4", "strategy.offload=params"), run)
+    assert stands(config("train.max_steps=5", "train.save_strategy=no", "train.on_nan=skip"), run)
 
 
 SHARED = "strategy.sequence_parallel=2"
 
 
 @pytest.mark.parametrize(
-    "change", ["data.max_length=99", "model.dtype=bfloat16", "train.max_steps=5", "lora.r=4", SHARED]
+    "change", ["data.max_length=99", "model.dtype=bfloat16", "train.learning_rate=1e-5", "lora.r=4", SHARED]
 )
 def test_another_config_is_prepared(config, run, change):
     assert not stands(config(change), run)

@@ -1,4 +1,8 @@
-"""Which way a process takes, by who started it and for what; and what a refusal leaves."""
+"""Which way a process takes, by who started it and for what; what it imports; and what a refusal leaves."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -69,3 +73,24 @@ def test_a_refusal_without_an_agent_leaves_the_run_as_it_was(start, tmp_path, mo
     assert run.history.attempts()[-1].reason == "refused"
     (error,) = run.errors(2)
     assert (error.process, error.message, error.ours) == ("rank-0", "these rows cannot be trained", False)
+
+
+# a process that was forked from an agent's forkserver, and prepares and trains
+FORKED = """
+import sys
+from qwenlora.trainer import forkserver
+from qwenlora.trainer.main import main
+forkserver._import_libraries()
+assert main([*sys.argv[1:], "run_dir=run", "train.max_steps=1"], captured=False) == 0
+print("imported:", *{"bitsandbytes", "datasets", "deepspeed", "mlflow", "pandas", "wandb"} & {*sys.modules})
+"""
+
+
+@pytest.mark.slow
+def test_a_run_imports_no_library_that_it_does_not_need(tmp_path):
+    (tmp_path / "my.yaml").write_text("model: {name_or_path: tiny}\ndata: {train: example}\n")
+    command = [sys.executable, "-c", FORKED, "my.yaml", "log.wandb=off"]
+    alone = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=alone, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[-1] == "imported:"

@@ -147,17 +147,18 @@ class LoraTrainer(Trainer):
     # ---- how the model is spread
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-        """Return the model that a step calls: DeepSpeed's engine, or DDP over what is trained. Trainer's own
-        DDP would begin by sending the base, which each rank has read already, from rank 0 to all."""
+        """Return the model that a step calls: DeepSpeed's engine, or with several ranks DDP over what is
+        trained. Trainer's own DDP would begin by sending the base, which each rank has read already, from
+        rank 0 to all."""
         if self.zero:
             return self.zero.engine
-        sharded = any(isinstance(p, DTensor) for p in model.parameters())
-        if model is not self.model or not (self._deepspeed or sharded or self.args.world_size > 1):
+        if model is not self.model:
             return super()._wrap_model(model, training, dataloader)
-        # with these arguments accelerate only adds autocast
+        # with these arguments accelerate only adds autocast; it would put one rank alone under DDP, too
         self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        model._is_accelerate_prepared = True
         if not self._deepspeed:
-            if not sharded:
+            if self.args.world_size > 1 and not any(isinstance(p, DTensor) for p in model.parameters()):
                 check_same_base(model)
             wrapped = replicate_trained(model, self.experts.names if self.experts else ())
             if wrapped is not model and self.args.world_size > 2:  # two numbers have one sum in any order
