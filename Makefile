@@ -1,5 +1,6 @@
 # make train   from nothing to a fine-tuned tiny Qwen       make test    everything this machine can run
 # make check   lint, format, types                          make gpu     the tests that need a CUDA GPU
+# make gpu-speed PART=whole   how fast a GPU is, beside plain transformers and peft
 # make chaos   kills runs 200 times and signals them 50    make clean   remove .venv and build leftovers
 # make test-quick  the tests that train no whole run, and need no cluster
 # make test-slow   the long tests: all pairs of the resume matrix, ten random disturbances of a Slurm job ...
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := README.md pyproject.toml setup.cfg __init__.py py.typed $(shell find adapter cli configs data jobs launch plan run slurm trainer \
 	-name '*.py' -o -name '*.yaml' -o -name '*.jsonl' -o -name '*.sh' -o -name '*.html' -o -name '*.md' -o -name '*.jinja' -o -name schema.json)
 
-.PHONY: dist docs train test test-quick test-slow gpu chaos slurm-up slurm-down check format schema clean system
+.PHONY: dist docs train test test-quick test-slow gpu gpu-speed chaos slurm-up slurm-down check format schema clean system
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -40,9 +41,15 @@ test-slow: $(VENV)/.installed-test
 	@echo '== running the tests that take long, or show again what quicker ones show'
 	$(BIN)/python -m pytest -s -m long
 
+# PART: of the tests, as pytest's -k takes it
 gpu: $(VENV)/.installed-test
 	@echo '== running the tests that need a CUDA GPU'
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu $(if $(PART),-k '$(PART)') $$(grep -rl --include='*.py' 'mark\.gpu' tests)
+
+# PART: ceilings, whole, leave-out, experts, nf4
+gpu-speed: $(VENV)/.installed-test
+	@echo '== measuring steps on this GPU (benchmarks/README.md)'
+	$(BIN)/python benchmarks/gpu.py $(PART)
 
 chaos: $(VENV)/.installed-test
 	@echo '== killing runs at random moments (about an hour and a half on two cores)'

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import train_speed
 from train_speed import answer_of
 
 OURS, PEFT, LOOP = "qwenlora", "peft", "peft, experts in a loop"
@@ -132,11 +133,7 @@ def start(way: str, options: argparse.Namespace, **variables: str) -> subprocess
 
 def ask(worker: subprocess.Popen[str], what: str, tokens: int, number: int) -> dict[str, Any]:
     """Return a worker's answer to a line of work()."""
-    assert worker.stdin
-    worker.stdin.write(f"{what} {tokens} {number}\n")
-    worker.stdin.flush()
-    answer: dict[str, Any] = json.loads(answer_of(worker))
-    return answer
+    return train_speed.ask(worker, f"{what} {tokens} {number}")
 
 
 def end(workers: dict[str, subprocess.Popen[str]]) -> None:

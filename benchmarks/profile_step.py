@@ -34,10 +34,9 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows, collate, collate_packs
 from qwenlora.trainer.loop.trainer import LoraTrainer
-from qwenlora.trainer.model.fused import fuse
+from qwenlora.trainer.model import fused, row_attention
 from qwenlora.trainer.model.loading import set_up
 from qwenlora.trainer.model.lora import add_lora
-from qwenlora.trainer.model.row_attention import attend_row_by_row
 from qwenlora.trainer.model.tiny import build_tiny
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
@@ -109,12 +108,20 @@ def base_of(args: argparse.Namespace) -> Any:
 
 
 def ours_of(
-    base: Any, words: Any, side: Side, folder: Path, steps: int, rate: float = 1e-3, dtype: str = "float32"
+    base: Any,
+    words: Any,
+    side: Side,
+    folder: Path,
+    steps: int,
+    rate: float = 1e-3,
+    dtype: str = "float32",
+    batch: int = BATCH,
 ) -> Any:
-    """Return our trainer over a base, its model built as trainer/build.py does."""
+    """Return our trainer over a base, its model built as trainer/build.py does, and all of it fused. batch:
+    rows of a step."""
     train = Train(
-        global_batch_size=BATCH,
-        per_device_train_batch_size=BATCH,
+        global_batch_size=batch,
+        per_device_train_batch_size=batch,
         max_steps=steps,
         learning_rate=rate,
         warmup_steps=0.0,
@@ -125,10 +132,11 @@ def ours_of(
     model_of_run = Model(name_or_path="x", dtype=dtype)
     config = Config(run_dir="unused", model=model_of_run, data=Data(train="x"), lora=lora, train=train)
     arguments = training_arguments(config, RunFolder(folder), len(side), 1, evaluates=False)
-    assert attend_row_by_row(base)
+    row_attention.attend_row_by_row(base)
     torch.manual_seed(1)
     model = add_lora(base, lora)
-    assert fuse(model).mlps == base.config.num_hidden_layers
+    done = fused.fuse(model)
+    assert done.mlps + done.experts == base.config.num_hidden_layers
     return LoraTrainer(model, config, arguments, Rows(order_of(config, side), side), processing_class=words)
 
 
@@ -137,6 +145,7 @@ def trainers(args: argparse.Namespace, side: Side, folder: Path) -> dict[str, An
     build_tiny(folder / "tiny")
     words = AutoTokenizer.from_pretrained(folder / "tiny")
     ours = ours_of(base_of(args), words, side, folder, args.steps)
+    assert ours.end_to_end, "rows are padded"
     settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     plain = Trainer(get_peft_model(base_of(args), settings), ours.args, processing_class=words)
     plain.model.load_state_dict(ours.model.state_dict())

@@ -74,6 +74,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="42.8M", help="of a Qwen2 of random weights")
     parser.add_argument("--steps", type=int, default=12, help="of each way, the first two untimed")
+    parser.add_argument("--parity-steps", type=int, default=0, help="of ours and plain Trainer, in all")
     parser.add_argument("--tokenizer", default=ASSETS / "tokenizers" / "qwen2.5", help="a Qwen's tokenizer")
     parser.add_argument("--data", default=ASSETS / "data" / "medical_qa_sharegpt.jsonl")
     parser.add_argument("--trl-python", help="of an environment with TRL")
@@ -95,7 +96,7 @@ def make_inputs(folder: Path, options: argparse.Namespace) -> list[int]:
 
     rows = [
         {"input_ids": row.ids.tolist(), "trained": row.trained.tolist()}
-        for row in real_rows(options.steps * BATCH)
+        for row in real_rows(most_steps(options) * BATCH)
     ]
     (folder / "rows.json").write_text(json.dumps(rows))
     hidden, width, layers, heads, keys = SHAPES[options.shape]
@@ -119,6 +120,11 @@ def make_inputs(folder: Path, options: argparse.Namespace) -> list[int]:
     return [sum(sum(row["trained"][1:]) for row in batch) for batch in batches]
 
 
+def most_steps(options: argparse.Namespace) -> int:
+    """Return how many steps the ways train that train most."""
+    return max(int(options.steps), int(options.parity_steps))
+
+
 def take_turns(folder: Path, pythons: dict[str, str], options: argparse.Namespace) -> dict[str, list[Step]]:
     """Return what each way said of each step. Only one of them runs at a time."""
     workers = {}
@@ -129,18 +135,24 @@ def take_turns(folder: Path, pythons: dict[str, str], options: argparse.Namespac
         )
         assert answer_of(workers[way]) == "ready", way
     steps: dict[str, list[Step]] = {way: [] for way in pythons}
-    for number in range(options.steps):
+    for number in range(most_steps(options)):
+        ways = [way for way in workers if number < options.steps or way in (OURS, PLAIN)]
         # as many begin with one as with the other
-        for way in list(workers)[:: 1 if number % 2 else -1]:
-            stdin = workers[way].stdin
-            assert stdin
-            stdin.write(f"{number}\n")
-            stdin.flush()
-            steps[way].append(Step(**json.loads(answer_of(workers[way]))))
+        for way in ways[:: 1 if number % 2 else -1]:
+            steps[way].append(Step(**ask(workers[way], str(number))))
         print(f"step {number + 1}", end="\r", flush=True, file=sys.stderr)
     for worker in workers.values():
         worker.communicate()
     return steps
+
+
+def ask(worker: subprocess.Popen[str], line: str) -> dict[str, Any]:
+    """Return a worker's answer to a line of its standard input."""
+    assert worker.stdin
+    worker.stdin.write(f"{line}\n")
+    worker.stdin.flush()
+    answer: dict[str, Any] = json.loads(answer_of(worker))
+    return answer
 
 
 def answer_of(worker: subprocess.Popen[str]) -> str:
@@ -158,7 +170,7 @@ def check(steps: dict[str, list[Step]], trained: list[int]) -> None:
     assert min(trained) > 0
     for way, own in steps.items():
         assert min(step.norm for step in own) > 0, f"{way} learnt nothing"
-        apart = max(abs(one.loss - other.loss) / other.loss for one, other in zip(own, plain, strict=True))
+        apart = max(abs(one.loss - other.loss) / other.loss for one, other in zip(own, plain, strict=False))
         # TRL's default trains all tokens, which these models of random weights hardly tell apart
         most = {TRL: 0.02, OURS_BF16: 0.005}.get(way, 1e-5)
         assert apart <= most, f"losses of {way} differ by {apart:.2g}"
@@ -166,16 +178,19 @@ def check(steps: dict[str, list[Step]], trained: list[int]) -> None:
 
 def show(steps: dict[str, list[Step]], trained: list[int]) -> None:
     """Print the table."""
-    print("| way | useful tokens a second of CPU | CPU seconds a step | wall seconds | losses apart | x |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print(
+        "| way | useful tokens a CPU second | CPU seconds a step | wall seconds | losses apart | steps | x |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|")
     plain = steps[PLAIN]
     for way, own in steps.items():
-        timed = list(zip(trained, own, plain, strict=True))[2:]
+        timed = list(zip(trained, own, plain, strict=False))[2:]
         speed = median(tokens / step.cpu_s for tokens, step, _ in timed)
         cpu, wall = median(step.cpu_s for _, step, _ in timed), median(step.wall_s for _, step, _ in timed)
         ratio = median(other.cpu_s / step.cpu_s for _, step, other in timed)
-        apart = max(abs(one.loss - other.loss) for one, other in zip(own, plain, strict=True))
-        print(f"| {way} | {speed:,.0f} | {cpu:.2f} | {wall:.2f} | {apart:.1e} | {ratio:.2f} |")
+        apart = max(abs(one.loss - other.loss) for one, other in zip(own, plain, strict=False))
+        figures = f"{speed:,.0f} | {cpu:.2f} | {wall:.2f} | {apart:.1e} | {len(own)} | {ratio:.2f}"
+        print(f"| {way} | {figures} |")
 
 
 # ---- a way, in a process of its own
@@ -287,6 +302,7 @@ def ours(folder: Path, rows: list[dict[str, Any]], dtype: str = "float32") -> tu
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
     side = side_of([tokens_of(Tokens, row) for row in rows])
     trainer = ours_of(base, words, side, folder / "ours", len(rows) // BATCH, RATE, dtype)
+    assert trainer.end_to_end, "rows are padded"
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(folder / "adapter"), device="cpu"))
     numbers = {id(row): number for number, row in enumerate(rows)}
     return trainer, lambda some: collate_packs([[side.row(numbers[id(row)]) for row in some]], 0)
@@ -301,17 +317,22 @@ def tokens_of(kind: Any, row: dict[str, Any]) -> Any:
 
 def trl(folder: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[Any, Any]:
     """TRL's SFTTrainer; without options as a user gets it who sets none."""
-    from datasets import Dataset
     from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(folder / "base")
+    return trl_over(peft_model(folder), words, rows, **settings(folder, "trl"), **options)
+
+
+def trl_over(model: Any, words: Any, rows: list[dict[str, Any]], **options: Any) -> tuple[Any, Any]:
+    """TRL's SFTTrainer over a model. words: its tokenizer."""
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     masked = [
         {"input_ids": row["input_ids"], "completion_mask": list(map(int, row["trained"]))} for row in rows
     ]
-    arguments = SFTConfig(**settings(folder, "trl"), **options)
-    words = AutoTokenizer.from_pretrained(folder / "base")
     data = Dataset.from_list(masked)
-    trainer = SFTTrainer(peft_model(folder), arguments, train_dataset=data, processing_class=words)
+    trainer = SFTTrainer(model, SFTConfig(**options), train_dataset=data, processing_class=words)
     prepared = trainer.train_dataset  # with labels, where masks count
     assert len(prepared) == len(rows)
     numbers = {id(row): number for number, row in enumerate(rows)}
