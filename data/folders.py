@@ -76,7 +76,10 @@ def files_of(folder: Path, entry: SourceEntry, key: str, note: Callable[[str], N
     visible = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
     known = [shown_as_is(path) for path in visible if _has_rows(path)]
     if not known:
-        raise ValueError(f"{named.is_called} has no data files ({', '.join(EXTENSIONS)}, also .gz and .zst)")
+        texts = any(path.suffix == ".txt" for path in visible)
+        cure = f"; to read its plain texts, name them: {key}: {folder}/**/*.txt" if texts else ""
+        known_ones = f"{', '.join(EXTENSIONS)}, also .gz and .zst"
+        raise ValueError(f"{named.is_called} has no data files ({known_ones}){cure}")
     splits = _splits_of_card(named) or _splits_by_name(folder, known)
     split = _split(named, splits, known)
     files = splits[split]

@@ -5,7 +5,7 @@ data.columns and data.roles map other names to the shapes in KNOWN; rows.py read
 
 import re
 from collections.abc import Iterable, Mapping
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple, NoReturn
 
 from qwenlora.data.bad_row import BadRow, show, show_names
@@ -52,6 +52,7 @@ ANSWERS = (
     "assistant",
 )
 CONTEXTS = ("context", "passage", "document")  # what a question is about
+ROWS = ("data", "rows", "examples")  # of a whole data set in one object
 _TOOLS = ("tools", "functions")
 _PLAIN_YAML = re.compile(r"[^\W\d][\w-]*")
 _NOT_TEXT_IN_YAML = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
@@ -213,7 +214,8 @@ def _list_hint(key: str, items: list[object], row: JsonObject, columns: Mapping[
     """Return the hint for a row with a list of objects."""
     name, first = as_yaml(key), items[0]
     assert isinstance(first, dict), "the caller looks"
-    if any(known in first for known in (*TURN_LISTS, *chain.from_iterable(PAIRS.values()))):
+    has_rows = any(known in first for known in (*TURN_LISTS, *chain.from_iterable(PAIRS.values())))
+    if has_rows or key in ROWS:
         shared = [other for other in chain.from_iterable(PAIRS.values()) if isinstance(row.get(other), str)]
         more = f"{{{', '.join(shared)}}} + " if shared else ""
         return Hint(f"; if {name} are the rows, write them alone: jq -c '{more}.{name}[]' old > new")
@@ -236,11 +238,11 @@ def _half_hint(row: JsonObject, texts: list[str], columns: Mapping[str, str | No
 
 def _pair_hint(texts: list[str], columns: Mapping[str, str | None]) -> Hint:
     """Return the hint for a row with two texts or more."""
-    question = named(texts, QUESTIONS)
-    answer = named((key for key in texts if key != question), ANSWERS)
-    others = [key for key in texts if key not in (question, answer)]
-    beside = _beside(others[: len(texts) - 2])
-    others = [key for key in others if key not in beside]
+    beside = _beside(texts)
+    pair = [key for key in texts if key not in beside]
+    question = named(pair, QUESTIONS)
+    answer = named((key for key in pair if key != question), ANSWERS)
+    others = [key for key in pair if key not in (question, answer)]
     question = question or others.pop(0)
     answer = answer or others.pop(0)
     pairs = (pair for pair in PAIRS.values() if question == pair[0] or answer == pair[1])
@@ -252,10 +254,11 @@ def _pair_hint(texts: list[str], columns: Mapping[str, str | None]) -> Hint:
 
 
 def _beside(keys: list[str]) -> dict[str, str]:
-    """Return which keys may be the system turn, and what the question is about."""
+    """Return which keys may be the system turn, and what the question is about; two keys are left out."""
     ours = {key: "system" for key in keys if "system" in key.lower()}
     about = named(keys, CONTEXTS)
-    return {about: "input", **ours} if about else ours
+    found = {about: "input", **ours} if about else ours
+    return dict(islice(found.items(), len(keys) - 2))
 
 
 def named(keys: Iterable[str], names: tuple[str, ...]) -> str | None:

@@ -817,7 +817,9 @@ def test_places_that_hold_no_rows_are_named(tmp_path, message):
     (tmp_path / "folder" / "notes.txt").write_text("x")
     (tmp_path / "dangling.jsonl").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.jsonl")
-    assert message(train="folder").startswith("data.train=folder has no data files (.json, .jsonl, ")
+    nothing = message(train="folder")
+    assert nothing.startswith("data.train=folder has no data files (.json, .jsonl, ")
+    assert nothing.endswith("; to read its plain texts, name them: data.train: folder/**/*.txt")
     assert message(train="folder/*.jsonl").startswith(
         f"data.train=folder/*.jsonl: no file matches (looked in {tmp_path}"
     )

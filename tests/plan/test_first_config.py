@@ -44,13 +44,18 @@ def test_the_rows_say_what_they_are_for(tmp_path, task):
     [
         ({"问题": "a", "答案": "b"}, "columns: {问题: instruction, 答案: output}"),
         (
-            {"context": "c", "question": "a", "answer": "b"},
+            {"question": "a", "context": "c", "answer": "b"},
             "columns: {context: input, question: instruction, answer: output}",
         ),
         (
             {"messages": [ASK | {"role": "Gast"}, ANSWER | {"role": "bot"}]},
             "roles: {Gast: user, bot: assistant}",
         ),
+        (
+            {"system_prompt": "s", "input": "a", "target": "b"},
+            "columns: {system_prompt: system, input: instruction, target: output}",
+        ),
+        ({"answer": "b", "said": "a"}, "columns: {said: instruction, answer: output}"),
         ({"log": [{"who": "user", "text": "a"}, {"who": "Chef", "text": "b"}]}, "roles: {Chef: assistant}"),
     ],
 )
@@ -72,9 +77,13 @@ def test_few_rows_are_not_packed_on_a_gpu_either(tmp_path):
 
 def test_rows_that_none_can_train_are_refused_with_the_reason(tmp_path):
     file = tmp_path / "my.jsonl"
-    file.write_text('{"instruction": "a", "output": 3}\n')
-    with pytest.raises(ValueError, match="found 3"):
-        first_config(Wish("my", "tiny", str(file), None, None, 1))
+    for row, reason in (
+        ({"instruction": "a", "output": 3}, "found 3"),
+        ({"data": [{"q": "a", "a": "b"}]}, "jq"),
+    ):
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match=reason):
+            first_config(Wish("my", "tiny", str(file), None, None, 1))
 
 
 def test_few_rows_make_a_small_batch_and_none_is_kept_back(tmp_path):
