@@ -9,6 +9,7 @@ from pathlib import Path
 from qwenlora.configs import Config
 from qwenlora.configs.load import to_yaml
 from qwenlora.launch.messages import NodeFacts
+from qwenlora.plan.plan import FILES_PER_CHECKPOINT
 from qwenlora.run.code import versions
 from qwenlora.run.disk import free_bytes, free_files
 from qwenlora.run.folder import RunFolder
@@ -16,7 +17,6 @@ from qwenlora.run.package import code_hash
 
 SEEN_WITHIN_S = 10.0  # a parallel file system may show another node's file late
 MAX_CLOCK_SKEW_S = 2.0
-FILES_PER_CHECKPOINT = 16
 
 
 def facts_of_this_node(config: Config, processes: int) -> NodeFacts:

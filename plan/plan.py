@@ -22,6 +22,7 @@ from qwenlora.data.order import micro_batches, total_steps
 from qwenlora.plan.speed import Case, sent, step_time
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # a trained number and Adam's two moments, in float32
+FILES_PER_CHECKPOINT = 16
 START_S = 60  # of an attempt: imports, weights, joining, the first step
 ALIKE = 1.03  # a strategy must be so much faster than a simpler one to be recommended before it
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")

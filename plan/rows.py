@@ -1,6 +1,7 @@
 """How many rows and tokens a run has: as its preparation counted them, else guessed from their texts."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,22 +45,31 @@ def rows_of(config: Config) -> RowCounts:
     """Return the rows of a run: from its facts.json, if data are the same by name, else guessed. Where data
     are not here, as on a laptop, one row as long as it may be. Raises: ValueError when the files of rows
     cannot be read, or have none."""
-    run = RunFolder(config.run_dir)
-    if (
-        run.facts.exists()
-        and run.config.exists()
-        and run.read_config().data == located(config, [Path.cwd()]).data
-    ):
-        train = run.read_facts().data["train"]
-        return RowCounts(
-            train.rows, train.tokens, train.trained_tokens, train.longest, train.packs, counted=True
-        )
+    if counted := _counted(config):
+        return counted
     try:
         sources.find(config.data)
     except ValueError as error:
         length = config.data.max_length
         return RowCounts(1, length, length, length, missing=str(error))
     return guess(config.data)
+
+
+def _counted(config: Config) -> RowCounts | None:
+    """Return the rows as the run's last preparation counted them; None where there is none for these data and
+    this tokenizer, or its files are damaged."""
+    run, here = RunFolder(config.run_dir), located(config, [Path.cwd()])
+    with suppress(OSError, ValueError, KeyError):
+        train, before = run.read_facts().data["train"], run.read_config()
+        if train.rows and train.tokens and _counted_by(before) == _counted_by(here):
+            return RowCounts(
+                train.rows, train.tokens, train.trained_tokens, train.longest, train.packs, counted=True
+            )
+    return None
+
+
+def _counted_by(config: Config) -> tuple[Data, str, str | None]:
+    return config.data, config.model.name_or_path, config.model.tokenizer
 
 
 def guess(data: Data) -> RowCounts:

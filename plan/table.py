@@ -8,9 +8,9 @@ from rich.table import Table
 
 from qwenlora.configs.combinations import SHARDED
 from qwenlora.plan.measured import Rates
-from qwenlora.plan.plan import STRATEGIES, Length, Plan, Way
+from qwenlora.plan.plan import FILES_PER_CHECKPOINT, STRATEGIES, Length, Plan, Way
 from qwenlora.plan.speed import Case
-from qwenlora.run.disk import free_bytes
+from qwenlora.run.disk import free_bytes, free_files
 from qwenlora.run.format import count, duration, number, size
 
 WIDTH = 14
@@ -46,7 +46,7 @@ def show(plan: Plan, case: Case, source: str, console: Console) -> None:
 
 def _given(case: Case, source: str) -> list[tuple[str, str]]:
     of, rows, machine, lora = case.parameters, case.rows, case.machine, case.config.lora
-    active = f", {of.active / 1e9:.2f} of them for a token" if of.active < of.total else ""
+    active = f", {_numbers(of.active)} of them for a token" if of.active < of.total else ""
     how = "as they were counted" if rows.counted else "guessed from their texts"
     unit = f"packs of {case.config.data.max_length:,} tokens" if case.is_packed else "rows"
     link = f"NVLink {case.gpu.nvlink:.0f} GB/s" if case.gpu.nvlink else f"PCIe {case.gpu.pcie:.0f} GB/s"
@@ -55,18 +55,22 @@ def _given(case: Case, source: str) -> list[tuple[str, str]]:
     kind = "GPUs" if machine.gpus else "CPU"
     gpus = f"{count(machine.nodes, 'node')} x {machine.processes} {case.gpu.name}"
     measured = f"; calibrated: {rates_in_words(case.rates)}" if case.rates else ""
-    base = case.config.model.name_or_path
+    base, numbers = case.config.model.name_or_path, _numbers(of.total)
     learnt = f"{rows.trained / rows.tokens:.0%} trained"
     found = f"{rows.rows:,} an epoch, {rows.tokens:,} tokens ({learnt}), {how}"
     if rows.missing:
         found = f"not here, so each counts data.max_length={rows.mean:,.0f} tokens: {rows.missing}"
     return [
-        ("base", f"{base}, {of.total / 1e9:.2f} billion numbers{active}, from {source}"),
+        ("base", f"{base}, {numbers} numbers{active}, from {source}"),
         ("adapter", f"{of.trainable:,} trained numbers (r {lora.r}), {size(4 * of.trainable)}"),
         ("rows", found),
         (kind, f"{gpus} of {size(case.gpu.bytes)}{link}{network}{measured}"),
         ("step", f"{case.config.train.global_batch_size} {unit}"),
     ]
+
+
+def _numbers(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count / 1e6:.2f} million"
 
 
 def rates_in_words(rates: Rates) -> str:
@@ -158,5 +162,8 @@ def _checkpoints(plan: Plan, case: Case) -> str:
     if not plan.kept:
         return f"{each}, all of them stay (train.save_total_limit: null); {size(free)} are free in {there}"
     together = plan.kept * plan.checkpoint
-    short = "; set train.save_total_limit lower, or another run_dir" if together > free else ""
-    return f"{each}, at most {plan.kept} at a time, {size(together)}; {size(free)} are free in {there}{short}"
+    files, more = free_files(there), plan.kept * FILES_PER_CHECKPOINT
+    few = f", and room for {files:,} more files (inodes), of {more:,}" if 0 < files < more else ""
+    short = "; set train.save_total_limit lower, or another run_dir" if few or together > free else ""
+    room = f"{size(free)} are free in {there}{few}{short}"
+    return f"{each}, at most {plan.kept:,} at a time, {size(together)}; {room}"

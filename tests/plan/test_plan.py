@@ -6,9 +6,11 @@ import sys
 
 import pytest
 from planned import ROWS, case_of
+from rich.console import Console
 
 from qwenlora.cli.main import main
 from qwenlora.configs.schema import Model
+from qwenlora.plan import table
 from qwenlora.plan.bases import known, shape_of_base
 from qwenlora.plan.hardware import gpus, named, of_driver
 from qwenlora.plan.plan import make_plan
@@ -80,6 +82,20 @@ def test_checkpoints_are_counted_with_the_best_and_the_one_that_is_written(train
     assert plan.length.steps == 1146
     assert plan.kept == kept
     assert plan.checkpoint == 12 * 40_370_176
+
+
+@pytest.mark.parametrize(
+    ("free", "files", "said"), [(10**9, 0, "GB"), (10**12, 50, "50 more files"), (10**12, 64, "")]
+)
+def test_a_disk_with_too_little_room_for_checkpoints_is_told(monkeypatch, capsys, free, files, said):
+    monkeypatch.setattr(table, "free_bytes", lambda folder: free)
+    monkeypatch.setattr(table, "free_files", lambda folder: files)
+    case = case_of("Qwen/Qwen2.5-7B", "h100", train={"save_strategy": "steps", "save_steps": 9})
+    table.show(make_plan(case), case, "a test", Console(width=200))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoints"))
+    assert line.startswith("checkpoints   484.4 MB each, at most 4 at a time, 1.9 GB; ")
+    assert said in line
+    assert ("; set train.save_total_limit lower" in line) == bool(said)
 
 
 def test_layers_are_computed_again_only_where_memory_is_short():

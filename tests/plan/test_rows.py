@@ -46,3 +46,18 @@ def test_rows_of_a_prepared_run_are_as_they_were_counted(tmp_path):
     assert rows_of(config)[:4] == (9, 90, 9, 20)
     other = config.model_copy(update={"data": config.data.model_copy(update={"max_length": 512})})
     assert not rows_of(other).counted
+    other = config.model_copy(update={"model": config.model.model_copy(update={"tokenizer": "another"})})
+    assert not rows_of(other).counted
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["{", make_facts(data={}).text(), make_facts().text().replace('"tokens": 90', '"tokens": 0'), None],
+)
+def test_rows_are_guessed_where_a_prepared_run_s_files_are_damaged(tmp_path, damage):
+    config = Config.model_validate(
+        {"run_dir": str(tmp_path), "model": {"name_or_path": "tiny"}, "data": {"train": "example"}}
+    )
+    (tmp_path / "config.yaml").write_text("x: [" if damage is None else to_yaml(config))
+    (tmp_path / "facts.json").write_text(damage or make_facts().text())
+    assert rows_of(config) == guess(config.data)
