@@ -18,7 +18,7 @@ from qwenlora.run import code
 from qwenlora.run.changes import Changes, changes
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.history import History
-from qwenlora.run.records import Code, Facts, RankError, Reason
+from qwenlora.run.records import Code, Facts, Paces, RankError, Reason
 
 PREFLIGHT = 0  # in place of an attempt's number, for checks without an attempt
 PREPARE_ONLY = "--prepare-only"  # makes trainer/main.py prepare, and train nothing
@@ -36,6 +36,7 @@ class RunFolder:
         self.history = History(self.path)
         self.metrics = self.path / "metrics.jsonl"
         self.profile = self.path / "profile"  # of log.profile_steps
+        self.paces = self.path / "ranks.json"  # how fast each rank is
         self.adapter = self.path / "adapter"
         self.base_model = self.path / "base_model"  # of model.name_or_path: tiny
         self.facts = self.path / "facts.json"  # counts made before the ranks start
@@ -95,6 +96,13 @@ class RunFolder:
         """Write facts.json."""
         write_atomically(self.facts, facts.text())
 
+    def read_paces(self) -> Paces | None:
+        """Return how fast the ranks are; None where there is but one, or the file is damaged."""
+        try:
+            return Paces.read(self.paces)
+        except (OSError, ValueError):
+            return None
+
     def read_config(self) -> Config:
         """Return the config of the last attempt, with relative names of models and rows located. Raises:
         ValueError for a bad config.yaml."""
@@ -121,6 +129,7 @@ class RunFolder:
         """Record an attempt's start (History.begin) and make its log folder; return its number, from 1."""
         number = self.history.begin(processes, killed_by=killed_by, **facts)
         self.logs(number).mkdir(parents=True, exist_ok=True)
+        self.paces.unlink(missing_ok=True)  # of other ranks
         return number
 
     def end_attempt(self, reason: Reason, message: str = "") -> None:

@@ -8,6 +8,14 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+# nvmlClocksEventReasons: https://docs.nvidia.com/deploy/nvml-api/group__nvmlClocksEventReasons.html
+THROTTLED = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "too hot (software)",
+    0x40: "too hot (hardware)",
+    0x80: "power brake",
+}
 _DEVICES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/gpus")
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
@@ -56,6 +64,25 @@ def gpus_seen() -> list[SeenGpu]:
     lines = answer.stdout.splitlines() if answer.returncode == 0 else []
     fields = [line.rpartition(", ") for line in lines]
     return [SeenGpu(name, int(mib) if mib.isdecimal() else 0) for name, _, mib in fields]
+
+
+def gpu_now(uuid: str) -> str:
+    """Return the state of a GPU, as nvidia-smi says it: its clock, temperature, and what slows it down."""
+    query = "name,clocks.sm,clocks.max.sm,temperature.gpu,clocks_throttle_reasons.active"
+    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        name, clock, highest, celsius, reasons = answer.stdout.strip().split(", ")
+        bits = int(reasons, 16)
+    except (OSError, subprocess.TimeoutExpired, ValueError):
+        return "nvidia-smi does not say why"
+    why = [text for bit, text in THROTTLED.items() if bits & bit]
+    return f"{name}, {clock} of {highest} MHz, {celsius} °C{''.join(f', {text}' for text in why)}"
+
+
+def cpu_now() -> str:
+    """Return the state of this machine's CPU: its name, and how many processes want to run on it."""
+    return f"{cpu_name()}, load {os.getloadavg()[0]:.1f}"
 
 
 def cpu_name() -> str:

@@ -8,12 +8,14 @@
 | code.json | Code | run/code.py |
 | checkpoint-N/manifest.json | Manifest | run/checkpoints.py |
 | checkpoint-N/state.json | State | run/checkpoints.py |
+| ranks.json | Paces | trainer/record/pace.py |
 | comparison.json | comparison.py's Comparison | run/comparison.py |
 
 A file without `format` is of version 0.1, which had the same records. A change that an older version would
 misread raises the record's FORMAT.
 """
 
+import statistics
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -143,6 +145,21 @@ class Progress(Record):
     time: float
     trained_s: float
     saving_s: float
+
+
+class Paces(Record):
+    """How fast the ranks were when a step was logged last. hosts, seconds: of each rank, the seconds that its
+    forward passes of a step took, without waiting for others; slow: which ranks were found slow, in words."""
+
+    step: int
+    hosts: list[str]
+    seconds: list[float]
+    slow: list[str] = []
+
+    @property
+    def usual(self) -> float:
+        """The median of the seconds; of two, the lower."""
+        return statistics.median_low(self.seconds)
 
 
 class Work(BaseModel, frozen=True):

@@ -63,7 +63,7 @@ def train(process: Process, heart: Heart) -> Outcome:
     recording = _announce(context, parts) if process.rank.first else None
     if trainer.keeper:
         trainer.keeper.constant = constant_files(parts.model, parts.tokenizer, parts.generation)
-    for callback in callbacks(context, trainer, recording):
+    for callback in callbacks(context, parts, recording):
         trainer.add_callback(callback)
     _resume(context, trainer, recording)
     reason: Reason = "failed"

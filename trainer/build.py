@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from qwenlora.configs import Config
@@ -33,7 +34,10 @@ from qwenlora.trainer.model.fused import Fused, fuse
 from qwenlora.trainer.model.lora import add_lora
 from qwenlora.trainer.model.row_attention import attend_row_by_row, attend_to_padded_rows
 from qwenlora.trainer.model.row_states import keep_states_apart
+from qwenlora.trainer.process import Process
+from qwenlora.trainer.ranks.rendezvous import is_pretended
 from qwenlora.trainer.record.metrics import Metrics
+from qwenlora.trainer.record.pace import PaceCallback, Stopwatch, alone
 from qwenlora.trainer.record.profile import Profiler
 from qwenlora.trainer.record.recording import Recording
 from qwenlora.trainer.spread import experts, sequence, strategy
@@ -92,9 +96,9 @@ def build(context: Context) -> Parts:
     return Parts(trainer, model, tokenizer, spread, fused, untrained, tied, generation)
 
 
-def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | None) -> list[TrainerCallback]:
+def callbacks(context: Context, parts: Parts, recording: Recording | None) -> list[TrainerCallback]:
     """Return the callbacks that record the attempt, in their order. recording: None except on rank 0."""
-    process = context.process
+    process, trainer = context.process, parts.trainer
     metrics = Metrics(
         recording.metrics if recording else None,
         trainer,
@@ -102,15 +106,28 @@ def callbacks(context: Context, trainer: LoraTrainer, recording: Recording | Non
         process.run.history.progress if recording else None,
         process.attempt,
     )
+    # before Metrics, which writes what it adds; on all ranks, since they compare
+    paces = _paces(process, parts, recording)
     keeps = [InMemory(trainer, process.config.checkpoint.memory_steps)] if process.handover.memory else []
     if not recording:
-        return [metrics, *keeps]
+        return [*paces, metrics, *keeps]
     # chronicle before Metrics: a reader who sees an attempt's first step in progress.json must find that
     # attempt in attempts.jsonl; Metrics before the others: it completes the logs that they send and show
     steps = process.config.log.profile_steps
     profiler = Profiler(steps, process, trainer) if steps else None
-    ordered = [recording.chronicle, metrics, profiler, recording.trackers, recording.progress]
+    ordered = [recording.chronicle, *paces, metrics, profiler, recording.trackers, recording.progress]
     return [*(callback for callback in ordered if callback), *keeps]
+
+
+def _paces(process: Process, parts: Parts, recording: Recording | None) -> list[PaceCallback]:
+    """Return what compares the ranks' paces, where there are several that work by themselves for a time."""
+    trainer = parts.trainer
+    if not dist.is_initialized() or is_pretended():
+        return []
+    cut, divided = trainer.team.size > 1, trainer.experts is not None
+    modules = alone(parts.model, parts.spread.name, cut=cut, divided=divided)
+    stopwatch = Stopwatch(modules, trainer.args.device)
+    return [PaceCallback(process, stopwatch, recording.trackers if recording else None)] if modules else []
 
 
 def _check_length(config: Config, facts: Facts, trained: int) -> None:

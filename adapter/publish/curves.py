@@ -102,6 +102,7 @@ def draw_charts(curves: dict[str, Series], attempts: Sequence[Attempt]) -> list[
         "learning_rate": ("Learning rate", lambda axes: _plain(axes, curves["learning_rate"])),
         "grad_norm": ("Gradient norm", lambda axes: _smooth(axes, curves["grad_norm"], log_above=30)),
         "tokens_per_s": ("Tokens per second", lambda axes: _from_zero(axes, curves["tokens_per_s"])),
+        "slowest_rank_forward_s": ("Forward passes of a step, s", lambda axes: _paces(axes, curves)),
         "peak_memory_gb": ("Peak memory, GB", lambda axes: _plain(axes, curves["peak_memory_gb"], bottom=0)),
     }
     charts = []
@@ -162,6 +163,14 @@ def _plain(axes: Axes, series: Series, bottom: float | None = None) -> None:
     _line(axes, series, "first")
     if bottom is not None:
         axes.set_ylim(bottom=bottom)
+
+
+def _paces(axes: Axes, curves: dict[str, Series]) -> None:
+    """Draw the slowest rank's own time of a step, and the median's."""
+    _line(axes, curves["slowest_rank_forward_s"], "bad", label="slowest rank")
+    _line(axes, curves["rank_forward_s"], "first", label="median")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.03, 0.965), ncols=2, handlelength=1, columnspacing=1)
 
 
 def _from_zero(axes: Axes, series: Series) -> None:

@@ -91,6 +91,7 @@ def render(summary: RunSummary, charts: list[Chart]) -> str:
         legend=report_lines.legend(summary),
         wandb=report_lines.wandb(summary),
         attempts=report_lines.attempt_table(summary),
+        ranks=report_lines.rank_table(summary),
         charts=[(chart.title, Markup(chart.svg())) for chart in charts],  # noqa: S704 - drawn from numbers
         colours=curves.COLOURS,
         sources=sources,

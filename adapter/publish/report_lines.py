@@ -15,6 +15,7 @@ from qwenlora.run.format import count, duration, number, short
 from qwenlora.run.history import goodput, inside_job
 from qwenlora.run.records import Attempt
 
+RANKS = 16  # shown at most: the slowest, and the fastest
 CHECKED_CURVES = ("loss", "grad_norm", "eval_loss")  # those whose values must be finite
 
 
@@ -105,6 +106,8 @@ def notes(summary: RunSummary) -> Iterator[str]:
     if inside := [seconds for _, seconds in inside_job(summary.attempts) if seconds is not None]:
         times = count(len(inside), "time")
         yield f"it went on inside its job {times}; until the first step at most {max(inside):.1f} s"
+    if paces := summary.run.read_paces():
+        yield from paces.slow
     if (summary.code.git or "").endswith("-dirty"):
         yield f"the code had changes that are not in its commit: {summary.run.diff.name}"
 
@@ -152,6 +155,24 @@ def wandb(summary: RunSummary) -> Wandb:
     if any(not any(path.glob("*.synced")) for path in id_file.parent.glob("offline-run-*")):
         sync = f"wandb sync {shlex.quote(summary.name)}/wandb/offline-run-*"
     return Wandb(url, run, sync)
+
+
+def rank_table(summary: RunSummary) -> list[dict[str, str]]:
+    """Return the ranks as rows {column: cell}, the slowest first; not all of many."""
+    paces = summary.run.read_paces()
+    if paces is None or not paces.usual:
+        return []
+    ranks = sorted(range(len(paces.seconds)), key=lambda rank: -paces.seconds[rank])
+    shown = ranks if len(ranks) <= RANKS else [*ranks[: RANKS - 1], ranks[-1]]
+    return [
+        {
+            "rank": str(rank),
+            "node": paces.hosts[rank],
+            "own time of a step": f"{1e3 * paces.seconds[rank]:,.1f} ms",
+            "of the median": f"{paces.seconds[rank] / paces.usual:.2f}",
+        }
+        for rank in shown
+    ]
 
 
 def attempt_table(summary: RunSummary) -> list[dict[str, str]]:

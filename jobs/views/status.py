@@ -36,7 +36,7 @@ def show_status(named: RunOrJob, console: Console) -> None:
         console.print(job_line(named.job_id, job), soft_wrap=True)
     if attempts:
         console.print(attempt_table(attempts))
-        for line in (*_restarts(attempts), *details(attempts[-1]), *_left_out(named.run)):
+        for line in (*_restarts(attempts), *details(attempts[-1]), *_slow(named.run), *_left_out(named.run)):
             console.print(line, soft_wrap=True)
 
 
@@ -115,6 +115,12 @@ def _restarts(attempts: list[Attempt]) -> Iterator[str]:
     if again := inside_job(attempts):
         took = ", ".join("-" if seconds is None else f"{seconds:.1f} s" for _, seconds in again)
         yield f"went on inside the job {count(len(again), 'time')}; until the first step: {took}"
+
+
+def _slow(run: RunFolder | None) -> list[str]:
+    """Return a line on each rank that was found slow."""
+    paces = run.read_paces() if run else None
+    return paces.slow if paces else []
 
 
 def _left_out(run: RunFolder | None) -> Iterator[str]:

@@ -21,6 +21,7 @@ from qwenlora.adapter.publish.run_summary import LORA_SETTINGS
 from qwenlora.adapter.publish.series import read_curves
 from qwenlora.configs.schema import Lora
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.records import Paces
 from qwenlora.slurm import query
 from qwenlora.slurm.query import JobInfo
 
@@ -135,11 +136,30 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.pieces).split())
 
 
+def test_the_ranks_are_shown_with_their_own_times_and_who_is_slow(run):
+    log(run, [attempt(1, 1, 100)], rank_forward_s=lambda _: 0.1, slowest_rank_forward_s=lambda _: 0.2)
+    seconds = [0.1 + 0.001 * rank for rank in range(20)]
+    paces = Paces(
+        step=100, hosts=[f"n{rank}" for rank in range(20)], seconds=seconds, slow=["rank 19 is <slow>"]
+    )
+    run.paces.write_text(paces.text())
+    page = Page(run)
+    assert (
+        "rank node own time of a step of the median 19 n19 119.0 ms 1.09 18 n18 118.0 ms 1.08 " in page.text
+    )
+    assert " 5 n5 105.0 ms 0.96 0 n0 100.0 ms 0.92 Comparison" in page.text, "15 slowest, and the fastest"
+    assert "rank 19 is <slow>" in page.text
+    assert (run.path / "report-slowest_rank_forward_s.png").is_file()
+    run.begin_attempt(1)
+    assert "own time" not in Page(run).text, "it has other ranks"
+
+
 def test_a_real_run_is_written_up_with_its_curves_in_the_page_and_beside_it(tiny_run, tmp_path):
     run = RunFolder(shutil.copytree(tiny_run[0], tmp_path / "tiny"))
     page = Page(run)
     names = {"loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gb", "progress"}
-    assert page.tags.count("svg") == 6
+    names |= {"slowest_rank_forward_s"}  # it has two
+    assert page.tags.count("svg") == 7
     assert {file.name for file in run.path.glob("*.png")} == {f"report-{name}.png" for name in names}
     assert Image.open(run.path / "report-loss.png").size == (920, 560)
     for said in (

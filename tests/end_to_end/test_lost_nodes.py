@@ -13,7 +13,9 @@ import pytest
 from agents import Agents
 from slurm_runs import ALL_STEPS, assert_exact, attempts, locally, losses, wait_for_step, write_config
 
+from qwenlora.run.folder import RunFolder
 from qwenlora.run.history import goodput
+from qwenlora.run.metrics_file import last_line
 from qwenlora.run.records import Attempt
 
 STEPS = 24
@@ -103,6 +105,29 @@ def test_a_hung_rank_is_ended_and_the_job_goes_on_without_its_node(tmp_path, und
     assert found[0]["message"].startswith(f"rank {hung} on {host}: no progress for ")
     assert found[0]["bad"] == [host]
     assert_exact(run, undisturbed(2))
+
+
+def test_a_node_that_computes_a_fifth_of_the_time_is_named(tmp_path):
+    run, more = tmp_path / "runs/run", ("train.global_batch_size=2", "train.per_device_train_batch_size=1")
+    with Agents(
+        tmp_path, 2, write_config(tmp_path, 2000), "run_dir=runs/run", "train.save_steps=500", *more
+    ) as job:
+        wait_for_step(run, 1, 1)
+        rank = job.rank(1)
+        while "is slow" not in job.said():
+            rank.suspend()
+            time.sleep(0.04)
+            rank.resume()
+            time.sleep(0.01)
+            assert job.processes[0].poll() is None
+        until = time.monotonic() + 60
+        while not (paces := RunFolder(run).read_paces()) or not paces.slow:
+            assert time.monotonic() < until
+        said = job.said()
+    (line,) = paces.slow
+    assert line.startswith(f"rank 1 on {paces.hosts[1]} is slow: ")
+    assert f"warning: {line}" in said
+    assert last_line(run / "metrics.jsonl", "slowest_rank")["slowest_rank"] == 1
 
 
 @pytest.mark.long

@@ -18,7 +18,7 @@ from qwenlora.jobs.views.overview import read_overview
 from qwenlora.jobs.views.status import show_status
 from qwenlora.run.bad_nodes import BadNodes
 from qwenlora.run.folder import RunFolder
-from qwenlora.run.records import Attempt, now
+from qwenlora.run.records import Attempt, Paces, now
 from qwenlora.slurm import query
 from qwenlora.slurm.query import JobInfo
 
@@ -67,6 +67,16 @@ def test_a_run_under_way_a_killed_one_and_a_done_one_are_told_apart(run):
     assert [row.split()[-1] for row in rows] == ["killed", "done", "refused"]
     assert "7  8-9        0    5.5 s  done" in rows[1]
     assert "attempt 3 refused: train.max_steps=3 is less than" in text
+
+
+def test_slow_ranks_are_named(run):
+    run.path.mkdir()
+    run.begin_attempt(2)
+    assert "slow" not in shown(run)
+    run.paces.write_text(
+        Paces(step=9, hosts=["a", "b"], seconds=[1.0, 2.0], slow=["rank 1 on b is slow"]).text()
+    )
+    assert "rank 1 on b is slow" in shown(run)
 
 
 def test_nodes_that_jobs_leave_out_are_named_with_the_reason(run):

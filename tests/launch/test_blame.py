@@ -168,6 +168,19 @@ def test_a_job_goes_on_without_bad_nodes_or_is_requeued_without_them(
         assert leader.node.allocation.hosts == left
 
 
+def test_a_spare_node_takes_the_place_of_a_bad_one(leader):
+    node = leader.node
+    node.config = node.config.model_copy(
+        update={"launch": node.config.launch.model_copy(update={"spare_nodes": 1, "min_nodes": 2})}
+    )
+    node.allocation = node.job.among(HOSTS[:2])
+    BadNodes.beside(node.folder).add("driver", "n2", "Xid")
+    assert leader._can_go_on()
+    leader._regroup()
+    assert node.allocation.hosts == ("n1", "n3")
+    assert "with n3 in place of n2" in node.console.file.getvalue()
+
+
 def test_a_start_on_a_bad_node_is_warned_of(node):
     BadNodes.beside(node.folder).add("stalled", "n3", "rank 5 hung")
     blame.warn_of_bad(node)

@@ -1,0 +1,132 @@
+"""How fast each rank is by itself, and who is named as slow."""
+
+import paced
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from qwenlora.run import hardware
+from qwenlora.run.folder import RunFolder
+from qwenlora.trainer.record import pace
+from qwenlora.trainer.record.pace import FOR_STEPS, Pace, SlowRanks, Stopwatch, alone
+
+
+class Model(nn.Module):
+    """Takes ids by name, as a base does; its layers take hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"mlp": nn.Linear(8, 8), "attn": nn.Linear(8, 8)}) for _ in range(9)
+        )
+
+    def forward(self, input_ids):
+        hidden = torch.zeros(*input_ids.shape, 8)
+        for layer in self.layers:
+            hidden = layer["mlp"](layer["attn"](hidden))
+        return hidden
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes on by a second each time it is looked at."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(seconds))
+
+
+def test_only_forward_passes_in_training_are_timed_and_their_tokens_counted(clock):
+    model = Model()
+    watch = Stopwatch([model], torch.device("cpu"))
+    for rows in (2, 3):
+        model(input_ids=torch.zeros(rows, 10, dtype=torch.long))
+    model.eval()
+    model(input_ids=torch.zeros(50, 10, dtype=torch.long))
+    assert watch.take(4) == Pace(2 / 4, 1e9 * 2 / 50)
+    assert watch.take(4) == Pace(0, 0), "since the last time"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cut", "divided", "modules"),
+    [
+        ("ddp", False, False, [""]),
+        ("zero2", False, False, [""]),
+        ("ddp", True, False, [f"layers.{number}.mlp" for number in (0, 2, 4, 6, 8)]),
+        ("fsdp", False, False, [f"layers.{number}.mlp" for number in (0, 2, 4, 6, 8)]),
+        ("zero3", False, False, []),
+        ("ddp", False, True, []),
+    ],
+)
+def test_what_is_timed_waits_for_no_other_rank(clock, strategy, cut, divided, modules):
+    model = Model()
+    found = alone(model, strategy, cut=cut, divided=divided)
+    names = {id(module): name for name, module in model.named_modules()}
+    assert [names[id(module)] for module in found] == modules
+    watch = Stopwatch(found, torch.device("cpu"))
+    model(input_ids=torch.zeros(2, 10, dtype=torch.long))
+    assert watch.take(1) == Pace(len(found), 1e9 / 20 if found else 0)
+
+
+FAST = Pace(1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("last", "named"),
+    [
+        (Pace(1.31, 1.31), True),
+        (Pace(1.29, 1.29), False),
+        (Pace(2.0, 1.0), False),  # it has longer rows
+        (Pace(0.1, 9.0), False),  # it has hardly a row
+    ],
+)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_rank_is_slow_at_1_3_times_the_median_by_its_time_and_for_its_tokens(last, named, ranks):
+    paces = [FAST] * (ranks - 1) + [last]
+    assert SlowRanks(ranks).add(paces, FOR_STEPS) == [ranks - 1] * named
+
+
+def test_it_is_named_once_after_fifty_steps_in_a_row():
+    slow, judge = [Pace(2.0, 2.0), FAST, FAST], SlowRanks(3)
+    assert judge.add(slow, 49) == []
+    assert judge.add([FAST] * 3, 1) == []
+    assert [judge.add(slow, 10) for _ in range(8)] == [[], [], [], [], [0], [], [], []]
+
+
+def test_where_all_are_slow_none_is():
+    assert SlowRanks(3).add([Pace(9.0, 9.0)] * 3, FOR_STEPS) == []
+
+
+def test_ranks_compare_their_paces_name_the_slow_one_and_record_all(tmp_path):
+    one, other = run_ranks(paced.compare, 2, tmp_path, [[0.1, 0.5]] * 2 + [[0.4, 0.2]], 30)
+    host = one["host"]
+    expected = [(0.1, 0.5, 1)] * 2 + [(0.2, 0.4, 0)]
+    names = ("rank_forward_s", "slowest_rank_forward_s", "slowest_rank")
+    assert one["logged"] == other["logged"]
+    assert one["logged"] == [{"loss": 1.0} | dict(zip(names, each, strict=True)) for each in expected]
+    (line,) = one["warned"]
+    assert line.startswith(f"rank 1 on {host} is slow: 5 times the median for 50 steps (")
+    assert ", load " in line
+    assert other["warned"] == one["warned"], "its own log says so, too"
+    assert one["sent"][-1] == (90, {"ranks/0": 0.4, "ranks/1": 0.2})
+    assert other["sent"] == []
+    paces = RunFolder(tmp_path).read_paces()
+    assert (paces.step, paces.hosts, paces.seconds, paces.slow) == (90, [host] * 2, [0.4, 0.2], [line])
+    assert not (tmp_path.parent / ".bad_nodes").exists(), "processes that share cores differ anyway"
+
+
+@pytest.mark.parametrize(
+    ("said", "state"),
+    [
+        (
+            "NVIDIA H100, 705, 1980, 87, 0x0000000000000060",
+            "NVIDIA H100, 705 of 1980 MHz, 87 °C, too hot (software), too hot (hardware)",
+        ),
+        ("NVIDIA H100, 1980, 1980, 40, 0x0000000000000000", "NVIDIA H100, 1980 of 1980 MHz, 40 °C"),
+        ("Unable to determine the device handle", "nvidia-smi does not say why"),
+    ],
+)
+def test_a_gpu_says_what_slows_it_down(monkeypatch, tmp_path, said, state):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{said}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert hardware.gpu_now("GPU-1") == state
