@@ -62,18 +62,22 @@ def _scales(case: Case, sizes: Sequence[int], failures: float) -> Iterator[Scale
         )
 
 
+def kept_share(save_s: float, restart_s: float, failures: float) -> float:
+    """Return the share of the time that goes into steps that count, 1 - (T / 2 + R) / M: T seconds between
+    saves, R of a restart, M between failures. failures: of the job, an hour."""
+    return max(0.0, 1 - (save_s / 2 + restart_s) * failures / 3600)
+
+
 def _goodput(case: Case, hours: float, step_s: float, nodes: int, failures: float) -> float:
-    """Return 1 - (T / 2 + R) / M, less the first start: T seconds between saves, R of a restart, M between
-    failures. Snapshots in memory count as saves, unless the first node fails, which has them. failures: of a
-    node, an hour."""
+    """Return the share of a run's time in steps that count, less the first start. Snapshots in memory count
+    as saves, where another node has one, too. failures: of a node, an hour."""
     train, memory_steps = case.config.train, case.config.checkpoint.memory_steps
     steps = {"steps": train.save_steps or 0, "epoch": steps_of(case) / train.num_train_epochs}
     between = steps.get(train.save_strategy, steps_of(case)) * step_s
-    if memory_steps != 0:
+    if memory_steps != 0 and nodes > 1:
         kept = max(step_s, EVERY_S) if memory_steps is None else memory_steps * step_s
-        between = between / nodes + min(between, kept) * (nodes - 1) / nodes
-    lost = (between / 2 + START_S) * failures * nodes / 3600
-    return max(0.0, 1 - lost) * 3600 * hours / (3600 * hours + START_S)
+        between = min(between, kept)
+    return kept_share(between, START_S, failures * nodes) * 3600 * hours / (3600 * hours + START_S)
 
 
 def show(runs: Sequence[Scale], case: Case, console: Console) -> None:
