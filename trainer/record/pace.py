@@ -35,7 +35,7 @@ class Pace(NamedTuple):
     per_token: float
 
 
-class Machine(NamedTuple):
+class RankDevice(NamedTuple):
     """What a rank computes on. state: in words, what slows it down."""
 
     kind: str
@@ -166,19 +166,19 @@ class PaceCallback(TrainerCallback):
         return [Pace(*pace) for pace in torch.stack(paces).tolist()]
 
     def _name(self, late: Sequence[int], paces: Sequence[Pace]) -> None:
-        """Say who is slow, and what their machines say of themselves."""
+        """Say who is slow, and what their devices say of themselves."""
         usual = statistics.median_low(pace.seconds for pace in paces)
-        mine = _machine(self._device, ask=self._process.rank.rank in late)
-        machines = [mine] * len(paces)
-        dist.all_gather_object(machines, mine)
-        most = statistics.mode(machine.kind for machine in machines)
+        mine = _this_device(self._device, ask=self._process.rank.rank in late)
+        devices = [mine] * len(paces)
+        dist.all_gather_object(devices, mine)
+        most = statistics.mode(one.kind for one in devices)
         for rank in late:
-            host, machine, factor = self._hosts[rank], machines[rank], paces[rank].seconds / usual
+            host, one, factor = self._hosts[rank], devices[rank], paces[rank].seconds / usual
             line = f"rank {rank} on {host} is slow: {factor:.2g} times the median for {FOR_STEPS} steps"
-            self._told.append(f"{line} ({machine.state})")
+            self._told.append(f"{line} ({one.state})")
             self._process.warn(self._told[-1])
             # processes that share cores differ anyway, and so do kinds of GPU
-            if self._trackers and self._device.type == "cuda" and machine.kind == most:
+            if self._trackers and self._device.type == "cuda" and one.kind == most:
                 self._remember(host, self._told[-1])
 
     def _remember(self, host: str, line: str) -> None:
@@ -200,9 +200,9 @@ class PaceCallback(TrainerCallback):
             return
 
 
-def _machine(device: torch.device, *, ask: bool) -> Machine:
+def _this_device(device: torch.device, *, ask: bool) -> RankDevice:
     """Return this rank's. ask: for its state, too."""
     if device.type != "cuda":
-        return Machine("CPU", cpu_now() if ask else "")
+        return RankDevice("CPU", cpu_now() if ask else "")
     properties = torch.cuda.get_device_properties(device)
-    return Machine(properties.name, gpu_now(f"GPU-{properties.uuid}") if ask else "")
+    return RankDevice(properties.name, gpu_now(f"GPU-{properties.uuid}") if ask else "")
