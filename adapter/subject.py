@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qwenlora.adapter.deferred import Deferred
 from qwenlora.configs.schema import Config, Data, Model
 from qwenlora.run import checkpoints
-from qwenlora.run.folder import RunFolder
+from qwenlora.run.folder import RunFolder, meant
 from qwenlora.trainer.hidden import hidden
 from qwenlora.trainer.model import base as models
 from qwenlora.trainer.model.damage import read_json
@@ -68,6 +68,7 @@ def find(name: str, *, base: str | None = None, trust_remote_code: bool = False)
     if not _may_be_hub_name(name) or folder.parent.is_dir():
         raise ValueError(
             f"{name}: no such folder; name a run, a checkpoint, an adapter, a model, or a hub name"
+            f"{meant(name)}"
         )
     with models.hub_errors("the hub's model", name):
         with hidden():

@@ -51,8 +51,9 @@ def read_yaml(path: Path) -> tuple[Values, Places]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        there = {other.stem: other for other in path.parent.glob("*.yaml")}
+        near = difflib.get_close_matches(path.stem, there, n=1)
+        hint = f"; did you mean {there[near[0]]}?" if near else ""
         raise ValueError(f"no config file {path} (looked in {Path.cwd()}){hint}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text at byte {error.start}; save the file as UTF-8") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenlora.jobs import ledger
-from qwenlora.run.folder import RunFolder
+from qwenlora.run.folder import RunFolder, meant
 from qwenlora.run.records import Attempt
 from qwenlora.run.state import RunState, last_accepted, state_of
 from qwenlora.slurm import query
@@ -67,6 +67,7 @@ def find(name: str) -> RunOrJob:
     if not _JOB_ID.fullmatch(name):
         raise ValueError(
             f"{name} holds no run: it has no attempts.jsonl; name a run folder, such as runs/tiny, or a job"
+            f"{meant(name)}"
         )
     return _find_job(name)
 

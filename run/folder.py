@@ -300,6 +300,12 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
+def meant(name: str) -> str:
+    """Return the end of a message about a run that was named without the folder of runs; else nothing."""
+    is_there = not Path(name).is_absolute() and Path("runs", name, "config.yaml").is_file()
+    return f"; did you mean runs/{name}?" if is_there else ""
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the step in the name of a run's checkpoint folder."""
     return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -127,9 +127,13 @@ def test_a_folder_that_is_not_there_is_no_hub_name_where_its_parent_is(tmp_path,
         find("runs/tinny")
 
 
-def test_what_is_none_of_these_is_refused(held, tmp_path):
-    with pytest.raises(ValueError, match="no such folder; name a run"):
+def test_what_is_none_of_these_is_refused(held, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no such folder; name a run.*hub name$"):
         find("nothing")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(held, tmp_path / "runs" / "tiny")
+    with pytest.raises(ValueError, match=r"; did you mean runs/tiny\?$"):
+        find("tiny")
     with pytest.raises(ValueError, match="is no run"):
         find(str(tmp_path))
     half = shutil.copytree(held, tmp_path / "half", ignore=shutil.ignore_patterns("adapter"))

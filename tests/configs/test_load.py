@@ -139,6 +139,8 @@ def test_every_problem_of_a_file_is_named_at_once(write):
 
 def test_a_config_that_is_not_there_or_not_a_file_is_refused_in_one_line(tmp_path):
     assert refusal(tmp_path / "no.yaml")[0].startswith(f"no config file {tmp_path / 'no.yaml'} (looked in ")
+    (tmp_path / "my.yaml").touch()
+    assert refusal(tmp_path / "my")[0].endswith(f"; did you mean {tmp_path / 'my.yaml'}?")
     assert refusal(tmp_path) == [f"cannot read config {tmp_path}: Is a directory"]
     (tmp_path / "gbk.yaml").write_bytes("run_dir: 运行".encode("gb18030"))
     assert refusal(tmp_path / "gbk.yaml") == [
