@@ -85,8 +85,12 @@ def test_a_killed_rank_names_its_node_and_an_exception_none(node, watch):
     blame.note_blamed(node, watch)
     assert named(node) == set()
     node.folder.log(1, "launch-1").write_text(killed_line("rank-2", 9))
+    watch.fault, watch.absent = "the agent of n3 is gone", ["n3"]  # which ends the ranks of others, too
     blame.note_blamed(node, watch)
-    assert named(node) == {("n2", "failed")}
+    assert named(node) == {("n3", "failed")}
+    watch.fault, watch.absent = "", []
+    blame.note_blamed(node, watch)
+    assert named(node) == {("n3", "failed"), ("n2", "failed")}
 
 
 @pytest.mark.parametrize(("job_id", "cause"), [(None, ""), ("7", "PREEMPTED")])

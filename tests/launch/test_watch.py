@@ -234,6 +234,14 @@ def test_a_slow_start_is_no_stall(watches):
             ["127.0.0.1"],
         ),
         (
+            {
+                0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "its process is stopped", 61.0)],
+                1: [RankPosition(Beat(1, 2, 7, 19, 0.0), "its process is stopped", 62.0)],
+            },
+            "rank 0 on 127.0.0.1, rank 1 on 127.0.0.2: no progress for 62 s",
+            ["127.0.0.1", "127.0.0.2"],
+        ),
+        (
             {0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "", 61.0)], 1: []},
             "1 ranks have not started to work",
             ["127.0.0.2"],

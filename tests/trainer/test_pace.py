@@ -1,5 +1,7 @@
 """How fast each rank is by itself, and who is named as slow."""
 
+from types import SimpleNamespace
+
 import paced
 import pytest
 import torch
@@ -7,9 +9,10 @@ from ranks import run_ranks
 from torch import nn
 
 from qwenlora.run import hardware
+from qwenlora.run.bad_nodes import BadNodes
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.record import pace
-from qwenlora.trainer.record.pace import FOR_STEPS, Pace, SlowRanks, Stopwatch, alone
+from qwenlora.trainer.record.pace import FOR_STEPS, Pace, PaceCallback, SlowRanks, Stopwatch, alone
 
 
 class Model(nn.Module):
@@ -130,3 +133,33 @@ def test_a_gpu_says_what_slows_it_down(monkeypatch, tmp_path, said, state):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert hardware.gpu_now("GPU-1") == state
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_times_itself_and_tells_its_clock():
+    device = torch.device("cuda", 0)
+    model = nn.Linear(4096, 4096).to(device)
+    watch = Stopwatch([model], device)
+    model(torch.zeros(8, 512, 4096, device=device))
+    torch.cuda.synchronize()
+    pace = watch.take(1)
+    assert pace.seconds > 0
+    assert pace.per_token == pytest.approx(1e9 * pace.seconds / 4096)
+    assert " MHz, " in hardware.gpu_now(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+
+@pytest.mark.parametrize(("job", "slow"), [("7", {"n2"}), (None, set())])
+def test_a_job_remembers_a_slow_gpu_s_node_which_is_bad_the_second_time(tmp_path, monkeypatch, job, slow):
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    else:
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    run = RunFolder(tmp_path / "run")
+    for attempt in (1, 2):
+        rank = SimpleNamespace(rank=0, world_size=2)
+        process = SimpleNamespace(rank=rank, run=run, warn=lambda line: None, attempt=attempt)
+        entries = BadNodes.beside(run)
+        assert entries.bad() == {}
+        PaceCallback(process, None, None)._remember("n2", "rank 1 on n2 is slow")
+    assert entries.bad().keys() == slow
