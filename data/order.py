@@ -154,6 +154,7 @@ def accumulation_steps(
         cure = f"train.per_device_train_batch_size: {smaller}"
         if smaller * teams > global_batch_size:
             cure = f"train.global_batch_size: {teams} or more"
+            cure += ", and train.per_device_train_batch_size: 1" * (per_device_batch_size > 1)
         ranks = f"{world_size} processes{f' / {sequence_parallel} a sequence' * (sequence_parallel > 1)}"
         raise ValueError(
             f"train.global_batch_size={global_batch_size} makes {in_words(count, 'micro-batch', 'es')}"

@@ -93,7 +93,18 @@ def test_the_order_is_the_same_for_ever():
     ("global_batch", "per_device", "world", "message"),
     [
         (16, 16, 2, r"=16 makes 1 micro-batch of .*=16, fewer than 2 processes; set .*train_batch_size: 8"),
-        (3, 1, 4, r"=3 makes 3 micro-batches of .*=1, fewer than 4 processes; set .*global_batch_size: 4 or"),
+        (
+            9,
+            4,
+            12,
+            r"fewer than 12 .*global_batch_size: 12 or more, and train.per_device_train_batch_size: 1",
+        ),
+        (
+            3,
+            1,
+            4,
+            r"=3 makes 3 micro-batches of .*=1, fewer than 4 processes; set .*global_batch_size: 4 or more$",
+        ),
     ],
 )
 def test_more_ranks_than_micro_batches_are_refused_with_what_would_do(
