@@ -66,10 +66,10 @@ class Stopwatch:
         return Pace(seconds / max(steps, 1), 1e9 * seconds / max(tokens, 1))
 
     def _begin(self, module: nn.Module, _: object) -> None:
-        self._began = self._now() if module.training else None
+        self._began = self._now()
 
     def _end(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any], _: object) -> None:
-        if self._began is not None and module.training:
+        if module.training:
             ids = kwargs.get("input_ids")
             tokens = args[0][..., 0].numel() if ids is None else ids.numel()
             self._spans.append((self._began, self._now(), tokens))
