@@ -134,7 +134,7 @@ def _check_settings(subject: Subject, config: AdapterConfig) -> None:
     """Refuse an adapter_config.json that differs from what the run trained with: no shape would show it."""
     if subject.run is None:
         return
-    lora = subject.config.lora
+    lora = subject.config.lora.in_files
     expected = {key: getattr(lora, key) for key in SET} | PLAIN
     for key, trained in expected.items():
         value = config.get(key, trained)

@@ -107,6 +107,14 @@ RULES = (
         "set strategy.name: fsdp, zero2 or ddp",
     ),
     Rule(
+        "zero3-eva",
+        "`zero3` with `lora.init_lora_weights: eva`",
+        lambda c, m: c.strategy.name == "zero3" and c.lora.init_lora_weights == "eva",
+        f"{_NAME} with lora.init_lora_weights=eva",
+        "rows are computed before DeepSpeed's engine is made, without which a base in parts cannot be called",
+        "set strategy.name: fsdp, zero2 or ddp, or lora.init_lora_weights: pissa",
+    ),
+    Rule(
         "offload-auto",
         "`auto` with `offload`",
         lambda c, m: c.strategy.name == "auto" and c.strategy.offload != "none",
@@ -235,6 +243,14 @@ RULES = (
         f"{_EXPERTS} with train.optim={{config.train.optim}}",
         "other optimizers look at whole parameters, and here a GPU has parts",
         "set train.optim: adamw_torch_fused, or strategy.expert_parallel: 1",
+    ),
+    Rule(
+        "expert-parallel-eva",
+        "`expert_parallel` over 1 with `lora.init_lora_weights: eva`",
+        lambda c, m: c.strategy.expert_parallel > 1 and c.lora.init_lora_weights == "eva",
+        f"{_EXPERTS} with lora.init_lora_weights=eva",
+        "rows are computed before ranks exchange what their experts have",
+        "set lora.init_lora_weights: pissa, or strategy.expert_parallel: 1",
     ),
     Rule(
         "sequence-parallel-divides",

@@ -125,7 +125,7 @@ def need(
       expert_parallel: the experts' adapter when it is saved, as far as activations leave no room for it.
     - trained, in float32: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P / n
       (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less. 8 of the bytes are Adam's;
-      other optimizers have fewer (STATES).
+      other optimizers have fewer (STATES). 4 P more, zero3 4 P / n, where a beginning is kept (lora.copies).
     - activations: t * layers * b (2 h + 2 q + 2 k + 2 i), and q + k where queries and keys have norms; times
       1.38 with dropout, 2.3 with peft's layers (zero3), 3.9 with DoRA; h, q, k, i: hidden, query, key and
       value, intermediate width; mixtures and linear attention keep more (kept_a_layer). A layer that is
@@ -457,13 +457,15 @@ def _trained(config: Config, sizes: Sizes) -> int:
 
 
 def _trained_bytes(config: Config, count: float, name: str, world: int) -> float:
+    beginning = 4 * (config.lora.copies - 1) * count / (world if name == "zero3" else 1)
     optim = config.train.optim
     state = STATES.get(optim, EIGHT_BITS if optim.endswith("8bit") else 8)
     if name in ("ddp", "fsdp"):
-        return (8 + state) * count
+        return (8 + state) * count + beginning
     whole = {"zero1": 8, "zero2": 4, "zero3": 0}[name]
     parts = {"zero1": 4, "zero2": 8, "zero3": 12}[name] + state
-    return whole * count + (parts - (4 + state) * (config.strategy.offload != "none")) * count / world
+    parts -= (4 + state) * (config.strategy.offload != "none")
+    return whole * count + parts * count / world + beginning
 
 
 def _gb(count: float) -> str:

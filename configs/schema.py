@@ -4,6 +4,7 @@ This file is the one owner of defaults. Keys are spelled as transformers, peft a
 `configs/schema.json` is generated from here: `qwenlora config schema > configs/schema.json`.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -26,6 +27,16 @@ Text = Annotated[str, Field(min_length=1)]
 ALL_LINEAR = "all-linear"  # of lora.target_modules
 FIRST = "0.1"  # the version that had each key that is not marked as newer
 SINCE_0_2: JsonDict = {"since": "0.2"}
+PissaNiter = Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$")]
+STARTS = r"gaussian|orthogonal|pissa(_niter_[1-9][0-9]*)?|olora|eva"  # names of lora.init_lora_weights
+# {start of peft's: why it is refused}
+NO_STARTS = {
+    "loftq": "makes a new base in 4 bits, which neither a merge nor a server would have; over the one that"
+    " they have (strategy.quantization: nf4), set pissa",
+    "corda": "needs a covariance of each layer's inputs, together larger than the base; set pissa",
+    "lora_ga": "needs gradients of the whole base before the start; set pissa",
+    "mica": "trains A alone, which is not built; set pissa or orthogonal",
+}
 
 
 def _each_once(ids: list[int]) -> list[int]:
@@ -220,10 +231,11 @@ class Lora(Section):
     layers_to_transform: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(
         None, description="The layers that get LoRA, from 0. Default: all.", json_schema_extra=SINCE_0_2
     )
-    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = Field(
+    init_lora_weights: Literal[True, "gaussian", "orthogonal", "pissa", "olora", "eva"] | PissaNiter = Field(
         True,
         description="How A and B begin. true: A uniform (Kaiming), B zero; gaussian: A normal, B zero;"
-        " orthogonal: both, with a product of zero.",
+        " orthogonal: both, with a product of zero; pissa, pissa_niter_16 (quicker), olora: with a part of"
+        " the base, which is taken from it meanwhile; eva: A by the rows, B zero.",
         json_schema_extra=SINCE_0_2,
     )
     modules_to_save: list[Text] | None = Field(
@@ -250,19 +262,12 @@ class Lora(Section):
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
-    def _starts_that_leave_the_base(cls, value: object) -> object:
-        name = value.lower() if isinstance(value, str) else ""
-        if name.startswith(("pissa", "olora", "corda", "loftq", "lora_ga", "mica")):
-            raise ValueError(
-                f"init_lora_weights={value} changes the base: a resume, a merge and a server would need that"
-                " other base, too; expected true, gaussian or orthogonal"
-            )
-        if name == "eva":
-            raise ValueError(
-                "init_lora_weights=eva needs the rows' activations before the start, which are not computed"
-                " here; expected true, gaussian or orthogonal"
-            )
-        return value
+    def _starts_that_cannot_be_kept(cls, value: object) -> object:
+        if not isinstance(value, str) or re.fullmatch(STARTS, value):
+            return value
+        why = next((NO_STARTS[name] for name in NO_STARTS if value.lower().startswith(name)), "")
+        expected = "expected true, gaussian, orthogonal, pissa, pissa_niter_16, olora or eva"
+        raise ValueError(f"init_lora_weights={value}{f' {why}' if why else f': {expected}'}")
 
     @model_validator(mode="after")
     def _starts_and_layers_have_their_conditions(self) -> "Lora":
@@ -276,6 +281,46 @@ class Lora(Section):
                 " the layers into the pattern"
             )
         return self
+
+    @model_validator(mode="after")
+    def _what_is_taken_from_the_base_is_plain_lora(self) -> "Lora":
+        setting, eva = f"init_lora_weights={self.init_lora_weights}", self.init_lora_weights == "eva"
+        if (self.takes_from_base or eva) and self.init_from:
+            raise ValueError(f"{setting} begins anew, and init_from={self.init_from} goes on; remove one")
+        if eva and self.rank_pattern:
+            raise ValueError(f"{setting}: peft would change the ranks of rank_pattern; remove one of them")
+        if not self.takes_from_base:
+            return self
+        if self.use_dora:
+            raise ValueError(f"{setting}: its adapter becomes plain LoRA, which use_dora=true is not")
+        if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
+            raise ValueError(
+                f"{setting}: peft has no plain adapter for use_rslora=true with rank_pattern or"
+                " alpha_pattern; leave one of them out"
+            )
+        return self
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether the adapter begins with a part of the base (trainer/model/initial.py)."""
+        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+
+    @property
+    def copies(self) -> int:
+        """How often a trained number is in an adapter's file: twice where its beginning is beside it."""
+        return 2 if self.takes_from_base else 1
+
+    @property
+    def in_files(self) -> "Lora":
+        """The settings that adapter_config.json has: those of plain LoRA, whatever it began with."""
+        changed: dict[str, Any] = {"init_lora_weights": True}
+        if not self.takes_from_base:
+            return self.model_copy(update=changed) if self.init_lora_weights == "eva" else self
+        changed["r"] = 2 * self.r
+        changed["lora_alpha"] = self.lora_alpha * (2**0.5 if self.use_rslora else 2)
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            changed[pattern] = {name: 2 * number for name, number in getattr(self, pattern).items()}
+        return self.model_copy(update=changed)
 
     @property
     def trained_tokens(self) -> dict[str, list[int]]:

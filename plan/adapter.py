@@ -221,6 +221,11 @@ def _last(name: str) -> str:
 def _check_peft(lora: Lora, tensors: Sequence[Tensor], adapted: set[str], renamed: set[str]) -> None:
     """Refuse settings that peft does not have for parameters."""
     stacked = {tensor.name for tensor in tensors if tensor.experts > 1} & adapted
+    if stacked and (lora.takes_from_base or lora.init_lora_weights == "eva"):
+        raise ValueError(
+            f"lora.init_lora_weights={lora.init_lora_weights} is for linear layers of the decoder, and"
+            f" {min(stacked)} is none; set lora.experts: shared, which leaves them out, or set it to gaussian"
+        )
     parameters = sorted(stacked | renamed | {name for name in adapted if _is_parameter(lora, name)})
     if not parameters:
         return

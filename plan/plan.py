@@ -17,11 +17,11 @@ from qwenlora.configs.estimate import (
     need,
     recomputed_layers,
 )
-from qwenlora.configs.schema import Config
+from qwenlora.configs.schema import Config, Lora
 from qwenlora.data.order import micro_batches, total_steps
 from qwenlora.plan.speed import Case, sent, step_time
+from qwenlora.run.records import Parameters
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # a trained number and Adam's two moments, in float32
 FILES_PER_CHECKPOINT = 16
 START_S = 60  # of an attempt: imports, weights, joining, the first step
 ALIKE = 1.03  # a strategy must be so much faster than a simpler one to be recommended before it
@@ -98,9 +98,14 @@ def make_plan(case: Case, limit_min: int | None = None) -> Plan:
         instead="" if recommended else _instead(next(_sizes(case), case), ways),
         length=_length(case, recommended, limit_min) if recommended and not case.rows.missing else None,
         scaling=_scaling(case, recommended) if recommended else None,
-        checkpoint=case.parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER,
+        checkpoint=bytes_of_checkpoint(case.parameters, case.config.lora),
         kept=_kept(case),
     )
+
+
+def bytes_of_checkpoint(parameters: Parameters, lora: Lora) -> int:
+    """Return the bytes of a checkpoint's tensors: the adapter, and Adam's two moments, in float32."""
+    return 4 * parameters.trainable * (lora.copies + 2)
 
 
 def _ways(case: Case) -> Iterator[Way]:

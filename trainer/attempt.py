@@ -16,7 +16,7 @@ from qwenlora.run.records import Identity, Reason
 from qwenlora.trainer.build import Parts, build, callbacks
 from qwenlora.trainer.context import Context
 from qwenlora.trainer.final_adapter import constant_files, save_adapter
-from qwenlora.trainer.loop.state import adapter_of, check_alike
+from qwenlora.trainer.loop.state import check_alike, in_file
 from qwenlora.trainer.loop.trainer import LoraTrainer
 from qwenlora.trainer.model.loading import device
 from qwenlora.trainer.model.precision import resolve_dtype
@@ -199,7 +199,7 @@ def _finish(context: Context, parts: Parts, recording: Recording | None) -> Reas
         return "stopped"
     _take_the_best(context, trainer)
     with trainer.whole():
-        check_alike(adapter_of(trainer.peft_model), trainer.args.device)
+        check_alike(in_file(trainer.peft_model), trainer.args.device)
         if recording:
             save_adapter(trainer.peft_model, parts.tokenizer, parts.generation, context.process.run)
     return "done"

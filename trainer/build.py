@@ -19,7 +19,7 @@ from qwenlora.data.prepared import Side
 from qwenlora.run.heartbeat import Heart
 from qwenlora.run.records import Facts
 from qwenlora.trainer.context import Context
-from qwenlora.trainer.loop import trial
+from qwenlora.trainer.loop import eva, trial
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.in_memory import InMemory
@@ -76,6 +76,8 @@ def build(context: Context) -> Parts:
     untrained = untrained_tokens(base, tokenizer, prepared.used_tokens(Path(facts.data_folder), "train"))
     torch.manual_seed(config.train.seed)  # a new adapter is the same on all ranks, under any strategy
     model = add_lora(base, config.lora, config.model.revision, context.chosen.folder)
+    if config.lora.init_lora_weights == "eva" and not context.chosen.folder:
+        _begin_by_rows(context, model)
     fused = fuse(model, sharded_by_deepspeed=spread.name == "zero3")
     divided = experts.divide(model, config)
     context.heart.beat(context.step)
@@ -94,6 +96,14 @@ def build(context: Context) -> Parts:
     _beat_in_each_forward(model, context.heart, trainer)
     tied = bool(base.config.tie_word_embeddings)
     return Parts(trainer, model, tokenizer, spread, fused, untrained, tied, generation)
+
+
+def _begin_by_rows(context: Context, model: Any) -> None:
+    config, folder = context.process.config, Path(context.facts.data_folder)
+    side = prepared.open_side(folder, "train")
+    assert side is not None, "prepare() wrote no training rows"
+    packs = prepared.open_packs(folder) if context.facts.packing else None
+    eva.begin(model, config, order_of(config, side, packs), side, lambda: context.heart.beat(context.step))
 
 
 def callbacks(context: Context, parts: Parts, recording: Recording | None) -> list[TrainerCallback]:

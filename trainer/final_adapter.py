@@ -7,12 +7,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from qwenlora.run import checkpoints
 from qwenlora.run.disk import seal, settle, sync
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.saver import reason_of
-from qwenlora.trainer.loop.state import adapter_of, not_finite
+from qwenlora.trainer.loop.state import in_file, not_finite
 from qwenlora.trainer.model.endings import Settings, settings_text
 from qwenlora.trainer.ranks.faults import TrainingFault
 
@@ -20,10 +22,8 @@ from qwenlora.trainer.ranks.faults import TrainingFault
 def constant_files(model: Any, tokenizer: Any, generation: Settings) -> dict[str, bytes]:
     """Return {name: content} of the adapter's config, the tokenizer and generation_config.json. model: a
     PeftModel."""
-    adapter = copy.copy(model.peft_config["default"])
-    adapter.inference_mode = True  # as peft's own save_pretrained writes it
     with TemporaryDirectory() as folder:
-        adapter.save_pretrained(folder)
+        _save_settings(Path(folder), model)
         _save_words(Path(folder), tokenizer, generation)
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
@@ -33,17 +33,18 @@ def save_adapter(model: Any, tokenizer: Any, generation: Settings, run: RunFolde
     adapter is replaced, its comparison renamed. model: a PeftModel. Raises: TrainingFault if it is not finite
     or not writable."""
     staging = run.path / ".adapter.staging"
-    if broken := not_finite(adapter_of(model)):
+    adapter = in_file(model)
+    if broken := not_finite(adapter):
         raise TrainingFault(
             f"the last step made weights that are not finite ({broken}); no adapter was written"
         )
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()  # without its parents: a deleted run folder stays deleted
-        # "auto" would ask the hub whether the base's vocabulary has changed; modules_to_save are saved anyway
-        model.save_pretrained(staging, save_embedding_layers=False)
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in adapter.items()}  # some may share
+        save_file(copies, staging / checkpoints.ADAPTER, metadata={"format": "pt"})
+        _save_settings(staging, model)
         _save_words(staging, tokenizer, generation)
-        (staging / "README.md").unlink(missing_ok=True)  # peft's is an empty form
         seal(staging, but="adapter_config.json")  # it names the base's folder, which may move
         settle(staging)
         _put_in_place(staging, run)
@@ -53,6 +54,12 @@ def save_adapter(model: Any, tokenizer: Any, generation: Settings, run: RunFolde
             f"all steps are trained, but the adapter was not saved: {reason_of(error)}; the same command"
             " tries again"
         ) from error
+
+
+def _save_settings(folder: Path, model: Any) -> None:
+    adapter = copy.copy(model.peft_config["default"])
+    adapter.inference_mode = True  # as peft's own save_pretrained writes it
+    adapter.save_pretrained(folder)
 
 
 def _save_words(folder: Path, tokenizer: Any, generation: Settings) -> None:

@@ -12,7 +12,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from qwenlora.configs import Config, combinations
 from qwenlora.data import freshness, prepared
 from qwenlora.data.report import notes_of
-from qwenlora.plan.plan import CHECKPOINT_BYTES_PER_PARAMETER
+from qwenlora.plan.plan import bytes_of_checkpoint
 from qwenlora.run.changes import allows
 from qwenlora.run.checkpoints import flaw
 from qwenlora.run.disk import free_bytes, write_atomically
@@ -49,7 +49,7 @@ def prepare(
     fingerprint = models.fingerprint(config, base)
     whole = (checkpoint for checkpoint in run.checkpoints() if not flaw(checkpoint, thorough=False))
     parameters = count_parameters(config, base, next(whole, None))
-    checkpoint_bytes = parameters.trainable * CHECKPOINT_BYTES_PER_PARAMETER + SMALL_FILES_BYTES
+    checkpoint_bytes = bytes_of_checkpoint(parameters, config.lora) + SMALL_FILES_BYTES
     checkpoint_bytes += len(tokenizer.backend_tokenizer.to_str(True).encode())
     _check_space(run.path, checkpoint_bytes)
     rows = prepare_rows(config, tokenizer, pretrained.embeddings_of(config, base), run, console)

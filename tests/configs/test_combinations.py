@@ -62,6 +62,13 @@ REFUSED = {
         "strategy.name=zero3 with lora.trainable_token_indices: the rows that are trained begin as the"
         " base's, and here a GPU has parts; set strategy.name: fsdp, zero2 or ddp",
     ),
+    "zero3-eva": (
+        NODE,
+        {"strategy": {"name": "zero3"}, "lora": {"init_lora_weights": "eva"}},
+        "strategy.name=zero3 with lora.init_lora_weights=eva: rows are computed before DeepSpeed's engine is"
+        " made, without which a base in parts cannot be called; set strategy.name: fsdp, zero2 or ddp, or"
+        " lora.init_lora_weights: pissa",
+    ),
     "offload-auto": (
         NODE,
         {"strategy": {"offload": "params"}},
@@ -155,6 +162,12 @@ REFUSED = {
         {"strategy": {"expert_parallel": 8}, "train": {"optim": "adafactor"}},
         "strategy.expert_parallel=8 with train.optim=adafactor: other optimizers look at whole parameters,"
         " and here a GPU has parts; set train.optim: adamw_torch_fused, or strategy.expert_parallel: 1",
+    ),
+    "expert-parallel-eva": (
+        NODE,
+        {"strategy": {"expert_parallel": 2}, "lora": {"init_lora_weights": "eva"}},
+        "strategy.expert_parallel=2 with lora.init_lora_weights=eva: rows are computed before ranks exchange"
+        " what their experts have; set lora.init_lora_weights: pissa, or strategy.expert_parallel: 1",
     ),
     "sequence-parallel-divides": (
         NODES,

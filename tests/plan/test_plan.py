@@ -82,6 +82,8 @@ def test_checkpoints_are_counted_with_the_best_and_the_one_that_is_written(train
     assert plan.length.steps == 1146
     assert plan.kept == kept
     assert plan.checkpoint == 12 * 40_370_176
+    begun = make_plan(case_of("Qwen/Qwen2.5-7B", "h100", lora={"init_lora_weights": "pissa"}, data=data))
+    assert begun.checkpoint == 16 * 40_370_176, "with the beginning of the adapter"
 
 
 @pytest.mark.parametrize(

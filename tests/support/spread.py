@@ -28,6 +28,7 @@ from transformers import (
 from qwenlora.configs.schema import Config, Data, Lora, Model, Strategy, Train
 from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.final_adapter import constant_files, save_adapter
+from qwenlora.trainer.loop import eva
 from qwenlora.trainer.loop.arguments import order_of, training_arguments
 from qwenlora.trainer.loop.batches import Rows
 from qwenlora.trainer.loop.saver import Saver
@@ -163,7 +164,9 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
     base = strategy.load_base(config, cell.base, spread)
     assert not cell.end_to_end or attend_row_by_row(base, states_apart=keep_states_apart(base))
     torch.manual_seed(config.train.seed)
-    model = add_lora(base, config.lora)
+    model = add_lora(base, config.lora, saved=Path(cell.resume) if cell.resume else None)
+    if config.lora.init_lora_weights == "eva" and not cell.resume:
+        eva.begin(model, config, order_of(config, side), side, lambda: None)
     fused = fuse(model, sharded_by_deepspeed=spread.name == "zero3")
     divided = divide(model, config)
     words = AutoTokenizer.from_pretrained(tokenizer)

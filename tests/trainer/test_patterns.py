@@ -152,8 +152,6 @@ def test_what_names_nothing_or_something_else_is_refused(bases, kind, lora, said
 @pytest.mark.parametrize(
     ("lora", "said"),
     [
-        ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
-        ({"init_lora_weights": "eva"}, "needs the rows' activations"),
         ({"init_lora_weights": "orthogonal", "r": 3}, "needs even ranks, and 3 is odd"),
         ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "does not go with a pattern"),
         ({"experts": "none", "target_modules": ["q_proj"]}, "experts=none has no effect without"),

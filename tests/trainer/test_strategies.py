@@ -244,6 +244,49 @@ def test_rows_of_embeddings_are_trained_alike(small, tmp_path, tokenizer):
     assert results[len(names)]["adapter"] == results[0]["adapter"], "to the bit"
 
 
+def test_what_begins_with_a_part_of_the_base_is_trained_alike(small, tmp_path, tokenizer):
+    """One rank makes the beginning of a layer for all; a resume has it from the checkpoint."""
+    start = replace(small, steps=4, save_steps=2, lora={"init_lora_weights": "pissa_niter_4", "r": 8})
+    one = run_ranks(run_cells, 1, [start.under("ddp", tmp_path / "one")], tokenizer)[0][0]
+    parts = {"deepspeed_config": all_in_parts(tmp_path)}
+    ddp, fsdp = (start.under(name, tmp_path / name) for name in ("ddp", "fsdp"))
+    nf4 = start.under("ddp", tmp_path / "nf4", quantization="nf4")
+    zero3 = start.under("zero3", tmp_path / "zero3", **parts)
+    zero3_nf4 = start.under("zero3", tmp_path / "zero3-nf4", quantization="nf4")
+    again = [
+        replace(cell, folder=f"{cell.folder}-again", resume=f"{cell.folder}/checkpoint-2")
+        for cell in (fsdp, zero3, zero3_nf4)
+    ]
+    moved = start.under("zero2", tmp_path / "zero2", resume=str(tmp_path / "ddp" / "checkpoint-2"))
+    cells = [ddp, fsdp, zero3, nf4, zero3_nf4, *again, moved]
+    results = run_ranks(run_cells, 2, cells, tokenizer)[0]
+    assert {p.shape[0] for p in lora_a(tmp_path / "one")} == {16}
+    expected = logits_of(small.base, tmp_path / "one" / "adapter")
+    for cell, result in zip((ddp, fsdp, zero3), results, strict=False):
+        assert_close(result, one)
+        assert (logits_of(small.base, Path(cell.folder) / "adapter") - expected).abs().max() <= CLOSE
+    assert_close(results[4], results[3])
+    resumed = [result["adapter"] for result in results[5:8]]
+    assert resumed == [results[number]["adapter"] for number in (1, 2, 4)]
+    assert abs(results[-1]["losses"][4] - one["losses"][4]) <= CLOSE
+
+
+def lora_a(run: Path) -> list[torch.Tensor]:
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    return [tensor for name, tensor in tensors.items() if "lora_A" in name]
+
+
+def test_eva_begins_alike_on_any_number_of_ranks(small, tmp_path, tokenizer):
+    start = replace(small, steps=4, save_steps=2, lora={"init_lora_weights": "eva", "r": 8})
+    one = run_ranks(run_cells, 1, [start.under("ddp", tmp_path / "one")], tokenizer)[0][0]
+    ddp, fsdp = (start.under(name, tmp_path / name) for name in ("ddp", "fsdp"))
+    again = start.under("ddp", tmp_path / "again", resume=str(tmp_path / "ddp" / "checkpoint-2"))
+    *results, resumed = run_ranks(run_cells, 2, [ddp, fsdp, again], tokenizer)[0]
+    for result in results:
+        assert_close(result, one)
+    assert resumed["adapter"] == results[0]["adapter"]
+
+
 def test_a_base_in_bfloat16_is_trained_alike(small, tmp_path, tokenizer):
     cells = [replace(small, dtype="bfloat16").under(name, tmp_path / name) for name in FEWER]
     results = run_ranks(run_cells, 2, cells, tokenizer)[0]

@@ -15,6 +15,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from qwenlora.trainer.model import initial
 from qwenlora.trainer.model.names import names_in
 from qwenlora.trainer.ranks.faults import TrainingFault, unlike_rank_0
 from qwenlora.trainer.spread.zero import OptimizerState
@@ -96,6 +97,11 @@ def adapter_of(model: Any) -> dict[str, Tensor]:
     return adapter
 
 
+def in_file(model: Any) -> dict[str, Tensor]:
+    """Return the adapter's tensors as they are in files: over the base as it is, whatever they began with."""
+    return initial.over_base(model, adapter_of(model))
+
+
 def names_in_file(model: Any) -> dict[str, str]:
     """Return {parameter's name: its name in peft's files} of all trained parameters, which must be whole."""
     by_address = {tensor.data_ptr(): name for name, tensor in adapter_of(model).items()}
@@ -124,9 +130,10 @@ def not_finite(adapter: dict[str, Tensor]) -> str:
 
 
 def check_fits(model: Any, content: bytes, checkpoint: Path) -> dict[str, Tensor]:
-    """Return a checkpoint's adapter. Raises: ValueError when its names or shapes are not the model's."""
+    """Return a checkpoint's adapter, as adapter_of(). Raises: ValueError when its names or shapes are not the
+    model's."""
     saved: dict[str, Tensor] = names_in(model, load_safetensors(content))
-    own = adapter_of(model)
+    own = in_file(model)
     for name in sorted(saved.keys() | own.keys()):
         if name not in saved or name not in own:
             has, lacks = ("the model", checkpoint.name) if name in own else (checkpoint.name, "the model")
@@ -140,7 +147,7 @@ def check_fits(model: Any, content: bytes, checkpoint: Path) -> dict[str, Tensor
                 f" {list(own[name].shape)} here; give lora and model the settings it was trained with, or"
                 " --fresh to start anew"
             )
-    return saved
+    return initial.without_beginning(model, saved)
 
 
 def restore_adapter(model: Any, content: bytes, checkpoint: Path) -> None:

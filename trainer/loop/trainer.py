@@ -473,7 +473,7 @@ class LoraTrainer(Trainer):
     def _snapshot(self, *, copied: bool) -> states.Snapshot:
         """Return copies of all that training changes, empty where they are not wanted; all ranks call it."""
         with self.whole():
-            tensors = states.adapter_of(self.peft_model)
+            tensors = states.in_file(self.peft_model)
             states.check_alike(tensors, self.args.device)
             adapter = self._memory.copy("adapter", tensors.items() if copied else ())
         state = self.zero.state() if self.zero else states.optimizer_state(self.peft_model, self._adam)

@@ -34,7 +34,9 @@ MLPS = (
     "LlamaMLP",
     "MistralMLP",
 )
-ADAPTER = "default"  # peft's name for the only adapter
+ADAPTER = "default"  # peft's name for the adapter that is trained
+INITIAL = "initial"  # and ours for its beginning, which is subtracted (initial.py)
+ADAPTERS = ([ADAPTER], [ADAPTER, INITIAL])
 IN_4_BITS, IN_8_BITS = "Linear4bit", "Linear8bitLt"  # bitsandbytes' classes, and peft's over them
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, A and B
 
@@ -58,7 +60,7 @@ def _is_fusible(layer: Any) -> bool:
     return (
         kind.__module__.startswith("peft.")
         and kind.__name__ in ("Linear", IN_4_BITS, IN_8_BITS)
-        and list(layer.lora_A) == [ADAPTER]
+        and list(layer.lora_A) in ADAPTERS
         and not layer.lora_variant  # DoRA and others
         and layer.lora_B[ADAPTER].bias is None
         and not getattr(layer, "fan_in_fan_out", False)
@@ -101,19 +103,21 @@ def weight_of(base: Any, dtype: torch.dtype) -> Tensor:
 # ---- one linear layer, as plain computations
 
 
-class Projection(NamedTuple):
-    """A linear layer: its base, and the scaling and the dropout of its LoRA."""
-
-    base: Any
-    scaling: float = 0.0
-    dropout: float = 0.0
-
-
 class Pair(NamedTuple):
     """A LoRA's weights, A [r, in] and B [out, r]; both None for a layer without."""
 
     a: Tensor | None = None
     b: Tensor | None = None
+
+
+class Projection(NamedTuple):
+    """A linear layer: its base, and the scaling and the dropout of its LoRA. initial: the LoRA's beginning,
+    which is frozen, and subtracted; it has no dropout."""
+
+    base: Any
+    scaling: float = 0.0
+    dropout: float = 0.0
+    initial: Pair = Pair()
 
 
 class Low(NamedTuple):
@@ -129,8 +133,14 @@ def projection_of(layer: Any) -> tuple[Projection, Pair]:
     if not hasattr(layer, "lora_A"):
         return Projection(layer), Pair()
     rate = float(getattr(layer.lora_dropout[ADAPTER], "p", 0.0)) if layer.training else 0.0
-    pair = Pair(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-    return Projection(layer.base_layer, float(layer.scaling[ADAPTER]), rate), pair
+    pair, initial = (_pair_of(layer, adapter) for adapter in (ADAPTER, INITIAL))
+    return Projection(layer.base_layer, float(layer.scaling[ADAPTER]), rate, initial), pair
+
+
+def _pair_of(layer: Any, adapter: str) -> Pair:
+    if adapter not in layer.active_adapters or adapter not in layer.lora_A:
+        return Pair()
+    return Pair(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
 
 
 def _project(layer: Projection, x: Tensor, pair: Pair) -> tuple[Tensor, Low]:
@@ -138,8 +148,12 @@ def _project(layer: Projection, x: Tensor, pair: Pair) -> tuple[Tensor, Low]:
     if pair.a is None or pair.b is None:
         return output, Low()
     dropped, mask = torch.native_dropout(x, layer.dropout, True) if layer.dropout else (x, None)
-    low = dropped.to(output.dtype).mm(pair.a.to(output.dtype).t())
-    return output.addmm_(low, pair.b.to(output.dtype).t(), alpha=layer.scaling), Low(low, mask)
+    low, b = dropped.to(output.dtype).mm(pair.a.to(output.dtype).t()), pair.b.to(output.dtype)
+    lows, initial = low, layer.initial
+    if initial.a is not None and initial.b is not None:  # in one product: what is near to zero is not rounded
+        lows = torch.cat((low, x.to(output.dtype).mm(initial.a.to(output.dtype).t())), 1)
+        b = torch.cat((b, -initial.b.to(output.dtype)), 1)
+    return output.addmm_(lows, b.t(), alpha=layer.scaling), Low(low, mask)
 
 
 def _gradients(
@@ -150,6 +164,7 @@ def _gradients(
     if needed:
         weight = weight_of(layer.base, gradient.dtype)
         onto = gradient.mm(weight) if onto is None else onto.addmm_(gradient, weight)
+        onto = _subtract_initial(layer, gradient, onto)
     if pair.a is None or pair.b is None or low.product is None:
         return onto, None, None
     a, b, scaling = pair.a.to(gradient.dtype), pair.b.to(gradient.dtype), layer.scaling
@@ -163,6 +178,13 @@ def _gradients(
     elif onto is not None and low.mask is not None:
         onto.add_(below.mm(a) * low.mask, alpha=scaling / keep)
     return onto, of_a.to(pair.a.dtype), of_b.to(pair.b.dtype)
+
+
+def _subtract_initial(layer: Projection, gradient: Tensor, onto: Tensor) -> Tensor:
+    a, b = layer.initial
+    if a is None or b is None:
+        return onto
+    return onto.addmm_(gradient.mm(b.to(gradient.dtype)), a.to(gradient.dtype), alpha=-layer.scaling)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -197,7 +219,7 @@ def _linear_forward(layer: Any, x: Tensor, *args: Any, **options: Any) -> Tensor
 def is_changed(layer: Any, args: Any = (), options: Any = None) -> bool:
     """Whether the adapter is off or merged, or the call is unusual: peft then knows what to do."""
     return bool(
-        args or options or layer.disable_adapters or layer.merged or layer.active_adapters != [ADAPTER]
+        args or options or layer.disable_adapters or layer.merged or layer.active_adapters not in ADAPTERS
     )
 
 

@@ -16,7 +16,7 @@ from qwenlora.plan.flops import share_of_experts
 from qwenlora.plan.widths import widths
 from qwenlora.run.format import and_more
 from qwenlora.run.records import Parameters
-from qwenlora.trainer.model import fused_experts, nf4_loading, patterns, router_loss, targets
+from qwenlora.trainer.model import fused_experts, initial, nf4_loading, patterns, router_loss, targets
 from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.model.files import check_init_from
 from qwenlora.trainer.model.kinds import count_kinds, count_trained
@@ -47,7 +47,7 @@ def lora_config(lora: Lora, tied: bool) -> LoraConfig:
         exclude_modules=lora.exclude_modules,
         modules_to_save=saved or None,
         trainable_token_indices=lora.trainable_token_indices,
-        init_lora_weights=lora.init_lora_weights,
+        init_lora_weights=lora.in_files.init_lora_weights,  # initial.py and loop/eva.py begin the others
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         ensure_weight_tying=tied and "embed_tokens" in saved,
@@ -63,6 +63,8 @@ def add_lora(model: Any, lora: Lora, revision: str | None = None, saved: Path | 
     peft_model = _inject(model, lora, revision, saved)
     if lora.init_lora_weights == "orthogonal" and model.device.type != "meta":
         _begin_orthogonal(peft_model)
+    if lora.takes_from_base:
+        initial.begin(peft_model, lora, saved)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             # peft leaves modules_to_save in the base's dtype, too coarse for Adam's small steps
@@ -108,6 +110,8 @@ def _inject(model: Any, lora: Lora, revision: str | None, saved: Path | None) ->
     if has_vision(model.config):
         written.exclude_modules = patterns.also_excluded(written.exclude_modules, WITHOUT_VISION)
     patterns.check_patterns(lora, written, (*tuner.targeted_module_names, *tuner.targeted_parameter_names))
+    if lora.takes_from_base or lora.init_lora_weights == "eva":
+        initial.check(peft_model, lora)
     return peft_model
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
+from qwenlora.trainer.model.fused_lora import INITIAL
 from qwenlora.trainer.ranks.faults import TrainingFault
 
 DeepSpeedConfig = dict[str, Any]  # DeepSpeed's own, which configs/deepspeed.py makes
@@ -95,8 +96,12 @@ class Zero:
     # ---- the sharded state
 
     def whole(self) -> AbstractContextManager[Any]:
-        """Gather all trained parameters, to read them while the context is open; all ranks must enter it."""
-        return self._gathered([p for _, p in self.parameters]) if self.stage == 3 else nullcontext()
+        """Gather all trained parameters, and their beginnings, to read them while the context is open; all
+        ranks must enter it."""
+        read = [
+            p for name, p in self.model.named_parameters() if p.requires_grad or INITIAL in name.split(".")
+        ]
+        return self._gathered(read) if self.stage == 3 else nullcontext()
 
     @staticmethod
     def _gathered(parameters: list[Any], modifier_rank: int | None = None) -> AbstractContextManager[Any]:
