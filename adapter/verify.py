@@ -138,8 +138,8 @@ def _check_settings(subject: Subject, config: AdapterConfig) -> None:
     expected = {key: getattr(lora, key) for key in SET} | PLAIN
     for key, trained in expected.items():
         value = config.get(key, trained)
-        if key in PATTERNS:
-            value = without_peft_s_own(value, lora, key)
+        if key in PATTERNS and key in config:
+            value = without_peft_s_own(config, lora, key)
         if value != trained:
             raise ValueError(
                 f"{subject.adapter}/{ADAPTER_CONFIG} says {key}={value}, the run was trained with {trained};"

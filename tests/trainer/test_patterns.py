@@ -170,9 +170,11 @@ def test_an_adapter_with_other_patterns_is_not_gone_on_from(bases, tmp_path):
 
 def test_peft_s_own_patterns_are_told_from_the_user_s():
     own, users = {r".*\.gate_up_proj": 64}, {"experts.gate_up_proj": 128, r".*\.gate_up_proj": 128}
-    assert without_peft_s_own(own, Lora(), "alpha_pattern") == {}
-    assert without_peft_s_own(users, Lora(), "alpha_pattern") == users
-    assert without_peft_s_own(own, Lora(alpha_pattern=own), "alpha_pattern") == own
+    both = {"alpha_pattern": own, "rank_pattern": {r".*\.gate_up_proj": 32}}
+    assert without_peft_s_own(both, Lora(), "alpha_pattern") == {}
+    assert without_peft_s_own(both | {"alpha_pattern": users}, Lora(), "alpha_pattern") == users
+    assert without_peft_s_own(both, Lora(alpha_pattern=own), "alpha_pattern") == own
+    assert without_peft_s_own({"alpha_pattern": own}, Lora(), "alpha_pattern") == own, "peft doubles both"
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

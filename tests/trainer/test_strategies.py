@@ -276,6 +276,7 @@ def lora_a(run: Path) -> list[torch.Tensor]:
     return [tensor for name, tensor in tensors.items() if "lora_A" in name]
 
 
+@pytest.mark.long
 def test_eva_begins_alike_on_any_number_of_ranks(small, tmp_path, tokenizer):
     start = replace(small, steps=4, save_steps=2, lora={"init_lora_weights": "eva", "r": 8})
     one = run_ranks(run_cells, 1, [start.under("ddp", tmp_path / "one")], tokenizer)[0][0]

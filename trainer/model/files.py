@@ -1,26 +1,30 @@
 """What is refused of the model files that a config names, before torch is imported: it takes seconds."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qwenlora.configs.schema import Config, Lora
 from qwenlora.plan.adapter import PATTERNS
 from qwenlora.trainer.model.base import TINY, resolve
 from qwenlora.trainer.model.damage import AGAIN, check_file, check_tokenizer, read_json, weight_files
 
-# two matrices in one: where peft renames modules to it, it sets twice the rank and the alpha by this pattern
+# two matrices in one: where peft renames modules to it, it sets twice the rank and the alpha by this pattern;
+# one of the two alone is a user's
 STACKED = r".*\.gate_up_proj"
 
 
-def peft_s_own(saved: dict[str, int] | None, lora: Lora, key: str) -> dict[str, int]:
-    """Return what peft itself added to an adapter's rank_pattern or alpha_pattern."""
-    own = STACKED not in getattr(lora, key) and (saved or {}).get(STACKED) == 2 * getattr(lora, PATTERNS[key])
-    return {STACKED: 2 * getattr(lora, PATTERNS[key])} if own else {}
+def peft_s_own(saved: Mapping[str, Any], lora: Lora, key: str) -> dict[str, int]:
+    """Return what peft itself added to an adapter's rank_pattern or alpha_pattern. saved: its settings."""
+    twice = {pattern: 2 * getattr(lora, of) for pattern, of in PATTERNS.items()}
+    both = all((saved.get(pattern) or {}).get(STACKED) == twice[pattern] for pattern in PATTERNS)
+    return {STACKED: twice[key]} if both and STACKED not in getattr(lora, key) else {}
 
 
-def without_peft_s_own(saved: dict[str, int] | None, lora: Lora, key: str) -> dict[str, int]:
-    """Return an adapter's rank_pattern or alpha_pattern without what peft itself added."""
+def without_peft_s_own(saved: Mapping[str, Any], lora: Lora, key: str) -> dict[str, int]:
+    """Return an adapter's rank_pattern or alpha_pattern without what peft itself added. saved: as there."""
     own = peft_s_own(saved, lora, key)
-    return {name: number for name, number in (saved or {}).items() if name not in own}
+    return {name: number for name, number in (saved.get(key) or {}).items() if name not in own}
 
 
 def check_files(config: Config) -> None:
@@ -59,7 +63,7 @@ def check_init_from(lora: Lora) -> None:
                 f" {getattr(lora, key)}; set lora.{key}: {saved[key]}"
             )
     for key in PATTERNS:
-        if (has := without_peft_s_own(saved.get(key), lora, key)) != (ours := getattr(lora, key)):
+        if (has := without_peft_s_own(saved, lora, key)) != (ours := getattr(lora, key)):
             raise ValueError(
                 f"lora.init_from={lora.init_from} has {key}={has}, the config says {ours}; set lora.{key}:"
                 f" {has}"

@@ -42,7 +42,7 @@ def resolve(model: Any, lora: Lora, settings: LoraConfig, saved: Path | None) ->
         _check_like(model, lora, theirs, like, experts=not saved)
         settings.target_modules, settings.target_parameters = theirs.target_modules, theirs.target_parameters
         for key in PATTERNS:
-            both = peft_s_own(getattr(theirs, key), lora, key) | getattr(lora, key)
+            both = peft_s_own(vars(theirs), lora, key) | getattr(lora, key)
             setattr(settings, key, dict(sorted(both.items())))  # as adapter_config.json has them
         return
     modules = _modules(model, LEFT_OUT[lora.experts])
