@@ -212,8 +212,7 @@ def work(way: str, folder: Path) -> None:
         FACTORY: factory,
     }
     trainer, batch_of = make[way](folder, rows)
-    trainer.create_optimizer()
-    trainer.model.train()
+    make_ready(trainer)
     print("> ready", flush=True)
     for line in sys.stdin:
         start = int(line) * BATCH
@@ -222,6 +221,13 @@ def work(way: str, folder: Path) -> None:
         loss, norm = step(trainer, batch)
         spent = Step(time.process_time() - cpu, time.perf_counter() - wall, loss, norm)
         print(f"> {json.dumps(spent._asdict())}", flush=True)
+
+
+def make_ready(trainer: Any) -> None:
+    """Do what a trainer does before its first step."""
+    trainer.create_optimizer()
+    trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # autocast, with bf16
+    trainer.model.train()
 
 
 def step(trainer: Any, batch: dict[str, Any]) -> tuple[float, float]:

@@ -49,18 +49,22 @@ def test_the_share_of_bare_products_is_shown_once_they_are_measured(measure, tmp
     assert 0 < gpu.bare_products(tmp_path, "float32") < 1e15
 
 
-def test_a_way_that_computes_wrongly_gets_no_number(measure, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "what", "said"),
+    [("q_proj.base_layer.weight", 1.5, "a loss differs"), ("o_proj.lora_A", 1.001, "a norm differs")],
+)
+def test_a_way_that_computes_wrongly_gets_no_number(measure, monkeypatch, where, what, said):
     real = gpu.ours_of
 
     def ours_of(*arguments, **options):
         trainer = real(*arguments, **options)
         for name, parameter in trainer.model.named_parameters():
-            if "q_proj.base_layer.weight" in name:
-                parameter.data *= 1.5
+            if where in name:
+                parameter.data *= what
         return trainer
 
     monkeypatch.setattr(gpu, "ours_of", ours_of)
-    with pytest.raises(AssertionError, match="losses of qwenlora differ"):
+    with pytest.raises(AssertionError, match=f"qwenlora: {said}"):
         measure(gpu.WHOLE)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import typing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments, get_scheduler
 
 from qwenlora.configs.schema import SchedulerName, Train
+from qwenlora.trainer import build
 from qwenlora.trainer.loop.schedule import begin_above_zero, check_schedule, restore_schedule
 
 KWARGS = {
@@ -90,3 +92,7 @@ def test_a_schedule_whose_rate_is_always_0_is_refused():
     with pytest.raises(ValueError, match="the learning rate of all 3 steps is 0; change them"):
         check_schedule(train, 3)
     check_schedule(train.model_copy(update={"warmup_steps": 1.0}), 3)
+    # of a run that goes on for longer, only the ranks hear: it is not prepared again
+    config, facts = SimpleNamespace(train=train), SimpleNamespace(units=48)
+    with pytest.raises(ValueError, match="the learning rate of all 9 steps is 0; change them"):
+        build._check_length(config, facts, 0)
