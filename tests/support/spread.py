@@ -215,7 +215,6 @@ def run_cell(cell: Cell, tokenizer: str) -> dict[str, Any]:
         "eval": {h["step"]: h["eval_loss"] for h in history if "eval_loss" in h},
         "moved": moved,
         "fused": str(fused),
-        "called": type(trainer.model_wrapped).__name__,
         "held": held(trainer, model),
         "adapter": digest(run.adapter) if rank == 0 else "",
     }

@@ -75,22 +75,26 @@ def test_a_refusal_without_an_agent_leaves_the_run_as_it_was(start, tmp_path, mo
     assert (error.process, error.message, error.ours) == ("rank-0", "these rows cannot be trained", False)
 
 
-# a process that was forked from an agent's forkserver, and prepares and trains
+# a process that was forked from an agent's forkserver, and prepares and trains. It is a rank alone: DDP would
+# copy the base, to send it to nobody
 FORKED = """
 import sys
 from qwenlora.trainer import forkserver
 from qwenlora.trainer.main import main
 forkserver._import_libraries()
+import torch
+torch.nn.parallel.DistributedDataParallel.__init__ = None
 assert main([*sys.argv[1:], "run_dir=run", "train.max_steps=1"], captured=False) == 0
 print("imported:", *{"bitsandbytes", "datasets", "deepspeed", "mlflow", "pandas", "wandb"} & {*sys.modules})
 """
 
 
 @pytest.mark.slow
-def test_a_run_imports_no_library_that_it_does_not_need(tmp_path):
+def test_a_rank_alone_needs_no_ddp_and_imports_no_library_that_it_does_not_need(tmp_path):
     (tmp_path / "my.yaml").write_text("model: {name_or_path: tiny}\ndata: {train: example}\n")
     command = [sys.executable, "-c", FORKED, "my.yaml", "log.wandb=off"]
-    alone = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone = os.environ | dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_PORT"), "0") | {"WORLD_SIZE": "1"}
+    alone["MASTER_ADDR"] = "127.0.0.1"
     answer = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=alone, check=False)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.splitlines()[-1] == "imported:"

@@ -77,7 +77,6 @@ def test_two_ranks_make_the_losses_and_the_adapter_of_one_process(matrix, name):
     base, results, folder = matrix
     one, spread = results["one"][0], results[name][0]
     assert len(one["losses"]) == STEPS
-    assert one["called"].startswith("Peft"), "DDP would copy the base, to send it to nobody"
     assert one["moved"] > 0.1
     assert min(one["norms"].values()) > 0
     assert_close(spread, one)

@@ -156,7 +156,6 @@ class LoraTrainer(Trainer):
             return super()._wrap_model(model, training, dataloader)
         # with these arguments accelerate only adds autocast; it would put one rank alone under DDP, too
         self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-        model._is_accelerate_prepared = True
         if not self._deepspeed:
             if self.args.world_size > 1 and not any(isinstance(p, DTensor) for p in model.parameters()):
                 check_same_base(model)
