@@ -239,9 +239,11 @@ def take_turns(part: Part, job: Job, options: argparse.Namespace) -> dict[str, l
         for number in range(options.turns):
             # as many begin with one as with the other
             for way in ways[:: 1 if number % 2 else -1]:
-                if time.monotonic() < end and not (turns[way] and turns[way][-1].full):
+                if not turns[way] or (time.monotonic() < end and not turns[way][-1].full):
                     turns[way].append(workers[way](number * options.steps, options.steps))
             print(f"turn {number + 1}", end="\r", flush=True, file=sys.stderr)
+    if all(own[-1].full for own in turns.values()):
+        raise SystemExit("the GPU is too small for every way; name fewer --layers or --tokens")
     whole = min(len(own) for own in turns.values() if not own[-1].full)  # those that time was left for
     return {way: own if own[-1].full else own[:whole] for way, own in turns.items()}
 
@@ -349,7 +351,8 @@ def write(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     card = name_of(torch.device(options.device))
     told = {"part": options.part, "date": time.strftime("%Y-%m-%d"), "card": card, "versions": versions}
     told |= {"shape": options.shape, "tokens": options.tokens}
-    file = options.out / f"gpu-{options.part}.json"
+    other = "" if options.part == CEILINGS or options.shape == PARTS[options.part].shape else options.shape
+    file = options.out / ("-".join(filter(None, ("gpu", options.part, other))) + ".json")
     file.write_text(json.dumps(told | figures, indent=1), encoding="utf-8")
     print(f"figures: {file}")
 

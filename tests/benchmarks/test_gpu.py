@@ -81,6 +81,11 @@ def test_a_way_that_the_gpu_is_too_small_for_is_said_and_the_others_are_measured
     monkeypatch.setattr(gpu, "train_step", step)
     assert list(measure(gpu.NF4)["ways"]) == [gpu.OURS]
     assert f"| {gpu.PLAIN} | out of memory |" in capsys.readouterr().out
+    monkeypatch.setattr(
+        gpu, "train_step", lambda trainer, batch: step(trainer, RuntimeError("out of memory"))
+    )
+    with pytest.raises(SystemExit, match="the GPU is too small for every way"):
+        measure(gpu.NF4)
 
 
 @pytest.mark.parametrize(
