@@ -99,6 +99,9 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=5000, help="simulated for each line")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
+    for run in chosen.runs:
+        if not RunFolder(run).history.file.exists():
+            parser.error(f"{run} has no attempts.jsonl; name run folders")
     inside, requeued = measured(chosen.runs)
     job = Job(2, 60 * chosen.between_min, 60 * chosen.save_min, EVERY_S, inside, requeued)
     print(f"a failure each {chosen.between_min:g} min, a checkpoint each {chosen.save_min:g} min;")
