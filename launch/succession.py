@@ -51,7 +51,7 @@ def end_job(node: Node, code: int, *, leads: bool) -> None:
     led at the end; if none did, the first of those that are left does it."""
     job_id, first = node.job.job_id, node.job.hosts[0]
     end = time.monotonic() + NODE_LOSS_S
-    while job_id and time.monotonic() < end and not node.stop_requested:
+    while job_id and node.job.requeues and time.monotonic() < end and not node.stop_requested:
         job = query.ask(job_id)
         if job is None or job.state != "RUNNING" or job.restarts != node.job.restarts:
             return  # Slurm has ended or requeued it, or is not there to be asked

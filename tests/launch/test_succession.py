@@ -5,6 +5,7 @@ import io
 import os
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,13 @@ def test_a_job_without_its_batch_shell_is_ended_once_slurm_knows(
     # a machine that is in the job, and answers, has the batch shell, which ends the job
     lives = answers_still and HOSTS[0] in answers[0].nodes
     assert done == ([ended] if ended and not lives else [])
+
+
+def test_a_job_without_a_batch_shell_of_ours_is_left_alone(node, monkeypatch):
+    monkeypatch.setattr(succession.query, "ask", lambda _: pytest.fail("asked"))
+    one = node(1)
+    one.job = replace(one.job, requeues=False)
+    succession.end_job(one, EXIT_CODES["failed"], leads=False)
 
 
 @pytest.mark.parametrize(("nodes", "written"), [(HOSTS, ""), (HOSTS[1:], "a line\n")])

@@ -1,6 +1,7 @@
 """The agents of a job with several nodes, all on this machine and without Slurm: each has the variables that
 srun would give it. No batch shell is there to requeue, so a test sees the exit codes that it would get."""
 
+import json
 import os
 import secrets
 import signal
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import forked
 import psutil
+from lives import SABOTEUR
 
 
 class Agents:
-    """The agents, by node. output: what each printed, in folder."""
+    """The agents, by node. output: what each printed, in folder; sabotage: by node, when it is lost by itself
+    (saboteur/sitecustomize.py)."""
 
-    def __init__(self, folder: Path, nodes: int, *arguments: str) -> None:
+    def __init__(
+        self, folder: Path, nodes: int, *arguments: str, sabotage: dict[int, dict] | None = None
+    ) -> None:
         self.folder = folder
         job = {
             "SLURM_JOB_ID": str(secrets.randbelow(10**8)),
@@ -29,12 +34,16 @@ class Agents:
         ours = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         self.processes = []
         for node in range(nodes):
+            own = {"SLURM_NODEID": str(node)}
+            if sabotage and node in sabotage:
+                plan = {"everyone": True} | sabotage[node]
+                own |= {"QWENLORA_CHAOS": json.dumps(plan), forked.SABOTAGE: str(SABOTEUR)}
             with (folder / f"output-{node}").open("wb") as output:
                 self.processes.append(
                     forked.Popen(
                         [*forked.COMMAND, "train", *arguments],
                         cwd=folder,
-                        env=ours | job | {"SLURM_NODEID": str(node)},
+                        env=ours | job | own,
                         stdin=-3,
                         stdout=output,
                         stderr=output,

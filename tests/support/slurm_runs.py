@@ -1,6 +1,7 @@
 """Runs of the tiny model as Slurm jobs, for tests/slurm/."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -24,10 +25,14 @@ train: {global_batch_size: 16, per_device_train_batch_size: 4, max_steps: STEPS,
 log: {logging_steps: 4, wandb: off}
 launch: {nproc_per_node: 1}
 """
+EVALUATES = "train: {eval_strategy: steps, eval_steps: 6, "
 
 
-def write_config(folder: Path, steps: int) -> str:
-    (folder / "my.yaml").write_text(CONFIG.replace("STEPS", str(steps)))
+def write_config(folder: Path, steps: int, *, evaluates: bool = False) -> str:
+    text = CONFIG.replace("STEPS", str(steps))
+    if evaluates:
+        text = text.replace("example}", "example, eval: example}").replace("train: {", EVALUATES)
+    (folder / "my.yaml").write_text(text)
     return "my.yaml"
 
 
@@ -87,10 +92,11 @@ def losses(run: Path) -> dict[int, float]:
 
 def assert_exact(run: Path, folder: Path) -> None:
     """The adapter is, to the bit, that of a run which was stopped and resumed with the same ranks at the same
-    steps, and the losses are those of the undisturbed run. folder: has that one, with as many ranks at first
-    and ALL_STEPS."""
-    found, before = attempts(run), "run"
-    for number, (last, one) in enumerate(pairwise(found), 1):
+    steps, and the losses are those of the undisturbed run. folder: has that one, with as many ranks as the
+    first attempt that trained, and ALL_STEPS."""
+    trained = [one for one in attempts(run) if (one["last_step"] or 0) >= (one["first_step"] or math.inf)]
+    before = "run"
+    for number, (last, one) in enumerate(pairwise(trained), 1):
         if last["processes"] == one["processes"]:
             continue  # then the adapter is also the undisturbed one's
         name = f"{run.parent.parent.name}-{number}"

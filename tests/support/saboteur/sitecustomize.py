@@ -88,8 +88,9 @@ def _begin():
 
 
 def _begin_when_named():
+    before = _name()  # a busy machine may begin the thread after the process has its name
+
     def wait():
-        before = _name()
         while _name() == before:
             time.sleep(0.0005)
         if _plan["process"] == _name():
