@@ -94,7 +94,7 @@ def assert_exact(run: Path, folder: Path) -> None:
     """The adapter is, to the bit, that of a run which was stopped and resumed with the same ranks at the same
     steps, and the losses are those of the undisturbed run. folder: has that one, with as many ranks as the
     first attempt that trained, and ALL_STEPS."""
-    trained = [one for one in attempts(run) if (one["last_step"] or 0) >= (one["first_step"] or math.inf)]
+    trained = [one for one in attempts(run) if one.get("last_step", 0) >= one.get("first_step", math.inf)]
     before = "run"
     for number, (last, one) in enumerate(pairwise(trained), 1):
         if last["processes"] == one["processes"]:
