@@ -133,7 +133,7 @@ def test_a_node_that_computes_a_fifth_of_the_time_is_named(tmp_path):
 @pytest.mark.long
 def test_a_node_lost_while_rows_are_prepared_or_ranks_start_again(tmp_path, undisturbed):
     run = tmp_path / "runs/run"
-    more = ("run_dir=runs/run", "launch.min_nodes=1")
+    more = ("run_dir=runs/run", "launch.min_nodes=1", "checkpoint.memory_steps=1")
     with Agents(tmp_path, 4, write_config(tmp_path, STEPS), *more) as job:
         while "preparing model and data" not in job.said():
             time.sleep(0.02)

@@ -9,13 +9,16 @@ import pytest
 from rich.console import Console
 
 from qwenlora.configs import load_config
-from qwenlora.launch import preflight
+from qwenlora.launch import follower, preflight
 from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.children import Children
 from qwenlora.launch.follower import Follower
 from qwenlora.launch.leader import Leader
 from qwenlora.launch.meeting import Meeting, NotMet
+from qwenlora.launch.messages import StartRanks
 from qwenlora.launch.node import Node
+from qwenlora.run.folder import RunFolder
+from qwenlora.run.handover import Handover
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -68,3 +71,28 @@ def test_a_folder_that_is_not_shared_is_named(check, monkeypatch, unseen, messag
 def test_a_clock_that_is_off_is_a_warning(check, monkeypatch):
     monkeypatch.setattr(preflight, "MAX_CLOCK_SKEW_S", -1.0)
     assert check().startswith("warning: the clock of 127.0.0.2 is ")
+
+
+@pytest.mark.parametrize(
+    ("locked", "requeues", "stops", "leads"),
+    [
+        (True, True, False, True),
+        (False, True, False, False),  # locks do not reach other nodes
+        (True, False, False, False),  # somebody sees that the run has failed
+        (True, True, True, False),
+    ],
+)
+def test_who_may_lead_on(tmp_path, monkeypatch, locked, requeues, stops, leads):
+    allocation, led = Allocation(1, ("127.0.0.1", "127.0.0.2"), "41", 0, requeues), []
+    config, children = load_config(TINY, [f"run_dir={tmp_path}"]), Children()
+    children.stop_requested = stops
+    monkeypatch.setattr(RunFolder, "is_locked", locked)
+    monkeypatch.setattr(follower, "run_ranks", lambda _, watch, *__: watch.lost.append("127.0.0.1") or 1)
+    monkeypatch.setattr(Leader, "take_over", lambda *_: led.append("leads") or 0)
+    monkeypatch.setattr(follower.succession, "end_job", lambda *_, **__: None)
+    with ExitStack() as stack:
+        console = Console(file=io.StringIO())
+        node = Node(config, allocation, children, Meeting(allocation), console, stack)
+        start = StartRanks(handover=Handover(1), port=1, hosts=allocation.hosts)
+        assert Follower(node)._start(start) == (0 if leads else 1)
+    assert bool(led) is leads
