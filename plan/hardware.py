@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from qwenlora.configs.wording import did_you_mean
 from qwenlora.run.hardware import gpus_seen
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # what a driver's name has beside the GPU's: form factors and sizes. Others (Laptop, Ti) are other chips
 _NO_MATTER = re.compile(r"NVIDIA|Tesla|AMD|Instinct|OAM|SXM\d?|PCI[eE]|HBM\w*|\d+GB")
 
@@ -26,7 +27,7 @@ class Gpu(BaseModel):
     teraflops: Positive
     terabytes_s: Positive
     memory_mib: Positive
-    nvlink: Annotated[float, Field(ge=0)]
+    nvlink: NotNegative
     pcie: Positive
 
     @property

@@ -7,22 +7,18 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel, Field
 
 from qwenlora.configs.schema import Config
-from qwenlora.plan.hardware import Gpu
+from qwenlora.plan.hardware import Gpu, NotNegative, Positive
 from qwenlora.run.disk import write_atomically
 from qwenlora.run.records import Record
 
 KEPT = 9  # runs of a device and a kind of strategy
 ENOUGH = 3  # of them before a plan is corrected: one may have been odd
 MEMORY_BY, TIME_BY = 1.25, 2.0  # by how much a plan is corrected at most
-
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Rates(BaseModel, frozen=True):
