@@ -172,7 +172,8 @@ def test_a_run_that_is_done_or_refused_is_not_requeued(leader, code):
     ],
 )
 def test_a_spare_node_takes_the_place_of_a_lost_one(of_four, monkeypatch, lost, trains, spare):
-    leader = of_four([], "launch.spare_nodes=1", "launch.min_nodes=1")
+    # so few rows that four could not train
+    leader = of_four([], "launch.spare_nodes=1", "launch.min_nodes=1", "train.global_batch_size=3")
     node = leader.node
     node.allocation = node.job.among(node.job.hosts[: node.trains_on])
     node.meeting._left = set(lost)
