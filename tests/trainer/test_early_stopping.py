@@ -49,12 +49,16 @@ def test_evaluations_since_the_best_are_counted(losses, count):
     assert evaluations_since_best(losses) == count
 
 
-def run(tiny, folder, stop_at=0):
-    """Train as attempt.py does; return the trainer. stop_at: the step of a stop request."""
+def run(tiny, folder, stop_at=0, losses=(), saves=True, **more):
+    """Train as attempt.py does; return the trainer. stop_at: the step of a stop request; losses: what the
+    evaluations find, from step 1 on; saves: whether it is rank 0."""
     request = StopRequest()
     made = trainer_of(
-        tiny, folder, side_of(40), config_of(**SETTINGS), side_of(5, seed=1), stop=Stop(request)
+        tiny, folder, side_of(40), config_of(**SETTINGS | more), side_of(5, seed=1), stop=Stop(request)
     )
+    made.saver = made.saver if saves else None
+    if losses:
+        made._sum_losses = lambda: torch.tensor([losses[made.state.global_step - 1], 1.0])
     newest = next(iter(RunFolder(folder).checkpoints()), None)
     if newest:
         made.load(newest)
@@ -71,7 +75,7 @@ def run(tiny, folder, stop_at=0):
         stop=made.stop, chosen=SimpleNamespace(folder=newest), step=made.state.global_step
     )
     attempt._train(context, made)
-    made.saver.wait()
+    made.wait_for_saves()
     return made
 
 
@@ -105,6 +109,16 @@ def test_a_stop_changes_neither_the_end_nor_the_weights(tiny, tmp_path, whole):
     once_more = run(tiny, tmp_path)
     assert once_more.gave_up
     assert once_more.state.global_step == ended, "a start after the end trains nothing"
+
+
+def test_a_best_whose_step_is_not_saved_counts_on_all_ranks_and_after_a_stop(tiny, tmp_path):
+    losses = [3.0, 1.0] + [2.0] * (STEPS - 2)
+    how = {"losses": losses, "save_steps": 3, "save_total_limit": 1, "early_stopping_patience": 5}
+    other = run(tiny, tmp_path / "other", saves=False, **how)
+    run(tiny, tmp_path / "first", stop_at=5, **how)
+    first = run(tiny, tmp_path / "first", **how)
+    assert first.state.global_step == other.state.global_step == 7
+    assert first.losses == other.losses == dict(enumerate(losses[:7], 1))
 
 
 def test_the_adapter_at_the_end_is_the_best_checkpoints(whole):

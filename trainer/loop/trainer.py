@@ -25,7 +25,6 @@ from qwenlora.configs.estimate import cut_into
 from qwenlora.data.order import accumulation_steps
 from qwenlora.run import checkpoints
 from qwenlora.run.checkpoints import ADAPTER, OPTIMIZER, STATE
-from qwenlora.run.folder import step_of
 from qwenlora.run.records import Cursor, Schedule, State
 from qwenlora.trainer.loop import state as states
 from qwenlora.trainer.loop.batches import Rows, StepLoader, seed_micro_batch, weight_of
@@ -93,7 +92,7 @@ class LoraTrainer(Trainer):
         self.saver, self.stop, self.warn = services.saver, services.stop or Stop(), services.warn
         self.keeper = services.keeper
         self.resumed: State | None = None
-        self.losses: dict[int, float] = {}  # {step: eval_loss}, by which the best checkpoint is kept
+        self.losses: dict[int, float] = {}  # {step: eval_loss} of all evaluations, the same on all ranks
         self.zero: Zero | None = None
         self.wandb_id = ""
         self.only_memory = False
@@ -432,12 +431,9 @@ class LoraTrainer(Trainer):
         self.wait_for_saves()  # they read the buffers that are overwritten next
         snapshot = self._snapshot(copied=self.saver is not None)
         if self.saver:
-            step = self.state.global_step
-            saved = {step_of(folder) for folder in self.saver.run.checkpoints()} | {step}
-            self.losses = {at: loss for at, loss in self.losses.items() if at in saved}
             # the best by eval_perplexity is the best by eval_loss
             best_by = dict(self.losses) if self.config.train.metric_for_best_model else {}
-            self.saver.save(step, snapshot, self._texts(snapshot, losses), best_by)
+            self.saver.save(self.state.global_step, snapshot, self._texts(snapshot, losses), best_by)
         stall = time.perf_counter() - start
         self.idle_s += stall
         self.saving_s += stall
