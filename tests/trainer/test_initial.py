@@ -30,6 +30,7 @@ from qwenlora.trainer.model.lora import add_lora
 
 CLOSE = 1e-5
 IDS = torch.randint(0, 2048, (3, 24), generator=torch.Generator().manual_seed(1))
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 STARTS = ("pissa", "olora", "pissa_niter_4")
 
 
@@ -146,6 +147,11 @@ def test_a_resume_has_the_beginning_from_the_checkpoint(folder, tmp_path):
     again = adapted(folder, saved=saved)
     restore_adapter(again, (saved / ADAPTER).read_bytes(), saved)
     assert torch.equal(logits(again), logits(first))
+    for own in ("lora_A", "lora_B"):
+        other = adapted(folder, saved=saved)
+        other.get_parameter(f"{Q_PROJ}.{own}.{INITIAL}.weight").data[0, 0] += 1
+        with pytest.raises(ValueError, match=rf"checkpoint-3 does not .*{own}.weight began there with other"):
+            restore_adapter(other, (saved / ADAPTER).read_bytes(), saved)
     with pytest.raises(ValueError, match=r"checkpoint-3 does not fit the model: it has no beginning of"):
         adapted(folder, saved=saved, rank_pattern={"q_proj": 2})
     (saved / ADAPTER).write_bytes((saved / ADAPTER).read_bytes()[:-4] + b"\0\0\0\1")

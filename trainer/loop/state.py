@@ -130,8 +130,8 @@ def not_finite(adapter: dict[str, Tensor]) -> str:
 
 
 def check_fits(model: Any, content: bytes, checkpoint: Path) -> dict[str, Tensor]:
-    """Return a checkpoint's adapter, as adapter_of(). Raises: ValueError when its names or shapes are not the
-    model's."""
+    """Return a checkpoint's adapter, as adapter_of(). Raises: ValueError when its names, shapes or beginning
+    are not the model's."""
     saved: dict[str, Tensor] = names_in(model, load_safetensors(content))
     own = in_file(model)
     for name in sorted(saved.keys() | own.keys()):
@@ -147,7 +147,7 @@ def check_fits(model: Any, content: bytes, checkpoint: Path) -> dict[str, Tensor
                 f" {list(own[name].shape)} here; give lora and model the settings it was trained with, or"
                 " --fresh to start anew"
             )
-    return initial.without_beginning(model, saved)
+    return initial.without_beginning(model, saved, own, checkpoint)
 
 
 def restore_adapter(model: Any, content: bytes, checkpoint: Path) -> None:

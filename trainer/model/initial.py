@@ -91,10 +91,17 @@ def over_base(model: Any, adapter: Named) -> Named:
     return whole
 
 
-def without_beginning(model: Any, adapter: Named) -> Named:
-    """Return what over_base() was given."""
+def without_beginning(model: Any, adapter: Named, own: Named, file: Path) -> Named:
+    """Return what over_base() was given. own: the model's adapter, as in files; file: for the message.
+    Raises: ValueError when the adapter has another beginning than the model."""
     if INITIAL not in model.peft_config:
         return adapter
+    for name, values in adapter.items():
+        if "lora_" in name and not torch.equal(_half(name, values, 1), _half(name, own[name], 1).cpu()):
+            raise ValueError(
+                f"{file} does not fit the model: {name} began there with other numbers than here, so it is of"
+                " another run; move it out of the run folder"
+            )
     return {name: _half(name, values, 0) for name, values in adapter.items()}
 
 
