@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from qwenlora.launch import preflight, spare, succession
 from qwenlora.launch.launcher import run_ranks
 from qwenlora.launch.leader import Leader
+from qwenlora.launch.meeting import NotMet
 from qwenlora.launch.messages import AgentLost, AgentMessage, FileInRunFolder, RunOver, StartRanks
 from qwenlora.launch.node import Node
 from qwenlora.launch.watch import Watch
@@ -28,7 +29,11 @@ class Follower:
         node = self.node
         if node.forks_ranks:
             _ = node.forkserver  # imports while the first node checks
-        node.meeting.join(node.config.launch.join_timeout_s + JOIN_LATER_S, lambda: node.stop_requested)
+        try:
+            node.meeting.join(node.config.launch.join_timeout_s + JOIN_LATER_S, lambda: node.stop_requested)
+        except NotMet:  # if the first machine is gone, so is the batch shell
+            succession.end_job(node, EXIT_CODES["stopped"], leads=False)
+            raise
         node.meeting.send(preflight.facts_of_this_node(node.config, node.processes))
         while (code := self._obey(node.meeting.receive(1.0))) is None:
             pass
@@ -77,8 +82,9 @@ class Follower:
             code = Leader(node).take_over(self.start.handover, first)
             if code is not None:
                 return code
+        leads = node.meeting.allocation.first
         node.meeting.stay_until_exit()
-        succession.end_job(node, EXIT_CODES["stopped"], leads=False)
+        succession.end_job(node, EXIT_CODES["stopped"], leads=leads)
         return EXIT_CODES["failed"]
 
     def _leave(self, code: int) -> int:

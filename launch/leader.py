@@ -61,6 +61,7 @@ class Leader:
         code: int | None = None
         try:
             with folder.claim(config, fresh=fresh, allowed=handover.allowed, wait_s=wait_s) as changed:
+                _lead_exit_codes_to(folder)
                 if only_check:
                     code = self._only_check()
                 elif folder.done and resume == "auto" and not changed.length:
@@ -86,7 +87,6 @@ class Leader:
 
     def _attempts(self, handover: Handover) -> int:
         """Run attempts as long as the job is to try again and can do so by itself; return an exit code."""
-        _lead_exit_codes_to(self.node.folder)
         code = self._attempt(handover)
         if code == EXIT_CODES["refused"]:
             self.node.folder.put_back()
@@ -119,6 +119,9 @@ class Leader:
         code: int | None = None
         try:
             with node.folder.claim(node.config, allowed=handover.allowed, wait_s=WAIT_FOR_FOLDER_S):
+                unfinished = node.folder.history.unfinished
+                if not unfinished or unfinished.attempt != handover.attempt:
+                    raise ValueError("another node has led since")
                 self._print(f"{node.job.host} leads now, with {count(len(self._left()), 'node')}")
                 fault = f"the agent of {first} is gone: killed, or its node failed"
                 code = self._conclude(Watch(node, handover.attempt), EXIT_CODES["failed"], fault)
@@ -200,7 +203,7 @@ class Leader:
         if node.allocation.host not in bad and good >= least:
             for number in meeting.connected:
                 if meeting.allocation.hosts[number] in bad:
-                    meeting.drop(number)
+                    meeting.release(number)
         elif bad.intersection(left_out_next(node)):
             self._print(f"requeueing without {names} (qwenlora nodes)")
             return False

@@ -50,6 +50,7 @@ class Meeting:
         self._over = self._closed = False
         self._left: set[int] = set()
         self._dropped: set[int] = set()
+        self._released: set[int] = set()
         self.inbox: queue.Queue[AgentMessage] = queue.Queue()
         self._peers: dict[int, socket.socket] = {}
         self._sending = threading.Lock()  # a node hears that it is admitted before anything else
@@ -171,13 +172,18 @@ class Meeting:
     @property
     def connected(self) -> set[int]:
         """The other side's nodes whose agents are there."""
-        return self._peers.keys() - self._left - self._dropped
+        return self._peers.keys() - self._left - self._dropped - self._released
 
     def drop(self, node: int) -> None:
         """Have a node's agent end its ranks, and leave; end the connection to it."""
         self._dropped.add(node)
         _send_line(self._peers[node], encode(RunOver()))
         _close(self._peers[node])
+
+    def release(self, node: int) -> None:
+        """Have a node's agent leave, which is not needed any more."""
+        self._released.add(node)
+        _send_line(self._peers[node], encode(RunOver()))
 
     def receive(self, timeout_s: float = 0.0) -> AgentMessage | None:
         """Return the next message, or None when none came in time."""

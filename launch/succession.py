@@ -6,13 +6,15 @@ import os
 import socket
 import time
 
+from qwenlora.launch.allocation import candidate_ports
 from qwenlora.launch.meeting import NotMet
 from qwenlora.launch.node import Node
 from qwenlora.run.history import EXIT_CODES
 from qwenlora.slurm import query
 
 ANSWER_S = 3.0  # for a machine to answer, with a refusal, too
-NODE_LOSS_S = 600.0  # for Slurm to notice that a node is gone (SlurmdTimeout: 300 s by default)
+NODE_LOSS_S = 3600.0  # for Slurm to notice that a node is gone (SlurmdTimeout: 300 s by default)
+SILENCE_S = 300.0  # of slurmctld, which may be restarting
 
 
 def meet_anew(node: Node, hosts: tuple[str, ...]) -> None:
@@ -33,7 +35,7 @@ def take_screen(node: Node) -> None:
     """Have this process write to the job's output itself, if srun and the batch shell, which did so, are
     gone."""
     job = query.ask(node.job.job_id) if node.job.job_id else None
-    if job is None or job.stdout is None or not _is_gone(node.job.hosts[0], job):
+    if job is None or job.stdout is None or not _is_gone(node, job):
         return
     try:
         output = os.open(job.stdout, os.O_WRONLY | os.O_APPEND)
@@ -48,43 +50,50 @@ def end_job(node: Node, code: int, *, leads: bool) -> None:
     """End the job, or requeue it, where its batch shell is gone: Slurm would keep it until its time limit.
     code: of the run. Slurm has no command that completes a job: one that is done is requeued, too, and ends
     at its start. Not before Slurm has noticed: the job would be given the lost node again. leads: this node
-    led at the end; if none did, the first of those that are left does it."""
+    led at the end; if none did, the first of those that are left does it. A signal to stop changes nothing:
+    it is what most jobs end with."""
     job_id, first = node.job.job_id, node.job.hosts[0]
-    end = time.monotonic() + NODE_LOSS_S
-    while job_id and node.job.requeues and time.monotonic() < end and not node.stop_requested:
-        job = query.ask(job_id)
-        if job is None or job.state != "RUNNING" or job.restarts != node.job.restarts:
-            return  # Slurm has ended or requeued it, or is not there to be asked
-        if first in job.nodes:
-            if _answers(first):
-                return  # its batch shell does it
-        elif leads or job.nodes[:1] == (node.job.host,):
-            _end_now(node, job, code)
-            return
+    heard = time.monotonic()
+    end = heard + NODE_LOSS_S
+    while job_id and node.job.requeues and time.monotonic() < min(end, heard + SILENCE_S):
+        if job := query.show(job_id):  # the accounting does not know whether a job may be requeued
+            heard = time.monotonic()
+            if job.state != "RUNNING" or job.restarts != node.job.restarts:
+                return  # Slurm has ended or requeued it
+            if first in job.nodes:
+                if _answers(node):
+                    return  # its batch shell does it
+            elif (leads or job.nodes[:1] == (node.job.host,)) and _end_now(node, job, code):
+                return
         time.sleep(1.0)
 
 
-def _end_now(node: Node, job: query.JobInfo, code: int) -> None:
+def _end_now(node: Node, job: query.JobInfo, code: int) -> bool:
+    """Return whether Slurm does so."""
+    if node.folder.is_locked:  # another node leads
+        return False
     if job.requeue and code in (EXIT_CODES["done"], EXIT_CODES["stopped"]):
         then = "" if code else "; the run is done: it ends as soon as it starts"
         node.console.print(
             f"requeueing job {job.job_id}: {node.job.hosts[0]} is gone, and its batch shell{then}",
             soft_wrap=True,
         )
-        query.requeue(job.job_id)
-    else:
-        query.cancel(job.job_id)
+        return not query.requeue(job.job_id)
+    query.cancel(job.job_id)
+    return True
 
 
-def _is_gone(host: str, job: query.JobInfo) -> bool:
-    """Whether a machine has left the job, or is about to: Slurm takes minutes to notice."""
-    return host not in job.nodes or not _answers(host)
+def _is_gone(node: Node, job: query.JobInfo) -> bool:
+    """Whether the first machine has left the job, or is about to: Slurm takes minutes to notice."""
+    return node.job.hosts[0] not in job.nodes or not _answers(node)
 
 
-def _answers(host: str) -> bool:
-    """Whether a machine is there: it answers, if only to refuse."""
+def _answers(node: Node) -> bool:
+    """Whether the first machine is there: it answers, if only to refuse, at a port that a firewall must leave
+    open for the agents."""
     try:
-        socket.create_connection((host, 1), timeout=ANSWER_S).close()
+        address = (node.job.hosts[0], candidate_ports(node.meeting.run_id)[0])
+        socket.create_connection(address, timeout=ANSWER_S).close()
     except ConnectionRefusedError:
         return True
     except OSError:

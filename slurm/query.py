@@ -75,7 +75,7 @@ def ask(job_id: str, restarts: int | None = None) -> JobInfo | None:
     """Return what Slurm says of a job, or None when there is no Slurm or it does not know the job. restarts:
     SLURM_RESTART_COUNT of the asking process, 0 when unset; the answer is then about the incarnation of this
     process, even when the job already waits to run again."""
-    job = _show(job_id)
+    job = show(job_id)
     if job is None:
         past = history(job_id)
         return past[-1 if restarts is None else min(restarts, len(past) - 1)] if past else None
@@ -128,7 +128,7 @@ def history(job_id: str) -> list[JobInfo]:
 def requeue(job_id: str) -> str:
     """Put a job back into the queue; return why that failed, or an empty text. A waiting job stays as it is.
     A job that is being stopped, at its time limit or by scancel, runs again: ask first."""
-    job = _show(job_id)  # for its id in an array: `scontrol requeue NUMBER` may mean the whole array
+    job = show(job_id)  # for its id in an array: `scontrol requeue NUMBER` may mean the whole array
     if job is None:
         return "Slurm does not know the job"
     answer = _run("scontrol", "requeue", job.job_id)
@@ -182,7 +182,7 @@ def _numbers(ranges: str) -> list[str]:
     return numbers
 
 
-def _show(job_id: str) -> JobInfo | None:
+def show(job_id: str) -> JobInfo | None:
     """Return what scontrol says. A second try: it may be busy when many jobs end together."""
     for wait in (0.3, 0.0):
         answer = _run("scontrol", "show", "job", job_id)

@@ -175,6 +175,15 @@ def test_a_node_that_is_let_go_hears_it_and_is_no_longer_there(met):
     assert not first.part(5.0, of_all=False), "it may still run"
 
 
+def test_a_node_that_is_not_needed_any_more_leaves_in_its_own_time(met):
+    first, second, third = met
+    first.release(2)
+    assert isinstance(third.receive(5.0), RunOver)
+    assert first.connected == {1}
+    threading.Timer(0.5, lambda: (second.__exit__(), third.__exit__())).start()
+    assert first.part(10.0, of_all=True), "nobody has to be killed"
+
+
 def test_nodes_that_are_left_keep_their_order_and_have_new_numbers():
     left = (HOSTS[0], HOSTS[2])
     assert [node(number).among(left).node for number in (0, 2)] == [0, 1]

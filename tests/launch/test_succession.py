@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import itertools
 import os
 import threading
 from contextlib import ExitStack
@@ -95,31 +96,67 @@ def test_who_cannot_have_the_run_folders_lock_does_not_lead(node, monkeypatch):
         ([job(*HOSTS[1:])], "done", True, "requeue"),  # it ends at its start
         ([job(*HOSTS[1:])], "failed", True, "cancel"),
         ([job(*HOSTS[1:], requeue=False)], "stopped", True, "cancel"),
-        ([job(*HOSTS[:2]), None], "stopped", True, ""),  # scontrol is not there
+        ([job(*HOSTS[:2]), None, job(*HOSTS[1:])], "stopped", True, "requeue"),  # slurmctld was restarting
+        ([None], "stopped", True, ""),  # scontrol is not there
         ([job("127.0.0.2", state="COMPLETING")], "stopped", True, ""),  # Slurm stops it, or has requeued it
         ([job("127.0.0.2", restarts=1)], "stopped", True, ""),
         ([job("127.0.0.3", "127.0.0.2")], "stopped", True, "requeue"),
-        ([job("127.0.0.3", "127.0.0.2"), None], "stopped", False, ""),  # another one does it
+        ([job("127.0.0.3", "127.0.0.2"), job("127.0.0.2", restarts=1)], "stopped", False, ""),  # by another
     ],
 )
 @pytest.mark.parametrize("answers_still", [True, False])
 def test_a_job_without_its_batch_shell_is_ended_once_slurm_knows(
     node, monkeypatch, answers, code, leads, ended, answers_still
 ):
-    asked, done = iter(answers), []
+    asked, done, seconds = iter(answers), [], itertools.count(0, 60)
     monkeypatch.setattr(succession, "_answers", lambda _: answers_still)
-    monkeypatch.setattr(succession.query, "ask", lambda _: next(asked))
-    monkeypatch.setattr(succession.query, "requeue", lambda _: done.append("requeue"))
+    monkeypatch.setattr(succession.query, "show", lambda _: next(asked, None))
+    monkeypatch.setattr(succession.query, "requeue", lambda _: done.append("requeue") or "")
+    monkeypatch.setattr(succession.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(succession.query, "cancel", lambda _: done.append("cancel"))
     monkeypatch.setattr(succession.time, "sleep", lambda _: None)
+    monkeypatch.setattr(Node, "stop_requested", True)  # what most jobs end with
     succession.end_job(node(1), EXIT_CODES[code], leads=leads)
     # a machine that is in the job, and answers, has the batch shell, which ends the job
-    lives = answers_still and HOSTS[0] in answers[0].nodes
+    lives = answers_still and answers[0] and HOSTS[0] in answers[0].nodes
     assert done == ([ended] if ended and not lives else [])
 
 
+def test_a_job_that_another_node_leads_is_left_to_it(node, monkeypatch):
+    one, answers = node(1), iter([job(*HOSTS[1:]), job(*HOSTS[1:]), job(*HOSTS[1:], state="COMPLETING")])
+    one.folder.path.mkdir()
+    monkeypatch.setattr(succession.query, "show", lambda _: next(answers))
+    monkeypatch.setattr(succession.query, "requeue", lambda _: pytest.fail("requeued"))
+    monkeypatch.setattr(succession.time, "sleep", lambda _: None)
+    with (one.folder.path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        succession.end_job(one, EXIT_CODES["stopped"], leads=False)
+
+
+def test_a_job_is_asked_to_run_again_until_slurm_takes_it(node, monkeypatch):
+    refused = iter(["Slurm is busy", ""])
+    monkeypatch.setattr(succession.query, "show", lambda _: job(*HOSTS[1:]))
+    monkeypatch.setattr(succession.query, "requeue", lambda _: next(refused))
+    monkeypatch.setattr(succession.time, "sleep", lambda _: None)
+    succession.end_job(node(1), EXIT_CODES["stopped"], leads=True)
+    assert not list(refused)
+
+
+def test_who_comes_to_the_lock_after_another_has_led_does_not_lead(node, monkeypatch):
+    second = node(1)
+    monkeypatch.setattr(succession, "take_screen", lambda _: None)
+    monkeypatch.setattr(succession, "end_job", lambda *_, **__: None)
+    folder = second.folder
+    with folder.claim(second.config):
+        attempt = folder.begin_attempt(3)
+        folder.note_attempt(end=1.0)
+    met([second])
+    assert Leader(second).take_over(Handover(attempt), HOSTS[0]) is None
+    assert "another node has led since" in second.console.file.getvalue()
+
+
 def test_a_job_without_a_batch_shell_of_ours_is_left_alone(node, monkeypatch):
-    monkeypatch.setattr(succession.query, "ask", lambda _: pytest.fail("asked"))
+    monkeypatch.setattr(succession.query, "show", lambda _: pytest.fail("asked"))
     one = node(1)
     one.job = replace(one.job, requeues=False)
     succession.end_job(one, EXIT_CODES["failed"], leads=False)
@@ -141,6 +178,8 @@ def test_the_output_is_written_here_when_the_batch_shell_is_gone(node, monkeypat
     assert output.read_text() == written
 
 
-def test_a_machine_answers_if_only_to_refuse():
-    assert succession._answers("127.0.0.1")
-    assert not succession._answers("no-such-host.invalid")
+def test_a_machine_answers_if_only_to_refuse(node):
+    one = node(1)
+    assert succession._answers(one)
+    one.job = replace(one.job, hosts=("no-such-host.invalid", *HOSTS[1:]))
+    assert not succession._answers(one)
