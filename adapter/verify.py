@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
@@ -45,7 +47,8 @@ SET = (
 
 @dataclass(frozen=True)
 class VerifiedAdapter:
-    """An adapter in which nothing is wrong. numbers: in all tensors; unchanged: modules whose lora_B is zero.
+    """An adapter in which nothing is wrong. numbers: in all tensors; unchanged: modules whose lora_B is zero,
+    or that are as they began.
 
     same_weights: True if the base has the weights that the adapter was trained on, None if that is not known.
     """
@@ -75,7 +78,8 @@ def check_adapter(subject: Subject) -> VerifiedAdapter:
     _check_settings(subject, config)
     architecture = _check_shapes(subject, file, weights)
     check_numbers(file, weights)
-    _check_change(file, weights, config)
+    changed = _changed_modules(weights, begun=subject.config.lora.takes_from_base)
+    _check_change(file, weights, config, changed)
     return VerifiedAdapter(
         file,
         sha256(file),
@@ -83,7 +87,7 @@ def check_adapter(subject: Subject) -> VerifiedAdapter:
         sum(values.raw.size for values in weights.values()),
         tuple(sorted({values.dtype for values in weights.values()})),
         tuple(sorted({_module_of(name) for name in weights})),
-        tuple(sorted(name for name, changed in _changed_modules(weights).items() if not changed)),
+        tuple(sorted(name for name, is_changed in changed.items() if not is_changed)),
         architecture,
         _check_base_weights(subject),
         config,
@@ -98,15 +102,29 @@ def _check_files(folder: Path, *, is_checkpoint: bool) -> None:
         raise ValueError(f"{folder} {flaw}; copy it anew, or train it again")
 
 
-def _changed_modules(weights: Mapping[str, TensorValues]) -> dict[str, bool]:
-    """Return {lora_B: whether any of its numbers is not zero}."""
-    names = (name for name in weights if ".lora_B" in name or "embedding_B" in name)
-    return {name: bool(weights[name].numbers.any()) for name in names}
+def _changed_modules(weights: Mapping[str, TensorValues], *, begun: bool) -> dict[str, bool]:
+    """Return {lora_B: whether its layer computes something else than the base}. begun: whether the beginning
+    lies beside what was trained, [A; A0] and [B, -B0]."""
+    changed = {}
+    for name, values in weights.items():
+        if ".lora_B" not in name and "embedding_B" not in name:
+            continue
+        changed[name] = bool(values.numbers.any())
+        if begun:
+            a, a0 = np.split(_matrix(weights[name.replace("lora_B", "lora_A")]), 2)
+            b, minus_b0 = np.split(_matrix(values), 2, axis=1)
+            changed[name] = bool(b.any()) and bool((a != a0).any() or (b != -minus_b0).any())
+    return changed
 
 
-def _check_change(file: Path, weights: Mapping[str, TensorValues], config: AdapterConfig) -> None:
+def _matrix(values: TensorValues) -> npt.NDArray[Any]:
+    return values.numbers.reshape(values.raw.shape)
+
+
+def _check_change(
+    file: Path, weights: Mapping[str, TensorValues], config: AdapterConfig, changed: Mapping[str, bool]
+) -> None:
     """Raise ValueError when an adapter changes nothing."""
-    changed = _changed_modules(weights)
     if not changed or any("lora_" not in name for name in weights):
         return
     lora_a = [values for name, values in weights.items() if "lora_A" in name or "g_A" in name]
@@ -116,8 +134,8 @@ def _check_change(file: Path, weights: Mapping[str, TensorValues], config: Adapt
         )
     if not any(changed.values()):
         raise ValueError(
-            f"{file}: every lora_B is zero, so the adapter changes nothing: it was saved before its first"
-            " step, its learning rate was 0, or it was gathered wrong; train it again"
+            f"{file}: every lora_B is zero, or as it began, so the adapter changes nothing: it was saved"
+            " before its first step, its learning rate was 0, or it was gathered wrong; train it again"
         )
 
 
@@ -225,7 +243,8 @@ def print_check(subject: Subject) -> int:
         print(f"note: {note}", file=sys.stderr)
     if unchanged := verified.unchanged:
         print(
-            f"warning: {len(unchanged)} modules are unchanged, their lora_B is zero: {unchanged[0]}",
+            f"warning: {len(unchanged)} modules are unchanged, their lora_B is zero, or as it began:"
+            f" {unchanged[0]}",
             file=sys.stderr,
         )
     return 0

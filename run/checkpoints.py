@@ -16,16 +16,18 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
 from qwenlora.configs import Config
+from qwenlora.configs.schema import Lora
 from qwenlora.run.changes import Changes, allows, changes
 from qwenlora.run.disk import sha256
 from qwenlora.run.folder import RunFolder, step_of
@@ -35,6 +37,7 @@ MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
+Numbers = npt.NDArray[Any]
 
 
 class Chosen(NamedTuple):
@@ -139,10 +142,17 @@ def adapter_flaw(folder: Path) -> str:
     for name, values in sorted(tensors.items()):
         if not np.isfinite(values).all():
             return f"has numbers in its adapter that are not finite ({name})"
-    lora_b = [values for name, values in tensors.items() if "lora_B" in name]
+    lora_b = _trained_b(folder, tensors)
     if lora_b and State.read(folder / STATE).moved and not any(values.any() for values in lora_b):
         return "has an adapter that is all zero (every lora_B), though it was trained"
     return ""
+
+
+def _trained_b(folder: Path, tensors: Mapping[str, Numbers]) -> list[Numbers]:
+    """Return what was trained of each lora_B, without its beginning, which is never zero."""
+    lora = Lora.model_construct(**read(folder).identity.config.get("lora", {}))
+    parts = 2 if lora.takes_from_base else 1
+    return [np.split(values, parts, axis=1)[0] for name, values in tensors.items() if "lora_B" in name]
 
 
 def _of_others(folder: Path) -> str:

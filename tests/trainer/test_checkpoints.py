@@ -189,6 +189,18 @@ def test_an_adapter_that_is_all_zero_though_it_was_trained_is_not_gone_on_from(r
     assert checkpoints.flaw(run.checkpoint(8)) == ""
 
 
+@pytest.mark.parametrize(("trained", "flaw"), [(0.0, "all zero (every lora_B)"), (1.0, "")])
+def test_so_is_one_whose_beginning_alone_is_not_zero(run, saver, config, trained, flaw):
+    pissa = config("lora.init_lora_weights=pissa")
+    saver.identity = checkpoints.identity_of(pissa, "rows", "weights")
+    one = snapshot()
+    for name, values in one.adapter.items():
+        values[:, :4] = trained if "lora_B" in name else 1.0
+    save(saver, 4, one)
+    assert flaw in (found := checkpoints.flaw(run.checkpoint(4)))
+    assert bool(found) == bool(flaw)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(run, saver, monkeypatch, value):
     saver.limit, saver.warn = 1, Warned()

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwenlora.adapter.subject import find
 from qwenlora.adapter.verify import check_adapter
-from qwenlora.configs.schema import Lora
+from qwenlora.configs.load import to_yaml
+from qwenlora.configs.schema import Config, Data, Lora, Model
 from qwenlora.plan.counts import count
 from qwenlora.plan.shape import read_values, shape_of
 from qwenlora.run.checkpoints import ADAPTER
@@ -157,6 +158,30 @@ def test_a_resume_has_the_beginning_from_the_checkpoint(folder, tmp_path):
     (saved / ADAPTER).write_bytes((saved / ADAPTER).read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(ValueError, match="with other bytes than were written"):
         adapted(folder, saved=saved)
+
+
+def test_verify_tells_what_was_trained_from_its_beginning(folder, tiny, tmp_path):
+    def verified(model, name):
+        adapter = saved_as(model, tmp_path / name, tiny)
+        lora, named = Lora(r=4, init_lora_weights="pissa"), Model(name_or_path=str(folder))
+        config = Config(run_dir=name, model=named, data=Data(train="example"), lora=lora)
+        RunFolder(adapter.parent).config.write_text(to_yaml(config))
+        return check_adapter(find(str(adapter.parent)))
+
+    model = adapted(folder)
+    with pytest.raises(ValueError, match="every lora_B is zero, or as it began, so the adapter"):
+        verified(model, "without a step")
+    trained(model)
+    assert verified(model, "trained").unchanged == ()
+    for of in ("lora_A", "lora_B"):
+        values = model.get_parameter(f"{Q_PROJ}.{of}.{INITIAL}.weight")
+        model.get_parameter(f"{Q_PROJ}.{of}.default.weight").data.copy_(values)
+    assert verified(model, "but for one").unchanged == (f"{Q_PROJ}.lora_B.weight",)
+    for name, values in model.named_parameters():
+        if "lora_B.default" in name:
+            values.data.zero_()
+    with pytest.raises(ValueError, match="every lora_B is zero, or as it began"):
+        verified(model, "zero")
 
 
 def test_what_else_is_trained_is_in_the_file_too(folder, tiny, tmp_path):
