@@ -13,7 +13,7 @@ import pytest
 import torch
 from made import config_of, plain_loss_and_gradients, side_of, trainer_of
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from qwenlora.configs.schema import Data, SchedulerName, Train
@@ -281,6 +281,14 @@ def test_transformers_gets_every_setting(tmp_path):
     }
     elsewhere |= {"early_stopping_patience", "final", "router_aux_loss"}
     assert set(Train.model_fields) == set(chosen) | elsewhere
+
+
+def test_one_process_computes_on_one_gpu_however_many_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    on_gpus = lambda **named: TrainingArguments(**named | {"use_cpu": False})  # noqa: E731
+    monkeypatch.setattr("qwenlora.trainer.loop.arguments.TrainingArguments", on_gpus)
+    made = training_arguments(config_of(), RunFolder(tmp_path), 100, 1, evaluates=False)
+    assert made.n_gpu == 1, "Trainer multiplies the loss by it"
 
 
 @pytest.mark.parametrize(

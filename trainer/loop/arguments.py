@@ -52,7 +52,7 @@ def training_arguments(
     on_gpu = torch.cuda.is_available()
     if train.optim not in OF_TORCH:
         show_bitsandbytes()
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(run.path),
         **train.model_dump(include=SAME_NAME),
         gradient_accumulation_steps=accumulation_steps(
@@ -80,6 +80,9 @@ def training_arguments(
         disable_tqdm=True,
         report_to=[],
     )
+    # a process without LOCAL_RANK sees all GPUs, and Trainer would multiply its losses by their number
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
 
 
 def check_settings(config: Config, units: int) -> None:
