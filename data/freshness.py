@@ -22,7 +22,7 @@ from qwenlora.run.package import code_hash
 # the run is, the ranks check, too (trainer/build.py)
 _NO_MATTER: dict[str, bool | set[str]] = {
     **dict.fromkeys(("run_dir", "log", "launch", "checkpoint"), True),
-    "strategy": {"name", "quantization", "offload", "shard_group", "deepspeed_config"},
+    "strategy": {"name", "offload", "shard_group", "deepspeed_config"},
     "train": {
         *("max_steps", "num_train_epochs", "max_time_min", "early_stopping_patience", "final", "on_nan"),
         *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_checkpointing"),
@@ -31,6 +31,8 @@ _NO_MATTER: dict[str, bool | set[str]] = {
     },
 }
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "jinja2", "numpy", "pyarrow", "datasets")
+# which preparation tells to install, or refuses to do without
+_OPTIONAL = ("flash-linear-attention", "causal-conv1d", "flash-attn", "bitsandbytes")
 _SETTLED_NS = 10**9  # a second change within the clock's tick would be missed
 _ROOMS = ("configs", "data", "plan", "run", "trainer")
 
@@ -53,11 +55,20 @@ def stamp(config: Config, base: str, *, on_gpu: bool) -> str:
     parts = [
         config.model_dump(mode="json", exclude=_NO_MATTER),
         list(map(metadata.version, _LIBRARIES)),
+        list(map(_version, _OPTIONAL)),
         on_gpu,
         {str(path): state.model_dump() for path, state in states.items()},
         code_hash(_ROOMS),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    """Return an installed version; None without the package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from importlib import metadata
 
 import pytest
 
@@ -38,22 +39,29 @@ def stands(config, run) -> bool:
 def test_a_second_start_prepares_nothing(config, run):
     assert stands(config(), run)
     assert stands(config("log.wandb=off", "launch.nproc_per_node=2", "checkpoint.async=false"), run)
-    assert stands(config("strategy.name=zero3", "strategy.quantization=nf4", "strategy.offload=params"), run)
+    assert stands(config("strategy.name=zero3", "strategy.offload=params"), run)
     assert stands(config("train.max_steps=5", "train.save_strategy=no", "train.on_nan=skip"), run)
 
 
-SHARED = "strategy.sequence_parallel=2"
+OTHERS = ["data.max_length=99", "model.dtype=bfloat16", "train.learning_rate=1e-5", "lora.r=4"]
 
 
-@pytest.mark.parametrize(
-    "change", ["data.max_length=99", "model.dtype=bfloat16", "train.learning_rate=1e-5", "lora.r=4", SHARED]
-)
+@pytest.mark.parametrize("change", [*OTHERS, "strategy.sequence_parallel=2", "strategy.quantization=nf4"])
 def test_another_config_is_prepared(config, run, change):
     assert not stands(config(change), run)
 
 
 def test_on_a_gpu_packing_may_be_decided_otherwise(config, run):
     assert not freshness.is_current(config(), run, on_gpu=True)
+
+
+def test_a_package_that_has_come_or_changed_is_looked_at_again(config, run, monkeypatch):
+    theirs = metadata.version
+    for name in ("flash-linear-attention", "causal-conv1d", "flash-attn", "bitsandbytes"):
+        with monkeypatch.context() as patched:
+            patched.setattr(metadata, "version", lambda one, new=name: "9" if one == new else theirs(one))
+            assert not stands(config(), run), name
+    assert stands(config(), run)
 
 
 def test_a_changed_file_is_seen_even_with_its_old_time_and_size(config, run, tmp_path):
