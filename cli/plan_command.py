@@ -234,7 +234,7 @@ def _beside(case: Case, made: Plan, traced: "Traced") -> list[str]:
     assert work is not None
     tokens = tokens_at_once(at.config, at.sizes)
     useful = flops(work, np.array([tokens]), round(tokens * case.rows.trained / case.rows.tokens))
-    weights = 2 * case.parameters.total + 4 * case.parameters.trainable * case.config.lora.copies
+    weights = 2 * case.parameters.total + 4 * (case.parameters.trainable + case.parameters.begun)
     return [
         "",
         f"traced in {traced.seconds:.0f} s: a micro-batch of {tokens:,} tokens under {way.name},"

@@ -38,8 +38,8 @@ PCIE, NETWORK = 25e9, 50e9  # bytes a second that a GPU gets
 
 class Sizes(NamedTuple):
     """Counts as in run.records.Parameters. experts: of the base, which int8 does not reach; experts_trained:
-    of the adapter; active: of the base, for a token; 0: all; longest: tokens of the longest row or pack, at
-    most; 0: unknown."""
+    of the adapter; active: of the base, for a token; 0: all; begun: of A and B; longest:
+    tokens of the longest row or pack, at most; 0: unknown."""
 
     total: int
     trainable: int
@@ -57,6 +57,7 @@ class Sizes(NamedTuple):
     experts: int = 0
     experts_trained: int = 0
     active: int = 0
+    begun: int = 0
     longest: int = 0
 
     @classmethod
@@ -125,7 +126,8 @@ def need(
       expert_parallel: the experts' adapter when it is saved, as far as activations leave no room for it.
     - trained, in float32: ddp, fsdp 16 P; zero1 8 P + 12 P / n; zero2 4 P + 16 P / n; zero3 20 P / n
       (DeepSpeed keeps one more copy, and n is all GPUs). offload: 12 P / n less. 8 of the bytes are Adam's;
-      other optimizers have fewer (STATES). 4 P more, zero3 4 P / n, where a beginning is kept (lora.copies).
+      other optimizers have fewer (STATES). Where a beginning is kept, 4 more for each number of
+      A and B, zero3 4 / n (begun).
     - activations: t * layers * b (2 h + 2 q + 2 k + 2 i), and q + k where queries and keys have norms; times
       1.38 with dropout, 2.3 with peft's layers (zero3), 3.9 with DoRA; h, q, k, i: hidden, query, key and
       value, intermediate width; mixtures and linear attention keep more (kept_a_layer). A layer that is
@@ -196,7 +198,10 @@ def _need(
     return MemoryNeed(
         weights=int(weights),
         gathered=int(gathered),
-        trained=int(_trained_bytes(config, trained - elsewhere, name, machine.world_size)),
+        trained=int(
+            _trained_bytes(config, trained - elsewhere, name, machine.world_size)
+            + 4 * sizes.begun / (machine.world_size if name == "zero3" else 1)
+        ),
         activations=int(activations),
         logits=3 * min(4 * at_once * (sizes.head // sizes.hidden_size), LOGITS_AT_ONCE),
         reserve=RESERVE if machine.gpus else 0,
@@ -457,15 +462,14 @@ def _trained(config: Config, sizes: Sizes) -> int:
 
 
 def _trained_bytes(config: Config, count: float, name: str, world: int) -> float:
-    beginning = 4 * (config.lora.copies - 1) * count / (world if name == "zero3" else 1)
     optim = config.train.optim
     state = STATES.get(optim, EIGHT_BITS if optim.endswith("8bit") else 8)
     if name in ("ddp", "fsdp"):
-        return (8 + state) * count + beginning
+        return (8 + state) * count
     whole = {"zero1": 8, "zero2": 4, "zero3": 0}[name]
     parts = {"zero1": 4, "zero2": 8, "zero3": 12}[name] + state
     parts -= (4 + state) * (config.strategy.offload != "none")
-    return whole * count + parts * count / world + beginning
+    return whole * count + parts * count / world
 
 
 def _gb(count: float) -> str:

@@ -306,11 +306,6 @@ class Lora(Section):
         return str(self.init_lora_weights).startswith(("pissa", "olora"))
 
     @property
-    def copies(self) -> int:
-        """How often a trained number is in an adapter's file: twice where its beginning is beside it."""
-        return 2 if self.takes_from_base else 1
-
-    @property
     def in_files(self) -> "Lora":
         """The settings that adapter_config.json has: those of plain LoRA, whatever it began with."""
         changed: dict[str, Any] = {"init_lora_weights": True}

@@ -34,6 +34,8 @@ def count(shape: Shape, lora: Lora) -> Parameters:
         work=_work(shape, lora, all_tensors, reach),
         kinds=_kinds(all_tensors, trained, reach),
         active=total - experts + round(experts * share),
+        begun=sum(_lora_numbers(lora, t) for t in all_tensors if t.name in reach.adapted - reach.saved)
+        * lora.takes_from_base,
     )
 
 

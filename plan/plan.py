@@ -17,7 +17,7 @@ from qwenlora.configs.estimate import (
     need,
     recomputed_layers,
 )
-from qwenlora.configs.schema import Config, Lora
+from qwenlora.configs.schema import Config
 from qwenlora.data.order import micro_batches, total_steps
 from qwenlora.plan.speed import Case, sent, step_time
 from qwenlora.run.records import Parameters
@@ -98,14 +98,14 @@ def make_plan(case: Case, limit_min: int | None = None) -> Plan:
         instead="" if recommended else _instead(next(_sizes(case), case), ways),
         length=_length(case, recommended, limit_min) if recommended and not case.rows.missing else None,
         scaling=_scaling(case, recommended) if recommended else None,
-        checkpoint=bytes_of_checkpoint(case.parameters, case.config.lora),
+        checkpoint=bytes_of_checkpoint(case.parameters),
         kept=_kept(case),
     )
 
 
-def bytes_of_checkpoint(parameters: Parameters, lora: Lora) -> int:
+def bytes_of_checkpoint(parameters: Parameters) -> int:
     """Return the bytes of a checkpoint's tensors: the adapter, and Adam's two moments, in float32."""
-    return 4 * parameters.trainable * (lora.copies + 2)
+    return 4 * (3 * parameters.trainable + parameters.begun)
 
 
 def _ways(case: Case) -> Iterator[Way]:

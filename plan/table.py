@@ -62,7 +62,7 @@ def _given(case: Case, source: str) -> list[tuple[str, str]]:
         found = f"not here, so each counts data.max_length={rows.mean:,.0f} tokens: {rows.missing}"
     return [
         ("base", f"{base}, {numbers} numbers{active}, from {source}"),
-        ("adapter", f"{of.trainable:,} trained numbers (r {lora.r}), {size(4 * of.trainable * lora.copies)}"),
+        ("adapter", f"{of.trainable:,} trained numbers (r {lora.r}), {size(4 * (of.trainable + of.begun))}"),
         ("rows", found),
         (kind, f"{gpus} of {size(case.gpu.bytes)}{link}{network}{measured}"),
         ("step", f"{case.config.train.global_batch_size} {unit}"),

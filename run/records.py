@@ -193,7 +193,8 @@ class Parameters(BaseModel, frozen=True):
     head_dim of all layers with attention, and of values in linear attention; normed_width: of queries and
     keys that have norms, in all layers; experts_width: of the inputs and products of the experts that a token
     meets; experts_met: how many; all five 0 in runs of 0.1; work: None in runs of 0.1; kinds: {kind of
-    layers: its numbers}, empty in runs of 0.1; active: of the base, those that a token meets, 0 in them."""
+    layers: its numbers}, empty in runs of 0.1; active: of the base, those that a token meets, 0 in them;
+    begun: of the trained ones, those in A and B whose beginning is kept beside them."""
 
     total: int
     trainable: int
@@ -211,6 +212,7 @@ class Parameters(BaseModel, frozen=True):
     work: Work | None = None
     kinds: dict[str, OfKind] = {}
     active: int = 0
+    begun: int = 0
 
     @property
     def experts(self) -> int:

@@ -49,7 +49,7 @@ def prepare(
     fingerprint = models.fingerprint(config, base)
     whole = (checkpoint for checkpoint in run.checkpoints() if not flaw(checkpoint, thorough=False))
     parameters = count_parameters(config, base, next(whole, None))
-    checkpoint_bytes = bytes_of_checkpoint(parameters, config.lora) + SMALL_FILES_BYTES
+    checkpoint_bytes = bytes_of_checkpoint(parameters) + SMALL_FILES_BYTES
     checkpoint_bytes += len(tokenizer.backend_tokenizer.to_str(True).encode())
     _check_space(run.path, checkpoint_bytes)
     rows = prepare_rows(config, tokenizer, pretrained.embeddings_of(config, base), run, console)

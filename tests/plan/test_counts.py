@@ -119,6 +119,7 @@ def test_a_file_of_qwen2_5_vl_that_has_its_text_beside_its_vision_is_read(tmp_pa
         ("qwen3", {"target_modules": ["q_proj", "embed_tokens"]}),
         ("qwen3", {"modules_to_save": ["norm", "q_proj"]}),
         ("qwen3", {"modules_to_save": ["mlp"]}),
+        ("qwen3", {"init_lora_weights": "pissa", "modules_to_save": ["q_proj", "norm"]}),
         ("qwen2_moe", {"modules_to_save": ["mlp"], "target_modules": ["q_proj", "o_proj"]}),
         ("qwen3_next", {"modules_to_save": ["linear_attn", "shared_expert"], "experts": "none"}),
         ("qwen3_next", {"modules_to_save": ["norm"]}),

@@ -84,6 +84,9 @@ def test_checkpoints_are_counted_with_the_best_and_the_one_that_is_written(train
     assert plan.checkpoint == 12 * 40_370_176
     begun = make_plan(case_of("Qwen/Qwen2.5-7B", "h100", lora={"init_lora_weights": "pissa"}, data=data))
     assert begun.checkpoint == 16 * 40_370_176, "with the beginning of the adapter"
+    also = {"init_lora_weights": "pissa", "modules_to_save": ["embed_tokens"]}
+    more = make_plan(case_of("Qwen/Qwen2.5-7B", "h100", lora=also, data=data)).checkpoint - begun.checkpoint
+    assert more == 12 * 152_064 * 3584, "embeddings have no beginning"
 
 
 @pytest.mark.parametrize(

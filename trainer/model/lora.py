@@ -256,12 +256,12 @@ def count_parameters(config: Config, base: str, saved: Path | None = None) -> Pa
         fused_experts.check(config, model)
         router_loss.check(config, model)
         adapted = _inject(model, config.lora, None, saved)
-        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
     text = model_config.get_text_config()
     experts = kinds["experts"].total if "experts" in kinds else 0
     return Parameters(
         total=total,
-        trainable=trainable,
+        trainable=sum(trained.values()),
         body=body,
         head=head.numel(),
         layers=text.num_hidden_layers,
@@ -269,4 +269,5 @@ def count_parameters(config: Config, base: str, saved: Path | None = None) -> Pa
         work=work_of(adapted, text),
         kinds=count_trained(adapted, kinds),
         active=total - experts + round(experts * share_of_experts(text)),
+        begun=sum(trained[name] for name in trained if "lora_" in name) * config.lora.takes_from_base,
     )

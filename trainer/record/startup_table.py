@@ -82,7 +82,7 @@ def _trainable(config: Config, facts: Facts) -> str:
     names = modules if isinstance(modules, str) else "/".join(modules)
     return (
         f"{trainable:,} parameters = {share:.2%} (r {lora.r}, alpha {lora.lora_alpha}, {names}), an adapter"
-        f" of {trainable * 4 * lora.copies / 1e6:.1f} MB"
+        f" of {4 * (trainable + facts.parameters.begun) / 1e6:.1f} MB"
     )
 
 
