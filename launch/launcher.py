@@ -4,6 +4,7 @@ their end."""
 import os
 import signal
 import subprocess
+import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import IO
@@ -25,6 +26,7 @@ from qwenlora.run.signals import STOP_SIGNALS
 def run_ranks(node: Node, watch: Watch, handover: Handover, port: int) -> int:
     """Run this node's ranks; return their exit code. port: of the first node, to meet at."""
     number = node.allocation.node
+    watch.ranks_started = time.monotonic()  # the preparation may have taken long
     with heartbeat.make_folder() as watch.beats:
         memory = node.memory.paths if node.keeps_snapshots else ()
         handover = replace(handover, beats=watch.beats, memory=memory)

@@ -10,7 +10,7 @@ import psutil
 from qwenlora.launch.messages import RankPosition
 from qwenlora.run.heartbeat import STACKS_SIGNAL, Beat, read_beats
 
-SLOWEST_START_S = 1800.0  # until the first step: a large base may come from a slow disk
+SLOWEST_START_S = 1800.0  # between two beats before the first step: a large base may come from a slow disk
 STACKS_WRITTEN_S = 1.0
 _STATES = {
     psutil.STATUS_STOPPED: "its process is stopped: SIGSTOP, or a debugger",
@@ -21,12 +21,11 @@ _STATES = {
 
 
 def is_stalled(beats: Sequence[Beat], processes: int, started: float, limit_s: float) -> bool:
-    """Whether a rank of this node makes no progress for too long. started: time.monotonic() of the start."""
+    """Whether a rank of this node makes no progress for too long. started: time.monotonic() when they did."""
     now = time.monotonic()
-    if now - started < limit_s:
-        return False
     if len(beats) < processes or not all(beat.step for beat in beats):
-        return now - started > SLOWEST_START_S
+        last = max([started, *(beat.at for beat in beats)])
+        return now - last > max(limit_s, SLOWEST_START_S)
     return any(now - beat.at > limit_s for beat in beats)
 
 

@@ -32,7 +32,7 @@ class Watch:
     folder of the ranks' signs of life, once they start; cause: why Slurm ended the attempt (causes.py);
     lost: hosts whose agents are gone; absent: those that did not come, or were lost; behind: those whose
     ranks hung; gpu_faults: what drivers said, by host; failures: reports when a rank has failed, once ranks
-    run."""
+    run. started, ranks_started: time.monotonic() of the attempt's start, and of its ranks'."""
 
     def __init__(self, node: Node, attempt: int) -> None:
         self.node, self.attempt = node, attempt
@@ -45,7 +45,7 @@ class Watch:
         self.run_over = False
         self._asked_slurm = self._stalled = False
         self._kill_at = float("inf")
-        self.started = time.monotonic()
+        self.started = self.ranks_started = time.monotonic()
         self._ended: set[int] = set()  # nodes whose ranks have ended
         self._positions: dict[int, list[RankPosition]] = {}  # by node
 
@@ -141,7 +141,7 @@ class Watch:
 
     def _is_stalled(self) -> bool:
         limit_s = self.node.config.launch.stall_timeout_s
-        return stalls.is_stalled(read_beats(self.beats), self.node.processes, self.started, limit_s)
+        return stalls.is_stalled(read_beats(self.beats), self.node.processes, self.ranks_started, limit_s)
 
     def _on_stall(self) -> None:
         """Make all ranks write their stacks. The first node then ends the attempt; fault: who is behind."""

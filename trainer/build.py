@@ -75,7 +75,7 @@ def build(context: Context) -> Parts:
     row_by_row = attend_row_by_row(base, states_apart=keep_states_apart(base))
     untrained = untrained_tokens(base, tokenizer, prepared.used_tokens(Path(facts.data_folder), "train"))
     torch.manual_seed(config.train.seed)  # a new adapter is the same on all ranks, under any strategy
-    model = add_lora(base, config.lora, config.model.revision, context.chosen.folder)
+    model = add_lora(base, config.lora, config.model.revision, context.chosen.folder, context.heart.beat)
     if config.lora.init_lora_weights == "eva" and not context.chosen.folder:
         _begin_by_rows(context, model)
     fused = fuse(model, sharded_by_deepspeed=spread.name == "zero3")

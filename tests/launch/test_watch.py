@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from qwenlora.configs import load_config
+from qwenlora.launch import launcher
 from qwenlora.launch import watch as watching
 from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.meeting import Meeting
@@ -21,6 +22,7 @@ from qwenlora.launch.stalls import SLOWEST_START_S, is_stalled
 from qwenlora.launch.watch import Watch
 from qwenlora.run import heartbeat
 from qwenlora.run.folder import RunFolder
+from qwenlora.run.handover import Handover
 from qwenlora.run.heartbeat import Beat
 from qwenlora.slurm.query import JobInfo
 
@@ -157,7 +159,7 @@ def test_ranks_that_give_no_sign_of_life_end_the_attempt(watches, monkeypatch):
                 heart.beat(3)
         monkeypatch.undo()
         first.beats, second.beats = here, there
-        first.started = second.started = time.monotonic() - 10
+        first.ranks_started = second.ranks_started = time.monotonic() - 10
         time.sleep(1.1)
         second.while_training()
         first.while_training()
@@ -177,7 +179,7 @@ def test_ranks_that_never_start_end_the_attempt(watches, monkeypatch):
     monkeypatch.setattr(watching, "STACKS_S", 0.1)
     first, _ = watches
     with heartbeat.make_folder() as folder:
-        first.beats, first.started = folder, time.monotonic() - SLOWEST_START_S - 1
+        first.beats, first.ranks_started = folder, time.monotonic() - SLOWEST_START_S - 1
         first.while_training()
     assert first.fault.startswith(
         "2 ranks have not started to work (launch.stall_timeout_s is 1); those that"
@@ -187,18 +189,29 @@ def test_ranks_that_never_start_end_the_attempt(watches, monkeypatch):
 
 def test_a_rank_that_never_comes_to_its_first_step_is_a_stall():
     now = time.monotonic()
-    beats = [Beat(0, 1, 3, 20, now), Beat(1, 2, 0, 5, now)]
-    assert not is_stalled(beats, 2, now - SLOWEST_START_S + 60, 1)
-    assert is_stalled(beats, 2, now - SLOWEST_START_S - 1, 1)
-    assert not is_stalled(
-        beats, 2, now - SLOWEST_START_S - 1, 7200
-    )  # a longer limit counts for the start, too
+    started, long_ago = now - 2 * SLOWEST_START_S, now - SLOWEST_START_S - 1
+    beats = [Beat(0, 1, 3, 20, long_ago), Beat(1, 2, 0, 5, long_ago - 60)]
+    assert is_stalled(beats, 2, started, 1)
+    assert not is_stalled(beats, 2, started, 7200), "a longer limit counts for the start, too"
+    assert not is_stalled([beats[0], beats[1]._replace(at=now - 60)], 2, started, 1), (
+        "a long start gives signs"
+    )
+
+
+def test_a_long_preparation_is_no_stall_of_the_ranks(watches, monkeypatch):
+    first, _ = watches
+    first.started = first.ranks_started = time.monotonic() - 2 * SLOWEST_START_S
+    monkeypatch.setattr(launcher, "_run_deepspeed", lambda node, watch, *_: watch.while_training() or 1)
+    monkeypatch.setattr(Node, "forks_ranks", False)
+    monkeypatch.setattr(Watch, "after", lambda *_: None)
+    launcher.run_ranks(first.node, first, Handover(1), 0)
+    assert not first.fault
 
 
 def test_a_slow_start_is_no_stall(watches):
     first, _ = watches
     with heartbeat.make_folder() as folder:
-        first.beats, first.started = folder, time.monotonic() - 100
+        first.beats, first.ranks_started = folder, time.monotonic() - 100
         first.while_training()  # none has come yet
         heartbeat.Heart(folder, 0).beat(0)
         first.while_training()

@@ -46,9 +46,10 @@ def loaded(folder, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(requires_grad=False)
 
 
-def adapted(folder, start="pissa", saved=None, dtype=torch.float32, **lora):
+def adapted(folder, start="pissa", saved=None, dtype=torch.float32, beat=lambda: None, **lora):
     torch.manual_seed(5)
-    return add_lora(loaded(folder, dtype), Lora(r=4, init_lora_weights=start, **lora), saved=saved).train()
+    how = Lora(r=4, init_lora_weights=start, **lora)
+    return add_lora(loaded(folder, dtype), how, saved=saved, beat=beat).train()
 
 
 def plain(folder, like, start, **lora):
@@ -124,10 +125,11 @@ def test_losses_are_plain_peft_s_and_the_adapter_is_for_the_base_as_it_is(
 
 
 def test_nothing_of_the_base_and_of_the_beginning_changes(folder):
-    model = adapted(folder)
+    beats = []
+    model = adapted(folder, beat=lambda: beats.append(1))
     fuse(model)
     beginning = {name: p.clone() for name, p in model.named_parameters() if f".{INITIAL}." in name}
-    assert len(beginning) == 28
+    assert len(beginning) == 2 * len(beats) == 28, "each layer is a sign of life"
     trained(model)
     assert all(torch.equal(p, beginning[name]) for name, p in model.named_parameters() if name in beginning)
     of_base = {name: p for name, p in model.named_parameters() if "lora_" not in name}

@@ -11,7 +11,7 @@ Sources: https://arxiv.org/abs/2404.02948 (PiSSA), https://arxiv.org/abs/2406.01
 LoraModel.subtract_mutated_init and PeftModel.save_pretrained.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,10 @@ def check(model: Any, lora: Lora) -> None:
             )
 
 
-def begin(model: Any, lora: Lora, saved: Path | None) -> None:
+def begin(model: Any, lora: Lora, saved: Path | None, beat: Callable[[], None]) -> None:
     """Begin the adapter of a PeftModel, and put its beginning beside it; all ranks call it. saved: the
-    checkpoint that the run goes on from, which has the beginning."""
+    checkpoint that the run goes on from, which has the beginning; beat: is called for each layer, which may
+    take minutes."""
     settings = LoraConfig(use_rslora=lora.use_rslora, init_lora_weights=False)
     layers = _layers(model)
     for _, layer in layers:
@@ -76,6 +77,7 @@ def begin(model: Any, lora: Lora, saved: Path | None) -> None:
         for held, values in zip((layer.lora_A, layer.lora_B), pair, strict=True):
             for adapter in (ADAPTER, INITIAL):
                 held[adapter].weight.data = values.to(held[adapter].weight.device, copy=True)
+        beat()
 
 
 def over_base(model: Any, adapter: Named) -> Named:

@@ -1,6 +1,7 @@
 """The adapter on a base model: made from the config, or from an adapter that is trained further."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,23 @@ def lora_config(lora: Lora, tied: bool) -> LoraConfig:
     )
 
 
-def add_lora(model: Any, lora: Lora, revision: str | None = None, saved: Path | None = None) -> Any:
+def add_lora(
+    model: Any,
+    lora: Lora,
+    revision: str | None = None,
+    saved: Path | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> Any:
     """Return the model with its adapter, the only trainable part, in float32. revision: of a base from the
     hub; adapter_config.json keeps it, so that peft loads the same base later; saved: the checkpoint that the
-    run goes on from. Raises: ValueError when the model lacks the named modules, or lora.init_from does not
-    fit."""
+    run goes on from; beat: as in initial.begin. Raises: ValueError when the model lacks the named modules, or
+    lora.init_from does not fit."""
     check_init_from(lora)
     peft_model = _inject(model, lora, revision, saved)
     if lora.init_lora_weights == "orthogonal" and model.device.type != "meta":
         _begin_orthogonal(peft_model)
     if lora.takes_from_base:
-        initial.begin(peft_model, lora, saved)
+        initial.begin(peft_model, lora, saved, beat)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             # peft leaves modules_to_save in the base's dtype, too coarse for Adam's small steps
