@@ -56,6 +56,7 @@ from qwenlora.trainer.model.work import work_of
 
 CEILINGS, WHOLE, LEAVE_OUT, EXPERTS, NF4 = "ceilings", "whole", "leave-out", "experts", "nf4"
 LORA = Lora(lora_dropout=0.0)
+TOKENS = 4096  # of a step
 SHARE = 0.9  # of the GPU's free memory that is used
 KEPT = 2.3  # times what fused layers keep: plain peft
 NORMS_APART = {"float32": 1e-4, "bfloat16": 5e-2}  # of ways' gradients, as shares
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part == CEILINGS:
-        write(options, {"rates": ceilings()})
+        write(options, ceilings())
         return
     part = PARTS[options.part]
     job = job_of(part, options)
@@ -153,7 +154,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("part", choices=[CEILINGS, *PARTS], nargs="?", default=WHOLE)
     parser.add_argument("--shape", choices=known(), help="of the base, instead of the part's")
     parser.add_argument("--layers", type=int, help="of the base; by default as many as the GPU holds")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a step")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a step")
     parser.add_argument("--turns", type=int, default=4, help="of each way")
     parser.add_argument("--steps", type=int, default=4, help="of a turn, the first untimed")
     parser.add_argument("--limit-s", type=float, default=150, help="no turn begins after so many seconds")
@@ -178,7 +179,7 @@ def ceilings() -> dict[str, Any]:
         + ", ".join(f"{rate / 1e12:.2f} TFLOP/s {dtype}" for dtype, rate in rates.products.items())
     )
     print(f"copies read and write {rates.memory / 1e12:.3f} TB/s together")
-    return rates.model_dump()
+    return {"card": name, "rates": rates.model_dump()}
 
 
 def job_of(part: Part, options: argparse.Namespace) -> Job:
@@ -296,7 +297,7 @@ def show(turns: dict[str, list[Turn]], job: Job, options: argparse.Namespace) ->
     on_gpu, card = job.device == "cuda", name_of(torch.device(job.device))
     known_gpu = of_driver(torch.cuda.get_device_name()) if on_gpu else None
     peak = known_gpu.flops if known_gpu else float("nan")
-    bare = bare_products(options.out, job.dtype)
+    bare = bare_products(options, job.dtype, card)
     config = AutoConfig.for_model(**job.values)
     useful = flops(
         work_of(on_meta(job.values), config), np.array(job.lengths), sum(job.lengths) - len(job.lengths)
@@ -337,12 +338,26 @@ def show(turns: dict[str, list[Turn]], job: Job, options: argparse.Namespace) ->
     return {"flops_a_step": useful, "ways": figures}
 
 
-def bare_products(out: Path, dtype: str) -> float:
-    """Return what the part `ceilings` found before, FLOP/s; without it, NaN."""
-    file = out / f"gpu-{CEILINGS}.json"
-    if not file.exists():
+def bare_products(options: argparse.Namespace, dtype: str, card: str) -> float:
+    """Return what the part `ceilings` found of this card before, FLOP/s; without it, NaN."""
+    file = file_of(options, CEILINGS)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if found.get("card") != card:
         return float("nan")
-    return float(json.loads(file.read_text())["rates"]["products"].get(dtype, "nan"))
+    return float(found["rates"]["products"].get(dtype, "nan"))
+
+
+def file_of(options: argparse.Namespace, part: str) -> Path:
+    """Return where a part's figures go. What is not the default is in the name: a try replaces nothing."""
+    names = ["gpu", part]
+    if part != CEILINGS:
+        names += [options.shape] if options.shape != PARTS[part].shape else []
+        names += [f"{options.layers}-layers"] if options.layers else []
+        names += [f"{options.tokens}-tokens"] if options.tokens != TOKENS and not options.tiny else []
+        names += ["tiny"] if options.tiny else []
+    names += [options.device] if options.device != "cuda" else []
+    file: Path = options.out / f"{'-'.join(names)}.json"
+    return file
 
 
 def write(options: argparse.Namespace, figures: dict[str, Any]) -> None:
@@ -351,8 +366,7 @@ def write(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     card = name_of(torch.device(options.device))
     told = {"part": options.part, "date": time.strftime("%Y-%m-%d"), "card": card, "versions": versions}
     told |= {"shape": options.shape, "tokens": options.tokens}
-    other = "" if options.part == CEILINGS or options.shape == PARTS[options.part].shape else options.shape
-    file = options.out / ("-".join(filter(None, ("gpu", options.part, other))) + ".json")
+    file = file_of(options, options.part)
     file.write_text(json.dumps(told | figures, indent=1), encoding="utf-8")
     print(f"figures: {file}")
 

@@ -1,6 +1,7 @@
 """benchmarks/gpu.py but for its sizes: each part on a CPU, its ways in this process instead of their own."""
 
 import json
+import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ def measure(tmp_path, monkeypatch):
     def measure(part, *more):
         small = ("--device", "cpu", "--tiny", "--turns", "1", "--steps", "3", "--out", str(tmp_path))
         gpu.main([part, *small, *more])
-        return json.loads((tmp_path / f"gpu-{part}.json").read_text())
+        return json.loads(gpu.file_of(gpu.read_options([part, *small, *more]), part).read_text())
 
     return measure
 
@@ -45,8 +46,11 @@ def test_the_ways_of_a_part_learn_alike(measure, part, capsys):
 
 
 def test_the_share_of_bare_products_is_shown_once_they_are_measured(measure, tmp_path):
-    assert measure(gpu.CEILINGS)["rates"]["products"]["float32"] > 0
-    assert 0 < gpu.bare_products(tmp_path, "float32") < 1e15
+    found = measure(gpu.CEILINGS)
+    assert found["rates"]["products"]["float32"] > 0
+    options = gpu.read_options([gpu.WHOLE, "--device", "cpu", "--out", str(tmp_path)])
+    assert 0 < gpu.bare_products(options, "float32", found["card"]) < 1e15
+    assert math.isnan(gpu.bare_products(options, "float32", "another card"))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +90,25 @@ def test_a_way_that_the_gpu_is_too_small_for_is_said_and_the_others_are_measured
     )
     with pytest.raises(SystemExit, match="the GPU is too small for every way"):
         measure(gpu.NF4)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("whole --device cuda", "gpu-whole"),
+        ("whole --device cuda --turns 2 --tokens 4096", "gpu-whole"),
+        (
+            "whole --device cuda --shape Qwen3-8B --layers 4 --tokens 512",
+            "gpu-whole-Qwen3-8B-4-layers-512-tokens",
+        ),
+        ("nf4 --device cpu --tiny", "gpu-nf4-tiny-cpu"),
+        ("ceilings --device cpu", "gpu-ceilings-cpu"),
+        ("ceilings --device cuda", "gpu-ceilings"),
+    ],
+)
+def test_a_try_replaces_no_other_figures(given, name):
+    options = gpu.read_options(given.split())
+    assert gpu.file_of(options, options.part).stem == name
 
 
 @pytest.mark.parametrize(
