@@ -92,6 +92,8 @@ def nodes(
     Example: qwenlora nodes --clear node7
     """
     entries = BadNodes(folder)
+    if sbatch and (add or clear):
+        raise ValueError(f"--sbatch {sbatch}: expected without --add and --clear; run those first")
     if sbatch:
         print(bad_nodes.for_sbatch(entries, sbatch))
         return 0

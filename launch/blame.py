@@ -48,10 +48,10 @@ def _by_agents(node: Node, watch: Watch) -> Iterator[Blamed]:
     """Yield the nodes that the agents' watch names."""
     for host, fault in watch.gpu_faults.items():
         yield Blamed("driver", host, fault)
-    # where all hang it may be the code: no node shows that the others are at fault
+    # where all hang it may be the code: no node shows that the others are at fault; and a disk may be shared
     others_work = {*watch.behind} < {*node.allocation.hosts}
-    for host in watch.behind:
-        yield Blamed("stalled" if others_work else "failed", host, watch.fault)
+    for host, waits_for_disk in watch.behind.items():
+        yield Blamed("stalled" if others_work and not waits_for_disk else "failed", host, watch.fault)
     for host in watch.absent:
         yield Blamed("failed", host, watch.fault)
 

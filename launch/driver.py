@@ -2,10 +2,11 @@
 
 import os
 import re
-import shutil
-import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from qwenlora.run.hardware import GpuQuery
 
 KERNEL_LOG = Path("/dev/kmsg")
 TIMEOUT_S = 5.0
@@ -14,22 +15,37 @@ TIMEOUT_S = 5.0
 XIDS = frozenset({48, 62, 64, 74, 79, 94, 95, 119, 120, 140})
 _XID = re.compile(r"NVRM: (Xid \([^)]*\): (\d+),.*)")
 _RECORD_BYTES = 8192  # the kernel's longest
+_COUNTS = "index,ecc.errors.uncorrected.volatile.total"  # since the GPU was last reset: weeks, maybe
 
 
-def gpu_fault(since: float) -> str:
-    """Return what the driver has said of a faulty GPU; empty if nothing. since: time.monotonic()."""
-    try:
-        lines = list(_lines(since))
-    except OSError:  # the site lets only root read it
-        return _uncorrected_memory()
-    found = (match for match in map(_XID.search, lines) if match and int(match[2]) in XIDS)
-    return next((match[1] for match in found), "")
+class GpuFaults:
+    """What the driver says of faulty GPUs from now on. Where the kernel's log cannot be read, nvidia-smi is
+    asked at once what it has counted so far."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._before: GpuQuery | None = None
+        try:
+            os.close(_open_log())
+        except OSError:  # the site lets only root read it
+            self._before = GpuQuery(_COUNTS)
+
+    def first(self) -> str:
+        """Return the first fault; empty if there is none."""
+        if self._before:
+            return _more_errors(self._before)
+        found = (match for match in map(_XID.search, _lines(self._since)) if match and int(match[2]) in XIDS)
+        return next((match[1] for match in found), "")
+
+
+def _open_log() -> int:
+    return os.open(KERNEL_LOG, os.O_RDONLY | os.O_NONBLOCK)
 
 
 def _lines(since: float) -> Iterator[str]:
     """Yield the lines that the kernel has logged since then. Each read returns one record:
     priority,number,microseconds,flags;text."""
-    log = os.open(KERNEL_LOG, os.O_RDONLY | os.O_NONBLOCK)
+    log = _open_log()
     try:
         while True:
             try:
@@ -47,19 +63,15 @@ def _lines(since: float) -> Iterator[str]:
         os.close(log)
 
 
-def _uncorrected_memory() -> str:
-    """Return which GPUs have counted memory errors that ECC could not correct, since they were last reset."""
-    if not shutil.which("nvidia-smi"):
-        return ""
-    command = [
-        "nvidia-smi",
-        "--query-gpu=index,ecc.errors.uncorrected.volatile.total",
-        "--format=csv,noheader",
-    ]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return ""
-    counts = (line.split(", ") for line in answer.stdout.splitlines() if line.count(", ") == 1)
-    bad = [f"GPU {gpu}: {number}" for gpu, number in counts if number.isdecimal() and int(number)]
+def _more_errors(before: GpuQuery) -> str:
+    """Return which GPUs have counted more memory errors that ECC could not correct than before."""
+    old = _counts(before)
+    new = _counts(GpuQuery(_COUNTS)) if old else {}
+    bad = [f"GPU {gpu}: {count - old[gpu]}" for gpu, count in new.items() if count > old.get(gpu, count)]
     return f"memory errors that ECC could not correct: {', '.join(bad)}" if bad else ""
+
+
+def _counts(query: GpuQuery) -> dict[str, int]:
+    """Return {GPU: errors} of those that count them."""
+    pairs = (values for values in query.answer(TIMEOUT_S) if len(values) == 2)
+    return {gpu: int(count) for gpu, count in pairs if count.isdecimal()}

@@ -19,9 +19,8 @@ from qwenlora.run.snapshots import Snapshots
 @dataclass
 class Node:
     """One node of a run. allocation: the nodes of the attempt, fewer than the job's once some are lost; on a
-    spare one the spare ones follow;
-    resources: closed when the node's part is over; job: all nodes, as they were at the start; has_taken_over:
-    this node leads in place of one that is gone."""
+    spare one the spare ones follow; resources: closed when the node's part is over; job: all nodes, as they
+    were at the start; has_taken_over: this node leads in place of one that is gone."""
 
     config: Config
     allocation: Allocation

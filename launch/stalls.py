@@ -12,10 +12,11 @@ from qwenlora.run.heartbeat import STACKS_SIGNAL, Beat, read_beats
 
 SLOWEST_START_S = 1800.0  # between two beats before the first step: a large base may come from a slow disk
 STACKS_WRITTEN_S = 1.0
+_WAITS_FOR_DISK = "its process waits for a disk or a network file system"
 _STATES = {
     psutil.STATUS_STOPPED: "its process is stopped: SIGSTOP, or a debugger",
     psutil.STATUS_TRACING_STOP: "its process is stopped: a debugger",
-    psutil.STATUS_DISK_SLEEP: "its process waits for a disk or a network file system",
+    psutil.STATUS_DISK_SLEEP: _WAITS_FOR_DISK,
     psutil.STATUS_ZOMBIE: "its process has ended",
 }
 
@@ -61,22 +62,24 @@ def describe_stall(
     behind = _those_behind(placed)
     first = behind[0][0]
     quiet = f"no progress for {max(position.quiet_s for position, _ in placed):.0f} s ({limit})"
-    if len(behind) == len(placed) > 1 and not first.state:
+    if _are_alike(behind, placed):
         return f"{quiet} of any rank, all at the same point of step {first.beat.step}; {stacks}"
     names = ", ".join(f"rank {position.beat.rank} on {host}" for position, host in behind)
     state = f" ({first.state})" if first.state else ""
     return f"{names}: {quiet}, in step {first.beat.step}{state}, the others wait; {stacks}"
 
 
-def hosts_behind(positions: Sequence[tuple[str, Sequence[RankPosition]]], processes: int) -> list[str]:
-    """Return the hosts of the ranks that describe_stall names. positions: of each host; processes: ranks of
-    each."""
+def hosts_behind(positions: Sequence[tuple[str, Sequence[RankPosition]]], processes: int) -> dict[str, bool]:
+    """Return the hosts of the ranks that describe_stall names, each with whether all that these do is to wait
+    for a disk, which other nodes may share. positions: of each host; processes: ranks of each."""
     placed = [(position, host) for host, of_host in positions for position in of_host]
     if late := [host for host, of_host in positions if len(of_host) < processes]:
-        return late
+        return dict.fromkeys(late, False)
     behind = _those_behind(placed)
-    all_alike = len(behind) == len(placed) > 1 and not behind[0][0].state
-    return [] if all_alike else sorted({host for _, host in behind})
+    if _are_alike(behind, placed):
+        return {}
+    others = {host for position, host in behind if position.state != _WAITS_FOR_DISK}
+    return {host: host not in others for _, host in behind}
 
 
 def _those_behind(ranks: list[tuple[RankPosition, str]]) -> list[tuple[RankPosition, str]]:
@@ -84,6 +87,11 @@ def _those_behind(ranks: list[tuple[RankPosition, str]]) -> list[tuple[RankPosit
     fewest = min(position.beat.beats for position, _ in ranks)
     not_running = [rank for rank in ranks if rank[0].state]
     return not_running or [rank for rank in ranks if rank[0].beat.beats == fewest]
+
+
+def _are_alike(behind: list[tuple[RankPosition, str]], ranks: list[tuple[RankPosition, str]]) -> bool:
+    """Whether all ranks are at the same point, and run: then none is behind the others."""
+    return len(behind) == len(ranks) > 1 and not behind[0][0].state
 
 
 def _state(beat: Beat) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from qwenlora.launch import stalls
 from qwenlora.launch.causes import cause_of_stop
 from qwenlora.launch.deaths import Deaths
-from qwenlora.launch.driver import gpu_fault
+from qwenlora.launch.driver import GpuFaults
 from qwenlora.launch.forkserver import Forked
 from qwenlora.launch.messages import (
     AgentLost,
@@ -31,8 +31,9 @@ class Watch:
     """Watches one attempt on one node. fault: what went wrong, where the ranks cannot report it; beats: the
     folder of the ranks' signs of life, once they start; cause: why Slurm ended the attempt (causes.py);
     lost: hosts whose agents are gone; absent: those that did not come, or were lost; behind: those whose
-    ranks hung; gpu_faults: what drivers said, by host; failures: reports when a rank has failed, once ranks
-    run. started, ranks_started: time.monotonic() of the attempt's start, and of its ranks'."""
+    ranks hung, each with whether they only wait for a disk; gpu_faults: what drivers said, by host; failures:
+    reports when a rank has failed, once ranks run. started, ranks_started: time.monotonic() of the attempt's
+    start, and of its ranks'."""
 
     def __init__(self, node: Node, attempt: int) -> None:
         self.node, self.attempt = node, attempt
@@ -40,12 +41,13 @@ class Watch:
         self.failures: Forked | Deaths | None = None
         self.lost: list[str] = []
         self.absent: Sequence[str] = ()
-        self.behind: list[str] = []
+        self.behind: dict[str, bool] = {}
         self.gpu_faults: dict[str, str] = {}
         self.run_over = False
         self._asked_slurm = self._stalled = False
         self._kill_at = float("inf")
         self.started = self.ranks_started = time.monotonic()
+        self._gpus = GpuFaults() if node.allocation.job_id else None
         self._ended: set[int] = set()  # nodes whose ranks have ended
         self._positions: dict[int, list[RankPosition]] = {}  # by node
 
@@ -89,7 +91,7 @@ class Watch:
 
     def ended(self, code: int) -> RanksEnded:
         """Return what this node says when its ranks have ended. code: of their launcher."""
-        return RanksEnded(code=code, gpu_fault=gpu_fault(self.started) if code else "")
+        return RanksEnded(code=code, gpu_fault=self._gpus.first() if code and self._gpus else "")
 
     def _hear_of_gpus(self, message: RanksEnded, host: str) -> None:
         if message.gpu_fault:

@@ -15,7 +15,7 @@ class Handover:
     config keys that may differ from earlier attempts; prepare_s: seconds of preparation; beats: the node's
     folder for signs of life (heartbeat.py), if any; only_check: do the checks before a start, then leave;
     screen: where rank 0 borrows the agent's screen (lent_screen.py), unless its own output is that; nohup:
-    the agent ignores SIGHUP, and so do its ranks; memory: rank 0's files for snapshots (snapshots.py)."""
+    the agent ignores SIGHUP, and so do its ranks; memory: the node's files for snapshots (snapshots.py)."""
 
     attempt: int = 0
     resume: str = "auto"

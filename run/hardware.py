@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,15 +67,37 @@ def gpus_seen() -> list[SeenGpu]:
     return [SeenGpu(name, int(mib) if mib.isdecimal() else 0) for name, _, mib in fields]
 
 
+class GpuQuery:
+    """A question to nvidia-smi, which runs from now on. query: the names of what to say of each GPU."""
+
+    def __init__(self, query: str, *options: str) -> None:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", *options]
+        self._process: subprocess.Popen[str] | None = None
+        with suppress(OSError):  # there is none
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace"
+            )
+
+    def answer(self, timeout_s: float) -> list[list[str]]:
+        """Return the values of each GPU; [] without an answer in time. Once nvidia-smi hangs in the driver,
+        not even a kill ends it: it is not waited for."""
+        if self._process is None:
+            return []
+        try:
+            said, _ = self._process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return []
+        return [line.split(", ") for line in said.splitlines()]
+
+
 def gpu_now(uuid: str) -> str:
     """Return the state of a GPU, as nvidia-smi says it: its clock, temperature, and what slows it down."""
     query = "name,clocks.sm,clocks.max.sm,temperature.gpu,clocks_throttle_reasons.active"
-    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        name, clock, highest, celsius, reasons = answer.stdout.strip().split(", ")
+        ((name, clock, highest, celsius, reasons),) = GpuQuery(query, f"--id={uuid}").answer(10.0)
         bits = int(reasons, 16)
-    except (OSError, subprocess.TimeoutExpired, ValueError):
+    except ValueError:
         return "nvidia-smi does not say why"
     why = [text for bit, text in THROTTLED.items() if bits & bit]
     return f"{name}, {clock} of {highest} MHz, {celsius} °C{''.join(f', {text}' for text in why)}"

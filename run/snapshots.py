@@ -1,6 +1,6 @@
-"""The newest states of a run in the memory of its first node, between two checkpoints on disk. The agent
-holds them, rank 0 writes them. When an attempt has failed, the agent writes the newest whole one to the run
-folder: from there on it is a checkpoint like any other.
+"""The newest states of a run in the memory of each node, between two checkpoints on disk. The agent holds
+them, its first rank writes them. When an attempt has failed, the agent that leads writes the newest whole one
+to the run folder: from there on it is a checkpoint like any other.
 
 The files have no names: they are gone as soon as the agent and its ranks are, whatever ends them.
 """

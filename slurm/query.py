@@ -63,8 +63,8 @@ class JobInfo(NamedTuple):
 
 
 class ClusterNode(NamedTuple):
-    """A node of the cluster. kind: its features and generic resources, such as GPUs; works: it takes jobs,
-    now or when others have ended."""
+    """A node of the cluster. kind: its features, generic resources such as GPUs, CPUs and memory; works: it
+    takes jobs, now or when others have ended."""
 
     name: str
     kind: str
@@ -145,7 +145,7 @@ def cancel(job_id: str) -> None:
 def cluster_nodes(partition: str) -> list[ClusterNode]:
     """Return the nodes of a partition, or of several (a,b); empty: of the default one. [] without Slurm."""
     chosen = ("-p", partition) if partition else ()
-    answer = _run("sinfo", "-h", "-N", *chosen, "-o", SEPARATOR.join(("%N", "%P", "%T", "%f %G")))
+    answer = _run("sinfo", "-h", "-N", *chosen, "-o", SEPARATOR.join(("%N", "%P", "%T", "%f %G %c %m")))
     found: dict[str, ClusterNode] = {}
     for record in answer.stdout.splitlines() if answer else ():
         name, of, state, kind = record.split(SEPARATOR)

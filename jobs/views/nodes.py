@@ -13,7 +13,7 @@ from qwenlora.slurm.query import cluster_nodes, hosts
 
 
 def show_nodes(entries: BadNodes, console: Console) -> None:
-    """Print each entry, the newest first, and what follows from it."""
+    """Print each entry, the newest first, and whether it makes its node bad."""
     by_host, bad = entries.entries(), entries.bad()
     if not by_host:
         console.print(
@@ -22,13 +22,13 @@ def show_nodes(entries: BadNodes, console: Console) -> None:
         )
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("node", "jobs", "named", "by", "why"):
+    for name in ("node", "state", "named", "by", "why"):
         table.add_column(name, overflow="fold")
     for host, named in by_host.items():
         for entry in named:
-            use = "leave it out" if host in bad else "use it"
+            state = "bad" if host in bad else "not bad"
             when = f"{ago((now() - entry.time).total_seconds())} ago"
-            table.add_row(host, use, when, entry.kind, entry.what)
+            table.add_row(host, state, when, entry.kind, entry.what)
     console.print(table)
 
 

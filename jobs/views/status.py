@@ -36,7 +36,7 @@ def show_status(named: RunOrJob, console: Console) -> None:
         console.print(job_line(named.job_id, job), soft_wrap=True)
     if attempts:
         console.print(attempt_table(attempts))
-        for line in (*_restarts(attempts), *details(attempts[-1]), *_slow(named.run), *_left_out(named.run)):
+        for line in (*_restarts(attempts), *details(attempts[-1]), *_slow(named.run), *_bad_nodes(named.run)):
             console.print(line, soft_wrap=True)
 
 
@@ -123,10 +123,10 @@ def _slow(run: RunFolder | None) -> list[str]:
     return paces.slow if paces else []
 
 
-def _left_out(run: RunFolder | None) -> Iterator[str]:
-    """Yield a line on each node that jobs leave out."""
+def _bad_nodes(run: RunFolder | None) -> Iterator[str]:
+    """Yield a line on each bad node."""
     for host, entries in BadNodes.beside(run).bad().items() if run else ():
-        yield f"left out: {host}: {entries[0].line}"
+        yield f"bad: {host}: {entries[0].line}"
 
 
 def details(attempt: Attempt) -> list[str]:

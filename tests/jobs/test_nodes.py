@@ -23,14 +23,14 @@ def shown(entries) -> list[str]:
     return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
 
 
-def test_each_entry_is_shown_with_what_follows_from_it(entries, tmp_path):
+def test_each_entry_is_shown_with_the_state_of_its_node(entries, tmp_path):
     assert shown(entries) == [f"no node was found bad in the last 3 days, beside the runs in {tmp_path}"]
     entries.add("failed", "n1", "rank 0 was killed", RunFolder(tmp_path / "my"), 2)
     entries.add("stalled", "n2", "rank 5 hung", RunFolder(tmp_path / "my"), 3)
     assert shown(entries) == [
-        "node jobs named by why",
-        "n2 leave it out 0 s ago stalled rank 5 hung",
-        "n1 use it 0 s ago failed rank 0 was killed",
+        "node state named by why",
+        "n2 bad 0 s ago stalled rank 5 hung",
+        "n1 not bad 0 s ago failed rank 0 was killed",
     ]
 
 
@@ -47,6 +47,8 @@ def test_nodes_are_added_and_cleared_by_hand(entries, tmp_path, capsys):
     [
         ({"clear": "n[1-3]"}, r"--clear n1, n3: not among the nodes that were found bad: n2"),
         ({"add": "n[1"}, r"--add n\[1: expected names of nodes, as node7"),
+        ({"sbatch": 2, "add": "n3"}, r"--sbatch 2: expected without --add and --clear"),
+        ({"sbatch": 2, "clear": "n2"}, r"--sbatch 2: expected without --add and --clear"),
         ({"add": "../x"}, r"--add \.\./x: expected names of nodes"),
     ],
 )

@@ -79,7 +79,7 @@ def test_slow_ranks_are_named(run):
     assert "rank 1 on b is slow" in shown(run)
 
 
-def test_nodes_that_jobs_leave_out_are_named_with_the_reason(run):
+def test_bad_nodes_are_named_with_the_reason(run):
     run.path.mkdir()
     run.begin_attempt(2)
     run.note_attempt(bad=["node3"])
@@ -88,7 +88,7 @@ def test_nodes_that_jobs_leave_out_are_named_with_the_reason(run):
     entries.add("stalled", "node3", "rank 5 hung", run, 1)
     entries.add("failed", "node4", "once", run, 1)
     text = shown(run)
-    assert "left out: node3: rank 5 hung (0 s ago, attempt 1 of my)" in text
+    assert "bad: node3: rank 5 hung (0 s ago, attempt 1 of my)" in text
     assert "node4" not in text
     assert " failed  bad node3" in text
 

@@ -59,7 +59,7 @@ def rank_failed(node, rank, message, *, ours, bad_ranks):
 
 
 def test_what_agents_see_names_nodes(node, watch):
-    watch.gpu_faults, watch.behind, watch.absent, watch.fault = {"n1": "Xid"}, ["n2"], ["n3"], "why"
+    watch.gpu_faults, watch.behind, watch.absent, watch.fault = {"n1": "Xid"}, {"n2": False}, ["n3"], "why"
     blame.note_blamed(node, watch)
     assert named(node) == {("n1", "driver"), ("n2", "stalled"), ("n3", "failed")}
     assert node.folder.history.last().bad == ["n1", "n2"], "one failure may be chance"
@@ -67,10 +67,16 @@ def test_what_agents_see_names_nodes(node, watch):
 
 
 def test_where_all_nodes_hang_none_is_bad_at_once(node, watch):
-    watch.behind, watch.fault = list(HOSTS), "why"
+    watch.behind, watch.fault = dict.fromkeys(HOSTS, False), "why"
     blame.note_blamed(node, watch)
     assert named(node) == {(host, "failed") for host in HOSTS}
     assert node.folder.history.last().bad == []
+
+
+def test_a_node_that_waits_for_a_disk_is_not_bad_at_once(node, watch):
+    watch.behind, watch.fault = {"n1": True, "n2": False}, "why"
+    blame.note_blamed(node, watch)
+    assert named(node) == {("n1", "failed"), ("n2", "stalled")}
 
 
 def test_wrong_sums_name_the_rank_s_node(node, watch):
@@ -96,7 +102,7 @@ def test_a_killed_rank_names_its_node_and_an_exception_none(node, watch):
 @pytest.mark.parametrize(("job_id", "cause"), [(None, ""), ("7", "PREEMPTED")])
 def test_what_slurm_ends_and_what_is_no_job_names_nobody(node, watch, job_id, cause):
     node.allocation = Allocation(0, HOSTS, job_id, 0, True)
-    watch.behind, watch.cause = ["n2"], cause
+    watch.behind, watch.cause = {"n2": False}, cause
     blame.note_blamed(node, watch)
     assert named(node) == set()
 

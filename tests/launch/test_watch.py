@@ -18,7 +18,7 @@ from qwenlora.launch.allocation import Allocation
 from qwenlora.launch.meeting import Meeting
 from qwenlora.launch.messages import AgentLost, RankPosition, RanksEnded, RunOver
 from qwenlora.launch.node import Node
-from qwenlora.launch.stalls import SLOWEST_START_S, is_stalled
+from qwenlora.launch.stalls import SLOWEST_START_S, hosts_behind, is_stalled
 from qwenlora.launch.watch import Watch
 from qwenlora.run import heartbeat
 from qwenlora.run.folder import RunFolder
@@ -27,6 +27,7 @@ from qwenlora.run.heartbeat import Beat
 from qwenlora.slurm.query import JobInfo
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
+DISK = "its process waits for a disk or a network file system"
 
 
 class Children:
@@ -227,7 +228,7 @@ def test_a_slow_start_is_no_stall(watches):
                 1: [RankPosition(Beat(1, 2, 7, 19, 0.0), "", 62.0)],
             },
             "rank 1 on 127.0.0.2: no",
-            ["127.0.0.2"],
+            {"127.0.0.2": False},
         ),
         (
             {
@@ -235,7 +236,7 @@ def test_a_slow_start_is_no_stall(watches):
                 1: [RankPosition(Beat(1, 2, 7, 19, 0.0), "", 62.0)],
             },
             "no progress for 62 s",
-            [],
+            {},
         ),
         (
             {
@@ -244,7 +245,7 @@ def test_a_slow_start_is_no_stall(watches):
             },
             "rank 0 on 127.0.0.1: no progress for 62 s (launch.stall_timeout_s is 1), in step 7 (its process"
             " has",
-            ["127.0.0.1"],
+            {"127.0.0.1": False},
         ),
         (
             {
@@ -252,12 +253,20 @@ def test_a_slow_start_is_no_stall(watches):
                 1: [RankPosition(Beat(1, 2, 7, 19, 0.0), "its process is stopped", 62.0)],
             },
             "rank 0 on 127.0.0.1, rank 1 on 127.0.0.2: no progress for 62 s",
-            ["127.0.0.1", "127.0.0.2"],
+            {"127.0.0.1": False, "127.0.0.2": False},
+        ),
+        (
+            {
+                0: [RankPosition(Beat(0, 1, 7, 19, 0.0), DISK, 61.0)],
+                1: [RankPosition(Beat(1, 2, 7, 19, 0.0), "", 62.0)],
+            },
+            "rank 0 on 127.0.0.1: no progress for 62 s",
+            {"127.0.0.1": True},
         ),
         (
             {0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "", 61.0)], 1: []},
             "1 ranks have not started to work",
-            ["127.0.0.2"],
+            {"127.0.0.2": False},
         ),
     ],
 )
@@ -265,6 +274,15 @@ def test_who_lags_is_who_gave_the_fewest_signs_of_life(watches, positions, start
     watches[0]._positions = positions
     assert watches[0]._describe_stall().startswith(start)
     assert watches[0].behind == behind
+
+
+def test_a_node_waits_for_a_disk_where_none_of_its_ranks_is_stopped():
+    states = ((DISK, "its process is stopped"), (DISK, DISK), ("", ""))
+    placed = [
+        (host, [RankPosition(Beat(0, 1, 7, 19, 0.0), state, 61.0) for state in of_host])
+        for host, of_host in zip(("n1", "n2", "n3"), states, strict=True)
+    ]
+    assert hosts_behind(placed, 2) == {"n1": False, "n2": True}
 
 
 def test_the_cause_is_noted_at_once_and_asked_for_again_at_the_end(watches, folder, monkeypatch):

@@ -9,7 +9,7 @@ from qwenlora.run import bad_nodes
 from qwenlora.run.bad_nodes import BadNodes, spared, to_leave_out
 from qwenlora.run.folder import RunFolder
 from qwenlora.run.records import now
-from qwenlora.slurm.query import ClusterNode, JobInfo
+from qwenlora.slurm.query import ClusterNode, JobInfo, cluster_nodes
 
 
 @pytest.fixture
@@ -58,6 +58,21 @@ def test_jobs_that_write_at_the_same_time_lose_no_entry_and_damaged_ones_count_f
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: entries.add("driver", f"n{number}", "why"), range(40)))
     assert entries.bad().keys() == {f"n{number}" for number in range(40)}
+
+
+def test_nodes_with_more_memory_or_cpus_are_of_another_kind(monkeypatch, tmp_path):
+    """A job that wants them could not start on the others."""
+    nodes = [("a1", "64", "1000"), ("a2", "64", "1000"), ("a3", "64", "2000"), ("a4", "96", "1000")]
+    values = "s/%P/main*/; s/%T/idle/; s/%f/(null)/; s/%G/gpu:8/"
+    lines = [f"echo \"$6\" | sed '{values}; s/%N/{n}/; s/%c/{c}/; s/%m/{m}/'" for n, c, m in nodes]
+    (tmp_path / "sinfo").write_text("\n".join(["#!/bin/sh", *lines]))
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = cluster_nodes("main")
+    assert [node.name for node in found] == ["a1", "a2", "a3", "a4"]
+    assert found[0].kind == found[1].kind
+    assert len({node.kind for node in found}) == 3
+    assert spared(["a1", "a3", "a4"], found, 1) == ["a1"]
 
 
 A, B = ("(null) gpu:a100:8", "(null) gpu:h100:8")

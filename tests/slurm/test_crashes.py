@@ -88,7 +88,7 @@ def test_a_job_leaves_the_node_on_which_it_failed_twice(cluster, tmp_path):
     assert f"warning: {bad} is a bad node: rank 0 was killed by SIGKILL" in said
     assert f"requeueing without {bad}" in said
     entries = cluster.run(QWENLORA, "nodes", "runs", cwd=tmp_path).stdout.splitlines()
-    assert sum(line.startswith(f"{bad}  leave it out") for line in entries) == 2
+    assert sum(line.startswith(f"{bad}  bad ") for line in entries) == 2
     for needed, option in ((1, f"--exclude={bad}\n"), (2, "\n")):
         assert cluster.run(QWENLORA, "nodes", "--sbatch", needed, "runs", cwd=tmp_path).stdout == option
 
