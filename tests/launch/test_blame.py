@@ -148,7 +148,7 @@ def leader(node, monkeypatch):
     leader = Leader(node)
     leader._met = True
     node.meeting._peers = dict.fromkeys((1, 2))
-    monkeypatch.setattr(node.meeting, "drop", node.meeting._dropped.add)
+    monkeypatch.setattr(node.meeting, "release", node.meeting._released.add)
     return leader
 
 
