@@ -5,7 +5,7 @@ This file is the one owner of defaults. Keys are spelled as transformers, peft a
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -27,8 +27,8 @@ Text = Annotated[str, Field(min_length=1)]
 ALL_LINEAR = "all-linear"  # of lora.target_modules
 FIRST = "0.1"  # the version that had each key that is not marked as newer
 SINCE_0_2: JsonDict = {"since": "0.2"}
-PissaNiter = Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]*$")]
-STARTS = r"gaussian|orthogonal|pissa(_niter_[1-9][0-9]*)?|olora|eva"  # names of lora.init_lora_weights
+Start = Literal["gaussian", "orthogonal", "pissa", "olora", "eva"]  # of lora.init_lora_weights
+PISSA_NITER = r"^pissa_niter_[1-9][0-9]*$"
 # {start of peft's: why it is refused}
 NO_STARTS = {
     "loftq": "makes a new base in 4 bits, which neither a merge nor a server would have; over the one that"
@@ -231,7 +231,7 @@ class Lora(Section):
     layers_to_transform: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(
         None, description="The layers that get LoRA, from 0. Default: all.", json_schema_extra=SINCE_0_2
     )
-    init_lora_weights: Literal[True, "gaussian", "orthogonal", "pissa", "olora", "eva"] | PissaNiter = Field(
+    init_lora_weights: Literal[True, Start] | Annotated[str, Field(pattern=PISSA_NITER)] = Field(
         True,
         description="How A and B begin. true: A uniform (Kaiming), B zero; gaussian: A normal, B zero;"
         " orthogonal: both, with a product of zero; pissa, pissa_niter_16 (quicker), olora: with a part of"
@@ -263,10 +263,10 @@ class Lora(Section):
     @field_validator("init_lora_weights", mode="before")
     @classmethod
     def _starts_that_cannot_be_kept(cls, value: object) -> object:
-        if not isinstance(value, str) or re.fullmatch(STARTS, value):
+        if not isinstance(value, str) or value in get_args(Start) or re.search(PISSA_NITER, value):
             return value
         why = next((NO_STARTS[name] for name in NO_STARTS if value.lower().startswith(name)), "")
-        expected = "expected true, gaussian, orthogonal, pissa, pissa_niter_16, olora or eva"
+        expected = f"expected true, {', '.join(get_args(Start))} or pissa_niter_16"
         raise ValueError(f"init_lora_weights={value}{f' {why}' if why else f': {expected}'}")
 
     @model_validator(mode="after")

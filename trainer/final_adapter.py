@@ -16,6 +16,7 @@ from qwenlora.run.folder import RunFolder
 from qwenlora.trainer.loop.saver import reason_of
 from qwenlora.trainer.loop.state import in_file, not_finite
 from qwenlora.trainer.model.endings import Settings, settings_text
+from qwenlora.trainer.model.fused_lora import ADAPTER
 from qwenlora.trainer.ranks.faults import TrainingFault
 
 
@@ -57,7 +58,7 @@ def save_adapter(model: Any, tokenizer: Any, generation: Settings, run: RunFolde
 
 
 def _save_settings(folder: Path, model: Any) -> None:
-    adapter = copy.copy(model.peft_config["default"])
+    adapter = copy.copy(model.peft_config[ADAPTER])
     adapter.inference_mode = True  # as peft's own save_pretrained writes it
     adapter.save_pretrained(folder)
 

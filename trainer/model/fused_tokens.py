@@ -12,7 +12,7 @@ import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
-ADAPTER = "default"  # peft's name for the only adapter
+from qwenlora.trainer.model.fused_lora import ADAPTER
 
 
 def fuse_tokens(model: Any) -> int:

@@ -20,6 +20,7 @@ from qwenlora.run.records import Parameters
 from qwenlora.trainer.model import fused_experts, initial, nf4_loading, patterns, router_loss, targets
 from qwenlora.trainer.model.architecture import class_of
 from qwenlora.trainer.model.files import check_init_from
+from qwenlora.trainer.model.fused_lora import ADAPTER
 from qwenlora.trainer.model.kinds import count_kinds, count_trained
 from qwenlora.trainer.model.names import VISION, WITHOUT_VISION, has_vision, names_in
 from qwenlora.trainer.model.pretrained import load_config_of
@@ -27,7 +28,6 @@ from qwenlora.trainer.model.work import work_of
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 NAMES_SHOWN = 40
-ADAPTER = "default"  # peft's name for it
 
 
 def lora_config(lora: Lora, tied: bool) -> LoraConfig:
