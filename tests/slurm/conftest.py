@@ -120,6 +120,13 @@ class Cluster:
             assert time.monotonic() < deadline, self.run("sinfo", "-N", "-l").stdout
             time.sleep(0.2)
 
+    def wait_down(self, node: str, timeout: float = 900) -> None:
+        """Wait until Slurm has noticed that a node is gone."""
+        deadline = time.monotonic() + timeout
+        while "down" not in (states := self.run("sinfo", "-h", "-N", "-n", node, "-o", "%T").stdout):
+            assert time.monotonic() < deadline, states
+            time.sleep(0.2)
+
     def _node_states(self) -> str:
         return " ".join(sorted(set(self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").stdout.split())))
 

@@ -22,6 +22,7 @@ def test_a_job_goes_on_without_a_node_that_says_nothing_more(netns_cluster, tmp_
         wait_for_step(run, 2, 11)
         print(f"without {lost}: the next step after {time.monotonic() - since:.0f} s")
         assert "Restarts=0" in cluster.scontrol("show", "job", job)
+        cluster.wait_down(lost)  # before that, srun would take its reset connection for the end of the step
     finally:
         cluster.start_node(lost)
     cluster.wait(job, "COMPLETED", timeout=900)
