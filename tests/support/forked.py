@@ -391,6 +391,9 @@ def _reset_modules() -> None:
 
     np.random.seed()
     torch.set_num_threads(1)
+    # with a number that was set, the first operation after a fork makes a new pool of threads; two threads
+    # that do so at once end in "Invalid thread pool!" (caffe2::pthreadpool)
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def _open_streams(*, unbuffered: bool) -> None:
