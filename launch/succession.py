@@ -14,7 +14,7 @@ from qwenlora.slurm import query
 
 ANSWER_S = 3.0  # for a machine to answer, with a refusal, too
 NODE_LOSS_S = 3600.0  # for Slurm to notice that a node is gone (SlurmdTimeout: 300 s by default)
-SILENCE_S = 300.0  # of slurmctld, which may be restarting
+SILENCE_S = 30.0  # of slurmctld, which may be restarting
 
 
 def meet_anew(node: Node, hosts: tuple[str, ...]) -> None:

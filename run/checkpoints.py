@@ -150,9 +150,9 @@ def adapter_flaw(folder: Path) -> str:
 
 def _trained_b(folder: Path, tensors: Mapping[str, Numbers]) -> list[Numbers]:
     """Return what was trained of each lora_B, without its beginning, which is never zero."""
+    lora_b = [values for name, values in tensors.items() if "lora_B" in name]
     lora = Lora.model_construct(**read(folder).identity.config.get("lora", {}))
-    parts = 2 if lora.takes_from_base else 1
-    return [np.split(values, parts, axis=1)[0] for name, values in tensors.items() if "lora_B" in name]
+    return [np.split(values, 2, axis=1)[0] for values in lora_b] if lora.takes_from_base else lora_b
 
 
 def _of_others(folder: Path) -> str:

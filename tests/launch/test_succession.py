@@ -108,7 +108,7 @@ def test_who_cannot_have_the_run_folders_lock_does_not_lead(node, monkeypatch):
 def test_a_job_without_its_batch_shell_is_ended_once_slurm_knows(
     node, monkeypatch, answers, code, leads, ended, answers_still
 ):
-    asked, done, seconds = iter(answers), [], itertools.count(0, 60)
+    asked, done, seconds = iter(answers), [], itertools.count(0, 10)
     monkeypatch.setattr(succession, "_answers", lambda _: answers_still)
     monkeypatch.setattr(succession.query, "show", lambda _: next(asked, None))
     monkeypatch.setattr(succession.query, "requeue", lambda _: done.append("requeue") or "")
