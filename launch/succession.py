@@ -13,7 +13,7 @@ from qwenlora.run.history import EXIT_CODES
 from qwenlora.slurm import query
 
 ANSWER_S = 3.0  # for a machine to answer, with a refusal, too
-NODE_LOSS_S = 3600.0  # for Slurm to notice that a node is gone (SlurmdTimeout: 300 s by default)
+NODE_LOSS_S = 600.0  # for Slurm to notice that a node is gone (SlurmdTimeout: 300 s by default)
 SILENCE_S = 30.0  # of slurmctld, which may be restarting
 
 
@@ -89,13 +89,14 @@ def _is_gone(node: Node, job: query.JobInfo) -> bool:
 
 
 def _answers(node: Node) -> bool:
-    """Whether the first machine is there: it answers, if only to refuse, at a port that a firewall must leave
-    open for the agents."""
-    try:
-        address = (node.job.hosts[0], candidate_ports(node.meeting.run_id)[0])
-        socket.create_connection(address, timeout=ANSWER_S).close()
-    except ConnectionRefusedError:
+    """Whether the first machine is there: it answers, if only to refuse. A firewall may leave open only the
+    agents' port, or all but that."""
+    for port in (1, candidate_ports(node.meeting.run_id)[0]):
+        try:
+            socket.create_connection((node.job.hosts[0], port), timeout=ANSWER_S).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            continue
         return True
-    except OSError:
-        return False
-    return True
+    return False
