@@ -19,7 +19,8 @@ wait $step
 while kill -0 $step 2>/dev/null; do wait $step; done
 wait $step
 status=$?
-echo $status > "$FOLDER/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.srun"
+file=$FOLDER/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.srun
+echo $status > "$file.part" && mv "$file.part" "$file" # whole as soon as it is there
 [ -z "$AFTER" ] || eval "$AFTER"
 exit $status
 """
