@@ -17,6 +17,7 @@ THROTTLED = {
     0x40: "too hot (hardware)",
     0x80: "power brake",
 }
+WAKING_S = 120.0  # for drivers that sleep while no program uses a GPU
 _DEVICES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/gpus")
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
@@ -58,13 +59,8 @@ class SeenGpu(NamedTuple):
 
 def gpus_seen() -> list[SeenGpu]:
     """Return the NVIDIA GPUs that this machine shows; [] without nvidia-smi."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = answer.stdout.splitlines() if answer.returncode == 0 else []
-    fields = [line.rpartition(", ") for line in lines]
-    return [SeenGpu(name, int(mib) if mib.isdecimal() else 0) for name, _, mib in fields]
+    pairs = (values for values in GpuQuery("name,memory.total").answer(WAKING_S) if len(values) == 2)
+    return [SeenGpu(name, int(mib) if mib.isdecimal() else 0) for name, mib in pairs]
 
 
 class GpuQuery:
