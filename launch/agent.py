@@ -15,7 +15,7 @@ from rich.console import Console
 from qwenlora.configs import Config
 from qwenlora.launch import hostfile
 from qwenlora.launch.allocation import Allocation, current_allocation
-from qwenlora.launch.children import Children
+from qwenlora.launch.children import Children, guarded
 from qwenlora.launch.follower import Follower
 from qwenlora.launch.leader import Leader
 from qwenlora.launch.meeting import Meeting, NotMet
@@ -91,6 +91,8 @@ def _allocate(config: Config) -> tuple[Config, Allocation, dict[str, str]]:
 def _run_part(config: Config, allocation: Allocation, part: Callable[[Node], int]) -> int:
     console = _console()
     with redirect_stdout(lossy(sys.stdout)), ExitStack() as resources:
+        if allocation.requeues:  # elsewhere somebody sees that it hangs
+            resources.enter_context(guarded(config.launch.stall_timeout_s))
         children = resources.enter_context(Children())
         try:
             meeting = resources.enter_context(Meeting(allocation))

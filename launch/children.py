@@ -7,19 +7,23 @@ to the ranks until they have left.
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Protocol
 
 import psutil
 
+from qwenlora.launch.guard import TICKS
 from qwenlora.run.history import EXIT_CODES
 from qwenlora.run.orphans import die_with_parent
 from qwenlora.run.signals import STOP_SIGNALS, to_handle, under_nohup
 
+GUARD = "qwenlora.launch.guard"
 POLL_S = 0.1
 DYING_S = 60.0  # from KILL to the end of a process; longer: it hangs in a driver, or on a disk
 REPEAT_S = 1.0  # a rank that still imports its modules does not handle signals yet
@@ -116,3 +120,34 @@ def prepare_child() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
+
+
+@contextmanager
+def guarded(limit_s: float) -> Iterator[None]:
+    """Have this process killed when its main thread has not run for so long. A timer's signal (SIGALRM, which
+    must have no other use) has that thread write bytes. It does so wherever it waits, but for a disk."""
+    theirs, ours = os.pipe()
+    os.set_blocking(ours, False)
+    guard = subprocess.Popen(
+        [sys.executable, "-m", GUARD, str(limit_s)],
+        env=environment_of(1),
+        stdin=theirs,
+        start_new_session=True,
+        preexec_fn=prepare_child,
+    )
+    os.close(theirs)
+
+    def show_life(*_: object) -> None:
+        with suppress(OSError):  # the guard is gone, or reads late
+            os.write(ours, b".")
+
+    before = signal.signal(signal.SIGALRM, show_life)
+    signal.setitimer(signal.ITIMER_REAL, limit_s / TICKS, limit_s / TICKS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        guard.kill()
+        guard.wait()
+        os.close(ours)

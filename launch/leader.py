@@ -119,6 +119,9 @@ class Leader:
         code: int | None = None
         try:
             with node.folder.claim(node.config, allowed=handover.allowed, wait_s=WAIT_FOR_FOLDER_S):
+                if node.folder.done:
+                    code = EXIT_CODES["done"]
+                    return code
                 unfinished = node.folder.history.unfinished
                 if not unfinished or unfinished.attempt != handover.attempt:
                     raise ValueError("another node has led since")

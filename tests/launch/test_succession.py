@@ -155,6 +155,20 @@ def test_who_comes_to_the_lock_after_another_has_led_does_not_lead(node, monkeyp
     assert "another node has led since" in second.console.file.getvalue()
 
 
+def test_a_run_that_ranks_have_ended_is_done_without_the_agent_that_led(node, monkeypatch):
+    second = node(1)
+    monkeypatch.setattr(succession, "take_screen", lambda _: None)
+    monkeypatch.setattr(succession, "end_job", lambda *_, **__: None)
+    folder = second.folder
+    with folder.claim(second.config):
+        attempt = folder.begin_attempt(3)
+        folder.adapter.mkdir()
+        folder.end_attempt("done")
+    met([second])
+    assert Leader(second).take_over(Handover(attempt), HOSTS[0]) == EXIT_CODES["done"]
+    assert folder.exit_code.read_text() == "0"
+
+
 def test_a_job_without_a_batch_shell_of_ours_is_left_alone(node, monkeypatch):
     monkeypatch.setattr(succession.query, "show", lambda _: pytest.fail("asked"))
     one = node(1)
