@@ -107,8 +107,30 @@ def test_a_hung_rank_is_ended_and_the_job_goes_on_without_its_node(tmp_path, und
     assert_exact(run, undisturbed(2))
 
 
-def test_a_node_that_computes_a_fifth_of_the_time_is_named(tmp_path):
+@pytest.mark.long
+def test_a_hung_agent_is_killed_and_the_next_node_leads(tmp_path, undisturbed):
+    run = tmp_path / "runs/run"
+    more = ("run_dir=runs/run", "launch.stall_timeout_s=15", "checkpoint.memory_steps=1")
+    with Agents(tmp_path, 2, write_config(tmp_path, STEPS), *more) as job:
+        wait_for_step(run, 1, 6)
+        rank = job.rank(0)
+        job.processes[0].send_signal(signal.SIGSTOP)
+        rank.kill()
+        assert job.code(1) == 0, job.said(1)
+        assert job.code(0) == -signal.SIGKILL
+        assert "hung for 15 s (launch.stall_timeout_s): killed" in job.said(0)
+    found = attempts(run)
+    assert [(one["reason"], one["lost"]) for one in found] == [("failed", ["127.0.0.1"]), ("done", [])]
+    assert_exact(run, undisturbed(2))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.long)])
+def test_a_node_that_computes_a_fifth_of_the_time_is_named(tmp_path, strategy):
+    """Under zero3, too, where it gives its part of each layer's weights late."""
     run, more = tmp_path / "runs/run", ("train.global_batch_size=2", "train.per_device_train_batch_size=1")
+    (tmp_path / "parts.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    if strategy == "zero3":
+        more += ("strategy.name=zero3", "strategy.deepspeed_config=parts.json", "log.logging_steps=25")
     with Agents(
         tmp_path, 2, write_config(tmp_path, 2000), "run_dir=runs/run", "train.save_steps=500", *more
     ) as job:

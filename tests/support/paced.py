@@ -17,7 +17,7 @@ def compare(folder: Path, paces: list[list[float]], steps: int) -> dict[str, Any
     steps: in each log."""
     rank, warned, sent, logged = dist.get_rank(), [], [], []
     mine = iter([seconds[rank] for seconds in paces])
-    watch = SimpleNamespace(take=lambda steps: Pace(next(mine), 1.0 + rank) if steps else None)
+    watch = SimpleNamespace(start=lambda: None, take=lambda steps: Pace(next(mine), 1.0 + rank))
     process = SimpleNamespace(
         rank=SimpleNamespace(rank=rank, world_size=dist.get_world_size()),
         run=RunFolder(folder),

@@ -25,7 +25,7 @@ from qwenlora.trainer.record.trackers import Trackers
 SLOW = 1.3  # times the median
 FOR_STEPS = 50
 MOST_SENT = 64  # ranks that trackers get a curve of
-_TIMED = 4  # modules, where not the whole model is
+_TIMED = 8  # linear layers, where not the whole model is
 
 
 class Pace(NamedTuple):
@@ -47,12 +47,15 @@ class Stopwatch:
     began and ended: nobody waits for them."""
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._modules, self._on_gpu = modules, device.type == "cuda"
         self._began: Any = None
         self._spans: list[tuple[Any, Any, int]] = []  # begin, end, tokens
-        for module in modules:
+
+    def start(self) -> None:
+        """Time from now on. Not before DeepSpeed has its hooks, which wait for weights: these go inside."""
+        for module in self._modules:
             module.register_forward_pre_hook(self._begin)
-            module.register_forward_hook(self._end, with_kwargs=True)
+            module.register_forward_hook(self._end, with_kwargs=True, prepend=True)
 
     def take(self, steps: int) -> Pace:
         """Return this rank's pace since the last call. steps: how many those were."""
@@ -83,13 +86,12 @@ class Stopwatch:
 
 
 def alone(model: nn.Module, strategy: str, *, cut: bool, divided: bool) -> list[nn.Module]:
-    """Return modules whose forward pass waits for no other rank; [] if there are none. cut: ranks share
-    sequences; divided: they share experts."""
-    if strategy == "zero3" or divided:
-        return []
-    if strategy != "fsdp" and not cut:
+    """Return modules whose forward pass waits for no other rank: the model, or else some linear layers under
+    LoRA. cut: ranks share sequences; divided: they share experts."""
+    if strategy not in ("fsdp", "zero3") and not cut and not divided:
         return [model]
-    found = [module for name, module in model.named_modules() if name.endswith(".mlp")]
+    layers = [each for name, each in model.named_modules() if name.endswith(".base_layer")]
+    found: list[nn.Module] = [layer for layer in layers if isinstance(layer, nn.Linear)]
     return found[:: max(1, len(found) // _TIMED)]
 
 
@@ -127,12 +129,12 @@ class PaceCallback(TrainerCallback):
         self._steps = 0
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Learn where each rank is; forget what was computed before."""
+        """Learn where each rank is; begin to time."""
         # Slurm's name of the node, by which it can be left out
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self._hosts = [host] * dist.get_world_size()
         dist.all_gather_object(self._hosts, host)
-        self._watch.take(0)
+        self._watch.start()
 
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Count."""
