@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NotRequired, TypedDict
 
+from submitit import JobEnvironment
+from submitit.core.utils import JobPaths, cloudpickle_dump, temporary_save_path
+
 from qwenlora.configs import load_config
 from qwenlora.jobs.find import state
 from qwenlora.launch import agent
@@ -109,13 +112,24 @@ def _leave_without_traceback(code: int) -> None:
         sys.excepthook = leave
 
 
+def _write_result_of_the_first(result: Summary) -> None:
+    """Write what the first node's process would have returned, in whose place this one leads: job.result()
+    reads that."""
+    paths = JobPaths(os.environ["SUBMITIT_FOLDER"], JobEnvironment().job_id, 0)
+    with temporary_save_path(paths.result_pickle) as path:
+        cloudpickle_dump(("success", result), path)
+
+
 def _outcome(run: RunFolder, code: int, *, brought_back: bool) -> Summary | None:
     """Turn the agent's exit code into a result, or an exception."""
     if code == EXIT_CODES["stopped"] and brought_back:
         raise SystemExit(code)  # no Exception: submitit writes no result, and the batch shell sees the code
-    is_first_node = os.environ.get("SLURM_PROCID", "0") == "0"
     if code in (EXIT_CODES["done"], EXIT_CODES["stopped"]):
-        return summary(run) if is_first_node else None
+        if os.environ.get("SLURM_PROCID", "0") == "0":
+            return summary(run)
+        if run.holder == os.getpid():
+            _write_result_of_the_first(summary(run))
+        return None
     attempts = run.history.attempts()
     message = (attempts[-1].message if attempts else "") or f"the agent ended with exit code {code}"
     _leave_without_traceback(code)

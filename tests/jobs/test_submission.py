@@ -14,6 +14,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import submitit
 
 from qwenlora.configs import load_config
 from qwenlora.jobs import submit, submit_sweep
@@ -384,6 +385,16 @@ def test_a_run_that_is_done_returns_its_summary(folder, attempt):
 def test_other_nodes_than_the_first_return_nothing(attempt, monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert attempt(0) is None
+
+
+def test_who_leads_in_place_of_the_first_node_writes_its_result(tmp_path, folder, attempt, monkeypatch):
+    variables = {"SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path), "SLURM_JOB_ID": "41"}
+    for name, value in (variables | {"SLURM_PROCID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(RunFolder, "holder", os.getpid())
+    assert attempt(0) is None
+    outcome, result = submitit.SlurmJob(tmp_path, "41", tasks=(0,))._get_outcome_and_result()
+    assert (outcome, result["reason"], result["run_dir"]) == ("success", "done", str(folder / "runs/my"))
 
 
 def test_a_stopped_run_leaves_with_75_where_it_is_brought_back(attempt):
