@@ -22,12 +22,13 @@ _STATES = {
 
 
 def is_stalled(beats: Sequence[Beat], processes: int, started: float, limit_s: float) -> bool:
-    """Whether a rank of this node makes no progress for too long. started: time.monotonic() when they did."""
+    """Whether a rank of this node makes no progress for too long. started: time.monotonic() when they did, or
+    went on."""
     now = time.monotonic()
     if len(beats) < processes or not all(beat.step for beat in beats):
         last = max([started, *(beat.at for beat in beats)])
         return now - last > max(limit_s, SLOWEST_START_S)
-    return any(now - beat.at > limit_s for beat in beats)
+    return any(now - max(beat.at, started) > limit_s for beat in beats)
 
 
 def positions(folder: str) -> list[RankPosition]:

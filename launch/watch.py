@@ -25,6 +25,7 @@ from qwenlora.slurm import query
 GRACE_S = 10.0  # for ranks to end by themselves, with their reason, when others have failed
 LEAVING_S = 60.0  # from the end of the ranks here to the end of those elsewhere
 STACKS_S = 3.0  # for all nodes to write their stacks
+SUSPENDED_S = 30.0  # in which an agent has not looked: Slurm had stopped it, and its ranks
 
 
 class Watch:
@@ -33,7 +34,7 @@ class Watch:
     lost: hosts whose agents are gone; absent: those that did not come, or were lost; behind: those whose
     ranks hung, each with whether they only wait for a disk; gpu_faults: what drivers said, by host; failures:
     reports when a rank has failed, once ranks run. started, ranks_started: time.monotonic() of the attempt's
-    start, and of its ranks'."""
+    start, and of its ranks', or of when they went on after the job was suspended."""
 
     def __init__(self, node: Node, attempt: int) -> None:
         self.node, self.attempt = node, attempt
@@ -46,7 +47,7 @@ class Watch:
         self.run_over = False
         self._asked_slurm = self._stalled = False
         self._kill_at = float("inf")
-        self.started = self.ranks_started = time.monotonic()
+        self.started = self.ranks_started = self._looked = time.monotonic()
         self._gpus = GpuFaults() if node.allocation.job_id else None
         self._ended: set[int] = set()  # nodes whose ranks have ended
         self._positions: dict[int, list[RankPosition]] = {}  # by node
@@ -67,6 +68,9 @@ class Watch:
         self._ask_slurm()
         while message := self.node.meeting.receive():
             self._handle(message)
+        before, self._looked = self._looked, time.monotonic()
+        if self._looked > before + SUSPENDED_S:
+            self.ranks_started = self._looked
         if self.beats and not self._stalled and self._is_stalled():
             self._on_stall()
         if time.monotonic() > self._kill_at:
@@ -173,8 +177,14 @@ class Watch:
         node = self.node
         positions = [(self._hosts[number], ranks) for number, ranks in self._positions.items()]
         ranks, logs = node.allocation.nodes * node.processes, node.folder.logs(self.attempt)
+        limit_s = node.config.launch.stall_timeout_s
+        if silent := [host for host in node.allocation.hosts if host not in dict(positions)]:
+            return (
+                f"{', '.join(silent)}: no answer, and no progress of the others' ranks for {limit_s} s"
+                f" (launch.stall_timeout_s); their stacks are in {logs}/rank-*.log"
+            )
         self.behind = stalls.hosts_behind(positions, node.processes)
-        return stalls.describe_stall(positions, ranks, node.config.launch.stall_timeout_s, logs)
+        return stalls.describe_stall(positions, ranks, limit_s, logs)
 
     # ---- what Slurm does
 

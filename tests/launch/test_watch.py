@@ -181,6 +181,7 @@ def test_ranks_that_never_start_end_the_attempt(watches, monkeypatch):
     first, _ = watches
     with heartbeat.make_folder() as folder:
         first.beats, first.ranks_started = folder, time.monotonic() - SLOWEST_START_S - 1
+        first._positions = {1: []}
         first.while_training()
     assert first.fault.startswith(
         "2 ranks have not started to work (launch.stall_timeout_s is 1); those that"
@@ -217,6 +218,20 @@ def test_a_slow_start_is_no_stall(watches):
         heartbeat.Heart(folder, 0).beat(0)
         first.while_training()
         assert not first.fault
+
+
+def test_ranks_of_a_job_that_was_suspended_have_not_stalled(watches, monkeypatch):
+    first, _ = watches
+    monkeypatch.setattr(watching, "STACKS_S", 0.1)
+    now = time.monotonic()
+    first._looked = now - 100
+    monkeypatch.setattr(watching, "read_beats", lambda _: [Beat(0, os.getpid(), 3, 20, now - 99)])
+    with heartbeat.make_folder() as first.beats:
+        first.while_training()
+        assert not first.fault
+        first.ranks_started -= 2
+        first.while_training()
+    assert first.fault, "they have since"
 
 
 @pytest.mark.parametrize(
@@ -262,6 +277,11 @@ def test_a_slow_start_is_no_stall(watches):
             },
             "rank 0 on 127.0.0.1: no progress for 62 s",
             {"127.0.0.1": True},
+        ),
+        (
+            {0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "", 61.0)]},
+            "127.0.0.2: no answer, and no progress of the others' ranks for 1 s (launch.stall_timeout_s); ",
+            {},
         ),
         (
             {0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "", 61.0)], 1: []},
