@@ -224,7 +224,7 @@ def test_ranks_of_a_job_that_was_suspended_have_not_stalled(watches, monkeypatch
     first, _ = watches
     monkeypatch.setattr(watching, "STACKS_S", 0.1)
     now = time.monotonic()
-    first._looked = now - 100
+    first._looked = first.ranks_started = now - 100
     monkeypatch.setattr(watching, "read_beats", lambda _: [Beat(0, os.getpid(), 3, 20, now - 99)])
     with heartbeat.make_folder() as first.beats:
         first.while_training()
