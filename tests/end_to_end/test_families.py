@@ -105,6 +105,7 @@ def test_ranks_and_strategies_have_the_losses_of_one(folder):
         for what in ("loss", "eval_loss"):
             pairs = zip(losses(folder / "one", what), losses(folder / name, what), strict=True)
             assert max(abs(a - b) for a, b in pairs) <= 1e-5, name
+        assert min(losses(folder / name, "rank_forward_s")) > 0, "who is slow can be seen"
 
 
 def test_the_loss_is_that_of_rows_alone_in_plain_peft(folder):
