@@ -1,17 +1,22 @@
 """The loss of a head that is a frozen matrix, one block of the vocabulary after another.
 
-For CPUs: a block's logits stay in the processor's cache, so a step is two products and little else, where
-logits of the whole vocabulary take half as long again to be written and read. Each block gives the log of its
-own sum of exponentials, and the mean of its rows by its own probabilities; its weight is its share of all
-exponentials so far. The largest logit of a block is subtracted before exp(), so nothing overflows.
+For CPUs: a block's logits are made in the same memory again and again, so a step is two products and little
+else, where logits of the whole vocabulary take half as long again to be written and read. With the label's
+logit subtracted, the sum of all exponentials is 1 / the label's probability, and the rows of the matrix, by
+their exponentials, add up to the gradient. Where a label is so unlikely that the sum would overflow, the
+largest logit is looked for first, and subtracted instead.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-POSITIONS, WORDS = 1024, 4096  # of a block: 16 MB of float32 logits
+# of a block: 64 MB of float32 logits, for smaller ones call more operations; of other dtypes, in which blocks
+# are copied twice, 8 MB, for these must stay in the processor's cache
+POSITIONS, WORDS, OTHERS_WORDS = 1024, 16_384, 4096
+LARGE = 1e30  # a sum of exponentials that may have overflowed in a block, or in its product with the matrix
 
 
 def is_matrix(head: Any) -> bool:
@@ -47,18 +52,41 @@ def _of_positions(
     matrix: Tensor, states: Tensor, labels: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return what blocked_loss() does, of as many positions as a block has."""
-    total = states.new_full((len(states), 1), -torch.inf, dtype=torch.float32)  # log of the sum so far
-    mean = torch.zeros_like(states, dtype=torch.float32)  # of the matrix's rows so far, by probability
-    for block in torch.split(matrix, WORDS):
-        block = block.to(states.dtype)
-        logits = (states @ block.T).float()
-        largest = logits.amax(1, keepdim=True)
-        probabilities = logits.softmax(1)
-        # the probability of the largest says what softmax divided by
-        of_block = largest - probabilities.amax(1, keepdim=True).log_()
-        total = torch.logaddexp(total, of_block)
-        if gradient:
-            mean.lerp_((probabilities.to(states.dtype) @ block).float(), (of_block - total).exp_())
     at_label = matrix[labels].to(states.dtype).float()
-    losses = total.squeeze(1).double() - (states.float() * at_label).sum(1).double()
-    return losses, mean.sub_(at_label) if gradient else None
+    of_label = (states.float() * at_label).sum(1, keepdim=True)
+    less = of_label
+    total, rows = _sums(matrix, states, less, gradient)
+    if not bool((total < LARGE).all()):  # nor may it be NaN
+        less = _largest(matrix, states)
+        total, rows = _sums(matrix, states, less, gradient)
+    losses = total.double().log_() + (less - of_label)
+    return losses.squeeze(1), None if rows is None else rows.div_(total).sub_(at_label)
+
+
+def _sums(matrix: Tensor, states: Tensor, less: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the sum over words of exp(logit - less), float32 [positions, 1], and of these times the matrix's
+    rows, float32 [positions, hidden]."""
+    total = torch.zeros_like(less)
+    rows = torch.zeros_like(states, dtype=torch.float32) if gradient else None
+    for block, logits in _blocks(matrix, states):
+        exponentials = logits.float().sub_(less).exp_()
+        total += exponentials.sum(1, keepdim=True)
+        if rows is not None:
+            rows += exponentials.to(states.dtype) @ block
+    return total, rows
+
+
+def _largest(matrix: Tensor, states: Tensor) -> Tensor:
+    """Return the largest logit of each position, float32 [positions, 1]."""
+    of_blocks = [logits.amax(1, keepdim=True) for _, logits in _blocks(matrix, states)]
+    return torch.stack(of_blocks).amax(0).float()
+
+
+def _blocks(matrix: Tensor, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield blocks of the matrix, and their logits, in memory that the next ones take: new memory for each
+    would cost more than it does to leave the cache."""
+    words = WORDS if states.dtype is torch.float32 else OTHERS_WORDS
+    logits = states.new_empty(len(states), min(words, len(matrix)))
+    for block in torch.split(matrix, words):
+        block = block.to(states.dtype)
+        yield block, torch.mm(states, block.T, out=logits.resize_(len(states), len(block)))
