@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items):
 class Cluster:
     """A cluster under way, and Slurm's commands on it. Each command must end within a minute."""
 
-    def __init__(self, folder: Path, net: str = "loopback") -> None:
+    def __init__(self, folder: Path, net: str, nodes: int) -> None:
         self.folder, self.net = folder, net
         # no SLURM_* of a job that runs the tests, and down with it should pytest be killed
         ours = {
@@ -44,6 +44,7 @@ class Cluster:
         self.environment = ours | {
             "CLUSTER_DIR": str(folder),
             "NET": net,
+            "NODES": str(nodes),
             "OWNER": str(os.getpid()),
             "SLURM_CONF": str(folder / "etc" / "slurm.conf"),
         }
@@ -137,7 +138,7 @@ class Cluster:
         self.script("node-up", name)
 
 
-def _booted(factory, net):
+def _booted(factory, net, nodes):
     missing = [
         name for name in PROGRAMS if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
     ]
@@ -147,7 +148,7 @@ def _booted(factory, net):
         if os.environ.get("QWENLORA_REQUIRE_SLURM") == "1":
             pytest.fail(text)
         pytest.skip(text)
-    cluster = Cluster(factory.mktemp(f"slurm-{net}"), net)
+    cluster = Cluster(factory.mktemp(f"slurm-{net}"), net, nodes)
     try:
         cluster.script("up")
         yield cluster
@@ -158,10 +159,10 @@ def _booted(factory, net):
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     """Two nodes on the machine's own network."""
-    yield from _booted(tmp_path_factory, "loopback")
+    yield from _booted(tmp_path_factory, "loopback", 2)
 
 
 @pytest.fixture(scope="session")
 def netns_cluster(tmp_path_factory):
-    """Two nodes with a network each: an address that only the other node can reach, ports of their own."""
-    yield from _booted(tmp_path_factory, "netns")
+    """Four nodes with a network each: an address that only the other nodes can reach, ports of their own."""
+    yield from _booted(tmp_path_factory, "netns", 4)

@@ -115,25 +115,21 @@ def test_what_ends_a_job_in_one_run_after_the_other(cluster, tmp_path, undisturb
 
 
 @pytest.mark.long
-def test_a_job_takes_the_nodes_that_are_free_each_time_it_starts(cluster, tmp_path):
-    """One of the two nodes is busy, then free, then busy again: all that differs is rounding."""
-    config, run = write_config(tmp_path, 40), tmp_path / "runs/run"
-    job = sbatch(cluster, tmp_path, config, "run_dir=runs/run", options=("--nodes=1-2", "--begin=now+2"))
-    other = ("--nodes=1", "--exclusive", "--nodelist=node2", "--wrap=sleep 900")
-    for number, busy in enumerate([True, False, True], 1):
-        if busy:
-            blocker = cluster.sbatch(*other, cwd="/")
-            cluster.wait(blocker, "RUNNING")
+def test_a_job_takes_the_nodes_that_are_free_each_time_it_starts(netns_cluster, tmp_path):
+    """All four, then two, then three: all that differs is rounding."""
+    cluster, config, run = netns_cluster, write_config(tmp_path, 40), tmp_path / "runs/run"
+    cluster.wait_idle()
+    job = sbatch(cluster, tmp_path, config, "run_dir=runs/run", options=("--nodes=1-4",))
+    for number, busy in enumerate(["node2,node3", "node1"], 1):
         wait_for_step(run, number, 12 * number)
-        if busy:
-            cluster.scancel(blocker)
-            while cluster.state(blocker) != "CANCELLED":
-                time.sleep(0.2)
-        if number < 3:
-            cluster.scancel("--signal=USR1", job)
-            cluster.wait(job, "PENDING")
+        cluster.scancel("--signal=USR1", job)
+        cluster.wait(job, "PENDING")
+        other = cluster.sbatch("--exclusive", f"--nodelist={busy}", "--wrap=sleep 900", cwd="/")
+        cluster.wait(other, "RUNNING")
+        wait_for_step(run, number + 1, 12 * number)
+        cluster.scancel(other)
     cluster.wait(job, "COMPLETED", timeout=900)
-    assert [one["processes"] for one in attempts(run)] == [1, 2, 1]
+    assert [one["processes"] for one in attempts(run)] == [4, 2, 3]
     locally(tmp_path, config, "alone", 1)
     of_run, alone = (metrics(tmp_path / "runs" / name) for name in ("run", "alone"))
     assert [(line["step"], line["learning_rate"]) for line in of_run] == [
