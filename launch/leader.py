@@ -112,10 +112,10 @@ class Leader:
         """Lead on in place of the node that began this attempt, whose agent is gone; return the exit code,
         None if this node cannot lead. first: that node's host."""
         node = self.node
+        succession.take_screen(node)  # the others come meanwhile
         node.meeting.wait_for_all(node.config.launch.join_timeout_s, lambda: node.stop_requested)
         # who has not come by now does not look for this node
         node.has_taken_over = self._met = self._missing = True
-        succession.take_screen(node)
         code: int | None = None
         try:
             with node.folder.claim(node.config, allowed=handover.allowed, wait_s=WAIT_FOR_FOLDER_S):

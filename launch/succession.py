@@ -5,6 +5,7 @@ then the agent that leads does at the end what the shell would have done."""
 import os
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from qwenlora.launch.allocation import candidate_ports
 from qwenlora.launch.meeting import NotMet
@@ -34,7 +35,7 @@ def meet_anew(node: Node, hosts: tuple[str, ...]) -> None:
 def take_screen(node: Node) -> None:
     """Have this process write to the job's output itself, if srun and the batch shell, which did so, are
     gone."""
-    job = query.ask(node.job.job_id) if node.job.job_id else None
+    job = query.show(node.job.job_id) if node.job.job_id else None  # the accounting knows no output
     if job is None or job.stdout is None or not _is_gone(node, job):
         return
     try:
@@ -90,13 +91,17 @@ def _is_gone(node: Node, job: query.JobInfo) -> bool:
 
 def _answers(node: Node) -> bool:
     """Whether the first machine is there: it answers, if only to refuse. A firewall may leave open only the
-    agents' port, or all but that."""
-    for port in (1, candidate_ports(node.meeting.run_id)[0]):
-        try:
-            socket.create_connection((node.job.hosts[0], port), timeout=ANSWER_S).close()
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            continue
+    agents' port, or all but that: both are tried, at once."""
+    ports = (1, candidate_ports(node.meeting.run_id)[0])
+    with ThreadPoolExecutor(len(ports)) as at_once:
+        return any(at_once.map(lambda port: _answers_at(node.job.hosts[0], port), ports))
+
+
+def _answers_at(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_S).close()
+    except ConnectionRefusedError:
         return True
-    return False
+    except OSError:
+        return False
+    return True

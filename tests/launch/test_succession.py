@@ -180,7 +180,7 @@ def test_a_job_without_a_batch_shell_of_ours_is_left_alone(node, monkeypatch):
 def test_the_output_is_written_here_when_the_batch_shell_is_gone(node, monkeypatch, tmp_path, nodes, written):
     output = tmp_path / "slurm-41.out"
     output.touch()
-    monkeypatch.setattr(succession.query, "ask", lambda _: job(*nodes, stdout=output))
+    monkeypatch.setattr(succession.query, "show", lambda _: job(*nodes, stdout=output))
     child = os.fork()
     if not child:
         with Path(os.devnull).open("wb") as nothing:
@@ -197,3 +197,17 @@ def test_a_machine_answers_if_only_to_refuse(node):
     assert succession._answers(one)
     one.job = replace(one.job, hosts=("no-such-host.invalid", *HOSTS[1:]))
     assert not succession._answers(one)
+
+
+@pytest.mark.parametrize("blocked", [[0], [1], [0, 1]])
+def test_a_machine_is_there_if_a_firewall_leaves_one_port_of_two_open(node, monkeypatch, blocked):
+    """Both are tried at once: no try ends before the other has begun."""
+    one, both = node(1), threading.Barrier(2, timeout=30)
+    ports = [1, succession.candidate_ports(one.meeting.run_id)[0]]
+
+    def create_connection(address, timeout):
+        both.wait()
+        raise TimeoutError if ports.index(address[1]) in blocked else ConnectionRefusedError
+
+    monkeypatch.setattr(succession.socket, "create_connection", create_connection)
+    assert succession._answers(one) == (len(blocked) < 2)

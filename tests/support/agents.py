@@ -26,7 +26,7 @@ class Agents:
             "SLURM_STEP_ID": "0",
             "SLURM_STEP_NODELIST": f"127.0.0.[1-{nodes}]",
             "SLURM_JOB_NUM_NODES": str(nodes),
-            "SLURM_CONF": str(folder / "no-slurm.conf"),
+            "SLURM_CONF": os.devnull,  # for a file that is not there, Slurm's commands wait a minute
             "QWENLORA_REQUEUES": "1",
             "QWENLORA_SECRET": secrets.token_hex(8),
             "QWENLORA_EXIT_CODE_FILE": str(folder / "exit-code"),
