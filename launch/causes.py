@@ -12,11 +12,10 @@ _SLURM_ENDS = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "REQUEUED", "TIMEOUT")
 
 def cause_of_kill(attempt: Attempt) -> str:
     """Return the state in which Slurm ended an attempt that was killed; empty where Slurm does not know."""
-    past = query.history(attempt.job_id) if attempt.job_id else []
-    if attempt.restarts >= len(past):
+    if not attempt.job_id:
         return ""
-    state = past[attempt.restarts].state
-    return "" if state in query.UNDER_WAY else state
+    ended = query.ended(attempt.job_id, attempt.restarts, attempt.start.timestamp())
+    return ended.state if ended else ""
 
 
 def cause_of_stop(job: query.JobInfo | None, stop_signal: str) -> str:

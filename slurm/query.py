@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 TIMEOUT = 10.0  # seconds, for one command
 PATIENCE = 2.0  # seconds that the accounting may lag behind
+CLOCKS_S = 30.0  # by which the clocks of machines may differ
 UNDER_WAY = {"PENDING", "RUNNING", "SUSPENDED", "RESIZING"}  # states of a job that has not ended
 COLUMNS = "JobIDRaw,JobID,State,Reason,NodeList,WorkDir,JobName,Submit,Start,End"
 SEPARATOR = "\x1f"
 # states of a node; signs after them say more, * that it does not answer
 WORKS = r"(idle|allocated|mixed|completing|planned)[^*\w]*"
+_BEGAN = time.time()  # of this process; its job is stopped later
 
 
 class JobInfo(NamedTuple):
@@ -95,9 +97,12 @@ def ask(job_id: str, restarts: int | None = None) -> JobInfo | None:
 
 
 def history(job_id: str) -> list[JobInfo]:
-    """Return a job's incarnations, by SLURM_RESTART_COUNT from 0; [] when the accounting does not know it."""
+    """Return a job's incarnations, by SLURM_RESTART_COUNT from 0; [] when the accounting does not know it.
+    Once a job has lost a node, Slurm 22.05 writes how each later incarnation ends into the record of the one
+    that lost it, and leaves their own PENDING for ever: that record is then the last here."""
     answer = _run("sacct", "-D", "-X", "-n", "-P", f"--delimiter={SEPARATOR}", "-o", COLUMNS, "-j", job_id)
     jobs: list[JobInfo] = []
+    has_lost_nodes = False
     for record in answer.stdout.split("\n") if answer else ():
         fields = record.split(SEPARATOR)
         # an array's number names all its tasks, and is also the number of one of them
@@ -106,6 +111,9 @@ def history(job_id: str) -> list[JobInfo]:
         _, name_of_task, state, reason, nodes, work_dir, name, submit, start, end = fields
         state = state.split()[0]  # CANCELLED by 1000
         if state == "RESIZING":  # the same incarnation goes on in the next line, with fewer nodes
+            has_lost_nodes = True
+            continue
+        if has_lost_nodes and state == "PENDING":
             continue
         jobs.append(
             JobInfo(
@@ -123,6 +131,15 @@ def history(job_id: str) -> list[JobInfo]:
             )
         )
     return jobs
+
+
+def ended(job_id: str, restarts: int, since: float) -> JobInfo | None:
+    """Return how an incarnation of a job ended, or is being stopped; None when the accounting does not know.
+    since: it ended after that."""
+    past = history(job_id)
+    # the last record may be about later incarnations, too
+    mine = past[restarts : restarts + 1] or [each for each in past[-1:] if (each.end or 0) >= since - 1]
+    return mine[0] if mine and mine[0].state not in UNDER_WAY else None
 
 
 def requeue(job_id: str) -> str:
@@ -235,24 +252,26 @@ def _ended(job: JobInfo, restarts: int | None) -> JobInfo | None:
     """Return the incarnation that has ended or is being stopped; None when the accounting is too late."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        past = history(job.job_id)
-        if restarts is None:
-            # the last that ended, but not before this one started (or was put back: a second later)
-            ended = [each for each in past if each.end and each.end >= (job.start or 0) - 2][-1:]
-        else:
-            ended = past[restarts : restarts + 1]
-        if ended and ended[0].state not in UNDER_WAY:
-            return ended[0]
-        if time.monotonic() > deadline:
-            return None
+        found = _last_ended(job) if restarts is None else ended(job.job_id, restarts, _BEGAN)
+        if found or time.monotonic() > deadline:
+            return found
         time.sleep(0.1)
+
+
+def _last_ended(job: JobInfo) -> JobInfo | None:
+    """Return the last incarnation that ended, but not before this one started (or was put back: a second
+    later)."""
+    past = [each for each in history(job.job_id) if each.end and each.end >= (job.start or 0) - 2]
+    return past[-1] if past and past[-1].state not in UNDER_WAY else None
 
 
 def _guess(job: JobInfo) -> str:
     """Return how a job ends, without accounting. REQUEUED may also be a preemption or a lost node."""
     if job.reason == "TimeLimit":
         return "TIMEOUT"
-    return "CANCELLED" if job.completing and job.end else "REQUEUED"
+    # a job that was put back has no end yet, or that of its time limit
+    cancelled = job.completing and job.end is not None and job.end < time.time() + CLOCKS_S
+    return "CANCELLED" if cancelled else "REQUEUED"
 
 
 def _known(value: str) -> str:

@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items):
 class Cluster:
     """A cluster under way, and Slurm's commands on it. Each command must end within a minute."""
 
-    def __init__(self, folder: Path, net: str, nodes: int) -> None:
+    def __init__(self, folder: Path, net: str = "loopback", nodes: int = 2) -> None:
         self.folder, self.net = folder, net
         # no SLURM_* of a job that runs the tests, and down with it should pytest be killed
         ours = {
