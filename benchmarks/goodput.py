@@ -19,7 +19,7 @@ from qwenlora.run.history import inside_job
 from qwenlora.run.records import Attempt
 from qwenlora.run.snapshots import EVERY_S
 
-INSIDE_S = 7.5  # measured on the test cluster (tests/slurm), from the loss to the end of the next new step
+INSIDE_S = 14.0  # measured: a node without power, from the loss to the end of the next new step (tests/slurm)
 REQUEUED_S = (
     128.0  # Slurm's pause before a requeued job starts (120 s by default), and the start; an empty queue
 )
