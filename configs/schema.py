@@ -591,7 +591,7 @@ class Launch(Section):
     stall_timeout_s: PositiveInt = Field(
         1200,
         description="Seconds without any progress of a rank after which the attempt ends, with all ranks'"
-        " stacks in their logs. In a job, an agent that hangs for so long is killed.",
+        " stacks in their logs. In a job of sbatch or submit, an agent that hangs for so long is killed.",
     )
     preflight: Literal["full", "quick", "off"] = Field(
         "full",

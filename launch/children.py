@@ -125,9 +125,20 @@ def prepare_child() -> None:
 @contextmanager
 def guarded(limit_s: float) -> Iterator[None]:
     """Have this process killed when its main thread has not run for so long. A timer's signal (SIGALRM, which
-    must have no other use) has that thread write bytes. It does so wherever it waits, but for a disk."""
+    must have no other use) has that thread write bytes. It does so wherever it waits, but for a disk. Nothing
+    is done on another thread, where Python sets no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     theirs, ours = os.pipe()
     os.set_blocking(ours, False)
+
+    def show_life(*_: object) -> None:
+        with suppress(OSError):  # the guard is gone, or reads late
+            os.write(ours, b".")
+
+    before = signal.signal(signal.SIGALRM, show_life)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # a parent may have blocked it
     guard = subprocess.Popen(
         [sys.executable, "-m", GUARD, str(limit_s)],
         env=environment_of(1),
@@ -136,12 +147,6 @@ def guarded(limit_s: float) -> Iterator[None]:
         preexec_fn=prepare_child,
     )
     os.close(theirs)
-
-    def show_life(*_: object) -> None:
-        with suppress(OSError):  # the guard is gone, or reads late
-            os.write(ours, b".")
-
-    before = signal.signal(signal.SIGALRM, show_life)
     signal.setitimer(signal.ITIMER_REAL, limit_s / TICKS, limit_s / TICKS)
     try:
         yield

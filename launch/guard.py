@@ -11,8 +11,10 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from threading import Thread
 
 TICKS = 30  # in the limit: an agent shows life in each
+SAYING_S = 5.0  # the output may be on the disk that the agent waits for
 
 
 def guard(agent: int, limit_s: float) -> None:
@@ -25,10 +27,16 @@ def guard(agent: int, limit_s: float) -> None:
             silent = 0
         else:
             return
+    saying = Thread(target=_say, args=(limit_s,), daemon=True)
+    saying.start()
+    saying.join(SAYING_S)
+    os.kill(agent, signal.SIGKILL)  # last: this process ends with it
+
+
+def _say(limit_s: float) -> None:
     with suppress(OSError):  # the screen may be gone
         host = socket.gethostname()
         print(f"the agent of {host} hung for {limit_s:g} s (launch.stall_timeout_s): killed", flush=True)
-    os.kill(agent, signal.SIGKILL)
 
 
 if __name__ == "__main__":

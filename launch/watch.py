@@ -178,10 +178,12 @@ class Watch:
         positions = [(self._hosts[number], ranks) for number, ranks in self._positions.items()]
         ranks, logs = node.allocation.nodes * node.processes, node.folder.logs(self.attempt)
         limit_s = node.config.launch.stall_timeout_s
-        if silent := [host for host in node.allocation.hosts if host not in dict(positions)]:
+        heard = dict(positions).keys() | {self._hosts[number] for number in self._ended}
+        if silent := [host for host in node.allocation.hosts if host not in heard]:
+            quiet_s = max((one.quiet_s for _, of_host in positions for one in of_host), default=limit_s)
             return (
-                f"{', '.join(silent)}: no answer, and no progress of the others' ranks for {limit_s} s"
-                f" (launch.stall_timeout_s); their stacks are in {logs}/rank-*.log"
+                f"{', '.join(silent)}: no answer, and no progress of the others' ranks for {quiet_s:.0f} s"
+                f" (launch.stall_timeout_s is {limit_s}); their stacks are in {logs}/rank-*.log"
             )
         self.behind = stalls.hosts_behind(positions, node.processes)
         return stalls.describe_stall(positions, ranks, limit_s, logs)

@@ -1,15 +1,18 @@
 """What an agent runs ends, or is given up."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, suppress
+from threading import Thread
 
 import psutil
 import pytest
 
 from qwenlora.launch import children
-from qwenlora.launch.children import Children
+from qwenlora.launch.children import Children, guarded
 
 # an agent that lives as long as its input
 AGENT = """
@@ -53,19 +56,72 @@ def test_nobody_waits_for_ever_for_what_does_not_end_when_it_is_killed(monkeypat
 
 
 @pytest.fixture
-def agent():
+def agent_of():
+    """Start an agent that has a guard. options: of its process."""
+    with ExitStack() as agents:
+
+        def start(**options):
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            agent = agents.enter_context(subprocess.Popen([sys.executable, "-c", AGENT], **pipes, **options))
+            agents.callback(agent.kill)
+            assert agent.stdout.readline() == "guarded\n"
+            return agent
+
+        yield start
+
+
+@pytest.fixture
+def agent(agent_of):
     """An agent that has a guard."""
-    argv = [sys.executable, "-c", AGENT]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as agent:
-        assert agent.stdout.readline() == "guarded\n"
-        yield agent
-        agent.kill()
+    return agent_of()
 
 
 def test_an_agent_that_is_stopped_is_killed_and_that_is_said(agent):
     agent.send_signal(signal.SIGSTOP)
     assert agent.wait(60) == -signal.SIGKILL
     assert "hung for 1.5 s (launch.stall_timeout_s): killed" in agent.stdout.read()
+
+
+def test_an_agent_whose_output_takes_no_more_is_killed_without_a_word():
+    """The disk that it waits for has the job's output, too."""
+    ready, full = os.pipe(), os.pipe()
+    os.set_blocking(full[1], False)
+    with suppress(BlockingIOError):
+        while os.write(full[1], bytes(4096)):
+            pass
+    os.set_blocking(full[1], True)
+    code = AGENT.replace('print("guarded", flush=True)', f"import os; os.write({ready[1]}, b'.')")
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=full[1], pass_fds=[ready[1]]
+    ) as agent:
+        assert os.read(ready[0], 1) == b"."
+        agent.send_signal(signal.SIGSTOP)
+        try:
+            assert agent.wait(60) == -signal.SIGKILL
+        finally:
+            agent.kill()
+    for end in (*ready, *full):
+        os.close(end)
+
+
+def test_a_signal_that_a_parent_blocked_shows_life_all_the_same(agent_of):
+    agent = agent_of(preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM}))
+    time.sleep(3)  # twice the limit
+    assert agent.communicate(timeout=60) == ("left\n", None)
+
+
+def test_on_another_thread_nothing_is_guarded():
+    codes = []
+
+    def run():
+        with guarded(1.0):
+            codes.append(psutil.Process().children())
+
+    thread = Thread(target=run)
+    before = psutil.Process().children()
+    thread.start()
+    thread.join()
+    assert codes == [before]
 
 
 def test_an_agent_that_waits_lives_and_so_does_one_whose_job_is_suspended(agent):

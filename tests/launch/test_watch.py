@@ -280,7 +280,7 @@ def test_ranks_of_a_job_that_was_suspended_have_not_stalled(watches, monkeypatch
         ),
         (
             {0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "", 61.0)]},
-            "127.0.0.2: no answer, and no progress of the others' ranks for 1 s (launch.stall_timeout_s); ",
+            "127.0.0.2: no answer, and no progress of the others' ranks for 61 s (launch.stall_timeout_s is",
             {},
         ),
         (
@@ -294,6 +294,11 @@ def test_who_lags_is_who_gave_the_fewest_signs_of_life(watches, positions, start
     watches[0]._positions = positions
     assert watches[0]._describe_stall().startswith(start)
     assert watches[0].behind == behind
+
+
+def test_a_node_whose_ranks_have_ended_need_not_answer(watches):
+    watches[0]._positions, watches[0]._ended = {0: [RankPosition(Beat(0, 1, 7, 19, 0.0), "", 61.0)]}, {1}
+    assert "no answer" not in watches[0]._describe_stall()
 
 
 def test_a_node_waits_for_a_disk_where_none_of_its_ranks_is_stopped():

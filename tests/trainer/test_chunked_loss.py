@@ -277,6 +277,21 @@ def test_logits_far_apart_give_the_exact_loss(monkeypatch, blocks, unlikely):
     assert torch.allclose(states.grad.double(), exact.grad, rtol=1e-4, atol=5e-3)
 
 
+def test_unlikely_labels_in_float16_have_finite_gradients_of_a_frozen_head():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 5000, bias=False).half().requires_grad_(False)
+    states = (torch.randn(16, 64) * 10).half().requires_grad_()
+    labels = torch.arange(16)
+    loss = summed_loss(head, states, labels)
+    loss.backward()
+    plain = states.detach().float().requires_grad_()
+    expected = cross_entropy(plain @ head.weight.float().T, labels, reduction="sum")
+    expected.backward()
+    assert 12 < loss.item() / 16 < 20, "exp() of that is more than float16 keeps, and less than float32 does"
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert (states.grad.float() - plain.grad).norm() <= 0.01 * plain.grad.norm()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_makes_the_loss_not_finite(value):
     head = torch.nn.Linear(4, 9000, bias=False).requires_grad_(False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 # of a block: 64 MB of float32 logits, for smaller ones call more operations; of other dtypes, in which blocks
 # are copied twice, 8 MB, for these must stay in the processor's cache
 POSITIONS, WORDS, OTHERS_WORDS = 1024, 16_384, 4096
-LARGE = 1e30  # a sum of exponentials that may have overflowed in a block, or in its product with the matrix
+LARGE = 1e30  # a sum of exponentials that may have overflowed in its product with the matrix
 
 
 def is_matrix(head: Any) -> bool:
@@ -56,7 +56,8 @@ def _of_positions(
     of_label = (states.float() * at_label).sum(1, keepdim=True)
     less = of_label
     total, rows = _sums(matrix, states, less, gradient)
-    if not bool((total < LARGE).all()):  # nor may it be NaN
+    large = min(LARGE, torch.finfo(states.dtype).max / 64)  # float16 takes no more than 65,504
+    if not bool((total < large).all()):  # nor may it be NaN
         less = _largest(matrix, states)
         total, rows = _sums(matrix, states, less, gradient)
     losses = total.double().log_() + (less - of_label)
