@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# of a block: 64 MB of float32 logits, for smaller ones call more operations; of other dtypes, in which blocks
+# of a block: 36 MB of float32 logits, for smaller ones call more operations; of other dtypes, in which blocks
 # are copied twice, 8 MB, for these must stay in the processor's cache
-POSITIONS, WORDS, OTHERS_WORDS = 1024, 16_384, 4096
+POSITIONS, WORDS, OTHERS_WORDS = 1024, 9216, 4096
 LARGE = 1e30  # a sum of exponentials that may have overflowed in its product with the matrix
 
 
@@ -67,27 +67,37 @@ def _of_positions(
 def _sums(matrix: Tensor, states: Tensor, less: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Return the sum over words of exp(logit - less), float32 [positions, 1], and of these times the matrix's
     rows, float32 [positions, hidden]."""
-    total = torch.zeros_like(less)
+    of_blocks: list[Tensor] = []
     rows = torch.zeros_like(states, dtype=torch.float32) if gradient else None
-    for block, logits in _blocks(matrix, states):
-        exponentials = logits.float().sub_(less).exp_()
-        total += exponentials.sum(1, keepdim=True)
+    for block, logits in _blocks(matrix, states, -less):
+        exponentials = logits.exp_()
+        of_blocks.append(exponentials.sum(1, keepdim=True))
         if rows is not None:
             rows += exponentials.to(states.dtype) @ block
-    return total, rows
+    return torch.stack(of_blocks).sum(0), rows
 
 
 def _largest(matrix: Tensor, states: Tensor) -> Tensor:
     """Return the largest logit of each position, float32 [positions, 1]."""
-    of_blocks = [logits.amax(1, keepdim=True) for _, logits in _blocks(matrix, states)]
-    return torch.stack(of_blocks).amax(0).float()
+    nothing = states.new_zeros(len(states), 1, dtype=torch.float32)
+    of_blocks = [logits.amax(1, keepdim=True) for _, logits in _blocks(matrix, states, nothing)]
+    return torch.stack(of_blocks).amax(0)
 
 
-def _blocks(matrix: Tensor, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield blocks of the matrix, and their logits, in memory that the next ones take: new memory for each
-    would cost more than it does to leave the cache."""
-    words = WORDS if states.dtype is torch.float32 else OTHERS_WORDS
-    logits = states.new_empty(len(states), min(words, len(matrix)))
-    for block in torch.split(matrix, words):
-        block = block.to(states.dtype)
-        yield block, torch.mm(states, block.T, out=logits.resize_(len(states), len(block)))
+def _blocks(matrix: Tensor, states: Tensor, more: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield blocks of the matrix, and their logits with more added, float32, in memory that the next ones
+    take, for new memory would cost more than all but the products. more: float32 [positions, 1]."""
+    exact = states.dtype is torch.float32
+    words = min(WORDS if exact else OTHERS_WORDS, len(matrix))
+    logits = states.new_empty(len(states), words, dtype=torch.float32)
+    products = logits if exact else torch.empty_like(logits, dtype=states.dtype)
+    for block, turned in zip(torch.split(matrix, words), torch.split(matrix.T, words, 1), strict=True):
+        block, turned = block.to(states.dtype), turned.to(states.dtype)
+        if len(block) < words:  # the last one
+            for memory in (logits, products):
+                memory.resize_(len(states), len(block))
+        if exact:
+            torch.addmm(more, states, turned, out=logits)
+        else:
+            logits.copy_(torch.mm(states, turned, out=products)).add_(more)
+        yield block, logits
