@@ -20,7 +20,8 @@ from qwenlora.run.snapshots import Snapshots
 class Node:
     """One node of a run. allocation: the nodes of the attempt, fewer than the job's once some are lost; on a
     spare one the spare ones follow; resources: closed when the node's part is over; job: all nodes, as they
-    were at the start; has_taken_over: this node leads in place of one that is gone."""
+    were at the start; has_taken_over: this node leads in place of one that is gone; shell_is_gone: so is the
+    batch shell, though that node may come back."""
 
     config: Config
     allocation: Allocation
@@ -30,6 +31,7 @@ class Node:
     resources: ExitStack
     job: Allocation = field(init=False)
     has_taken_over: bool = False
+    shell_is_gone: bool = False
 
     def __post_init__(self) -> None:
         self.job = self.allocation

@@ -33,10 +33,11 @@ def meet_anew(node: Node, hosts: tuple[str, ...]) -> None:
 
 
 def take_screen(node: Node) -> None:
-    """Have this process write to the job's output itself, if srun and the batch shell, which did so, are
-    gone."""
+    """Look whether srun and the batch shell are gone. If so, have this process write to the job's output
+    itself, as they did."""
     job = query.show(node.job.job_id) if node.job.job_id else None  # the accounting knows no output
-    if job is None or job.stdout is None or not _is_gone(node, job):
+    node.shell_is_gone = job is not None and _is_gone(node, job)
+    if job is None or job.stdout is None or not node.shell_is_gone:
         return
     try:
         output = os.open(job.stdout, os.O_WRONLY | os.O_APPEND)
@@ -62,7 +63,7 @@ def end_job(node: Node, code: int, *, leads: bool) -> None:
             if job.state != "RUNNING" or job.restarts != node.job.restarts:
                 return  # Slurm has ended or requeued it
             if first in job.nodes:
-                if _answers(node):
+                if not node.shell_is_gone and _answers(node):
                     return  # its batch shell does it
             elif (leads or job.nodes[:1] == (node.job.host,)) and _end_now(node, job, code):
                 return

@@ -122,6 +122,19 @@ def test_a_job_without_its_batch_shell_is_ended_once_slurm_knows(
     assert done == ([ended] if ended and not lives else [])
 
 
+def test_a_machine_that_is_back_has_no_batch_shell(node, monkeypatch):
+    """It did not answer when its place was taken, and is back before Slurm has noticed."""
+    one, done, answering = node(1), [], iter([False, True, True])
+    shown = iter([job(*HOSTS), job(*HOSTS), job(*HOSTS), job(*HOSTS[1:])])
+    monkeypatch.setattr(succession, "_answers", lambda _: next(answering))
+    monkeypatch.setattr(succession.query, "show", lambda _: next(shown))
+    monkeypatch.setattr(succession.query, "requeue", lambda _: done.append("requeue") or "")
+    monkeypatch.setattr(succession.time, "sleep", lambda _: None)
+    succession.take_screen(one)
+    succession.end_job(one, EXIT_CODES["done"], leads=True)
+    assert done == ["requeue"]
+
+
 def test_a_job_that_another_node_leads_is_left_to_it(node, monkeypatch):
     one, answers = node(1), iter([job(*HOSTS[1:]), job(*HOSTS[1:]), job(*HOSTS[1:], state="COMPLETING")])
     one.folder.path.mkdir()
