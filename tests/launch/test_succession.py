@@ -155,23 +155,24 @@ def test_a_job_is_asked_to_run_again_until_slurm_takes_it(node, monkeypatch):
     assert not list(refused)
 
 
-def test_who_comes_to_the_lock_after_another_has_led_does_not_lead(node, monkeypatch):
-    second = node(1)
+@pytest.fixture
+def second(node, monkeypatch):
+    """The node that takes the first one's place, in a job of which Slurm is not asked."""
     monkeypatch.setattr(succession, "take_screen", lambda _: None)
     monkeypatch.setattr(succession, "end_job", lambda *_, **__: None)
-    folder = second.folder
-    with folder.claim(second.config):
-        attempt = folder.begin_attempt(3)
-        folder.note_attempt(end=1.0)
+    return node(1)
+
+
+def test_who_comes_to_the_lock_after_another_has_led_does_not_lead(second):
+    with second.folder.claim(second.config):
+        attempt = second.folder.begin_attempt(3)
+        second.folder.note_attempt(end=1.0)
     met([second])
     assert Leader(second).take_over(Handover(attempt), HOSTS[0]) is None
     assert "another node has led since" in second.console.file.getvalue()
 
 
-def test_a_run_that_ranks_have_ended_is_done_without_the_agent_that_led(node, monkeypatch):
-    second = node(1)
-    monkeypatch.setattr(succession, "take_screen", lambda _: None)
-    monkeypatch.setattr(succession, "end_job", lambda *_, **__: None)
+def test_a_run_that_ranks_have_ended_is_done_without_the_agent_that_led(second):
     folder = second.folder
     with folder.claim(second.config):
         attempt = folder.begin_attempt(3)
